@@ -1,0 +1,34 @@
+# make demo   compiles the embedded model and draws digits with it
+# make test   runs the tests
+# Both make a virtual environment of their own on the first call. PYTHON and VENV can be set on the command line.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(BIN)/qcgraph compile digits -o out/digits --steps 50 --guidance 1.5 --bits w8a8 --groups 8 \
+		--cache interval=3 --compensate vc --target onnxruntime-cpu --force
+	$(BIN)/qcgraph sample out/digits -n 20 -o out/digits.png
+	@echo
+	@echo "the pictures: out/digits.png"
+	@echo "the compiled model and its report: out/digits/"
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+# The stamps: an installation is repeated only when pyproject.toml changes. The code itself is used in place.
+$(VENV)/created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/installed: $(VENV)/created pyproject.toml
+	$(BIN)/python -m pip install --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/created pyproject.toml
+	$(BIN)/python -m pip install --editable '.[dev]'
+	touch $@

@@ -1,0 +1,216 @@
+"""The typed facts that passes leave for each other. Plain data, no torch.
+
+A fact is a frozen dataclass of numbers, strings and tuples; a program holds at most one fact of a type. All of them
+survive a JSON round trip exactly (see `encode` and `decode`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from qcgraph.errors import QcgraphError
+from qcgraph.spec import ModelSpec
+from qcgraph.steps import StepPlan
+
+Fact = TypeVar("Fact")
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Which steps compute, and which blocks the others skip.
+
+    Attributes:
+        first_block: the first block of the cached range.
+        last_block: the last block of the cached range, inclusive.
+        computes: per step, whether it computes (True) or reuses (False).
+    """
+
+    first_block: int
+    last_block: int
+    computes: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class SiteRange:
+    """Range statistics of the activation that enters one site, one entry a *computing* step of the plan.
+
+    Attributes:
+        lows: smallest value per step.
+        highs: largest value per step.
+        mean_squares: mean of the squares per step.
+    """
+
+    lows: tuple[float, ...]
+    highs: tuple[float, ...]
+    mean_squares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Calibrated activation ranges.
+
+    Attributes:
+        steps: the indices of the steps that compute, rising.
+        planned: per site, ranges on the trajectory that the step plan takes (cached when it caches).
+        full: per site, ranges on the full-precision trajectory that computes every step, at the same steps.
+        trajectories: how many trajectories were observed.
+    """
+
+    steps: tuple[int, ...]
+    planned: dict[str, SiteRange]
+    full: dict[str, SiteRange]
+    trajectories: int
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of the full-precision latent after every sampler update, over samples and positions.
+
+    Attributes:
+        means: per step and channel.
+        deviations: standard deviation per step and channel.
+        seed: the seed of the noise and of the labels the trajectories started from.
+        trajectories: how many trajectories there were.
+    """
+
+    means: tuple[tuple[float, ...], ...]
+    deviations: tuple[tuple[float, ...], ...]
+    seed: int
+    trajectories: int
+
+
+@dataclass(frozen=True)
+class TimestepGroups:
+    """Groups of neighbouring steps that share activation scales.
+
+    Attributes:
+        lower_timesteps: the smallest timestep value of each group, falling; group 0 is the noisiest.
+    """
+
+    lower_timesteps: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ActivationQuant:
+    """Affine quantization of an activation: ``q = clamp(round(x / scale) + zero_point, low, high)``.
+
+    Attributes:
+        scales: one scale a timestep group, or a single one for all groups.
+        zero_points: as many as there are scales.
+        low: smallest code.
+        high: largest code.
+        dtype: ``uint8`` or ``int8``.
+    """
+
+    scales: tuple[float, ...]
+    zero_points: tuple[int, ...]
+    low: int
+    high: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class WeightQuant:
+    """Symmetric quantization of a weight, one scale an output channel, codes in ``[-high, high]``, held as int8."""
+
+    high: int
+
+
+@dataclass(frozen=True)
+class SiteQuant:
+    """How one site is quantized."""
+
+    activation: ActivationQuant
+    weight: WeightQuant
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Per site (by name), how it is quantized; a site that is not here stays in floating point."""
+
+    sites: dict[str, SiteQuant]
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """Variance compensation: after each update the latent becomes ``mean + gain * (latent - mean)``.
+
+    Attributes:
+        gains: K per step and channel.
+        means: mu per step and channel.
+        clamped: how many gains were clamped.
+        drift_before: per step, ratio of standard deviations (compiled over reference) before this step's gain.
+    """
+
+    gains: tuple[tuple[float, ...], ...]
+    means: tuple[tuple[float, ...], ...]
+    clamped: int
+    drift_before: tuple[tuple[float, ...], ...]
+
+
+FACT_TYPES: tuple[type, ...] = (
+    ModelSpec,
+    StepPlan,
+    CachePlan,
+    Ranges,
+    Reference,
+    TimestepGroups,
+    QuantPlan,
+    Compensation,
+)
+
+
+class Facts:
+    """An immutable set of facts, at most one of each type, keyed by the type."""
+
+    def __init__(self, facts: Iterable[object] = ()) -> None:
+        self._facts: dict[type, object] = {type(fact): fact for fact in facts}
+
+    def __contains__(self, kind: type) -> bool:
+        return kind in self._facts
+
+    def get(self, kind: type[Fact]) -> Fact | None:
+        """The fact of this type, or None."""
+        return cast("Fact | None", self._facts.get(kind))
+
+    def __getitem__(self, kind: type[Fact]) -> Fact:
+        fact = self.get(kind)
+        if fact is None:
+            raise QcgraphError(f"the program holds no {kind.__name__}", hint="run the pass that provides it before")
+        return fact
+
+    def with_(self, *facts: object) -> Facts:
+        """These facts and the given ones, which replace those of the same type."""
+        return Facts([*self._facts.values(), *facts])
+
+    def without(self, kinds: Iterable[type]) -> Facts:
+        """These facts without the given types."""
+        dropped = set(kinds)
+        return Facts(fact for kind, fact in self._facts.items() if kind not in dropped)
+
+    def encode(self) -> dict[str, Any]:
+        """Plain JSON data, by type name."""
+        return {kind.__name__: encode(self._facts[kind]) for kind in sorted(self._facts, key=lambda kind: kind.__name__)}
+
+    @classmethod
+    def decode(cls, data: dict[str, Any]) -> Facts:
+        """The inverse of `encode`; raises pydantic's ValidationError on data of another shape."""
+        kinds = {kind.__name__: kind for kind in FACT_TYPES}
+        return cls(decode(kinds[name], value) for name, value in data.items())
+
+
+def encode(fact: object) -> Any:
+    """A fact (or any plain dataclass) as JSON data."""
+    from pydantic import TypeAdapter
+
+    return json.loads(TypeAdapter(type(fact)).dump_json(fact))
+
+
+def decode(kind: type[Fact], data: Any) -> Fact:
+    """A dataclass from JSON data; raises pydantic's ValidationError on data of another shape."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind).validate_json(json.dumps(data))

@@ -1,0 +1,1 @@
+"""The intermediate representation: programs of FX graphs, their ops, printer, legality and structure."""

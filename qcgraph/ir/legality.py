@@ -1,0 +1,144 @@
+"""What a legal program is: one table of rules, checked after every pass."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from qcgraph.errors import ContractError
+from qcgraph.ir.ops import OPS
+from qcgraph.ir.program import Program, Variant, module_path, output_node, spec_of
+from qcgraph.steps import StepPlan
+
+NAMESPACES = ("aten", "qcgraph")
+INTEGER_FUNCTIONS = (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod)
+OP_RULES = {op.target: op.verify for op in OPS}
+
+Finding = tuple[str, str]  # (where, what)
+
+
+def verify(program: Program) -> None:
+    """Check every rule.
+
+    Raises:
+        ContractError: the first finding, with its graph, node and module path, and how many more there are.
+    """
+    findings = list(find(program))
+    if not findings:
+        return
+    where, what = findings[0]
+    more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+    raise ContractError(f"illegal program: {what}{more}", where=where, hint="print it with --print-after and look there")
+
+
+def find(program: Program) -> Iterator[Finding]:
+    """Every place where the program is illegal."""
+    for rule in PROGRAM_RULES:
+        for what in rule(program):
+            yield "program", what
+    for name, variant in program.variants.items():
+        for rule in VARIANT_RULES:
+            for what in rule(variant, program):
+                yield f"graph {name}", what
+        for node in variant.graph.nodes:
+            for node_rule in NODE_RULES:
+                if reason := node_rule(node, program):
+                    yield f"graph {name}, %{node.name} ({module_path(node) or 'top level'})", reason
+
+
+def _plan_names_variants(program: Program) -> Iterator[str]:
+    plan = program.facts.get(StepPlan)
+    for name in plan.variants if plan else ():
+        if name not in program.variants:
+            yield f"the step plan uses variant {name!r}, which does not exist"
+
+
+def _inputs_match(variant: Variant, program: Program) -> Iterator[str]:
+    actual = [str(node.target) for node in variant.graph.nodes if node.op == "placeholder"]
+    if actual != list(variant.interface.input_names):
+        yield f"placeholders {actual} are not the inputs {list(variant.interface.input_names)} of the interface"
+
+
+def _outputs_match(variant: Variant, program: Program) -> Iterator[str]:
+    returned = output_node(variant.graph).args[0]
+    if not isinstance(returned, tuple):
+        yield "does not return a tuple"
+        return
+    actual = [str(spec_of("", node.meta["val"])) for node in returned]
+    expected = [str(spec) for spec in variant.interface.outputs]
+    if actual != expected:
+        yield f"returns {actual}, the interface says {expected}"
+
+
+def _typed(node: fx.Node, program: Program) -> str | None:
+    return "has no type" if node.op != "output" and "val" not in node.meta else None
+
+
+def _constant_exists(node: fx.Node, program: Program) -> str | None:
+    if node.op != "get_attr" or node.target in program.constants:
+        return None
+    return f"refers to constant {node.target!r}, which the program does not hold"
+
+
+def _op_is_legal(node: fx.Node, program: Program) -> str | None:
+    if node.op in ("placeholder", "get_attr", "output"):
+        return None
+    if node.op != "call_function":
+        return f"is a {node.op}; only function calls are legal"
+    return illegal_target(node.target)
+
+
+def illegal_target(target: Any) -> str | None:
+    """Why a call target may not stand in a program, or None."""
+    if isinstance(target, torch._ops.OpOverload):
+        if target.namespace not in NAMESPACES:
+            return f"calls {target}; only the namespaces {', '.join(NAMESPACES)} are legal"
+        return f"calls {target}, which writes to its input" if target._schema.is_mutable else None
+    return None if target in INTEGER_FUNCTIONS else f"calls {target}, which is not an op"
+
+
+def _op_rule(node: fx.Node, program: Program) -> str | None:
+    rule = OP_RULES.get(node.target)
+    return rule(node) if rule else None
+
+
+def _scale_is_positive(node: fx.Node, program: Program) -> str | None:
+    if node.target not in (torch.ops.qcgraph.quantize.default, torch.ops.qcgraph.dequantize.default):
+        return None
+    scale = node.args[1]
+    source = scale.args[0] if isinstance(scale, fx.Node) and scale.op == "call_function" else scale
+    if not isinstance(source, fx.Node) or source.op != "get_attr":
+        return "its scale is computed; a scale must be a constant or selected from a table"
+    values = program.constants.get(str(source.target))
+    if values is None or bool(torch.all(torch.isfinite(values) & (values > 0))):
+        return None
+    return f"scale {source.target} holds a value that is not positive and finite"
+
+
+def _table_covers_plan(node: fx.Node, program: Program) -> str | None:
+    plan = program.facts.get(StepPlan)
+    if node.target is not torch.ops.qcgraph.select.default or plan is None:
+        return None
+    table, index = node.args
+    assert isinstance(table, fx.Node) and isinstance(index, fx.Node)
+    needed = {"group": plan.group_count, "row": 1 + max(step.row for step in plan.steps)}.get(str(index.target))
+    if needed is None:
+        return "its index is neither the group nor the row input"
+    rows = table.meta["val"].shape[0]
+    return f"table {table.target} has {rows} rows, the plan needs {needed}" if rows < needed else None
+
+
+PROGRAM_RULES: tuple[Callable[[Program], Iterator[str]], ...] = (_plan_names_variants,)
+VARIANT_RULES: tuple[Callable[[Variant, Program], Iterator[str]], ...] = (_inputs_match, _outputs_match)
+NODE_RULES: tuple[Callable[[fx.Node, Program], str | None], ...] = (
+    _typed,
+    _constant_exists,
+    _op_is_legal,
+    _op_rule,
+    _scale_is_positive,
+    _table_covers_plan,
+)

@@ -1,0 +1,195 @@
+"""The qcgraph ops: eager reference, fake rule, verification rule and ONNX translation of each, side by side.
+
+Scales and zero points are tensors, so that a timestep group can select them at run time. Formulas:
+
+* quantize:    q = clamp(round_half_even(x / scale) + zero_point, low, high)
+* dequantize:  x = (q - zero_point) * scale
+* select:      table[index]
+* compensate:  eps' = gain[row] * eps + slope[row] * latent + offset[row], per channel (see passes/insert_compensation)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+CODE_TYPES = (torch.int8, torch.uint8)
+
+
+def _along(axis: int, values: Tensor, rank: int) -> Tensor:
+    """Per-axis values shaped for broadcasting; scalars are left alone."""
+    if values.dim() == 0:
+        return values
+    shape = [1] * rank
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+@torch.library.custom_op("qcgraph::quantize", mutates_args=())
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int) -> Tensor:
+    """Affine quantization; ``scale`` and ``zero_point`` are scalars or one value along ``axis``."""
+    codes = torch.round(x / _along(axis, scale, x.dim())) + _along(axis, zero_point, x.dim()).to(x.dtype)
+    return codes.clamp(low, high).to(zero_point.dtype)
+
+
+@quantize.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int) -> Tensor:
+    return torch.empty_like(x, dtype=zero_point.dtype)
+
+
+@torch.library.custom_op("qcgraph::dequantize", mutates_args=())
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    """The inverse affine map; ``scale`` and ``zero_point`` are scalars or one value along ``axis``."""
+    scale, zero_point = _along(axis, scale, q.dim()), _along(axis, zero_point, q.dim())
+    return (q.to(scale.dtype) - zero_point.to(scale.dtype)) * scale
+
+
+@dequantize.register_fake
+def _(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    return torch.empty_like(q, dtype=scale.dtype)
+
+
+@torch.library.custom_op("qcgraph::select", mutates_args=())
+def select(table: Tensor, index: Tensor) -> Tensor:
+    """One row of a table, by a scalar index that the host gives at every step."""
+    return table[index].clone()
+
+
+@select.register_fake
+def _(table: Tensor, index: Tensor) -> Tensor:
+    return table.new_empty(table.shape[1:])
+
+
+@torch.library.custom_op("qcgraph::compensate", mutates_args=())
+def compensate(prediction: Tensor, latent: Tensor, gain: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """Per-channel affine of the noise prediction and the latent, on the first channels of the prediction.
+
+    Args:
+        prediction: [B, C_out, H, W]; channels past C (a learned sigma) pass through.
+        latent: [B, C, H, W].
+        gain, slope, offset: [C].
+    """
+    channels = latent.shape[1]
+    noise = prediction[:, :channels]
+    fixed = _along(1, gain, 4) * noise + (_along(1, slope, 4) * latent + _along(1, offset, 4))
+    return fixed if prediction.shape[1] == channels else torch.cat([fixed, prediction[:, channels:]], dim=1)
+
+
+@compensate.register_fake
+def _(prediction: Tensor, latent: Tensor, gain: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    return torch.empty_like(prediction)
+
+
+def _verify_quantize(node: fx.Node) -> str | None:
+    x, scale, zero_point, low, high, axis = node.args
+    value, scales, zeros = x.meta["val"], scale.meta["val"], zero_point.meta["val"]  # type: ignore[union-attr]
+    if not value.dtype.is_floating_point:
+        return f"quantizes {value.dtype}, which is not floating point"
+    if reason := _verify_parameters(value, scales, zeros, axis):
+        return reason
+    limits = torch.iinfo(zeros.dtype)
+    if not limits.min <= low < high <= limits.max:  # type: ignore[operator]
+        return f"codes {low}..{high} do not fit {zeros.dtype}"
+    strangers = [user.name for user in node.users if user.target is not torch.ops.qcgraph.dequantize.default]
+    return f"integer codes reach {', '.join(strangers)} without a dequantize" if strangers else None
+
+
+def _verify_dequantize(node: fx.Node) -> str | None:
+    q, scale, zero_point, axis = node.args
+    value, scales, zeros = q.meta["val"], scale.meta["val"], zero_point.meta["val"]  # type: ignore[union-attr]
+    if value.dtype != zeros.dtype:
+        return f"codes are {value.dtype} but the zero point is {zeros.dtype}"
+    return _verify_parameters(value, scales, zeros, axis)
+
+
+def _verify_parameters(value: Tensor, scale: Tensor, zero_point: Tensor, axis: Any) -> str | None:
+    if zero_point.dtype not in CODE_TYPES:
+        return f"zero point is {zero_point.dtype}; int8 and uint8 are legal"
+    if scale.shape != zero_point.shape:
+        return f"scale {tuple(scale.shape)} and zero point {tuple(zero_point.shape)} differ in shape"
+    if scale.dim() > 1:
+        return f"scale has {scale.dim()} dimensions; a scalar or one axis is legal"
+    if scale.dim() == 1 and scale.shape[0] != value.shape[axis]:
+        return f"{scale.shape[0]} scales for an axis of {value.shape[axis]}"
+    return None
+
+
+def _verify_select(node: fx.Node) -> str | None:
+    table, index = node.args
+    if table.op != "get_attr":  # type: ignore[union-attr]
+        return "selects from a computed value; a table must be a constant"
+    value = index.meta["val"]  # type: ignore[union-attr]
+    if value.dtype != torch.int64 or value.dim() != 0:
+        return f"index is {value.dtype} of rank {value.dim()}; an int64 scalar is legal"
+    return None
+
+
+def _verify_compensate(node: fx.Node) -> str | None:
+    prediction, latent, *coefficients = (argument.meta["val"] for argument in node.args)  # type: ignore[union-attr]
+    if prediction.shape[1] < latent.shape[1] or prediction.shape[2:] != latent.shape[2:]:
+        return f"prediction {tuple(prediction.shape)} does not cover latent {tuple(latent.shape)}"
+    wrong = [tuple(value.shape) for value in coefficients if tuple(value.shape) != (latent.shape[1],)]
+    return f"coefficients of shape {wrong[0]} for {latent.shape[1]} channels" if wrong else None
+
+
+def _onnx_quantize(x: Any, scale: Any, zero_point: Any, low: int, high: int, axis: int) -> Any:
+    from onnxscript import opset21 as op
+
+    if high - low < 255:
+        # QuantizeLinear saturates at the limits of its type only. Narrower codes are clipped before it, in floating
+        # point: an integer Clip after it would keep the int8 kernels from matching.
+        zero = op.CastLike(zero_point, x)
+        x = op.Clip(x, (op.Constant(value_float=float(low)) - zero) * scale, (op.Constant(value_float=float(high)) - zero) * scale)
+    return op.QuantizeLinear(x, scale, zero_point, axis=axis)
+
+
+def _onnx_dequantize(q: Any, scale: Any, zero_point: Any, axis: int) -> Any:
+    from onnxscript import opset21 as op
+
+    return op.DequantizeLinear(q, scale, zero_point, axis=axis)
+
+
+def _onnx_select(table: Any, index: Any) -> Any:
+    from onnxscript import opset21 as op
+
+    return op.Gather(table, index, axis=0)
+
+
+def _onnx_compensate(prediction: Any, latent: Any, gain: Any, slope: Any, offset: Any) -> Any:
+    from onnxscript import opset21 as op
+
+    channels = op.Shape(latent, start=1, end=2)
+    zero, one, axis = op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[1, 2])
+    end = op.Constant(value_ints=[2**62])
+    noise = op.Slice(prediction, zero, channels, one)
+    rest = op.Slice(prediction, channels, end, one)
+    gain, slope, offset = (op.Unsqueeze(value, axis) for value in (gain, slope, offset))
+    fixed = op.Add(op.Mul(gain, noise), op.Add(op.Mul(slope, latent), offset))
+    return op.Concat(fixed, rest, axis=1)
+
+
+@dataclass(frozen=True)
+class OpInfo:
+    """What the compiler knows of one qcgraph op.
+
+    Attributes:
+        target: the op overload.
+        verify: from a node, why it is illegal, or None.
+        to_onnx: the onnxscript translation, by positional arguments.
+    """
+
+    target: Any
+    verify: Callable[[fx.Node], str | None]
+    to_onnx: Callable[..., Any]
+
+
+OPS: tuple[OpInfo, ...] = (
+    OpInfo(torch.ops.qcgraph.quantize.default, _verify_quantize, _onnx_quantize),
+    OpInfo(torch.ops.qcgraph.dequantize.default, _verify_dequantize, _onnx_dequantize),
+    OpInfo(torch.ops.qcgraph.select.default, _verify_select, _onnx_select),
+    OpInfo(torch.ops.qcgraph.compensate.default, _verify_compensate, _onnx_compensate),
+)

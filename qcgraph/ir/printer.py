@@ -1,0 +1,176 @@
+"""Programs as text: deterministic, a type on every value, and who made each node.
+
+The text is what `--print-after`, `inspect`, `diff` and the golden tests show, so it is made for reading::
+
+    graph full(%latent: f32[B,1,8,8], %timestep: f32[B], %class_label: i64[B], %group: i64[]) {
+      ; blocks.0.attn.qkv
+      %select: f32[] = qcgraph.select(@blocks.0.attn.qkv.input_scale: f32[8], %group)   ; insert-qdq, from linear_3
+      ...
+      return noise_prediction = %view_9, cache = %sub
+    }
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from qcgraph.facts import (
+    CachePlan,
+    Compensation,
+    QuantPlan,
+    Ranges,
+    Reference,
+    SiteQuant,
+    TimestepGroups,
+)
+from qcgraph.ir.program import DTYPE_NAMES, Origin, Program, Variant, module_path, output_node, spec_of
+from qcgraph.spec import ModelSpec
+from qcgraph.steps import StepPlan
+
+
+def print_program(program: Program) -> str:
+    """The whole program: a header with its facts, then every variant."""
+    parts = [print_facts(program), *(print_variant(name, variant) for name, variant in program.variants.items())]
+    return "\n".join(parts)
+
+
+def print_facts(program: Program) -> str:
+    """The facts of a program, a few lines each."""
+    lines = [line for kind, show in _FACT_LINES for line in _lines_of(program, kind, show)]
+    return "\n".join([*lines, ""])
+
+
+def print_variant(name: str, variant: Variant) -> str:
+    """One graph as text."""
+    inputs = ", ".join(f"%{spec.name}: {spec}" for spec in variant.interface.inputs)
+    lines = [f"graph {name}({inputs}) {{"]
+    path: str | None = None
+    for node in variant.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if module_path(node) != path:
+            path = module_path(node)
+            lines.append(f"  ; {path or 'top level'}")
+        lines.append(f"  {print_node(node)}")
+    returned = output_node(variant.graph).args[0]
+    assert isinstance(returned, (tuple, list))
+    outputs = ", ".join(
+        f"{spec.name} = {_argument(node)}" for spec, node in zip(variant.interface.outputs, returned, strict=True)
+    )
+    return "\n".join([*lines, f"  return {outputs}", "}", ""])
+
+
+def print_node(node: fx.Node) -> str:
+    """One node: ``%name: type = op(arguments)`` and, unless it was captured, who made it."""
+    arguments = [_argument(argument) for argument in node.args]
+    arguments += [f"{key}={_argument(value)}" for key, value in node.kwargs.items()]
+    text = f"%{node.name}: {_type(node.meta.get('val'))} = {target_name(node.target)}({', '.join(arguments)})"
+    origin = node.meta.get("origin")
+    return f"{text}   ; {origin.made_by}, from {origin.source}" if isinstance(origin, Origin) else text
+
+
+def target_name(target: Any) -> str:
+    """``linear`` for the default overload of an aten op, ``add.Tensor`` for others, ``qcgraph.quantize`` for ours."""
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, name = target.namespace, target._schema.name.split("::")[-1]
+        overload = "" if target._overloadname == "default" else f".{target._overloadname}"
+        return f"{name}{overload}" if namespace == "aten" else f"{namespace}.{name}{overload}"
+    if getattr(operator, getattr(target, "__name__", ""), None) is target:
+        return str(target.__name__)
+    return str(getattr(target, "__name__", target))
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        if value.op == "get_attr":
+            return f"@{value.target}: {_type(value.meta.get('val'))}"
+        return f"%{value.name}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_argument(item) for item in value)}]"
+    if isinstance(value, torch.dtype):
+        return DTYPE_NAMES.get(value, str(value))
+    return str(value)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return str(spec_of("", value))
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(_type(item) for item in value)})"
+    return "int" if isinstance(value, (int, torch.SymInt)) else type(value).__name__
+
+
+def _lines_of(program: Program, kind: type, show: Callable[[Any], list[str]]) -> list[str]:
+    fact = program.facts.get(kind)
+    return [] if fact is None else show(fact)
+
+
+def _model(spec: ModelSpec) -> list[str]:
+    shape = "x".join(map(str, spec.latent_shape))
+    return [f"model {spec.name}: latent {shape}, {spec.class_count} classes, predicts {spec.schedule.prediction}"]
+
+
+def _steps(plan: StepPlan) -> list[str]:
+    lines = [f"steps {plan.describe()}, timesteps {plan.timesteps[0]:g} .. {plan.timesteps[-1]:g}"]
+    if len(plan.variants) > 1:
+        letters = {name: name[0].upper() for name in plan.variants}
+        legend = ", ".join(f"{letter} = {name}" for name, letter in letters.items())
+        lines.append(f"  variants {''.join(letters[step.variant] for step in plan.steps)}   ({legend})")
+    if plan.group_count > 1:
+        lines.append(f"  groups   {' '.join(str(step.group) for step in plan.steps)}")
+    return lines
+
+
+def _cache(plan: CachePlan) -> list[str]:
+    steps = "".join("C" if computes else "." for computes in plan.computes)
+    return [
+        f"cache blocks {plan.first_block} .. {plan.last_block}, {sum(plan.computes)} of {len(steps)} steps compute: {steps}"
+    ]
+
+
+def _ranges(ranges: Ranges) -> list[str]:
+    return [f"ranges of {len(ranges.planned)} sites at {len(ranges.steps)} steps, {ranges.trajectories} trajectories"]
+
+
+def _reference(reference: Reference) -> list[str]:
+    return [f"reference latent statistics at {len(reference.means)} steps, {reference.trajectories} trajectories"]
+
+
+def _groups(groups: TimestepGroups) -> list[str]:
+    bounds = ", ".join(f"{value:g}" for value in groups.lower_timesteps)
+    return [f"timestep groups {len(groups.lower_timesteps)}, down to timestep {bounds}"]
+
+
+def _quant(plan: QuantPlan) -> list[str]:
+    return [f"quant {name}: {describe_site(site)}" for name, site in plan.sites.items()]
+
+
+def describe_site(site: SiteQuant) -> str:
+    """One line: the codes and scales of a site."""
+    activation = site.activation
+    low, high = min(activation.scales), max(activation.scales)
+    scales = f"scale {low:.4g}" if low == high else f"scales {low:.4g} .. {high:.4g} over {len(activation.scales)} groups"
+    codes = f"{activation.dtype} codes {activation.low}..{activation.high}"
+    return f"activation {codes}, {scales}; weight codes -{site.weight.high}..{site.weight.high} per channel"
+
+
+def _compensation(fact: Compensation) -> list[str]:
+    gains = [gain for row in fact.gains for gain in row]
+    return [f"compensation gains {min(gains):.4f} .. {max(gains):.4f} over {len(fact.gains)} steps, {fact.clamped} clamped"]
+
+
+_FACT_LINES: tuple[tuple[type, Callable[[Any], list[str]]], ...] = (
+    (ModelSpec, _model),
+    (StepPlan, _steps),
+    (CachePlan, _cache),
+    (Ranges, _ranges),
+    (Reference, _reference),
+    (TimestepGroups, _groups),
+    (QuantPlan, _quant),
+    (Compensation, _compensation),
+)

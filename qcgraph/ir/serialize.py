@@ -1,0 +1,195 @@
+"""Programs on disk: graphs and facts as JSON, constants as safetensors. Never pickle, never code.
+
+Reading resolves every op by name against the legal namespaces, so a file can only ever name ops that the legality
+table admits. Types are not stored: they are inferred anew from the interface when a program is read.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from qcgraph.errors import BundleError
+from qcgraph.facts import Facts, decode
+from qcgraph.ir.legality import illegal_target
+from qcgraph.ir.program import DTYPE_NAMES, DTYPES, Origin, PassRecord, Program, Variant, module_path
+from qcgraph.spec import BATCH, Interface, TensorSpec
+
+FORMAT = 1
+BATCH_HINT = 7  # a batch that no other dimension of a denoiser is likely to equal, so that sizes are not confused
+
+
+def program_to_json(program: Program) -> dict[str, Any]:
+    """All of a program but the values of its constants."""
+    return {
+        "format": FORMAT,
+        "variants": {name: _variant_to_json(variant) for name, variant in program.variants.items()},
+        "facts": program.facts.encode(),
+        "history": [asdict(record) for record in program.history],
+    }
+
+
+def program_from_json(data: Mapping[str, Any], constants: Mapping[str, torch.Tensor]) -> Program:
+    """The inverse of `program_to_json`.
+
+    Raises:
+        BundleError: another format version, an op that is not legal, or a constant that is missing.
+    """
+    if data.get("format") != FORMAT:
+        raise BundleError(f"program format {data.get('format')} is not {FORMAT}", hint="compile again with this version")
+    variants = {name: _variant_from_json(entry, constants) for name, entry in data["variants"].items()}
+    history = tuple(decode(PassRecord, record) for record in data["history"])
+    return Program(variants, dict(constants), Facts.decode(data["facts"]), history)
+
+
+def save_program(program: Program, folder: Path) -> None:
+    """Write ``program.json`` and ``weights.safetensors`` into a folder that exists."""
+    from safetensors.torch import save_file
+
+    (folder / "program.json").write_text(json.dumps(program_to_json(program)))
+    save_file({name: tensor.contiguous() for name, tensor in program.constants.items()}, folder / "weights.safetensors")
+
+
+def load_program(folder: Path) -> Program:
+    """The inverse of `save_program`."""
+    from safetensors.torch import load_file
+
+    constants = load_file(folder / "weights.safetensors")
+    return program_from_json(json.loads((folder / "program.json").read_text()), constants)
+
+
+def _variant_to_json(variant: Variant) -> dict[str, Any]:
+    return {
+        "inputs": [asdict(spec) for spec in variant.interface.inputs],
+        "outputs": [asdict(spec) for spec in variant.interface.outputs],
+        "nodes": [_node_to_json(node) for node in variant.graph.nodes],
+    }
+
+
+def _node_to_json(node: fx.Node) -> dict[str, Any]:
+    origin = node.meta.get("origin")
+    return {
+        "op": node.op,
+        "name": node.name,
+        "target": node.target if isinstance(node.target, str) else _target_to_text(node.target),
+        "args": _argument_to_json(node.args),
+        "kwargs": {key: _argument_to_json(value) for key, value in node.kwargs.items()},
+        "path": module_path(node),
+        **({"origin": asdict(origin)} if isinstance(origin, Origin) else {}),
+    }
+
+
+def _variant_from_json(data: Mapping[str, Any], constants: Mapping[str, torch.Tensor]) -> Variant:
+    interface = Interface(
+        tuple(decode(TensorSpec, spec) for spec in data["inputs"]),
+        tuple(decode(TensorSpec, spec) for spec in data["outputs"]),
+    )
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for entry in data["nodes"]:
+        target = _target_from_text(entry["target"]) if entry["op"] == "call_function" else entry["target"]
+        if entry["op"] == "get_attr" and target not in constants:
+            raise BundleError(f"constant {target!r} is missing", where="weights.safetensors", hint="compile again")
+        args = tuple(_argument_from_json(argument, nodes) for argument in entry["args"]["list"])
+        kwargs = {key: _argument_from_json(value, nodes) for key, value in entry["kwargs"].items()}
+        node = graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
+        if entry["path"]:
+            node.meta["nn_module_stack"] = {entry["path"]: (entry["path"], "")}
+        if "origin" in entry:
+            node.meta["origin"] = Origin(**entry["origin"])
+        nodes[entry["name"]] = node
+    infer_types(graph, interface, constants)
+    return Variant(graph, interface)
+
+
+def infer_types(graph: fx.Graph, interface: Interface, constants: Mapping[str, torch.Tensor]) -> None:
+    """Give every node its type by running the graph on fake inputs with a symbolic batch."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    values: dict[fx.Node, Any] = {}
+    inputs = iter(interface.inputs)
+
+    def value_of(argument: fx.Node) -> Any:
+        return values[argument]
+
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = _fake_input(mode, next(inputs))
+        elif node.op == "get_attr":
+            values[node] = mode.from_tensor(constants[str(node.target)], static_shapes=True)
+        elif node.op == "call_function":
+            with mode:
+                values[node] = node.target(*fx.map_arg(node.args, value_of), **fx.map_arg(node.kwargs, value_of))
+        if node in values:
+            node.meta["val"] = values[node]
+
+
+def _fake_input(mode: FakeTensorMode, spec: TensorSpec) -> torch.Tensor:
+    example = torch.empty([BATCH_HINT if dim == BATCH else int(dim) for dim in spec.shape], dtype=DTYPES[spec.dtype])
+    dynamic = [DimDynamic.DUCK if dim == BATCH else DimDynamic.STATIC for dim in spec.shape]
+    return mode.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic))
+
+
+def _target_to_text(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}.{target._schema.name.split('::')[-1]}.{target._overloadname}"
+    return f"operator.{target.__name__}"
+
+
+def _target_from_text(text: str) -> Any:
+    import qcgraph.ir.ops  # noqa: F401 - registers torch.ops.qcgraph
+
+    namespace, _, name = text.partition(".")
+    try:
+        if namespace == "operator":
+            target = getattr(operator, name)
+        else:
+            packet, overload = name.rsplit(".", 1)
+            target = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+    except (AttributeError, ValueError):
+        raise BundleError(f"unknown op {text!r}", where="program.json", hint="compile again with this version") from None
+    if reason := illegal_target(target):
+        raise BundleError(f"the program {reason}", where="program.json", hint="this file was not written by qcgraph")
+    return target
+
+
+def _argument_to_json(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, (list, tuple)):
+        return {"list": [_argument_to_json(item) for item in value]}
+    if isinstance(value, torch.dtype):
+        return {"dtype": DTYPE_NAMES[value]}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    if isinstance(value, (torch.layout, torch.memory_format)):
+        return {"torch": str(value).removeprefix("torch.")}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"cannot store an argument of type {type(value).__name__}")
+
+
+def _argument_from_json(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "node":
+        return nodes[content]
+    if kind == "list":
+        return tuple(_argument_from_json(item, nodes) for item in content)
+    if kind == "dtype":
+        return DTYPES[content]
+    if kind == "device":
+        return torch.device(content)
+    constant = getattr(torch, content, None)
+    if not isinstance(constant, (torch.layout, torch.memory_format)):
+        raise BundleError(f"unknown argument {content!r}", where="program.json")
+    return constant

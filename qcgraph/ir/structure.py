@@ -1,0 +1,206 @@
+"""Blocks and quantizable sites of a captured graph, found from its structure; plain values, nothing is changed.
+
+A *block* is one element of a module list whose elements run one after the other on the same residual stream: the value
+that leaves one enters the next. A *site* is a linear layer (or another multiply-accumulate op) with its cost, and the
+reason why it is not quantizable when it is not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import fx
+
+from qcgraph.ir.program import Variant, dimension_text, module_path
+
+aten = torch.ops.aten
+_BLOCK_PATH = re.compile(r"(?P<list>.*?)\.?(?P<index>\d+)(?:\.|$)")
+MATMULS = {
+    aten.linear.default: "linear",
+    aten.conv2d.default: "conv2d",
+    aten.matmul.default: "matmul",
+    aten.bmm.default: "matmul",
+    aten.mm.default: "matmul",
+    aten.addmm.default: "linear",
+    aten.scaled_dot_product_attention.default: "attention",
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block: its module path, the node whose value enters it, and the node whose value leaves it."""
+
+    path: str
+    entering: str
+    leaving: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """One multiply-accumulate op.
+
+    Attributes:
+        name: the module path; ``#2`` is appended to the second use of a module.
+        node: the node's name.
+        kind: ``linear``, ``conv2d``, ``matmul`` or ``attention``.
+        input_shape: shape of the activation, the batch as ``B``.
+        weight_shape: shape of the weight, empty when there is none.
+        macs: multiply-accumulates for a batch of one.
+        refusal: why it is not quantized, empty when it can be.
+    """
+
+    name: str
+    node: str
+    kind: str
+    input_shape: tuple[int | str, ...]
+    weight_shape: tuple[int, ...]
+    macs: int
+    refusal: str = ""
+
+
+def latent_dependent(variant: Variant) -> set[fx.Node]:
+    """The nodes whose value depends on the latent (the first input), not on timestep and class alone.
+
+    Sizes do not count: a value that uses only the batch size of the latent does not depend on it.
+    """
+    placeholders = [node for node in variant.graph.nodes if node.op == "placeholder"]
+    dependent = {placeholders[0]} if placeholders else set()
+    for node in variant.graph.nodes:
+        if isinstance(node.meta.get("val"), (int, torch.SymInt)):
+            continue
+        if any(source in dependent for source in node.all_input_nodes):
+            dependent.add(node)
+    return dependent
+
+
+def find_blocks(variant: Variant) -> tuple[Block, ...]:
+    """The transformer blocks in order; empty when there is no chain of blocks.
+
+    Of all module lists whose elements chain, the longest wins.
+    """
+    dependent = latent_dependent(variant)
+    lists: dict[str, dict[int, list[fx.Node]]] = {}
+    for node in variant.graph.nodes:
+        match = _BLOCK_PATH.match(module_path(node))
+        if match and node in dependent and node.op == "call_function":
+            lists.setdefault(match["list"], {}).setdefault(int(match["index"]), []).append(node)
+    chains = [_chain(name, members) for name, members in lists.items()]
+    return max(chains, key=len, default=())
+
+
+def _chain(name: str, members: Mapping[int, list[fx.Node]]) -> tuple[Block, ...]:
+    """Blocks of one module list, or nothing when a member does not pass on exactly one residual stream."""
+    blocks: list[Block] = []
+    for index in sorted(members):
+        nodes = set(members[index])
+        leaving = [node for node in members[index] if any(user not in nodes for user in node.users)]
+        if len(leaving) != 1:
+            return ()
+        value = leaving[0].meta["val"]
+        entering = {
+            source
+            for node in members[index]
+            for source in node.all_input_nodes
+            if source not in nodes and _same_type(source.meta.get("val"), value)
+        }
+        if blocks:
+            entering = {source for source in entering if source.name == blocks[-1].leaving}
+        if len(entering) != 1:
+            return ()
+        path = f"{name}.{index}" if name else str(index)
+        blocks.append(Block(path, entering.pop().name, leaving[0].name))
+    return tuple(blocks)
+
+
+def _same_type(one: object, other: object) -> bool:
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return False
+    shapes = [tuple(map(dimension_text, value.shape)) for value in (one, other)]
+    return shapes[0] == shapes[1] and one.dtype == other.dtype
+
+
+def find_sites(variant: Variant) -> tuple[Site, ...]:
+    """Every multiply-accumulate op of a graph in order, each with the reason why it is not quantizable, if any."""
+    dependent = latent_dependent(variant)
+    blocks = find_blocks(variant)
+    sites: list[Site] = []
+    uses: dict[str, int] = {}
+    for node in variant.graph.nodes:
+        kind = MATMULS.get(node.target)
+        if kind is None:
+            continue
+        path = module_path(node) or node.name
+        name = f"{path}.attention" if kind == "attention" else path
+        uses[name] = uses.get(name, 0) + 1
+        if uses[name] > 1:
+            name = f"{name}#{uses[name]}"
+        activation, weight = node.args[0].meta["val"], _weight(node)
+        sites.append(
+            Site(
+                name=name,
+                node=node.name,
+                kind=kind,
+                input_shape=tuple(dimension_text(dim) for dim in activation.shape),
+                weight_shape=tuple(int(dim) for dim in weight.shape) if weight is not None else (),
+                macs=_macs(node, kind),
+                refusal=_refusal(node, kind, node in dependent, any(_inside(path, block.path) for block in blocks)),
+            )
+        )
+    return tuple(sites)
+
+
+def _inside(path: str, block: str) -> bool:
+    return path == block or path.startswith(f"{block}.")
+
+
+def _weight(node: fx.Node) -> torch.Tensor | None:
+    if node.target in (aten.linear.default, aten.conv2d.default):
+        source = node.args[1]
+        assert isinstance(source, fx.Node)
+        value = source.meta["val"]
+        assert isinstance(value, torch.Tensor)
+        return value
+    return None
+
+
+def _refusal(node: fx.Node, kind: str, on_latent: bool, in_block: bool) -> str:
+    """Why a site stays in floating point, in the words of the report."""
+    if kind == "attention":
+        return "attention products stay in floating point"
+    if kind != "linear" or node.target is not aten.linear.default:
+        return f"{kind} is not a linear layer"
+    if not on_latent:
+        return "depends on timestep and class only (embedder or adaLN modulation)"
+    if not in_block:
+        return "outside the blocks (embedder or final layer)"
+    weight = node.args[1]
+    if isinstance(weight, fx.Node) and weight.op != "get_attr":
+        return "its weight is computed"
+    return ""
+
+
+def _macs(node: fx.Node, kind: str) -> int:
+    output = [_size(dim) for dim in node.meta["val"].shape]
+    operand = [_size(dim) for dim in node.args[0].meta["val"].shape]  # type: ignore[union-attr]
+    if kind == "conv2d":
+        weight = _weight(node)
+        assert weight is not None
+        return prod(output) * prod(int(dim) for dim in weight.shape[1:])
+    if kind == "attention":
+        keys = _size(node.args[1].meta["val"].shape[-2])  # type: ignore[union-attr]
+        return 2 * prod(operand) * keys
+    return prod(output) * operand[-1]
+
+
+def _size(dim: int | torch.SymInt) -> int:
+    """A dimension, the symbolic batch as one."""
+    return dim if isinstance(dim, int) else 1
+
+
+def total_macs(sites: Iterable[Site]) -> int:
+    """Multiply-accumulates of all sites for a batch of one."""
+    return sum(site.macs for site in sites)

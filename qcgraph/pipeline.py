@@ -1,0 +1,242 @@
+"""Pass, its registry, and Pipeline: a tuple of passes that round-trips to text.
+
+The text of a pass is its name and the options that differ from their defaults, ``insert-qdq`` or
+``plan-cache{interval=3}``; the text of a pipeline is its passes with commas between. The framework, not the pass,
+checks the contract: the facts a pass requires and provides, the legality of what it returns, and whether it changed
+anything.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from typing import Any, ClassVar
+
+from qcgraph.errors import ContractError, QcgraphError, UsageError, closest
+from qcgraph.ir import legality
+from qcgraph.ir.program import PassRecord, Program, Refusal
+from qcgraph.progress import Progress
+
+_BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_.:/-]*")
+_TOKEN = re.compile(r"\s*(?P<name>[a-z][a-z0-9-]*)\s*(?:\{(?P<options>[^{}]*)\})?\s*(?P<end>,|$)")
+_OPTION = re.compile(r"\s*(?P<key>[a-z][a-z0-9-]*)=(?P<value>\"(?:[^\"\\]|\\.)*\"|[^\s\"]+)(?:\s+|$)")
+
+
+@dataclass
+class PassContext:
+    """What the framework hands to a running pass: where to report progress and refusals."""
+
+    progress: Progress = field(default_factory=Progress)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def refuse(self, where: str, reason: str) -> None:
+        """Record a node or site that the pass leaves alone, and why."""
+        self.refusals.append(Refusal(where, reason))
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A program transformation. Its fields are its options, its CLI spelling, its docs and its recipe entry.
+
+    Attributes:
+        name: the spelling in pipelines; also the file's name.
+        requires: the facts that must be there before.
+        provides: the facts that are there after.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[tuple[type, ...]] = ()
+    provides: ClassVar[tuple[type, ...]] = ()
+
+    @abstractmethod
+    def run(self, program: Program, context: PassContext) -> Program:
+        """The transformed program; the one given is not touched."""
+
+    @property
+    def text(self) -> str:
+        """The pass as pipeline text."""
+        changed = {item.name: getattr(self, item.name) for item in fields(self)}
+        options = [
+            f"{item.name.replace('_', '-')}={_format(changed[item.name])}"
+            for item in fields(self)
+            if changed[item.name] != item.default
+        ]
+        return f"{self.name}{{{' '.join(options)}}}" if options else self.name
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first sentence of the docstring: the help of the pass."""
+        return (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+
+
+class Instrument:
+    """Watches a pipeline run; every hook does nothing unless it is overridden."""
+
+    def before(self, pass_: Pass, program: Program) -> None:
+        """Called before a pass."""
+
+    def after(self, pass_: Pass, before: Program, after: Program) -> None:
+        """Called after a pass whose result is legal; its record is the last of ``after.history``."""
+
+    def failed(self, pass_: Pass, rest: Pipeline, program: Program, error: Exception) -> None:
+        """Called when a pass, or the check of its result, raised; ``rest`` starts with that pass."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order."""
+
+    passes: tuple[Pass, ...]
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.passes)
+
+    @property
+    def text(self) -> str:
+        """The pipeline as text; `parse` is the inverse."""
+        return ",".join(pass_.text for pass_ in self.passes)
+
+    @classmethod
+    def parse(cls, text: str) -> Pipeline:
+        """A pipeline from its text.
+
+        Raises:
+            UsageError: the text is malformed, or names an unknown pass or option, or an option has a wrong value.
+        """
+        return cls(tuple(_parse(text)))
+
+    def run(
+        self, program: Program, instruments: Sequence[Instrument] = (), progress: Progress | None = None
+    ) -> Program:
+        """Run the passes one after the other, each checked against its contract.
+
+        Raises:
+            QcgraphError: a pass refused its input, or broke its contract; says after which passes.
+        """
+        for index, pass_ in enumerate(self.passes):
+            try:
+                for instrument in instruments:
+                    instrument.before(pass_, program)
+                result = _run_checked(pass_, program, progress or Progress())
+                for instrument in instruments:
+                    instrument.after(pass_, program, result)
+            except Exception as error:
+                for instrument in instruments:
+                    instrument.failed(pass_, Pipeline(self.passes[index:]), program, error)
+                raise _located(error, pass_, self.passes[:index]) from error
+            program = result
+        return program
+
+
+def _run_checked(pass_: Pass, program: Program, progress: Progress) -> Program:
+    """Run one pass under its contract: requires -> run -> provides and legality, on the result."""
+    if missing := [kind.__name__ for kind in pass_.requires if kind not in program.facts]:
+        providers = [name for name, kind in registry().items() if {p.__name__ for p in kind.provides} & set(missing)]
+        hint = f"run {' or '.join(providers)} before it" if providers else "give the program this fact first"
+        raise ContractError(f"needs {', '.join(missing)}, which the program does not hold", hint=hint)
+    context = PassContext(progress)
+    result = pass_.run(program, context)
+    if missing := [kind.__name__ for kind in pass_.provides if kind not in result.facts]:
+        raise ContractError(f"promised {', '.join(missing)} and did not provide it")
+    legality.verify(result)
+    record = PassRecord(pass_.text, changed=result.digest != program.digest, refusals=tuple(context.refusals))
+    return replace(result, history=(*program.history, record))
+
+
+def _located(error: Exception, pass_: Pass, done: Sequence[Pass]) -> QcgraphError:
+    after = f" (after {', '.join(item.name for item in done)})" if done else ""
+    where = f"pass {pass_.text}{after}"
+    if not isinstance(error, QcgraphError):
+        return ContractError(f"{type(error).__name__}: {error}", where=where, hint="this is a bug of the pass")
+    inner = f"{where}, {error.where}" if error.where else where
+    return type(error)(error.message, where=inner, hint=error.hint)
+
+
+@cache
+def registry() -> dict[str, type[Pass]]:
+    """Every pass of `qcgraph.passes` by name; one pass a file, the file named like the pass."""
+    package = importlib.import_module("qcgraph.passes")
+    found: dict[str, type[Pass]] = {}
+    for module_info in sorted(pkgutil.iter_modules(package.__path__), key=lambda info: info.name):
+        module = importlib.import_module(f"qcgraph.passes.{module_info.name}")
+        classes = [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, Pass) and value.__module__ == module.__name__
+        ]
+        expected = module_info.name.replace("_", "-")
+        if [kind.name for kind in classes] != [expected]:
+            raise ContractError(f"passes/{module_info.name}.py must hold one pass, called {expected!r}")
+        found[expected] = classes[0]
+    return found
+
+
+def make_pass(name: str, options: dict[str, Any]) -> Pass:
+    """A pass from its name and options (keys spelled with ``-`` or ``_``).
+
+    Raises:
+        UsageError: the pass or an option is unknown, or a value does not fit.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    kind = registry().get(name)
+    if kind is None:
+        raise UsageError(f"unknown pass {name!r}", hint=closest(name, registry()))
+    known = {item.name for item in fields(kind)}
+    values = {key.replace("-", "_"): value for key, value in options.items()}
+    for key in values:
+        if key not in known:
+            hint = closest(key.replace("_", "-"), {item.replace("_", "-") for item in known}) if known else "it has none"
+            raise UsageError(f"pass {name!r} has no option {key.replace('_', '-')!r}", hint=hint)
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or name
+        raise UsageError(f"pass {name!r}, option {where}: {first['msg']}", hint=f"see qcgraph passes {name}") from None
+
+
+def _parse(text: str) -> Iterator[Pass]:
+    position = 0
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if match is None or match.end() == position:
+            raise UsageError(
+                f"cannot read {text[position:]!r}", where="pipeline", hint="write name{key=value key=value},name,..."
+            )
+        yield make_pass(match["name"], dict(_parse_options(match["options"] or "")))
+        position = match.end()
+        if match["end"] == "," and position == len(text):
+            raise UsageError("ends with a comma", where="pipeline", hint="take the last comma away")
+
+
+def _parse_options(text: str) -> Iterator[tuple[str, Any]]:
+    position = 0
+    text = text.strip()
+    while position < len(text):
+        match = _OPTION.match(text, position)
+        if match is None:
+            raise UsageError(f"cannot read options {text[position:]!r}", where="pipeline", hint="write key=value key=value")
+        yield match["key"], _value(match["value"])
+        position = match.end()
+
+
+def _value(text: str) -> Any:
+    """A number, true/false, a quoted string, or a bare word."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, str) and _BARE.fullmatch(value) and value not in ("true", "false", "null"):
+        return value
+    return json.dumps(value)

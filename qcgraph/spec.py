@@ -1,0 +1,80 @@
+"""What the host must know of a denoiser and of its graphs to sample with them. Plain data, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BATCH = "B"  # how the one symbolic dimension, the batch, is called wherever shapes are shown
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The diffusion process a denoiser was trained on, in diffusers' terms.
+
+    Attributes:
+        train_steps: number of training timesteps.
+        beta_start: first beta.
+        beta_end: last beta.
+        beta_schedule: ``linear``, ``scaled_linear`` or ``squaredcos_cap_v2``.
+        prediction: what the network predicts: ``epsilon`` or ``v_prediction``.
+    """
+
+    train_steps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 2e-2
+    beta_schedule: str = "linear"
+    prediction: str = "epsilon"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A class-conditional denoiser as its host sees it.
+
+    Attributes:
+        name: how the model is called, e.g. ``digits`` or ``dit-s-2``.
+        latent_shape: (channels, height, width) of one latent.
+        class_count: number of classes; labels are ``0 .. class_count - 1``.
+        null_class: the label of the unconditional half of guidance.
+        output_channels: channels the network returns; the first ``latent_shape[0]`` are the noise prediction,
+            the rest (a learned sigma) is not used by the samplers.
+        schedule: the training noise schedule.
+        is_image: whether the latent is an image in [-1, 1] rather than the latent of an autoencoder.
+    """
+
+    name: str
+    latent_shape: tuple[int, int, int]
+    class_count: int
+    null_class: int
+    output_channels: int
+    schedule: NoiseSchedule = NoiseSchedule()
+    is_image: bool = False
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype (``f32``, ``i64`` ...) and shape of a graph input or output; a string dimension is symbolic."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Interface:
+    """The ordered inputs and outputs of a variant."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs, in order."""
+        return tuple(spec.name for spec in self.inputs)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the outputs, in order."""
+        return tuple(spec.name for spec in self.outputs)

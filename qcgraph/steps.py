@@ -1,0 +1,156 @@
+"""The step plan: which variant, timestep group and coefficients every sampling step uses. Plain data, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from qcgraph.errors import BundleError, UsageError
+
+
+@dataclass(frozen=True)
+class Update:
+    """An affine sampler update: ``x' = latent * x + noise_prediction * eps + noise * z``, z ~ N(0, I)."""
+
+    latent: float
+    noise_prediction: float
+    noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One sampling step.
+
+    Attributes:
+        timestep: the timestep value the denoiser is called with; the key of the plan.
+        update: the sampler update that follows the denoiser.
+        variant: the graph that computes this step.
+        group: the timestep group whose activation scales this step uses.
+        row: the row of the coefficient tables (compensation) of this step.
+    """
+
+    timestep: float
+    update: Update
+    variant: str = "main"
+    group: int = 0
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a plan was made for; anything else is refused.
+
+    Attributes:
+        model: sha256 of the model's weights, 16 hexadecimal digits.
+        scheduler: the scheduler's name.
+        steps: number of sampling steps.
+        guidance: the weight of classifier-free guidance; 1 means none.
+    """
+
+    model: str
+    scheduler: str
+    steps: int
+    guidance: float
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The steps of one sampling trajectory, first (noisiest) to last.
+
+    Raises:
+        UsageError: there are no steps, or two steps share a timestep value.
+    """
+
+    fingerprint: Fingerprint
+    steps: tuple[Step, ...]
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise UsageError("a step plan needs at least one step")
+        timesteps = [step.timestep for step in self.steps]
+        if any(later >= earlier for earlier, later in zip(timesteps, timesteps[1:], strict=False)):
+            raise UsageError(
+                "the timesteps of a plan must fall strictly", hint="use a scheduler that visits each timestep once"
+            )
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """The timestep values, falling."""
+        return tuple(step.timestep for step in self.steps)
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The variants in use, in order of first use."""
+        return tuple(dict.fromkeys(step.variant for step in self.steps))
+
+    @property
+    def group_count(self) -> int:
+        """Number of timestep groups."""
+        return 1 + max(step.group for step in self.steps)
+
+    def index_of(self, timestep: float) -> int:
+        """The position of a timestep value in the plan.
+
+        Raises:
+            BundleError: the plan has no such timestep.
+        """
+        try:
+            return self.timesteps.index(float(timestep))
+        except ValueError:
+            raise BundleError(
+                f"timestep {timestep:g} is not in the plan ({self.describe()})",
+                hint="sample with the scheduler and step count of the plan, or compile for the ones you use",
+            ) from None
+
+    def with_variants(self, variants: Sequence[str]) -> StepPlan:
+        """This plan with another variant at each step."""
+        return replace(
+            self,
+            steps=tuple(replace(step, variant=name) for step, name in zip(self.steps, variants, strict=True)),
+        )
+
+    def with_groups(self, groups: Sequence[int]) -> StepPlan:
+        """This plan with another timestep group at each step."""
+        return replace(
+            self,
+            steps=tuple(replace(step, group=group) for step, group in zip(self.steps, groups, strict=True)),
+        )
+
+    def require(self, *, steps: int | None = None, scheduler: str | None = None, guidance: float | None = None) -> None:
+        """Refuse settings that this plan was not made for; None means "as planned".
+
+        Raises:
+            BundleError: a setting differs from the plan's.
+        """
+        asked = {"steps": steps, "scheduler": scheduler, "guidance": guidance}
+        for name, value in asked.items():
+            planned = getattr(self.fingerprint, name)
+            if value is not None and value != planned:
+                raise BundleError(
+                    f"the plan was made for {name} = {planned}, not {value}",
+                    where="plan.json",
+                    hint=f"leave {name} out, or compile again with {name} = {value}",
+                )
+
+    def describe(self) -> str:
+        """One line: scheduler, steps, guidance."""
+        mark = self.fingerprint
+        return f"{mark.scheduler}, {mark.steps} steps, guidance {mark.guidance:g}"
+
+
+def digest(chunks: Iterable[bytes]) -> str:
+    """sha256 over chunks, the first 16 hexadecimal digits."""
+    state = hashlib.sha256()
+    for chunk in chunks:
+        state.update(chunk)
+    return state.hexdigest()[:16]
+
+
+def digest_of(value: object) -> str:
+    """The digest of anything JSON can hold."""
+    return digest([json.dumps(value, sort_keys=True).encode()])

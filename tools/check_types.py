@@ -1,0 +1,84 @@
+"""Checks the types of the package as it is installed: builds a wheel, unpacks it and runs mypy on that.
+
+Why not on the checkout: passes/ and export/ become qcgraph.passes and qcgraph.export only in the built package. mypy
+skips them, without a word, on the checkout and on an editable install, and a check that skips is green. So this
+script also fails when the wheel and the checkout hold different modules, or when mypy did not report on every one.
+
+Run it with the interpreter of an environment that holds the dependencies: ``python tools/check_types.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def modules_under(directory: Path, package: str = "") -> set[str]:
+    """The dotted names of the Python files under a directory that is installed as ``package``."""
+    names = set()
+    for path in directory.rglob("*.py"):
+        parts = path.relative_to(directory).with_suffix("").parts
+        names.add(".".join([*package.split("."), *parts]).strip(".").removesuffix(".__init__"))
+    return names
+
+
+def source_modules(source: Path) -> set[str]:
+    """The modules of a checkout, under the names they are installed as."""
+    project = tomllib.loads((source / "pyproject.toml").read_text())
+    homes = project["tool"]["setuptools"]["package-dir"]
+    return set().union(*(modules_under(source / home, package) for package, home in homes.items()))
+
+
+def build_wheel(source: Path, scratch: Path) -> Path:
+    """Builds a wheel and returns its path."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", scratch, source]
+    subprocess.run(command, check=True)
+    return next(scratch.glob("*.whl"))
+
+
+def run_mypy(site: Path, scratch: Path) -> tuple[int, set[str]]:
+    """mypy on the unpacked wheel, away from the checkout: its exit code, and the modules it reported on."""
+    report = scratch / "report"
+    config = ["--config-file", ROOT / "pyproject.toml", "--cache-dir", scratch / "cache"]
+    command = [sys.executable, "-m", "mypy", *config, "--linecount-report", report, "--package", "qcgraph"]
+    done = subprocess.run(command, cwd=scratch, env=os.environ | {"MYPYPATH": str(site)}, check=False)
+    table = report / "linecount.txt"
+    lines = table.read_text().splitlines()[1:] if table.exists() else []  # the first line is the total
+    return done.returncode, {line.split()[-1] for line in lines}
+
+
+def main() -> int:
+    """Checks, reports and returns the exit code."""
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        source, site = scratch / "source", scratch / "site"
+        # From a copy, so that leftovers of an earlier build in the checkout cannot get into the wheel.
+        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns("build", "dist", "out", "*.egg-info", ".*"))
+        zipfile.ZipFile(build_wheel(source, scratch)).extractall(site)
+        code, checked = run_mypy(site, scratch)
+        expected, shipped = source_modules(source), modules_under(site)
+        typed = (site / "qcgraph" / "py.typed").exists()
+    problems = {
+        "in the checkout but not in the wheel": expected - shipped,
+        "in the wheel but not in the checkout": shipped - expected,
+        "not checked by mypy": shipped - checked,
+        "not in the wheel": set() if typed else {"qcgraph/py.typed"},
+    }
+    for what, names in problems.items():
+        for name in sorted(names):
+            print(f"error: {what}: {name}", file=sys.stderr)
+    mapped = sum(name.startswith(("qcgraph.passes", "qcgraph.export")) for name in checked)
+    print(f"types: {len(checked & shipped)} of {len(expected)} modules checked, {mapped} of them in passes/ and export/")
+    return 1 if code or any(problems.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
