@@ -1,6 +1,6 @@
 # make demo   compiles the embedded model and draws digits with it
 # make test   runs the tests
-# Both make a virtual environment of their own on the first call. PYTHON and VENV can be set on the command line.
+# Both make a virtual environment on the first call and share it. PYTHON and VENV can be set on the command line.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +18,7 @@ demo: $(VENV)/installed
 	@echo "the compiled model and its report: out/digits/"
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 # The stamps: an installation is repeated only when pyproject.toml changes. The code itself is used in place.
 $(VENV)/created:

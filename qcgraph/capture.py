@@ -10,12 +10,20 @@ from torch import fx, nn
 from qcgraph.errors import CaptureError
 from qcgraph.facts import Facts
 from qcgraph.ir import legality
-from qcgraph.ir.program import DTYPE_NAMES, Program, Variant, copy_graph, spec_of, tensor_digest, used_constants
-from qcgraph.spec import Interface, ModelSpec
+from qcgraph.ir.program import (
+    DTYPE_NAMES,
+    Program,
+    Variant,
+    copy_graph,
+    eliminate_dead_code,
+    spec_of,
+    tensor_digest,
+    used_constants,
+)
+from qcgraph.spec import OUTPUT, Interface, ModelSpec
 from qcgraph.steps import digest_of
 
 INPUTS = ("latent", "timestep", "class_label")
-OUTPUT = "noise_prediction"
 MAX_BATCH = 4096
 
 aten = torch.ops.aten
@@ -97,7 +105,7 @@ def _own_graph(
         elif node.op not in ("call_function", "output"):
             raise CaptureError(f"the trace holds a {node.op} ({node.target}), which a program cannot", where=node.name)
         _strip_path(node, prefix)
-    graph.eliminate_dead_code()
+    eliminate_dead_code(graph)
     graph.lint()
     return graph, constants
 

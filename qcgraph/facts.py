@@ -6,9 +6,8 @@ survive a JSON round trip exactly (see `encode` and `decode`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, cast
 
 from qcgraph.errors import QcgraphError
@@ -35,14 +34,16 @@ class CachePlan:
 
 @dataclass(frozen=True)
 class SiteRange:
-    """Range statistics of the activation that enters one site, one entry a *computing* step of the plan.
+    """Range statistics of the activation that enters one site, one entry for every step that runs the site.
 
     Attributes:
+        steps: the indices of those steps, rising.
         lows: smallest value per step.
         highs: largest value per step.
         mean_squares: mean of the squares per step.
     """
 
+    steps: tuple[int, ...]
     lows: tuple[float, ...]
     highs: tuple[float, ...]
     mean_squares: tuple[float, ...]
@@ -53,16 +54,19 @@ class Ranges:
     """Calibrated activation ranges.
 
     Attributes:
-        steps: the indices of the steps that compute, rising.
         planned: per site, ranges on the trajectory that the step plan takes (cached when it caches).
-        full: per site, ranges on the full-precision trajectory that computes every step, at the same steps.
+        full: per site, ranges on the full-precision trajectory that computes every step.
         trajectories: how many trajectories were observed.
     """
 
-    steps: tuple[int, ...]
     planned: dict[str, SiteRange]
     full: dict[str, SiteRange]
     trajectories: int
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps of the plan that run any site, rising."""
+        return tuple(sorted({step for site in self.planned.values() for step in site.steps}))
 
 
 @dataclass(frozen=True)
@@ -202,15 +206,13 @@ class Facts:
         return cls(decode(kinds[name], value) for name, value in data.items())
 
 
-def encode(fact: object) -> Any:
+def encode(fact: Any) -> Any:
     """A fact (or any plain dataclass) as JSON data."""
-    from pydantic import TypeAdapter
-
-    return json.loads(TypeAdapter(type(fact)).dump_json(fact))
+    return asdict(fact)
 
 
 def decode(kind: type[Fact], data: Any) -> Fact:
     """A dataclass from JSON data; raises pydantic's ValidationError on data of another shape."""
     from pydantic import TypeAdapter
 
-    return TypeAdapter(kind).validate_json(json.dumps(data))
+    return TypeAdapter(kind).validate_python(data)

@@ -38,6 +38,20 @@ class Runner(Protocol):
         ...
 
 
+def cached(name: str, variant: str, state: State) -> object:
+    """A cache tensor of the request, in the backend's own form.
+
+    Raises:
+        BundleError: no computing step has written it.
+    """
+    if name not in state:
+        raise BundleError(
+            f"variant {variant!r} reuses {name!r} before any step computed it",
+            hint="start the trajectory with the first timestep of the plan",
+        )
+    return state[name]
+
+
 class Request:
     """One trajectory through a step plan, with the cache state that belongs to it and to nothing else.
 

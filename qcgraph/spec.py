@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BATCH = "B"  # how the one symbolic dimension, the batch, is called wherever shapes are shown
+OUTPUT = "noise_prediction"  # the output that every variant has; the others are cache tensors
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,11 @@ Why not on the checkout: passes/ and export/ become qcgraph.passes and qcgraph.e
 skips them, without a word, on the checkout and on an editable install, and a check that skips is green. So this
 script also fails when the wheel and the checkout hold different modules, or when mypy did not report on every one.
 
-Run it with the interpreter of an environment that holds the dependencies: ``python tools/check_types.py``.
+Run it with the interpreter of an environment that holds the dependencies::
+
+    python tools/check_types.py [DIRECTORY]
+
+With a directory, the wheel that was checked is left there.
 """
 
 from __future__ import annotations
@@ -30,11 +34,20 @@ def modules_under(directory: Path, package: str = "") -> set[str]:
     return names
 
 
-def source_modules(source: Path) -> set[str]:
-    """The modules of a checkout, under the names they are installed as."""
-    project = tomllib.loads((source / "pyproject.toml").read_text())
-    homes = project["tool"]["setuptools"]["package-dir"]
-    return set().union(*(modules_under(source / home, package) for package, home in homes.items()))
+def copy_sources(target: Path) -> set[str]:
+    """Copies what a wheel is built from; returns its modules, under the names they are installed as.
+
+    A build from the checkout itself would also pack what an earlier build left there.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    target.mkdir()
+    for path in filter(Path.is_file, ROOT.iterdir()):
+        shutil.copy(path, target)
+    modules: set[str] = set()
+    for package, home in project["tool"]["setuptools"]["package-dir"].items():
+        shutil.copytree(ROOT / home, target / home, ignore=shutil.ignore_patterns("__pycache__"))
+        modules |= modules_under(target / home, package)
+    return modules
 
 
 def build_wheel(source: Path, scratch: Path) -> Path:
@@ -45,7 +58,7 @@ def build_wheel(source: Path, scratch: Path) -> Path:
 
 
 def run_mypy(site: Path, scratch: Path) -> tuple[int, set[str]]:
-    """mypy on the unpacked wheel, away from the checkout: its exit code, and the modules it reported on."""
+    """Runs mypy on the unpacked wheel, away from the checkout: its exit code, and the modules it reported on."""
     report = scratch / "report"
     config = ["--config-file", ROOT / "pyproject.toml", "--cache-dir", scratch / "cache"]
     command = [sys.executable, "-m", "mypy", *config, "--linecount-report", report, "--package", "qcgraph"]
@@ -60,11 +73,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
         source, site = scratch / "source", scratch / "site"
-        # From a copy, so that leftovers of an earlier build in the checkout cannot get into the wheel.
-        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns("build", "dist", "out", "*.egg-info", ".*"))
-        zipfile.ZipFile(build_wheel(source, scratch)).extractall(site)
+        expected = copy_sources(source)
+        wheel = build_wheel(source, scratch)
+        zipfile.ZipFile(wheel).extractall(site)
         code, checked = run_mypy(site, scratch)
-        expected, shipped = source_modules(source), modules_under(site)
+        shipped = modules_under(site)
+        if sys.argv[1:]:
+            shutil.copy(wheel, sys.argv[1])
         typed = (site / "qcgraph" / "py.typed").exists()
     problems = {
         "in the checkout but not in the wheel": expected - shipped,
@@ -76,7 +91,9 @@ def main() -> int:
         for name in sorted(names):
             print(f"error: {what}: {name}", file=sys.stderr)
     mapped = sum(name.startswith(("qcgraph.passes", "qcgraph.export")) for name in checked)
-    print(f"types: {len(checked & shipped)} of {len(expected)} modules checked, {mapped} of them in passes/ and export/")
+    print(
+        f"types: {len(checked & shipped)} of {len(expected)} modules checked, {mapped} of them in passes/ and export/"
+    )
     return 1 if code or any(problems.values()) else 0
 
 

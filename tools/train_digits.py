@@ -265,7 +265,8 @@ def train_denoiser(output: Path, config: DiTConfig, training: Training) -> dict[
     save_half(average.state_dict(), output / "digits.safetensors")
     checkpoint.unlink(missing_ok=True)
     window = max(1, training.steps // 20)
-    curve = [[end, round(float(np.mean(losses[end - window : end])), 5)] for end in range(window, len(losses) + 1, window)]
+    ends = range(window, len(losses) + 1, window)
+    curve = [[end, round(float(np.mean(losses[end - window : end])), 5)] for end in ends]
     return asdict(training) | {
         "train_images": len(images),
         "optimizer": "AdamW, betas 0.9 and 0.99, gradient norm clipped at 1, cosine after a linear warm-up",
@@ -334,9 +335,8 @@ def evaluate(output: Path, judgement: Judgement, card: dict[str, Any], grid: Pat
         to training images compared with how close held-out images come.
     """
     model, classifier = load_digits_dit(output).eval(), load_classifier(output / "classifier.safetensors")
-    split = {name: card["training"][name] for name in ("train_fraction", "split_seed")}
-    train, held_out = (torch.from_numpy(indices) for indices in split_indices(split["train_fraction"], split["split_seed"]))
-    real, _ = (torch.from_numpy(array) for array in load_digits())
+    real = torch.from_numpy(load_digits()[0])
+    train, held_out = split_indices(card["training"]["train_fraction"], card["training"]["split_seed"])
 
     labels = torch.arange(CLASS_COUNT).repeat_interleave(judgement.samples_per_class)
     started = time.perf_counter()
@@ -364,7 +364,7 @@ def sample(model: nn.Module, labels: Tensor, judgement: Judgement) -> Tensor:
     from diffusers import DDIMScheduler
 
     schedule = NoiseSchedule()
-    scheduler = DDIMScheduler(
+    scheduler: Any = DDIMScheduler(  # its annotations hide the methods
         num_train_timesteps=schedule.train_steps,
         beta_start=schedule.beta_start,
         beta_end=schedule.beta_end,
@@ -432,42 +432,72 @@ def write_card(output: Path, card: dict[str, Any]) -> None:
 
 def write_readme(output: Path, card: dict[str, Any]) -> None:
     """Writes the card for people; every figure in it comes from ``card``."""
-    config, training, judged, judge = card["config"], card["training"], card["evaluation"], card["classifier"]
-    text = f"""# digits: the embedded model
+    (output / "CARD.md").write_text(
+        README.format(model=table(model_rows(card)), measured=table(measured_rows(card)), **card["evaluation"]),
+        encoding="utf-8",
+    )
 
-A small Diffusion Transformer trained on scikit-learn's handwritten digits, so that quality can be measured on a real
-model in seconds. Written by `tools/train_digits.py`; `card.json` holds the same figures for programs.
 
-| | |
-|---|---|
-| architecture | DiT, {config["input_size"]}x{config["input_size"]} images, patch {config["patch_size"]}, width {config["width"]}, depth {config["depth"]}, {config["heads"]} heads, no learned sigma |
-| parameters | {training["parameters"]:,}, stored as float16, loaded as float32 |
-| classes | {config["class_count"]}, null class {config["class_count"]} |
-| noise schedule | DDPM, linear betas 1e-4 to 0.02, 1000 timesteps, predicts the noise |
-| data | {training["train_images"]} digits (a stratified {training["train_fraction"]:.0%}, split seed {training["split_seed"]}), scaled to [-1, 1] |
-| training | {training["steps"]} steps, batch {training["batch_size"]}, AdamW at {training["learning_rate"]:g}, average decay {training["ema_decay"]}, label dropout {training["label_dropout"]}, seed {training["seed"]} |
-| final loss | {training["final_loss"]:.4f} |
-| training time | {training["seconds"] / 60:.0f} minutes on {card["environment"]["threads"]} shared CPU cores |
+def model_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the model is and how it was trained."""
+    config, training, environment = card["config"], card["training"], card["environment"]
+    size, classes = config["input_size"], config["class_count"]
+    shape = f"patch {config['patch_size']}, width {config['width']}, depth {config['depth']}, {config['heads']} heads"
+    optimizer = f"AdamW at {training['learning_rate']:g}, average decay {training['ema_decay']}"
+    data = f"{training['train_images']} digits ({training['train_fraction']:.0%} of each class"
+    return [
+        ("architecture", f"DiT, {size}x{size} images, {shape}, no learned sigma"),
+        ("parameters", f"{training['parameters']:,}, stored as float16, loaded as float32"),
+        ("classes", f"{classes}; the null class is {classes}"),
+        ("noise schedule", "DDPM, linear betas 1e-4 to 0.02, 1000 timesteps; the network predicts the noise"),
+        ("data", f"{data}, split seed {training['split_seed']}), scaled to [-1, 1]"),
+        (
+            "training",
+            f"{training['steps']} steps, batch {training['batch_size']}, {optimizer}, seed {training['seed']}",
+        ),
+        ("label dropout", f"{training['label_dropout']:.0%}"),
+        ("final loss", f"{training['final_loss']:.4f}"),
+        ("training time", f"{training['seconds'] / 60:.0f} minutes, {environment['threads']} threads, no accelerator"),
+    ]
+
+
+def measured_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
+    """How good the samples and their judge are."""
+    judged, judge = card["evaluation"], card["classifier"]
+    return [
+        ("class accuracy of samples", f"{judged['class_accuracy']:.1%}"),
+        ("FID-small to all real digits", f"{judged['fid_small']:.3f}"),
+        ("FID-small between two disjoint halves of the real digits", f"{judged['fid_small_real_floor']:.3f}"),
+        ("distance of samples to the nearest training image", f"{judged['nearest_training_image']:.3f}"),
+        ("the same of held-out digits", f"{judged['nearest_training_image_of_held_out']:.3f}"),
+        (f"classifier accuracy, {judge['held_out_images']} held-out digits", f"{judge['held_out_accuracy']:.1%}"),
+    ]
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """A Markdown table of two columns without a heading."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+README = """# digits: the embedded model
+
+A small Diffusion Transformer of scikit-learn's handwritten digits, so that quality can be measured on a real model in
+seconds. Written by `tools/train_digits.py`; `card.json` holds the same figures, and the loss curve, for programs.
+
+{model}
 
 ## Measured
 
-`python tools/train_digits.py --only evaluate`: {judged["samples"]} samples, DDIM {judged["sampling_steps"]} steps, guidance {judged["guidance"]}, seed {judged["seed"]}.
+`python tools/train_digits.py --only evaluate`: {samples} samples, DDIM with {sampling_steps} steps, guidance
+{guidance}, noise seed {seed}.
 
-| | |
-|---|---|
-| class accuracy of samples | {judged["class_accuracy"]:.1%} |
-| FID-small to all real digits | {judged["fid_small"]:.3f} |
-| FID-small between two disjoint halves of the real digits | {judged["fid_small_real_floor"]:.3f} |
-| distance to the nearest training image, samples | {judged["nearest_training_image"]:.3f} |
-| the same, held-out digits | {judged["nearest_training_image_of_held_out"]:.3f} |
-| classifier accuracy, {judge["held_out_images"]} held-out digits | {judge["held_out_accuracy"]:.1%} |
+{measured}
 
-FID-small is the Frechet distance of {DigitsClassifier.feature_count} features of the classifier in `classifier.safetensors`, not of Inception, and
-falls as samples grow; compare it only with figures of the same sample count. Distances are root mean squares per
-pixel. Samples that lie closer to training images than held-out digits do show that the model partly remembers its
-{training["train_images"]} images: it is a test bed for transformations, not a generator to learn about digits from.
+FID-small is the Frechet distance of features of `classifier.safetensors`, not of Inception. It falls as samples grow,
+so compare it only with figures of the same sample count. Distances are root mean squares per pixel. Samples closer to
+the training images than held-out digits are would show a model that remembers its training images; this is a test bed
+for transformations, not a generator to learn about digits from.
 """
-    (output / "CARD.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import fx
 
-from qcgraph.errors import BundleError
 from qcgraph.ir.program import Program
-from qcgraph.sampling import Array, State
+from qcgraph.sampling import Array, State, cached
+from qcgraph.spec import OUTPUT
 
-OUTPUT = "noise_prediction"
+Observe = Callable[[str, fx.Node, torch.Tensor], None]
 
 
 class TorchRunner:
-    """The reference backend: runs the graphs of a program as they are (see `qcgraph.sampling.Runner`)."""
+    """The reference backend: runs the graphs of a program as they are (see `qcgraph.sampling.Runner`).
 
-    def __init__(self, program: Program) -> None:
+    Args:
+        program: what to run.
+        observe: called with (variant, node, first argument's value) before every op; slower, for calibration.
+    """
+
+    def __init__(self, program: Program, observe: Observe | None = None) -> None:
         self._program = program
+        self._observe = observe
 
     def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
         """Run one variant; cache tensors in ``state`` are torch tensors."""
@@ -28,22 +35,31 @@ class TorchRunner:
         tensors = {name: torch.from_numpy(inputs[name]) for name in interface.input_names if name in inputs}
         for name in interface.input_names:
             if name not in tensors:
-                tensors[name] = cached(name, variant, state)
-        outputs = self._program.run(variant, tensors)
+                tensors[name] = cast(torch.Tensor, cached(name, variant, state))
+        outputs = self._program.run(variant, tensors) if self._observe is None else self._watch(variant, tensors)
         prediction = outputs.pop(OUTPUT)
         state.update(outputs)
         return cast(Array, prediction.numpy())
 
+    def _watch(self, variant: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        interface = self._program.variants[variant].interface
+        watcher = _Watcher(self._program.module(variant), variant, cast(Observe, self._observe))
+        with torch.no_grad():
+            outputs = watcher.run(*(tensors[name] for name in interface.input_names))
+        return dict(zip(interface.output_names, outputs, strict=True))
 
-def cached(name: str, variant: str, state: State) -> torch.Tensor:
-    """A cached tensor of the request.
 
-    Raises:
-        BundleError: no computing step has written it.
-    """
-    if name not in state:
-        raise BundleError(
-            f"variant {variant!r} reuses {name!r} before any step computed it",
-            hint="start the trajectory with the first timestep of the plan",
-        )
-    return cast(torch.Tensor, state[name])
+class _Watcher(fx.Interpreter):
+    """Interprets a graph and shows the first argument of every op."""
+
+    def __init__(self, module: fx.GraphModule, variant: str, observe: Observe) -> None:
+        super().__init__(module)
+        self._variant = variant
+        self._show = observe
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_function" and n.args and isinstance(n.args[0], fx.Node):
+            value = self.env[n.args[0]]
+            if isinstance(value, torch.Tensor):
+                self._show(self._variant, n, value)
+        return super().run_node(n)

@@ -193,13 +193,19 @@ class GraphEditor:
         """The node of this name in the copy."""
         return next(node for node in self.graph.nodes if node.name == name)
 
-    def call(self, target: Any, *args: Any, source: fx.Node, name: str | None = None) -> fx.Node:
-        """Insert a call at the current insertion point, made from ``source``."""
-        node = self.graph.create_node("call_function", target, args, {}, name=name)
+    def call(
+        self, target: Any, *args: Any, source: fx.Node, name: str | None = None, top_level: bool = False
+    ) -> fx.Node:
+        """Insert a call at the current insertion point, made from ``source``.
+
+        It counts as code of the module that ``source`` is in, or of none when it is ``top_level``.
+        """
+        short = target._schema.name.split("::")[-1]
+        node = self.graph.create_node("call_function", target, args, {}, name=name or short)
         fakes = fx.node.map_arg(args, lambda argument: argument.meta["val"])
         with self._fake_mode:
             value = target(*fakes)
-        self._stamp(node, value, source)
+        self._stamp(node, value, source, top_level=top_level)
         return node
 
     @contextmanager
@@ -223,7 +229,7 @@ class GraphEditor:
             self.new_constants[name] = value
         with self.graph.inserting_before(self._first_call()):
             node = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
-        self._stamp(node, self._fake_mode.from_tensor(value), source)
+        self._stamp(node, self._fake_mode.from_tensor(value, static_shapes=True), source)
         return node
 
     def input(self, spec: TensorSpec, like: torch.Tensor, source: fx.Node) -> fx.Node:
@@ -252,14 +258,14 @@ class GraphEditor:
 
     def finish(self) -> Variant:
         """The edited variant, without dead nodes."""
-        self.graph.eliminate_dead_code()
+        eliminate_dead_code(self.graph)
         self.graph.lint()
         return Variant(self.graph, Interface(tuple(self.inputs), tuple(self.outputs)))
 
-    def _stamp(self, node: fx.Node, value: Any, source: fx.Node) -> None:
+    def _stamp(self, node: fx.Node, value: Any, source: fx.Node, *, top_level: bool = False) -> None:
         node.meta["val"] = value
         node.meta["origin"] = Origin(self._made_by, source.name)
-        if "nn_module_stack" in source.meta:
+        if "nn_module_stack" in source.meta and not top_level:
             node.meta["nn_module_stack"] = source.meta["nn_module_stack"]
 
     def _first_call(self) -> fx.Node:
@@ -269,6 +275,14 @@ class GraphEditor:
 def output_node(graph: fx.Graph) -> fx.Node:
     """The output node of a graph."""
     return next(iter(reversed(graph.nodes)))
+
+
+def eliminate_dead_code(graph: fx.Graph) -> None:
+    """Drop calls and constants whose value nobody uses; inputs stay.
+
+    Everything a program may call is pure, also the ops that FX takes for random (attention with dropout off).
+    """
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -25,6 +25,9 @@ from qcgraph.ir.program import DTYPE_NAMES, DTYPES, Origin, PassRecord, Program,
 from qcgraph.spec import BATCH, Interface, TensorSpec
 
 FORMAT = 1
+PROGRAM = "program.json"
+WEIGHTS = "weights.safetensors"
+EXPORTED = "onnx/"  # tensors in the weights file whose names begin so belong to exported graphs, not to the program
 BATCH_HINT = 7  # a batch that no other dimension of a denoiser is likely to equal, so that sizes are not confused
 
 
@@ -51,20 +54,28 @@ def program_from_json(data: Mapping[str, Any], constants: Mapping[str, torch.Ten
     return Program(variants, dict(constants), Facts.decode(data["facts"]), history)
 
 
-def save_program(program: Program, folder: Path) -> None:
-    """Write ``program.json`` and ``weights.safetensors`` into a folder that exists."""
+def save_program(program: Program, folder: Path, exported: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write ``program.json`` and ``weights.safetensors`` into a folder that exists.
+
+    Args:
+        program: what to write.
+        folder: where.
+        exported: tensors of exported graphs that go into the same weights file, by names that begin with ``onnx/``.
+    """
     from safetensors.torch import save_file
 
-    (folder / "program.json").write_text(json.dumps(program_to_json(program)))
-    save_file({name: tensor.contiguous() for name, tensor in program.constants.items()}, folder / "weights.safetensors")
+    (folder / PROGRAM).write_text(json.dumps(program_to_json(program)))
+    tensors = dict(program.constants) | dict(exported or {})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
 
 
 def load_program(folder: Path) -> Program:
     """The inverse of `save_program`."""
     from safetensors.torch import load_file
 
-    constants = load_file(folder / "weights.safetensors")
-    return program_from_json(json.loads((folder / "program.json").read_text()), constants)
+    tensors = load_file(folder / WEIGHTS)
+    constants = {name: tensor for name, tensor in tensors.items() if not name.startswith(EXPORTED)}
+    return program_from_json(json.loads((folder / PROGRAM).read_text()), constants)
 
 
 def _variant_to_json(variant: Variant) -> dict[str, Any]:
@@ -98,7 +109,7 @@ def _variant_from_json(data: Mapping[str, Any], constants: Mapping[str, torch.Te
     for entry in data["nodes"]:
         target = _target_from_text(entry["target"]) if entry["op"] == "call_function" else entry["target"]
         if entry["op"] == "get_attr" and target not in constants:
-            raise BundleError(f"constant {target!r} is missing", where="weights.safetensors", hint="compile again")
+            raise BundleError(f"constant {target!r} is missing", where=WEIGHTS, hint="compile again")
         args = tuple(_argument_from_json(argument, nodes) for argument in entry["args"]["list"])
         kwargs = {key: _argument_from_json(value, nodes) for key, value in entry["kwargs"].items()}
         node = graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
@@ -155,9 +166,9 @@ def _target_from_text(text: str) -> Any:
             packet, overload = name.rsplit(".", 1)
             target = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
     except (AttributeError, ValueError):
-        raise BundleError(f"unknown op {text!r}", where="program.json", hint="compile again with this version") from None
+        raise BundleError(f"unknown op {text!r}", where=PROGRAM, hint="compile again with this version") from None
     if reason := illegal_target(target):
-        raise BundleError(f"the program {reason}", where="program.json", hint="this file was not written by qcgraph")
+        raise BundleError(f"the program {reason}", where=PROGRAM, hint="this file was not written by qcgraph")
     return target
 
 
@@ -191,5 +202,5 @@ def _argument_from_json(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
         return torch.device(content)
     constant = getattr(torch, content, None)
     if not isinstance(constant, (torch.layout, torch.memory_format)):
-        raise BundleError(f"unknown argument {content!r}", where="program.json")
+        raise BundleError(f"unknown argument {content!r}", where=PROGRAM)
     return constant

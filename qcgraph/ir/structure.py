@@ -18,7 +18,7 @@ from torch import fx
 from qcgraph.ir.program import Variant, dimension_text, module_path
 
 aten = torch.ops.aten
-_BLOCK_PATH = re.compile(r"(?P<list>.*?)\.?(?P<index>\d+)(?:\.|$)")
+_BLOCK_PATH = re.compile(r"(?:(?P<list>.+?)\.)?(?P<index>\d+)(?:\.|$)")
 MATMULS = {
     aten.linear.default: "linear",
     aten.conv2d.default: "conv2d",
@@ -87,7 +87,7 @@ def find_blocks(variant: Variant) -> tuple[Block, ...]:
     for node in variant.graph.nodes:
         match = _BLOCK_PATH.match(module_path(node))
         if match and node in dependent and node.op == "call_function":
-            lists.setdefault(match["list"], {}).setdefault(int(match["index"]), []).append(node)
+            lists.setdefault(match["list"] or "", {}).setdefault(int(match["index"]), []).append(node)
     chains = [_chain(name, members) for name, members in lists.items()]
     return max(chains, key=len, default=())
 
@@ -107,8 +107,8 @@ def _chain(name: str, members: Mapping[int, list[fx.Node]]) -> tuple[Block, ...]
             for source in node.all_input_nodes
             if source not in nodes and _same_type(source.meta.get("val"), value)
         }
-        if blocks:
-            entering = {source for source in entering if source.name == blocks[-1].leaving}
+        chained = {source for source in entering if blocks and source.name == blocks[-1].leaving}
+        entering = chained or entering
         if len(entering) != 1:
             return ()
         path = f"{name}.{index}" if name else str(index)

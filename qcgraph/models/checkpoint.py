@@ -81,9 +81,9 @@ def _read_torch(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise UsageError(
-                "the checkpoint holds more than tensors, and reading the rest would run code from the file",
+                "the file is damaged or holds more than tensors, and reading the rest would run code from it",
                 where=str(path),
-                hint="where you trust the file, save its state_dict alone with safetensors.torch.save_file",
+                hint="if it is whole and you trust it, save its state_dict alone with safetensors.torch.save_file",
             ) from error
         except (RuntimeError, EOFError, OSError, ValueError) as error:
             raise UsageError(

@@ -105,8 +105,7 @@ class Block(nn.Module):
         modulation = self.adaLN_modulation(condition).chunk(6, dim=1)  # six of [B, D]
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         x = x + gate_attn.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
-        x = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-        return x  # [B, T, D]
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))  # [B, T, D]
 
 
 class FinalLayer(nn.Module):
@@ -172,7 +171,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def position_embedding(config: DiTConfig) -> Tensor:
-    """The fixed 2-D sin-cos embedding of the grid, [1, T, D]: the column in the first half of D, the row in the other."""
+    """The fixed 2-D sin-cos embedding of the grid, [1, T, D]: the column in one half of D, the row in the other."""
     positions = torch.arange(config.grid_size, dtype=torch.float64)
     quarter = config.width // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -217,7 +216,7 @@ def initialize_random(model: DiT, generator: torch.Generator) -> None:
         nn.init.xavier_uniform_(_linear(layer).weight, generator=generator)
     for modulation in _modulations(model):
         nn.init.normal_(modulation.weight, std=0.02, generator=generator)
-    for block in model.blocks:
+    for block in _blocks(model):
         bias = _linear(block.adaLN_modulation[1]).bias.view(6, -1)
         for gate in (2, 5):  # the order of the chunks in Block.forward
             nn.init.uniform_(bias[gate], 0.1, 0.5, generator=generator)
@@ -233,14 +232,20 @@ def _initialize_trunk(model: DiT, generator: torch.Generator) -> None:
     # As in the original, the convolution is initialised as the linear layer on flattened patches that it is.
     projection = model.x_embedder.proj.weight
     nn.init.xavier_uniform_(projection.view(projection.shape[0], -1), generator=generator)
-    for block in model.blocks:
+    for block in _blocks(model):
         for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
             nn.init.xavier_uniform_(layer.weight, generator=generator)
 
 
+def _blocks(model: DiT) -> list[Block]:
+    """The blocks in order, as what they are; a ``ModuleList`` only knows modules."""
+    return [module for module in model.blocks if isinstance(module, Block)]
+
+
 def _modulations(model: DiT) -> list[nn.Linear]:
     """Every adaLN projection, the final layer's last."""
-    return [_linear(owner.adaLN_modulation[1]) for owner in (*model.blocks, model.final_layer)]
+    inner = [_linear(block.adaLN_modulation[1]) for block in _blocks(model)]
+    return [*inner, _linear(model.final_layer.adaLN_modulation[1])]
 
 
 def _linear(module: nn.Module) -> nn.Linear:

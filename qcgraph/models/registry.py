@@ -1,0 +1,187 @@
+"""Turns the name of a model into a loaded model. Listing imports no torch; loading does, inside the functions."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qcgraph.errors import UsageError, closest
+from qcgraph.models.embedded import digits_config, load_digits_dit, read_card
+from qcgraph.models.geometry import GEOMETRIES, DiTConfig
+from qcgraph.models.loaded import LoadedModel
+from qcgraph.spec import ModelSpec, NoiseSchedule
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qcgraph.models.dit import DiT
+
+EMBEDDED = "digits"
+_DIT_INPUTS = ("x", "t", "y")
+_FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One line of the list of models.
+
+    Attributes:
+        name: what to type where a model is asked for; capitals stand for something to fill in.
+        description: one line on what it is.
+        parameters: number of parameters, or None where it depends on what is filled in.
+        geometry: the sizes, or None likewise.
+    """
+
+    name: str
+    description: str
+    parameters: int | None
+    geometry: DiTConfig | None
+
+
+def list_models() -> tuple[ModelInfo, ...]:
+    """The models that :func:`load_model` accepts, without loading any."""
+    digits = digits_config()
+    checkpoints = tuple(
+        ModelInfo(
+            f"{name}:FILE.pt",
+            f"original DiT, {config.input_size * 8}-pixel images, patch {config.patch_size}; or :random weights",
+            config.parameter_count,
+            config,
+        )
+        for name, config in GEOMETRIES.items()
+    )
+    return (
+        ModelInfo(EMBEDDED, "trained on handwritten digits, ships with qcgraph", digits.parameter_count, digits),
+        *checkpoints,
+        ModelInfo("FOLDER", "a diffusers DiTTransformer2DModel, or a pipeline with one", None, None),
+        ModelInfo("PACKAGE.MODULE:FACTORY", "your function that returns a qcgraph.models.LoadedModel", None, None),
+    )
+
+
+def load_model(name: str, *, seed: int = 0) -> LoadedModel:
+    """Loads a model by name.
+
+    Args:
+        name: ``digits``; ``GEOMETRY:FILE`` for an original checkpoint or ``GEOMETRY:random``; a diffusers folder; or
+            ``package.module:factory``. A factory's module is used as it is, frozen and converted in place.
+        seed: seed of ``:random`` weights; the others ignore it.
+
+    Raises:
+        UsageError: the name is unknown, or what it names cannot be read, does not fit, or holds NaN or infinity.
+    """
+    model = _load(name, seed)
+    model.module.eval().requires_grad_(False).float()
+    _check_finite(model.module, name)
+    return model
+
+
+def _load(name: str, seed: int) -> LoadedModel:
+    """Chooses the source by the form of the name."""
+    if name == EMBEDDED:
+        schedule = NoiseSchedule(**read_card()["schedule"])
+        return _dit_model(EMBEDDED, load_digits_dit(), schedule=schedule, is_image=True)
+    geometry, separator, source = name.partition(":")
+    if geometry in GEOMETRIES:
+        return _load_geometry(geometry, source, seed)
+    if name and Path(name).is_dir():  # an empty path would be the current folder
+        from qcgraph.models.diffusers_folder import load_diffusers_folder
+
+        return load_diffusers_folder(Path(name))
+    if Path(name).is_file():
+        raise UsageError(
+            "a checkpoint file alone does not say which geometry it has",
+            where=name,
+            hint=f"put the geometry in front, for example dit-xl-2:{name}",
+        )
+    if _FACTORY.fullmatch(name):
+        return _call_factory(name)
+    if separator and geometry.startswith("dit-"):
+        raise UsageError(f"unknown geometry {geometry!r}", where=name, hint=closest(geometry, GEOMETRIES))
+    raise UsageError(
+        "unknown model: neither a name nor a folder", where=repr(name), hint=closest(name, [EMBEDDED, *GEOMETRIES])
+    )
+
+
+def _load_geometry(geometry: str, source: str, seed: int) -> LoadedModel:
+    """An original DiT with weights from a file, or random ones."""
+    from qcgraph.models.checkpoint import load_dit
+
+    if not source:
+        raise UsageError(
+            "a geometry needs weights", where=geometry, hint=f"use {geometry}:FILE.pt, or {geometry}:random to try it"
+        )
+    config = GEOMETRIES[geometry]
+    return _dit_model(geometry, _random_dit(config, seed) if source == "random" else load_dit(config, Path(source)))
+
+
+def _random_dit(config: DiTConfig, seed: int) -> DiT:
+    """A DiT with random weights that depend on the seed alone."""
+    import torch
+
+    from qcgraph.models.dit import DiT, initialize_random
+
+    # Built without memory first: the default initialisation takes long and would draw from the global generator.
+    with torch.device("meta"):
+        model = DiT(config)
+    model.to_empty(device="cpu")
+    initialize_random(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def _dit_model(name: str, module: DiT, *, schedule: NoiseSchedule | None = None, is_image: bool = False) -> LoadedModel:
+    """A DiT with the spec that follows from its sizes."""
+    config = module.config
+    spec = ModelSpec(
+        name=name,
+        latent_shape=(config.channels, config.input_size, config.input_size),
+        class_count=config.class_count,
+        null_class=config.null_class,
+        output_channels=config.output_channels,
+        schedule=schedule or NoiseSchedule(),
+        is_image=is_image,
+    )
+    return LoadedModel(module, spec, _DIT_INPUTS)
+
+
+def _call_factory(name: str) -> LoadedModel:
+    """Imports ``package.module`` and calls its ``factory``."""
+    module_name, _, factory_name = name.partition(":")
+    expected = "a factory takes no arguments and returns a qcgraph.models.LoadedModel"
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, SyntaxError) as error:
+        raise UsageError(
+            f"cannot import {module_name}: {error}",
+            where=name,
+            hint="install the package, or put its folder on PYTHONPATH; `qcgraph models` lists the built-in names",
+        ) from error
+    factory = getattr(module, factory_name, None)
+    if not callable(factory):
+        raise UsageError(f"{module_name} has no function {factory_name!r}", where=name, hint=expected)
+    model = factory()
+    if not isinstance(model, LoadedModel):
+        raise UsageError(f"the factory returned {type(model).__name__}", where=name, hint=expected)
+    parameters = inspect.signature(model.module.forward).parameters
+    absent = [parameter for parameter in model.input_names if parameter not in parameters]
+    if absent:
+        raise UsageError(
+            f"the module's forward has no parameter {absent[0]!r}; it has {', '.join(parameters)}",
+            where=name,
+            hint="input_names are the forward parameters for latent, timestep and class label, in this order",
+        )
+    return model
+
+
+def _check_finite(module: nn.Module, name: str) -> None:
+    """Refuses weights that would turn every output into NaN."""
+    for path, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UsageError(
+                f"parameter {path} is not finite: it holds NaN or infinity",
+                where=name,
+                hint="the training diverged or the file is damaged; use an earlier checkpoint",
+            )

@@ -1,0 +1,154 @@
+"""calibrate: observe activation ranges and reference latents on real trajectories."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from qcgraph.calibration import FIRST_INDEX, LatentStatistics, calibration_labels, rows
+from qcgraph.errors import UsageError
+from qcgraph.facts import Ranges, Reference, SiteRange
+from qcgraph.ir.execute import TorchRunner
+from qcgraph.ir.program import Program
+from qcgraph.ir.structure import find_sites, total_macs
+from qcgraph.pipeline import Pass, PassContext
+from qcgraph.sampling import Array, sample
+from qcgraph.spec import ModelSpec
+from qcgraph.steps import StepPlan
+
+AUTO_MACS = 2.5e12  # what an automatic number of trajectories may cost: a minute or less on two cores
+AUTO_LIMITS = (2, 64)
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Calibrate(Pass):
+    """Observe activation ranges per step, and the latents of full precision, on sampled trajectories.
+
+    Two runs from the same noise: full precision, where every step computes, and the one that the step plan takes. The
+    second is what the quantized model will see, so scales come from it; only steps that compute have ranges. Nothing
+    is stored but streaming statistics.
+
+    Attributes:
+        trajectories: how many to sample; by default as many as a fixed amount of arithmetic allows, 2 to 64.
+        seed: seeds labels and noise; never the noise of a sample drawn later, whatever its seed.
+    """
+
+    name: ClassVar[str] = "calibrate"
+    requires: ClassVar[tuple[type, ...]] = (ModelSpec, StepPlan)
+    provides: ClassVar[tuple[type, ...]] = (Ranges, Reference)
+
+    trajectories: int | None = None
+    seed: int = 0
+
+    def run(self, program: Program, context: PassContext) -> Program:
+        plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
+        computing = plan.steps[0].variant
+        count = self.trajectories or self._affordable(program, computing, plan)
+        if count < 1:
+            raise UsageError(f"{count} trajectories", hint="calibration needs at least one")
+        full_plan = plan.with_variants([computing] * len(plan))
+        latents = LatentStatistics(len(plan), spec.latent_shape[0])
+        full = self._observe(program, full_plan, count, context, "full precision", latents)
+        planned = full if plan == full_plan else self._observe(program, plan, count, context, "planned steps", None)
+        ranges = Ranges(planned.ranges(), full.ranges(), count)
+        reference = Reference(rows(latents.means), rows(latents.deviations), self.seed, count)
+        return program.with_facts(ranges, reference)
+
+    def _observe(
+        self,
+        program: Program,
+        plan: StepPlan,
+        count: int,
+        context: PassContext,
+        label: str,
+        latents: LatentStatistics | None,
+    ) -> _RangeObserver:
+        observer = _RangeObserver(program)
+
+        def after_update(index: int, latent: Array) -> Array:
+            observer.step = (index + 1) % len(plan)
+            if latents is not None:
+                latents.add(index, latent)
+            return latent
+
+        spec = program.facts[ModelSpec]
+        context.progress.note(f"  calibrate: {count} trajectories, {label}")
+        sample(
+            TorchRunner(program, observer),
+            plan,
+            spec,
+            calibration_labels(count, self.seed, spec),
+            self.seed,
+            batch=BATCH,
+            first_index=FIRST_INDEX,
+            after_update=after_update,
+            progress=context.progress,
+        )
+        return observer
+
+    @staticmethod
+    def _affordable(program: Program, variant: str, plan: StepPlan) -> int:
+        halves = 1 if plan.fingerprint.guidance == 1.0 else 2
+        cost = total_macs(find_sites(program.variants[variant])) * len(plan) * halves
+        least, most = AUTO_LIMITS
+        return max(least, min(most, int(AUTO_MACS / cost)))
+
+
+class _RangeObserver:
+    """Streaming ranges of what enters each site, per step."""
+
+    def __init__(self, program: Program) -> None:
+        self._sites = {
+            (name, site.node): site.name
+            for name, variant in program.variants.items()
+            for site in find_sites(variant)
+            if not site.refusal
+        }
+        self._stats: dict[str, dict[int, _Running]] = defaultdict(lambda: defaultdict(_Running))
+        self.step = 0
+
+    def __call__(self, variant: str, node: fx.Node, value: torch.Tensor) -> None:
+        site = self._sites.get((variant, node.name))
+        if site is not None:
+            self._stats[site][self.step].add(value)
+
+    def ranges(self) -> dict[str, SiteRange]:
+        """The ranges of every site that ran, at the steps it ran at."""
+        return {
+            site: SiteRange(
+                steps=tuple(sorted(stats)),
+                lows=tuple(stats[step].low for step in sorted(stats)),
+                highs=tuple(stats[step].high for step in sorted(stats)),
+                mean_squares=tuple(stats[step].mean_square for step in sorted(stats)),
+            )
+            for site, stats in self._stats.items()
+        }
+
+
+class _Running:
+    """Smallest, largest and mean square value seen so far."""
+
+    def __init__(self) -> None:
+        self.low, self.high = math.inf, -math.inf
+        self._squares, self._count = 0.0, 0
+
+    def add(self, value: torch.Tensor) -> None:
+        """Count a tensor in; a NaN in it stays visible as a NaN."""
+        low, high = torch.aminmax(value)
+        self.low, self.high = _least(self.low, low.item()), -_least(-self.high, -high.item())
+        self._squares += value.square().sum(dtype=torch.float64).item()
+        self._count += value.numel()
+
+    @property
+    def mean_square(self) -> float:
+        return self._squares / max(self._count, 1)
+
+
+def _least(one: float, other: float) -> float:
+    return math.nan if math.isnan(one + other) else min(one, other)

@@ -1,0 +1,107 @@
+"""group-timesteps: group neighbouring steps that share activation scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from qcgraph.errors import UsageError
+from qcgraph.facts import Ranges, TimestepGroups
+from qcgraph.ir.program import Program
+from qcgraph.pipeline import Pass, PassContext
+from qcgraph.steps import StepPlan
+
+Costs = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GroupTimesteps(Pass):
+    """Group neighbouring steps that will share activation scales (TQ-DiT's time grouping).
+
+    ``optimal`` chooses the boundaries by dynamic programming so that the summed quantization error expected from the
+    ranges is least; ``uniform`` cuts the steps into groups of equal width. Groups are intervals of the timestep value,
+    and only steps that compute count; a step that reuses belongs to the group of the last computing step.
+
+    Attributes:
+        groups: how many; fewer when fewer steps compute.
+        strategy: ``optimal`` or ``uniform``.
+    """
+
+    name: ClassVar[str] = "group-timesteps"
+    requires: ClassVar[tuple[type, ...]] = (Ranges, StepPlan)
+    provides: ClassVar[tuple[type, ...]] = (TimestepGroups,)
+
+    groups: int = 8
+    strategy: Literal["optimal", "uniform"] = "optimal"
+
+    def run(self, program: Program, context: PassContext) -> Program:
+        if self.groups < 1:
+            raise UsageError(f"{self.groups} timestep groups", hint="1 means static scales")
+        plan, ranges = program.facts[StepPlan], program.facts[Ranges]
+        groups = min(self.groups, len(ranges.steps))
+        if groups < self.groups:
+            context.refuse("step plan", f"{groups} groups instead of {self.groups}: that many steps compute")
+        if self.strategy == "optimal":
+            starts = optimal_starts(segment_costs(ranges), groups)
+        else:
+            starts = uniform_starts(ranges.steps, len(plan), groups)
+        first_steps = [ranges.steps[start] for start in starts]
+        assigned = [sum(index >= first for first in first_steps[1:]) for index in range(len(plan))]
+        lowest = [plan.timesteps[last] for last in [*(first - 1 for first in first_steps[1:]), len(plan) - 1]]
+        return program.with_facts(plan.with_groups(assigned), TimestepGroups(tuple(lowest)))
+
+
+def segment_costs(ranges: Ranges) -> Costs:
+    """Expected quantization error of every group [i, j) of the steps that run any site, as an array [n, n + 1].
+
+    A uniform quantizer over a range R has error R^2 / (12 * levels^2); summed over the steps of the group and over
+    sites, each relative to the site's mean square. The constant 12 * levels^2 does not change the optimum.
+    """
+    count, position = len(ranges.steps), {step: place for place, step in enumerate(ranges.steps)}
+    lows = np.full((len(ranges.planned), count), np.inf)  # a step that does not run a site widens no range of it
+    highs = np.full((len(ranges.planned), count), -np.inf)
+    power = np.empty(len(ranges.planned))
+    for row, site in enumerate(ranges.planned.values()):
+        places = [position[step] for step in site.steps]
+        lows[row, places], highs[row, places] = site.lows, site.highs
+        power[row] = max(float(np.mean(site.mean_squares)), np.finfo(float).tiny)
+    costs = np.full((count, count + 1), np.inf)
+    for start in range(count):
+        low = np.minimum.accumulate(lows[:, start:], axis=1)
+        high = np.maximum.accumulate(highs[:, start:], axis=1)
+        relative = (np.maximum(high - low, 0.0) ** 2 / power[:, None]).sum(axis=0)
+        costs[start, start + 1 :] = relative * np.arange(1, count - start + 1)
+    return costs
+
+
+def optimal_starts(costs: Costs, groups: int) -> list[int]:
+    """The first step of each group in the partition into ``groups`` groups with the least summed cost.
+
+    Args:
+        costs: [n, n + 1], the cost of the group [i, j).
+        groups: how many, at most n.
+    """
+    count = len(costs)
+    best = np.full((groups + 1, count + 1), np.inf)
+    best[0, 0] = 0.0
+    choice = np.zeros((groups + 1, count + 1), dtype=int)
+    for group in range(1, groups + 1):
+        for end in range(group, count + 1):
+            totals = best[group - 1, :end] + costs[:end, end]
+            choice[group, end] = int(np.argmin(totals))
+            best[group, end] = totals[choice[group, end]]
+    starts: list[int] = []
+    end = count
+    for group in range(groups, 0, -1):
+        end = int(choice[group, end])
+        starts.append(end)
+    return starts[::-1]
+
+
+def uniform_starts(steps: tuple[int, ...], total: int, groups: int) -> list[int]:
+    """The first computing step of each group of equal width over all steps; a group in which none computes is left out."""
+    members = [step * groups // total for step in steps]
+    return [members.index(group) for group in dict.fromkeys(members)]

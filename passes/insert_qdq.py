@@ -1,0 +1,115 @@
+"""insert-qdq: quantize and dequantize around the linear layers of the plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from qcgraph.errors import ContractError
+from qcgraph.facts import ActivationQuant, QuantPlan, WeightQuant
+from qcgraph.ir.ops import CODE_TYPES
+from qcgraph.ir.program import GraphEditor, Program, with_edits
+from qcgraph.ir.structure import Site, find_sites
+from qcgraph.pipeline import Pass, PassContext
+
+ops = torch.ops.qcgraph
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODE_TYPES}
+
+
+@dataclass(frozen=True)
+class InsertQDQ(Pass):
+    """Insert quantize/dequantize pairs where the quantization plan says so.
+
+    Activations get the scale and zero point of the step's timestep group, selected from a table by the ``group``
+    input; linears that share an activation share the pair. Weights become int8 codes with one scale an output channel
+    (scale = max|w| / largest code).
+    """
+
+    name: ClassVar[str] = "insert-qdq"
+    requires: ClassVar[tuple[type, ...]] = (QuantPlan,)
+
+    def run(self, program: Program, context: PassContext) -> Program:
+        plan = program.facts[QuantPlan]
+        edits: dict[str, GraphEditor] = {}
+        weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # quantized once, shared by the variants
+        for name, variant in program.variants.items():
+            sites = [site for site in find_sites(variant) if site.name in plan.sites]
+            if not sites:
+                continue
+            editor = edits[name] = GraphEditor(variant, program.constants, self.name)
+            pairs: dict[tuple[fx.Node, ActivationQuant], fx.Node] = {}
+            for site in sites:
+                self._quantize_site(editor, site, plan, pairs, weights, program)
+        return with_edits(program, edits)
+
+    def _quantize_site(
+        self,
+        editor: GraphEditor,
+        site: Site,
+        plan: QuantPlan,
+        pairs: dict[tuple[fx.Node, ActivationQuant], fx.Node],
+        weights: dict[str, tuple[torch.Tensor, torch.Tensor]],
+        program: Program,
+    ) -> None:
+        linear = editor.node(site.node)
+        activation, weight = linear.args[0], linear.args[1]
+        assert isinstance(activation, fx.Node) and isinstance(weight, fx.Node)
+        quant = plan.sites[site.name]
+        with editor.before(linear):
+            key = (activation, quant.activation)
+            if key not in pairs:
+                pairs[key] = _activation_pair(editor, activation, linear, site.name, quant.activation)
+            name = str(weight.target)
+            if name not in weights:
+                weights[name] = quantize_weight(program.constants[name], quant.weight)
+            dequantized = _weight(editor, name, weights[name], linear)
+        linear.args = (pairs[key], dequantized, *linear.args[2:])
+
+
+def _activation_pair(
+    editor: GraphEditor, activation: fx.Node, linear: fx.Node, site: str, quant: ActivationQuant
+) -> fx.Node:
+    """quantize -> dequantize of an activation, with the parameters of the step's group."""
+    scale = _parameter(editor, f"{site}.input_scale", torch.tensor(quant.scales), linear)
+    zeros = torch.tensor(quant.zero_points, dtype=DTYPES[quant.dtype])
+    zero_point = _parameter(editor, f"{site}.input_zero_point", zeros, linear)
+    q = editor.call(ops.quantize.default, activation, scale, zero_point, quant.low, quant.high, 0, source=linear)
+    return editor.call(ops.dequantize.default, q, scale, zero_point, 0, source=linear)
+
+
+def _parameter(editor: GraphEditor, name: str, values: torch.Tensor, source: fx.Node) -> fx.Node:
+    """A static parameter when there is one value, else the row of a table that the ``group`` input selects."""
+    if len(values) == 1:
+        return editor.constant(name, values.reshape(()), source)
+    table = editor.constant(name, values, source)
+    return editor.call(ops.select.default, table, editor.scalar_input("group", source), source=source)
+
+
+def _weight(editor: GraphEditor, name: str, quantized: tuple[torch.Tensor, torch.Tensor], linear: fx.Node) -> fx.Node:
+    codes, scale = quantized
+    zeros = torch.zeros(len(scale), dtype=codes.dtype)
+    return editor.call(
+        ops.dequantize.default,
+        editor.constant(f"{name}_codes", codes, linear),
+        editor.constant(f"{name}_scale", scale, linear),
+        editor.constant(f"{name}_zero_point", zeros, linear),
+        0,
+        source=linear,
+    )
+
+
+def quantize_weight(weight: torch.Tensor, quant: WeightQuant) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes [out, in] and scales f32[out] of a weight; a channel of zeros keeps the scale 1.
+
+    Raises:
+        ContractError: the weight is not a matrix.
+    """
+    if weight.dim() != 2:
+        raise ContractError(f"weight of rank {weight.dim()}; a linear layer has a matrix")
+    largest = weight.abs().amax(dim=1)
+    scale = torch.where(largest > 0, largest / quant.high, torch.ones_like(largest))
+    codes = torch.round(weight / scale[:, None]).clamp(-quant.high, quant.high).to(torch.int8)
+    return codes, scale

@@ -1,0 +1,105 @@
+"""plan-quant: decide what is quantized, and with which scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from qcgraph.errors import UsageError
+from qcgraph.facts import ActivationQuant, QuantPlan, Ranges, SiteQuant, SiteRange, WeightQuant
+from qcgraph.ir.program import Program
+from qcgraph.ir.structure import find_sites
+from qcgraph.pipeline import Pass, PassContext
+from qcgraph.steps import StepPlan
+
+BITS = range(2, 9)
+
+
+@dataclass(frozen=True)
+class PlanQuant(Pass):
+    """Decide which linear layers are quantized, and the activation scales of every timestep group.
+
+    Scales are min-max over the calibrated range of the group. Embedders, adaLN modulation, attention products and the
+    final layer stay in floating point; each site that is left alone is recorded with its reason.
+
+    Attributes:
+        weight_bits: 2 to 8.
+        activation_bits: 2 to 8.
+        symmetric: int8 activations with zero point 0 instead of uint8 with a zero point.
+        weight_high: the largest weight code; by default 2^(bits-1) - 1. Targets that accumulate in 16 bits need 64.
+    """
+
+    name: ClassVar[str] = "plan-quant"
+    requires: ClassVar[tuple[type, ...]] = (Ranges, StepPlan)
+    provides: ClassVar[tuple[type, ...]] = (QuantPlan,)
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    symmetric: bool = False
+    weight_high: int | None = None
+
+    def run(self, program: Program, context: PassContext) -> Program:
+        for label, bits in (("weight", self.weight_bits), ("activation", self.activation_bits)):
+            if bits not in BITS:
+                raise UsageError(f"{bits} {label} bits", hint=f"{BITS[0]} to {BITS[-1]} bits are possible")
+        ranges, plan = program.facts[Ranges], program.facts[StepPlan]
+        widest = 2 ** (self.weight_bits - 1) - 1
+        weight = WeightQuant(min(widest, self.weight_high or widest))
+        sites: dict[str, SiteQuant] = {}
+        for variant in program.variants.values():
+            for site in find_sites(variant):
+                observed = ranges.planned.get(site.name)
+                reason = site.refusal or _unusable(observed)
+                if reason or observed is None:
+                    context.refuse(site.name, reason)
+                elif site.name not in sites:
+                    sites[site.name] = SiteQuant(self._activation(observed, plan), weight)
+        return program.with_facts(QuantPlan(sites))
+
+    def _activation(self, observed: SiteRange, plan: StepPlan) -> ActivationQuant:
+        lows, highs = np.array(observed.lows), np.array(observed.highs)
+        groups = np.array([plan.steps[step].group for step in observed.steps])
+        low, high = codes(self.activation_bits, self.symmetric)
+        parameters = []
+        for group in range(plan.group_count):
+            members = groups == group if group in groups else slice(None)  # no step of the group runs this site
+            parameters.append(
+                affine_parameters(lows[members].min(), highs[members].max(), low, high, symmetric=self.symmetric)
+            )
+        if len(set(parameters)) == 1:
+            parameters = parameters[:1]
+        return ActivationQuant(
+            scales=tuple(scale for scale, _ in parameters),
+            zero_points=tuple(zero for _, zero in parameters),
+            low=low,
+            high=high,
+            dtype="int8" if self.symmetric else "uint8",
+        )
+
+
+def codes(bits: int, symmetric: bool) -> tuple[int, int]:
+    """Smallest and largest code: ``-2^(b-1) .. 2^(b-1)-1`` when symmetric, else ``0 .. 2^b-1``."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+
+
+def affine_parameters(minimum: float, maximum: float, low: int, high: int, *, symmetric: bool) -> tuple[float, int]:
+    """Min-max scale (exact in float32) and zero point, such that zero is a code and the range is covered."""
+    minimum, maximum = min(float(minimum), 0.0), max(float(maximum), 0.0)
+    if symmetric:
+        return float(np.float32(max(-minimum, maximum) / high)), 0
+    scale = float(np.float32((maximum - minimum) / (high - low)))
+    return scale, int(np.clip(round(low - minimum / scale), low, high))
+
+
+def _unusable(observed: SiteRange | None) -> str:
+    """Why calibrated ranges cannot give scales, or nothing."""
+    if observed is None:
+        return "no computing step reached it during calibration"
+    values = np.array([observed.lows, observed.highs])
+    if not np.isfinite(values).all():
+        return "its activation is not finite during calibration"
+    if (values == 0).all():
+        return "its activation is zero during calibration"
+    return ""

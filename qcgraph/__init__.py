@@ -1,0 +1,63 @@
+"""qcgraph: compiles Diffusion Transformers into quantized, cached graphs that run several times faster.
+
+``qcgraph.compile(model, recipe, output=...)`` writes a bundle, ``qcgraph.load(bundle)`` gives the denoiser back as a
+callable. Importing qcgraph imports neither torch nor a runtime.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qcgraph.bundle import Bundle
+    from qcgraph.models import LoadedModel
+    from qcgraph.recipe import Recipe
+    from qcgraph.runtime import Denoiser
+
+__version__ = metadata.version("qcgraph")
+
+
+def compile(  # noqa: A001 - the verb of the field, as in torch.compile
+    model: str | LoadedModel, recipe: Recipe | str | None = None, *, output: Path | str, force: bool = False
+) -> Bundle:
+    """Compile a denoiser and write the bundle.
+
+    Args:
+        model: a model name as on the command line, or a loaded model.
+        recipe: a recipe, a preset's name, or the path of a TOML file; the defaults when None.
+        output: the folder of the bundle.
+        force: whether an existing bundle there is replaced.
+
+    Raises:
+        QcgraphError: wrong input (`UsageError`, `CaptureError`), or the export does not match (`VerificationError`).
+    """
+    from qcgraph.compiler import compile_model
+    from qcgraph.recipe import Recipe
+
+    resolved = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe) if recipe else Recipe()
+    bundle = compile_model(model, resolved, Path(output), force=force).bundle
+    assert bundle is not None
+    return bundle
+
+
+def load(bundle: Path | str, *, backend: str | None = None, threads: int | None = None) -> Denoiser:
+    """The denoiser of a bundle, as a callable with the signature of a diffusers transformer.
+
+    Args:
+        bundle: the folder.
+        backend: ``onnxruntime`` or ``torch``; by default the one of the bundle's target.
+        threads: how many threads it may use; by default all cores.
+
+    Raises:
+        BundleError: the bundle is damaged, or cannot run on this backend.
+    """
+    from qcgraph.bundle import Bundle
+    from qcgraph.runtime import Denoiser, open_runner
+
+    opened = Bundle.open(bundle)
+    return Denoiser(open_runner(opened, backend, threads), opened.plan, opened.spec)
+
+
+__all__ = ["__version__", "compile", "load"]

@@ -1,0 +1,211 @@
+"""The composition root: from a model's name and a recipe to a verified bundle."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from qcgraph.bundle import Bundle, check_output, write_plan, writing
+from qcgraph.capture import capture, weights_digest
+from qcgraph.default_pipeline import default_pipeline
+from qcgraph.errors import UsageError, VerificationError, closest
+from qcgraph.export.targets import Target, target_named
+from qcgraph.export.verify import Check, verify_export
+from qcgraph.facts import QuantPlan
+from qcgraph.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
+from qcgraph.ir.program import Program
+from qcgraph.ir.serialize import load_program, save_program
+from qcgraph.ir.structure import find_sites, total_macs
+from qcgraph.models import LoadedModel, load_model
+from qcgraph.pipeline import Instrument, Pipeline
+from qcgraph.progress import Progress
+from qcgraph.recipe import Recipe
+from qcgraph.schedulers import make_step_plan
+from qcgraph.spec import ModelSpec
+from qcgraph.steps import StepPlan
+
+OBSERVING = "calibrate"  # the first pass that samples; a dry run stops before it
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What a compilation gave.
+
+    Attributes:
+        bundle: the bundle, or None when nothing was to be written.
+        report: the summary, as JSON data.
+        program_text: the program as text after the last pass that ran.
+    """
+
+    bundle: Bundle | None
+    report: dict[str, Any]
+    program_text: str
+
+
+def compile_model(
+    model: str | LoadedModel,
+    recipe: Recipe,
+    output: Path | None,
+    *,
+    force: bool = False,
+    stop_after: str | None = None,
+    verify_each: bool = False,
+    print_after: tuple[str, ...] = (),
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    out: TextIO | None = None,
+) -> CompileResult:
+    """Compile a denoiser.
+
+    Args:
+        model: a model's name, or a loaded model.
+        recipe: what to do with it.
+        output: the folder of the bundle; not needed when nothing is written.
+        force: whether an existing bundle there is replaced.
+        stop_after: stop after this pass and write nothing.
+        verify_each: run and check the program after every pass.
+        print_after: passes after which the program is printed to ``out``, or ``all``.
+        dry_run: resolve everything, run nothing that samples, write nothing.
+        progress: where progress goes.
+        out: where printed programs go, standard output by default.
+
+    Raises:
+        UsageError: the input is wrong; nothing was written.
+        VerificationError: the exported graphs do not do what the program does; nothing was written.
+    """
+    progress = progress or Progress()
+    target = target_named(recipe.target.name)
+    pipeline = default_pipeline(recipe, target)
+    _check_pass_names(pipeline, (*print_after, *([stop_after] if stop_after else [])))
+    writes = not dry_run and stop_after is None
+    if writes and output is None:
+        raise UsageError("no output folder", hint="say where the bundle goes: -o FOLDER")
+    if writes and output is not None:
+        check_output(output, force=force)
+    started = time.perf_counter()
+    captured = _captured(model, recipe, progress)
+    timer, dump = Timer(progress), Dump(captured)
+    instruments: list[Instrument] = [timer, dump, Reproduce(lambda: _reproducer_folder(output), progress)]
+    if verify_each:
+        instruments.append(VerifyEach(captured, progress))
+    if print_after:
+        instruments.append(PrintAfter(print_after, out or sys.stdout))
+    ran = _prefix(pipeline, stop_after, dry_run)
+    program = ran.run(captured, instruments, progress)
+    report = _report(captured, program, recipe, target, pipeline, timer)
+    if not writes or output is None:
+        return CompileResult(None, report, program.text)
+    spec = program.facts[ModelSpec]
+    with writing(output, model=spec.name, target=target.name, force=force) as folder:
+        report["checks"] = [asdict(check) for check in _export(program, folder, target, progress)]
+        report["seconds"] = round(time.perf_counter() - started, 2)
+        dump.write(folder / "ir")
+        interfaces = {name: variant.interface for name, variant in program.variants.items()}
+        write_plan(folder, spec, program.facts[StepPlan], interfaces)
+        (folder / "recipe.lock.toml").write_text(recipe.to_toml(), "utf-8")
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    return CompileResult(Bundle.open(output, check=False), report, program.text)
+
+
+def verify_bundle(bundle: Bundle, progress: Progress | None = None) -> tuple[Check, ...]:
+    """Check legality and parity of every exported variant of a bundle against its program in PyTorch.
+
+    Raises:
+        BundleError: the bundle's files are not those that were written.
+    """
+    target = target_named(bundle.manifest.target)
+    program = load_program(bundle.path)
+    return verify_export(program, bundle.path, target, bundle.interfaces, progress or Progress())
+
+
+def _captured(model: str | LoadedModel, recipe: Recipe, progress: Progress) -> Program:
+    """The captured program with its step plan."""
+    progress.note(f"loading {model}" if isinstance(model, str) else f"taking {model.spec.name}")
+    loaded = load_model(model, seed=recipe.calibration.seed) if isinstance(model, str) else model
+    progress.note("capturing with torch.export")
+    program = capture(loaded.module, loaded.spec, loaded.input_names)
+    sampling = recipe.sampling
+    plan = make_step_plan(
+        sampling.scheduler, sampling.steps, sampling.guidance, loaded.spec.schedule, weights_digest(program)
+    )
+    return program.with_facts(plan)
+
+
+def _export(program: Program, folder: Path, target: Target, progress: Progress) -> tuple[Check, ...]:
+    """Write the program, and its graphs for the target; check them.
+
+    Raises:
+        VerificationError: a check failed.
+    """
+    save_program(program, folder)
+    if not target.emits_onnx:
+        return ()
+    from qcgraph.export.emit import emit_onnx
+
+    emit_onnx(program, folder, target.opset, progress)
+    progress.note("verifying the exported graphs")
+    interfaces = {name: variant.interface for name, variant in program.variants.items()}
+    checks = verify_export(program, folder, target, interfaces, progress)
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        raise VerificationError(
+            f"{failed[0].name}: {failed[0].detail}",
+            where=f"variant {failed[0].variant}",
+            hint=f"{len(failed)} of {len(checks)} checks failed; nothing was written",
+        )
+    return checks
+
+
+def _check_pass_names(pipeline: Pipeline, names: tuple[str, ...]) -> None:
+    known = [pass_.name for pass_ in pipeline]
+    for name in names:
+        if name not in known and name != "all":
+            raise UsageError(f"no pass {name!r} in this pipeline", hint=closest(name, known))
+
+
+def _prefix(pipeline: Pipeline, stop_after: str | None, dry_run: bool) -> Pipeline:
+    names = [pass_.name for pass_ in pipeline]
+    end = names.index(stop_after) + 1 if stop_after else len(names)
+    if dry_run and OBSERVING in names[:end]:
+        end = names.index(OBSERVING)
+    return Pipeline(pipeline.passes[:end])
+
+
+def _reproducer_folder(output: Path | None) -> Path:
+    if output is None:
+        return Path(tempfile.mkdtemp(prefix="qcgraph-")) / "reproducer"
+    return output.with_name(f"{output.name}.reproducer")
+
+
+def _report(
+    captured: Program, program: Program, recipe: Recipe, target: Target, pipeline: Pipeline, timer: Timer
+) -> dict[str, Any]:
+    """The summary of a compilation, as JSON data."""
+    plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
+    macs = {name: total_macs(find_sites(variant)) for name, variant in program.variants.items()}
+    uses = Counter(step.variant for step in plan.steps)
+    full = total_macs(find_sites(captured.variants["main"]))
+    quantized = program.facts.get(QuantPlan)
+    sites = [site for site in find_sites(captured.variants["main"]) if site.kind == "linear"]
+    return {
+        "model": spec.name,
+        "target": target.name,
+        "recipe": recipe.model_dump(),
+        "plan": plan.describe(),
+        "pipeline": pipeline.text,
+        "variants": {name: {"steps": uses.get(name, 0), "macs": macs[name]} for name in program.variants},
+        "mac_ratio": sum(macs[step.variant] for step in plan.steps) / (full * len(plan)),
+        "timestep_groups": plan.group_count,
+        "quantized_sites": len(quantized.sites) if quantized else 0,
+        "linear_sites": len(sites),
+        "passes": [
+            asdict(record) | {"seconds": round(seconds, 3)}
+            for record, seconds in zip(program.history, timer.seconds, strict=True)
+        ],
+    }

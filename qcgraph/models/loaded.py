@@ -1,0 +1,27 @@
+"""What every source of models hands on. Importing it imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qcgraph.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A denoiser that is ready to be captured.
+
+    Attributes:
+        module: the network, in evaluation mode, frozen, float32. It returns one tensor, [B, C_out, H, W].
+        spec: what the host must know of it.
+        input_names: names of the module's forward parameters in the order latent [B, C, H, W], timestep [B],
+            class label [B].
+    """
+
+    module: nn.Module
+    spec: ModelSpec
+    input_names: tuple[str, str, str]

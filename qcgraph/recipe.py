@@ -1,0 +1,280 @@
+"""Recipe: all that a compilation is asked for, as TOML and as validated data. No torch.
+
+A recipe is a preset (``careful``, ``balanced``, ``fast``), a TOML file, or neither; options of the command line go on
+top. The fully resolved recipe is written into the bundle as ``recipe.lock.toml``, and can be given back as a recipe.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from qcgraph.errors import UsageError, closest
+
+PRESETS = Path(__file__).parent / "presets"
+_BITS = re.compile(r"w([2-8])a([2-8])")
+_SCHEDULE = re.compile(r"interval=([1-9][0-9]*)")
+_BLOCKS = re.compile(r"([0-9]+)\.\.([0-9]+)")
+
+
+def _fits(*patterns: re.Pattern[str], word: str) -> AfterValidator:
+    """Accepts one word, or what matches a pattern; the field's description says which in the error."""
+
+    def check(value: str) -> str:
+        if value != word and not any(pattern.fullmatch(value) for pattern in patterns):
+            raise ValueError(value)
+        return value
+
+    return AfterValidator(check)
+
+
+def _rising(value: str) -> str:
+    match = _BLOCKS.fullmatch(value)
+    if match and int(match[1]) > int(match[2]):
+        raise ValueError(value)
+    return value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Sampling(_Section):
+    """How images are sampled; a bundle is compiled for exactly this."""
+
+    scheduler: str = Field("ddim", min_length=1, description="the name of a scheduler, for example ddim or ddpm")
+    steps: int = Field(50, ge=1, description="the number of sampling steps, 1 or more")
+    guidance: float = Field(1.5, ge=0, description="the weight of classifier-free guidance, 0 or more; 1 means none")
+
+
+class Calibration(_Section):
+    """The full-precision trajectories that ranges and statistics are taken from."""
+
+    trajectories: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="the number of trajectories, 1 or more, or auto"
+    )
+    seed: int = Field(0, ge=0, description="the seed of the trajectories, 0 or larger")
+
+
+class Quantization(_Section):
+    """Integer arithmetic in the linear layers of the blocks."""
+
+    bits: Annotated[str, _fits(_BITS, word="off")] = Field(
+        "w8a8", description="off, or w{2..8}a{2..8}: the bits of weights and activations, for example w8a8"
+    )
+    groups: int = Field(8, ge=1, description="the number of timestep groups with activation scales of their own")
+    grouping: Literal["optimal", "uniform"] = Field("optimal", description="optimal or uniform")
+
+
+class Cache(_Section):
+    """Which steps compute, and which blocks the others skip."""
+
+    schedule: Annotated[str, _fits(_SCHEDULE, word="off")] = Field(
+        "off", description="off, or interval=N: every N-th step computes, the others reuse"
+    )
+    blocks: Annotated[str, _fits(_BLOCKS, word="all"), AfterValidator(_rising)] = Field(
+        "all", description="all, or FIRST..LAST: the cached blocks, counted from 0, the last one inclusive"
+    )
+
+
+class Compensation(_Section):
+    """What is repaired after quantization and caching."""
+
+    mode: Literal["off", "vc"] = Field("off", description="off or vc (variance compensation)")
+    clamp: float = Field(
+        0.1, ge=0, lt=1, description="how far a gain may be from 1, at least 0 and below 1; 0.1 is 0.9 to 1.1"
+    )
+
+
+class TargetChoice(_Section):
+    """What the graphs are exported for."""
+
+    name: str = Field("onnxruntime-cpu", min_length=1, description="the name of a target; `qcgraph targets` lists them")
+
+
+class PipelineChoice(_Section):
+    """Another pipeline than the default one."""
+
+    passes: str = Field("", description="the text of a whole pipeline, or nothing for the default one")
+
+
+class Recipe(_Section):
+    """All that a compilation is asked for.
+
+    Attributes:
+        sampling: scheduler, steps and guidance.
+        calibration: the trajectories that are observed.
+        quantization: bits and timestep groups.
+        cache: the schedule and the blocks.
+        compensation: variance compensation.
+        target: what to export for.
+        pipeline: another pipeline than the default one.
+    """
+
+    # The options of the command line, each with the section and key that it sets.
+    OPTIONS: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "steps": ("sampling", "steps"),
+        "scheduler": ("sampling", "scheduler"),
+        "guidance": ("sampling", "guidance"),
+        "bits": ("quantization", "bits"),
+        "groups": ("quantization", "groups"),
+        "cache": ("cache", "schedule"),
+        "compensate": ("compensation", "mode"),
+        "target": ("target", "name"),
+        "seed": ("calibration", "seed"),
+    }
+
+    sampling: Sampling = Sampling()
+    calibration: Calibration = Calibration()
+    quantization: Quantization = Quantization()
+    cache: Cache = Cache()
+    compensation: Compensation = Compensation()
+    target: TargetChoice = TargetChoice()
+    pipeline: PipelineChoice = PipelineChoice()
+
+    @classmethod
+    def load(cls, name_or_path: str) -> Recipe:
+        """A preset by name, or a TOML file.
+
+        Raises:
+            UsageError: there is no such preset or file, it cannot be read, or it holds an unknown key or wrong value.
+        """
+        if name_or_path in preset_names():
+            return cls.from_toml((PRESETS / f"{name_or_path}.toml").read_text("utf-8"), where=name_or_path)
+        path = Path(name_or_path)
+        try:
+            text = path.read_text("utf-8")
+        except FileNotFoundError:
+            if path.suffix == ".toml":
+                raise UsageError("there is no such file", where=name_or_path, hint=_preset_hint(name_or_path)) from None
+            raise UsageError(f"unknown recipe {name_or_path!r}", hint=_preset_hint(name_or_path)) from None
+        except OSError as error:
+            raise UsageError(
+                f"cannot read the recipe: {error.strerror}", where=name_or_path, hint=_preset_hint(name_or_path)
+            ) from None
+        except UnicodeDecodeError:
+            raise UsageError("is not UTF-8 text", where=name_or_path, hint="a recipe is a TOML file") from None
+        return cls.from_toml(text, where=name_or_path)
+
+    @classmethod
+    def from_toml(cls, text: str, *, where: str = "recipe") -> Recipe:
+        """A recipe from TOML text; what is not said keeps its default.
+
+        Args:
+            text: the TOML.
+            where: what errors call it, a file name for example.
+
+        Raises:
+            UsageError: the text is not TOML, or it holds an unknown key or a wrong value.
+        """
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(
+                f"is not valid TOML: {error}", where=where, hint='strings need quotes: bits = "w8a8"'
+            ) from None
+        return cls._validated(data, where=where)
+
+    def override(self, **options: object) -> Recipe:
+        """This recipe with options of the command line on top; an option that is None says nothing.
+
+        Args:
+            options: values by the names in `OPTIONS`, for example ``steps=20, bits="w6a6"``.
+
+        Raises:
+            UsageError: an option is unknown, or its value is wrong.
+        """
+        data = self.model_dump()
+        given = {name: value for name, value in options.items() if value is not None}
+        for name, value in given.items():
+            if name not in self.OPTIONS:
+                raise UsageError(f"unknown option {name!r}", hint=closest(name, self.OPTIONS))
+            section, key = self.OPTIONS[name]
+            data[section][key] = value
+        flags = {self.OPTIONS[name]: f"--{name}" for name in given}
+        return self._validated(data, where="recipe", flags=flags)
+
+    def to_toml(self) -> str:
+        """The whole recipe as TOML, defaults included; `from_toml` is the inverse."""
+        import tomli_w
+
+        return tomli_w.dumps(self.model_dump())
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Bits of the weights, None when quantization is off."""
+        match = _BITS.fullmatch(self.quantization.bits)
+        return int(match[1]) if match else None
+
+    @property
+    def activation_bits(self) -> int | None:
+        """Bits of the activations, None when quantization is off."""
+        match = _BITS.fullmatch(self.quantization.bits)
+        return int(match[2]) if match else None
+
+    @property
+    def cache_interval(self) -> int | None:
+        """Every how many steps one computes, None when the cache is off."""
+        match = _SCHEDULE.fullmatch(self.cache.schedule)
+        return int(match[1]) if match else None
+
+    @property
+    def cache_blocks(self) -> tuple[int, int] | None:
+        """The first and the last cached block, None for all of them."""
+        match = _BLOCKS.fullmatch(self.cache.blocks)
+        return (int(match[1]), int(match[2])) if match else None
+
+    @classmethod
+    def _validated(
+        cls, data: Mapping[str, Any], *, where: str, flags: Mapping[tuple[str, str], str] | None = None
+    ) -> Recipe:
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise _usage_error(error, where, flags or {}) from None
+
+
+def preset_names() -> tuple[str, ...]:
+    """The presets that ship with the package."""
+    return tuple(sorted(path.stem for path in PRESETS.glob("*.toml")))
+
+
+def _preset_hint(asked: str) -> str:
+    return f"{closest(asked, preset_names())}; or give the path of a TOML file"
+
+
+def _usage_error(error: ValidationError, where: str, flags: Mapping[tuple[str, str], str]) -> UsageError:
+    """The first finding of pydantic in the words of the recipe; the key is one of a section, or a section."""
+    first = error.errors()[0]
+    section, *rest = (str(part) for part in first["loc"])
+    sections = Recipe.model_fields
+    if section not in sections:
+        owners = [name for name in sections if section in _keys_of(name)]
+        hint = f"{section} belongs in the section [{owners[0]}]" if owners else closest(section, sections)
+        return UsageError(f"unknown section {section!r}", where=where, hint=hint)
+    if not rest:
+        return UsageError(
+            "is a section, not a value", where=f"{where}, {section}", hint=f"write [{section}], then its keys"
+        )
+    key = rest[0]
+    if key not in _keys_of(section):
+        hint = f"{closest(key, _keys_of(section))} (section [{section}])"
+        return UsageError(f"unknown key {key!r}", where=f"{where}, [{section}]", hint=hint)
+    flag = flags.get((section, key))
+    name = flag or f"{section}.{key}"
+    description = _keys_of(section)[key].description
+    return UsageError(
+        f"{first['input']!r} does not fit", where=flag or f"{where}, {name}", hint=f"{name} is {description}"
+    )
+
+
+def _keys_of(section: str) -> Mapping[str, Any]:
+    kind = Recipe.model_fields[section].annotation
+    assert isinstance(kind, type)
+    assert issubclass(kind, BaseModel)
+    return kind.model_fields

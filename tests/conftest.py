@@ -1,0 +1,71 @@
+"""A tiny captured denoiser that all tests may use, and golden texts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qcgraph.capture import capture, weights_digest
+from qcgraph.ir.program import Program
+from qcgraph.models import LoadedModel
+from qcgraph.models.dit import DiT, initialize_random
+from qcgraph.models.geometry import DiTConfig
+from qcgraph.schedulers import make_step_plan
+from qcgraph.spec import ModelSpec
+
+GOLDEN = Path(__file__).parent / "golden"
+STEPS = 9
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--regenerate-golden", action="store_true", help="write the golden texts instead of comparing")
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> LoadedModel:
+    """A random DiT of two blocks and 16 tokens that also predicts a sigma."""
+    config = DiTConfig(input_size=8, patch_size=2, channels=2, width=32, depth=2, heads=2, class_count=5)
+    module = DiT(config)
+    initialize_random(module, torch.Generator().manual_seed(0))
+    spec = ModelSpec("tiny", (2, 8, 8), 5, 5, output_channels=4)
+    return LoadedModel(module.eval().requires_grad_(False), spec, ("x", "t", "y"))
+
+
+@pytest.fixture(scope="session")
+def captured(tiny_model: LoadedModel) -> Program:
+    """The tiny denoiser as captured, with a plan of nine DDIM steps at guidance 1.5."""
+    program = capture(tiny_model.module, tiny_model.spec, tiny_model.input_names)
+    plan = make_step_plan("ddim", STEPS, 1.5, tiny_model.spec.schedule, weights_digest(program))
+    return program.with_facts(plan)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare a text with ``golden/NAME.txt``, or write it there under ``--regenerate-golden``."""
+
+    def compare(name: str, text: str) -> None:
+        path = GOLDEN / f"{name}.txt"
+        if request.config.getoption("--regenerate-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, "utf-8")
+        assert path.is_file(), f"no golden text {path.name}: run pytest --regenerate-golden and read what it wrote"
+        expected = path.read_text("utf-8")
+        difference = "\n".join(difflib.unified_diff(expected.splitlines(), text.splitlines(), "golden", "now", lineterm=""))
+        assert text == expected, difference
+
+    return compare
+
+
+@pytest.fixture
+def golden_diff(golden: Callable[[str, str], None]) -> Callable[[str, Program, Program], None]:
+    """Compare what a pass changed in the program's text with ``golden/PASS.txt``."""
+
+    def compare(name: str, before: Program, after: Program) -> None:
+        lines = difflib.unified_diff(before.text.splitlines(), after.text.splitlines(), "before", "after", "", "", 1, "")
+        golden(name, "\n".join(lines) + "\n")
+
+    return compare

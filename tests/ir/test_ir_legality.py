@@ -1,0 +1,121 @@
+"""Every rule of the legality table refuses what it is there for, and says where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import fx
+
+from qcgraph.errors import ContractError
+from qcgraph.ir import legality
+from qcgraph.ir.program import GraphEditor, Program, with_edits
+from qcgraph.steps import StepPlan
+
+aten = torch.ops.aten
+ops = torch.ops.qcgraph
+
+
+def edited(program: Program, edit: Callable[[GraphEditor, fx.Node], None]) -> Program:
+    """The program after an edit at its first quantizable linear."""
+    editor = GraphEditor(program.variants["main"], program.constants, "test")
+    node = next(node for node in editor.graph.nodes if node.target is aten.linear.default and node.meta["val"].dim() == 3)
+    edit(editor, node)
+    return with_edits(program, {"main": editor})
+
+
+def quantized(
+    scale: torch.Tensor, zero: torch.Tensor, low: int = 0, high: int = 255
+) -> Callable[[GraphEditor, fx.Node], None]:
+    def edit(editor: GraphEditor, linear: fx.Node) -> None:
+        with editor.before(linear):
+            parameters = [editor.constant("s", scale, linear), editor.constant("z", zero, linear)]
+            q = editor.call(ops.quantize.default, linear.args[0], *parameters, low, high, 0, source=linear)
+            back = editor.call(ops.dequantize.default, q, *parameters, 0, source=linear)
+        linear.args = (back, *linear.args[1:])
+
+    return edit
+
+
+ONE, ZERO = torch.tensor(0.1), torch.tensor(0, dtype=torch.uint8)
+
+
+def test_a_quantized_program_is_legal(captured: Program) -> None:
+    legality.verify(edited(captured, quantized(ONE, ZERO)))
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (quantized(torch.tensor(0.0), ZERO), "scale s holds a value that is not positive and finite"),
+        (quantized(torch.tensor(float("nan")), ZERO), "scale s holds a value that is not positive and finite"),
+        (quantized(ONE, torch.tensor(0, dtype=torch.int32)), "zero point is torch.int32"),
+        (quantized(torch.tensor([0.1, 0.1]), ZERO), "differ in shape"),
+        (quantized(ONE, ZERO, -1, 255), "do not fit torch.uint8"),
+    ],
+)
+def test_quantization_rules(captured: Program, edit: Callable[[GraphEditor, fx.Node], None], reason: str) -> None:
+    with pytest.raises(ContractError, match=reason) as caught:
+        legality.verify(edited(captured, edit))
+    assert "blocks.0.attn.qkv" in str(caught.value.where)
+
+
+def test_codes_do_not_escape(captured: Program) -> None:
+    def escape(editor: GraphEditor, linear: fx.Node) -> None:
+        quantized(ONE, ZERO)(editor, linear)
+        q = next(node for node in editor.graph.nodes if node.target is ops.quantize.default)
+        with editor.after(q):
+            stray = editor.call(aten.to.dtype, q, torch.float32, source=q)
+        linear.args = (stray, *linear.args[1:])
+
+    with pytest.raises(ContractError, match="without a dequantize"):
+        legality.verify(edited(captured, escape))
+
+
+def test_writing_ops_are_illegal(captured: Program) -> None:
+    def write(editor: GraphEditor, linear: fx.Node) -> None:
+        with editor.before(linear):
+            node = editor.call(aten.relu_.default, linear.args[0], source=linear)
+        linear.args = (node, *linear.args[1:])
+
+    with pytest.raises(ContractError, match="writes to its input"):
+        legality.verify(edited(captured, write))
+
+
+def test_a_table_must_cover_the_plan(captured: Program) -> None:
+    def select(editor: GraphEditor, linear: fx.Node) -> None:
+        bias = linear.args[2]
+        assert isinstance(bias, fx.Node)
+        table = torch.zeros(2, bias.meta["val"].shape[0])
+        with editor.before(linear):
+            index = editor.scalar_input("group", linear)
+            row = editor.call(ops.select.default, editor.constant("t", table, linear), index, source=linear)
+        linear.args = (*linear.args[:2], row)
+
+    program = edited(captured, select)
+    legality.verify(program)
+    plan = program.facts[StepPlan]
+    wide = program.with_facts(plan.with_groups([min(index, 2) for index in range(len(plan))]))
+    with pytest.raises(ContractError, match="table t has 2 rows, the plan needs 3"):
+        legality.verify(wide)
+
+
+def test_a_plan_must_name_variants_that_exist(captured: Program) -> None:
+    plan = captured.facts[StepPlan]
+    with pytest.raises(ContractError, match="variant 'reuse', which does not exist"):
+        legality.verify(captured.with_facts(plan.with_variants(["main"] + ["reuse"] * (len(plan) - 1))))
+
+
+def test_a_missing_constant_is_found(captured: Program) -> None:
+    constants = {name: value for name, value in captured.constants.items() if name != "pos_embed"}
+    with pytest.raises(ContractError, match="refers to constant 'pos_embed'"):
+        legality.verify(replace(captured, constants=constants))
+
+
+def test_the_interface_must_tell_the_truth(captured: Program) -> None:
+    variant = captured.variants["main"]
+    wrong = replace(variant, interface=replace(variant.interface, inputs=variant.interface.inputs[:2]))
+    with pytest.raises(ContractError, match="are not the inputs"):
+        legality.verify(replace(captured, variants={"main": wrong}))

@@ -1,0 +1,233 @@
+"""Every name that load_model takes, and what it says to those that it does not take."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qcgraph.errors import UsageError
+from qcgraph.models import LoadedModel, list_models, load_model
+from qcgraph.models.geometry import GEOMETRIES
+from qcgraph.spec import ModelSpec, NoiseSchedule
+
+FACTORY_MODULE = """
+from torch import nn
+from qcgraph.models import LoadedModel
+from qcgraph.spec import ModelSpec
+
+class Denoiser(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(__import__("torch").ones(1).double())
+    def forward(self, latent, when, label):
+        return latent * self.scale
+
+SPEC = ModelSpec(name="mine", latent_shape=(1, 4, 4), class_count=2, null_class=2, output_channels=1)
+
+def good():
+    return LoadedModel(Denoiser(), SPEC, ("latent", "when", "label"))
+def misnamed():
+    return LoadedModel(Denoiser(), SPEC, ("latent", "timestep", "label"))
+def bare():
+    return Denoiser()
+def diverged():
+    model = good()
+    model.module.scale.data.fill_(float("nan"))
+    return model
+not_a_function = 3
+"""
+
+
+@pytest.fixture
+def factory_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "factory_of_test.py").write_text(FACTORY_MODULE)
+    (tmp_path / "broken_of_test.py").write_text("import a_module_that_is_not_there")
+    (tmp_path / "syntax_of_test.py").write_text("def (")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "factory_of_test", raising=False)
+    return "factory_of_test"
+
+
+def refusal_of(name: str) -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        load_model(name)
+    assert caught.value.hint
+    return caught.value
+
+
+def assert_ready(model: LoadedModel) -> None:
+    assert not model.module.training
+    assert all(not parameter.requires_grad for parameter in model.module.parameters())
+    assert {parameter.dtype for parameter in model.module.parameters()} == {torch.float32}
+    latent = torch.zeros(2, *model.spec.latent_shape)
+    label = torch.tensor([0, model.spec.null_class])
+    inputs = dict(zip(model.input_names, (latent, torch.tensor([3, 700]), label), strict=True))
+    output = model.module(**inputs)
+    assert output.shape == (2, model.spec.output_channels, *model.spec.latent_shape[1:])
+
+
+def test_listing_imports_no_torch() -> None:
+    code = "import sys, qcgraph.models as m; m.list_models(); print(sorted({'torch', 'sklearn'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_listing_names_every_geometry() -> None:
+    models = {model.name.split(":")[0]: model for model in list_models()}
+    assert set(models) == {"digits", *GEOMETRIES, "FOLDER", "PACKAGE.MODULE"}
+    assert models["dit-xl-2"].parameters == 675_129_632
+    assert all(len(model.description) < 80 for model in models.values())
+
+
+def test_digits() -> None:
+    model = load_model("digits")
+    assert_ready(model)
+    assert model.spec == ModelSpec(
+        name="digits",
+        latent_shape=(1, 8, 8),
+        class_count=10,
+        null_class=10,
+        output_channels=1,
+        schedule=NoiseSchedule(),
+        is_image=True,
+    )
+    assert model.input_names == ("x", "t", "y")
+
+
+def test_random_geometry() -> None:
+    model = load_model("dit-s-8:random", seed=5)
+    assert_ready(model)
+    assert model.spec == ModelSpec(
+        name="dit-s-8", latent_shape=(4, 32, 32), class_count=1000, null_class=1000, output_channels=8
+    )
+    same, other = load_model("dit-s-8:random", seed=5), load_model("dit-s-8:random", seed=6)
+    weight = "blocks.3.mlp.fc1.weight"
+    assert torch.equal(model.module.state_dict()[weight], same.module.state_dict()[weight])
+    assert not torch.equal(model.module.state_dict()[weight], other.module.state_dict()[weight])
+
+
+def test_random_geometry_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    load_model("dit-s-8:random")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_checkpoint(tmp_path: Path) -> None:
+    weights = load_model("dit-s-8:random", seed=2).module.state_dict()
+    torch.save({"ema": weights}, tmp_path / "dit.pt")
+    loaded = load_model(f"dit-s-8:{tmp_path / 'dit.pt'}")
+    assert_ready(loaded)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.module.state_dict().items())
+
+
+def test_checkpoint_of_another_geometry(tmp_path: Path) -> None:
+    save_file(load_model("dit-s-8:random").module.state_dict(), tmp_path / "dit.safetensors")
+    assert "the shapes are not those" in refusal_of(f"dit-s-4:{tmp_path / 'dit.safetensors'}").message
+    assert "missing blocks.12." in refusal_of(f"dit-l-8:{tmp_path / 'dit.safetensors'}").message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_checkpoint_that_diverged(value: float, tmp_path: Path) -> None:
+    weights = load_model("dit-s-8:random").module.state_dict()
+    weights["blocks.4.attn.proj.weight"][3, 5] = value
+    torch.save(weights, tmp_path / "dit.pt")
+    refusal = refusal_of(f"dit-s-8:{tmp_path / 'dit.pt'}")
+    assert "blocks.4.attn.proj.weight" in refusal.message
+
+
+def test_geometry_without_weights() -> None:
+    for name in ("dit-s-2", "dit-s-2:"):
+        assert "dit-s-2:random" in str(refusal_of(name).hint)
+
+
+def test_unknown_geometry() -> None:
+    refusal = refusal_of("dit-xxl-2:random")
+    assert "unknown geometry 'dit-xxl-2'" in refusal.message
+    assert "did you mean 'dit-xl-2'?" in str(refusal.hint)
+
+
+@pytest.mark.parametrize("name", ["digit", "dit-xl", "", "no/such/folder"])
+def test_unknown_name(name: str) -> None:
+    refusal = refusal_of(name)
+    assert "unknown model" in refusal.message
+    assert "digits" in str(refusal.hint)
+
+
+def test_checkpoint_without_geometry(tmp_path: Path) -> None:
+    path = tmp_path / "dit.pt"
+    path.touch()
+    assert f"dit-xl-2:{path}" in str(refusal_of(str(path)).hint)
+
+
+def test_missing_checkpoint() -> None:
+    assert "no such checkpoint file" in refusal_of("dit-s-2:nowhere.pt").message
+
+
+def test_factory(factory_module: str) -> None:
+    model = load_model(f"{factory_module}:good")
+    assert_ready(model)
+    assert model.spec.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("factory", "complaint"),
+    [
+        ("factory_of_test:bare", "returned Denoiser"),
+        ("factory_of_test:absent", "has no function 'absent'"),
+        ("factory_of_test:not_a_function", "has no function 'not_a_function'"),
+        ("factory_of_test:misnamed", "no parameter 'timestep'; it has latent, when, label"),
+        ("factory_of_test:diverged", "parameter scale is not finite"),
+        ("broken_of_test:factory", "No module named 'a_module_that_is_not_there'"),
+        ("syntax_of_test:factory", "invalid syntax"),
+        ("package_that_is_not_there.module:factory", "No module named 'package_that_is_not_there'"),
+    ],
+)
+def test_factory_that_does_not_fit(factory: str, complaint: str, factory_module: str) -> None:
+    assert complaint in refusal_of(factory).message
+
+
+def test_factory_without_a_model_says_what_to_return(factory_module: str) -> None:
+    assert "returns a qcgraph.models.LoadedModel" in str(refusal_of(f"{factory_module}:bare").hint)
+
+
+def test_loaded_model_is_frozen() -> None:
+    class Identity(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            return x
+
+    spec = ModelSpec(name="identity", latent_shape=(1, 2, 2), class_count=1, null_class=1, output_channels=1)
+    model = LoadedModel(Identity(), spec, ("x", "t", "y"))
+    with pytest.raises(AttributeError):
+        model.spec = replace(spec, name="other")  # type: ignore[misc]
+
+
+def test_folder_without_a_model(tmp_path: Path) -> None:
+    assert "no diffusers model" in refusal_of(str(tmp_path)).message
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"_class_name": "SD3Transformer2DModel"}, "SD3Transformer2DModel is not supported"),
+        ({"_class_name": "Transformer2DModel", "norm_type": "ada_norm_single"}, "Transformer2DModel is not supported"),
+        ({"model_type": "bert"}, "names no _class_name"),
+        ([1], "expected a JSON object"),
+        ({"_class_name": "DiTTransformer2DModel"}, "diffusers cannot load the model"),
+    ],
+)
+def test_folder_of_another_kind(config: object, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert complaint in refusal_of(str(tmp_path)).message
+
+
+def test_folder_with_a_damaged_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    assert "not JSON" in refusal_of(str(tmp_path)).message

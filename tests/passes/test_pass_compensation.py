@@ -1,0 +1,116 @@
+"""fit-compensation and insert-compensation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from qcgraph.capture import weights_digest
+from qcgraph.errors import UsageError
+from qcgraph.facts import Compensation, Reference
+from qcgraph.ir.execute import TorchRunner
+from qcgraph.ir.program import Program
+from qcgraph.sampling import sample
+from qcgraph.schedulers import make_step_plan
+from qcgraph.spec import ModelSpec
+from qcgraph.steps import StepPlan
+
+Run = Callable[[str, Program], Program]
+
+
+def latents(program: Program, steps: list[np.ndarray] | None = None, scale: np.ndarray | None = None) -> np.ndarray:
+    def after_update(index: int, latent: np.ndarray) -> np.ndarray:
+        if steps is not None:
+            steps.append(latent)
+        return latent
+
+    spec = program.facts[ModelSpec]
+    plan = program.facts[StepPlan]
+    return sample(TorchRunner(program), plan, spec, [0, 1, 2], seed=0, after_update=after_update)
+
+
+def hand_made(program: Program) -> Compensation:
+    count = len(program.facts[StepPlan])
+    generator = np.random.default_rng(0)
+    gains = generator.uniform(0.95, 1.05, (count, 2))
+    means = generator.normal(0, 0.1, (count, 2))
+    return Compensation(
+        gains=tuple(map(tuple, gains.tolist())), means=tuple(map(tuple, means.tolist())), clamped=0, drift_before=()
+    )
+
+
+def test_insert_compensation_golden(captured: Program, run: Run, golden_diff: Callable[..., None]) -> None:
+    program = captured.with_facts(hand_made(captured))
+    golden_diff("insert-compensation", program, run("insert-compensation", program))
+
+
+def test_fit_compensation_golden(captured: Program, run: Run, golden_diff: Callable[..., None]) -> None:
+    """Nothing is quantized or cached, so nothing has drifted and every gain is one."""
+    program = run("calibrate{trajectories=2}", captured)
+    golden_diff("fit-compensation", program, run("fit-compensation", program))
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
+def test_the_node_equals_correcting_the_latent(captured: Program, run: Run, scheduler: str) -> None:
+    """The folded form against x <- mu + K (x - mu) applied by hand to what the denoiser reaches, step by step."""
+    spec = captured.facts[ModelSpec]
+    plan = make_step_plan(scheduler, 9, 1.5, spec.schedule, weights_digest(captured))
+    program = captured.with_facts(plan)
+    fact = hand_made(program)
+    folded = latents(run("insert-compensation", program.with_facts(fact)))
+
+    noise: dict[int, np.ndarray] = {}
+    reference_steps: list[np.ndarray] = []
+    from qcgraph.noise import Noise
+    from qcgraph.sampling import Request, guided
+
+    source = Noise(0, range(3), spec.latent_shape)
+    latent = source.initial()
+    request = Request(TorchRunner(program), plan)
+    for index, step in enumerate(plan.steps):
+        prediction = guided(request, latent, step, np.array([0, 1, 2]), plan, spec)
+        reached = step.update.latent * latent + step.update.noise_prediction * prediction
+        gain = np.array(fact.gains[index], dtype=np.float32)[:, None, None]
+        mean = np.array(fact.means[index], dtype=np.float32)[:, None, None]
+        latent = (mean + gain * (reached - mean)).astype(np.float32)
+        if step.update.noise:
+            noise[index] = source.next()
+            latent = latent + np.float32(step.update.noise) * noise[index]
+        reference_steps.append(latent)
+    np.testing.assert_allclose(folded, reference_steps[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_gain_one_is_bit_identical(captured: Program, run: Run) -> None:
+    program = run("calibrate{trajectories=2},fit-compensation{clamp=0},insert-compensation", captured)
+    assert set(np.ravel(program.facts[Compensation].gains)) == {1.0}
+    assert np.array_equal(latents(program), latents(captured))
+
+
+def test_the_fit_restores_the_reference_deviation(cached: Program, run: Run) -> None:
+    """On the fitting trajectories every unclamped step ends with the standard deviation of full precision."""
+    from qcgraph.calibration import FIRST_INDEX, LatentStatistics, calibration_labels
+
+    program = run("calibrate{trajectories=8},fit-compensation{clamp=0.9},insert-compensation", cached)
+    reference, plan, spec = (program.facts[kind] for kind in (Reference, StepPlan, ModelSpec))
+    statistics = LatentStatistics(len(plan), 2)
+
+    def after_update(index: int, latent: np.ndarray) -> np.ndarray:
+        statistics.add(index, latent)
+        return latent
+
+    labels = calibration_labels(8, 0, spec)
+    sample(TorchRunner(program), plan, spec, labels, 0, first_index=FIRST_INDEX, after_update=after_update)
+    np.testing.assert_allclose(statistics.deviations, reference.deviations, rtol=1e-3)
+
+
+def test_clamped_gains_are_counted(cached: Program, run: Run) -> None:
+    tight = run("calibrate{trajectories=4},fit-compensation{clamp=0.00001}", cached).facts[Compensation]
+    assert tight.clamped > 0
+    assert np.abs(np.array(tight.gains) - 1).max() <= 1.00001e-5
+
+
+def test_bad_clamp(captured: Program, run: Run) -> None:
+    with pytest.raises(UsageError, match="clamp 1"):
+        run("calibrate{trajectories=2},fit-compensation{clamp=1}", captured)

@@ -1,0 +1,399 @@
+"""Bundles: what is refused, and that writing one leaves the old bundle or none, at whatever moment it is killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qcgraph import bundle as bundle_module
+from qcgraph.bundle import MANIFEST, Bundle, check_output, is_bundle, readable_json, write_plan, writing
+from qcgraph.errors import BundleError, UsageError
+from qcgraph.facts import Facts
+from qcgraph.recipe import Recipe
+from qcgraph.spec import Interface, ModelSpec, TensorSpec
+from qcgraph.steps import Fingerprint, Step, StepPlan, Update
+
+SPEC = ModelSpec("toy", (1, 8, 8), class_count=10, null_class=10, output_channels=1, is_image=True)
+PLAN = StepPlan(
+    Fingerprint("0123456789abcdef", "ddim", 3, 1.5),
+    (
+        Step(981.0, Update(1.0123456789012345, -0.1), "full", group=0, row=0),
+        Step(961.0, Update(1.1, -0.2), "reuse", group=0, row=1),
+        Step(1.0, Update(1.2, -0.3, 0.25), "full", group=1, row=2),
+    ),
+)
+LATENT = TensorSpec("latent", "f32", ("B", 1, 8, 8))
+INTERFACES = {
+    "full": Interface((LATENT,), (TensorSpec("noise_prediction", "f32", ("B", 1, 8, 8)),)),
+    "reuse": Interface((LATENT, TensorSpec("cache", "f32", ("B", 16, 4))), (LATENT,)),
+}
+
+
+def fill(folder: Path, content: str) -> None:
+    """What a compilation writes, small."""
+    write_plan(folder, SPEC, PLAN, INTERFACES)
+    (folder / "recipe.lock.toml").write_text(Recipe().to_toml())
+    (folder / "full.onnx").write_text(content)
+    (folder / "ir").mkdir()
+    (folder / "ir" / "000_capture.txt").write_text("graph main\n")
+    (folder / "ir" / "001_plan-cache.txt").write_text("graph main, planned\n")
+    (folder / "ir" / "001_plan-cache.diff").write_text("+planned\n")
+
+
+def make(path: Path, content: str = "first", *, force: bool = False) -> Bundle:
+    with writing(path, model="toy", target="onnxruntime-cpu", force=force) as folder:
+        fill(folder, content)
+    return Bundle.open(path)
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    made = make(tmp_path / "toy")
+    assert (made.spec, made.plan, made.interfaces) == (SPEC, PLAN, INTERFACES)
+    assert made.recipe == Recipe()
+    assert (made.manifest.model, made.manifest.target) == ("toy", "onnxruntime-cpu")
+    assert "numpy" in made.manifest.packages
+    assert [(text.index, text.name) for text in made.ir_texts] == [(0, "capture"), (1, "plan-cache")]
+    assert made.ir_texts[1].text == "graph main, planned\n"
+    sizes = {path.name: path.stat().st_size for path in made.path.rglob("*") if path.is_file()}
+    assert made.size == sum(sizes.values()) - sizes[MANIFEST]
+    assert hidden(tmp_path) == []
+
+
+def test_can_be_moved(tmp_path: Path) -> None:
+    make(tmp_path / "toy")
+    (tmp_path / "toy").rename(tmp_path / "elsewhere")
+    assert Bundle.open(tmp_path / "elsewhere").plan == PLAN
+
+
+def test_a_step_is_a_line(tmp_path: Path) -> None:
+    update = Update(1.0123456789012345, -0.01234567890123456, 0.12345678901234567)
+    plan = replace(PLAN, steps=tuple(Step(1000.0 - row, update, "reuse", row=row) for row in range(50)))
+    write_plan(tmp_path, SPEC, plan, INTERFACES)
+    lines = (tmp_path / "plan.json").read_text().splitlines()
+    assert [line.count('"timestep"') for line in lines].count(1) == 50
+    assert json.loads("\n".join(lines))["format"] == 1
+
+
+def test_readable_json_is_json() -> None:
+    value = {"short": [1, 2], "empty": [], "long": [{"a": "x" * 100, "b": 1e-7}] * 4, "none": None}
+    assert json.loads(readable_json(value)) == value
+
+
+def test_facts_without_a_program(tmp_path: Path) -> None:
+    made = make(tmp_path / "toy")
+    assert made.facts.encode() == Facts([SPEC, PLAN]).encode()
+    assert made.history == ()
+
+
+def test_facts_and_history_of_a_program(tmp_path: Path) -> None:
+    record = {"text": "plan-cache{interval=2}", "changed": True, "refusals": []}
+    facts = Facts([SPEC, replace(PLAN, steps=PLAN.steps[:1])])
+    with writing(tmp_path / "toy", model="toy", target="torch") as folder:
+        fill(folder, "first")
+        (folder / "program.json").write_text(json.dumps({"facts": facts.encode(), "history": [record]}))
+    made = Bundle.open(tmp_path / "toy")
+    assert made.facts.encode() == facts.encode()
+    assert made.history == (record,)
+
+
+def test_unknown_files_are_tolerated(tmp_path: Path) -> None:
+    (make(tmp_path / "toy").path / "note.txt").write_text("mine")
+    assert Bundle.open(tmp_path / "toy").plan == PLAN
+
+
+@pytest.mark.parametrize(
+    ("harm", "problem"),
+    [
+        (Path.unlink, "the file is missing"),
+        (lambda path: path.write_text("fi"), "the file is truncated: 2 of 5 bytes"),
+        (lambda path: path.write_text("fIrst"), "the file was changed after it was written"),
+        (lambda path: path.write_text("first and more"), "the file was changed: 14 bytes instead of 5"),
+    ],
+    ids=["missing", "truncated", "changed", "longer"],
+)
+def test_damaged_file_is_named(tmp_path: Path, harm: object, problem: str) -> None:
+    assert callable(harm)
+    harm(make(tmp_path / "toy").path / "full.onnx")
+    with pytest.raises(BundleError, match=problem) as caught:
+        Bundle.open(tmp_path / "toy")
+    assert caught.value.where == str(tmp_path / "toy" / "full.onnx")
+    assert caught.value.hint
+    unchecked = Bundle.open(tmp_path / "toy", check=False)
+    damage = list(unchecked.damage())
+    assert [(item.file, item.problem) for item in damage] == [("full.onnx", problem)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        (MANIFEST, "{", "is not valid JSON"),
+        (MANIFEST, "[]", "is not of the expected form"),
+        (MANIFEST, '{"schema_version": 1}', "Field required"),
+        (MANIFEST, '{"schema_version": 2}', "has schema version 2; this qcgraph reads version 1"),
+        (MANIFEST, "\xff", "is not valid JSON"),
+        ("plan.json", '{"format": 1, "model"', "is not valid JSON"),
+        ("plan.json", '{"format": 1}', "is not of the expected form"),
+        ("plan.json", '{"format": 9}', "has format 9, not 1"),
+        ("plan.json", "[" * 100000, "is not of the expected form"),
+        ("recipe.lock.toml", "[sampling]\nstepz = 1", "unknown key 'stepz'"),
+    ],
+)
+def test_malformed_file_is_refused(tmp_path: Path, name: str, text: str, problem: str) -> None:
+    rewrite(make(tmp_path / "toy").path, name, text)
+    with pytest.raises(BundleError, match=problem) as caught:
+        read_all(tmp_path / "toy")
+    assert caught.value.hint
+
+
+def test_unchecked_file_is_checked_when_it_is_read(tmp_path: Path) -> None:
+    path = make(tmp_path / "toy").path / "plan.json"
+    path.write_text(path.read_text().replace("981.0", "982.0"))
+    opened = Bundle.open(tmp_path / "toy", check=False)
+    assert opened.recipe == Recipe()
+    with pytest.raises(BundleError, match="the file was changed"):
+        _ = opened.plan
+
+
+def rewrite(bundle: Path, name: str, text: str) -> None:
+    """Write a file anew, and its hash, as a broken version of qcgraph would."""
+    (bundle / name).write_text(text)
+    if name != MANIFEST:
+        manifest = json.loads((bundle / MANIFEST).read_text())
+        content = (bundle / name).read_bytes()
+        manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        (bundle / MANIFEST).write_text(json.dumps(manifest))
+
+
+def read_all(path: Path) -> object:
+    opened = Bundle.open(path)
+    return opened.plan, opened.recipe
+
+
+def test_plan_with_rising_timesteps_is_refused(tmp_path: Path) -> None:
+    path = make(tmp_path / "toy").path / "plan.json"
+    rewrite(path.parent, path.name, path.read_text().replace("961.0", "991.0"))
+    with pytest.raises(BundleError, match="must fall strictly"):
+        read_all(tmp_path / "toy")
+
+
+def test_manifest_cannot_point_outside(tmp_path: Path) -> None:
+    path = make(tmp_path / "toy").path / MANIFEST
+    path.write_text(path.read_text().replace('"full.onnx"', '"../full.onnx"'))
+    with pytest.raises(BundleError, match="outside the bundle"):
+        Bundle.open(tmp_path / "toy")
+
+
+def test_what_is_asked_to_be_opened(tmp_path: Path) -> None:
+    assert is_bundle(make(tmp_path / "toy").path)
+    (tmp_path / "toy").rename(tmp_path / ".toy.qcgraph-old")
+    assert is_bundle(tmp_path / "toy")
+    assert not is_bundle(tmp_path)
+    assert not is_bundle("digits")
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("absent", "there is no such bundle"), ("file", "is a file"), ("folder", "is not a bundle: it has no manifest")],
+)
+def test_what_is_no_bundle(tmp_path: Path, name: str, problem: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(BundleError, match=problem):
+        Bundle.open(tmp_path / name)
+
+
+def test_missing_graph_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"the bundle has no reuse\.onnx"):
+        make(tmp_path / "toy").file("reuse.onnx")
+
+
+def test_every_bundle_has_a_plan(tmp_path: Path) -> None:
+    with (
+        pytest.raises(BundleError, match=r"no plan\.json and no recipe\.lock\.toml"),
+        writing(tmp_path / "toy", model="toy", target="torch"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+# Where a bundle may be written.
+
+
+def test_existing_bundle_needs_force(tmp_path: Path) -> None:
+    make(tmp_path / "toy", "first")
+    with pytest.raises(UsageError, match="exists") as caught:
+        make(tmp_path / "toy", "second")
+    assert "--force" in (caught.value.hint or "")
+    assert make(tmp_path / "toy", "second", force=True).file("full.onnx").read_text() == "second"
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", ["notes", '{"schema_version": 1', '{"manifest_version": 3, "files": {}}'])
+def test_force_replaces_bundles_only(tmp_path: Path, content: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / MANIFEST).write_text(content)
+    with pytest.raises(UsageError, match="is not a bundle"):
+        check_output(tmp_path / "mine", force=True)
+    assert (tmp_path / "mine" / MANIFEST).read_text() == content
+
+
+def test_force_keeps_files_that_are_not_ours(tmp_path: Path) -> None:
+    (make(tmp_path / "toy").path / "grid.png").touch()
+    with pytest.raises(UsageError, match=r"holds grid\.png, which qcgraph did not write"):
+        check_output(tmp_path / "toy", force=True)
+    (tmp_path / "toy" / "grid.png").rename(tmp_path / "toy" / ".DS_Store")
+    check_output(tmp_path / "toy", force=True)
+
+
+def test_a_file_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("text")
+    with pytest.raises(UsageError, match="is not a bundle"):
+        check_output(tmp_path / "mine", force=True)
+
+
+def test_empty_folder_is_used(tmp_path: Path) -> None:
+    (tmp_path / "toy").mkdir()
+    assert make(tmp_path / "toy").plan == PLAN
+
+
+def test_place_inside_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is a file"):
+        check_output(tmp_path / "file" / "a" / "toy", force=False)
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, who may write anywhere
+    with pytest.raises(UsageError, match="is not writable"):
+        check_output(tmp_path / "a" / "toy", force=False)
+
+
+def test_checking_makes_nothing(tmp_path: Path) -> None:
+    check_output(tmp_path / "a" / "b" / "toy", force=False)
+    check_output(tmp_path / "toy", force=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_parents_are_made(tmp_path: Path) -> None:
+    assert make(tmp_path / "a" / "b" / "toy").plan == PLAN
+
+
+def test_root_is_no_place() -> None:
+    with pytest.raises(UsageError, match="is no place"):
+        check_output(Path("/"), force=True)
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    make(tmp_path / "real", "first")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    make(tmp_path / "link", "second", force=True)
+    assert (tmp_path / "link").is_symlink()
+    assert Bundle.open(tmp_path / "real").file("full.onnx").read_text() == "second"
+
+
+def test_two_writers_are_kept_apart(tmp_path: Path) -> None:
+    with writing(tmp_path / "toy", model="toy", target="torch") as folder:
+        with pytest.raises(UsageError, match="another process is writing"):
+            check_output(tmp_path / "toy", force=True)
+        fill(folder, "first")
+    assert Bundle.open(tmp_path / "toy").plan == PLAN
+
+
+# Interruptions.
+
+
+def interrupted(place: Path, error: type[BaseException]) -> None:
+    with writing(place, model="toy", target="torch", force=True) as folder:
+        fill(folder, "second")
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_failure_keeps_the_old_bundle(tmp_path: Path, error: type[BaseException]) -> None:
+    make(tmp_path / "toy", "first")
+    with pytest.raises(error):
+        interrupted(tmp_path / "toy", error)
+    assert Bundle.open(tmp_path / "toy").file("full.onnx").read_text() == "first"
+    assert hidden(tmp_path) == []
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_bundle
+{patch}
+from qcgraph.bundle import writing
+with writing(Path({place!r}), model="toy", target="torch", force=True) as folder:
+    test_bundle.fill(folder, "second")
+    {body}
+"""
+SAY_AND_SLEEP = "print('now', flush=True); time.sleep(60)"
+# Sleeps before the second of the two renames of a replacement, when nothing is in place.
+BETWEEN_RENAMES = """
+rename = Path.rename
+def slow(self, other):
+    if self.name.endswith("-partial"):
+        print("now", flush=True)
+        time.sleep(60)
+    return rename(self, other)
+Path.rename = slow
+"""
+
+
+def kill_writer(place: Path, number: signal.Signals, *, patch: str, body: str) -> None:
+    """Start a process that replaces a bundle, and send it a signal when it says "now"."""
+    code = WRITER.format(tests=str(Path(__file__).parent), place=str(place), patch=patch, body=body)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"now\n"
+        process.send_signal(number)
+        assert process.wait(30) != 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["filling", "renaming"])
+def test_killed_while_replacing(tmp_path: Path, number: signal.Signals, moment: str) -> None:
+    make(tmp_path / "toy", "first")
+    patch, body = (BETWEEN_RENAMES, "pass") if moment == "renaming" else ("", SAY_AND_SLEEP)
+    kill_writer(tmp_path / "toy", number, patch=patch, body=body)
+    assert Bundle.open(tmp_path / "toy").file("full.onnx").read_text() == "first"
+    make(tmp_path / "toy", "third", force=True)
+    assert Bundle.open(tmp_path / "toy").file("full.onnx").read_text() == "third"
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_killed_while_writing_the_first(tmp_path: Path) -> None:
+    kill_writer(tmp_path / "toy", signal.SIGKILL, patch="", body=SAY_AND_SLEEP)
+    with pytest.raises(BundleError, match="there is no such bundle"):
+        Bundle.open(tmp_path / "toy")
+    make(tmp_path / "toy")
+    assert hidden(tmp_path) == []
+
+
+def test_old_bundle_is_kept_where_something_else_took_its_place(tmp_path: Path) -> None:
+    make(tmp_path / "toy").path.rename(tmp_path / ".toy.qcgraph-old")
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "mine.txt").touch()
+    with pytest.raises(UsageError, match="is not a bundle"):
+        check_output(tmp_path / "toy", force=True)
+    assert hidden(tmp_path) == [".toy.qcgraph-old"]
+
+
+def test_versions_come_from_what_is_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bundle_module, "PACKAGES", ("numpy", "no-such-package"))
+    assert list(make(tmp_path / "toy").manifest.packages) == ["numpy"]
