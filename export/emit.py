@@ -21,9 +21,10 @@ from qcgraph.ir.ops import OPS
 from qcgraph.ir.program import DTYPES, Program, tensor_digest
 from qcgraph.ir.serialize import EXPORTED, WEIGHTS, save_program
 from qcgraph.progress import Progress
-from qcgraph.spec import BATCH, TensorSpec
+from qcgraph.spec import BATCH
 
 if TYPE_CHECKING:
+    import onnx
     from onnxscript import ir
 
 INLINE_BYTES = 1024  # what the exporter made and is larger than this goes into the weights file
@@ -83,6 +84,7 @@ def tensor_places(path: Path) -> dict[str, tuple[int, int]]:
 
 def _translate(program: Program, variant: str, opset: int) -> ir.Model:
     """One variant as an ONNX model whose initializers are, in memory, the tensors of the program."""
+    from onnxscript import ir
     from onnxscript.optimizer import optimize_ir
 
     interface = program.variants[variant].interface
@@ -107,7 +109,9 @@ def _translate(program: Program, variant: str, opset: int) -> ir.Model:
     except Exception as error:  # the exporter raises many types; each means that this variant cannot be exported
         raise _refusal(variant, error) from error
     _rename(model, _names(decomposed.graph, program.variants[variant].graph), program.constants)
-    _tidy(model, variant, (*interface.inputs, *interface.outputs))
+    for value, spec in zip((*model.graph.inputs, *model.graph.outputs), interface.inputs + interface.outputs, strict=True):
+        value.shape = ir.Shape(spec.shape)
+    model.graph.name = variant
     return model
 
 
@@ -187,26 +191,6 @@ def _rename(model: ir.Model, names: Mapping[str, str], constants: Mapping[str, t
         node.name = node.outputs[0].name
 
 
-def _tidy(model: ir.Model, variant: str, specs: tuple[TensorSpec, ...]) -> None:
-    """Drop what the exporter remembers (paths of source files among it) and types that may be stale."""
-    from onnxscript import ir
-
-    model.producer_name, model.producer_version = "qcgraph", metadata.version("qcgraph")
-    model.doc_string, model.graph.doc_string, model.graph.name = None, None, variant
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    for node in model.graph:
-        node.doc_string = None
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-            if not value.is_graph_output():
-                value.type = value.shape = None
-    for value, spec in zip((*model.graph.inputs, *model.graph.outputs), specs, strict=True):
-        value.metadata_props.clear()
-        value.shape = ir.Shape(spec.shape)
-
-
 class _Tensors:
     """Decides which initializers go into the weights file, and under which names."""
 
@@ -258,7 +242,9 @@ def _write(model: ir.Model, path: Path) -> None:
     import onnx
     from onnxscript import ir
 
-    onnx.save(ir.to_proto(model), str(path))
+    proto = ir.to_proto(model)
+    _tidy(proto)
+    onnx.save(proto, str(path))
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -266,3 +252,13 @@ def _write(model: ir.Model, path: Path) -> None:
         raise QcgraphError(
             f"the exported graph is not valid ONNX: {reason}", where=path.name, hint="this is a bug of qcgraph"
         ) from error
+
+
+def _tidy(proto: onnx.ModelProto) -> None:
+    """Drop what the exporter remembers, paths of source files among it, and types that may be stale."""
+    proto.producer_name, proto.producer_version = "qcgraph", metadata.version("qcgraph")
+    proto.ClearField("doc_string")
+    del proto.metadata_props[:], proto.graph.metadata_props[:], proto.graph.value_info[:]
+    for item in (*proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+        item.ClearField("doc_string")
+        del item.metadata_props[:]

@@ -44,7 +44,7 @@ class FitCompensation(Pass):
     def run(self, program: Program, context: PassContext) -> Program:
         if not 0 <= self.clamp < 1:
             raise UsageError(f"clamp {self.clamp:g}", hint="0.1 keeps the gains within 10 % of one")
-        plan, spec, reference = (program.facts[kind] for kind in (StepPlan, ModelSpec, Reference))
+        plan, spec, reference = program.facts[StepPlan], program.facts[ModelSpec], program.facts[Reference]
         means, deviations = np.array(reference.means), np.array(reference.deviations)
         count = reference.trajectories
         labels = np.asarray(calibration_labels(count, reference.seed, spec), dtype=np.int64)

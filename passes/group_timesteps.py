@@ -102,6 +102,9 @@ def optimal_starts(costs: Costs, groups: int) -> list[int]:
 
 
 def uniform_starts(steps: tuple[int, ...], total: int, groups: int) -> list[int]:
-    """The first computing step of each group of equal width over all steps; a group in which none computes is left out."""
+    """The first computing step of each group of equal width over all steps.
+
+    A group in which no step computes is left out.
+    """
     members = [step * groups // total for step in steps]
     return [members.index(group) for group in dict.fromkeys(members)]

@@ -9,7 +9,7 @@ import torch
 
 from qcgraph.errors import ContractError
 from qcgraph.facts import CachePlan
-from qcgraph.ir.program import GraphEditor, Program, Variant, output_node, spec_of, used_constants
+from qcgraph.ir.program import GraphEditor, Program, Variant, output_node, returned_nodes, spec_of, used_constants
 from qcgraph.ir.structure import Block, find_blocks
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.steps import StepPlan
@@ -54,8 +54,10 @@ class InsertCache(Pass):
         leaving, entering = editor.node(last.leaving), editor.node(first.entering)
         output = output_node(editor.graph)
         with editor.before(output):
-            change = editor.call(aten.sub.Tensor, leaving, entering, source=leaving, name=f"{CACHE}_new", top_level=True)
-        (prediction,) = output.all_input_nodes
+            change = editor.call(
+                aten.sub.Tensor, leaving, entering, source=leaving, name=f"{CACHE}_new", top_level=True
+            )
+        (prediction,) = returned_nodes(editor.graph)
         editor.set_outputs([prediction, change], [*main.interface.output_names, CACHE])
         return editor.finish()
 

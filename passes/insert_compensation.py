@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from qcgraph.facts import Compensation
-from qcgraph.ir.program import GraphEditor, Program, output_node, with_edits
+from qcgraph.ir.program import GraphEditor, Program, output_node, returned_nodes, with_edits
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.steps import StepPlan
 
@@ -35,7 +35,7 @@ class InsertCompensation(Pass):
         for name, variant in program.variants.items():
             editor = edits[name] = GraphEditor(variant, program.constants, self.name)
             output = output_node(editor.graph)
-            prediction, *others = output.args[0]  # type: ignore[misc]
+            prediction, *others = returned_nodes(editor.graph)
             latent = next(node for node in editor.graph.nodes if node.op == "placeholder")
             row = editor.scalar_input("row", prediction)
             with editor.before(output):

@@ -16,6 +16,7 @@ from qcgraph.ir.program import (
     Variant,
     copy_graph,
     eliminate_dead_code,
+    returned_nodes,
     spec_of,
     tensor_digest,
     used_constants,
@@ -50,7 +51,7 @@ def capture(module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, str
     batch = torch.export.Dim("B", min=1, max=MAX_BATCH)
     latent = torch.zeros(3, *spec.latent_shape)
     arguments = (latent, torch.ones(3), torch.zeros(3, dtype=torch.int64))
-    dynamic = dict.fromkeys(input_names, {0: batch})
+    dynamic = {name: {0: batch} for name in input_names}
     try:
         exported = torch.export.export(
             module, (), dict(zip(input_names, arguments, strict=True)), dynamic_shapes=dynamic, strict=False
@@ -148,10 +149,12 @@ def _is_identity(node: fx.Node) -> bool:
 
 def _interface(graph: fx.Graph, spec: ModelSpec) -> Interface:
     inputs = tuple(spec_of(node.name, node.meta["val"]) for node in graph.nodes if node.op == "placeholder")
-    outputs = next(iter(reversed(graph.nodes))).args[0]
-    if not isinstance(outputs, tuple) or len(outputs) != 1:
-        raise CaptureError("the model returns more than one tensor", hint="wrap it to return the noise prediction alone")
-    value = outputs[0].meta["val"]  # type: ignore[union-attr]
+    outputs = returned_nodes(graph)
+    if len(outputs) != 1:
+        raise CaptureError(
+            "the model returns more than one tensor", hint="wrap it to return the noise prediction alone"
+        )
+    value = outputs[0].meta["val"]
     expected = (spec.output_channels, *spec.latent_shape[1:])
     if value.dtype != torch.float32 or tuple(value.shape[1:]) != expected:
         shown = f"{DTYPE_NAMES.get(value.dtype, value.dtype)} {tuple(value.shape)}"

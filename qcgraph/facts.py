@@ -197,7 +197,9 @@ class Facts:
 
     def encode(self) -> dict[str, Any]:
         """Plain JSON data, by type name."""
-        return {kind.__name__: encode(self._facts[kind]) for kind in sorted(self._facts, key=lambda kind: kind.__name__)}
+        return {
+            kind.__name__: encode(self._facts[kind]) for kind in sorted(self._facts, key=lambda kind: kind.__name__)
+        }
 
     @classmethod
     def decode(cls, data: dict[str, Any]) -> Facts:

@@ -24,7 +24,7 @@ from qcgraph.ir import legality
 from qcgraph.ir.program import PassRecord, Program, Refusal
 from qcgraph.progress import Progress
 
-_BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_.:/-]*")
+_BARE = re.compile(r"[A-Za-z0-9_.:/+-]+")
 _TOKEN = re.compile(r"\s*(?P<name>[a-z][a-z0-9-]*)\s*(?:\{(?P<options>[^{}]*)\})?\s*(?P<end>,|$)")
 _OPTION = re.compile(r"\s*(?P<key>[a-z][a-z0-9-]*)=(?P<value>\"(?:[^\"\\]|\\.)*\"|[^\s\"]+)(?:\s+|$)")
 
@@ -193,7 +193,9 @@ def make_pass(name: str, options: dict[str, Any]) -> Pass:
     values = {key.replace("-", "_"): value for key, value in options.items()}
     for key in values:
         if key not in known:
-            hint = closest(key.replace("_", "-"), {item.replace("_", "-") for item in known}) if known else "it has none"
+            hint = (
+                closest(key.replace("_", "-"), {item.replace("_", "-") for item in known}) if known else "it has none"
+            )
             raise UsageError(f"pass {name!r} has no option {key.replace('_', '-')!r}", hint=hint)
     try:
         return TypeAdapter(kind).validate_python(values)
@@ -223,7 +225,9 @@ def _parse_options(text: str) -> Iterator[tuple[str, Any]]:
     while position < len(text):
         match = _OPTION.match(text, position)
         if match is None:
-            raise UsageError(f"cannot read options {text[position:]!r}", where="pipeline", hint="write key=value key=value")
+            raise UsageError(
+                f"cannot read options {text[position:]!r}", where="pipeline", hint="write key=value key=value"
+            )
         yield match["key"], _value(match["value"])
         position = match.end()
 
@@ -237,6 +241,6 @@ def _value(text: str) -> Any:
 
 
 def _format(value: Any) -> str:
-    if isinstance(value, str) and _BARE.fullmatch(value) and value not in ("true", "false", "null"):
+    if isinstance(value, str) and _BARE.fullmatch(value) and _value(value) == value:
         return value
     return json.dumps(value)

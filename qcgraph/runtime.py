@@ -110,8 +110,8 @@ class Denoiser:
         values = np.unique(_array(timestep))
         if len(values) != 1:
             raise UsageError("the timesteps of a batch differ", hint="all samples of a call are at the same timestep")
-        labels = np.broadcast_to(_array(class_labels).astype(np.int64), (len(latent),))
-        prediction = self._request.denoise(latent, float(values[0]), np.ascontiguousarray(labels))
+        labels = np.broadcast_to(_array(class_labels).astype(np.int64), (len(latent),)).copy()
+        prediction = self._request.denoise(latent, float(values[0]), labels)
         sample = _like(hidden_states, prediction)
         return DenoiserOutput(sample) if return_dict else (sample,)
 

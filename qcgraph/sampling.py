@@ -38,7 +38,7 @@ class Runner(Protocol):
         ...
 
 
-def cached(name: str, variant: str, state: State) -> object:
+def cached(name: str, variant: str, state: Mapping[str, object]) -> object:
     """A cache tensor of the request, in the backend's own form.
 
     Raises:
@@ -79,7 +79,7 @@ class Request:
         index = self._plan.index_of(timestep)
         self._advance_to(index, latent.shape)
         step = self._plan.steps[index]
-        inputs = {
+        inputs: dict[str, npt.NDArray[np.generic]] = {
             "latent": latent,
             "timestep": np.full(len(latent), step.timestep, dtype=np.float32),
             "class_label": class_label,
@@ -107,7 +107,9 @@ class Request:
         self._next = index + 1
 
 
-def guided(request: Request, latent: Array, step: Step, labels: npt.NDArray[np.int64], plan: StepPlan, spec: ModelSpec) -> Array:
+def guided(
+    request: Request, latent: Array, step: Step, labels: npt.NDArray[np.int64], plan: StepPlan, spec: ModelSpec
+) -> Array:
     """The noise prediction [B,C,H,W] under classifier-free guidance, both halves in one batch.
 
     ``eps = eps_null + w * (eps_class - eps_null)`` (Ho and Salimans, 2022); with w = 1 the null half is not computed.

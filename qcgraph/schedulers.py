@@ -43,7 +43,9 @@ def make_step_plan(name: str, steps: int, guidance: float, schedule: NoiseSchedu
         UsageError: the scheduler is unknown, does not fit the steps, or has no affine update; says why.
     """
     if not 1 <= steps <= schedule.train_steps:
-        raise UsageError(f"{steps} steps", hint=f"the model knows {schedule.train_steps} timesteps: 1 to that many steps")
+        raise UsageError(
+            f"{steps} steps", hint=f"the model knows {schedule.train_steps} timesteps: 1 to that many steps"
+        )
     scheduler = _make(name, schedule)
     try:
         scheduler.set_timesteps(steps)
@@ -117,12 +119,12 @@ def _check_memoryless(name: str, scheduler: Any, updates: list[Update]) -> None:
     if len(updates) < 2:
         return
     generator = torch.Generator().manual_seed(2)
-    results = []
+    results: list[torch.Tensor] = []
     for _ in range(2):
         walker = copy.deepcopy(scheduler)
         _step(walker, 0, *(torch.randn(PROBE_SHAPE, generator=generator, dtype=torch.float64) for _ in range(2)))
         results.append(_step(walker, 1, torch.ones(PROBE_SHAPE).double(), torch.ones(PROBE_SHAPE).double()))
-    if not torch.allclose(*results, rtol=TOLERANCE, atol=TOLERANCE):
+    if not torch.allclose(results[0], results[1], rtol=TOLERANCE, atol=TOLERANCE):
         raise _refused(name, "a step depends on the predictions of earlier steps")
 
 

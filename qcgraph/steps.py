@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from qcgraph.errors import BundleError, UsageError
 
@@ -70,7 +71,7 @@ class StepPlan:
         if not self.steps:
             raise UsageError("a step plan needs at least one step")
         timesteps = [step.timestep for step in self.steps]
-        if any(later >= earlier for earlier, later in zip(timesteps, timesteps[1:], strict=False)):
+        if any(later >= earlier for earlier, later in pairwise(timesteps)):
             raise UsageError(
                 "the timesteps of a plan must fall strictly", hint="use a scheduler that visits each timestep once"
             )
@@ -143,7 +144,7 @@ class StepPlan:
         return f"{mark.scheduler}, {mark.steps} steps, guidance {mark.guidance:g}"
 
 
-def digest(chunks: Iterable[bytes]) -> str:
+def digest(chunks: Iterable[bytes | memoryview]) -> str:
     """sha256 over chunks, the first 16 hexadecimal digits."""
     state = hashlib.sha256()
     for chunk in chunks:

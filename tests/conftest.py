@@ -54,7 +54,9 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
             path.write_text(text, "utf-8")
         assert path.is_file(), f"no golden text {path.name}: run pytest --regenerate-golden and read what it wrote"
         expected = path.read_text("utf-8")
-        difference = "\n".join(difflib.unified_diff(expected.splitlines(), text.splitlines(), "golden", "now", lineterm=""))
+        difference = "\n".join(
+            difflib.unified_diff(expected.splitlines(), text.splitlines(), "golden", "now", lineterm="")
+        )
         assert text == expected, difference
 
     return compare
@@ -65,7 +67,9 @@ def golden_diff(golden: Callable[[str, str], None]) -> Callable[[str, Program, P
     """Compare what a pass changed in the program's text with ``golden/PASS.txt``."""
 
     def compare(name: str, before: Program, after: Program) -> None:
-        lines = difflib.unified_diff(before.text.splitlines(), after.text.splitlines(), "before", "after", "", "", 1, "")
+        lines = difflib.unified_diff(
+            before.text.splitlines(), after.text.splitlines(), "before", "after", "", "", 1, ""
+        )
         golden(name, "\n".join(lines) + "\n")
 
     return compare

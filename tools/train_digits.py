@@ -231,10 +231,13 @@ def train_denoiser(output: Path, config: DiTConfig, training: Training) -> dict[
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, training))
 
     checkpoint = output / "training.pt"
+    settings = {"config": asdict(config), "training": asdict(training)}
     state: dict[str, Any] = {"step": 0, "losses": [], "seconds": 0.0}
     parts: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer, "rate": rate}
     if checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
+        if state["settings"] != settings:
+            raise SystemExit(f"{checkpoint} belongs to a training with other options: finish that one, or delete it")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         generator.set_state(state["generator"])
@@ -257,7 +260,7 @@ def train_denoiser(output: Path, config: DiTConfig, training: Training) -> dict[
             seconds = time.perf_counter() - started
             print(f"step {done}/{training.steps}  loss {np.mean(losses[-100:]):.4f}  {seconds:.0f} s", flush=True)
         if done % 500 == 0 and done < training.steps:
-            progress = {"step": done, "losses": losses, "seconds": time.perf_counter() - started}
+            progress = {"settings": settings, "step": done, "losses": losses, "seconds": time.perf_counter() - started}
             saved = {name: part.state_dict() for name, part in parts.items()}
             torch.save(progress | saved | {"generator": generator.get_state()}, checkpoint)
     seconds = time.perf_counter() - started
@@ -494,9 +497,9 @@ seconds. Written by `tools/train_digits.py`; `card.json` holds the same figures,
 {measured}
 
 FID-small is the Frechet distance of features of `classifier.safetensors`, not of Inception. It falls as samples grow,
-so compare it only with figures of the same sample count. Distances are root mean squares per pixel. Samples closer to
-the training images than held-out digits are would show a model that remembers its training images; this is a test bed
-for transformations, not a generator to learn about digits from.
+so compare it only with figures of the same sample count. Distances are root mean squares per pixel; where samples are
+closer to the training images than held-out digits are, guidance made them typical or the model remembers some. It is
+a test bed for transformations, not a generator to learn about digits from.
 """
 
 

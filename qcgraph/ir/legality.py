@@ -11,7 +11,7 @@ from torch import fx
 
 from qcgraph.errors import ContractError
 from qcgraph.ir.ops import OPS
-from qcgraph.ir.program import Program, Variant, module_path, output_node, spec_of
+from qcgraph.ir.program import Program, Variant, module_path, returned_nodes, spec_of
 from qcgraph.steps import StepPlan
 
 NAMESPACES = ("aten", "qcgraph")
@@ -32,7 +32,9 @@ def verify(program: Program) -> None:
         return
     where, what = findings[0]
     more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
-    raise ContractError(f"illegal program: {what}{more}", where=where, hint="print it with --print-after and look there")
+    raise ContractError(
+        f"illegal program: {what}{more}", where=where, hint="print it with --print-after and look there"
+    )
 
 
 def find(program: Program) -> Iterator[Finding]:
@@ -41,8 +43,8 @@ def find(program: Program) -> Iterator[Finding]:
         for what in rule(program):
             yield "program", what
     for name, variant in program.variants.items():
-        for rule in VARIANT_RULES:
-            for what in rule(variant, program):
+        for variant_rule in VARIANT_RULES:
+            for what in variant_rule(variant):
                 yield f"graph {name}", what
         for node in variant.graph.nodes:
             for node_rule in NODE_RULES:
@@ -57,18 +59,14 @@ def _plan_names_variants(program: Program) -> Iterator[str]:
             yield f"the step plan uses variant {name!r}, which does not exist"
 
 
-def _inputs_match(variant: Variant, program: Program) -> Iterator[str]:
+def _inputs_match(variant: Variant) -> Iterator[str]:
     actual = [str(node.target) for node in variant.graph.nodes if node.op == "placeholder"]
     if actual != list(variant.interface.input_names):
         yield f"placeholders {actual} are not the inputs {list(variant.interface.input_names)} of the interface"
 
 
-def _outputs_match(variant: Variant, program: Program) -> Iterator[str]:
-    returned = output_node(variant.graph).args[0]
-    if not isinstance(returned, tuple):
-        yield "does not return a tuple"
-        return
-    actual = [str(spec_of("", node.meta["val"])) for node in returned]
+def _outputs_match(variant: Variant) -> Iterator[str]:
+    actual = [str(spec_of("", node.meta["val"])) for node in returned_nodes(variant.graph) if "val" in node.meta]
     expected = [str(spec) for spec in variant.interface.outputs]
     if actual != expected:
         yield f"returns {actual}, the interface says {expected}"
@@ -133,7 +131,7 @@ def _table_covers_plan(node: fx.Node, program: Program) -> str | None:
 
 
 PROGRAM_RULES: tuple[Callable[[Program], Iterator[str]], ...] = (_plan_names_variants,)
-VARIANT_RULES: tuple[Callable[[Variant, Program], Iterator[str]], ...] = (_inputs_match, _outputs_match)
+VARIANT_RULES: tuple[Callable[[Variant], Iterator[str]], ...] = (_inputs_match, _outputs_match)
 NODE_RULES: tuple[Callable[[fx.Node, Program], str | None], ...] = (
     _typed,
     _constant_exists,

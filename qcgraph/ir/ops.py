@@ -143,7 +143,11 @@ def _onnx_quantize(x: Any, scale: Any, zero_point: Any, low: int, high: int, axi
         # QuantizeLinear saturates at the limits of its type only. Narrower codes are clipped before it, in floating
         # point: an integer Clip after it would keep the int8 kernels from matching.
         zero = op.CastLike(zero_point, x)
-        x = op.Clip(x, (op.Constant(value_float=float(low)) - zero) * scale, (op.Constant(value_float=float(high)) - zero) * scale)
+        x = op.Clip(
+            x,
+            (op.Constant(value_float=float(low)) - zero) * scale,
+            (op.Constant(value_float=float(high)) - zero) * scale,
+        )
     return op.QuantizeLinear(x, scale, zero_point, axis=axis)
 
 

@@ -12,7 +12,6 @@ The text is what `--print-after`, `inspect`, `diff` and the golden tests show, s
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +27,7 @@ from qcgraph.facts import (
     SiteQuant,
     TimestepGroups,
 )
-from qcgraph.ir.program import DTYPE_NAMES, Origin, Program, Variant, module_path, output_node, spec_of
+from qcgraph.ir.program import DTYPE_NAMES, Origin, Program, Variant, module_path, returned_nodes, spec_of
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
@@ -57,8 +56,7 @@ def print_variant(name: str, variant: Variant) -> str:
             path = module_path(node)
             lines.append(f"  ; {path or 'top level'}")
         lines.append(f"  {print_node(node)}")
-    returned = output_node(variant.graph).args[0]
-    assert isinstance(returned, (tuple, list))
+    returned = returned_nodes(variant.graph)
     outputs = ", ".join(
         f"{spec.name} = {_argument(node)}" for spec, node in zip(variant.interface.outputs, returned, strict=True)
     )
@@ -80,8 +78,6 @@ def target_name(target: Any) -> str:
         namespace, name = target.namespace, target._schema.name.split("::")[-1]
         overload = "" if target._overloadname == "default" else f".{target._overloadname}"
         return f"{name}{overload}" if namespace == "aten" else f"{namespace}.{name}{overload}"
-    if getattr(operator, getattr(target, "__name__", ""), None) is target:
-        return str(target.__name__)
     return str(getattr(target, "__name__", target))
 
 
@@ -128,9 +124,8 @@ def _steps(plan: StepPlan) -> list[str]:
 
 def _cache(plan: CachePlan) -> list[str]:
     steps = "".join("C" if computes else "." for computes in plan.computes)
-    return [
-        f"cache blocks {plan.first_block} .. {plan.last_block}, {sum(plan.computes)} of {len(steps)} steps compute: {steps}"
-    ]
+    blocks = f"blocks {plan.first_block} .. {plan.last_block}"
+    return [f"cache {blocks}, {sum(plan.computes)} of {len(steps)} steps compute: {steps}"]
 
 
 def _ranges(ranges: Ranges) -> list[str]:
@@ -154,14 +149,18 @@ def describe_site(site: SiteQuant) -> str:
     """One line: the codes and scales of a site."""
     activation = site.activation
     low, high = min(activation.scales), max(activation.scales)
-    scales = f"scale {low:.4g}" if low == high else f"scales {low:.4g} .. {high:.4g} over {len(activation.scales)} groups"
+    scales = (
+        f"scale {low:.4g}" if low == high else f"scales {low:.4g} .. {high:.4g} over {len(activation.scales)} groups"
+    )
     codes = f"{activation.dtype} codes {activation.low}..{activation.high}"
     return f"activation {codes}, {scales}; weight codes -{site.weight.high}..{site.weight.high} per channel"
 
 
 def _compensation(fact: Compensation) -> list[str]:
     gains = [gain for row in fact.gains for gain in row]
-    return [f"compensation gains {min(gains):.4f} .. {max(gains):.4f} over {len(fact.gains)} steps, {fact.clamped} clamped"]
+    return [
+        f"compensation gains {min(gains):.4f} .. {max(gains):.4f} over {len(fact.gains)} steps, {fact.clamped} clamped"
+    ]
 
 
 _FACT_LINES: tuple[tuple[type, Callable[[Any], list[str]]], ...] = (

@@ -31,6 +31,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 }
 DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
+
 @dataclass(frozen=True)
 class Variant:
     """One graph of a program, with its interface. The graph must not be edited in place: see `GraphEditor`."""
@@ -130,23 +131,25 @@ class Program:
         from qcgraph.ir.printer import print_program
 
         values = sorted((name, tensor_digest(tensor)) for name, tensor in self.constants.items())
-        return digest([print_program(self).encode(), digest_of(values).encode(), digest_of(self.facts.encode()).encode()])
+        return digest(
+            [print_program(self).encode(), digest_of(values).encode(), digest_of(self.facts.encode()).encode()]
+        )
 
     @cached_property
     def _modules(self) -> dict[str, fx.GraphModule]:
         return {}
 
 
-_TENSOR_DIGESTS = WeakTensorKeyDictionary()  # constants are never written to, so a digest holds as long as its tensor
+_TENSOR_DIGESTS = WeakTensorKeyDictionary()  # tensor -> (its version when it was read, its digest)
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
-    """The digest of a tensor's dtype, shape and bytes; remembered for as long as the tensor lives."""
-    known = _TENSOR_DIGESTS.get(tensor)
-    if known is None:
+    """The digest of a tensor's dtype, shape and bytes; remembered until the tensor is written to or dies."""
+    version, known = _TENSOR_DIGESTS.get(tensor, (-1, ""))
+    if version != tensor._version:
         raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        known = digest([f"{tensor.dtype}{tuple(tensor.shape)}".encode(), memoryview(raw)])
-        _TENSOR_DIGESTS[tensor] = known
+        known = digest([f"{tensor.dtype}{tuple(tensor.shape)}".encode(), raw.data])
+        _TENSOR_DIGESTS[tensor] = (tensor._version, known)
     return str(known)
 
 
@@ -164,7 +167,11 @@ def dimension_text(dim: int | torch.SymInt) -> int | str:
     symbols = sorted(expression.free_symbols, key=str)
     if not symbols:
         return int(expression)
-    return str(expression.subs({symbol: type(symbol)(BATCH) for symbol in symbols})) if len(symbols) == 1 else str(expression)
+    return (
+        str(expression.subs({symbol: type(symbol)(BATCH) for symbol in symbols}))
+        if len(symbols) == 1
+        else str(expression)
+    )
 
 
 def module_path(node: fx.Node) -> str:
@@ -275,6 +282,19 @@ class GraphEditor:
 def output_node(graph: fx.Graph) -> fx.Node:
     """The output node of a graph."""
     return next(iter(reversed(graph.nodes)))
+
+
+def returned_nodes(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """The nodes whose values a graph returns, in order.
+
+    Raises:
+        ContractError: it returns something else than a tuple of values.
+    """
+    returned = output_node(graph).args[0]
+    nodes = tuple(node for node in returned if isinstance(node, fx.Node)) if isinstance(returned, tuple) else ()
+    if not nodes or nodes != returned:
+        raise ContractError("a graph returns a tuple of values", hint="see GraphEditor.set_outputs")
+    return nodes
 
 
 def eliminate_dead_code(graph: fx.Graph) -> None:

@@ -48,7 +48,9 @@ def program_from_json(data: Mapping[str, Any], constants: Mapping[str, torch.Ten
         BundleError: another format version, an op that is not legal, or a constant that is missing.
     """
     if data.get("format") != FORMAT:
-        raise BundleError(f"program format {data.get('format')} is not {FORMAT}", hint="compile again with this version")
+        raise BundleError(
+            f"program format {data.get('format')} is not {FORMAT}", hint="compile again with this version"
+        )
     variants = {name: _variant_from_json(entry, constants) for name, entry in data["variants"].items()}
     history = tuple(decode(PassRecord, record) for record in data["history"])
     return Program(variants, dict(constants), Facts.decode(data["facts"]), history)

@@ -45,7 +45,7 @@ class DigitsClassifier(nn.Module):
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
         """Share of images [N, 1, 8, 8] classified as their label [N], between 0 and 1."""
-        return float((self(images).argmax(dim=1) == labels).float().mean())
+        return float((self(images).argmax(dim=1) == labels).double().mean())
 
 
 def load_classifier(path: Path = CLASSIFIER_FILE) -> DigitsClassifier:

@@ -21,7 +21,9 @@ ops = torch.ops.qcgraph
 def edited(program: Program, edit: Callable[[GraphEditor, fx.Node], None]) -> Program:
     """The program after an edit at its first quantizable linear."""
     editor = GraphEditor(program.variants["main"], program.constants, "test")
-    node = next(node for node in editor.graph.nodes if node.target is aten.linear.default and node.meta["val"].dim() == 3)
+    node = next(
+        node for node in editor.graph.nodes if node.target is aten.linear.default and node.meta["val"].dim() == 3
+    )
     edit(editor, node)
     return with_edits(program, {"main": editor})
 

@@ -118,6 +118,19 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
     assert not torch.equal(first["blocks.0.attn.qkv.weight"], other["blocks.0.attn.qkv.weight"])
 
 
+def test_random_weights_stay_finite_over_a_whole_sampling() -> None:
+    from diffusers import DDIMScheduler
+
+    model = random_dit()
+    scheduler: Any = DDIMScheduler(beta_start=1e-4, beta_end=2e-2, clip_sample=False)
+    scheduler.set_timesteps(50)
+    latent, _, label = inputs(4)
+    for timestep in scheduler.timesteps:
+        noise = model(latent, timestep.repeat(4), label)[:, :4]
+        latent = scheduler.step(noise, timestep, latent).prev_sample
+    assert latent.isfinite().all()
+
+
 def test_timestep_may_be_integer_or_float() -> None:
     latent, timestep, label = inputs(2)
     model = random_dit()

@@ -79,7 +79,12 @@ def test_reference_statistics(captured: Program, run: Run) -> None:
     reference = run("calibrate{trajectories=4}", captured).facts[Reference]
     spec = captured.facts[ModelSpec]
     final = sample(
-        TorchRunner(captured), captured.facts[StepPlan], spec, calibration_labels(4, 0, spec), 0, first_index=FIRST_INDEX
+        TorchRunner(captured),
+        captured.facts[StepPlan],
+        spec,
+        calibration_labels(4, 0, spec),
+        0,
+        first_index=FIRST_INDEX,
     )
     np.testing.assert_allclose(reference.means[-1], final.mean(axis=(0, 2, 3)), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(reference.deviations[-1], final.std(axis=(0, 2, 3)), rtol=1e-4)

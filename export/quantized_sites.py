@@ -1,0 +1,234 @@
+"""The quantized linears of a variant: where they are in the program, in its exported graph, and how they compute there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import fx
+
+from qcgraph.errors import VerificationError
+from qcgraph.export.run_onnxruntime import load_session, session_options
+from qcgraph.ir.program import Program, Variant
+from qcgraph.ir.structure import find_sites
+
+if TYPE_CHECKING:
+    import onnx
+    from onnxscript import ir
+
+aten = torch.ops.aten
+ops = torch.ops.qcgraph
+
+
+@dataclass(frozen=True)
+class QuantizedSite:
+    """A linear both of whose operands are dequantized.
+
+    Attributes:
+        name: the site.
+        codes: the constant with its weight codes.
+        entering: the node whose floating-point value is quantized.
+        leaving: the node whose value is the result, bias included.
+    """
+
+    name: str
+    codes: str
+    entering: str
+    leaving: str
+
+
+def quantized_sites(variant: Variant) -> tuple[QuantizedSite, ...]:
+    """The quantized linears of a variant, in order."""
+    nodes = {node.name: node for node in variant.graph.nodes}
+    found = []
+    for site in find_sites(variant):
+        product = nodes[site.node]
+        operands = [argument for argument in product.args[:2] if isinstance(argument, fx.Node)]
+        if len(operands) == 2 and all(operand.target is ops.dequantize.default for operand in operands):
+            quantize, codes = operands[0].args[0], operands[1].args[0]
+            assert isinstance(quantize, fx.Node) and isinstance(codes, fx.Node)
+            entering = quantize.args[0]
+            assert isinstance(entering, fx.Node)
+            found.append(QuantizedSite(site.name, str(codes.target), entering.name, _with_bias(product).name))
+    return tuple(found)
+
+
+def _with_bias(product: fx.Node) -> fx.Node:
+    """The addition of a constant that follows a product, else the product."""
+    user = next(iter(product.users))
+    if len(product.users) > 1 or user.target is not aten.add.Tensor:
+        return product
+    return user if any(source.op == "get_attr" for source in user.all_input_nodes) else product
+
+
+class _Recorder(fx.Interpreter):
+    """Remembers the values of some nodes."""
+
+    def __init__(self, module: fx.GraphModule, names: set[str]) -> None:
+        super().__init__(module)
+        self._names = names
+        self.values: dict[str, torch.Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self._names:
+            self.values[n.name] = value
+        return value
+
+
+def record(
+    program: Program, variant: str, inputs: Mapping[str, torch.Tensor], names: set[str]
+) -> dict[str, torch.Tensor]:
+    """The values of some nodes when PyTorch runs a variant."""
+    recorder = _Recorder(program.module(variant), names)
+    with torch.no_grad():
+        recorder.run(*(inputs[name] for name in program.variants[variant].interface.input_names))
+    return recorder.values
+
+
+class CutSites:
+    """The quantized sites of an exported graph, each cut out and fed on its own, in one session.
+
+    Args:
+        path: the exported graph.
+        sites: what to cut out of it.
+
+    Raises:
+        VerificationError: a site is not in the graph in the form that was emitted.
+    """
+
+    def __init__(self, path: Path, sites: Sequence[QuantizedSite]) -> None:
+        from onnxscript import ir
+
+        model = ir.load(path)
+        self._leaving: dict[str, str] = {}  # site -> output of the cut graph
+        self._entering: dict[str, str] = {}  # node of the program -> input of the cut graph
+        products = _products(model.graph)
+        inputs: dict[ir.Node, ir.Value] = {}
+        outputs: list[ir.Value] = []
+        for index, site in enumerate(sites):
+            if not products.get(site.codes):
+                raise VerificationError(
+                    "the exported graph has no product of dequantized values with its weight codes",
+                    where=f"{path.name}, {site.name}",
+                )
+            product = products[site.codes].pop(0)
+            first = _first(product)
+            if first not in inputs:
+                inputs[first] = ir.Value(name=f"entering_{index}", type=ir.TensorType(ir.DataType.FLOAT))
+                first.replace_input_with(0, inputs[first])
+            self._entering[site.entering] = str(inputs[first].name)
+            output = _last(product).outputs[0]
+            output.type = ir.TensorType(ir.DataType.FLOAT)
+            outputs.append(output)
+            self._leaving[site.name] = str(output.name)
+        self._session = _cut_session(model, list(inputs.values()), outputs, path.parent)
+
+    def run(
+        self, entering: Mapping[str, npt.NDArray[np.float32]], selectors: Mapping[str, npt.NDArray[np.int64]]
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """What leaves every site.
+
+        Args:
+            entering: what enters the sites, by the name of the program's node.
+            selectors: the scalar inputs, the timestep group among them.
+        """
+        feeds: dict[str, npt.NDArray[Any]] = {name: entering[node] for node, name in self._entering.items()}
+        wanted = {item.name for item in self._session.get_inputs()}
+        feeds |= {name: value for name, value in selectors.items() if name in wanted}
+        values = self._session.run(list(self._leaving.values()), feeds)
+        return dict(zip(self._leaving, values, strict=True))
+
+
+def _products(graph: ir.Graph) -> dict[str, list[ir.Node]]:
+    """Weight codes -> the products of dequantized values that they take part in."""
+    found: dict[str, list[ir.Node]] = {}
+    for node in graph:
+        makers = [value.producer() if value is not None else None for value in node.inputs[:2]]
+        if node.op_type == "MatMul" and all(maker and maker.op_type == "DequantizeLinear" for maker in makers):
+            codes = makers[1].inputs[0] if makers[1] else None
+            found.setdefault(str(codes.name) if codes else "", []).append(node)
+    return found
+
+
+def _first(product: ir.Node) -> ir.Node:
+    """The node that the floating-point activation of a quantized product enters: its quantize, or the clip before."""
+    node = product
+    for _ in ("DequantizeLinear", "QuantizeLinear"):
+        value = node.inputs[0]
+        maker = value.producer() if value is not None else None
+        assert maker is not None
+        node = maker
+    value = node.inputs[0]
+    before = value.producer() if value is not None else None
+    return before if before is not None and before.op_type == "Clip" else node
+
+
+def _last(product: ir.Node) -> ir.Node:
+    """The addition of an initializer that follows a product, else the product."""
+    consumers = list(product.outputs[0].consumers())
+    if len(consumers) != 1 or consumers[0].op_type != "Add":
+        return product
+    add = consumers[0]
+    return add if any(value is not None and value.is_initializer() for value in add.inputs) else product
+
+
+def _cut_session(model: ir.Model, inputs: list[ir.Value], outputs: list[ir.Value], folder: Path) -> Any:
+    """A session of what computes these outputs; weights are read from where the whole graph has them."""
+    from onnxscript import ir
+    from onnxscript.optimizer import optimize_ir
+
+    selectors = [value for value in model.graph.inputs if value.shape is not None and not value.shape.dims]
+    model.graph.inputs[:] = [*inputs, *selectors]
+    model.graph.outputs[:] = outputs
+    optimize_ir(model, onnx_shape_inference=False, should_fold=lambda node: False)
+    options = session_options(None)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return load_session(ir.to_proto(model).SerializeToString(), options)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The quantization parameters of an exported graph.
+
+    Attributes:
+        codes: weight codes by initializer.
+        scales: scales by initializer.
+        zero_points: zero points by initializer.
+    """
+
+    codes: dict[str, npt.NDArray[np.int8]]
+    scales: dict[str, npt.NDArray[np.float32]]
+    zero_points: dict[str, npt.NDArray[np.generic]]
+
+
+def parameters(path: Path) -> Parameters:
+    """Codes, scales and zero points of an exported graph, as they are on disk."""
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    found: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = ({}, {}, {})
+    for node in graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        for kind, name in zip(found, node.input, strict=False):
+            for source in _sources(name, makers):
+                if source in initializers and source not in kind:
+                    kind[source] = onnx.numpy_helper.to_array(initializers[source], str(path.parent))
+    return Parameters(*found)
+
+
+def _sources(name: str, makers: Mapping[str, onnx.NodeProto]) -> Iterator[str]:
+    """The tensor itself, or the table that it is selected from."""
+    maker = makers.get(name)
+    if maker is None:
+        yield name
+    elif maker.op_type == "Gather":
+        yield maker.input[0]

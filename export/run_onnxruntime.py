@@ -1,0 +1,150 @@
+"""Running exported graphs with ONNX Runtime on the CPU. NumPy and onnxruntime only, no torch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcgraph.errors import BundleError, closest
+from qcgraph.sampling import Array, State, cached
+from qcgraph.spec import OUTPUT, Interface
+
+PROVIDERS = ["CPUExecutionProvider"]
+
+
+class OnnxRuntimeRunner:
+    """Runs the exported graphs of a folder (see `qcgraph.sampling.Runner`).
+
+    A graph is loaded when it is first run. Cache tensors in a request's state are OrtValues: a computing step makes
+    new ones, a reusing step reads them in place, and nothing ever writes to them again.
+
+    Args:
+        folder: where ``<variant>.onnx`` and its weights are.
+        interfaces: inputs and outputs by variant.
+        threads: how many threads a graph may use; all cores when None.
+    """
+
+    def __init__(self, folder: Path, interfaces: Mapping[str, Interface], threads: int | None = None) -> None:
+        self._folder = folder
+        self._interfaces = interfaces
+        self._threads = threads
+        self._sessions: dict[str, Any] = {}
+
+    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
+        """Run one variant.
+
+        Raises:
+            BundleError: there is no such variant, its graph cannot be loaded, or it reuses what was never computed.
+        """
+        outputs = self.run_outputs(variant, inputs, state)
+        prediction: Array = outputs.pop(OUTPUT).numpy()
+        state.update(outputs)
+        return prediction
+
+    def run_outputs(
+        self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: Mapping[str, object]
+    ) -> dict[str, Any]:
+        """All outputs of one variant by name, as OrtValues; what ``inputs`` lacks is taken from ``state``."""
+        session = self._session(variant)
+        interface = self._interfaces[variant]
+        binding = session.io_binding()
+        for name in interface.input_names:
+            if name in inputs:
+                binding.bind_cpu_input(name, np.ascontiguousarray(inputs[name]))
+            else:
+                binding.bind_ortvalue_input(name, cached(name, variant, state))
+        for name in interface.output_names:
+            binding.bind_output(name)  # into memory that ONNX Runtime allocates for this call
+        session.run_with_iobinding(binding)
+        return dict(zip(interface.output_names, binding.get_outputs(), strict=True))
+
+    def _session(self, variant: str) -> Any:
+        if variant not in self._interfaces:
+            raise BundleError(f"no variant {variant!r}", where=str(self._folder), hint=closest(variant, self._interfaces))
+        if variant not in self._sessions:
+            self._sessions[variant] = load_session(self._folder / f"{variant}.onnx", session_options(self._threads))
+        return self._sessions[variant]
+
+
+@dataclass(frozen=True)
+class OptimizedNode:
+    """One node of an optimized graph."""
+
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OptimizedGraph:
+    """What ONNX Runtime makes of a graph when it loads it.
+
+    Attributes:
+        nodes: its nodes, in an order they can run in.
+    """
+
+    nodes: tuple[OptimizedNode, ...]
+
+    @classmethod
+    def of(cls, path: Path) -> OptimizedGraph:
+        """The optimized form of an exported graph.
+
+        Raises:
+            BundleError: ONNX Runtime cannot load it.
+        """
+        import onnx
+
+        with tempfile.TemporaryDirectory(prefix="qcgraph-") as folder:
+            optimized = Path(folder) / "optimized.onnx"
+            options = session_options(None)
+            options.optimized_model_filepath = str(optimized)
+            # Weights beside the graph, because a graph file cannot hold more than 2 GiB.
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+            options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+            load_session(path, options)
+            proto = onnx.load(str(optimized), load_external_data=False)
+        nodes = proto.graph.node
+        return cls(tuple(OptimizedNode(node.op_type, node.name, tuple(node.input), tuple(node.output)) for node in nodes))
+
+    def count(self, op: str) -> int:
+        """How many nodes are this op."""
+        return sum(node.op == op for node in self.nodes)
+
+
+def session_options(threads: int | None) -> Any:
+    """The options every session is loaded with."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; warnings are about graphs that are fine
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    # The variants take turns: threads of one that wait for work by spinning would take the cores of the other.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def load_session(model: Path | bytes, options: Any) -> Any:
+    """A session of a graph file, or of a graph in memory.
+
+    Raises:
+        BundleError: ONNX Runtime cannot load it.
+    """
+    import onnxruntime
+
+    source = str(model) if isinstance(model, Path) else model
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=PROVIDERS)
+    except Exception as error:  # its exceptions share no base class but this
+        raise BundleError(
+            f"ONNX Runtime cannot load the graph: {str(error).splitlines()[0]}",
+            where=model.name if isinstance(model, Path) else None,
+            hint="run qcgraph verify on the bundle; it may be incomplete, or made for a newer ONNX Runtime",
+        ) from error

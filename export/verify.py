@@ -1,0 +1,253 @@
+"""Checks of exported graphs: what ONNX Runtime makes of them, and that they compute what the program computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qcgraph.export.quantized_sites import CutSites, Parameters, QuantizedSite, parameters, quantized_sites, record
+from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner, OptimizedGraph
+from qcgraph.export.targets import Target
+from qcgraph.errors import QcgraphError
+from qcgraph.facts import QuantPlan
+from qcgraph.ir.program import Program
+from qcgraph.ir.structure import find_sites, total_macs
+from qcgraph.progress import Progress
+from qcgraph.spec import Interface, ModelSpec
+from qcgraph.steps import Step, StepPlan
+
+EXACT = 1e-5  # relative L2 that float32 arithmetic in another order stays below
+ROUNDING_FACTOR = 1.5  # how far above its rounding floor a quantized graph may be
+PERTURBATION = 1e-6  # relative noise on the latent, about what one operator in another order makes
+STEPS = 4  # steps of the plan that a variant is compared at
+SAMPLES = 16  # samples a step, fewer for large models
+MACS = 20e9  # multiply-accumulates a step that comparing may cost
+KERNEL = "MatMulIntegerToFloat"
+PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm")
+VIEWS = ("Transpose", "Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked.
+
+    Attributes:
+        name: what was checked.
+        variant: the variant it was checked on.
+        passed: whether it holds.
+        value: the figure that was found.
+        limit: what the figure must not exceed.
+        detail: the figure in words, with the offenders by name.
+    """
+
+    name: str
+    variant: str
+    passed: bool
+    value: float
+    limit: float
+    detail: str
+
+
+def verify_export(
+    program: Program, folder: Path, target: Target, interfaces: Mapping[str, Interface], progress: Progress
+) -> tuple[Check, ...]:
+    """Check the exported graphs of a program.
+
+    Args:
+        program: what was exported; it holds a step plan, whose steps give timesteps, groups and rows.
+        folder: where the graphs and their weights are.
+        target: what it was exported for.
+        interfaces: inputs and outputs by variant.
+        progress: reports the variants.
+
+    Returns:
+        Every check that was made, passed or not. None for a target without ONNX graphs.
+
+    Raises:
+        BundleError: ONNX Runtime cannot load a graph.
+    """
+    if not target.emits_onnx:
+        return ()
+    runner = OnnxRuntimeRunner(folder, interfaces)
+    checks: list[Check] = []
+    for variant in progress.track(list(program.variants), "verifying"):
+        path = folder / f"{variant}.onnx"
+        sites = quantized_sites(program.variants[variant])
+        checks.append(_check_kernels(program, variant, sites, OptimizedGraph.of(path)))
+        if sites:
+            checks += _check_parameters(variant, parameters(path), target)
+            checks.append(_check_sites(program, variant, sites, path))
+        checks += _check_outputs(program, variant, bool(sites), runner)
+    return tuple(checks)
+
+
+def _check_kernels(
+    program: Program, variant: str, sites: Sequence[QuantizedSite], optimized: OptimizedGraph
+) -> Check:
+    """Every planned linear runs in int8, and nothing multiplies dequantized values in floating point."""
+    plan = program.facts.get(QuantPlan)
+    planned = set(plan.sites) if plan else set()
+    unquantized = {site.name for site in find_sites(program.variants[variant])} - {site.name for site in sites}
+    kernels = [node.inputs[1] for node in optimized.nodes if node.op == KERNEL]
+    left = []
+    for site in sites:
+        if site.codes in kernels:
+            kernels.remove(site.codes)
+        else:
+            left.append(site.name)
+    offenders = [*sorted(unquantized & planned), *left, *_dequantized_products(optimized)]
+    what = ", ".join(offenders)
+    return Check(
+        name="int8 kernels",
+        variant=variant,
+        passed=not offenders,
+        value=len(offenders),
+        limit=0,
+        detail=f"not in int8: {what}" if offenders else f"{len(sites)} linears in int8, none of them left in float",
+    )
+
+
+def _dequantized_products(optimized: OptimizedGraph) -> Iterator[str]:
+    """Floating-point products of dequantized values."""
+    makers = {name: node for node in optimized.nodes for name in node.outputs}
+    for node in optimized.nodes:
+        for name in node.inputs if node.op in PRODUCTS else ():
+            maker = makers.get(name)
+            while maker is not None and maker.op in VIEWS:
+                maker = makers.get(maker.inputs[0])
+            if maker is not None and maker.op == "DequantizeLinear":
+                yield f"{node.op} {node.name}"
+                break
+
+
+def _check_parameters(variant: str, found: Parameters, target: Target) -> Iterator[Check]:
+    """Weight codes that the kernels multiply exactly, and scales and zero points that mean something."""
+    largest = {name: int(np.abs(codes.astype(np.int16)).max()) for name, codes in found.codes.items()}
+    over = [name for name, value in largest.items() if value > target.weight_high]
+    value = max(largest.values())
+    yield Check(
+        name="weight codes",
+        variant=variant,
+        passed=not over,
+        value=value,
+        limit=target.weight_high,
+        detail=f"the largest code is {value}" + (f", in {', '.join(over)}" if over else ""),
+    )
+    wrong = [name for name, scale in found.scales.items() if not np.all(np.isfinite(scale) & (scale > 0))]
+    symmetric = [
+        name for name, zeros in found.zero_points.items() if zeros.dtype == np.int8 or target.activation == "symmetric"
+    ]
+    wrong += [name for name in symmetric if np.any(found.zero_points[name])]
+    yield Check(
+        name="scales and zero points",
+        variant=variant,
+        passed=not wrong,
+        value=len(wrong),
+        limit=0,
+        detail=f"not finite, positive or symmetric: {', '.join(wrong)}" if wrong else f"{len(found.scales)} scales",
+    )
+
+
+def _check_sites(program: Program, variant: str, sites: Sequence[QuantizedSite], path: Path) -> Check:
+    """Each site on its own computes what it computes in the program, given the same values."""
+    worst: dict[str, float] = {}
+    try:
+        cut = CutSites(path, sites)
+    except QcgraphError as error:
+        return Check("site exactness", variant, passed=False, value=float("inf"), limit=EXACT, detail=str(error))
+    names = {name for site in sites for name in (site.entering, site.leaving)}
+    for index, step in enumerate(_steps(program, variant)):
+        inputs = _inputs(program, variant, step, 1, np.random.default_rng(index))
+        values = {name: value.numpy() for name, value in record(program, variant, inputs, names).items()}
+        selectors = {name: inputs[name].numpy() for name in ("group", "row")}
+        found = cut.run({site.entering: values[site.entering] for site in sites}, selectors)
+        for site in sites:
+            (error,) = _distances(found[site.name], values[site.leaving])
+            worst[site.name] = max(error, worst.get(site.name, 0.0))
+    value = max(worst.values())
+    over = [f"{name} {error:.1e}" for name, error in worst.items() if not error <= EXACT]
+    detail = f"relative L2 up to {value:.1e} over {len(sites)} sites" + (f"; too far: {', '.join(over)}" if over else "")
+    return Check("site exactness", variant, passed=not over, value=value, limit=EXACT, detail=detail)
+
+
+def _check_outputs(program: Program, variant: str, quantized: bool, runner: OnnxRuntimeRunner) -> Iterator[Check]:
+    """The whole graph computes what the program computes, up to the roundings that quantization amplifies.
+
+    A difference of one part in a million flips roundings, in block after block; what a program so differs from
+    *itself*, when its latent is perturbed by that much, is the floor that no backend can be expected to be below.
+    """
+    errors: dict[str, list[float]] = {}
+    floors: dict[str, list[float]] = {}
+    samples = int(np.clip(MACS // total_macs(find_sites(program.variants[variant])), 1, SAMPLES))
+    for index, step in enumerate(_steps(program, variant)):
+        generator = np.random.default_rng(1000 + index)
+        inputs = _inputs(program, variant, step, samples, generator)
+        expected = program.run(variant, inputs)
+        found = runner.run_outputs(variant, {name: value.numpy() for name, value in inputs.items()}, {})
+        nearby = program.run(variant, inputs | {"latent": _perturbed(inputs["latent"], generator)}) if quantized else {}
+        for name, value in expected.items():
+            errors.setdefault(name, []).extend(_distances(found[name].numpy(), value.numpy()))
+            if quantized:
+                floors.setdefault(name, []).extend(_distances(nearby[name].numpy(), value.numpy()))
+    for name, distances in errors.items():
+        value, floor = _pooled(distances), _pooled(floors.get(name, [0.0]))
+        limit = max(EXACT, ROUNDING_FACTOR * floor)
+        text = f"relative L2 {value:.1e} over {len(distances)} samples" + (
+            f", rounding floor {floor:.1e}" if quantized else ""
+        )
+        yield Check(f"parity of {name}", variant, passed=value <= limit, value=value, limit=limit, detail=text)
+
+
+def _steps(program: Program, variant: str) -> list[Step]:
+    """Steps of the plan that run a variant, spread over it."""
+    steps = [step for step in program.facts[StepPlan].steps if step.variant == variant]
+    positions = np.linspace(0, len(steps) - 1, min(STEPS, len(steps))).round().astype(int)
+    return [steps[position] for position in positions]
+
+
+def _inputs(
+    program: Program, variant: str, step: Step, samples: int, generator: np.random.Generator
+) -> dict[str, torch.Tensor]:
+    """Inputs of one step: noise as the latent, every class in turn, and caches that a computing step has made."""
+    spec = program.facts[ModelSpec]
+    labels = [spec.null_class, *range(spec.class_count)]
+    inputs = {
+        "latent": torch.from_numpy(generator.standard_normal((samples, *spec.latent_shape), dtype=np.float32)),
+        "timestep": torch.full((samples,), step.timestep, dtype=torch.float32),
+        "class_label": torch.tensor([labels[index % len(labels)] for index in range(samples)]),
+        "group": torch.tensor(step.group),
+        "row": torch.tensor(step.row),
+    }
+    missing = [name for name in program.variants[variant].interface.input_names if name not in inputs]
+    if missing:
+        plan = program.facts[StepPlan]
+        before = [other for other in plan.steps[: plan.index_of(step.timestep)] if _gives(program, other, missing)]
+        caches = program.run(before[-1].variant, _inputs(program, before[-1].variant, before[-1], samples, generator))
+        inputs |= {name: caches[name] for name in missing}
+    return inputs
+
+
+def _gives(program: Program, step: Step, names: Sequence[str]) -> bool:
+    return set(names) <= set(program.variants[step.variant].interface.output_names)
+
+
+def _perturbed(latent: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
+    noise = generator.standard_normal(tuple(latent.shape), dtype=np.float32)
+    return latent * (1 + PERTURBATION * torch.from_numpy(noise))
+
+
+def _distances(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> list[float]:
+    """Relative L2 distance per sample."""
+    wide = [values.astype(np.float64).reshape(len(values), -1) for values in (found, expected)]
+    norms = np.maximum(np.linalg.norm(wide[1], axis=1), np.finfo(np.float32).tiny)
+    return [float(value) for value in np.linalg.norm(wide[0] - wide[1], axis=1) / norms]
+
+
+def _pooled(distances: Sequence[float]) -> float:
+    """Root mean square."""
+    return float(np.sqrt(np.mean(np.square(distances))))

@@ -1,0 +1,135 @@
+"""qcgraph compile: from a model to a bundle."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qcgraph.cli.output import JsonOption, print_fields, print_heading, print_json, print_table, size_text
+
+if TYPE_CHECKING:
+    from qcgraph.bundle import Bundle
+    from qcgraph.compiler import CompileResult
+
+
+def compile_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The name of a model; see qcgraph models.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder of the bundle.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="FILE|PRESET", help="A TOML file, or careful, balanced or fast.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
+    scheduler: Annotated[str | None, typer.Option(metavar="NAME", help="Scheduler, such as ddim or ddpm.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Weight of classifier-free guidance; 1 means none.")] = None,
+    bits: Annotated[
+        str | None, typer.Option(metavar="wNaM|off", help="Bits of weights and activations, such as w8a8.")
+    ] = None,
+    groups: Annotated[int | None, typer.Option(help="Timestep groups with activation scales of their own.")] = None,
+    cache: Annotated[
+        str | None, typer.Option(metavar="interval=N|off", help="Every N-th step computes, the others reuse.")
+    ] = None,
+    compensate: Annotated[str | None, typer.Option(metavar="vc|off", help="Variance compensation.")] = None,
+    target: Annotated[str | None, typer.Option(metavar="NAME", help="What to export for; see qcgraph targets.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the calibration.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the bundle that is there.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done; sample nothing, write nothing.")
+    ] = False,
+    print_after: Annotated[
+        list[str] | None, typer.Option(metavar="PASS|all", help="Print the program after this pass; can be repeated.")
+    ] = None,
+    stop_after: Annotated[
+        str | None, typer.Option(metavar="PASS", help="Stop after this pass, print the program, write nothing.")
+    ] = None,
+    verify_each: Annotated[bool, typer.Option("--verify-each", help="Run the program after every pass.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Compile a model: quantize it, cache it, compensate for both, and export it as a bundle.
+
+    Options go on top of the recipe.
+    """
+    from qcgraph.recipe import Recipe
+
+    resolved = (Recipe.load(recipe) if recipe else Recipe()).override(
+        steps=steps,
+        scheduler=scheduler,
+        guidance=guidance,
+        bits=bits,
+        groups=groups,
+        cache=cache,
+        compensate=compensate,
+        target=target,
+        seed=seed,
+    )
+    from qcgraph.compiler import compile_model
+    from qcgraph.progress import progress_for
+
+    result = compile_model(
+        model,
+        resolved,
+        output,
+        force=force,
+        stop_after=stop_after,
+        verify_each=verify_each,
+        print_after=tuple(print_after or ()),
+        dry_run=dry_run,
+        progress=progress_for(sys.stderr),
+        out=sys.stderr if json else sys.stdout,
+    )
+    if json:
+        print_json(result.report | {"bundle": str(output) if result.bundle else None})
+    elif stop_after:
+        if not print_after:
+            print(result.program_text)
+    else:
+        _print_summary(result)
+
+
+def _print_summary(result: CompileResult) -> None:
+    report, bundle = result.report, result.bundle
+    print_fields(_summary(report, bundle))
+    if bundle is None:
+        print_heading("pipeline (a dry run: nothing was sampled, nothing was written)")
+        _print_pipeline(report["pipeline"])
+        return
+    print_heading("passes")
+    rows = [
+        (row["text"], "yes" if row["changed"] else "no", len(row["refusals"]), f"{row['seconds']:.1f}")
+        for row in report["passes"]
+    ]
+    print_table(("pass", "changed", "refused", "seconds"), rows, right=("refused", "seconds"))
+    place = shlex.quote(str(bundle.path))
+    print(f"\nnext: qcgraph sample {place} -o grid.png")
+
+
+def _print_pipeline(text: str) -> None:
+    from qcgraph.pipeline import Pipeline
+
+    for pass_ in Pipeline.parse(text):
+        print(pass_.text)
+
+
+def _summary(report: dict[str, Any], bundle: Bundle | None) -> list[tuple[str, str]]:
+    variants = ", ".join(f"{name} {entry['steps']}" for name, entry in report["variants"].items())
+    fields = [
+        ("model", report["model"]),
+        ("target", report["target"]),
+        ("sampling", report["plan"]),
+        ("variants", f"{variants} (steps each)"),
+        ("quantized", f"{report['quantized_sites']} of {report['linear_sites']} linear layers"),
+        ("scales", f"{report['timestep_groups']} timestep groups"),
+        ("work", f"{report['mac_ratio']:.1%} of the multiply-accumulates of the model"),
+    ]
+    if bundle is not None:
+        failed = [check for check in report["checks"] if not check["passed"]]
+        fields += [
+            ("checks", f"{len(report['checks']) - len(failed)} of {len(report['checks'])} passed"),
+            ("size", size_text(bundle.size)),
+            ("time", f"{report['seconds']:.1f} s"),
+            ("bundle", str(bundle.path)),
+        ]
+    return fields

@@ -1,0 +1,56 @@
+"""qcgraph inspect: what is in a bundle, or what a model looks like before it is compiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qcgraph.cli.output import JsonOption
+from qcgraph.errors import UsageError
+
+Show = Literal["schedule", "scales", "refused", "sites", "pipeline"]
+
+
+def inspect_command(
+    subject: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL", help="A bundle's folder, or a model's name.")],
+    after: Annotated[
+        str | None, typer.Option(metavar="PASS|NN", help="Print the program after this pass (its name or number).")
+    ] = None,
+    graph: Annotated[str | None, typer.Option(metavar="NAME", help="Print this graph.")] = None,
+    node: Annotated[
+        str | None, typer.Option(metavar="GLOB", help="Print the nodes whose name or module path matches.")
+    ] = None,
+    show: Annotated[Show | None, typer.Option(help="Print one table.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Show what is in a bundle: its plan, its graphs, what every pass did; or the layers of a model.
+
+    With --after, --graph or --node it prints the program; bundles keep its text after every pass.
+    """
+    wants_text = after is not None or graph is not None or node is not None
+    if wants_text and show is not None:
+        raise UsageError(
+            "--show prints a table, --after, --graph and --node print the program", hint="give one of them"
+        )
+
+    from qcgraph.bundle import Bundle, is_bundle
+
+    if is_bundle(subject):
+        from qcgraph.cli.inspect_bundle import inspect_bundle, inspect_text
+
+        bundle = Bundle.open(subject, check=False)
+        if wants_text:
+            inspect_text(bundle, after, graph, node, json=json)
+        else:
+            inspect_bundle(bundle, show, json=json)
+        return
+    if Path(subject).is_dir() and not any(Path(subject).glob("**/config.json")):
+        raise UsageError("is neither a bundle nor a model folder", where=subject, hint="a bundle holds a manifest.json")
+    if after is not None:
+        raise UsageError("no pass has run on a model", where="--after", hint="compile it, and inspect the bundle")
+
+    from qcgraph.cli.inspect_model import inspect_model
+
+    inspect_model(subject, show, graph, node, json=json)

@@ -1,0 +1,308 @@
+"""The views of a bundle, without torch: every one is data first, and a table made of that data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qcgraph.bundle import Bundle
+from qcgraph.cli.ir_text import matching, op_changes, ops_text, read_program_text, with_paths
+from qcgraph.cli.output import count_text, print_fields, print_heading, print_json, print_table, size_text
+from qcgraph.cli.select import graphs_of, pass_text
+from qcgraph.errors import UsageError
+from qcgraph.facts import QuantPlan, SiteQuant
+from qcgraph.steps import StepPlan
+
+MOST_OPS = 5  # named in the overview
+
+
+def inspect_text(bundle: Bundle, after: str | None, graph: str | None, node: str | None, *, json: bool) -> None:
+    """Print the program after a pass: all of it, one graph, or the nodes that match."""
+    chosen = pass_text(bundle, after)
+    program = read_program_text(chosen.text)
+    graphs = graphs_of(program, graph)
+    if json:
+        nodes = {
+            item.name: [vars(line) | {"line": line.line.strip()} for line in matching(item, node or "*")]
+            for item in graphs
+        }
+        print_json({"index": chosen.index, "pass": chosen.name, "graphs": nodes})
+        return
+    if node is None:
+        print("\n\n".join(item.text for item in graphs) if graph else chosen.text.rstrip())
+        return
+    found = {item.name: matching(item, node) for item in graphs}
+    if not any(found.values()):
+        raise UsageError(f"no node matches {node!r}", where="--node", hint="a glob such as blocks.0.* or 'linear_*'")
+    for name, lines in found.items():
+        if lines:
+            print("\n".join([f"graph {name}", *with_paths(lines)]))
+
+
+def inspect_bundle(bundle: Bundle, show: str | None, *, json: bool) -> None:
+    """Print the overview, or one view."""
+    data, print_data = VIEWS[show or "overview"]
+    value = data(bundle)
+    if json:
+        print_json(value)
+    else:
+        print_data(value)
+
+
+def schedule_line(plan: StepPlan) -> str:
+    """One letter a step: ``FRRFRR   (F = full, R = reuse)``."""
+    letters = letters_of(plan.variants)
+    legend = ", ".join(f"{letter} = {name}" for name, letter in letters.items())
+    return f"{''.join(letters[step.variant] for step in plan.steps)}   ({legend})"
+
+
+def letters_of(names: tuple[str, ...]) -> dict[str, str]:
+    """A letter for each name: its initial, or the next letter of the alphabet that is free."""
+    letters: dict[str, str] = {}
+    for name in names:
+        candidates = [*name.upper(), *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+        letters[name] = next(letter for letter in candidates if letter.isalpha() and letter not in letters.values())
+    return letters
+
+
+def _overview(bundle: Bundle) -> dict[str, Any]:
+    spec, plan, manifest = bundle.spec, bundle.plan, bundle.manifest
+    program = read_program_text(pass_text(bundle, None).text)
+    quantized = bundle.facts.get(QuantPlan)
+    return {
+        "bundle": str(bundle.path),
+        "qcgraph": manifest.qcgraph,
+        "packages": manifest.packages,
+        "bytes": bundle.size,
+        "model": {
+            "name": spec.name,
+            "latent_shape": list(spec.latent_shape),
+            "classes": spec.class_count,
+            "prediction": spec.schedule.prediction,
+        },
+        "target": manifest.target,
+        "plan": plan.describe(),
+        "schedule": schedule_line(plan),
+        "timestep_groups": plan.group_count,
+        "quantized_sites": len(quantized.sites) if quantized else 0,
+        "graphs": {
+            name: {
+                "steps": sum(step.variant == name for step in plan.steps),
+                "inputs": [f"{item.name}: {item}" for item in interface.inputs],
+                "outputs": [f"{item.name}: {item}" for item in interface.outputs],
+                "ops": dict(program.graphs[name].ops.most_common()) if name in program.graphs else {},
+            }
+            for name, interface in bundle.interfaces.items()
+        },
+        "passes": _passes(bundle),
+        "files": {name: entry.bytes for name, entry in manifest.files.items()},
+    }
+
+
+def _passes(bundle: Bundle) -> list[dict[str, Any]]:
+    """What every pass changed, from the texts before and after it."""
+    programs = [(text, read_program_text(text.text)) for text in bundle.ir_texts]
+    history = {index: record for index, record in enumerate(bundle.history, start=1)}
+    rows = []
+    for (_, before), (text, after) in zip(programs, programs[1:], strict=False):
+        record = history.get(text.index, {})
+        rows.append(
+            {
+                "index": text.index,
+                "text": record.get("text", text.name),
+                "changed": record.get("changed"),
+                "refused": len(record.get("refusals", ())),
+                "graphs": {
+                    name: {"added": dict(added), "removed": dict(removed)}
+                    for name, (added, removed) in op_changes(before, after).items()
+                },
+            }
+        )
+    return rows
+
+
+def _print_overview(data: Mapping[str, Any]) -> None:
+    model = data["model"]
+    latent = "x".join(map(str, model["latent_shape"]))
+    print_fields(
+        [
+            ("bundle", f"{data['bundle']}, {size_text(data['bytes'])}, written by qcgraph {data['qcgraph']}"),
+            ("model", f"{model['name']}: latent {latent}, {model['classes']} classes, predicts {model['prediction']}"),
+            ("target", data["target"]),
+            ("sampling", data["plan"]),
+            ("schedule", data["schedule"]),
+            ("quantized", count_text(data["quantized_sites"], "linear layer")),
+            ("scales", count_text(data["timestep_groups"], "timestep group")),
+        ]
+    )
+    print_heading("graphs")
+    print_table(
+        ("graph", "steps", "nodes", "inputs", "outputs", "most frequent"),
+        [
+            (
+                name,
+                graph["steps"],
+                sum(graph["ops"].values()),
+                ", ".join(item.partition(":")[0] for item in graph["inputs"]),
+                ", ".join(item.partition(":")[0] for item in graph["outputs"]),
+                ops_text(_counter(graph["ops"]), most=MOST_OPS),
+            )
+            for name, graph in data["graphs"].items()
+        ],
+        right=("steps", "nodes"),
+    )
+    print_heading("passes")
+    print_table(
+        ("", "pass", "refused", "what it changed"),
+        [(f"{row['index']:03d}", row["text"], row["refused"] or "-", _change_text(row)) for row in data["passes"]],
+        right=("refused",),
+    )
+    print_heading("files")
+    print_table(
+        ("file", "size"),
+        [(name, size_text(count)) for name, count in data["files"].items() if not name.startswith("ir/")],
+        right=("size",),
+    )
+    print("\nmore: --show schedule|scales|refused|sites|pipeline, --after PASS, --node GLOB")
+
+
+def _change_text(row: Mapping[str, Any]) -> str:
+    if row["changed"] is False:
+        return "nothing"
+    parts = []
+    for name, change in row["graphs"].items():
+        added, removed = sum(change["added"].values()), sum(change["removed"].values())
+        parts.append(f"{name} +{added} -{removed} nodes")
+    return ", ".join(parts) or "facts only"
+
+
+def _counter(ops: Mapping[str, int]) -> Any:
+    from collections import Counter
+
+    return Counter(ops)
+
+
+def _schedule(bundle: Bundle) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": index,
+            "timestep": step.timestep,
+            "variant": step.variant,
+            "group": step.group,
+            "row": step.row,
+            "latent": step.update.latent,
+            "noise_prediction": step.update.noise_prediction,
+            "noise": step.update.noise,
+        }
+        for index, step in enumerate(bundle.plan.steps)
+    ]
+
+
+def _print_schedule(rows: list[dict[str, Any]]) -> None:
+    print_table(
+        ("step", "timestep", "graph", "group", "x' = c1 x", "+ c2 eps", "+ c3 z"),
+        [
+            (
+                row["step"],
+                f"{row['timestep']:g}",
+                row["variant"],
+                row["group"],
+                f"{row['latent']:.6f}",
+                f"{row['noise_prediction']:.6f}",
+                f"{row['noise']:.6f}",
+            )
+            for row in rows
+        ],
+        right=("step", "timestep", "group", "x' = c1 x", "+ c2 eps", "+ c3 z"),
+    )
+
+
+def _scales(bundle: Bundle) -> list[dict[str, Any]]:
+    quantized = bundle.facts.get(QuantPlan)
+    return [_site_scales(name, site) for name, site in quantized.sites.items()] if quantized else []
+
+
+def _site_scales(name: str, site: SiteQuant) -> dict[str, Any]:
+    activation = site.activation
+    return {
+        "site": name,
+        "dtype": activation.dtype,
+        "codes": [activation.low, activation.high],
+        "scales": list(activation.scales),
+        "zero_points": list(activation.zero_points),
+        "weight_codes": [-site.weight.high, site.weight.high],
+    }
+
+
+def _print_scales(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        print("nothing is quantized")
+        return
+    print_table(
+        ("site", "activation", "scale of each timestep group", "zero points", "weight"),
+        [
+            (
+                row["site"],
+                f"{row['dtype']} {row['codes'][0]}..{row['codes'][1]}",
+                " ".join(f"{scale:.3g}" for scale in row["scales"]),
+                " ".join(map(str, row["zero_points"])),
+                f"int8 {row['weight_codes'][0]}..{row['weight_codes'][1]}, a scale a channel",
+            )
+            for row in rows
+        ],
+    )
+
+
+def _refused(bundle: Bundle) -> list[dict[str, str]]:
+    return [
+        {"pass": record["text"].partition("{")[0], "where": refusal["where"], "reason": refusal["reason"]}
+        for record in bundle.history
+        for refusal in record["refusals"]
+    ]
+
+
+def _print_refused(rows: list[dict[str, str]]) -> None:
+    if not rows:
+        print("no pass refused anything")
+        return
+    unique = dict.fromkeys((row["pass"], row["where"], row["reason"]) for row in rows)
+    print_table(("pass", "left alone", "because"), unique)
+
+
+def _sites(bundle: Bundle) -> list[dict[str, Any]]:
+    """Quantized sites, then those left in floating point with the reason of `plan-quant`."""
+    quantized = [{"site": row["site"], "quantized": True, "reason": ""} for row in _scales(bundle)]
+    names = {row["site"] for row in quantized}
+    refused = {row["where"]: row["reason"] for row in _refused(bundle) if row["pass"] == "plan-quant"}
+    return quantized + [
+        {"site": name, "quantized": False, "reason": reason} for name, reason in refused.items() if name not in names
+    ]
+
+
+def _print_sites(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        print("nothing is quantized")
+        return
+    print_table(
+        ("site", "arithmetic", "because"),
+        [(row["site"], "integer" if row["quantized"] else "float", row["reason"]) for row in rows],
+    )
+
+
+def _pipeline(bundle: Bundle) -> list[dict[str, Any]]:
+    return [{"text": record["text"], "changed": record["changed"]} for record in bundle.history]
+
+
+def _print_pipeline(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        print(row["text"] if row["changed"] else f"{row['text']}   (changed nothing)")
+
+
+VIEWS: dict[str, tuple[Callable[[Bundle], Any], Callable[[Any], None]]] = {
+    "overview": (_overview, _print_overview),
+    "schedule": (_schedule, _print_schedule),
+    "scales": (_scales, _print_scales),
+    "refused": (_refused, _print_refused),
+    "sites": (_sites, _print_sites),
+    "pipeline": (_pipeline, _print_pipeline),
+}

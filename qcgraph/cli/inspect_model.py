@@ -1,0 +1,121 @@
+"""The view of a model: captured, with its blocks, its sites and what of it can be quantized."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from qcgraph.cli.ir_text import matching, read_program_text, with_paths
+from qcgraph.cli.output import count_text, print_fields, print_heading, print_json, print_table
+from qcgraph.cli.select import graphs_of
+from qcgraph.errors import UsageError
+
+TABLES = ("sites", "refused")
+
+
+def inspect_model(name: str, show: str | None, graph: str | None, node: str | None, *, json: bool) -> None:
+    """Capture a model and print its overview, one table, or its graph."""
+    if show is not None and show not in TABLES:
+        raise UsageError(f"a model has no {show}", where="--show", hint="compile it, and inspect the bundle")
+
+    from qcgraph.capture import capture
+    from qcgraph.models import load_model
+    from qcgraph.progress import progress_for
+
+    progress = progress_for(sys.stderr)
+    progress.note(f"loading {name}")
+    loaded = load_model(name)
+    progress.note("capturing with torch.export")
+    program = capture(loaded.module, loaded.spec, loaded.input_names)
+    if graph is not None or node is not None:
+        _print_text(program.text, graph, node, json=json)
+        return
+    data = _model_data(program)
+    if json:
+        print_json(data if show is None else _rows(data, show))
+    elif show is None:
+        _print_model(data)
+    else:
+        _print_sites(_rows(data, show))
+
+
+def _print_text(text: str, graph: str | None, node: str | None, *, json: bool) -> None:
+    graphs = graphs_of(read_program_text(text), graph)
+    found = {item.name: matching(item, node or "*") for item in graphs}
+    if not any(found.values()):
+        raise UsageError(f"no node matches {node!r}", where="--node", hint="a glob such as blocks.0.* or 'linear_*'")
+    if json:
+        print_json({"graphs": {name: [asdict(line) for line in lines] for name, lines in found.items()}})
+    elif node is None:
+        print("\n\n".join(item.text for item in graphs))
+    else:
+        for name, lines in found.items():
+            print("\n".join([f"graph {name}", *with_paths(lines)]))
+
+
+def _model_data(program: Any) -> dict[str, Any]:
+    from qcgraph.ir.structure import find_blocks, find_sites, total_macs
+    from qcgraph.spec import ModelSpec
+
+    variant = program.variants["main"]
+    sites, blocks = find_sites(variant), find_blocks(variant)
+    spec = program.facts[ModelSpec]
+    return {
+        "model": spec.name,
+        "latent_shape": list(spec.latent_shape),
+        "classes": spec.class_count,
+        "prediction": spec.schedule.prediction,
+        "parameters": sum(value.numel() for value in program.constants.values()),
+        "nodes": sum(node.op == "call_function" for node in variant.graph.nodes),
+        "macs": total_macs(sites),
+        "quantizable_macs": total_macs(site for site in sites if not site.refusal),
+        "blocks": [
+            {"path": block.path, "macs": total_macs(site for site in sites if site.name.startswith(f"{block.path}."))}
+            for block in blocks
+        ],
+        "sites": [asdict(site) for site in sites],
+    }
+
+
+def _rows(data: dict[str, Any], show: str) -> list[dict[str, Any]]:
+    return [row for row in data["sites"] if row["refusal"] or show == "sites"]
+
+
+def _print_model(data: dict[str, Any]) -> None:
+    latent = "x".join(map(str, data["latent_shape"]))
+    cached = sum(block["macs"] for block in data["blocks"])
+    blocks = count_text(len(data["blocks"]), "block")
+    print_fields(
+        [
+            ("model", f"{data['model']}: latent {latent}, {data['classes']} classes, predicts {data['prediction']}"),
+            ("size", f"{data['parameters']:,} parameters, {data['nodes']} nodes"),
+            ("work", f"{data['macs']:,} multiply-accumulates a sample and step"),
+            ("blocks", f"{blocks} with {_share(cached, data)} of the work; a cache can skip them"),
+            ("linears", f"{_share(data['quantizable_macs'], data)} of the work can be quantized"),
+        ]
+    )
+    print_heading("sites")
+    _print_sites(data["sites"])
+
+
+def _share(macs: int, data: dict[str, Any]) -> str:
+    return f"{macs / data['macs']:.1%}" if data["macs"] else "none"
+
+
+def _print_sites(rows: list[dict[str, Any]]) -> None:
+    print_table(
+        ("site", "kind", "input", "weight", "MACs", "quantizable"),
+        [
+            (
+                row["name"],
+                row["kind"],
+                ",".join(map(str, row["input_shape"])),
+                ",".join(map(str, row["weight_shape"])) or "-",
+                f"{row['macs']:,}",
+                f"no: {row['refusal']}" if row["refusal"] else "yes",
+            )
+            for row in rows
+        ],
+        right=("MACs",),
+    )

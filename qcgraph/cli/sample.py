@@ -1,0 +1,133 @@
+"""qcgraph sample: draw samples with a bundle. With ONNX Runtime it imports neither torch nor diffusers."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qcgraph.cli.output import count_text
+from qcgraph.errors import UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from qcgraph.sampling import Array
+    from qcgraph.spec import ModelSpec
+
+MOST_BY_DEFAULT = 16
+
+
+def sample_command(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that qcgraph compile wrote.")],
+    count: Annotated[
+        int | None, typer.Option("-n", "--count", help="How many; by default one of each class, at most 16.")
+    ] = None,
+    classes: Annotated[
+        list[int] | None, typer.Option("--class", help="A class; can be repeated. By default all in turn.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise: the same seed is the same noise everywhere.")] = 0,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The picture, a .png file.")] = Path("grid.png"),
+    backend: Annotated[
+        str | None, typer.Option(metavar="NAME", help="onnxruntime or torch; by default the one of the target.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="How many threads; by default all cores.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Refuse a bundle made for another number of steps.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Refuse a bundle made for another scheduler.")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="Refuse a bundle made for another guidance.")] = None,
+    save_latents: Annotated[
+        Path | None, typer.Option(help="Write the samples, labels and seed to this .npz file, too.")
+    ] = None,
+) -> None:
+    """Draw samples with a bundle and write them as a grid of images.
+
+    The sampling settings are those the bundle was compiled for.
+    """
+    _check_place(output, ".png")
+    if save_latents is not None:
+        _check_place(save_latents, ".npz")
+
+    from qcgraph.bundle import Bundle
+    from qcgraph.images import save_grid
+    from qcgraph.progress import progress_for
+    from qcgraph.runtime import open_runner
+    from qcgraph.sampling import check_labels, sample
+
+    opened = Bundle.open(bundle)
+    plan, spec = opened.plan, opened.spec
+    plan.require(steps=steps, scheduler=scheduler, guidance=guidance)
+    labels = choose_labels(count, classes or [], spec.class_count)
+    check_labels(labels, spec)
+    progress = progress_for(sys.stderr)
+    progress.note(f"{spec.name}: {plan.describe()}, seed {seed}")
+    runner = open_runner(opened, backend, threads)
+    latents = sample(runner, plan, spec, labels, seed, progress=progress)
+    _check_finite(latents, bundle)
+    if not spec.is_image:
+        progress.note(_latents_note(spec))
+    columns = columns_for(len(labels), len(classes or ()) or spec.class_count)
+    save_grid(latents, output, columns, is_image=spec.is_image)
+    _print_result(output, labels, columns)
+    if save_latents is not None:
+        _save_latents(save_latents, latents, labels, seed)
+        print(save_latents)
+
+
+def choose_labels(count: int | None, classes: Sequence[int], class_count: int) -> list[int]:
+    """One label a sample: the classes asked for in turn, or all of them in turn."""
+    cycle = list(classes) or list(range(class_count))
+    if count is None:
+        count = len(classes) or min(class_count, MOST_BY_DEFAULT)
+    return [cycle[index % len(cycle)] for index in range(count)]
+
+
+def columns_for(count: int, cycle: int) -> int:
+    """Columns of the grid: one for each class of the cycle where that fits, else as many as rows."""
+    return min(count, cycle) if 1 < cycle <= MOST_BY_DEFAULT else math.ceil(math.sqrt(count))
+
+
+def _check_place(path: Path, suffix: str) -> None:
+    from qcgraph.atomic import check_file
+
+    if path.suffix.lower() != suffix:
+        raise UsageError(f"is not a {suffix} file", where=str(path), hint=f"give a name that ends with {suffix}")
+    check_file(path)
+
+
+def _check_finite(latents: Array, bundle: Path) -> None:
+    import numpy as np
+
+    broken = int((~np.isfinite(latents)).any(axis=(1, 2, 3)).sum())
+    if broken:
+        raise VerificationError(
+            f"{broken} of {count_text(len(latents), 'sample')} hold NaN or infinity; nothing was written",
+            where=str(bundle),
+            hint="check it with qcgraph verify; more bits or a shorter cache interval may help",
+        )
+
+
+def _latents_note(spec: ModelSpec) -> str:
+    shown = "the first three channels" if spec.latent_shape[0] >= 3 else "the first channel"
+    return (
+        f"{spec.name} draws latents of an autoencoder, not images: the picture shows {shown}, stretched to full range"
+    )
+
+
+def _print_result(output: Path, labels: Sequence[int], columns: int) -> None:
+    print(output)
+    for start in range(0, len(labels), columns):
+        row = " ".join(str(label) for label in labels[start : start + columns])
+        print(f"{'classes' if start == 0 else '':8}{row}")
+
+
+def _save_latents(path: Path, latents: Array, labels: Sequence[int], seed: int) -> None:
+    import numpy as np
+
+    from qcgraph.atomic import writing_file
+
+    with writing_file(path) as partial:
+        np.savez(partial, latents=latents, labels=np.asarray(labels, dtype=np.int64), seed=np.asarray(seed))

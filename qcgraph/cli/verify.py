@@ -1,0 +1,77 @@
+"""qcgraph verify: integrity, legality and parity of a bundle."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qcgraph.cli.output import JsonOption, count_text, print_json, print_table
+from qcgraph.errors import VerificationError
+
+if TYPE_CHECKING:
+    from qcgraph.bundle import Bundle
+
+
+def verify_command(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that qcgraph compile wrote.")],
+    json: JsonOption = False,
+) -> None:
+    """Check that a bundle is whole and that every exported graph does what its program does.
+
+    Exits with 1 when a check fails.
+    """
+    from qcgraph.bundle import Bundle
+
+    opened = Bundle.open(bundle, check=False)
+    checks = _integrity(opened)
+    if all(check["passed"] for check in checks):
+        from qcgraph.compiler import verify_bundle
+        from qcgraph.progress import progress_for
+
+        checks += [asdict(check) for check in verify_bundle(opened, progress_for(sys.stderr))]
+    failed = [check for check in checks if not check["passed"]]
+    if json:
+        print_json({"bundle": str(bundle), "passed": not failed, "checks": checks})
+    else:
+        _print_checks(checks)
+    if failed:
+        raise VerificationError(
+            f"{len(failed)} of {count_text(len(checks), 'check')} failed: {failed[0]['name']}",
+            where=str(bundle),
+            hint="copy or compile the bundle again",
+        )
+
+
+def _integrity(bundle: Bundle) -> list[dict[str, Any]]:
+    """A check for every damaged file, or one that says that there is none."""
+    damaged = [_check(f"integrity of {item.file}", False, item.problem) for item in bundle.damage()]
+    count = count_text(len(bundle.manifest.files), "file")
+    return damaged or [_check("integrity", True, f"{count} are there and unchanged")]
+
+
+def _check(name: str, passed: bool, detail: str) -> dict[str, Any]:
+    return {"name": name, "variant": "", "passed": passed, "value": None, "limit": None, "detail": detail}
+
+
+def _print_checks(checks: Sequence[dict[str, Any]]) -> None:
+    rows = [
+        (
+            "ok" if check["passed"] else "FAILED",
+            check["name"],
+            check["variant"] or "-",
+            _number(check["value"]),
+            _number(check["limit"]),
+            check["detail"],
+        )
+        for check in checks
+    ]
+    print_table(("", "check", "variant", "value", "limit", "detail"), rows, right=("value", "limit"))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

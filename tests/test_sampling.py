@@ -1,0 +1,169 @@
+"""Sampling: noise, guidance, and the rules of a request's state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from qcgraph.errors import BundleError, UsageError
+from qcgraph.ir.execute import TorchRunner
+from qcgraph.ir.program import Program
+from qcgraph.noise import Noise
+from qcgraph.pipeline import Pipeline
+from qcgraph.runtime import Denoiser
+from qcgraph.sampling import Request, sample
+from qcgraph.spec import ModelSpec
+from qcgraph.steps import StepPlan
+
+
+@pytest.fixture(scope="module")
+def cached(captured: Program) -> Program:
+    return Pipeline.parse("plan-cache{interval=3},insert-cache").run(captured)
+
+
+def parts(program: Program) -> tuple[TorchRunner, StepPlan, ModelSpec]:
+    return TorchRunner(program), program.facts[StepPlan], program.facts[ModelSpec]
+
+
+def test_a_samples_noise_does_not_depend_on_its_batch() -> None:
+    together = Noise(3, range(4), (2, 2))
+    alone = Noise(3, [2], (2, 2))
+    for _ in range(3):
+        assert np.array_equal(together.next()[2:3], alone.next())
+
+
+def test_seeds_and_indices_give_different_noise() -> None:
+    draws = [Noise(seed, [index], (8,)).initial() for seed in (0, 1) for index in (0, 1)]
+    assert len({draw.tobytes() for draw in draws}) == 4
+
+
+def test_the_batch_size_does_not_change_the_samples(captured: Program) -> None:
+    runner, plan, spec = parts(captured)
+    whole = sample(runner, plan, spec, [0, 1, 2, 3, 4], seed=1)
+    split = sample(runner, plan, spec, [0, 1, 2, 3, 4], seed=1, batch=2)
+    np.testing.assert_allclose(split, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 1.5])
+def test_guidance_is_its_formula(captured: Program, weight: float) -> None:
+    from dataclasses import replace
+
+    runner, plan, spec = parts(captured)
+    plan = StepPlan(replace(plan.fingerprint, guidance=weight), plan.steps[:1])
+    latent = Noise(0, range(2), spec.latent_shape).initial()
+    timestep = np.full(2, plan.steps[0].timestep, dtype=np.float32)
+
+    def denoise(labels: list[int]) -> np.ndarray:
+        inputs = {"latent": latent, "timestep": timestep, "class_label": np.array(labels)}
+        return runner.run("main", inputs, {})[:, :2]
+
+    conditional, null = denoise([1, 4]), denoise([5, 5])
+    update = plan.steps[0].update
+    expected = update.latent * latent + update.noise_prediction * (null + weight * (conditional - null))
+    np.testing.assert_allclose(sample(runner, plan, spec, [1, 4], seed=0), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("labels", "message"), [([], "nothing to sample"), ([5], "class 5"), ([-1], "class -1")])
+def test_bad_labels(captured: Program, labels: list[int], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        sample(*parts(captured), labels, seed=0)
+    assert caught.value.hint
+
+
+def test_a_negative_seed_is_refused(captured: Program) -> None:
+    with pytest.raises(UsageError, match="seed -1"):
+        sample(*parts(captured), [0], seed=-1)
+
+
+def walk(request: Request, plan: StepPlan, latent: np.ndarray, steps: int | None = None) -> list[np.ndarray]:
+    labels = np.arange(len(latent))
+    return [request.denoise(latent, step.timestep, labels) for step in plan.steps[:steps]]
+
+
+def latents(seed: int, batch: int = 2) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((batch, 2, 8, 8), dtype=np.float32)
+
+
+def test_interleaved_requests_equal_separate_ones(cached: Program) -> None:
+    runner, plan, _ = parts(cached)
+    apart = [walk(Request(runner, plan), plan, latents(seed)) for seed in (0, 1)]
+    requests = [Request(runner, plan), Request(runner, plan)]
+    for index, step in enumerate(plan.steps):
+        for seed in (0, 1):
+            result = requests[seed].denoise(latents(seed), step.timestep, np.arange(2))
+            assert np.array_equal(result, apart[seed][index])
+
+
+def test_the_first_timestep_starts_anew_after_an_aborted_trajectory(cached: Program) -> None:
+    runner, plan, _ = parts(cached)
+    request = Request(runner, plan)
+    walk(request, plan, latents(0), steps=5)
+    again = walk(request, plan, latents(1, batch=3))
+    for one, other in zip(again, walk(Request(runner, plan), plan, latents(1, batch=3)), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_steps_come_in_order_and_once(cached: Program) -> None:
+    runner, plan, _ = parts(cached)
+    request = Request(runner, plan)
+    with pytest.raises(BundleError, match="out of order; timestep 888 comes next"):
+        request.denoise(latents(0), plan.timesteps[1], np.arange(2))
+    walk(request, plan, latents(0), steps=2)
+    with pytest.raises(BundleError, match="out of order"):
+        request.denoise(latents(0), plan.timesteps[1], np.arange(2))
+    with pytest.raises(BundleError, match="is not in the plan"):
+        request.denoise(latents(0), 999.0, np.arange(2))
+
+
+def test_the_shape_stays_the_same_within_a_trajectory(cached: Program) -> None:
+    runner, plan, _ = parts(cached)
+    request = Request(runner, plan)
+    walk(request, plan, latents(0), steps=1)
+    with pytest.raises(BundleError, match="this trajectory began with"):
+        request.denoise(latents(0, batch=4), plan.timesteps[1], np.arange(4))
+
+
+def test_reuse_before_compute_is_an_error(cached: Program) -> None:
+    inputs = {"latent": latents(0), "timestep": np.zeros(2, dtype=np.float32), "class_label": np.arange(2)}
+    with pytest.raises(BundleError, match="reuses 'cache_0' before any step computed it"):
+        TorchRunner(cached).run("reuse", inputs, {})
+
+
+def test_the_denoiser_has_the_call_of_a_diffusers_transformer(cached: Program) -> None:
+    import torch
+
+    runner, plan, spec = parts(cached)
+    expected = walk(Request(runner, plan), plan, latents(0))
+    denoiser = Denoiser(runner, plan, spec)
+    for step, values in zip(plan.steps, expected, strict=True):
+        result = denoiser(
+            torch.from_numpy(latents(0)), timestep=torch.tensor(step.timestep), class_labels=torch.arange(2)
+        )
+        assert torch.equal(result.sample, torch.from_numpy(values))
+    half = denoiser(torch.from_numpy(latents(0)).half(), plan.timesteps[0], torch.arange(2), return_dict=False)
+    assert isinstance(half, tuple)
+    assert half[0].dtype == torch.float16
+    assert isinstance(denoiser.request()(latents(0), plan.timesteps[0], np.arange(2)).sample, np.ndarray)
+
+
+def test_the_denoiser_refuses_what_it_was_not_made_for(cached: Program) -> None:
+    denoiser = Denoiser(*parts(cached))
+    with pytest.raises(UsageError, match="the latent has shape"):
+        denoiser(np.zeros((1, 3, 8, 8)), 888.0, np.array([0]))
+    with pytest.raises(UsageError, match="timesteps of a batch differ"):
+        denoiser(latents(0), np.array([888.0, 777.0]), np.arange(2))
+
+
+def test_a_runner_gets_what_the_plan_says(captured: Program) -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    class Recorder:
+        def run(self, variant: str, inputs: Mapping[str, np.ndarray], state: object) -> np.ndarray:
+            seen.append((variant, int(inputs["group"]), int(inputs["row"])))
+            return np.zeros_like(inputs["latent"])
+
+    plan = captured.facts[StepPlan].with_groups([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    sample(Recorder(), plan, captured.facts[ModelSpec], [0], seed=0)
+    assert seen == [("main", index // 3, index) for index in range(9)]
