@@ -181,12 +181,12 @@ def _last(product: ir.Node) -> ir.Node:
 def _cut_session(model: ir.Model, inputs: list[ir.Value], outputs: list[ir.Value], folder: Path) -> Any:
     """A session of what computes these outputs; weights are read from where the whole graph has them."""
     from onnxscript import ir
-    from onnxscript.optimizer import optimize_ir
+    from onnxscript.optimizer import remove_unused_nodes
 
     selectors = [value for value in model.graph.inputs if value.shape is not None and not value.shape.dims]
     model.graph.inputs[:] = [*inputs, *selectors]
     model.graph.outputs[:] = outputs
-    optimize_ir(model, onnx_shape_inference=False, should_fold=lambda node: False)
+    remove_unused_nodes(model)
     options = session_options(None)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return load_session(ir.to_proto(model).SerializeToString(), options)

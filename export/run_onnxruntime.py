@@ -56,7 +56,7 @@ class OnnxRuntimeRunner:
         binding = session.io_binding()
         for name in interface.input_names:
             if name in inputs:
-                binding.bind_cpu_input(name, np.ascontiguousarray(inputs[name]))
+                binding.bind_cpu_input(name, np.asarray(inputs[name], order="C"))
             else:
                 binding.bind_ortvalue_input(name, cached(name, variant, state))
         for name in interface.output_names:

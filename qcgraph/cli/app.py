@@ -37,7 +37,6 @@ PATH_ERRORS = (
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -91,7 +90,7 @@ def run(arguments: Sequence[str]) -> int:
         qcgraph, is raised on: Python shows where, and exits with 1.
     """
     try:
-        return int(app(list(arguments), prog_name="qcgraph", standalone_mode=False) or 0)
+        return int(app(list(arguments) or ["--help"], prog_name="qcgraph", standalone_mode=False) or 0)
     except QcgraphError as error:
         _report(f"{error.where}: {error.message}" if error.where else error.message, error.hint)
         return error.exit_code
@@ -102,7 +101,7 @@ def run(arguments: Sequence[str]) -> int:
         _report("interrupted; nothing was written", "run it again; what was there before is as it was")
         return WRONG_INPUT
     except BrokenPipeError:
-        # The reader of stdout has what it wanted. Python flushes stdout once more at exit: give it something to flush to.
+        # The reader of stdout has what it wanted; Python flushes stdout once more at exit, so let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:

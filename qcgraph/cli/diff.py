@@ -12,7 +12,7 @@ import typer
 
 from qcgraph.cli.ir_text import op_changes, ops_text, read_program_text
 from qcgraph.cli.output import JsonOption, console, print_heading, print_json, print_table
-from qcgraph.cli.select import pass_text
+from qcgraph.cli.program_view import pass_text
 from qcgraph.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,14 +23,15 @@ SAME = "same"
 
 
 def diff_command(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that qcgraph compile wrote.")],
+    bundle: Annotated[Path, typer.Argument(help="The folder that qcgraph compile wrote.")],
     first: Annotated[str, typer.Argument(metavar="A|BUNDLE2", help="A pass (name or number), or another bundle.")],
     second: Annotated[str | None, typer.Argument(metavar="[B]", help="A later pass.", show_default=False)] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show what changed in the program between two passes of a bundle, or between two bundles.
+    """Compare two passes, or two bundles.
 
-    Pass 0 is the program as it was captured: qcgraph diff out/digits 0 insert-qdq
+    qcgraph diff out/digits 0 insert-qdq compares the program as it was captured (pass 0) with what it was after
+    insert-qdq; qcgraph diff out/digits out/other compares two bundles.
     """
     from qcgraph.bundle import Bundle, is_bundle
 
@@ -55,19 +56,19 @@ def diff_command(
 def diff_passes(bundle: Bundle, first: str, second: str) -> dict[str, Any]:
     """What changed in the program from one pass to another, as JSON data."""
     before, after = pass_text(bundle, first), pass_text(bundle, second)
-    names = (f"{text.index:03d}_{text.name}" for text in (before, after))
-    return _program_difference(before.text, after.text, *names)
+    first, second = (f"{text.index:03d}_{text.name}" for text in (before, after))
+    return _program_difference(before.text, after.text, first, second)
 
 
 def diff_bundles(one: Bundle, other: Bundle) -> dict[str, Any]:
     """What differs between two bundles, as JSON data: recipe, plan, facts, and the final program."""
-    texts = [pass_text(bundle, None).text for bundle in (one, other)]
+    before, after = (pass_text(bundle, None).text for bundle in (one, other))
     return {
         "recipe": _changes(_flat(one.recipe.model_dump()), _flat(other.recipe.model_dump())),
         "plan": _changes(_plan_fields(one), _plan_fields(other)),
         "facts": _changes(_fact_fields(one), _fact_fields(other)),
         "manifest": _changes(_manifest_fields(one), _manifest_fields(other)),
-    } | _program_difference(*texts, str(one.path), str(other.path))
+    } | _program_difference(before, after, str(one.path), str(other.path))
 
 
 def _program_difference(before: str, after: str, first: str, second: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from qcgraph.cli.output import JsonOption
+from qcgraph.cli.program_view import pass_text, print_program
 from qcgraph.errors import UsageError
 
 Show = Literal["schedule", "scales", "refused", "sites", "pipeline"]
@@ -25,9 +26,10 @@ def inspect_command(
     show: Annotated[Show | None, typer.Option(help="Print one table.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show what is in a bundle: its plan, its graphs, what every pass did; or the layers of a model.
+    """Show what is in a bundle or a model.
 
-    With --after, --graph or --node it prints the program; bundles keep its text after every pass.
+    Of a bundle: its plan, its graphs, what every pass did. Of a model: its blocks and layers. With --after, --graph or
+    --node it prints the program; a bundle keeps its text after every pass.
     """
     wants_text = after is not None or graph is not None or node is not None
     if wants_text and show is not None:
@@ -38,15 +40,16 @@ def inspect_command(
     from qcgraph.bundle import Bundle, is_bundle
 
     if is_bundle(subject):
-        from qcgraph.cli.inspect_bundle import inspect_bundle, inspect_text
+        from qcgraph.cli.inspect_bundle import inspect_bundle
 
         bundle = Bundle.open(subject, check=False)
         if wants_text:
-            inspect_text(bundle, after, graph, node, json=json)
+            text = pass_text(bundle, after)
+            print_program(text.text, graph, node, about={"index": text.index, "pass": text.name}, json=json)
         else:
             inspect_bundle(bundle, show, json=json)
         return
-    if Path(subject).is_dir() and not any(Path(subject).glob("**/config.json")):
+    if Path(subject).is_dir() and not _is_model_folder(Path(subject)):
         raise UsageError("is neither a bundle nor a model folder", where=subject, hint="a bundle holds a manifest.json")
     if after is not None:
         raise UsageError("no pass has run on a model", where="--after", hint="compile it, and inspect the bundle")
@@ -54,3 +57,7 @@ def inspect_command(
     from qcgraph.cli.inspect_model import inspect_model
 
     inspect_model(subject, show, graph, node, json=json)
+
+
+def _is_model_folder(path: Path) -> bool:
+    return (path / "config.json").is_file() or any(path.glob("*/config.json"))

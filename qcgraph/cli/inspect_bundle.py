@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 from qcgraph.bundle import Bundle
-from qcgraph.cli.ir_text import matching, op_changes, ops_text, read_program_text, with_paths
+from qcgraph.cli.ir_text import op_changes, ops_text, read_program_text
 from qcgraph.cli.output import count_text, print_fields, print_heading, print_json, print_table, size_text
-from qcgraph.cli.select import graphs_of, pass_text
-from qcgraph.errors import UsageError
+from qcgraph.cli.program_view import pass_text
 from qcgraph.facts import QuantPlan, SiteQuant
 from qcgraph.steps import StepPlan
 
 MOST_OPS = 5  # named in the overview
-
-
-def inspect_text(bundle: Bundle, after: str | None, graph: str | None, node: str | None, *, json: bool) -> None:
-    """Print the program after a pass: all of it, one graph, or the nodes that match."""
-    chosen = pass_text(bundle, after)
-    program = read_program_text(chosen.text)
-    graphs = graphs_of(program, graph)
-    if json:
-        nodes = {
-            item.name: [vars(line) | {"line": line.line.strip()} for line in matching(item, node or "*")]
-            for item in graphs
-        }
-        print_json({"index": chosen.index, "pass": chosen.name, "graphs": nodes})
-        return
-    if node is None:
-        print("\n\n".join(item.text for item in graphs) if graph else chosen.text.rstrip())
-        return
-    found = {item.name: matching(item, node) for item in graphs}
-    if not any(found.values()):
-        raise UsageError(f"no node matches {node!r}", where="--node", hint="a glob such as blocks.0.* or 'linear_*'")
-    for name, lines in found.items():
-        if lines:
-            print("\n".join([f"graph {name}", *with_paths(lines)]))
 
 
 def inspect_bundle(bundle: Bundle, show: str | None, *, json: bool) -> None:
@@ -102,9 +80,9 @@ def _overview(bundle: Bundle) -> dict[str, Any]:
 def _passes(bundle: Bundle) -> list[dict[str, Any]]:
     """What every pass changed, from the texts before and after it."""
     programs = [(text, read_program_text(text.text)) for text in bundle.ir_texts]
-    history = {index: record for index, record in enumerate(bundle.history, start=1)}
+    history = dict(enumerate(bundle.history, start=1))
     rows = []
-    for (_, before), (text, after) in zip(programs, programs[1:], strict=False):
+    for (_, before), (text, after) in pairwise(programs):
         record = history.get(text.index, {})
         rows.append(
             {
@@ -145,7 +123,7 @@ def _print_overview(data: Mapping[str, Any]) -> None:
                 sum(graph["ops"].values()),
                 ", ".join(item.partition(":")[0] for item in graph["inputs"]),
                 ", ".join(item.partition(":")[0] for item in graph["outputs"]),
-                ops_text(_counter(graph["ops"]), most=MOST_OPS),
+                ops_text(Counter(graph["ops"]), most=MOST_OPS),
             )
             for name, graph in data["graphs"].items()
         ],
@@ -174,12 +152,6 @@ def _change_text(row: Mapping[str, Any]) -> str:
         added, removed = sum(change["added"].values()), sum(change["removed"].values())
         parts.append(f"{name} +{added} -{removed} nodes")
     return ", ".join(parts) or "facts only"
-
-
-def _counter(ops: Mapping[str, int]) -> Any:
-    from collections import Counter
-
-    return Counter(ops)
 
 
 def _schedule(bundle: Bundle) -> list[dict[str, Any]]:

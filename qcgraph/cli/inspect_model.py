@@ -6,9 +6,8 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from qcgraph.cli.ir_text import matching, read_program_text, with_paths
 from qcgraph.cli.output import count_text, print_fields, print_heading, print_json, print_table
-from qcgraph.cli.select import graphs_of
+from qcgraph.cli.program_view import print_program
 from qcgraph.errors import UsageError
 
 TABLES = ("sites", "refused")
@@ -29,7 +28,7 @@ def inspect_model(name: str, show: str | None, graph: str | None, node: str | No
     progress.note("capturing with torch.export")
     program = capture(loaded.module, loaded.spec, loaded.input_names)
     if graph is not None or node is not None:
-        _print_text(program.text, graph, node, json=json)
+        print_program(program.text, graph, node, about={"model": name}, json=json)
         return
     data = _model_data(program)
     if json:
@@ -38,20 +37,6 @@ def inspect_model(name: str, show: str | None, graph: str | None, node: str | No
         _print_model(data)
     else:
         _print_sites(_rows(data, show))
-
-
-def _print_text(text: str, graph: str | None, node: str | None, *, json: bool) -> None:
-    graphs = graphs_of(read_program_text(text), graph)
-    found = {item.name: matching(item, node or "*") for item in graphs}
-    if not any(found.values()):
-        raise UsageError(f"no node matches {node!r}", where="--node", hint="a glob such as blocks.0.* or 'linear_*'")
-    if json:
-        print_json({"graphs": {name: [asdict(line) for line in lines] for name, lines in found.items()}})
-    elif node is None:
-        print("\n\n".join(item.text for item in graphs))
-    else:
-        for name, lines in found.items():
-            print("\n".join([f"graph {name}", *with_paths(lines)]))
 
 
 def _model_data(program: Any) -> dict[str, Any]:
@@ -92,7 +77,7 @@ def _print_model(data: dict[str, Any]) -> None:
             ("size", f"{data['parameters']:,} parameters, {data['nodes']} nodes"),
             ("work", f"{data['macs']:,} multiply-accumulates a sample and step"),
             ("blocks", f"{blocks} with {_share(cached, data)} of the work; a cache can skip them"),
-            ("linears", f"{_share(data['quantizable_macs'], data)} of the work can be quantized"),
+            ("layers", f"linear layers with {_share(data['quantizable_macs'], data)} of the work can be quantized"),
         ]
     )
     print_heading("sites")

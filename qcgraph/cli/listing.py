@@ -79,11 +79,11 @@ def targets_command(json: JsonOption = False) -> None:
 
 def describe_pass(kind: type[Pass]) -> dict[str, Any]:
     """A pass as JSON data, from its fields and its docstring."""
-    text, _, attributes = (inspect.getdoc(kind) or "").partition("Attributes:")
+    text, _, attributes = (inspect.getdoc(kind) or "").replace("``", "").partition("Attributes:")
     docs = {match["name"]: " ".join(match["text"].split()) for match in _ATTRIBUTE.finditer(attributes)}
     return {
         "name": kind.name,
-        "summary": kind.summary(),
+        "summary": kind.summary().replace("``", ""),
         "description": text.strip(),
         "requires": [fact.__name__ for fact in kind.requires],
         "provides": [fact.__name__ for fact in kind.provides],
@@ -119,8 +119,4 @@ def _names(names: list[str]) -> str:
 
 
 def _shown(value: object) -> str:
-    return (
-        {None: "none", True: "true", False: "false"}.get(value, str(value))
-        if value in (None, True, False)
-        else str(value)
-    )
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

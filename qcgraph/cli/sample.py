@@ -21,7 +21,7 @@ MOST_BY_DEFAULT = 16
 
 
 def sample_command(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that qcgraph compile wrote.")],
+    bundle: Annotated[Path, typer.Argument(help="The folder that qcgraph compile wrote.")],
     count: Annotated[
         int | None, typer.Option("-n", "--count", help="How many; by default one of each class, at most 16.")
     ] = None,
@@ -43,9 +43,9 @@ def sample_command(
         Path | None, typer.Option(help="Write the samples, labels and seed to this .npz file, too.")
     ] = None,
 ) -> None:
-    """Draw samples with a bundle and write them as a grid of images.
+    """Draw samples with a bundle.
 
-    The sampling settings are those the bundle was compiled for.
+    They are written as a grid of images. The sampling settings are those that the bundle was compiled for.
     """
     _check_place(output, ".png")
     if save_latents is not None:

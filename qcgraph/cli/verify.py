@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 
 def verify_command(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that qcgraph compile wrote.")],
+    bundle: Annotated[Path, typer.Argument(help="The folder that qcgraph compile wrote.")],
     json: JsonOption = False,
 ) -> None:
-    """Check that a bundle is whole and that every exported graph does what its program does.
+    """Check a bundle.
 
-    Exits with 1 when a check fails.
+    Every file must be unchanged, and every exported graph must do what its program does. Exits with 1 when a check
+    fails.
     """
     from qcgraph.bundle import Bundle
 

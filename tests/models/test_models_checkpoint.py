@@ -70,7 +70,7 @@ def test_pickled_code_is_refused_and_not_run(plain_pickle: bool, tmp_path: Path)
     path, marker = tmp_path / "dit.pt", tmp_path / "executed"
     content = {"ema": {}, "extra": Malicious(marker)}
     if plain_pickle:
-        path.write_bytes(pickle.dumps(content))
+        path.write_bytes(pickle.dumps(content, protocol=2))  # the one that torch writes
     else:
         torch.save(content, path)
     with pytest.raises(UsageError, match="would run code") as refusal:

@@ -39,7 +39,7 @@ def sample_digits(labels: torch.Tensor, *, guidance: float = 1.5, seed: int = 31
 
 @pytest.mark.slow
 def test_samples_are_of_their_class() -> None:
-    labels = torch.arange(10).repeat(20)
+    labels = torch.arange(10).repeat(10)
     images = sample_digits(labels)
     assert load_classifier().accuracy(images, labels) >= 0.97
     assert images.min() > -1.6
