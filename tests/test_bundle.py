@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from qcgraph import bundle as bundle_module
 from qcgraph.bundle import MANIFEST, Bundle, check_output, is_bundle, readable_json, write_plan, writing
+from qcgraph.bundle import manifest as manifest_module
 from qcgraph.errors import BundleError, UsageError
 from qcgraph.facts import Facts
 from qcgraph.recipe import Recipe
@@ -395,5 +395,5 @@ def test_old_bundle_is_kept_where_something_else_took_its_place(tmp_path: Path) 
 
 
 def test_versions_come_from_what_is_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(bundle_module, "PACKAGES", ("numpy", "no-such-package"))
+    monkeypatch.setattr(manifest_module, "PACKAGES", ("numpy", "no-such-package"))
     assert list(make(tmp_path / "toy").manifest.packages) == ["numpy"]

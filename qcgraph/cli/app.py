@@ -90,7 +90,8 @@ def run(arguments: Sequence[str]) -> int:
         qcgraph, is raised on: Python shows where, and exits with 1.
     """
     try:
-        return int(app(list(arguments) or ["--help"], prog_name="qcgraph", standalone_mode=False) or 0)
+        code = int(app(list(arguments) or ["--help"], prog_name="qcgraph", standalone_mode=False) or 0)
+        sys.stdout.flush()  # a reader of stdout that has left is noticed here, not at exit
     except QcgraphError as error:
         _report(f"{error.where}: {error.message}" if error.where else error.message, error.hint)
         return error.exit_code
@@ -101,9 +102,8 @@ def run(arguments: Sequence[str]) -> int:
         _report("interrupted; nothing was written", "run it again; what was there before is as it was")
         return WRONG_INPUT
     except BrokenPipeError:
-        # The reader of stdout has what it wanted; Python flushes stdout once more at exit, so let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
+        return 1
     except OSError as error:
         if error.errno not in PATH_ERRORS:
             error.add_note("this is a bug of qcgraph")
@@ -113,6 +113,7 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         error.add_note("this is a bug of qcgraph")
         raise
+    return code
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

@@ -17,24 +17,30 @@ if TYPE_CHECKING:
 
 
 def compile_command(
-    model: Annotated[str, typer.Argument(help="The name of a model; see qcgraph models.")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder of the bundle.")] = None,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The name of a model; see qcgraph models.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FOLDER", help="The folder of the bundle.")
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(metavar="FILE|PRESET", help="A TOML file, or careful, balanced or fast.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Sampling steps.")] = None,
     scheduler: Annotated[str | None, typer.Option(metavar="NAME", help="Scheduler, such as ddim or ddpm.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Weight of classifier-free guidance; 1 means none.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(metavar="W", help="Weight of classifier-free guidance; 1 means none.")
+    ] = None,
     bits: Annotated[
         str | None, typer.Option(metavar="wNaM|off", help="Bits of weights and activations, such as w8a8.")
     ] = None,
-    groups: Annotated[int | None, typer.Option(help="Timestep groups with activation scales of their own.")] = None,
+    groups: Annotated[
+        int | None, typer.Option(metavar="G", help="Timestep groups with activation scales of their own.")
+    ] = None,
     cache: Annotated[
         str | None, typer.Option(metavar="interval=N|off", help="Every N-th step computes, the others reuse.")
     ] = None,
     compensate: Annotated[str | None, typer.Option(metavar="vc|off", help="Variance compensation.")] = None,
     target: Annotated[str | None, typer.Option(metavar="NAME", help="What to export for; see qcgraph targets.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the calibration.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="S", help="Seed of the calibration.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle that is there.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done; sample nothing, write nothing.")
@@ -96,9 +102,11 @@ def _print_summary(result: CompileResult) -> None:
         print_heading("pipeline (a dry run: nothing was sampled, nothing was written)")
         _print_pipeline(report["pipeline"])
         return
+    from qcgraph.cli.inspect_bundle import refused_count
+
     print_heading("passes")
     rows = [
-        (row["text"], "yes" if row["changed"] else "no", len(row["refusals"]), f"{row['seconds']:.1f}")
+        (row["text"], "yes" if row["changed"] else "no", refused_count(row["refusals"]), f"{row['seconds']:.1f}")
         for row in report["passes"]
     ]
     print_table(("pass", "changed", "refused", "seconds"), rows, right=("refused", "seconds"))

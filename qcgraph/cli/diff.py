@@ -23,15 +23,16 @@ SAME = "same"
 
 
 def diff_command(
-    bundle: Annotated[Path, typer.Argument(help="The folder that qcgraph compile wrote.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that qcgraph compile wrote.")],
     first: Annotated[str, typer.Argument(metavar="A|BUNDLE2", help="A pass (name or number), or another bundle.")],
-    second: Annotated[str | None, typer.Argument(metavar="[B]", help="A later pass.", show_default=False)] = None,
+    second: Annotated[str | None, typer.Argument(metavar="B", help="A later pass.", show_default=False)] = None,
     json: JsonOption = False,
 ) -> None:
     """Compare two passes, or two bundles.
 
-    qcgraph diff out/digits 0 insert-qdq compares the program as it was captured (pass 0) with what it was after
-    insert-qdq; qcgraph diff out/digits out/other compares two bundles.
+    Two passes: qcgraph diff out/digits 0 insert-qdq (pass 0 is the program as it was captured).
+
+    Two bundles: qcgraph diff out/digits out/other
     """
     from qcgraph.bundle import Bundle, is_bundle
 
@@ -135,6 +136,8 @@ def _print_program_difference(data: Mapping[str, Any]) -> None:
     if not data["diff"]:
         print(f"program: {SAME}")
         return
+    if not data["graphs"]:
+        print("nodes: the same number of each op in every graph")
     print()
     _print_coloured(data["diff"].splitlines())
 

@@ -51,6 +51,8 @@ def inspect_command(
         return
     if Path(subject).is_dir() and not _is_model_folder(Path(subject)):
         raise UsageError("is neither a bundle nor a model folder", where=subject, hint="a bundle holds a manifest.json")
+    if "/" in subject and ":" not in subject and not Path(subject).exists():
+        raise UsageError("there is no such bundle or model", where=subject, hint="give a folder, or see qcgraph models")
     if after is not None:
         raise UsageError("no pass has run on a model", where="--after", hint="compile it, and inspect the bundle")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +18,7 @@ MOST_OPS = 5  # named in the overview
 
 
 def inspect_bundle(bundle: Bundle, show: str | None, *, json: bool) -> None:
-    """Print the overview, or one view."""
+    """Print the overview, or one of the views."""
     data, print_data = VIEWS[show or "overview"]
     value = data(bundle)
     if json:
@@ -89,7 +89,7 @@ def _passes(bundle: Bundle) -> list[dict[str, Any]]:
                 "index": text.index,
                 "text": record.get("text", text.name),
                 "changed": record.get("changed"),
-                "refused": len(record.get("refusals", ())),
+                "refused": refused_count(record.get("refusals", ())),
                 "graphs": {
                     name: {"added": dict(added), "removed": dict(removed)}
                     for name, (added, removed) in op_changes(before, after).items()
@@ -97,6 +97,11 @@ def _passes(bundle: Bundle) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def refused_count(refusals: Iterable[Mapping[str, str]]) -> int:
+    """How many different things a pass left alone; each graph that holds one says so."""
+    return len({(refusal["where"], refusal["reason"]) for refusal in refusals})
 
 
 def _print_overview(data: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ _ATTRIBUTE = re.compile(r"^    (?P<name>\w+): (?P<text>.*(?:\n      .*)*)", re.M
 
 
 def passes_command(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One pass, in full.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One pass, in full.", show_default=False)] = None,
     json: JsonOption = False,
 ) -> None:
     """List the passes, or show one with its options."""

@@ -21,26 +21,35 @@ MOST_BY_DEFAULT = 16
 
 
 def sample_command(
-    bundle: Annotated[Path, typer.Argument(help="The folder that qcgraph compile wrote.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that qcgraph compile wrote.")],
     count: Annotated[
-        int | None, typer.Option("-n", "--count", help="How many; by default one of each class, at most 16.")
+        int | None,
+        typer.Option("-n", "--count", metavar="N", help="How many; by default one of each class, at most 16."),
     ] = None,
     classes: Annotated[
-        list[int] | None, typer.Option("--class", help="A class; can be repeated. By default all in turn.")
+        list[int] | None, typer.Option("--class", metavar="C", help="A class; can be repeated. By default all in turn.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise: the same seed is the same noise everywhere.")] = 0,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The picture, a .png file.")] = Path("grid.png"),
+    seed: Annotated[
+        int, typer.Option(metavar="S", help="Seed of the noise: the same seed is the same noise everywhere.")
+    ] = 0,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The picture, a .png file.")] = Path(
+        "grid.png"
+    ),
     backend: Annotated[
         str | None, typer.Option(metavar="NAME", help="onnxruntime or torch; by default the one of the target.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="How many threads; by default all cores.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Refuse a bundle made for another number of steps.")] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="How many threads; by default all cores.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Refuse a bundle made for another number of steps.")
+    ] = None,
     scheduler: Annotated[
         str | None, typer.Option(metavar="NAME", help="Refuse a bundle made for another scheduler.")
     ] = None,
-    guidance: Annotated[float | None, typer.Option(help="Refuse a bundle made for another guidance.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(metavar="W", help="Refuse a bundle made for another guidance.")
+    ] = None,
     save_latents: Annotated[
-        Path | None, typer.Option(help="Write the samples, labels and seed to this .npz file, too.")
+        Path | None, typer.Option(metavar="FILE", help="Write the samples, labels and seed to this .npz file, too.")
     ] = None,
 ) -> None:
     """Draw samples with a bundle.
@@ -63,8 +72,8 @@ def sample_command(
     labels = choose_labels(count, classes or [], spec.class_count)
     check_labels(labels, spec)
     progress = progress_for(sys.stderr)
-    progress.note(f"{spec.name}: {plan.describe()}, seed {seed}")
     runner = open_runner(opened, backend, threads)
+    progress.note(f"{spec.name}: {plan.describe()}, seed {seed}")
     latents = sample(runner, plan, spec, labels, seed, progress=progress)
     _check_finite(latents, bundle)
     if not spec.is_image:

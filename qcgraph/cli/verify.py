@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def verify_command(
-    bundle: Annotated[Path, typer.Argument(help="The folder that qcgraph compile wrote.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that qcgraph compile wrote.")],
     json: JsonOption = False,
 ) -> None:
     """Check a bundle.

@@ -1,0 +1,107 @@
+"""Writing a bundle, in one piece or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qcgraph import atomic
+from qcgraph.bundle.manifest import MANIFEST, PLAN, has_manifest, write_manifest
+from qcgraph.bundle.read import PLAN_FORMAT
+from qcgraph.errors import UsageError
+from qcgraph.facts import encode
+from qcgraph.spec import Interface, ModelSpec
+from qcgraph.steps import StepPlan
+
+_LINE_WIDTH = 200  # of a value that plan.json keeps on one line; a step fits
+
+
+def write_plan(folder: Path, spec: ModelSpec, plan: StepPlan, interfaces: Mapping[str, Interface]) -> None:
+    """Write ``plan.json`` into a folder, to be read by people too: a step a line."""
+    data = {
+        "format": PLAN_FORMAT,
+        "model": encode(spec),
+        "plan": encode(plan),
+        "variants": {name: encode(interface) for name, interface in interfaces.items()},
+    }
+    (folder / PLAN).write_text(readable_json(data) + "\n", "utf-8")
+
+
+def readable_json(value: Any, indent: str = "") -> str:
+    """JSON with every value on one line that fits there."""
+    flat = json.dumps(value, allow_nan=False)
+    if (len(flat) <= _LINE_WIDTH and indent) or not isinstance(value, (dict, list, tuple)) or not value:
+        return flat
+    inner = indent + "  "
+    if isinstance(value, dict):
+        items = [f"{inner}{json.dumps(str(key))}: {readable_json(item, inner)}" for key, item in value.items()]
+    else:
+        items = [f"{inner}{readable_json(item, inner)}" for item in value]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return "\n".join([opening, ",\n".join(items), f"{indent}{closing}"])
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Refuse a place that a bundle cannot be written to; call it before any work begins.
+
+    Raises:
+        UsageError: something is there (with ``force``: something else than a bundle), the folder around it cannot be
+            written, or another process writes there now.
+    """
+    place = atomic.resolved(path)
+    if not place.parent.is_dir():
+        atomic.check_creatable(place)
+        return
+    with atomic.locked(place):
+        atomic.clear(place, has_manifest)
+        _check_replaceable(place, path, force=force)
+
+
+@contextmanager
+def writing(path: Path, *, model: str, target: str, force: bool = False) -> Iterator[Path]:
+    """Write a bundle in one piece.
+
+    The body fills the folder that it is given; it writes at least ``plan.json`` and ``recipe.lock.toml``. The manifest
+    is written after it, and then the folder takes its place. When the body raises, nothing changes.
+
+    Args:
+        path: where the bundle is to be.
+        model: the name of the model.
+        target: the name of the target.
+        force: whether a bundle that is there is replaced.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        UsageError: see `check_output`.
+        BundleError: the body left out a file that every bundle has.
+    """
+    check_output(path, force=force)
+    place = atomic.resolved(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.locked(place):
+        _check_replaceable(place, path, force=force)
+        with atomic.replacing_folder(place, has_manifest) as folder:
+            yield folder
+            write_manifest(folder, model, target)
+
+
+def _check_replaceable(place: Path, path: Path, *, force: bool) -> None:
+    """Refuse to replace anything that is not wholly a bundle of ours: nobody's data is lost."""
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        return
+    if not has_manifest(place):
+        raise UsageError("exists and is not a bundle", where=str(path), hint="choose another place, or move it away")
+    if not force:
+        raise UsageError("exists", where=str(path), hint="give --force to replace it, or choose another place")
+    known = {MANIFEST, *json.loads((place / MANIFEST).read_text("utf-8"))["files"]}
+    files = (file.relative_to(place) for file in sorted(place.rglob("*")) if not file.is_dir())
+    for file in files:
+        if file.as_posix() not in known and not any(part.startswith(".") for part in file.parts):
+            raise UsageError(
+                f"holds {file}, which qcgraph did not write", where=str(path), hint="move that file away first"
+            )

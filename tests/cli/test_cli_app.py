@@ -1,0 +1,142 @@
+"""The application: help, exit codes, and what becomes of every kind of error."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcgraph.bundle import Bundle
+from qcgraph.cli import app as app_module
+from qcgraph.cli import run
+from qcgraph.recipe import Recipe
+
+COMMANDS = ("compile", "sample", "verify", "inspect", "diff", "passes", "models", "targets")
+Command = Callable[..., Any]
+
+
+def test_no_arguments_show_the_help(qcgraph: Command) -> None:
+    done = qcgraph()
+    assert (done.code, done.err) == (0, "")
+    assert all(f"  {name} " in done.out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(qcgraph: Command, name: str) -> None:
+    done = qcgraph(name, "--help")
+    assert done.code == 0
+    assert done.out.startswith(f"Usage: qcgraph {name} ")
+
+
+def test_the_list_of_commands_is_not_cut(qcgraph: Command) -> None:
+    assert "..." not in qcgraph("--help").out.replace("[ARGS]...", "")
+
+
+def test_version(qcgraph: Command) -> None:
+    assert qcgraph("--version").out.startswith("qcgraph 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "hint"),
+    [
+        (["compil"], "No such command 'compil'. Did you mean 'compile'?", "see qcgraph --help"),
+        (["compile"], "Missing argument 'MODEL'.", "see qcgraph compile --help"),
+        (["compile", "digits", "--bitz", "3"], "No such option: --bitz", "see qcgraph compile --help"),
+        (["compile", "digits", "--steps", "many"], "--steps", "see qcgraph compile --help"),
+        (["inspect", "digits", "--show", "all"], "'all' is not one of", "see qcgraph inspect --help"),
+    ],
+)
+def test_wrong_usage(qcgraph: Command, arguments: list[str], what: str, hint: str) -> None:
+    done = qcgraph(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: ")
+    assert what in done.err
+    assert done.err.endswith(f"\n\nhint: {hint}\n")
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def app(*_: object, **__: object) -> None:
+        raise error
+
+    return app
+
+
+@pytest.mark.parametrize("error", [app_module.Interrupted(), KeyboardInterrupt()])
+def test_interruption(qcgraph: Command, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    monkeypatch.setattr(app_module, "app", raising(error))
+    done = qcgraph("models")
+    assert done.code == 2
+    assert done.err.startswith("error: interrupted; nothing was written\n\nhint: ")
+
+
+def test_full_disk_is_no_bug(qcgraph: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_module, "app", raising(OSError(errno.ENOSPC, "No space left on device", "out/toy")))
+    done = qcgraph("models")
+    assert done.code == 2
+    assert done.err.startswith("error: out/toy: No space left on device\n\nhint: ")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("oh"), OSError(errno.ENOENT, "No such file", "x")])
+def test_a_bug_says_so(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setattr(app_module, "app", raising(error))
+    with pytest.raises(type(error)) as caught:
+        run(["models"])
+    assert caught.value.__notes__ == ["this is a bug of qcgraph"]
+
+
+def test_a_bug_exits_with_one() -> None:
+    code = "from qcgraph.cli import app; app.app = lambda *a, **k: 1 / 0; app.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\nthis is a bug of qcgraph\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes")
+def test_a_reader_may_leave(bundle: Path) -> None:
+    command = f"'{sys.executable}' -m qcgraph inspect '{bundle}' | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.returncode in (0, 1)  # 0 when all was written before the reader left
+
+
+def test_every_recipe_option_is_an_option_of_compile(qcgraph: Command) -> None:
+    text = qcgraph("compile", "--help").out
+    assert all(f"--{name} " in text for name in Recipe.OPTIONS)
+
+
+INTERRUPTED_COMPILE = """
+import time
+from pathlib import Path
+from qcgraph.bundle import writing
+from qcgraph.cli import app
+def compile_slowly(*_, **__):
+    with writing(Path({place!r}), model="toy", target="torch", force=True) as folder:
+        (folder / "weights").write_text("new")
+        print("now", flush=True)
+        time.sleep(60)
+app.app = compile_slowly
+app.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_cleans_up(bundle: Path, number: signal.Signals) -> None:
+    code = INTERRUPTED_COMPILE.format(place=str(bundle))
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "now\n"
+        os.kill(process.pid, number)
+        assert process.stderr.read().startswith("error: interrupted; nothing was written\n\nhint: ")
+        assert process.wait(30) == 2
+    assert [path.name for path in bundle.parent.iterdir()] == ["toy"]
+    assert Bundle.open(bundle).manifest.target == "onnxruntime-cpu"

@@ -1,0 +1,144 @@
+"""Recipes: presets, files, options; every wrong one is refused with the place and what would be right."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from qcgraph.errors import UsageError
+from qcgraph.recipe import PRESETS, Recipe, preset_names
+
+
+def test_presets() -> None:
+    assert preset_names() == ("balanced", "careful", "fast")
+    intervals = [Recipe.load(name).cache_interval for name in ("careful", "balanced", "fast")]
+    assert intervals == sorted(intervals, key=lambda interval: interval or 0)
+    assert len(set(intervals)) == 3
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_choice_of_a_preset_is_explained(name: str) -> None:
+    lines = (PRESETS / f"{name}.toml").read_text().splitlines()
+    assert lines[0].startswith(f"# {name}: ")
+    assert [line for line in lines if "=" in line and "  # " not in line and not line.startswith("#")] == []
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_round_trip(name: str) -> None:
+    recipe = Recipe.load(name).override(guidance=0.1 + 0.2, seed=7, bits="w4a8")
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+
+
+def test_round_trip_of_pipeline_text() -> None:
+    text = (
+        "[pipeline]\npasses = 'plan-cache{interval=3 blocks=\"0..2\"},insert-cache'\n[calibration]\ntrajectories = 8\n"
+    )
+    recipe = Recipe.from_toml(text)
+    assert recipe.pipeline.passes == 'plan-cache{interval=3 blocks="0..2"},insert-cache'
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+
+
+def test_written_recipe_says_everything() -> None:
+    data = tomllib.loads(Recipe().to_toml())
+    assert data == Recipe().model_dump()
+
+
+def test_what_is_not_said_keeps_its_default() -> None:
+    recipe = Recipe.from_toml("[sampling]\nsteps = 20\nguidance = 2\n")
+    assert recipe == Recipe().override(steps=20, guidance=2.0)
+
+
+def test_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("[target]\nname = 'torch'\n")
+    assert Recipe.load(str(path)).target.name == "torch"
+
+
+def test_derived_values() -> None:
+    recipe = Recipe().override(bits="w4a6", cache="interval=12")
+    assert (recipe.weight_bits, recipe.activation_bits, recipe.cache_interval) == (4, 6, 12)
+    off = Recipe().override(bits="off", cache="off")
+    assert (off.weight_bits, off.activation_bits, off.cache_interval) == (None, None, None)
+    assert Recipe().cache_blocks is None
+    assert Recipe.from_toml("[cache]\nblocks = '2..11'").cache_blocks == (2, 11)
+
+
+def test_options_that_are_none_say_nothing() -> None:
+    assert Recipe().override(steps=None, bits=None) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "what", "hint"),
+    [
+        ("[sampling]\nstepz = 3", "f.toml, [sampling]", "unknown key 'stepz'", "did you mean 'steps'?"),
+        ("[samplng]\nsteps = 3", "f.toml", "unknown section 'samplng'", "did you mean 'sampling'?"),
+        ("steps = 3", "f.toml", "unknown section 'steps'", "steps belongs in the section [sampling]"),
+        ("sampling = 3", "f.toml, sampling", "is a section, not a value", "write [sampling]"),
+        ("[sampling", "f.toml", "is not valid TOML", "quotes"),
+        ("[sampling]\nsteps = '3'", "f.toml, sampling.steps", "'3' does not fit", "1 or more"),
+        ("[sampling]\nsteps = 0", "f.toml, sampling.steps", "0 does not fit", "1 or more"),
+        ("[sampling]\nsteps = true", "f.toml, sampling.steps", "True does not fit", "1 or more"),
+        ("[sampling]\nsteps = 2.5", "f.toml, sampling.steps", "2.5 does not fit", "1 or more"),
+        ("[sampling]\nguidance = nan", "f.toml, sampling.guidance", "nan does not fit", "0 or more"),
+        ("[sampling]\nguidance = inf", "f.toml, sampling.guidance", "inf does not fit", "0 or more"),
+        ("[sampling]\nguidance = -1", "f.toml, sampling.guidance", "-1 does not fit", "0 or more"),
+        ("[sampling]\nscheduler = ''", "f.toml, sampling.scheduler", "'' does not fit", "for example ddim"),
+        ("[quantization]\nbits = 'w9a8'", "f.toml, quantization.bits", "'w9a8' does not fit", "for example w8a8"),
+        ("[quantization]\nbits = 8", "f.toml, quantization.bits", "8 does not fit", "for example w8a8"),
+        ("[quantization]\ngroups = 0", "f.toml, quantization.groups", "0 does not fit", "timestep groups"),
+        ("[quantization]\ngrouping = 'best'", "f.toml, quantization.grouping", "'best' does not fit", "or uniform"),
+        ("[cache]\nschedule = 'interval=0'", "f.toml, cache.schedule", "'interval=0' does not fit", "interval=N"),
+        ("[cache]\nblocks = '3..2'", "f.toml, cache.blocks", "'3..2' does not fit", "FIRST..LAST"),
+        ("[cache]\nblocks = '3'", "f.toml, cache.blocks", "'3' does not fit", "FIRST..LAST"),
+        ("[calibration]\ntrajectories = 0", "f.toml, calibration.trajectories", "0 does not fit", "or auto"),
+        ("[calibration]\ntrajectories = 'x'", "f.toml, calibration.trajectories", "'x' does not fit", "or auto"),
+        ("[calibration]\nseed = -1", "f.toml, calibration.seed", "-1 does not fit", "0 or larger"),
+        ("[compensation]\nmode = 'dec'", "f.toml, compensation.mode", "'dec' does not fit", "off or vc"),
+        ("[compensation]\nclamp = 1.0", "f.toml, compensation.clamp", "1.0 does not fit", "below 1"),
+    ],
+)
+def test_wrong_recipes(text: str, where: str, what: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Recipe.from_toml(text, where="f.toml")
+    assert caught.value.where == where
+    assert what in caught.value.message
+    assert hint in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("options", "where", "what"),
+    [
+        ({"bits": "w8"}, "--bits", "'w8' does not fit"),
+        ({"cache": "budget=0.3"}, "--cache", "'budget=0.3' does not fit"),
+        ({"compensate": "dec"}, "--compensate", "'dec' does not fit"),
+        ({"steps": 0}, "--steps", "0 does not fit"),
+        ({"stepz": 3}, None, "unknown option 'stepz'"),
+    ],
+)
+def test_wrong_options(options: dict[str, object], where: str | None, what: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Recipe().override(**options)
+    assert caught.value.where == where
+    assert what in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "hint"),
+    [
+        ("fasst", "unknown recipe 'fasst'", "did you mean 'fast'?"),
+        ("absent.toml", "there is no such file", "balanced, careful, fast"),
+        ("folder", "cannot read the recipe: Is a directory", "TOML file"),
+        ("latin.toml", "is not UTF-8 text", "TOML"),
+    ],
+)
+def test_wrong_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, what: str, hint: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "latin.toml").write_bytes(b"# \xe9t\xe9")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        Recipe.load(name)
+    assert what in caught.value.message
+    assert hint in (caught.value.hint or "")
