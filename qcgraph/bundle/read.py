@@ -82,8 +82,11 @@ class Bundle:
         path = Path(path)
         atomic.restore_interrupted(path, has_manifest)
         bundle = cls(path, read_manifest(path))
-        for damage in bundle.damage() if check else ():
-            raise BundleError(damage.problem, where=str(path / damage.file), hint=AGAIN)
+        damaged = list(bundle.damage()) if check else []
+        if damaged:
+            others = [item.file for item in damaged[1:]]
+            more = f"; also damaged: {', '.join(others)}" if others else ""
+            raise BundleError(f"{damaged[0].problem}{more}", where=str(path / damaged[0].file), hint=AGAIN)
         return bundle
 
     def damage(self) -> Iterator[Damage]:
