@@ -109,7 +109,8 @@ def _translate(program: Program, variant: str, opset: int) -> ir.Model:
     except Exception as error:  # the exporter raises many types; each means that this variant cannot be exported
         raise _refusal(variant, error) from error
     _rename(model, _names(decomposed.graph, program.variants[variant].graph), program.constants)
-    for value, spec in zip((*model.graph.inputs, *model.graph.outputs), interface.inputs + interface.outputs, strict=True):
+    values = (*model.graph.inputs, *model.graph.outputs)
+    for value, spec in zip(values, (*interface.inputs, *interface.outputs), strict=True):
         value.shape = ir.Shape(spec.shape)
     model.graph.name = variant
     return model

@@ -1,4 +1,4 @@
-"""The quantized linears of a variant: where they are in the program, in its exported graph, and how they compute there."""
+"""The quantized linears of a variant: where they are in the program and in its exported graph, what they compute."""
 
 from __future__ import annotations
 
@@ -112,13 +112,13 @@ class CutSites:
         inputs: dict[ir.Node, ir.Value] = {}
         outputs: list[ir.Value] = []
         for index, site in enumerate(sites):
-            if not products.get(site.codes):
+            product = products[site.codes].pop(0) if products.get(site.codes) else None
+            first = _first(product) if product is not None else None
+            if product is None or first is None:
                 raise VerificationError(
-                    "the exported graph has no product of dequantized values with its weight codes",
+                    "the exported graph has no product of a quantized activation with its weight codes",
                     where=f"{path.name}, {site.name}",
                 )
-            product = products[site.codes].pop(0)
-            first = _first(product)
             if first not in inputs:
                 inputs[first] = ir.Value(name=f"entering_{index}", type=ir.TensorType(ir.DataType.FLOAT))
                 first.replace_input_with(0, inputs[first])
@@ -156,17 +156,19 @@ def _products(graph: ir.Graph) -> dict[str, list[ir.Node]]:
     return found
 
 
-def _first(product: ir.Node) -> ir.Node:
-    """The node that the floating-point activation of a quantized product enters: its quantize, or the clip before."""
-    node = product
-    for _ in ("DequantizeLinear", "QuantizeLinear"):
-        value = node.inputs[0]
-        maker = value.producer() if value is not None else None
-        assert maker is not None
-        node = maker
-    value = node.inputs[0]
-    before = value.producer() if value is not None else None
-    return before if before is not None and before.op_type == "Clip" else node
+def _first(product: ir.Node) -> ir.Node | None:
+    """The node that the floating-point activation of a product enters: its quantize, or the clip before; or None."""
+    quantize = _maker(_maker(product))
+    if quantize is None or quantize.op_type != "QuantizeLinear":
+        return None
+    before = _maker(quantize)
+    return before if before is not None and before.op_type == "Clip" else quantize
+
+
+def _maker(node: ir.Node | None) -> ir.Node | None:
+    """The node that makes the first input."""
+    value = node.inputs[0] if node is not None else None
+    return value.producer() if value is not None else None
 
 
 def _last(product: ir.Node) -> ir.Node:

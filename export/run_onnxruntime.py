@@ -66,7 +66,8 @@ class OnnxRuntimeRunner:
 
     def _session(self, variant: str) -> Any:
         if variant not in self._interfaces:
-            raise BundleError(f"no variant {variant!r}", where=str(self._folder), hint=closest(variant, self._interfaces))
+            known = closest(variant, self._interfaces)
+            raise BundleError(f"no variant {variant!r}", where=str(self._folder), hint=known)
         if variant not in self._sessions:
             self._sessions[variant] = load_session(self._folder / f"{variant}.onnx", session_options(self._threads))
         return self._sessions[variant]
@@ -110,8 +111,10 @@ class OptimizedGraph:
             options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
             load_session(path, options)
             proto = onnx.load(str(optimized), load_external_data=False)
-        nodes = proto.graph.node
-        return cls(tuple(OptimizedNode(node.op_type, node.name, tuple(node.input), tuple(node.output)) for node in nodes))
+        nodes = (
+            OptimizedNode(node.op_type, node.name, tuple(node.input), tuple(node.output)) for node in proto.graph.node
+        )
+        return cls(tuple(nodes))
 
     def count(self, op: str) -> int:
         """How many nodes are this op."""

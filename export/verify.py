@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qcgraph.errors import VerificationError
 from qcgraph.export.quantized_sites import CutSites, Parameters, QuantizedSite, parameters, quantized_sites, record
 from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner, OptimizedGraph
 from qcgraph.export.targets import Target
-from qcgraph.errors import QcgraphError
 from qcgraph.facts import QuantPlan
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites, total_macs
@@ -23,11 +23,12 @@ from qcgraph.steps import Step, StepPlan
 
 EXACT = 1e-5  # relative L2 that float32 arithmetic in another order stays below
 ROUNDING_FACTOR = 1.5  # how far above its rounding floor a quantized graph may be
+NO_NUMBER = float(np.finfo(np.float32).max)  # stands for a distance that is none, and unlike infinity exists in JSON
 PERTURBATION = 1e-6  # relative noise on the latent, about what one operator in another order makes
 STANDARD_ERRORS = 3.0  # how far above that it must be for certain, over the samples that were compared
-STEPS = 4  # steps of the plan that a variant is compared at
-SAMPLES = 256  # samples a step; in a small model a rounding flips in few of them
-MACS = 10e9  # multiply-accumulates that one run of the samples of a step may cost; large models get fewer samples
+STEPS = 4  # steps of the plan that a variant is compared at, two for large models
+SAMPLES = 256  # samples a step, fewer for large models; in a small one a rounding flips in few of them
+MACS = 10e9  # multiply-accumulates that running the samples of a step once may cost
 KERNEL = "MatMulIntegerToFloat"
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm")
 VIEWS = ("Transpose", "Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze")
@@ -87,9 +88,7 @@ def verify_export(
     return tuple(checks)
 
 
-def _check_kernels(
-    program: Program, variant: str, sites: Sequence[QuantizedSite], optimized: OptimizedGraph
-) -> Check:
+def _check_kernels(program: Program, variant: str, sites: Sequence[QuantizedSite], optimized: OptimizedGraph) -> Check:
     """Every planned linear runs in int8, and nothing multiplies dequantized values in floating point."""
     plan = program.facts.get(QuantPlan)
     planned = set(plan.sites) if plan else set()
@@ -156,11 +155,11 @@ def _check_parameters(variant: str, found: Parameters, target: Target) -> Iterat
 
 def _check_sites(program: Program, variant: str, sites: Sequence[QuantizedSite], path: Path) -> Check:
     """Each site on its own computes what it computes in the program, given the same values."""
-    worst: dict[str, float] = {}
     try:
         cut = CutSites(path, sites)
-    except QcgraphError as error:
-        return Check("site exactness", variant, passed=False, value=float("inf"), limit=EXACT, detail=str(error))
+    except VerificationError as missing:
+        return Check("site exactness", variant, passed=False, value=NO_NUMBER, limit=EXACT, detail=str(missing))
+    worst = dict.fromkeys((site.name for site in sites), 0.0)
     names = {name for site in sites for name in (site.entering, site.leaving)}
     for index, step in enumerate(_steps(program, variant)):
         inputs = _inputs(program, variant, step, 1, np.random.default_rng(index))
@@ -168,11 +167,13 @@ def _check_sites(program: Program, variant: str, sites: Sequence[QuantizedSite],
         selectors = {name: inputs[name].numpy() for name in ("group", "row")}
         found = cut.run({site.entering: values[site.entering] for site in sites}, selectors)
         for site in sites:
-            (error,) = _distances(found[site.name], values[site.leaving])
-            worst[site.name] = max(error, worst.get(site.name, 0.0))
+            (distance,) = _distances(found[site.name], values[site.leaving])
+            worst[site.name] = max(distance, worst[site.name])
     value = max(worst.values())
-    over = [f"{name} {error:.1e}" for name, error in worst.items() if not error <= EXACT]
-    detail = f"relative L2 up to {value:.1e} over {len(sites)} sites" + (f"; too far: {', '.join(over)}" if over else "")
+    over = [f"{name} {distance:.1e}" for name, distance in worst.items() if distance > EXACT]
+    detail = f"relative L2 up to {value:.1e} over {len(sites)} sites"
+    if over:
+        detail += f"; too far: {', '.join(over)}"
     return Check("site exactness", variant, passed=not over, value=value, limit=EXACT, detail=detail)
 
 
@@ -185,18 +186,17 @@ def _check_outputs(program: Program, variant: str, quantized: bool, runner: Onnx
     """
     errors: dict[str, list[float]] = {}
     floors: dict[str, list[float]] = {}
-    cost = max(total_macs(find_sites(other)) for other in program.variants.values())  # caches need the largest
-    samples = int(np.clip(MACS // cost, 1, SAMPLES))
+    samples = int(np.clip(MACS // _macs(program), 1, SAMPLES))
     for index, step in enumerate(_steps(program, variant)):
         generator = np.random.default_rng(1000 + index)
         inputs = _inputs(program, variant, step, samples, generator)
         expected = program.run(variant, inputs)
         found = runner.run_outputs(variant, {name: value.numpy() for name, value in inputs.items()}, {})
         nearby = program.run(variant, inputs | {"latent": _perturbed(inputs["latent"], generator)}) if quantized else {}
-        for name, value in expected.items():
-            errors.setdefault(name, []).extend(_distances(found[name].numpy(), value.numpy()))
+        for name, tensor in expected.items():
+            errors.setdefault(name, []).extend(_distances(found[name].numpy(), tensor.numpy()))
             if quantized:
-                floors.setdefault(name, []).extend(_distances(nearby[name].numpy(), value.numpy()))
+                floors.setdefault(name, []).extend(_distances(nearby[name].numpy(), tensor.numpy()))
     for name, distances in errors.items():
         limit = _limit(distances, floors.get(name, []))
         value = _root_mean_square(distances)
@@ -218,8 +218,13 @@ def _limit(distances: Sequence[float], floors: Sequence[float]) -> float:
 def _steps(program: Program, variant: str) -> list[Step]:
     """Steps of the plan that run a variant, spread over it."""
     steps = [step for step in program.facts[StepPlan].steps if step.variant == variant]
-    positions = np.linspace(0, len(steps) - 1, min(STEPS, len(steps))).round().astype(int)
-    return [steps[position] for position in positions]
+    count = min(len(steps), STEPS if _macs(program) < MACS else STEPS // 2)
+    return [steps[position] for position in np.linspace(0, len(steps) - 1, count).round().astype(int)]
+
+
+def _macs(program: Program) -> int:
+    """Multiply-accumulates of the largest variant for a batch of one; it is also what makes the others' caches."""
+    return max(total_macs(find_sites(variant)) for variant in program.variants.values())
 
 
 def _inputs(
@@ -257,7 +262,8 @@ def _distances(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]
     """Relative L2 distance per sample."""
     wide = [values.astype(np.float64).reshape(len(values), -1) for values in (found, expected)]
     norms = np.maximum(np.linalg.norm(wide[1], axis=1), np.finfo(np.float32).tiny)
-    return [float(value) for value in np.linalg.norm(wide[0] - wide[1], axis=1) / norms]
+    distances = np.linalg.norm(wide[0] - wide[1], axis=1) / norms
+    return [float(distance) for distance in np.nan_to_num(distances, nan=NO_NUMBER, posinf=NO_NUMBER)]
 
 
 def _root_mean_square(distances: Sequence[float]) -> float:

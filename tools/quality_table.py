@@ -56,9 +56,7 @@ def main() -> None:
         measure(bundles, EagerRunner(model), labels, options)
 
 
-def measure(
-    bundles: dict[str, Bundle], eager: EagerRunner, labels: list[int], options: argparse.Namespace
-) -> None:
+def measure(bundles: dict[str, Bundle], eager: EagerRunner, labels: list[int], options: argparse.Namespace) -> None:
     """Sample every row, then time all of them in turn, then print."""
     first = next(iter(bundles.values()))
     rows: dict[str, tuple[Runner, StepPlan]] = {REFERENCE: (eager, first.plan)}
@@ -71,7 +69,9 @@ def measure(
     images = {name: draw(name) for name in rows}
     timings = paired({name: (lambda name=name: draw(name)) for name in rows}, options.rounds)
     classifier = load_classifier() if options.model == "digits" else None
-    print(f"{options.model}, {first.plan.describe()}, {len(labels)} samples, seed {options.seed}, {options.threads} threads")
+    print(
+        f"{options.model}, {first.plan.describe()}, {len(labels)} samples, seed {options.seed}, {options.threads} threads"
+    )
     print("| setting | PSNR dB | class accuracy | whole sampling s (min / median / max) | speed-up |")
     print("|---|---|---|---|---|")
     for name, drawn in images.items():

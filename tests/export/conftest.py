@@ -1,0 +1,63 @@
+"""Programs that are exported once and tested from all sides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from qcgraph.export.emit import emit_onnx
+from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
+from qcgraph.export.targets import TARGETS
+from qcgraph.ir.program import Program
+from qcgraph.pipeline import Pipeline
+from qcgraph.progress import Progress
+from qcgraph.spec import Interface
+
+TARGET = TARGETS["onnxruntime-cpu"]
+QUANTIZE = (
+    f"calibrate{{trajectories=2}},group-timesteps{{groups=3}},plan-quant{{weight-high={TARGET.weight_high}}},insert-qdq"
+)
+CACHE = "plan-cache{interval=3},insert-cache"
+COMPENSATE = "fit-compensation,insert-compensation"
+
+
+@dataclass(frozen=True)
+class Export:
+    """A program, and the folder that it was exported to."""
+
+    program: Program
+    folder: Path
+
+    @property
+    def interfaces(self) -> Mapping[str, Interface]:
+        return {name: variant.interface for name, variant in self.program.variants.items()}
+
+    def runner(self) -> OnnxRuntimeRunner:
+        return OnnxRuntimeRunner(self.folder, self.interfaces)
+
+
+def exported(program: Program, folder: Path) -> Export:
+    emit_onnx(program, folder, TARGET.opset, Progress())
+    return Export(program, folder)
+
+
+@pytest.fixture(scope="session")
+def unquantized(captured: Program, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """The tiny denoiser in floating point, with a cache: variants full and reuse."""
+    return exported(Pipeline.parse(CACHE).run(captured), tmp_path_factory.mktemp("unquantized"))
+
+
+@pytest.fixture(scope="session")
+def compiled(captured: Program, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """All at once: cache, 8-bit linears in three timestep groups, compensation, lowered for ONNX Runtime."""
+    pipeline = Pipeline.parse(f"{CACHE},{QUANTIZE},{COMPENSATE},{TARGET.legalize}")
+    return exported(pipeline.run(captured), tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture
+def not_lowered(captured: Program, tmp_path: Path) -> Export:
+    """Quantized, without the legalization of the target."""
+    return exported(Pipeline.parse(QUANTIZE).run(captured), tmp_path)

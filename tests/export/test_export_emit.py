@@ -1,0 +1,140 @@
+"""Emission: one weights file for all graphs, the names of the program, and refusals that say where."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qcgraph.errors import QcgraphError
+from qcgraph.export.emit import INLINE_BYTES, emit_onnx, tensor_places
+from qcgraph.ir.program import GraphEditor, Program, tensor_digest, with_edits
+from qcgraph.ir.serialize import EXPORTED, WEIGHTS, load_program
+from qcgraph.progress import Progress
+from qcgraph.spec import BATCH
+
+EXPORT = """
+import sys
+from pathlib import Path
+from qcgraph.export.emit import emit_onnx
+from qcgraph.ir.serialize import load_program
+from qcgraph.progress import Progress
+emit_onnx(load_program(Path(sys.argv[1])), Path(sys.argv[2]), 23, Progress())
+"""
+
+
+def graph_of(folder: Path, variant: str) -> onnx.GraphProto:
+    return onnx.load(str(folder / f"{variant}.onnx"), load_external_data=False).graph
+
+
+def place_of(tensor: onnx.TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def test_interfaces_are_the_programs(compiled: Any) -> None:
+    for variant, interface in compiled.interfaces.items():
+        graph = graph_of(compiled.folder, variant)
+        for values, specs in ((graph.input, interface.inputs), (graph.output, interface.outputs)):
+            shapes = [[dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values]
+            assert [value.name for value in values] == [spec.name for spec in specs]
+            assert shapes == [list(spec.shape) for spec in specs]
+            assert BATCH in shapes[0]
+
+
+def test_weights_are_on_disk_once(compiled: Any) -> None:
+    places = tensor_places(compiled.folder / WEIGHTS)
+    for variant in compiled.interfaces:
+        for tensor in graph_of(compiled.folder, variant).initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                place = place_of(tensor)
+                assert place["location"] == WEIGHTS
+                assert (int(place["offset"]), int(place["length"])) in places.values()
+            else:
+                assert tensor.name not in compiled.program.constants
+                assert len(tensor.raw_data) <= INLINE_BYTES
+    stored = load_file(compiled.folder / WEIGHTS)
+    assert set(compiled.program.constants) == {name for name in stored if not name.startswith(EXPORTED)}
+    large = [tensor_digest(tensor) for tensor in stored.values() if tensor.nbytes > INLINE_BYTES]
+    assert len(large) == len(set(large))
+
+
+def test_variants_share_the_weights(compiled: Any) -> None:
+    places = [
+        {tensor.name: place_of(tensor) for tensor in graph_of(compiled.folder, variant).initializer if place_of(tensor)}
+        for variant in ("full", "reuse")
+    ]
+    shared = set(places[0]) & set(places[1])
+    assert {"pos_embed", "final_layer.linear.weight"} <= shared
+    assert all(places[0][name] == places[1][name] for name in shared)
+
+
+def test_what_the_exporter_makes_is_stored_once(
+    captured: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exporter makes the ones that a LayerNorm without weights is multiplied by; here they count as large."""
+    monkeypatch.setattr("qcgraph.export.emit.INLINE_BYTES", 100)
+    variants = {"first": captured.variants["main"], "second": captured.variants["main"]}
+    emit_onnx(Program(variants, captured.constants, captured.facts), tmp_path, 21, Progress())
+    places = tensor_places(tmp_path / WEIGHTS)
+    made = {name: place for name, place in places.items() if name.startswith(EXPORTED)}
+    assert made
+    assert all(name.startswith("onnx/first/") for name in made)
+    used = {int(place_of(tensor)["offset"]) for tensor in graph_of(tmp_path, "second").initializer if place_of(tensor)}
+    assert {offset for offset, _ in made.values()} <= used
+    assert load_program(tmp_path).constants.keys() == captured.constants.keys()
+
+
+def test_program_reads_back(compiled: Any) -> None:
+    assert load_program(compiled.folder).text == compiled.program.text
+
+
+def test_weights_are_as_readable_as_the_rest(compiled: Any) -> None:
+    modes = {path.stat().st_mode for path in compiled.folder.iterdir()}
+    assert len(modes) == 1
+
+
+def test_values_have_the_names_of_the_program(compiled: Any) -> None:
+    kinds = {
+        torch.ops.qcgraph.quantize.default: "QuantizeLinear",
+        torch.ops.qcgraph.dequantize.default: "DequantizeLinear",
+        torch.ops.aten.matmul.default: "MatMul",
+        torch.ops.aten.layer_norm.default: "LayerNormalization",
+    }
+    nodes = compiled.program.variants["full"].graph.nodes
+    expected = {node.name: kinds[node.target] for node in nodes if node.target in kinds}
+    made = {name: node.op_type for node in graph_of(compiled.folder, "full").node for name in node.output}
+    assert len(expected) == 8 * 4 + 5
+    assert expected.items() <= made.items()
+
+
+def test_nothing_of_this_machine_gets_out(compiled: Any) -> None:
+    for variant in compiled.interfaces:
+        data = (compiled.folder / f"{variant}.onnx").read_bytes()
+        assert b".py" not in data
+        assert str(Path.home()).encode() not in data
+        assert not graph_of(compiled.folder, variant).value_info
+
+
+def test_export_says_nothing(unquantized: Any, tmp_path: Path) -> None:
+    """In a process of its own, because libraries warn once."""
+    command = [sys.executable, "-c", EXPORT, str(unquantized.folder), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "reuse.onnx").read_bytes() == (unquantized.folder / "reuse.onnx").read_bytes()
+
+
+def test_op_without_onnx_form_is_refused_by_name(captured: Program, tmp_path: Path) -> None:
+    editor = GraphEditor(captured.variants["main"], captured.constants, "test")
+    node = editor.node("conv2d")
+    with editor.after(node):
+        strange = editor.call(torch.ops.aten.cholesky.default, node, source=node)
+    node.replace_all_uses_with(strange, delete_user_cb=lambda user: user is not strange)
+    with pytest.raises(QcgraphError, match=r"^graph main, %cholesky: cannot be exported to ONNX: .*aten.cholesky"):
+        emit_onnx(with_edits(captured, {"main": editor}), tmp_path, 23, Progress())
+    assert list(tmp_path.iterdir()) == []

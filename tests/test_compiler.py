@@ -1,0 +1,268 @@
+"""Compiling for real: the trained digits, end to end, through the command line, on both backends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import qcgraph
+from qcgraph.bundle import Bundle
+from qcgraph.cli import run
+from qcgraph.compiler import compile_model, verify_bundle
+from qcgraph.errors import UsageError, VerificationError
+from qcgraph.export.verify import Check
+from qcgraph.ir.execute import TorchRunner
+from qcgraph.ir.serialize import load_program
+from qcgraph.models import LoadedModel, load_model
+from qcgraph.models.classifier import load_classifier
+from qcgraph.noise import Noise
+from qcgraph.recipe import Recipe
+from qcgraph.runtime import open_runner
+from qcgraph.sampling import sample
+from qcgraph.schedulers import make_step_plan
+
+OPTIONS = "--steps 12 --guidance 1.5 --bits w8a8 --groups 4 --cache interval=3 --compensate vc --target onnxruntime-cpu"
+LABELS = list(range(10)) * 2
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """digits as the README compiles it, with fewer steps."""
+    path = tmp_path_factory.mktemp("compiled") / "digits"
+    assert run(["compile", "digits", "-o", str(path), *OPTIONS.split()]) == 0
+    return Bundle.open(path)
+
+
+def draw(bundle: Bundle, backend: str, seed: int = 5) -> np.ndarray:
+    return sample(open_runner(bundle, backend), bundle.plan, bundle.spec, LABELS, seed)
+
+
+def eager(model: LoadedModel, steps: int, seed: int = 5) -> np.ndarray:
+    """Full precision without any of qcgraph's graphs: the module, driven by the same loop."""
+
+    class Eager:
+        def run(self, variant: str, inputs: dict[str, np.ndarray], state: object) -> np.ndarray:
+            values = [torch.from_numpy(inputs[name]) for name in ("latent", "timestep", "class_label")]
+            with torch.inference_mode():
+                return model.module(*values).numpy()
+
+    plan = make_step_plan("ddim", steps, 1.5, model.spec.schedule, "")
+    return sample(Eager(), plan, model.spec, LABELS, seed)
+
+
+def test_a_bundle_is_whole(bundle: Bundle) -> None:
+    files = set(bundle.manifest.files)
+    assert {"full.onnx", "reuse.onnx", "weights.safetensors", "program.json", "report.json"} <= files
+    assert {"ir/000_capture.txt", "ir/006_insert-qdq.txt", "ir/006_insert-qdq.diff"} <= files
+    assert bundle.plan.variants == ("full", "reuse")
+    assert bundle.plan.group_count == 4
+    assert not any(name.endswith((".pkl", ".pickle", ".pt")) for name in files)
+
+
+def test_the_report_tells_what_happened(bundle: Bundle) -> None:
+    report = json.loads(bundle.file("report.json").read_text())
+    assert report["quantized_sites"] == 24
+    assert report["variants"]["full"]["steps"] == 4
+    assert 0.3 < report["mac_ratio"] < 0.4
+    assert [check["passed"] for check in report["checks"]] == [True] * 8
+    reasons = [refusal["reason"] for row in report["passes"] for refusal in row["refusals"]]
+    assert any("adaLN" in reason for reason in reasons)
+
+
+def test_both_backends_draw_the_same_digits(bundle: Bundle) -> None:
+    """Within what the quantized network makes of a difference of one part in a million, measured here."""
+    reference, other = draw(bundle, "torch"), draw(bundle, "onnxruntime")
+    program = load_program(bundle.path)
+    constants = dict(program.constants)
+    constants["pos_embed"] = constants["pos_embed"] * (1 + 1e-6)
+    nearby = sample(TorchRunner(replace(program, constants=constants)), bundle.plan, bundle.spec, LABELS, 5)
+    floor = np.linalg.norm(nearby - reference)
+    assert np.linalg.norm(other - reference) < 3 * floor
+    assert np.linalg.norm(other - reference) / np.linalg.norm(reference) < 0.05
+
+
+def test_the_samples_are_digits(bundle: Bundle) -> None:
+    images = torch.from_numpy(draw(bundle, "onnxruntime"))
+    assert load_classifier().accuracy(images, torch.tensor(LABELS)) >= 0.9
+
+
+def test_the_samples_are_close_to_full_precision(bundle: Bundle) -> None:
+    exact, ours = eager(load_model("digits"), 12), draw(bundle, "onnxruntime")
+    error = float(np.mean((np.clip(exact, -1, 1) - np.clip(ours, -1, 1)) ** 2))
+    assert 10 * np.log10(4 / error) > 20  # dB; four computing steps of twelve
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
+def test_neutral_settings_are_the_captured_model_bit_for_bit(tmp_path: Path, scheduler: str) -> None:
+    recipe = Recipe().override(bits="off", cache="interval=1", compensate="off", steps=12, scheduler=scheduler)
+    bundle = qcgraph.compile("digits", recipe.override(target="torch"), output=tmp_path / "neutral")
+    if scheduler == "ddim":
+        assert np.array_equal(draw(bundle, "torch"), eager(load_model("digits"), 12))
+    assert bundle.plan.variants == ("main",)
+    with pytest.raises(Exception, match=r"has no main.onnx: it was compiled for target 'torch'"):
+        open_runner(bundle, "onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def unquantized(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """digits with a cache and compensation, in float32."""
+    recipe = Recipe().override(bits="off", cache="interval=3", compensate="vc", steps=6)
+    return qcgraph.compile("digits", recipe, output=tmp_path_factory.mktemp("compiled") / "float")
+
+
+def test_unquantized_graphs_are_exact_to_float32(unquantized: Bundle) -> None:
+    checks = {(check.variant, check.name): check for check in verify_bundle(unquantized)}
+    for variant in ("full", "reuse"):
+        assert checks[variant, "parity of noise_prediction"].value <= 1e-5
+
+
+def test_compilation_is_deterministic(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    recipe = Recipe().override(steps=6, cache="interval=2", compensate="vc")
+    files = [qcgraph.compile(tiny_model, recipe, output=tmp_path / name).manifest.files for name in ("one", "two")]
+    same = ("weights.safetensors", "plan.json", "program.json", "full.onnx", "reuse.onnx")
+    assert [files[0][name].sha256 for name in same] == [files[1][name].sha256 for name in same]
+
+
+def test_a_bundle_can_be_moved_and_verified(bundle: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(bundle.path, tmp_path / "elsewhere")
+    checks = verify_bundle(Bundle.open(tmp_path / "elsewhere"))
+    assert len(checks) == 8
+    assert all(check.passed for check in checks)
+
+
+def test_the_loaded_denoiser_runs_in_a_diffusers_loop(unquantized: Bundle) -> None:
+    """A host that knows diffusers only: its scheduler, its guidance, our denoiser; the images are those of `sample`."""
+    from diffusers import DDIMScheduler
+
+    denoiser = qcgraph.load(unquantized.path)
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(6)
+    latent = torch.from_numpy(Noise(5, range(20), (1, 8, 8)).initial())
+    labels = torch.tensor(LABELS + [10] * 20)
+    for timestep in scheduler.timesteps:
+        prediction = denoiser(torch.cat([latent, latent]), timestep=timestep, class_labels=labels).sample
+        conditional, null = prediction.chunk(2)
+        latent = scheduler.step(null + 1.5 * (conditional - null), timestep, latent).prev_sample
+    np.testing.assert_allclose(latent.numpy(), draw(unquantized, "onnxruntime"), atol=1e-4)
+
+
+SAMPLING = (
+    "import sys; from qcgraph.cli import run; code = run(sys.argv[1:]); print(sorted(sys.modules)); sys.exit(code)"
+)
+
+
+def test_sampling_imports_neither_torch_nor_diffusers(bundle: Bundle, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SAMPLING, "sample", str(bundle.path), "-n", "10", "-o", str(tmp_path / "grid.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    modules = done.stdout.splitlines()[-1]
+    assert "'onnxruntime'" in modules
+    assert not any(f"'{name}'" in modules for name in ("torch", "diffusers", "onnx"))
+    assert (tmp_path / "grid.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "25"], "the plan was made for steps = 12, not 25"),
+        (["--scheduler", "ddpm"], "the plan was made for scheduler = ddim"),
+        (["--guidance", "4"], "the plan was made for guidance = 1.5"),
+        (["-n", "0"], "at least one"),
+        (["--class", "10"], "class 10 is out of range"),
+        (["--seed", "-1"], "seed"),
+    ],
+)
+def test_a_bundle_refuses_what_it_was_not_made_for(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert run(["sample", str(bundle.path), "-o", str(tmp_path / "grid.png"), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "\n\nhint: " in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect_and_diff_of_a_compiled_bundle(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(bundle.path)
+    assert run(["inspect", path, "--after", "insert-qdq", "--node", "blocks.0.*"]) == 0
+    text = capsys.readouterr().out
+    assert "; blocks.0.attn.qkv" in text
+    assert "insert-qdq, from linear" in text
+    assert "blocks.1" not in text
+    assert run(["diff", path, "03", "04"]) == 0
+    assert "+timestep groups 4" in capsys.readouterr().out
+
+
+def nan_model() -> LoadedModel:
+    model = load_model("digits")
+    module = type(model.module)(model.module.config)
+    module.load_state_dict(model.module.state_dict())
+    module.eval().requires_grad_(False)
+    module.blocks[2].mlp.fc1.weight[3, 4] = float("nan")
+    return replace(model, module=module)
+
+
+@pytest.fixture
+def factory(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], LoadedModel]], str]:
+    """Make a model reachable as ``package.module:factory``."""
+
+    def register(make: Callable[[], LoadedModel]) -> str:
+        module = type(sys)("made_for_a_test")
+        module.factory = make  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "made_for_a_test", module)
+        return "made_for_a_test:factory"
+
+    return register
+
+
+def test_nan_weights_are_refused(
+    factory: Callable[[Callable[[], LoadedModel]], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["compile", factory(nan_model), "-o", str(tmp_path / "out"), "--steps", "4"]) == 2
+    error = capsys.readouterr().err
+    assert "blocks.2.mlp.fc1.weight" in error
+    assert "hint: " in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_your_own_model(
+    factory: Callable[[Callable[[], LoadedModel]], str], tiny_model: LoadedModel, tmp_path: Path
+) -> None:
+    name = factory(lambda: tiny_model)
+    assert run(["compile", name, "-o", str(tmp_path / "out"), "--steps", "6", "--cache", "interval=2"]) == 0
+    assert Bundle.open(tmp_path / "out").spec.output_channels == 4
+
+
+def test_a_failed_check_writes_nothing(
+    tiny_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = Check("parity of noise_prediction", "main", False, 1.0, 1e-5, "relative L2 1.0")
+    monkeypatch.setattr("qcgraph.compiler.verify_export", lambda *_: (failed,))
+    with pytest.raises(VerificationError, match=r"relative L2 1\.0") as caught:
+        qcgraph.compile(tiny_model, Recipe().override(bits="off", steps=2), output=tmp_path / "out")
+    assert caught.value.exit_code == 1
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("options", [{"stop_after": "insert-qdd"}, {"print_after": ("calibrat",)}])
+def test_unknown_pass_names(tiny_model: LoadedModel, tmp_path: Path, options: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="no pass") as caught:
+        compile_model(tiny_model, Recipe(), tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert "did you mean" in str(caught.value.hint)
+
+
+def test_a_recipes_own_pipeline(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    recipe = Recipe.from_toml(
+        '[sampling]\nsteps = 6\n[pipeline]\npasses = "plan-cache{interval=2 blocks=1..1},insert-cache"'
+    )
+    bundle = qcgraph.compile(tiny_model, recipe, output=tmp_path / "out")
+    assert [record["text"] for record in bundle.history] == ["plan-cache{interval=2 blocks=1..1}", "insert-cache"]
+    assert bundle.plan.variants == ("full", "reuse")
