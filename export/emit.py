@@ -185,9 +185,9 @@ def _rename(model: ir.Model, names: Mapping[str, str], constants: Mapping[str, t
     made = [value for name, value in model.graph.initializers.items() if name not in constants]
     values = [*made, *(value for node in model.graph for value in node.outputs if not value.is_graph_output())]
     taken = {*names.values(), *(value.name for value in (*model.graph.inputs, *model.graph.outputs))}
-    renamed = [(value, names.get(value.name or "")) for value in values]
-    for value, name in renamed:
-        value.name = name or (f"{EXPORTED}{value.name}" if value.name in taken else value.name)
+    for value in values:
+        name = str(value.name)
+        value.name = names.get(name) or (f"{EXPORTED}{name}" if name in taken else name)
     for node in model.graph:
         node.name = node.outputs[0].name
 

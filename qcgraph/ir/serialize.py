@@ -69,7 +69,7 @@ def save_program(program: Program, folder: Path, exported: Mapping[str, torch.Te
     (folder / PROGRAM).write_text(json.dumps(program_to_json(program)))
     tensors = dict(program.constants) | dict(exported or {})
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
-    (folder / WEIGHTS).chmod((folder / PROGRAM).stat().st_mode)  # safetensors makes files that only their owner can read
+    (folder / WEIGHTS).chmod((folder / PROGRAM).stat().st_mode)  # safetensors lets only the owner read what it makes
 
 
 def load_program(folder: Path) -> Program:

@@ -17,9 +17,8 @@ from qcgraph.progress import Progress
 from qcgraph.spec import Interface
 
 TARGET = TARGETS["onnxruntime-cpu"]
-QUANTIZE = (
-    f"calibrate{{trajectories=2}},group-timesteps{{groups=3}},plan-quant{{weight-high={TARGET.weight_high}}},insert-qdq"
-)
+CALIBRATE = "calibrate{trajectories=2},group-timesteps{groups=3}"
+QUANTIZE = f"{CALIBRATE},plan-quant{{weight-high={TARGET.weight_high}}},insert-qdq"
 CACHE = "plan-cache{interval=3},insert-cache"
 COMPENSATE = "fit-compensation,insert-compensation"
 

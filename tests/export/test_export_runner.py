@@ -92,9 +92,7 @@ def test_a_cache_is_never_written_to_again(compiled: Any) -> None:
 
 
 def test_reuse_before_compute_is_refused(compiled: Any) -> None:
-    with pytest.raises(
-        BundleError, match="variant 'reuse' reuses 'cache_0' before any step computed it\n\nhint: start"
-    ):
+    with pytest.raises(BundleError, match="variant 'reuse' reuses 'cache_0' before any step computed it\n\nhint: "):
         compiled.runner().run("reuse", inputs(1), {})
 
 

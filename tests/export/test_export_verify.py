@@ -14,13 +14,18 @@ import pytest
 
 from qcgraph.export.emit import tensor_places
 from qcgraph.export.targets import TARGETS, Target
-from qcgraph.export.verify import EXACT, Check, verify_export
+from qcgraph.export.verify import EXACT, SAMPLES, Check, verify_export
 from qcgraph.facts import QuantPlan
 from qcgraph.ir.serialize import WEIGHTS
 from qcgraph.progress import Progress
 
 TARGET = TARGETS["onnxruntime-cpu"]
 SITE = "blocks.1.mlp.fc1"
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcgraph.export.verify.SAMPLES", 8)
 
 
 def verify(export: Any, folder: Path | None = None, target: Target = TARGET) -> dict[tuple[str, str], Check]:
@@ -59,7 +64,8 @@ def test_unquantized_graphs_are_exact(unquantized: Any) -> None:
     assert all(check.value <= check.limit == EXACT for check in parity.values())
 
 
-def test_quantized_graphs_pass(compiled: Any) -> None:
+def test_quantized_graphs_pass(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcgraph.export.verify.SAMPLES", SAMPLES)
     checks = verify(compiled)
     assert failed(checks) == []
     assert checks["full", "int8 kernels"].detail == "8 linears in int8, none of them left in float"
