@@ -17,8 +17,9 @@ from torch import fx
 
 from qcgraph.capture import MAX_BATCH
 from qcgraph.errors import QcgraphError
+from qcgraph.ir.graph import DTYPES
 from qcgraph.ir.ops import OPS
-from qcgraph.ir.program import DTYPES, Program, tensor_digest
+from qcgraph.ir.program import Program, tensor_digest
 from qcgraph.ir.serialize import EXPORTED, WEIGHTS, save_program
 from qcgraph.progress import Progress
 from qcgraph.spec import BATCH

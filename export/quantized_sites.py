@@ -14,7 +14,8 @@ from torch import fx
 
 from qcgraph.errors import VerificationError
 from qcgraph.export.run_onnxruntime import load_session, session_options
-from qcgraph.ir.program import Program, Variant
+from qcgraph.ir.graph import Variant
+from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
 
 if TYPE_CHECKING:

@@ -9,7 +9,9 @@ import torch
 
 from qcgraph.errors import ContractError
 from qcgraph.facts import CachePlan
-from qcgraph.ir.program import GraphEditor, Program, Variant, output_node, returned_nodes, spec_of, used_constants
+from qcgraph.ir.edit import GraphEditor
+from qcgraph.ir.graph import Variant, output_node, returned_nodes, spec_of
+from qcgraph.ir.program import Program, used_constants
 from qcgraph.ir.structure import Block, find_blocks
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.steps import StepPlan

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from qcgraph.facts import Compensation
-from qcgraph.ir.program import GraphEditor, Program, output_node, returned_nodes, with_edits
+from qcgraph.ir.edit import GraphEditor, with_edits
+from qcgraph.ir.graph import output_node, returned_nodes
+from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.steps import StepPlan
 

@@ -10,8 +10,9 @@ from torch import fx
 
 from qcgraph.errors import ContractError
 from qcgraph.facts import ActivationQuant, QuantPlan, WeightQuant
+from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.ops import CODE_TYPES
-from qcgraph.ir.program import GraphEditor, Program, with_edits
+from qcgraph.ir.program import Program
 from qcgraph.ir.structure import Site, find_sites
 from qcgraph.pipeline import Pass, PassContext
 

@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from qcgraph.ir.program import GraphEditor, Program, Variant, with_edits
+from qcgraph.ir.edit import GraphEditor, with_edits
+from qcgraph.ir.graph import Variant
+from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pass, PassContext
 
 aten = torch.ops.aten

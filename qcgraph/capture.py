@@ -10,17 +10,8 @@ from torch import fx, nn
 from qcgraph.errors import CaptureError
 from qcgraph.facts import Facts
 from qcgraph.ir import legality
-from qcgraph.ir.program import (
-    DTYPE_NAMES,
-    Program,
-    Variant,
-    copy_graph,
-    eliminate_dead_code,
-    returned_nodes,
-    spec_of,
-    tensor_digest,
-    used_constants,
-)
+from qcgraph.ir.graph import DTYPE_NAMES, Variant, copy_graph, eliminate_dead_code, returned_nodes, spec_of
+from qcgraph.ir.program import Program, tensor_digest, used_constants
 from qcgraph.spec import OUTPUT, Interface, ModelSpec
 from qcgraph.steps import digest_of
 

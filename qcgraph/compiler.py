@@ -143,8 +143,8 @@ def _export(program: Program, folder: Path, target: Target, progress: Progress) 
     Raises:
         VerificationError: a check failed.
     """
-    save_program(program, folder)
     if not target.emits_onnx:
+        save_program(program, folder)
         return ()
     from qcgraph.export.emit import emit_onnx
 

@@ -13,7 +13,8 @@ from typing import TextIO
 import torch
 
 from qcgraph.errors import ContractError, UsageError
-from qcgraph.ir.program import DTYPES, Program
+from qcgraph.ir.graph import DTYPES
+from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import program_from_json, program_to_json, save_program
 from qcgraph.pipeline import Instrument, Pass, Pipeline
 from qcgraph.progress import Progress

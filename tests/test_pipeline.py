@@ -13,7 +13,8 @@ import torch
 from qcgraph.errors import ContractError, QcgraphError, UsageError
 from qcgraph.facts import CachePlan, Compensation, QuantPlan
 from qcgraph.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
-from qcgraph.ir.program import Program, Variant
+from qcgraph.ir.graph import Variant
+from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program
 from qcgraph.pipeline import Instrument, Pass, PassContext, Pipeline, make_pass, registry
 from qcgraph.progress import Progress

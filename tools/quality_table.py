@@ -18,6 +18,7 @@ from measuring import EagerRunner, paired, psnr
 
 from qcgraph import compile as compile_bundle
 from qcgraph.bundle import Bundle
+from qcgraph.images import save_grid
 from qcgraph.models import load_model
 from qcgraph.models.classifier import load_classifier
 from qcgraph.recipe import Recipe
@@ -69,9 +70,10 @@ def measure(bundles: dict[str, Bundle], eager: EagerRunner, labels: list[int], o
     images = {name: draw(name) for name in rows}
     timings = paired({name: (lambda name=name: draw(name)) for name in rows}, options.rounds)
     classifier = load_classifier() if options.model == "digits" else None
-    print(
-        f"{options.model}, {first.plan.describe()}, {len(labels)} samples, seed {options.seed}, {options.threads} threads"
-    )
+    if options.grid:
+        save_rows(images, first, options.grid)
+    print(f"{options.model}, {first.plan.describe()}")
+    print(f"{len(labels)} samples, seed {options.seed}, {options.threads} threads\n")
     print("| setting | PSNR dB | class accuracy | whole sampling s (min / median / max) | speed-up |")
     print("|---|---|---|---|---|")
     for name, drawn in images.items():
@@ -80,6 +82,12 @@ def measure(bundles: dict[str, Bundle], eager: EagerRunner, labels: list[int], o
         ratio = timings[REFERENCE].median / timings[name].median
         print(f"| {name} | {quality} | {accuracy} | {timings[name]} | {ratio:.2f}x |")
     assert all(np.isfinite(drawn).all() for drawn in images.values())
+
+
+def save_rows(images: dict[str, Array], bundle: Bundle, path: Path) -> None:
+    """A picture with a row a setting: the first ten samples of each."""
+    first = min(10, len(images[REFERENCE]))
+    save_grid(np.concatenate([drawn[:first] for drawn in images.values()]), path, first, is_image=bundle.spec.is_image)
 
 
 def parse() -> argparse.Namespace:
@@ -96,6 +104,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--grid", type=Path, help="also save a picture, a row a setting")
     return parser.parse_args()
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from qcgraph.errors import ContractError
+from qcgraph.ir.graph import Variant, module_path, returned_nodes, spec_of
 from qcgraph.ir.ops import OPS
-from qcgraph.ir.program import Program, Variant, module_path, returned_nodes, spec_of
+from qcgraph.ir.program import Program
 from qcgraph.steps import StepPlan
 
 NAMESPACES = ("aten", "qcgraph")

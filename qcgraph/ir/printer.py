@@ -12,7 +12,7 @@ The text is what `--print-after`, `inspect`, `diff` and the golden tests show, s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,26 +21,26 @@ from torch import fx
 from qcgraph.facts import (
     CachePlan,
     Compensation,
+    Facts,
     QuantPlan,
     Ranges,
     Reference,
     SiteQuant,
     TimestepGroups,
 )
-from qcgraph.ir.program import DTYPE_NAMES, Origin, Program, Variant, module_path, returned_nodes, spec_of
+from qcgraph.ir.graph import DTYPE_NAMES, Origin, Variant, module_path, returned_nodes, spec_of
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
 
-def print_program(program: Program) -> str:
-    """The whole program: a header with its facts, then every variant."""
-    parts = [print_facts(program), *(print_variant(name, variant) for name, variant in program.variants.items())]
-    return "\n".join(parts)
+def print_program(facts: Facts, variants: Mapping[str, Variant]) -> str:
+    """A whole program: a header with its facts, then every variant."""
+    return "\n".join([print_facts(facts), *(print_variant(name, variant) for name, variant in variants.items())])
 
 
-def print_facts(program: Program) -> str:
-    """The facts of a program, a few lines each."""
-    lines = [line for kind, show in _FACT_LINES for line in _lines_of(program, kind, show)]
+def print_facts(facts: Facts) -> str:
+    """Facts, a few lines each."""
+    lines = [line for kind, show in _FACT_LINES for line in _lines_of(facts, kind, show)]
     return "\n".join([*lines, ""])
 
 
@@ -101,8 +101,8 @@ def _type(value: Any) -> str:
     return "int" if isinstance(value, (int, torch.SymInt)) else type(value).__name__
 
 
-def _lines_of(program: Program, kind: type, show: Callable[[Any], list[str]]) -> list[str]:
-    fact = program.facts.get(kind)
+def _lines_of(facts: Facts, kind: type, show: Callable[[Any], list[str]]) -> list[str]:
+    fact = facts.get(kind)
     return [] if fact is None else show(fact)
 
 

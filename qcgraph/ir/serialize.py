@@ -20,8 +20,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from qcgraph.errors import BundleError
 from qcgraph.facts import Facts, decode
+from qcgraph.ir.graph import DTYPE_NAMES, DTYPES, Origin, Variant, module_path
 from qcgraph.ir.legality import illegal_target
-from qcgraph.ir.program import DTYPE_NAMES, DTYPES, Origin, PassRecord, Program, Variant, module_path
+from qcgraph.ir.program import PassRecord, Program
 from qcgraph.spec import BATCH, Interface, TensorSpec
 
 FORMAT = 1

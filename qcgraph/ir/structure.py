@@ -15,7 +15,7 @@ from math import prod
 import torch
 from torch import fx
 
-from qcgraph.ir.program import Variant, dimension_text, module_path
+from qcgraph.ir.graph import Variant, dimension_text, module_path
 
 aten = torch.ops.aten
 _BLOCK_PATH = re.compile(r"(?:(?P<list>.+?)\.)?(?P<index>\d+)(?:\.|$)")

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from qcgraph.errors import QcgraphError
 from qcgraph.export.emit import INLINE_BYTES, emit_onnx, tensor_places
-from qcgraph.ir.program import GraphEditor, Program, tensor_digest, with_edits
+from qcgraph.ir.edit import GraphEditor, with_edits
+from qcgraph.ir.program import Program, tensor_digest
 from qcgraph.ir.serialize import EXPORTED, WEIGHTS, load_program
 from qcgraph.progress import Progress
 from qcgraph.spec import BATCH

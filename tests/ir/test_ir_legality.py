@@ -11,7 +11,8 @@ from torch import fx
 
 from qcgraph.errors import ContractError
 from qcgraph.ir import legality
-from qcgraph.ir.program import GraphEditor, Program, with_edits
+from qcgraph.ir.edit import GraphEditor, with_edits
+from qcgraph.ir.program import Program
 from qcgraph.steps import StepPlan
 
 aten = torch.ops.aten

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from qcgraph.errors import BundleError, ContractError
-from qcgraph.ir.program import GraphEditor, Program, output_node, with_edits
+from qcgraph.ir.edit import GraphEditor, with_edits
+from qcgraph.ir.graph import output_node
+from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, program_from_json, program_to_json, save_program
 
 aten = torch.ops.aten

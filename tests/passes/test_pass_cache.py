@@ -11,7 +11,8 @@ import torch
 from qcgraph.errors import ContractError, UsageError
 from qcgraph.facts import CachePlan
 from qcgraph.ir.execute import TorchRunner
-from qcgraph.ir.program import Program, module_path
+from qcgraph.ir.graph import module_path
+from qcgraph.ir.program import Program
 from qcgraph.sampling import sample
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan

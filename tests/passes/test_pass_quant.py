@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from qcgraph.errors import UsageError
 from qcgraph.facts import QuantPlan, Ranges, WeightQuant
 from qcgraph.ir.execute import TorchRunner
-from qcgraph.ir.program import Program, module_path
+from qcgraph.ir.graph import module_path
+from qcgraph.ir.program import Program
 from qcgraph.passes.insert_qdq import quantize_weight
 from qcgraph.passes.plan_quant import affine_parameters
 from qcgraph.sampling import sample

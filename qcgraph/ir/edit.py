@@ -1,0 +1,123 @@
+"""GraphEditor: a copy of a variant's graph to edit, and the only way passes insert nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from qcgraph.ir.graph import Origin, Variant, copy_graph, eliminate_dead_code, fake_mode_of, output_node, spec_of
+from qcgraph.ir.program import Program, used_constants
+from qcgraph.spec import Interface, TensorSpec
+
+
+class GraphEditor:
+    """A copy of a variant's graph to edit, and the only way passes insert nodes.
+
+    Every inserted node gets its type (by running the op on fake tensors), its origin and its module path, so that the
+    program prints and verifies after the edit.
+    """
+
+    def __init__(self, variant: Variant, constants: Mapping[str, torch.Tensor], made_by: str) -> None:
+        self.graph = copy_graph(variant.graph)
+        self.inputs = list(variant.interface.inputs)
+        self.outputs = list(variant.interface.outputs)
+        self.new_constants: dict[str, torch.Tensor] = {}
+        self._constants = constants
+        self._made_by = made_by
+        self._fake_mode = fake_mode_of(self.graph)
+
+    def node(self, name: str) -> fx.Node:
+        """The node of this name in the copy."""
+        return next(node for node in self.graph.nodes if node.name == name)
+
+    def call(
+        self, target: Any, *args: Any, source: fx.Node, name: str | None = None, top_level: bool = False
+    ) -> fx.Node:
+        """Insert a call at the current insertion point, made from ``source``.
+
+        It counts as code of the module that ``source`` is in, or of none when it is ``top_level``.
+        """
+        short = target._schema.name.split("::")[-1]
+        node = self.graph.create_node("call_function", target, args, {}, name=name or short)
+        fakes = fx.node.map_arg(args, lambda argument: argument.meta["val"])
+        with self._fake_mode:
+            value = target(*fakes)
+        self._stamp(node, value, source, top_level=top_level)
+        return node
+
+    @contextmanager
+    def before(self, node: fx.Node) -> Iterator[None]:
+        """Insert before this node."""
+        with self.graph.inserting_before(node):
+            yield
+
+    @contextmanager
+    def after(self, node: fx.Node) -> Iterator[None]:
+        """Insert after this node."""
+        with self.graph.inserting_after(node):
+            yield
+
+    def constant(self, name: str, value: torch.Tensor, source: fx.Node) -> fx.Node:
+        """A reference to a constant, which is added to the program when it is new."""
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and node.target == name:
+                return node
+        if name not in self._constants:
+            self.new_constants[name] = value
+        with self.graph.inserting_before(self._first_call()):
+            node = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
+        self._stamp(node, self._fake_mode.from_tensor(value, static_shapes=True), source)
+        return node
+
+    def input(self, spec: TensorSpec, like: torch.Tensor, source: fx.Node) -> fx.Node:
+        """An input of this name, added after the others when it is new; ``like`` gives its (fake) value."""
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and node.name == spec.name:
+                return node
+        last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.create_node("placeholder", spec.name, name=spec.name)
+        with self._fake_mode:
+            value = torch.empty(like.shape, dtype=like.dtype)
+        self._stamp(node, value, source)
+        self.inputs.append(spec)
+        return node
+
+    def scalar_input(self, name: str, source: fx.Node) -> fx.Node:
+        """An int64 scalar input of this name."""
+        return self.input(TensorSpec(name, "i64", ()), torch.empty((), dtype=torch.int64), source)
+
+    def set_outputs(self, nodes: Sequence[fx.Node], names: Sequence[str]) -> None:
+        """Make these nodes, in this order, the outputs."""
+        output = output_node(self.graph)
+        output.args = (tuple(nodes),)
+        self.outputs = [spec_of(name, node.meta["val"]) for name, node in zip(names, nodes, strict=True)]
+
+    def finish(self) -> Variant:
+        """The edited variant, without dead nodes."""
+        eliminate_dead_code(self.graph)
+        self.graph.lint()
+        return Variant(self.graph, Interface(tuple(self.inputs), tuple(self.outputs)))
+
+    def _stamp(self, node: fx.Node, value: Any, source: fx.Node, *, top_level: bool = False) -> None:
+        node.meta["val"] = value
+        node.meta["origin"] = Origin(self._made_by, source.name)
+        if "nn_module_stack" in source.meta and not top_level:
+            node.meta["nn_module_stack"] = source.meta["nn_module_stack"]
+
+    def _first_call(self) -> fx.Node:
+        return next(node for node in self.graph.nodes if node.op in ("call_function", "output"))
+
+
+def with_edits(program: Program, edits: Mapping[str, GraphEditor]) -> Program:
+    """The program with edited variants and their new constants; constants nobody refers to any more are dropped."""
+    variants = dict(program.variants) | {name: editor.finish() for name, editor in edits.items()}
+    constants = dict(program.constants)
+    for editor in edits.values():
+        constants.update(editor.new_constants)
+    return replace(program, variants=variants, constants=used_constants(variants.values(), constants))

@@ -1,0 +1,114 @@
+"""Variants: FX graphs with an interface, and what can be asked of a graph and its nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qcgraph.errors import ContractError
+from qcgraph.spec import BATCH, Interface, TensorSpec
+
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "bool",
+}
+DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One graph of a program, with its interface. The graph must not be edited in place: see `GraphEditor`."""
+
+    graph: fx.Graph
+    interface: Interface
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who made a node, and from which node."""
+
+    made_by: str
+    source: str
+
+
+def spec_of(name: str, value: torch.Tensor) -> TensorSpec:
+    """The spec of a (possibly fake) tensor; a symbolic dimension is printed as the batch."""
+    shape = tuple(dimension_text(dim) for dim in value.shape)
+    return TensorSpec(name, DTYPE_NAMES[value.dtype], shape)
+
+
+def dimension_text(dim: int | torch.SymInt) -> int | str:
+    """An integer, or the expression of a symbolic dimension in terms of the batch ``B``."""
+    if isinstance(dim, int):
+        return dim
+    expression = dim.node.expr
+    symbols = sorted(expression.free_symbols, key=str)
+    if not symbols:
+        return int(expression)
+    return (
+        str(expression.subs({symbol: type(symbol)(BATCH) for symbol in symbols}))
+        if len(symbols) == 1
+        else str(expression)
+    )
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted path of the module whose code made this node, ``""`` for the root."""
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    """The output node of a graph."""
+    return next(iter(reversed(graph.nodes)))
+
+
+def returned_nodes(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """The nodes whose values a graph returns, in order.
+
+    Raises:
+        ContractError: it returns something else than a tuple of values.
+    """
+    returned = output_node(graph).args[0]
+    nodes = tuple(node for node in returned if isinstance(node, fx.Node)) if isinstance(returned, tuple) else ()
+    if not nodes or nodes != returned:
+        raise ContractError("a graph returns a tuple of values", hint="see GraphEditor.set_outputs")
+    return nodes
+
+
+def eliminate_dead_code(graph: fx.Graph) -> None:
+    """Drop calls and constants whose value nobody uses; inputs stay.
+
+    Everything a program may call is pure, also the ops that FX takes for random (attention with dropout off).
+    """
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy with the same node names and metadata."""
+    copy = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        mapping[node] = copy.node_copy(node, lambda argument: mapping[argument])
+    return copy
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
+    """The fake mode that the values of a graph live in."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if hasattr(value, "fake_mode"):
+            mode = value.fake_mode
+            assert isinstance(mode, FakeTensorMode)
+            return mode
+    raise ContractError("the graph has no typed values", hint="capture the model with qcgraph.capture")

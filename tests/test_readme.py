@@ -1,0 +1,56 @@
+"""The documents tell the truth: commands run, links resolve, the pass table is the registry."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qcgraph.pipeline import registry
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def console_commands(text: str) -> list[str]:
+    """The lines after ``$`` in the blocks marked ``console``; blocks marked ``sh`` install or measure."""
+    blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+    return [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+
+
+def test_the_pass_table_is_the_registry() -> None:
+    rows = [f"| `{name}` | {kind.summary()} |" for name, kind in registry().items()]
+    table = "\n".join(["| pass | what it does |", "|---|---|", *rows])
+    assert table in README, f"the table should be:\n{table}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=[path.name for path in DOCUMENTS])
+def test_links_resolve(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", document.read_text("utf-8"))
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def test_there_are_commands_to_run() -> None:
+    commands = console_commands(README)
+    assert len(commands) >= 8
+    assert all(command.startswith("qcgraph ") for command in commands)
+
+
+@pytest.mark.slow
+def test_every_command_runs(tmp_path: Path) -> None:
+    """In the order of the README, in an empty folder, as a reader would type them."""
+    environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "out").mkdir()
+    for command in console_commands(README):
+        done = subprocess.run(
+            shlex.split(command), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        assert done.stdout.strip(), command
+    assert (tmp_path / "out" / "grid.png").is_file()
