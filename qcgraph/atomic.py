@@ -6,7 +6,6 @@ any moment leaves the old folder or none; what else it left is cleared by the ne
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import sys
@@ -34,8 +33,7 @@ def check_file(path: Path) -> None:
         raise UsageError(f"cannot be made, because {path.parent} is a file", where=str(path), hint=_ELSEWHERE)
     if not path.parent.is_dir():
         raise UsageError("the folder around it does not exist", where=str(path), hint=f"make {path.parent} first")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UsageError(f"cannot be made: {path.parent} is not writable", where=str(path), hint=_ELSEWHERE)
+    _check_writable(path.parent, path)
 
 
 @contextmanager
@@ -118,8 +116,20 @@ def check_creatable(place: Path) -> None:
     existing = next(folder for folder in place.parents if folder.exists())
     if not existing.is_dir():
         raise UsageError(f"cannot be made, because {existing} is a file", where=str(place), hint=_ELSEWHERE)
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"cannot be made: {existing} is not writable", where=str(place), hint=_ELSEWHERE)
+    _check_writable(existing, place)
+
+
+def _check_writable(folder: Path, path: Path) -> None:
+    """Refuse a folder in which nothing can be made; tried, because permissions alone do not tell."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        raise UsageError(
+            f"cannot be made, because nothing can be written in {folder}: {error.strerror}",
+            where=str(path),
+            hint=_ELSEWHERE,
+        ) from None
 
 
 @contextmanager
@@ -152,7 +162,7 @@ def _acquire(lock: Path, place: Path, *, wait: bool) -> int:
         try:
             descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
         except OSError as error:
-            raise _not_writable(error, place) from None
+            raise UsageError(f"cannot be written: {error.strerror}", where=str(place), hint=_ELSEWHERE) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -170,12 +180,6 @@ def _is_file_of(path: Path, descriptor: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
-
-
-def _not_writable(error: OSError, path: Path) -> Exception:
-    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return error
-    return UsageError(f"cannot be written: {error.strerror}", where=str(path), hint=_ELSEWHERE)
 
 
 def _beside(place: Path, what: str) -> Path:

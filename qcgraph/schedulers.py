@@ -18,7 +18,6 @@ from qcgraph.steps import Fingerprint, Step, StepPlan, Update
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),
-    "ddim-clipped": ("DDIMScheduler", {"clip_sample": True}),
     "euler": ("EulerDiscreteScheduler", {}),
     "pndm": ("PNDMScheduler", {}),
     "dpmsolver++": ("DPMSolverMultistepScheduler", {}),

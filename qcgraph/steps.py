@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from string import ascii_uppercase
 
 from qcgraph.errors import BundleError, UsageError
 
@@ -137,6 +138,15 @@ class StepPlan:
                     where="plan.json",
                     hint=f"leave {name} out, or compile again with {name} = {value}",
                 )
+
+    def schedule(self) -> str:
+        """The variants as one letter a step: ``FRRFRR   (F = full, R = reuse)``."""
+        letters: dict[str, str] = {}
+        for name in self.variants:
+            free = (letter for letter in name.upper() + ascii_uppercase if letter not in letters.values())
+            letters[name] = next(letter for letter in free if letter.isalpha())
+        legend = ", ".join(f"{letter} = {name}" for name, letter in letters.items())
+        return f"{''.join(letters[step.variant] for step in self.steps)}   ({legend})"
 
     def describe(self) -> str:
         """One line: scheduler, steps, guidance."""

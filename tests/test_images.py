@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +74,7 @@ def test_file_has_the_usual_mode(tmp_path: Path) -> None:
     assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "b.txt").stat().st_mode
 
 
-def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, who may write anywhere
-    with pytest.raises(UsageError, match="is not writable"):
-        write_half(tmp_path / "a.txt")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that root cannot write to either")
+def test_folder_that_cannot_be_written() -> None:
+    with pytest.raises(UsageError, match="nothing can be written in"):
+        write_half(Path("/proc/a.txt"))

@@ -40,7 +40,6 @@ def test_the_plan_is_the_scheduler(name: str, prediction: str, steps: int) -> No
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("ddim-clipped", "it clips or thresholds"),
         ("euler", "it scales the input"),
         ("pndm", "twice at one timestep"),
         ("heun", "twice at one timestep"),
@@ -51,6 +50,12 @@ def test_what_is_not_affine_is_refused(name: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason) as caught:
         make_step_plan(name, 10, 1.5, NoiseSchedule(), "model")
     assert "ddim and ddpm" in str(caught.value.hint)
+
+
+def test_clipping_is_found_by_probing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCHEDULERS, "clipped", ("DDIMScheduler", {"clip_sample": True}))
+    with pytest.raises(UsageError, match="it clips or thresholds"):
+        make_step_plan("clipped", 10, 1.5, NoiseSchedule(), "model")
 
 
 def test_unknown_scheduler() -> None:
@@ -74,6 +79,11 @@ def test_a_plan_is_keyed_on_the_timestep_value() -> None:
     assert plan.index_of(500) == 1
     with pytest.raises(BundleError, match=r"timestep 501 is not in the plan \(ddim, 3 steps, guidance 1.5\)"):
         plan.index_of(501)
+
+
+def test_the_letters_of_a_schedule_differ() -> None:
+    plan = plan_of([4, 3, 2, 1]).with_variants(["full", "forecast", "f", "reuse"])
+    assert plan.schedule() == "FOAR   (F = full, O = forecast, A = f, R = reuse)"
 
 
 @pytest.mark.parametrize("timesteps", [[], [1.0, 2.0], [5.0, 5.0]])

@@ -94,13 +94,12 @@ def _flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _plan_fields(bundle: Bundle) -> dict[str, Any]:
-    from qcgraph.cli.inspect_bundle import schedule_line
 
     plan = bundle.plan
     return {
         "weights": plan.fingerprint.model,
         "sampling": plan.describe(),
-        "schedule": schedule_line(plan),
+        "schedule": plan.schedule(),
         "groups": " ".join(str(step.group) for step in plan.steps),
     }
 

@@ -12,7 +12,6 @@ from qcgraph.cli.ir_text import op_changes, ops_text, read_program_text
 from qcgraph.cli.output import count_text, print_fields, print_heading, print_json, print_table, size_text
 from qcgraph.cli.program_view import pass_text
 from qcgraph.facts import QuantPlan, SiteQuant
-from qcgraph.steps import StepPlan
 
 MOST_OPS = 5  # named in the overview
 
@@ -25,22 +24,6 @@ def inspect_bundle(bundle: Bundle, show: str | None, *, json: bool) -> None:
         print_json(value)
     else:
         print_data(value)
-
-
-def schedule_line(plan: StepPlan) -> str:
-    """One letter a step: ``FRRFRR   (F = full, R = reuse)``."""
-    letters = letters_of(plan.variants)
-    legend = ", ".join(f"{letter} = {name}" for name, letter in letters.items())
-    return f"{''.join(letters[step.variant] for step in plan.steps)}   ({legend})"
-
-
-def letters_of(names: tuple[str, ...]) -> dict[str, str]:
-    """A letter for each name: its initial, or the next letter of the alphabet that is free."""
-    letters: dict[str, str] = {}
-    for name in names:
-        candidates = [*name.upper(), *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
-        letters[name] = next(letter for letter in candidates if letter.isalpha() and letter not in letters.values())
-    return letters
 
 
 def _overview(bundle: Bundle) -> dict[str, Any]:
@@ -60,7 +43,7 @@ def _overview(bundle: Bundle) -> dict[str, Any]:
         },
         "target": manifest.target,
         "plan": plan.describe(),
-        "schedule": schedule_line(plan),
+        "schedule": plan.schedule(),
         "timestep_groups": plan.group_count,
         "quantized_sites": len(quantized.sites) if quantized else 0,
         "graphs": {

@@ -114,9 +114,7 @@ def _model(spec: ModelSpec) -> list[str]:
 def _steps(plan: StepPlan) -> list[str]:
     lines = [f"steps {plan.describe()}, timesteps {plan.timesteps[0]:g} .. {plan.timesteps[-1]:g}"]
     if len(plan.variants) > 1:
-        letters = {name: name[0].upper() for name in plan.variants}
-        legend = ", ".join(f"{letter} = {name}" for name, letter in letters.items())
-        lines.append(f"  variants {''.join(letters[step.variant] for step in plan.steps)}   ({legend})")
+        lines.append(f"  variants {plan.schedule()}")
     if plan.group_count > 1:
         lines.append(f"  groups   {' '.join(str(step.group) for step in plan.steps)}")
     return lines

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from qcgraph.cli.inspect_bundle import letters_of
 from qcgraph.cli.ir_text import read_program_text
 from qcgraph.ir.program import Program
 
@@ -200,7 +199,3 @@ def test_reads_what_the_printer_wrote(captured: Program) -> None:
     assert [node.name for node in program.graphs["main"].nodes] == [node.name for node in calls]
     assert program.facts.startswith("model tiny: latent 2x8x8")
     assert program.graphs["main"].ops["linear"] > 0
-
-
-def test_letters_differ() -> None:
-    assert letters_of(("full", "forecast", "f", "reuse")) == {"full": "F", "forecast": "O", "f": "A", "reuse": "R"}
