@@ -17,7 +17,7 @@ from qcgraph.default_pipeline import default_pipeline
 from qcgraph.errors import UsageError, VerificationError, closest
 from qcgraph.export.targets import Target, target_named
 from qcgraph.export.verify import Check, verify_export
-from qcgraph.facts import QuantPlan
+from qcgraph.facts import QuantPlan, Ranges
 from qcgraph.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
@@ -127,7 +127,7 @@ def verify_bundle(bundle: Bundle, progress: Progress | None = None) -> tuple[Che
 def _captured(model: str | LoadedModel, recipe: Recipe, progress: Progress) -> Program:
     """The captured program with its step plan."""
     progress.note(f"loading {model}" if isinstance(model, str) else f"taking {model.spec.name}")
-    loaded = load_model(model, seed=recipe.calibration.seed) if isinstance(model, str) else model
+    loaded = load_model(model) if isinstance(model, str) else model
     progress.note("capturing with torch.export")
     program = capture(loaded.module, loaded.spec, loaded.input_names)
     sampling = recipe.sampling
@@ -160,6 +160,15 @@ def _export(program: Program, folder: Path, target: Target, progress: Progress) 
             hint=f"{len(failed)} of {len(checks)} checks failed; nothing was written",
         )
     return checks
+
+
+def _range_change(program: Program) -> dict[str, Any] | None:
+    """The site whose range caching changes most, at the steps that compute: what calibrating without it would miss."""
+    ranges = program.facts.get(Ranges)
+    if ranges is None or not ranges.planned:
+        return None
+    site = max(ranges.planned, key=ranges.change)
+    return {"site": site, "relative": round(ranges.change(site), 4)}
 
 
 def _check_pass_names(pipeline: Pipeline, names: tuple[str, ...]) -> None:
@@ -204,6 +213,7 @@ def _report(
         "timestep_groups": plan.group_count,
         "quantized_sites": len(quantized.sites) if quantized else 0,
         "linear_sites": len(sites),
+        "cached_range_change": _range_change(program),
         "passes": [
             asdict(record) | {"seconds": round(seconds, 3)}
             for record, seconds in zip(program.history, timer.seconds, strict=True)

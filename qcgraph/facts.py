@@ -48,6 +48,11 @@ class SiteRange:
     highs: tuple[float, ...]
     mean_squares: tuple[float, ...]
 
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """Largest less smallest value, per step."""
+        return tuple(high - low for low, high in zip(self.lows, self.highs, strict=True))
+
 
 @dataclass(frozen=True)
 class Ranges:
@@ -67,6 +72,12 @@ class Ranges:
     def steps(self) -> tuple[int, ...]:
         """The steps of the plan that run any site, rising."""
         return tuple(sorted({step for site in self.planned.values() for step in site.steps}))
+
+    def change(self, site: str) -> float:
+        """How much the range of a site differs between the two trajectories at most, relative to full precision."""
+        full = dict(zip(self.full[site].steps, self.full[site].widths, strict=True))
+        planned = zip(self.planned[site].steps, self.planned[site].widths, strict=True)
+        return max(abs(width - full[step]) / full[step] if full[step] > 0 else 0.0 for step, width in planned)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ def test_ranges_are_those_of_the_module(captured: Program, run: Run, tiny_model:
 def test_without_a_cache_both_trajectories_are_one(captured: Program, run: Run) -> None:
     ranges = run("calibrate{trajectories=2}", captured).facts[Ranges]
     assert ranges.planned == ranges.full
+    assert ranges.change("blocks.0.attn.qkv") == 0
 
 
 def test_with_a_cache_only_computing_steps_have_ranges(cached: Program, run: Run) -> None:
@@ -62,6 +63,8 @@ def test_with_a_cache_only_computing_steps_have_ranges(cached: Program, run: Run
     first = next(iter(ranges.planned))
     assert ranges.planned[first].highs[0] == ranges.full[first].highs[0]  # step 0 is the same on both
     assert ranges.planned[first].highs[2] != ranges.full[first].highs[6]
+    widths = [ranges.planned[first].widths[index] / ranges.full[first].widths[3 * index] for index in range(3)]
+    assert ranges.change(first) == pytest.approx(max(abs(width - 1) for width in widths))
 
 
 def test_blocks_outside_the_cached_range_have_ranges_at_every_step(captured: Program, run: Run) -> None:
