@@ -201,11 +201,6 @@ class Facts:
         """These facts and the given ones, which replace those of the same type."""
         return Facts([*self._facts.values(), *facts])
 
-    def without(self, kinds: Iterable[type]) -> Facts:
-        """These facts without the given types."""
-        dropped = set(kinds)
-        return Facts(fact for kind, fact in self._facts.items() if kind not in dropped)
-
     def encode(self) -> dict[str, Any]:
         """Plain JSON data, by type name."""
         return {

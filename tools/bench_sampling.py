@@ -42,6 +42,9 @@ def main() -> None:
     def draw(runner: Runner) -> None:
         sample(runner, plan, spec, labels, seed=0, batch=options.samples)
 
+    for runner in (eager, compiled):  # warm up; loading a graph is no step
+        draw(runner)
+        runner.seconds.clear()
     timings = paired({"eager": lambda: draw(eager), "compiled": lambda: draw(compiled)}, options.rounds)
     steps = {
         "eager step": [seconds for values in eager.seconds.values() for seconds in values],

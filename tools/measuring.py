@@ -59,14 +59,13 @@ class Timing:
 
 
 def paired(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
-    """Time candidates in turn, round after round, so that drift of the machine hits all alike; one round of warm-up."""
+    """Time candidates in turn, round after round, so that drift of the machine hits all alike. They are warm."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(rounds + 1):
+    for _ in range(rounds):
         for name, candidate in candidates.items():
             start = time.perf_counter()
             candidate()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     return {name: Timing.of(values) for name, values in seconds.items()}
 
 

@@ -94,7 +94,6 @@ def _flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _plan_fields(bundle: Bundle) -> dict[str, Any]:
-
     plan = bundle.plan
     return {
         "weights": plan.fingerprint.model,
