@@ -17,7 +17,7 @@ from qcgraph.default_pipeline import default_pipeline
 from qcgraph.errors import UsageError, VerificationError, closest
 from qcgraph.export.targets import Target, target_named
 from qcgraph.export.verify import Check, verify_export
-from qcgraph.facts import QuantPlan, Ranges
+from qcgraph.facts import Compensation, QuantPlan, Ranges
 from qcgraph.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
@@ -200,7 +200,7 @@ def _report(
     macs = {name: total_macs(find_sites(variant)) for name, variant in program.variants.items()}
     uses = Counter(step.variant for step in plan.steps)
     full = total_macs(find_sites(captured.variants["main"]))
-    quantized = program.facts.get(QuantPlan)
+    quantized, compensation = program.facts.get(QuantPlan), program.facts.get(Compensation)
     sites = [site for site in find_sites(captured.variants["main"]) if site.kind == "linear"]
     return {
         "model": spec.name,
@@ -214,6 +214,7 @@ def _report(
         "quantized_sites": len(quantized.sites) if quantized else 0,
         "linear_sites": len(sites),
         "cached_range_change": _range_change(program),
+        "largest_variance_drift": round(compensation.largest_drift, 5) if compensation else None,
         "passes": [
             asdict(record) | {"seconds": round(seconds, 3)}
             for record, seconds in zip(program.history, timer.seconds, strict=True)

@@ -223,12 +223,6 @@ class Recipe(_Section):
         match = _SCHEDULE.fullmatch(self.cache.schedule)
         return int(match[1]) if match else None
 
-    @property
-    def cache_blocks(self) -> tuple[int, int] | None:
-        """The first and the last cached block, None for all of them."""
-        match = _BLOCKS.fullmatch(self.cache.blocks)
-        return (int(match[1]), int(match[2])) if match else None
-
     @classmethod
     def _validated(
         cls, data: Mapping[str, Any], *, where: str, flags: Mapping[tuple[str, str], str] | None = None

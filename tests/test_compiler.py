@@ -74,6 +74,7 @@ def test_the_report_tells_what_happened(bundle: Bundle) -> None:
     assert report["variants"]["full"]["steps"] == 4
     assert 0.3 < report["mac_ratio"] < 0.4
     assert report["cached_range_change"]["relative"] > 0
+    assert 0 < report["largest_variance_drift"] < 0.2
     assert [check["passed"] for check in report["checks"]] == [True] * 8
     reasons = [refusal["reason"] for row in report["passes"] for refusal in row["refusals"]]
     assert any("adaLN" in reason for reason in reasons)

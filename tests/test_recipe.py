@@ -61,8 +61,6 @@ def test_derived_values() -> None:
     assert (recipe.weight_bits, recipe.activation_bits, recipe.cache_interval) == (4, 6, 12)
     off = Recipe().override(bits="off", cache="off")
     assert (off.weight_bits, off.activation_bits, off.cache_interval) == (None, None, None)
-    assert Recipe().cache_blocks is None
-    assert Recipe.from_toml("[cache]\nblocks = '2..11'").cache_blocks == (2, 11)
 
 
 def test_options_that_are_none_say_nothing() -> None:
