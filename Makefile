@@ -10,12 +10,12 @@ BIN = $(VENV)/bin
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
-	$(BIN)/qcgraph compile digits -o out/digits --steps 50 --guidance 1.5 --bits w8a8 --groups 8 \
+	$(BIN)/qcgraph compile digits -o out/demo --steps 50 --guidance 1.5 --bits w8a8 --groups 8 \
 		--cache interval=3 --compensate vc --target onnxruntime-cpu --force
-	$(BIN)/qcgraph sample out/digits -n 20 -o out/digits.png
+	$(BIN)/qcgraph sample out/demo -n 20 -o out/demo.png
 	@echo
-	@echo "the pictures: out/digits.png"
-	@echo "the compiled model and its report: out/digits/"
+	@echo "the pictures: out/demo.png"
+	@echo "the compiled model and its report: out/demo/"
 
 test: $(VENV)/installed-dev
 	$(BIN)/pytest

@@ -46,7 +46,6 @@ def test_there_are_commands_to_run() -> None:
 def test_every_command_runs(tmp_path: Path) -> None:
     """In the order of the README, in an empty folder, as a reader would type them."""
     environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    (tmp_path / "out").mkdir()
     for command in console_commands(README):
         done = subprocess.run(
             shlex.split(command), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
