@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -55,6 +56,11 @@ class Calibrate(Pass):
         full_plan = plan.with_variants([computing] * len(plan))
         latents = LatentStatistics(len(plan), spec.latent_shape[0])
         full = self._observe(program, full_plan, count, context, "full precision", latents)
+        if not np.isfinite(latents.means).all():
+            raise UsageError(
+                "the model draws latents that are not finite in full precision",
+                hint="sample with it before compiling; its weights or its noise schedule may be wrong",
+            )
         planned = full if plan == full_plan else self._observe(program, plan, count, context, "planned steps", None)
         ranges = Ranges(planned.ranges(), full.ranges(), count)
         reference = Reference(rows(latents.means), rows(latents.deviations), self.seed, count)

@@ -58,13 +58,15 @@ def segment_costs(ranges: Ranges) -> Costs:
     """Expected quantization error of every group [i, j) of the steps that run any site, as an array [n, n + 1].
 
     A uniform quantizer over a range R has error R^2 / (12 * levels^2); summed over the steps of the group and over
-    sites, each relative to the site's mean square. The constant 12 * levels^2 does not change the optimum.
+    sites, each relative to the site's mean square. The constant 12 * levels^2 does not change the optimum. Sites whose
+    range is not finite do not count; they stay in floating point.
     """
+    sites = [site for site in ranges.planned.values() if site.is_finite]
     count, position = len(ranges.steps), {step: place for place, step in enumerate(ranges.steps)}
-    lows = np.full((len(ranges.planned), count), np.inf)  # a step that does not run a site widens no range of it
-    highs = np.full((len(ranges.planned), count), -np.inf)
-    power = np.empty(len(ranges.planned))
-    for row, site in enumerate(ranges.planned.values()):
+    lows = np.full((len(sites), count), np.inf)  # a step that does not run a site widens no range of it
+    highs = np.full((len(sites), count), -np.inf)
+    power = np.empty(len(sites))
+    for row, site in enumerate(sites):
         places = [position[step] for step in site.steps]
         lows[row, places], highs[row, places] = site.lows, site.highs
         power[row] = max(float(np.mean(site.mean_squares)), np.finfo(float).tiny)

@@ -85,21 +85,25 @@ def codes(bits: int, symmetric: bool) -> tuple[int, int]:
 
 
 def affine_parameters(minimum: float, maximum: float, low: int, high: int, *, symmetric: bool) -> tuple[float, int]:
-    """Min-max scale (exact in float32) and zero point, such that zero is a code and the range is covered."""
+    """Min-max scale (positive, exact in float32) and zero point, such that zero is a code and the range is covered."""
     minimum, maximum = min(float(minimum), 0.0), max(float(maximum), 0.0)
     if symmetric:
-        return float(np.float32(max(-minimum, maximum) / high)), 0
-    scale = float(np.float32((maximum - minimum) / (high - low)))
+        return _positive(max(-minimum, maximum) / high), 0
+    scale = _positive((maximum - minimum) / (high - low))
     return scale, int(np.clip(round(low - minimum / scale), low, high))
+
+
+def _positive(scale: float) -> float:
+    """The scale in float32; of a group in which the activation is always zero, the smallest one there is."""
+    return float(max(np.float32(scale), np.finfo(np.float32).tiny))
 
 
 def _unusable(observed: SiteRange | None) -> str:
     """Why calibrated ranges cannot give scales, or nothing."""
     if observed is None:
         return "no computing step reached it during calibration"
-    values = np.array([observed.lows, observed.highs])
-    if not np.isfinite(values).all():
+    if not observed.is_finite:
         return "its activation is not finite during calibration"
-    if (values == 0).all():
+    if not any((*observed.lows, *observed.highs)):
         return "its activation is zero during calibration"
     return ""

@@ -165,9 +165,10 @@ def _export(program: Program, folder: Path, target: Target, progress: Progress) 
 def _range_change(program: Program) -> dict[str, Any] | None:
     """The site whose range caching changes most, at the steps that compute: what calibrating without it would miss."""
     ranges = program.facts.get(Ranges)
-    if ranges is None or not ranges.planned:
+    sites = [site for site, found in ranges.planned.items() if found.is_finite] if ranges else []
+    if ranges is None or not sites:
         return None
-    site = max(ranges.planned, key=ranges.change)
+    site = max(sites, key=ranges.change)
     return {"site": site, "relative": round(ranges.change(site), 4)}
 
 

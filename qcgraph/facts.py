@@ -6,6 +6,7 @@ survive a JSON round trip exactly (see `encode` and `decode`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, cast
@@ -52,6 +53,11 @@ class SiteRange:
     def widths(self) -> tuple[float, ...]:
         """Largest less smallest value, per step."""
         return tuple(high - low for low, high in zip(self.lows, self.highs, strict=True))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no step saw an infinity or a NaN."""
+        return all(math.isfinite(value) for value in (*self.lows, *self.highs, *self.mean_squares))
 
 
 @dataclass(frozen=True)

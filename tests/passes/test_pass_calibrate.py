@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,3 +104,10 @@ def test_labels_are_balanced_and_seeded(tiny_model: LoadedModel) -> None:
 def test_calibration_needs_a_trajectory(captured: Program, run: Run) -> None:
     with pytest.raises(UsageError, match="-1 trajectories"):
         run("calibrate{trajectories=-1}", captured)
+
+
+def test_a_model_that_draws_no_numbers_is_refused(captured: Program, run: Run) -> None:
+    weight = captured.constants["final_layer.linear.weight"]
+    constants = {**captured.constants, "final_layer.linear.weight": torch.full_like(weight, 3e38)}
+    with pytest.raises(UsageError, match="latents that are not finite"):
+        run("calibrate{trajectories=2}", replace(captured, constants=constants))

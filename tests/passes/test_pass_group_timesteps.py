@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,6 +43,14 @@ def test_costs_follow_their_formula(ranged: Program) -> None:
     sites = len(ranges.planned)
     for start, end in itertools.combinations(range(4), 2):
         assert costs[start, end] == pytest.approx(sites * (end - start) * (end + 1) ** 2)
+
+
+def test_a_site_that_is_not_finite_does_not_spoil_the_groups(ranged: Program, run: Run) -> None:
+    ranges = ranged.facts[Ranges]
+    site = replace(ranges.planned["blocks.0.attn.qkv"], highs=(1.0, float("inf"), float("nan")))
+    broken = ranged.with_facts(replace(ranges, planned={**ranges.planned, "blocks.0.attn.qkv": site}))
+    groups = [run("group-timesteps{groups=2}", program).facts[TimestepGroups] for program in (ranged, broken)]
+    assert groups[0] == groups[1]
 
 
 def test_one_group_a_step_is_the_finest(ranged: Program, run: Run) -> None:

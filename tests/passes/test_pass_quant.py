@@ -47,6 +47,13 @@ def test_min_max_parameters_cover_the_range_and_hold_zero(low: float, high: floa
     assert scale == float(np.float32(scale))
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_group_that_is_always_zero_has_a_scale(symmetric: bool) -> None:
+    scale, zero = affine_parameters(0.0, 0.0, 0, 127, symmetric=symmetric)
+    assert scale > 0
+    assert zero == 0
+
+
 def test_symmetric_parameters() -> None:
     assert affine_parameters(-2.0, 1.0, -128, 127, symmetric=True) == (float(np.float32(2 / 127)), 0)
 
