@@ -25,11 +25,12 @@ from qcgraph.ir.legality import illegal_target
 from qcgraph.ir.program import PassRecord, Program
 from qcgraph.spec import BATCH, Interface, TensorSpec
 
+_AGAIN = "compile again with this version"
 FORMAT = 1
 PROGRAM = "program.json"
 WEIGHTS = "weights.safetensors"
 EXPORTED = "onnx/"  # tensors in the weights file whose names begin so belong to exported graphs, not to the program
-BATCH_HINT = 7  # a batch that no other dimension of a denoiser is likely to equal, so that sizes are not confused
+BATCH_HINT = 97  # a batch that no other dimension of a denoiser is likely to equal, so that sizes are not confused
 
 
 def program_to_json(program: Program) -> dict[str, Any]:
@@ -46,15 +47,18 @@ def program_from_json(data: Mapping[str, Any], constants: Mapping[str, torch.Ten
     """The inverse of `program_to_json`.
 
     Raises:
-        BundleError: another format version, an op that is not legal, or a constant that is missing.
+        BundleError: another format version, an op that is not legal, a constant that is missing, or data that was
+            written by another version of qcgraph.
     """
     if data.get("format") != FORMAT:
-        raise BundleError(
-            f"program format {data.get('format')} is not {FORMAT}", hint="compile again with this version"
-        )
-    variants = {name: _variant_from_json(entry, constants) for name, entry in data["variants"].items()}
-    history = tuple(decode(PassRecord, record) for record in data["history"])
-    return Program(variants, dict(constants), Facts.decode(data["facts"]), history)
+        raise BundleError(f"has format {data.get('format')}, not {FORMAT}", where=PROGRAM, hint=_AGAIN)
+    try:
+        variants = {name: _variant_from_json(entry, constants) for name, entry in data["variants"].items()}
+        history = tuple(decode(PassRecord, record) for record in data["history"])
+        return Program(variants, dict(constants), Facts.decode(data["facts"]), history)
+    except (KeyError, TypeError, ValueError) as error:  # pydantic's ValidationError is a ValueError
+        reason = str(error).splitlines()[0]
+        raise BundleError(f"was written by another version of qcgraph: {reason}", where=PROGRAM, hint=_AGAIN) from error
 
 
 def save_program(program: Program, folder: Path, exported: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -170,7 +174,7 @@ def _target_from_text(text: str) -> Any:
             packet, overload = name.rsplit(".", 1)
             target = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
     except (AttributeError, ValueError):
-        raise BundleError(f"unknown op {text!r}", where=PROGRAM, hint="compile again with this version") from None
+        raise BundleError(f"unknown op {text!r}", where=PROGRAM, hint=_AGAIN) from None
     if reason := illegal_target(target):
         raise BundleError(f"the program {reason}", where=PROGRAM, hint="this file was not written by qcgraph")
     return target

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +93,25 @@ def test_a_file_cannot_name_what_is_not_an_op(captured: Program, target: str) ->
     call["target"] = target
     with pytest.raises(BundleError):
         program_from_json(json.loads(json.dumps(data)), captured.constants)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.update(format=99),
+        lambda data: data.pop("facts"),
+        lambda data: data["facts"].update(Unknown={}),
+        lambda data: data["facts"]["StepPlan"].pop("fingerprint"),
+        lambda data: data["variants"]["main"]["nodes"][-1]["args"].update(list=[{"node": "nowhere"}]),
+    ],
+)
+def test_a_program_of_another_version_is_refused(captured: Program, change: Callable[[dict[str, Any]], object]) -> None:
+    data = program_to_json(captured)
+    change(data)
+    with pytest.raises(BundleError) as caught:
+        program_from_json(data, captured.constants)
+    assert caught.value.hint == "compile again with this version"
+    assert caught.value.where == "program.json"
 
 
 def test_a_missing_constant_is_named(captured: Program) -> None:
