@@ -127,6 +127,7 @@ def test_unquantized_graphs_are_exact_to_float32(unquantized: Bundle) -> None:
         assert checks[variant, "parity of noise_prediction"].value <= 1e-5
 
 
+@pytest.mark.slow
 def test_compilation_is_deterministic(tiny_model: LoadedModel, tmp_path: Path) -> None:
     recipe = Recipe().override(steps=6, cache="interval=2", compensate="vc")
     files = [qcgraph.compile(tiny_model, recipe, output=tmp_path / name).manifest.files for name in ("one", "two")]
@@ -235,6 +236,7 @@ def test_nan_weights_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_your_own_model(
     factory: Callable[[Callable[[], LoadedModel]], str], tiny_model: LoadedModel, tmp_path: Path
 ) -> None:
@@ -261,6 +263,7 @@ def test_unknown_pass_names(tiny_model: LoadedModel, tmp_path: Path, options: di
     assert "did you mean" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 def test_a_recipes_own_pipeline(tiny_model: LoadedModel, tmp_path: Path) -> None:
     recipe = Recipe.from_toml(
         '[sampling]\nsteps = 6\n[pipeline]\npasses = "plan-cache{interval=2 blocks=1..1},insert-cache"'

@@ -106,6 +106,7 @@ def test_calibration_needs_a_trajectory(captured: Program, run: Run) -> None:
         run("calibrate{trajectories=-1}", captured)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy warns of the infinities that this is about
 def test_a_model_that_draws_no_numbers_is_refused(captured: Program, run: Run) -> None:
     weight = captured.constants["final_layer.linear.weight"]
     constants = {**captured.constants, "final_layer.linear.weight": torch.full_like(weight, 3e38)}
