@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qcgraph.errors import ContractError
 from qcgraph.ir.graph import Origin, Variant, copy_graph, eliminate_dead_code, fake_mode_of, output_node, spec_of
 from qcgraph.ir.program import Program, used_constants
 from qcgraph.spec import Interface, TensorSpec
@@ -63,7 +64,13 @@ class GraphEditor:
             yield
 
     def constant(self, name: str, value: torch.Tensor, source: fx.Node) -> fx.Node:
-        """A reference to a constant, which is added to the program when it is new."""
+        """A reference to a constant, which is added to the program when it is new.
+
+        Raises:
+            ContractError: the program has a constant of this name and another value.
+        """
+        _check_same(name, value, self._constants)
+        _check_same(name, value, self.new_constants)
         for node in self.graph.nodes:
             if node.op == "get_attr" and node.target == name:
                 return node
@@ -119,5 +126,14 @@ def with_edits(program: Program, edits: Mapping[str, GraphEditor]) -> Program:
     variants = dict(program.variants) | {name: editor.finish() for name, editor in edits.items()}
     constants = dict(program.constants)
     for editor in edits.values():
-        constants.update(editor.new_constants)
+        for name, value in editor.new_constants.items():
+            _check_same(name, value, constants)
+            constants[name] = value
     return replace(program, variants=variants, constants=used_constants(variants.values(), constants))
+
+
+def _check_same(name: str, value: torch.Tensor, constants: Mapping[str, torch.Tensor]) -> None:
+    known = constants.get(name)
+    if known is None or known is value or (known.dtype == value.dtype and torch.equal(known, value)):
+        return
+    raise ContractError(f"constant {name!r} exists with another value", hint="give the new one a name of its own")

@@ -71,6 +71,28 @@ def test_an_inserted_node_has_type_path_and_origin(captured: Program) -> None:
     assert "f32[B,4,8,8] = mul.Tensor(" in line
 
 
+def test_a_constant_is_never_replaced_in_silence(captured: Program) -> None:
+    def editor_with(value: float) -> GraphEditor:
+        editor = GraphEditor(captured.variants["main"], captured.constants, "test")
+        output = output_node(editor.graph)
+        (prediction,) = output.all_input_nodes
+        factor = editor.constant("factor", torch.tensor(value), prediction)
+        with editor.before(output):
+            scaled = editor.call(aten.mul.Tensor, prediction, factor, source=prediction)
+        editor.set_outputs([scaled], ["noise_prediction"])
+        return editor
+
+    one = editor_with(2.0)
+    node = output_node(one.graph).all_input_nodes[0]
+    assert one.constant("factor", torch.tensor(2.0), node) is one.constant("factor", torch.tensor(2.0), node)
+    with pytest.raises(ContractError, match="constant 'factor' exists with another value"):
+        one.constant("factor", torch.tensor(3.0), node)
+    with pytest.raises(ContractError, match="constant 'pos_embed' exists with another value"):
+        one.constant("pos_embed", torch.tensor(3.0), node)
+    with pytest.raises(ContractError, match="constant 'factor' exists with another value"):
+        with_edits(captured, {"main": one, "other": editor_with(3.0)})
+
+
 def test_unknown_variant(captured: Program) -> None:
     with pytest.raises(ContractError, match="no variant 'reuse'; there are: main"):
         captured.run("reuse", inputs())
