@@ -41,14 +41,15 @@ class GroupTimesteps(Pass):
         if self.groups < 1:
             raise UsageError(f"{self.groups} timestep groups", hint="1 means static scales")
         plan, ranges = program.facts[StepPlan], program.facts[Ranges]
-        groups = min(self.groups, len(ranges.steps))
+        steps = ranges.steps
+        groups = min(self.groups, len(steps))
         if groups < self.groups:
             context.refuse("step plan", f"{groups} groups instead of {self.groups}: that many steps compute")
         if self.strategy == "optimal":
             starts = optimal_starts(segment_costs(ranges), groups)
         else:
-            starts = uniform_starts(ranges.steps, len(plan), groups)
-        first_steps = [ranges.steps[start] for start in starts]
+            starts = uniform_starts(steps, len(plan), groups)
+        first_steps = [steps[start] for start in starts]
         assigned = [sum(index >= first for first in first_steps[1:]) for index in range(len(plan))]
         lowest = [plan.timesteps[last] for last in [*(first - 1 for first in first_steps[1:]), len(plan) - 1]]
         return program.with_facts(plan.with_groups(assigned), TimestepGroups(tuple(lowest)))
@@ -62,7 +63,8 @@ def segment_costs(ranges: Ranges) -> Costs:
     range is not finite do not count; they stay in floating point.
     """
     sites = [site for site in ranges.planned.values() if site.is_finite]
-    count, position = len(ranges.steps), {step: place for place, step in enumerate(ranges.steps)}
+    position = {step: place for place, step in enumerate(ranges.steps)}
+    count = len(position)
     lows = np.full((len(sites), count), np.inf)  # a step that does not run a site widens no range of it
     highs = np.full((len(sites), count), -np.inf)
     power = np.empty(len(sites))

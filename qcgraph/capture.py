@@ -11,9 +11,8 @@ from qcgraph.errors import CaptureError
 from qcgraph.facts import Facts
 from qcgraph.ir import legality
 from qcgraph.ir.graph import DTYPE_NAMES, Variant, copy_graph, eliminate_dead_code, returned_nodes, spec_of
-from qcgraph.ir.program import Program, tensor_digest, used_constants
+from qcgraph.ir.program import Program, used_constants
 from qcgraph.spec import OUTPUT, Interface, ModelSpec
-from qcgraph.steps import digest_of
 
 INPUTS = ("latent", "timestep", "class_label")
 MAX_BATCH = 4096
@@ -59,11 +58,6 @@ def capture(module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, str
     program = Program({"main": variant}, used_constants([variant], constants), Facts([spec]))
     legality.verify(program)
     return program
-
-
-def weights_digest(program: Program) -> str:
-    """The digest of all constants of a captured program: the model's part of a plan's fingerprint."""
-    return digest_of(sorted((name, tensor_digest(value)) for name, value in program.constants.items()))
 
 
 def _own_graph(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qcgraph.bundle import Bundle, check_output, write_plan, writing
-from qcgraph.capture import capture, weights_digest
+from qcgraph.capture import capture
 from qcgraph.default_pipeline import default_pipeline
 from qcgraph.errors import UsageError, VerificationError, closest
 from qcgraph.export.targets import Target, target_named
@@ -106,8 +106,7 @@ def compile_model(
         report["checks"] = [asdict(check) for check in _export(program, folder, target, progress)]
         report["seconds"] = round(time.perf_counter() - started, 2)
         dump.write(folder / "ir")
-        interfaces = {name: variant.interface for name, variant in program.variants.items()}
-        write_plan(folder, spec, program.facts[StepPlan], interfaces)
+        write_plan(folder, spec, program.facts[StepPlan], program.interfaces)
         (folder / "recipe.lock.toml").write_text(recipe.to_toml(), "utf-8")
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     return CompileResult(Bundle.open(output, check=False), report, program.text)
@@ -132,7 +131,7 @@ def _captured(model: str | LoadedModel, recipe: Recipe, progress: Progress) -> P
     program = capture(loaded.module, loaded.spec, loaded.input_names)
     sampling = recipe.sampling
     plan = make_step_plan(
-        sampling.scheduler, sampling.steps, sampling.guidance, loaded.spec.schedule, weights_digest(program)
+        sampling.scheduler, sampling.steps, sampling.guidance, loaded.spec.schedule, program.constants_digest
     )
     return program.with_facts(plan)
 
@@ -150,8 +149,7 @@ def _export(program: Program, folder: Path, target: Target, progress: Progress) 
 
     emit_onnx(program, folder, target.opset, progress)
     progress.note("verifying the exported graphs")
-    interfaces = {name: variant.interface for name, variant in program.variants.items()}
-    checks = verify_export(program, folder, target, interfaces, progress)
+    checks = verify_export(program, folder, target, program.interfaces, progress)
     failed = [check for check in checks if not check.passed]
     if failed:
         raise VerificationError(
@@ -200,9 +198,8 @@ def _report(
     plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
     macs = {name: total_macs(find_sites(variant)) for name, variant in program.variants.items()}
     uses = Counter(step.variant for step in plan.steps)
-    full = total_macs(find_sites(captured.variants["main"]))
+    sites = find_sites(captured.variants["main"])
     quantized, compensation = program.facts.get(QuantPlan), program.facts.get(Compensation)
-    sites = [site for site in find_sites(captured.variants["main"]) if site.kind == "linear"]
     return {
         "model": spec.name,
         "target": target.name,
@@ -210,10 +207,10 @@ def _report(
         "plan": plan.describe(),
         "pipeline": pipeline.text,
         "variants": {name: {"steps": uses.get(name, 0), "macs": macs[name]} for name in program.variants},
-        "mac_ratio": sum(macs[step.variant] for step in plan.steps) / (full * len(plan)),
+        "mac_ratio": sum(macs[step.variant] for step in plan.steps) / (total_macs(sites) * len(plan)),
         "timestep_groups": plan.group_count,
         "quantized_sites": len(quantized.sites) if quantized else 0,
-        "linear_sites": len(sites),
+        "linear_sites": sum(site.kind == "linear" for site in sites),
         "cached_range_change": _range_change(program),
         "largest_variance_drift": round(compensation.largest_drift, 5) if compensation else None,
         "passes": [

@@ -18,7 +18,7 @@ from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import program_from_json, program_to_json, save_program
 from qcgraph.pipeline import Instrument, Pass, Pipeline
 from qcgraph.progress import Progress
-from qcgraph.spec import BATCH, ModelSpec, TensorSpec
+from qcgraph.spec import BATCH, OUTPUT, ModelSpec, TensorSpec
 
 
 class Timer(Instrument):
@@ -80,7 +80,7 @@ class VerifyEach(Instrument):
         self._progress = progress
         self._digest = captured.digest
         self._inputs = example_inputs(captured)
-        self._reference = captured.run("main", self._inputs)["noise_prediction"]
+        self._reference = captured.run("main", self._inputs)[OUTPUT]
 
     def after(self, pass_: Pass, before: Program, after: Program) -> None:
         if before.compute_digest() != self._digest:
@@ -95,10 +95,10 @@ class VerifyEach(Instrument):
         inputs = dict(self._inputs)
         inputs |= {name: torch.zeros((), dtype=torch.int64) for name in ("group", "row")}
         errors: dict[str, float] = {}
-        for name, variant in program.variants.items():
+        for name in program.variants:
             outputs = program.run(name, inputs)
             inputs |= outputs  # cache tensors that a computing variant writes, for those that reuse them
-            difference = outputs[variant.interface.output_names[0]] - self._reference
+            difference = outputs[OUTPUT] - self._reference
             errors[name] = float(difference.norm() / self._reference.norm())
         return errors
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from qcgraph.capture import capture, weights_digest
+from qcgraph.capture import capture
 from qcgraph.ir.program import Program
 from qcgraph.models import LoadedModel
 from qcgraph.models.dit import DiT, initialize_random
@@ -39,8 +40,26 @@ def tiny_model() -> LoadedModel:
 def captured(tiny_model: LoadedModel) -> Program:
     """The tiny denoiser as captured, with a plan of nine DDIM steps at guidance 1.5."""
     program = capture(tiny_model.module, tiny_model.spec, tiny_model.input_names)
-    plan = make_step_plan("ddim", STEPS, 1.5, tiny_model.spec.schedule, weights_digest(program))
+    plan = make_step_plan("ddim", STEPS, 1.5, tiny_model.spec.schedule, program.constants_digest)
     return program.with_facts(plan)
+
+
+class EagerRunner:
+    """The module itself as a sampling backend, without any of qcgraph's graphs."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._module = model.module
+
+    def run(self, variant: str, inputs: Mapping[str, np.ndarray], state: object) -> np.ndarray:
+        values = [torch.from_numpy(inputs[name]) for name in ("latent", "timestep", "class_label")]
+        with torch.inference_mode():
+            return self._module(*values).numpy()
+
+
+@pytest.fixture(scope="session")
+def eager_runner() -> type[EagerRunner]:
+    """Makes a sampling backend of a loaded model."""
+    return EagerRunner
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from qcgraph.models.classifier import load_classifier
 from qcgraph.noise import Noise
 from qcgraph.recipe import Recipe
 from qcgraph.runtime import open_runner
-from qcgraph.sampling import sample
+from qcgraph.sampling import Runner, sample
 from qcgraph.schedulers import make_step_plan
 
 OPTIONS = "--steps 12 --guidance 1.5 --bits w8a8 --groups 4 --cache interval=3 --compensate vc --target onnxruntime-cpu"
@@ -46,17 +46,12 @@ def draw(bundle: Bundle, backend: str, seed: int = 5) -> np.ndarray:
     return sample(open_runner(bundle, backend), bundle.plan, bundle.spec, LABELS, seed)
 
 
-def eager(model: LoadedModel, steps: int, seed: int = 5) -> np.ndarray:
-    """Full precision without any of qcgraph's graphs: the module, driven by the same loop."""
-
-    class Eager:
-        def run(self, variant: str, inputs: dict[str, np.ndarray], state: object) -> np.ndarray:
-            values = [torch.from_numpy(inputs[name]) for name in ("latent", "timestep", "class_label")]
-            with torch.inference_mode():
-                return model.module(*values).numpy()
-
-    plan = make_step_plan("ddim", steps, 1.5, model.spec.schedule, "")
-    return sample(Eager(), plan, model.spec, LABELS, seed)
+@pytest.fixture(scope="module")
+def exact(eager_runner: Callable[[LoadedModel], Runner]) -> np.ndarray:
+    """Full precision digits, twelve steps, without any of qcgraph's graphs."""
+    model = load_model("digits")
+    plan = make_step_plan("ddim", 12, 1.5, model.spec.schedule, "")
+    return sample(eager_runner(model), plan, model.spec, LABELS, 5)
 
 
 def test_a_bundle_is_whole(bundle: Bundle) -> None:
@@ -97,18 +92,18 @@ def test_the_samples_are_digits(bundle: Bundle) -> None:
     assert load_classifier().accuracy(images, torch.tensor(LABELS)) >= 0.9
 
 
-def test_the_samples_are_close_to_full_precision(bundle: Bundle) -> None:
-    exact, ours = eager(load_model("digits"), 12), draw(bundle, "onnxruntime")
+def test_the_samples_are_close_to_full_precision(bundle: Bundle, exact: np.ndarray) -> None:
+    ours = draw(bundle, "onnxruntime")
     error = float(np.mean((np.clip(exact, -1, 1) - np.clip(ours, -1, 1)) ** 2))
     assert 10 * np.log10(4 / error) > 20  # dB; four computing steps of twelve
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
-def test_neutral_settings_are_the_captured_model_bit_for_bit(tmp_path: Path, scheduler: str) -> None:
+def test_neutral_settings_are_the_captured_model_bit_for_bit(tmp_path: Path, scheduler: str, exact: np.ndarray) -> None:
     recipe = Recipe().override(bits="off", cache="interval=1", compensate="off", steps=12, scheduler=scheduler)
     bundle = qcgraph.compile("digits", recipe.override(target="torch"), output=tmp_path / "neutral")
     if scheduler == "ddim":
-        assert np.array_equal(draw(bundle, "torch"), eager(load_model("digits"), 12))
+        assert np.array_equal(draw(bundle, "torch"), exact)
     assert bundle.plan.variants == ("main",)
     with pytest.raises(Exception, match=r"has no main.onnx: it was compiled for target 'torch'"):
         open_runner(bundle, "onnxruntime")

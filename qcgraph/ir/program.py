@@ -14,6 +14,7 @@ from qcgraph.errors import ContractError
 from qcgraph.facts import Facts
 from qcgraph.ir.graph import Variant
 from qcgraph.ir.printer import print_program
+from qcgraph.spec import Interface
 from qcgraph.steps import digest, digest_of
 
 
@@ -49,6 +50,11 @@ class Program:
     constants: Mapping[str, torch.Tensor]
     facts: Facts = Facts()  # noqa: RUF009 - immutable
     history: tuple[PassRecord, ...] = ()
+
+    @property
+    def interfaces(self) -> dict[str, Interface]:
+        """Inputs and outputs of every variant, by its name."""
+        return {name: variant.interface for name, variant in self.variants.items()}
 
     def with_facts(self, *facts: object) -> Program:
         """This program with these facts added or replaced."""
@@ -94,8 +100,12 @@ class Program:
     def compute_digest(self) -> str:
         """The digest, computed anew (the property remembers it)."""
         text = print_program(self.facts, self.variants)
-        values = sorted((name, tensor_digest(tensor)) for name, tensor in self.constants.items())
-        return digest(part.encode() for part in (text, digest_of(values), digest_of(self.facts.encode())))
+        return digest(part.encode() for part in (text, self.constants_digest, digest_of(self.facts.encode())))
+
+    @property
+    def constants_digest(self) -> str:
+        """A digest of the names and values of the constants."""
+        return digest_of(sorted((name, tensor_digest(tensor)) for name, tensor in self.constants.items()))
 
     @cached_property
     def _modules(self) -> dict[str, fx.GraphModule]:

@@ -16,7 +16,7 @@ from qcgraph.facts import Ranges, Reference
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.models import LoadedModel
-from qcgraph.sampling import sample
+from qcgraph.sampling import Runner, sample
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
@@ -27,7 +27,9 @@ def test_calibrate_golden(cached: Program, run: Run, golden_diff: Callable[..., 
     golden_diff("calibrate", cached, run("calibrate{trajectories=3}", cached))
 
 
-def test_ranges_are_those_of_the_module(captured: Program, run: Run, tiny_model: LoadedModel) -> None:
+def test_ranges_are_those_of_the_module(
+    captured: Program, run: Run, tiny_model: LoadedModel, eager_runner: Callable[[LoadedModel], Runner]
+) -> None:
     """Hooks on the PyTorch module, on the same trajectory, see the same smallest and largest values at every step."""
     ranges = run("calibrate{trajectories=3}", captured).facts[Ranges]
     seen: list[tuple[float, float]] = []
@@ -36,15 +38,9 @@ def test_ranges_are_those_of_the_module(captured: Program, run: Run, tiny_model:
     def record(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         seen.append((arguments[0].min().item(), arguments[0].max().item()))
 
-    class Eager:
-        def run(self, variant: str, inputs: dict[str, np.ndarray], state: object) -> np.ndarray:
-            values = [torch.from_numpy(inputs[name]) for name in ("latent", "timestep", "class_label")]
-            with torch.no_grad():
-                return tiny_model.module(*values).numpy()
-
     handle = tiny_model.module.get_submodule(site).register_forward_pre_hook(record)
     labels = calibration_labels(3, 0, tiny_model.spec)
-    sample(Eager(), captured.facts[StepPlan], tiny_model.spec, labels, 0, first_index=FIRST_INDEX)
+    sample(eager_runner(tiny_model), captured.facts[StepPlan], tiny_model.spec, labels, 0, first_index=FIRST_INDEX)
     handle.remove()
     assert ranges.planned[site].steps == tuple(range(9))
     np.testing.assert_allclose(ranges.planned[site].lows, [low for low, _ in seen], rtol=1e-4)

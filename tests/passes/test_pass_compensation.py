@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from qcgraph.capture import weights_digest
 from qcgraph.errors import UsageError
 from qcgraph.facts import Compensation, Reference
 from qcgraph.ir.execute import TorchRunner
@@ -56,7 +55,7 @@ def test_fit_compensation_golden(captured: Program, run: Run, golden_diff: Calla
 def test_the_node_equals_correcting_the_latent(captured: Program, run: Run, scheduler: str) -> None:
     """The folded form against x <- mu + K (x - mu) applied by hand to what the denoiser reaches, step by step."""
     spec = captured.facts[ModelSpec]
-    plan = make_step_plan(scheduler, 9, 1.5, spec.schedule, weights_digest(captured))
+    plan = make_step_plan(scheduler, 9, 1.5, spec.schedule, captured.constants_digest)
     program = captured.with_facts(plan)
     fact = hand_made(program)
     folded = latents(run("insert-compensation", program.with_facts(fact)))
