@@ -70,6 +70,18 @@ def test_every_data_file_ships() -> None:
         assert files == shipped, package
 
 
+def test_one_trained_model_ships() -> None:
+    """The other one, in tools/models, is for judging methods on a checkout."""
+    shipped = {
+        str(path.relative_to(ROOT))
+        for package, patterns in SETUPTOOLS["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / SETUPTOOLS["package-dir"][package]).glob(pattern)
+        if path.suffix == ".safetensors"
+    }
+    assert shipped == {f"qcgraph/models/digits/{name}.safetensors" for name in ("classifier", "digits")}
+
+
 def test_tests_are_no_package() -> None:
     """Test modules are imported by path; a package would make ``tests`` importable and its order matter."""
     assert not list((ROOT / "tests").rglob("__init__.py"))

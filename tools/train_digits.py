@@ -1,8 +1,10 @@
-"""Trains the embedded ``digits`` model and its classifier, judges both, and writes weights and model card.
+"""Trains a model of digits and its classifier, judges both, and writes a folder of weights and card.
 
-    python tools/train_digits.py                                   reproduces qcgraph/models/digits
-    python tools/train_digits.py --only evaluate                   judges what is there again
-    python tools/train_digits.py --width 256 --patch-size 1 -o DIR another geometry
+    python tools/train_digits.py                                      reproduces qcgraph/models/digits
+    python tools/train_digits.py --only evaluate                      judges what is there again
+    python tools/train_digits.py --width 256 --patch-size 1 -o FOLDER another geometry
+
+``load_model`` and every command take such a folder; the card of each states the command that reproduces it.
 
 The run is seeded; the same options on the same machine and thread count give the same weights. An interrupted run
 resumes from its ``training.pt`` (kept beside the output until the training is complete).
@@ -15,20 +17,28 @@ import json
 import math
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from model_card import render
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from qcgraph.models.classifier import DigitsClassifier, load_classifier
 from qcgraph.models.digits_data import CLASS_COUNT, IMAGE_SHAPE, load_digits, split_indices
 from qcgraph.models.dit import DiT, DiTConfig, initialize_zero
-from qcgraph.models.embedded import DIGITS_FOLDER, load_digits_dit, read_card
+from qcgraph.models.trained_folder import (
+    CARD_FILE,
+    CLASSIFIER_FILE,
+    DIGITS_FOLDER,
+    WEIGHTS_FILE,
+    load_trained_folder,
+    read_card,
+)
 from qcgraph.spec import NoiseSchedule
 
 
@@ -79,54 +89,51 @@ class Judgement:
 
 
 def main() -> None:
-    options = parse_options()
+    parser = option_parser()
+    options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    training = Training(
-        steps=options.steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        warmup_steps=options.warmup_steps,
-        weight_decay=options.weight_decay,
-        ema_decay=options.ema_decay,
-        label_dropout=options.label_dropout,
-        seed=options.seed,
-        train_fraction=options.train_fraction,
-        split_seed=options.split_seed,
-    )
-    config = DiTConfig(
-        input_size=IMAGE_SHAPE[1],
-        patch_size=options.patch_size,
-        channels=IMAGE_SHAPE[0],
-        width=options.width,
-        depth=options.depth,
-        heads=options.heads,
-        class_count=CLASS_COUNT,
-        learn_sigma=False,
-    )
+    training = Training(**{field.name: getattr(options, field.name) for field in fields(Training)})
     judgement = Judgement(options.samples_per_class, options.sampling_steps, options.guidance, options.judgement_seed)
     output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
 
-    card = read_card(output) if (output / "card.json").is_file() else {}
+    card: dict[str, Any] = {"name": output.resolve().name}
+    if (output / CARD_FILE).is_file():
+        card |= json.loads((output / CARD_FILE).read_text(encoding="utf-8"))
+    if options.name is not None:
+        card["name"] = options.name
     if options.only in (None, "classifier"):
         card["classifier"] = train_classifier(output, training)
         write_card(output, card)
     if options.only in (None, "denoiser"):
+        config = DiTConfig(
+            input_size=IMAGE_SHAPE[1],
+            patch_size=options.patch_size,
+            channels=IMAGE_SHAPE[0],
+            width=options.width,
+            depth=options.depth,
+            heads=options.heads,
+            class_count=CLASS_COUNT,
+            learn_sigma=False,
+        )
         trained = train_denoiser(output, config, training)
         card |= {"config": asdict(config), "schedule": asdict(NoiseSchedule()), "training": trained}
         card["environment"] = environment(options.threads)
         write_card(output, card)
     if options.only in (None, "evaluate"):
+        write_card(output, card)  # the evaluation loads the model with its card
         card["evaluation"] = evaluate(output, judgement, card, options.grid)
+    if options.only in (None, "evaluate", "card"):
         write_card(output, card)
-        write_readme(output, card)
+        (output / "CARD.md").write_text(render(read_card(output), vars(parser.parse_args([]))), encoding="utf-8")
     print(json.dumps({key: card[key] for key in ("classifier", "evaluation") if key in card}, indent=2))
 
 
-def parse_options() -> argparse.Namespace:
+def option_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=DIGITS_FOLDER)
-    parser.add_argument("--only", choices=("classifier", "denoiser", "evaluate"), help="one stage instead of all three")
+    parser.add_argument("--name", help="how the model is called; by default as its card says, else as the folder")
+    parser.add_argument("--only", choices=("classifier", "denoiser", "evaluate", "card"), help="this stage alone")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--grid", type=Path, help="also write a PNG of ten samples of each class")
 
@@ -153,7 +160,7 @@ def parse_options() -> argparse.Namespace:
     judgement.add_argument("--sampling-steps", type=int, default=50)
     judgement.add_argument("--guidance", type=float, default=1.5)
     judgement.add_argument("--judgement-seed", type=int, default=20_000)
-    return parser.parse_args()
+    return parser
 
 
 def digits(part: str, training: Training) -> tuple[Tensor, Tensor]:
@@ -186,9 +193,9 @@ def train_classifier(output: Path, training: Training, *, epochs: int = 60) -> d
             loss.backward()
             optimizer.step()
             cosine.step()
-    save_half(classifier.state_dict(), output / "classifier.safetensors")
+    save_half(classifier.state_dict(), output / CLASSIFIER_FILE)
 
-    stored = load_classifier(output / "classifier.safetensors")
+    stored = load_classifier(output / CLASSIFIER_FILE)
     return {
         "epochs": epochs,
         "batch_size": batch_size,
@@ -265,7 +272,7 @@ def train_denoiser(output: Path, config: DiTConfig, training: Training) -> dict[
             torch.save(progress | saved | {"generator": generator.get_state()}, checkpoint)
     seconds = time.perf_counter() - started
 
-    save_half(average.state_dict(), output / "digits.safetensors")
+    save_half(average.state_dict(), output / WEIGHTS_FILE)
     checkpoint.unlink(missing_ok=True)
     window = max(1, training.steps // 20)
     ends = range(window, len(losses) + 1, window)
@@ -337,7 +344,7 @@ def evaluate(output: Path, judgement: Judgement, card: dict[str, Any], grid: Pat
         The settings, class accuracy, FID-small with the floor of two disjoint real halves, and how close samples come
         to training images compared with how close held-out images come.
     """
-    model, classifier = load_digits_dit(output).eval(), load_classifier(output / "classifier.safetensors")
+    model, classifier = load_trained_folder(output).module, load_classifier(output / CLASSIFIER_FILE)
     real = torch.from_numpy(load_digits()[0])
     train, held_out = split_indices(card["training"]["train_fraction"], card["training"]["split_seed"])
 
@@ -430,77 +437,7 @@ def environment(threads: int) -> dict[str, Any]:
 
 
 def write_card(output: Path, card: dict[str, Any]) -> None:
-    (output / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-
-
-def write_readme(output: Path, card: dict[str, Any]) -> None:
-    """Writes the card for people; every figure in it comes from ``card``."""
-    (output / "CARD.md").write_text(
-        README.format(model=table(model_rows(card)), measured=table(measured_rows(card)), **card["evaluation"]),
-        encoding="utf-8",
-    )
-
-
-def model_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the model is and how it was trained."""
-    config, training, environment = card["config"], card["training"], card["environment"]
-    size, classes = config["input_size"], config["class_count"]
-    shape = f"patch {config['patch_size']}, width {config['width']}, depth {config['depth']}, {config['heads']} heads"
-    optimizer = f"AdamW at {training['learning_rate']:g}, average decay {training['ema_decay']}"
-    data = f"{training['train_images']} digits ({training['train_fraction']:.0%} of each class"
-    return [
-        ("architecture", f"DiT, {size}x{size} images, {shape}, no learned sigma"),
-        ("parameters", f"{training['parameters']:,}, stored as float16, loaded as float32"),
-        ("classes", f"{classes}; the null class is {classes}"),
-        ("noise schedule", "DDPM, linear betas 1e-4 to 0.02, 1000 timesteps; the network predicts the noise"),
-        ("data", f"{data}, split seed {training['split_seed']}), scaled to [-1, 1]"),
-        (
-            "training",
-            f"{training['steps']} steps, batch {training['batch_size']}, {optimizer}, seed {training['seed']}",
-        ),
-        ("label dropout", f"{training['label_dropout']:.0%}"),
-        ("final loss", f"{training['final_loss']:.4f}"),
-        ("training time", f"{training['seconds'] / 60:.0f} minutes, {environment['threads']} threads, no accelerator"),
-    ]
-
-
-def measured_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
-    """How good the samples and their judge are."""
-    judged, judge = card["evaluation"], card["classifier"]
-    return [
-        ("class accuracy of samples", f"{judged['class_accuracy']:.1%}"),
-        ("FID-small to all real digits", f"{judged['fid_small']:.3f}"),
-        ("FID-small between two disjoint halves of the real digits", f"{judged['fid_small_real_floor']:.3f}"),
-        ("distance of samples to the nearest training image", f"{judged['nearest_training_image']:.3f}"),
-        ("the same of held-out digits", f"{judged['nearest_training_image_of_held_out']:.3f}"),
-        (f"classifier accuracy, {judge['held_out_images']} held-out digits", f"{judge['held_out_accuracy']:.1%}"),
-    ]
-
-
-def table(rows: list[tuple[str, str]]) -> str:
-    """A Markdown table of two columns without a heading."""
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
-
-
-README = """# digits: the embedded model
-
-A small Diffusion Transformer of scikit-learn's handwritten digits, so that quality can be measured on a real model in
-seconds. Written by `tools/train_digits.py`; `card.json` holds the same figures, and the loss curve, for programs.
-
-{model}
-
-## Measured
-
-`python tools/train_digits.py --only evaluate`: {samples} samples, DDIM with {sampling_steps} steps, guidance
-{guidance}, noise seed {seed}.
-
-{measured}
-
-FID-small is the Frechet distance of features of `classifier.safetensors`, not of Inception. It falls as samples grow,
-so compare it only with figures of the same sample count. Distances are root mean squares per pixel; where samples are
-closer to the training images than held-out digits are, guidance made them typical or the model remembers some. It is
-a test bed for transformations, not a generator to learn about digits from.
-"""
+    (output / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

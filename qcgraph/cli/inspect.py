@@ -62,4 +62,6 @@ def inspect_command(
 
 
 def _is_model_folder(path: Path) -> bool:
-    return (path / "config.json").is_file() or any(path.glob("*/config.json"))
+    from qcgraph.models.trained_folder import is_trained_folder
+
+    return is_trained_folder(path) or (path / "config.json").is_file() or any(path.glob("*/config.json"))

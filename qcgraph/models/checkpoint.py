@@ -11,33 +11,51 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from qcgraph.errors import UsageError
 from qcgraph.models.dit import DiT
 from qcgraph.models.geometry import DiTConfig
 
 _NESTED = ("ema", "model")  # where the original's training keeps weights; the average is what it samples from
+_GEOMETRY_HINT = "weights carry the original DiT's names; another geometry may fit, `qcgraph models` lists them"
 _NAMED = 3  # keys that an error names before it counts the rest
 
 
-def load_dit(config: DiTConfig, path: Path) -> DiT:
+def load_dit(config: DiTConfig, path: Path, *, hint: str = _GEOMETRY_HINT) -> DiT:
     """Builds a DiT and fills it from a file, converted to float32.
 
     Args:
         config: the geometry that the file must have.
         path: a ``.safetensors`` file, or a file of ``torch.save``; weights may be nested under ``ema`` or ``model``.
+        hint: what to do where the file holds other weights.
 
     Raises:
         UsageError: the file is missing, unreadable, needs code to be read, or holds other weights.
     """
-    weights = read_weights(path)
     # On "meta" nothing is allocated or initialised, so that the file's tensors are the only copy in memory.
     with torch.device("meta"):
         model = DiT(config)
-    _check_fit(model.state_dict(), weights, path)
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    load_weights(model, path, hint=hint)
     return model
+
+
+def load_weights(module: nn.Module, path: Path, *, hint: str) -> None:
+    """Fills a module from a file, converted to float32; the module may be on the ``meta`` device.
+
+    Args:
+        module: the module, whose parameters and buffers are replaced.
+        path: as for :func:`load_dit`.
+        hint: what to do where the file holds other weights.
+
+    Raises:
+        UsageError: as for :func:`load_dit`.
+    """
+    weights = read_weights(path)
+    complaint = _misfit(module.state_dict(), weights)
+    if complaint is not None:
+        raise UsageError(complaint, where=str(path), hint=hint)
+    module.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -91,30 +109,21 @@ def _read_torch(path: Path) -> Any:
             ) from error
 
 
-def _check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
-    """Refuses weights that the geometry does not have, lacks, or shapes differently."""
+def _misfit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
+    """Which weights the module does not have, lacks, or shapes differently; None where all fit."""
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     if missing or unexpected:
         complaints = [
             f"{kind} {_first(names)}" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names
         ]
-        raise UsageError(
-            f"the parameters are not those of this geometry: {'; '.join(complaints)}",
-            where=str(path),
-            hint="weights must carry the original DiT's names; `qcgraph models` lists the geometries",
-        )
+        return f"the parameters are not those of this network: {'; '.join(complaints)}"
     misshapen = [
         f"{name} is {list(found[name].shape)}, expected {list(tensor.shape)}"
         for name, tensor in expected.items()
         if found[name].shape != tensor.shape
     ]
-    if misshapen:
-        raise UsageError(
-            f"the shapes are not those of this geometry: {_first(misshapen)}",
-            where=str(path),
-            hint="another geometry may fit; `qcgraph models` lists them",
-        )
+    return f"the shapes are not those of this network: {_first(misshapen)}" if misshapen else None
 
 
 def _first(items: list[str]) -> str:

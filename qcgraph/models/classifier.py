@@ -1,16 +1,18 @@
-"""A small classifier of digits: the judge of generated images (class accuracy, features for FID-small)."""
+"""A small classifier of digits, which judges generated images: class accuracy, and features for FID-small."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import load_file
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qcgraph.models.digits_data import CLASS_COUNT
-
-CLASSIFIER_FILE = Path(__file__).parent / "digits" / "classifier.safetensors"
+from qcgraph.models.checkpoint import load_weights
+from qcgraph.models.digits_data import CLASS_COUNT, load_digits
+from qcgraph.models.judge import Judge
+from qcgraph.models.trained_folder import CLASSIFIER_FILE, DIGITS_FOLDER
 
 
 class DigitsClassifier(nn.Module):
@@ -48,16 +50,37 @@ class DigitsClassifier(nn.Module):
         return float((self(images).argmax(dim=1) == labels).double().mean())
 
 
-def load_classifier(path: Path = CLASSIFIER_FILE) -> DigitsClassifier:
-    """Loads the classifier that ships with the package, frozen, in evaluation mode, float32.
+def load_classifier(path: Path = DIGITS_FOLDER / CLASSIFIER_FILE) -> DigitsClassifier:
+    """Loads a classifier, by default the one that ships with the package: frozen, in evaluation mode, float32.
 
     Args:
         path: a safetensors file of its weights, of any float type.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        RuntimeError: the file holds other weights.
+        UsageError: the file is missing, unreadable, or holds other weights.
     """
-    classifier = DigitsClassifier()
-    classifier.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    with torch.device("meta"):
+        classifier = DigitsClassifier()
+    load_weights(classifier, path, hint="the file must be one that tools/train_digits.py wrote")
     return classifier.eval().requires_grad_(False)
+
+
+def digits_judge(path: Path = DIGITS_FOLDER / CLASSIFIER_FILE) -> Judge:
+    """Judges images of digits by a classifier, and by all of scikit-learn's digits.
+
+    Args:
+        path: as for :func:`load_classifier`.
+
+    Raises:
+        UsageError: as for :func:`load_classifier`, or scikit-learn is not installed.
+    """
+    real, _ = load_digits()
+    classifier = load_classifier(path)
+
+    def features(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        return classifier.features(torch.tensor(images)).numpy()
+
+    def classify(images: NDArray[np.float32]) -> NDArray[np.int64]:
+        return classifier(torch.tensor(images)).argmax(dim=1).numpy()
+
+    return Judge(features, classify, classifier.feature_count, real)

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, as the embedded model and its classifier see them."""
+"""scikit-learn's handwritten digits, as the trained models and their classifiers see them."""
 
 from __future__ import annotations
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from qcgraph.models.geometry import GEOMETRIES, TIMESTEP_FREQUENCIES, DiTConfig
 
-__all__ = ["GEOMETRIES", "DiT", "DiTConfig", "initialize_random", "initialize_zero"]
+__all__ = ["GEOMETRIES", "INPUT_NAMES", "DiT", "DiTConfig", "initialize_random", "initialize_zero"]
+
+INPUT_NAMES = ("x", "t", "y")  # the parameters of DiT.forward: latent, timestep, class label
 
 
 class PatchEmbed(nn.Module):

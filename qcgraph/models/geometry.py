@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from qcgraph.spec import ModelSpec, NoiseSchedule
 
 TIMESTEP_FREQUENCIES = 256
 """Sinusoidal features of a timestep before its MLP; the original fixes it."""
@@ -24,7 +26,7 @@ class DiTConfig:
         mlp_ratio: hidden width of the MLP over ``width``.
 
     Raises:
-        ValueError: the sizes do not divide as the architecture needs.
+        ValueError: a size is not positive, or the sizes do not divide as the architecture needs.
     """
 
     input_size: int = 32
@@ -38,6 +40,9 @@ class DiTConfig:
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name != "learn_sigma" and getattr(self, field.name) <= 0:
+                raise ValueError(f"{field.name} {getattr(self, field.name)} is not positive")
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
@@ -91,6 +96,24 @@ class DiTConfig:
         )
         final = _linear(width, 2 * width) + _linear(width, patch_values * self.output_channels)
         return embedders + self.depth * block + final
+
+    def model_spec(self, name: str, *, schedule: NoiseSchedule | None = None, is_image: bool = False) -> ModelSpec:
+        """What the host must know of a DiT of these sizes.
+
+        Args:
+            name: how the model is called.
+            schedule: the training noise schedule, by default the original's.
+            is_image: whether the latent is an image in [-1, 1].
+        """
+        return ModelSpec(
+            name=name,
+            latent_shape=(self.channels, self.input_size, self.input_size),
+            class_count=self.class_count,
+            null_class=self.null_class,
+            output_channels=self.output_channels,
+            schedule=schedule or NoiseSchedule(),
+            is_image=is_image,
+        )
 
 
 def _linear(inputs: int, outputs: int) -> int:

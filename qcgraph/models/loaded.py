@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qcgraph.models.judge import Judge
 from qcgraph.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -20,8 +22,12 @@ class LoadedModel:
         spec: what the host must know of it.
         input_names: names of the module's forward parameters in the order latent [B, C, H, W], timestep [B],
             class label [B].
+        judge: makes what samples are judged with (class accuracy, FID-small), or None where nothing can judge them. It
+            is called on demand, because a judge may need data and libraries that compiling does not; a factory of
+            your own may supply one for its model.
     """
 
     module: nn.Module
     spec: ModelSpec
     input_names: tuple[str, str, str]
+    judge: Callable[[], Judge] | None = None

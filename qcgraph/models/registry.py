@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcgraph.errors import UsageError, closest
-from qcgraph.models.embedded import digits_config, load_digits_dit, read_card
 from qcgraph.models.geometry import GEOMETRIES, DiTConfig
 from qcgraph.models.loaded import LoadedModel
-from qcgraph.spec import ModelSpec, NoiseSchedule
+from qcgraph.models.trained_folder import is_trained_folder, load_trained_folder, read_card
+from qcgraph.spec import NoiseSchedule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from qcgraph.models.dit import DiT
 
 EMBEDDED = "digits"
-_DIT_INPUTS = ("x", "t", "y")
+_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+_PREDICTIONS = ("epsilon", "v_prediction")
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -44,7 +45,7 @@ class ModelInfo:
 
 def list_models() -> tuple[ModelInfo, ...]:
     """The models that :func:`load_model` accepts, without loading any."""
-    digits = digits_config()
+    digits = read_card().config
     checkpoints = tuple(
         ModelInfo(
             f"{name}:FILE.pt",
@@ -57,7 +58,8 @@ def list_models() -> tuple[ModelInfo, ...]:
     return (
         ModelInfo(EMBEDDED, "trained on handwritten digits, ships with qcgraph", digits.parameter_count, digits),
         *checkpoints,
-        ModelInfo("FOLDER", "a diffusers DiTTransformer2DModel, or a pipeline with one", None, None),
+        ModelInfo("DIFFUSERS_FOLDER", "a diffusers DiTTransformer2DModel, or a pipeline with one", None, None),
+        ModelInfo("TRAINED_FOLDER", "what tools/train_digits.py wrote: card, weights, classifier", None, None),
         ModelInfo("PACKAGE.MODULE:FACTORY", "your function that returns a qcgraph.models.LoadedModel", None, None),
     )
 
@@ -66,14 +68,17 @@ def load_model(name: str, *, seed: int = 0) -> LoadedModel:
     """Loads a model by name.
 
     Args:
-        name: ``digits``; ``GEOMETRY:FILE`` for an original checkpoint or ``GEOMETRY:random``; a diffusers folder; or
-            ``package.module:factory``. A factory's module is used as it is, frozen and converted in place.
+        name: ``digits``; ``GEOMETRY:FILE`` for an original checkpoint or ``GEOMETRY:random``; a folder that
+            diffusers or ``tools/train_digits.py`` wrote; or ``package.module:factory``. A factory's module is used as
+            it is, frozen and converted in place.
         seed: seed of ``:random`` weights; the others ignore it.
 
     Raises:
-        UsageError: the name is unknown, or what it names cannot be read, does not fit, or holds NaN or infinity.
+        UsageError: the name is unknown, or what it names cannot be read, does not fit, was trained on an unsupported
+            noise schedule, or holds NaN or infinity.
     """
     model = _load(name, seed)
+    _check_schedule(model.spec.schedule, name)
     model.module.eval().requires_grad_(False).float()
     _check_finite(model.module, name)
     return model
@@ -82,15 +87,12 @@ def load_model(name: str, *, seed: int = 0) -> LoadedModel:
 def _load(name: str, seed: int) -> LoadedModel:
     """Chooses the source by the form of the name."""
     if name == EMBEDDED:
-        schedule = NoiseSchedule(**read_card()["schedule"])
-        return _dit_model(EMBEDDED, load_digits_dit(), schedule=schedule, is_image=True)
+        return load_trained_folder()
     geometry, separator, source = name.partition(":")
     if geometry in GEOMETRIES:
         return _load_geometry(geometry, source, seed)
     if name and Path(name).is_dir():  # an empty path would be the current folder
-        from qcgraph.models.diffusers_folder import load_diffusers_folder
-
-        return load_diffusers_folder(Path(name))
+        return _load_folder(Path(name))
     if Path(name).is_file():
         raise UsageError(
             "a checkpoint file alone does not say which geometry it has",
@@ -106,16 +108,33 @@ def _load(name: str, seed: int) -> LoadedModel:
     )
 
 
+def _load_folder(folder: Path) -> LoadedModel:
+    """A folder of one of the two known forms, told apart by its files."""
+    from qcgraph.models.diffusers_folder import is_diffusers_folder, load_diffusers_folder
+
+    if is_diffusers_folder(folder):
+        return load_diffusers_folder(folder)
+    if is_trained_folder(folder):
+        return load_trained_folder(folder)
+    raise UsageError(
+        "the folder holds no model: neither one that diffusers saved nor one that tools/train_digits.py wrote",
+        where=str(folder),
+        hint="the first has a config.json, or a transformer/ with one; the second a card.json",
+    )
+
+
 def _load_geometry(geometry: str, source: str, seed: int) -> LoadedModel:
     """An original DiT with weights from a file, or random ones."""
     from qcgraph.models.checkpoint import load_dit
+    from qcgraph.models.dit import INPUT_NAMES
 
     if not source:
         raise UsageError(
             "a geometry needs weights", where=geometry, hint=f"use {geometry}:FILE.pt, or {geometry}:random to try it"
         )
     config = GEOMETRIES[geometry]
-    return _dit_model(geometry, _random_dit(config, seed) if source == "random" else load_dit(config, Path(source)))
+    module = _random_dit(config, seed) if source == "random" else load_dit(config, Path(source))
+    return LoadedModel(module, config.model_spec(geometry), INPUT_NAMES)
 
 
 def _random_dit(config: DiTConfig, seed: int) -> DiT:
@@ -130,21 +149,6 @@ def _random_dit(config: DiTConfig, seed: int) -> DiT:
     model.to_empty(device="cpu")
     initialize_random(model, torch.Generator().manual_seed(seed))
     return model
-
-
-def _dit_model(name: str, module: DiT, *, schedule: NoiseSchedule | None = None, is_image: bool = False) -> LoadedModel:
-    """A DiT with the spec that follows from its sizes."""
-    config = module.config
-    spec = ModelSpec(
-        name=name,
-        latent_shape=(config.channels, config.input_size, config.input_size),
-        class_count=config.class_count,
-        null_class=config.null_class,
-        output_channels=config.output_channels,
-        schedule=schedule or NoiseSchedule(),
-        is_image=is_image,
-    )
-    return LoadedModel(module, spec, _DIT_INPUTS)
 
 
 def _call_factory(name: str) -> LoadedModel:
@@ -174,6 +178,16 @@ def _call_factory(name: str) -> LoadedModel:
             hint="input_names are the forward parameters for latent, timestep and class label, in this order",
         )
     return model
+
+
+def _check_schedule(schedule: NoiseSchedule, name: str) -> None:
+    """Refuses noise schedules that the schedulers do not know."""
+    for field, value, known in (
+        ("beta_schedule", schedule.beta_schedule, _BETA_SCHEDULES),
+        ("prediction", schedule.prediction, _PREDICTIONS),
+    ):
+        if value not in known:
+            raise UsageError(f"{field} {value!r} is not supported", where=name, hint=f"known: {', '.join(known)}")
 
 
 def _check_finite(module: nn.Module, name: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from qcgraph.cli.ir_text import read_program_text
 from qcgraph.ir.program import Program
+from qcgraph.models.trained_folder import DIGITS_FOLDER
 
 Command = Callable[..., Any]
 
@@ -125,6 +126,10 @@ def test_model(qcgraph: Command) -> None:
     refused = qcgraph("inspect", "digits", "--show", "refused").out
     assert "x_embedder.proj" in refused
     assert "attn.qkv" not in refused
+
+
+def test_trained_folder_is_a_model(qcgraph: Command) -> None:
+    assert qcgraph("inspect", DIGITS_FOLDER, "--json").json() == qcgraph("inspect", "digits", "--json").json()
 
 
 @pytest.mark.parametrize("options", [["--after", "1"], ["--show", "scales"]])

@@ -82,6 +82,11 @@ def test_folder_saved_under_the_older_class_name(pipeline: Path, transformer: An
     assert torch.equal(load_model(str(pipeline)).module(*INPUTS), expected)
 
 
+def test_card_beside_it_changes_nothing(pipeline: Path) -> None:
+    (pipeline / "card.json").write_text("{}")
+    assert load_model(str(pipeline)).spec.name == "tiny"
+
+
 def test_incomplete_weights_are_refused(pipeline: Path) -> None:
     path = pipeline / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
@@ -95,7 +100,7 @@ def test_incomplete_weights_are_refused(pipeline: Path) -> None:
     ("change", "complaint"),
     [
         ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid' is not supported"),
-        ({"prediction_type": "sample"}, "prediction_type 'sample' is not supported"),
+        ({"prediction_type": "sample"}, "prediction 'sample' is not supported"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas are not supported"),
     ],
 )

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,9 +18,17 @@ from qcgraph.models.geometry import GEOMETRIES
 from qcgraph.spec import ModelSpec, NoiseSchedule
 
 FACTORY_MODULE = """
+from dataclasses import replace
+import numpy as np
 from torch import nn
-from qcgraph.models import LoadedModel
-from qcgraph.spec import ModelSpec
+from qcgraph.models import Judge, LoadedModel
+from qcgraph.spec import ModelSpec, NoiseSchedule
+
+def brightness(images):
+    return images.mean(axis=(2, 3))
+def is_bright(images):
+    return (brightness(images)[:, 0] > 0).astype(np.int64)
+JUDGE = Judge(brightness, is_bright, feature_count=1, real=np.zeros((3, 1, 4, 4), np.float32))
 
 class Denoiser(nn.Module):
     def __init__(self):
@@ -32,6 +41,11 @@ SPEC = ModelSpec(name="mine", latent_shape=(1, 4, 4), class_count=2, null_class=
 
 def good():
     return LoadedModel(Denoiser(), SPEC, ("latent", "when", "label"))
+def judged():
+    return LoadedModel(Denoiser(), SPEC, ("latent", "when", "label"), judge=lambda: JUDGE)
+def unsupported():
+    spec = replace(SPEC, schedule=NoiseSchedule(beta_schedule="sigmoid"))
+    return LoadedModel(Denoiser(), spec, ("latent", "when", "label"))
 def misnamed():
     return LoadedModel(Denoiser(), SPEC, ("latent", "timestep", "label"))
 def bare():
@@ -80,7 +94,7 @@ def test_listing_imports_no_torch() -> None:
 
 def test_listing_names_every_geometry() -> None:
     models = {model.name.split(":")[0]: model for model in list_models()}
-    assert set(models) == {"digits", *GEOMETRIES, "FOLDER", "PACKAGE.MODULE"}
+    assert set(models) == {"digits", *GEOMETRIES, "DIFFUSERS_FOLDER", "TRAINED_FOLDER", "PACKAGE.MODULE"}
     assert models["dit-xl-2"].parameters == 675_129_632
     assert all(len(model.description) < 80 for model in models.values())
 
@@ -175,6 +189,13 @@ def test_factory(factory_module: str) -> None:
     model = load_model(f"{factory_module}:good")
     assert_ready(model)
     assert model.spec.name == "mine"
+    assert model.judge is None
+
+
+def test_factory_may_supply_a_judge(factory_module: str) -> None:
+    model = load_model(f"{factory_module}:judged")
+    assert model.judge is not None
+    assert model.judge().classify(np.full((2, 1, 4, 4), 0.5, np.float32)).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -185,6 +206,7 @@ def test_factory(factory_module: str) -> None:
         ("factory_of_test:not_a_function", "has no function 'not_a_function'"),
         ("factory_of_test:misnamed", "no parameter 'timestep'; it has latent, when, label"),
         ("factory_of_test:diverged", "parameter scale is not finite"),
+        ("factory_of_test:unsupported", "beta_schedule 'sigmoid' is not supported"),
         ("broken_of_test:factory", "No module named 'a_module_that_is_not_there'"),
         ("syntax_of_test:factory", "invalid syntax"),
         ("package_that_is_not_there.module:factory", "No module named 'package_that_is_not_there'"),
@@ -210,7 +232,10 @@ def test_loaded_model_is_frozen() -> None:
 
 
 def test_folder_without_a_model(tmp_path: Path) -> None:
-    assert "no diffusers model" in refusal_of(str(tmp_path)).message
+    refusal = refusal_of(str(tmp_path))
+    assert "neither one that diffusers saved nor one that tools/train_digits.py wrote" in refusal.message
+    assert "config.json" in str(refusal.hint)
+    assert "card.json" in str(refusal.hint)
 
 
 @pytest.mark.parametrize(

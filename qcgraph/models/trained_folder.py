@@ -1,0 +1,97 @@
+"""Folders that ``tools/train_digits.py`` wrote: a DiT of digits, its judge and its card. One ships as ``digits``."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qcgraph.errors import UsageError
+from qcgraph.models.geometry import DiTConfig
+from qcgraph.models.judge import Judge
+from qcgraph.models.loaded import LoadedModel
+from qcgraph.spec import NoiseSchedule
+
+DIGITS_FOLDER = Path(__file__).parent / "digits"
+CARD_FILE = "card.json"
+WEIGHTS_FILE = "digits.safetensors"
+CLASSIFIER_FILE = "classifier.safetensors"
+_HINT = "the folder must be as tools/train_digits.py wrote it: card and weights of one training, complete"
+
+
+class Card(BaseModel):
+    """The card of a trained model; what is a plain dictionary is for people and tests, loading does not need it.
+
+    Attributes:
+        name: how the model is called.
+        config: the sizes of the network.
+        schedule: the noise schedule that it was trained on.
+        training: settings, loss curve and wall time of the training.
+        classifier: settings and accuracies of the classifier.
+        environment: what the weights depend on besides the settings.
+        evaluation: settings and figures of the evaluation.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: str = Field(min_length=1)
+    config: DiTConfig
+    schedule: NoiseSchedule
+    training: dict[str, Any] = {}
+    classifier: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    evaluation: dict[str, Any] = {}
+
+
+def is_trained_folder(folder: Path) -> bool:
+    """Whether the folder was written by the training tool, be it complete or not."""
+    return any((folder / name).is_file() for name in (CARD_FILE, WEIGHTS_FILE))
+
+
+def read_card(folder: Path = DIGITS_FOLDER) -> Card:
+    """The card of a trained folder; of the embedded model by default.
+
+    Raises:
+        UsageError: there is none, it is not JSON, or it holds an unknown key or a wrong value.
+    """
+    path = _file(folder, CARD_FILE)
+    try:
+        return Card.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UsageError(f"{place}: {first['msg']}" if place else first["msg"], where=str(path), hint=_HINT) from None
+
+
+def load_trained_folder(folder: Path = DIGITS_FOLDER) -> LoadedModel:
+    """Loads the weight average that the training stored, as float32, with the judge of the folder.
+
+    Args:
+        folder: has ``card.json`` and ``digits.safetensors``; the judge also needs ``classifier.safetensors``.
+
+    Raises:
+        UsageError: a file is missing or damaged, or the weights are not of the sizes on the card.
+    """
+    from qcgraph.models.checkpoint import load_dit
+    from qcgraph.models.dit import INPUT_NAMES
+
+    card = read_card(folder)
+    module = load_dit(card.config, _file(folder, WEIGHTS_FILE), hint=_HINT)
+    spec = card.config.model_spec(card.name, schedule=card.schedule, is_image=True)
+    return LoadedModel(module, spec, INPUT_NAMES, judge=partial(_load_judge, folder.resolve()))
+
+
+def _load_judge(folder: Path) -> Judge:
+    from qcgraph.models.classifier import digits_judge
+
+    return digits_judge(_file(folder, CLASSIFIER_FILE))
+
+
+def _file(folder: Path, name: str) -> Path:
+    """The path of a file of the folder, which must be there."""
+    path = folder / name
+    if not path.is_file():
+        raise UsageError(f"the folder has no {name}", where=str(folder), hint=_HINT)
+    return path

@@ -1,0 +1,117 @@
+"""The card of a trained model for people: the text of CARD.md, with every figure from card.json."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qcgraph.models.trained_folder import Card
+
+
+def render(card: Card, defaults: Mapping[str, Any]) -> str:
+    """The text of CARD.md.
+
+    Args:
+        card: with all its sections.
+        defaults: the defaults of the training tool's options, by name; the card's commands state what differs.
+    """
+    judged = {"judgement_seed" if name == "seed" else name: value for name, value in card.evaluation.items()}
+    trained = asdict(card.config) | card.training | {"threads": card.environment["threads"]}
+    return TEXT.format(
+        name=card.name,
+        train=command(card.name, judged | trained, defaults),
+        evaluate=command(card.name, judged, defaults, "--only evaluate"),
+        model=table(model_rows(card)),
+        conditions="{samples} samples, DDIM with {sampling_steps} steps, guidance {guidance}, noise seed {seed}".format(
+            **card.evaluation
+        ),
+        measured=table(measured_rows(card)),
+        reading=textwrap.fill(READING, 120),
+    )
+
+
+def command(name: str, settings: Mapping[str, Any], defaults: Mapping[str, Any], *words: str) -> str:
+    """The command line of the training tool with the options that differ from their defaults."""
+    output: Path = defaults["output"]
+    place = [] if name == output.name else [f"-o {name}"]
+    options = [
+        f"--{option.replace('_', '-')} {settings[option]}"
+        for option, default in defaults.items()
+        if option in settings and settings[option] != default
+    ]
+    return " ".join(["python tools/train_digits.py", *place, *words, *options])
+
+
+def model_rows(card: Card) -> list[tuple[str, str]]:
+    """What the model is and how it was trained."""
+    config, training, schedule = card.config, card.training, card.schedule
+    shape = f"patch {config.patch_size}, width {config.width}, depth {config.depth}, {config.heads} heads"
+    optimizer = f"AdamW at {training['learning_rate']:g}, average decay {training['ema_decay']}"
+    data = f"{training['train_images']} digits ({training['train_fraction']:.0%} of each class"
+    betas = f"{schedule.beta_schedule} betas {schedule.beta_start:g} to {schedule.beta_end:g}"
+    return [
+        ("architecture", f"DiT, {config.input_size}x{config.input_size} images, {shape}, no learned sigma"),
+        ("parameters", f"{training['parameters']:,}, stored as float16, loaded as float32"),
+        ("classes", f"{config.class_count}; the null class is {config.null_class}"),
+        ("noise schedule", f"DDPM, {betas}, {schedule.train_steps} timesteps; the network predicts the noise"),
+        ("data", f"{data}, split seed {training['split_seed']}), scaled to [-1, 1]"),
+        (
+            "training",
+            f"{training['steps']} steps, batch {training['batch_size']}, {optimizer}, seed {training['seed']}",
+        ),
+        ("label dropout", f"{training['label_dropout']:.0%}"),
+        ("final loss", f"{training['final_loss']:.4f}"),
+        ("training time", f"{training['seconds'] / 60:.0f} minutes, threads: {card.environment['threads']}"),
+    ]
+
+
+def measured_rows(card: Card) -> list[tuple[str, str]]:
+    """How good the samples and their judge are."""
+    judged, judge = card.evaluation, card.classifier
+    return [
+        ("class accuracy of samples", f"{judged['class_accuracy']:.1%}"),
+        ("FID-small to all real digits", f"{judged['fid_small']:.3f}"),
+        ("FID-small between two disjoint halves of the real digits", f"{judged['fid_small_real_floor']:.3f}"),
+        ("distance of samples to the nearest training image", f"{judged['nearest_training_image']:.3f}"),
+        ("the same of held-out digits", f"{judged['nearest_training_image_of_held_out']:.3f}"),
+        (f"classifier accuracy, {judge['held_out_images']} held-out digits", f"{judge['held_out_accuracy']:.1%}"),
+    ]
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """A Markdown table of two columns without a heading."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+TEXT = """# {name}
+
+A small Diffusion Transformer of scikit-learn's handwritten digits, so that quality can be measured on a trained model.
+`card.json` holds the same figures, and the loss curve, for programs. This trains and judges it again:
+
+```sh
+{train}
+```
+
+{model}
+
+## Measured
+
+On {conditions}:
+
+```sh
+{evaluate}
+```
+
+{measured}
+
+{reading}
+"""
+
+READING = """FID-small is the Frechet distance of features of `classifier.safetensors`, not of Inception. It falls as
+samples grow, and every model has a classifier of its own, so compare it only with figures of the same model and sample
+count. Distances are root mean squares per pixel; where samples are closer to the training images than held-out digits
+are, guidance made them typical or the model remembers some. It is a test bed for transformations, not a generator to
+learn about digits from."""
