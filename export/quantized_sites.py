@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from qcgraph.export.run_onnxruntime import load_session, session_options
 from qcgraph.ir.graph import Variant
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
+from qcgraph.sampling import Array
 
 if TYPE_CHECKING:
     import onnx
@@ -67,37 +68,47 @@ def _with_bias(product: fx.Node) -> fx.Node:
     return user if any(source.op == "get_attr" for source in user.all_input_nodes) else product
 
 
-class _Recorder(fx.Interpreter):
-    """Remembers the values of some nodes."""
-
-    def __init__(self, module: fx.GraphModule, names: set[str]) -> None:
-        super().__init__(module)
-        self._names = names
-        self.values: dict[str, torch.Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self._names:
-            self.values[n.name] = value
-        return value
-
-
 def record(
-    program: Program, variant: str, inputs: Mapping[str, torch.Tensor], names: set[str]
-) -> dict[str, torch.Tensor]:
-    """The values of some nodes when PyTorch runs a variant."""
-    recorder = _Recorder(program.module(variant), names)
-    with torch.no_grad():
-        recorder.run(*(inputs[name] for name in program.variants[variant].interface.input_names))
-    return recorder.values
+    program: Program, variant: str, inputs: Mapping[str, torch.Tensor], groups: Sequence[Set[str]]
+) -> Iterator[tuple[int, dict[str, Array]]]:
+    """The values of groups of nodes while PyTorch runs a variant.
+
+    Args:
+        program: what to run.
+        variant: which of its variants.
+        inputs: by name.
+        groups: names of nodes.
+
+    Yields:
+        The position of a group and its values by node, as soon as the last of them is there. Those of all groups at
+        once would take as much memory as the weights of a large model.
+    """
+    interpreter = fx.Interpreter(program.module(variant))
+    interpreter.args_iter = iter([inputs[name] for name in program.variants[variant].interface.input_names])
+    waiting: list[dict[str, Array]] = [{} for _ in groups]
+    for node in interpreter.graph.nodes:
+        with torch.no_grad():
+            value = interpreter.env[node] = interpreter.run_node(node)
+        for last in interpreter.user_to_last_uses.get(node, ()):
+            del interpreter.env[last]
+        for index, names in enumerate(groups):
+            if node.name in names:
+                waiting[index][node.name] = value.numpy()
+                if len(waiting[index]) == len(names):
+                    yield index, waiting[index]
+                    waiting[index] = {}
 
 
 class CutSites:
-    """The quantized sites of an exported graph, each cut out and fed on its own, in one session.
+    """Some quantized sites of an exported graph, each cut out and fed on its own, in one session.
 
     Args:
         path: the exported graph.
         sites: what to cut out of it.
+
+    Attributes:
+        sites: the sites.
+        nodes: the nodes of the program whose values enter or leave them.
 
     Raises:
         VerificationError: a site is not in the graph in the form that was emitted.
@@ -107,6 +118,8 @@ class CutSites:
         from onnxscript import ir
 
         model = ir.load(path)
+        self.sites = tuple(sites)
+        self.nodes = frozenset(name for site in sites for name in (site.entering, site.leaving))
         self._leaving: dict[str, str] = {}  # site -> output of the cut graph
         self._entering: dict[str, str] = {}  # node of the program -> input of the cut graph
         products = _products(model.graph)
@@ -130,13 +143,11 @@ class CutSites:
             self._leaving[site.name] = str(output.name)
         self._session = _cut_session(model, list(inputs.values()), outputs, path.parent)
 
-    def run(
-        self, entering: Mapping[str, npt.NDArray[np.float32]], selectors: Mapping[str, npt.NDArray[np.int64]]
-    ) -> dict[str, npt.NDArray[np.float32]]:
+    def run(self, entering: Mapping[str, Array], selectors: Mapping[str, npt.NDArray[np.int64]]) -> dict[str, Array]:
         """What leaves every site.
 
         Args:
-            entering: what enters the sites, by the name of the program's node.
+            entering: what enters the sites, by the name of the program's node; other entries are ignored.
             selectors: the scalar inputs, the timestep group among them.
         """
         feeds: dict[str, npt.NDArray[Any]] = {name: entering[node] for node, name in self._entering.items()}

@@ -106,6 +106,7 @@ class OptimizedGraph:
             optimized = Path(folder) / "optimized.onnx"
             options = session_options(None)
             options.optimized_model_filepath = str(optimized)
+            options.add_session_config_entry("session.disable_prepacking", "1")  # it is never run
             # Weights beside the graph, because a graph file cannot hold more than 2 GiB.
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
             options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")

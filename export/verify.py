@@ -29,6 +29,7 @@ STANDARD_ERRORS = 3.0  # how far above that it must be for certain, over the sam
 STEPS = 4  # steps of the plan that a variant is compared at, two for large models
 SAMPLES = 256  # samples a step, fewer for large models; in a small one a rounding flips in few of them
 MACS = 10e9  # multiply-accumulates that running the samples of a step once may cost
+TOGETHER = 16  # sites whose values are held at once to compare them
 KERNEL = "MatMulIntegerToFloat"
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm")
 VIEWS = ("Transpose", "Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze")
@@ -156,19 +157,18 @@ def _check_parameters(variant: str, found: Parameters, target: Target) -> Iterat
 def _check_sites(program: Program, variant: str, sites: Sequence[QuantizedSite], path: Path) -> Check:
     """Each site on its own computes what it computes in the program, given the same values."""
     try:
-        cut = CutSites(path, sites)
+        cuts = [CutSites(path, sites[start : start + TOGETHER]) for start in range(0, len(sites), TOGETHER)]
     except VerificationError as missing:
         return Check("site exactness", variant, passed=False, value=NO_NUMBER, limit=EXACT, detail=str(missing))
     worst = dict.fromkeys((site.name for site in sites), 0.0)
-    names = {name for site in sites for name in (site.entering, site.leaving)}
     for index, step in enumerate(_steps(program, variant)):
         inputs = _inputs(program, variant, step, 1, np.random.default_rng(index))
-        values = {name: value.numpy() for name, value in record(program, variant, inputs, names).items()}
         selectors = {name: inputs[name].numpy() for name in ("group", "row")}
-        found = cut.run({site.entering: values[site.entering] for site in sites}, selectors)
-        for site in sites:
-            (distance,) = _distances(found[site.name], values[site.leaving])
-            worst[site.name] = max(distance, worst[site.name])
+        for position, values in record(program, variant, inputs, [cut.nodes for cut in cuts]):
+            found = cuts[position].run(values, selectors)
+            for site in cuts[position].sites:
+                (distance,) = _distances(found[site.name], values[site.leaving])
+                worst[site.name] = max(distance, worst[site.name])
     value = max(worst.values())
     over = [f"{name} {distance:.1e}" for name, distance in worst.items() if distance > EXACT]
     detail = f"relative L2 up to {value:.1e} over {len(sites)} sites"

@@ -6,7 +6,8 @@ import difflib
 import shutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -22,14 +23,29 @@ from qcgraph.spec import BATCH, OUTPUT, ModelSpec, TensorSpec
 
 
 class Timer(Instrument):
-    """Measures the seconds of every pass, and announces it."""
+    """Measures the seconds of every pass, and of the stages around the passes; announces both.
+
+    Attributes:
+        seconds: of the passes, in order.
+        stages: seconds of the other stages, by name.
+    """
 
     def __init__(self, progress: Progress) -> None:
         self.seconds: list[float] = []
+        self.stages: dict[str, float] = {}
         self._progress = progress
         self._start = 0.0
 
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure what is done inside as a stage of this name."""
+        self._progress.stage(name)
+        start = time.perf_counter()
+        yield
+        self.stages[name] = time.perf_counter() - start
+
     def before(self, pass_: Pass, program: Program) -> None:
+        self._progress.stage(pass_.name)
         self._start = time.perf_counter()
 
     def after(self, pass_: Pass, before: Program, after: Program) -> None:

@@ -32,8 +32,9 @@ def _along(axis: int, values: Tensor, rank: int) -> Tensor:
 @torch.library.custom_op("qcgraph::quantize", mutates_args=())
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int) -> Tensor:
     """Affine quantization; ``scale`` and ``zero_point`` are scalars or one value along ``axis``."""
-    codes = torch.round(x / _along(axis, scale, x.dim())) + _along(axis, zero_point, x.dim()).to(x.dtype)
-    return codes.clamp(low, high).to(zero_point.dtype)
+    codes = (x / _along(axis, scale, x.dim())).round_()
+    codes += _along(axis, zero_point, x.dim()).to(x.dtype)
+    return codes.clamp_(low, high).to(zero_point.dtype)
 
 
 @quantize.register_fake
@@ -45,7 +46,7 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: i
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     """The inverse affine map; ``scale`` and ``zero_point`` are scalars or one value along ``axis``."""
     scale, zero_point = _along(axis, scale, q.dim()), _along(axis, zero_point, q.dim())
-    return (q.to(scale.dtype) - zero_point.to(scale.dtype)) * scale
+    return q.to(scale.dtype).sub_(zero_point.to(scale.dtype)).mul_(scale)
 
 
 @dequantize.register_fake

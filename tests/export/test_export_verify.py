@@ -103,8 +103,12 @@ def test_asymmetric_codes_are_found_where_the_target_is_symmetric(compiled: Any)
     assert f"{SITE}.input_zero_point" in checks["full", "scales and zero points"].detail
 
 
-def test_altered_scale_is_found_at_its_site(compiled: Any, copy: Path) -> None:
-    """The graph alone is altered: one scale, by a thousandth."""
+@pytest.mark.parametrize("together", [1, 3, 16])
+def test_altered_scale_is_found_at_its_site(
+    compiled: Any, copy: Path, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph alone is altered: one scale, by a thousandth. However many sites are compared at once."""
+    monkeypatch.setattr("qcgraph.export.verify.TOGETHER", together)
     path = copy / "full.onnx"
     model = onnx.load(str(path), load_external_data=False)
     tensor = next(item for item in model.graph.initializer if item.name == f"{SITE}.weight_scale")

@@ -15,7 +15,7 @@ from qcgraph.facts import QuantPlan, Ranges, WeightQuant
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.graph import module_path
 from qcgraph.ir.program import Program
-from qcgraph.passes.insert_qdq import quantize_weight
+from qcgraph.passes.insert_qdq import ROWS, quantize_weight
 from qcgraph.passes.plan_quant import affine_parameters
 from qcgraph.sampling import sample
 from qcgraph.spec import ModelSpec
@@ -137,6 +137,14 @@ def test_weight_codes_are_within_half_a_step() -> None:
     assert codes.abs().amax() == 64
     assert scale[2] == 1
     assert ((codes * scale[:, None] - weight).abs() <= scale[:, None] * (0.5 + 1e-6)).all()
+
+
+def test_a_weight_of_many_rows_is_quantized_row_by_row() -> None:
+    """In parts, of which the last is smaller, and bit for bit what the formula gives for all rows at once."""
+    weight = torch.randn(2 * ROWS + 3, 5, generator=torch.Generator().manual_seed(0))
+    codes, scale = quantize_weight(weight, WeightQuant(127))
+    assert torch.equal(scale, weight.abs().amax(dim=1) / 127)
+    assert torch.equal(codes, torch.round(weight / scale[:, None]).clamp(-127, 127).to(torch.int8))
 
 
 def test_a_quantized_linear_computes_its_formula(planned: Program, run: Run) -> None:
