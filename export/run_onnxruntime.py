@@ -28,12 +28,21 @@ class OnnxRuntimeRunner:
         folder: where ``<variant>.onnx`` and its weights are.
         interfaces: inputs and outputs by variant.
         threads: how many threads a graph may use; all cores when None.
+        constants: values that take the place of those in the weights file, by name.
     """
 
-    def __init__(self, folder: Path, interfaces: Mapping[str, Interface], threads: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        interfaces: Mapping[str, Interface],
+        threads: int | None = None,
+        constants: Mapping[str, npt.NDArray[np.generic]] | None = None,
+    ) -> None:
         self._folder = folder
         self._interfaces = interfaces
         self._threads = threads
+        # Sessions read them in place, so they have to live as long as the sessions do.
+        self._constants = {name: _ort_value(value) for name, value in (constants or {}).items()}
         self._sessions: dict[str, Any] = {}
 
     def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
@@ -69,7 +78,10 @@ class OnnxRuntimeRunner:
             known = closest(variant, self._interfaces)
             raise BundleError(f"no variant {variant!r}", where=str(self._folder), hint=known)
         if variant not in self._sessions:
-            self._sessions[variant] = load_session(self._folder / f"{variant}.onnx", session_options(self._threads))
+            options = session_options(self._threads)
+            for name, value in self._constants.items():
+                options.add_initializer(name, value)
+            self._sessions[variant] = load_session(self._folder / f"{variant}.onnx", options)
         return self._sessions[variant]
 
 
@@ -134,6 +146,13 @@ def session_options(threads: int | None) -> Any:
     # two cores, a computing step that takes turns with a reusing one then takes 1.7 times as long).
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
+
+
+def _ort_value(array: npt.NDArray[np.generic]) -> Any:
+    """An array in the form of ONNX Runtime."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
 def load_session(model: Path | bytes, options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from qcgraph.admission import admit_edges, admit_quality, check_conditions, overrides
 from qcgraph.bundle import Bundle, check_output, write_plan, writing
 from qcgraph.capture import capture
 from qcgraph.default_pipeline import default_pipeline
@@ -23,6 +25,7 @@ from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
 from qcgraph.ir.structure import find_sites, total_macs
 from qcgraph.models import LoadedModel, load_model
+from qcgraph.origin import SOURCE
 from qcgraph.pipeline import Instrument, Pipeline
 from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
@@ -77,7 +80,8 @@ def compile_model(
 
     Raises:
         UsageError: the input is wrong; nothing was written.
-        VerificationError: the exported graphs do not do what the program does; nothing was written.
+        VerificationError: the exported graphs do not do what the program does, a cache is unsafe, or the gate of the
+            recipe is not met; nothing was written.
     """
     progress = progress or Progress()
     target = target_named(recipe.target.name)
@@ -89,8 +93,11 @@ def compile_model(
     if writes and output is not None:
         check_output(output, force=force)
     started = time.perf_counter()
-    captured = _captured(model, recipe, progress)
-    timer, dump = Timer(progress), Dump(captured)
+    timer = Timer(progress)
+    loaded, captured = _captured(model, recipe, progress, timer)
+    if recipe.conditions is not None:
+        check_conditions(recipe.conditions, loaded)
+    dump = Dump(captured)
     instruments: list[Instrument] = [timer, dump, Reproduce(lambda: _reproducer_folder(output), progress)]
     if verify_each:
         instruments.append(VerifyEach(captured, progress))
@@ -99,17 +106,37 @@ def compile_model(
     ran = _prefix(pipeline, stop_after, dry_run)
     program = ran.run(captured, instruments, progress)
     report = _report(captured, program, recipe, target, pipeline, timer)
+    report[SOURCE] = model if isinstance(model, str) else None
     if not writes or output is None:
         return CompileResult(None, report, program.text)
-    spec = program.facts[ModelSpec]
-    with writing(output, model=spec.name, target=target.name, force=force) as folder:
-        report["checks"] = [asdict(check) for check in _export(program, folder, target, progress)]
+    with timer.stage("cached edges"):
+        edges = admit_edges(
+            program, captured, recipe.calibration.seed, allow_unsafe=recipe.gate.allow_unsafe, progress=progress
+        )
+    report["cached_edges"] = edges
+    original = (loaded, captured) if recipe.conditions is not None else None
+    del loaded, captured
+    gc.collect()  # graphs and their modules refer to each other; with them go the weights that were quantized
+    name = program.facts[ModelSpec].name
+    with writing(output, model=name, target=target.name, overrides=overrides(edges), force=force) as folder:
+        report["checks"] = [asdict(check) for check in _export(program, folder, target, progress, timer)]
+        if recipe.conditions is not None and original is not None:
+            with timer.stage("gate"):
+                verdicts = admit_quality(recipe.conditions, *original, program, folder, target, progress)
+            report["gate"] = [asdict(verdict) for verdict in verdicts]
+        progress.stage("write")
         report["seconds"] = round(time.perf_counter() - started, 2)
-        dump.write(folder / "ir")
-        write_plan(folder, spec, program.facts[StepPlan], program.interfaces)
-        (folder / "recipe.lock.toml").write_text(recipe.to_toml(), "utf-8")
-        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        report["stages"] = {name: round(seconds, 3) for name, seconds in timer.stages.items()}
+        _write(folder, program, recipe, report, dump)
     return CompileResult(Bundle.open(output, check=False), report, program.text)
+
+
+def _write(folder: Path, program: Program, recipe: Recipe, report: dict[str, Any], dump: Dump) -> None:
+    """Write all of a bundle but its graphs and weights."""
+    dump.write(folder / "ir")
+    write_plan(folder, program.facts[ModelSpec], program.facts[StepPlan], program.interfaces)
+    (folder / "recipe.lock.toml").write_text(recipe.to_toml(), "utf-8")
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
 
 
 def verify_bundle(bundle: Bundle, progress: Progress | None = None) -> tuple[Check, ...]:
@@ -123,33 +150,40 @@ def verify_bundle(bundle: Bundle, progress: Progress | None = None) -> tuple[Che
     return verify_export(program, bundle.path, target, bundle.interfaces, progress or Progress())
 
 
-def _captured(model: str | LoadedModel, recipe: Recipe, progress: Progress) -> Program:
-    """The captured program with its step plan."""
+def _captured(
+    model: str | LoadedModel, recipe: Recipe, progress: Progress, timer: Timer
+) -> tuple[LoadedModel, Program]:
+    """The model, and the captured program with its step plan."""
     progress.note(f"loading {model}" if isinstance(model, str) else f"taking {model.spec.name}")
-    loaded = load_model(model) if isinstance(model, str) else model
+    with timer.stage("load"):
+        loaded = load_model(model) if isinstance(model, str) else model
     progress.note("capturing with torch.export")
-    program = capture(loaded.module, loaded.spec, loaded.input_names)
     sampling = recipe.sampling
-    plan = make_step_plan(
-        sampling.scheduler, sampling.steps, sampling.guidance, loaded.spec.schedule, program.constants_digest
-    )
-    return program.with_facts(plan)
+    with timer.stage("capture"):
+        program = capture(loaded.module, loaded.spec, loaded.input_names)
+        plan = make_step_plan(
+            sampling.scheduler, sampling.steps, sampling.guidance, loaded.spec.schedule, program.constants_digest
+        )
+    return loaded, program.with_facts(plan)
 
 
-def _export(program: Program, folder: Path, target: Target, progress: Progress) -> tuple[Check, ...]:
+def _export(program: Program, folder: Path, target: Target, progress: Progress, timer: Timer) -> tuple[Check, ...]:
     """Write the program, and its graphs for the target; check them.
 
     Raises:
         VerificationError: a check failed.
     """
     if not target.emits_onnx:
-        save_program(program, folder)
+        with timer.stage("export"):
+            save_program(program, folder)
         return ()
     from qcgraph.export.emit import emit_onnx
 
-    emit_onnx(program, folder, target.opset, progress)
+    with timer.stage("export"):
+        emit_onnx(program, folder, target.opset, progress)
     progress.note("verifying the exported graphs")
-    checks = verify_export(program, folder, target, program.interfaces, progress)
+    with timer.stage("verify"):
+        checks = verify_export(program, folder, target, program.interfaces, progress)
     failed = [check for check in checks if not check.passed]
     if failed:
         raise VerificationError(

@@ -15,6 +15,9 @@ PLAIN_INTERVAL = 10.0  # seconds between two plain lines about the same work
 class Progress:
     """Says nothing; what library calls use unless they are given another one."""
 
+    def stage(self, name: str) -> None:
+        """A stage of a compilation begins, a pass or another; what measures a compilation listens here."""
+
     def note(self, text: str) -> None:
         """One line about what happens now."""
 

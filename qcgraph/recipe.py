@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from qcgraph.errors import UsageError, closest
+from qcgraph.gate import TERMS, Gate
 
 PRESETS = Path(__file__).parent / "presets"
 _BITS = re.compile(r"w([2-8])a([2-8])")
@@ -103,6 +104,23 @@ class PipelineChoice(_Section):
     passes: str = Field("", description="the text of a whole pipeline, or nothing for the default one")
 
 
+def _readable(value: str) -> str:
+    if value:
+        Gate.parse(value)
+    return value
+
+
+class Admission(_Section):
+    """What a compilation has to show before it is written."""
+
+    terms: Annotated[str, AfterValidator(_readable)] = Field(
+        "", description=f'nothing, or conditions such as "psnr>=28,accuracy_drop<=0.01" on {", ".join(TERMS)}'
+    )
+    allow_unsafe: bool = Field(
+        False, description="true or false: whether a cache that carries more quantization noise than change is allowed"
+    )
+
+
 class Recipe(_Section):
     """All that a compilation is asked for.
 
@@ -113,6 +131,7 @@ class Recipe(_Section):
         cache: the schedule and the blocks.
         compensation: variance compensation.
         target: what to export for.
+        gate: conditions on quality, and whether unsafe combinations are allowed.
         pipeline: another pipeline than the default one.
     """
 
@@ -127,6 +146,8 @@ class Recipe(_Section):
         "compensate": ("compensation", "mode"),
         "target": ("target", "name"),
         "seed": ("calibration", "seed"),
+        "gate": ("gate", "terms"),
+        "allow_unsafe": ("gate", "allow_unsafe"),
     }
 
     sampling: Sampling = Sampling()
@@ -135,6 +156,7 @@ class Recipe(_Section):
     cache: Cache = Cache()
     compensation: Compensation = Compensation()
     target: TargetChoice = TargetChoice()
+    gate: Admission = Admission()
     pipeline: PipelineChoice = PipelineChoice()
 
     @classmethod
@@ -196,7 +218,7 @@ class Recipe(_Section):
                 raise UsageError(f"unknown option {name!r}", hint=closest(name, self.OPTIONS))
             section, key = self.OPTIONS[name]
             data[section][key] = value
-        flags = {self.OPTIONS[name]: f"--{name}" for name in given}
+        flags = {self.OPTIONS[name]: f"--{name.replace('_', '-')}" for name in given}
         return self._validated(data, where="recipe", flags=flags)
 
     def to_toml(self) -> str:
@@ -222,6 +244,11 @@ class Recipe(_Section):
         """Every how many steps one computes, None when the cache is off."""
         match = _SCHEDULE.fullmatch(self.cache.schedule)
         return int(match[1]) if match else None
+
+    @property
+    def conditions(self) -> Gate | None:
+        """The gate that quality has to meet, if any."""
+        return Gate.parse(self.gate.terms) if self.gate.terms else None
 
     @classmethod
     def _validated(

@@ -45,7 +45,7 @@ def make_step_plan(name: str, steps: int, guidance: float, schedule: NoiseSchedu
         raise UsageError(
             f"{steps} steps", hint=f"the model knows {schedule.train_steps} timesteps: 1 to that many steps"
         )
-    scheduler = _make(name, schedule)
+    scheduler = make_scheduler(name, schedule)
     try:
         scheduler.set_timesteps(steps)
         timesteps = [float(value) for value in scheduler.timesteps]
@@ -65,7 +65,12 @@ def make_step_plan(name: str, steps: int, guidance: float, schedule: NoiseSchedu
     )
 
 
-def _make(name: str, schedule: NoiseSchedule) -> Any:
+def make_scheduler(name: str, schedule: NoiseSchedule) -> Any:
+    """The diffusers scheduler of a name in `SCHEDULERS`, made for a noise schedule.
+
+    Raises:
+        UsageError: the name is unknown.
+    """
     if name not in SCHEDULERS:
         raise UsageError(f"unknown scheduler {name!r}", hint=closest(name, SCHEDULERS))
     import diffusers

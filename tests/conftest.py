@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,6 +13,7 @@ from qcgraph.capture import capture
 from qcgraph.ir.program import Program
 from qcgraph.models import LoadedModel
 from qcgraph.models.dit import DiT, initialize_random
+from qcgraph.models.eager import EagerRunner
 from qcgraph.models.geometry import DiTConfig
 from qcgraph.schedulers import make_step_plan
 from qcgraph.spec import ModelSpec
@@ -42,18 +42,6 @@ def captured(tiny_model: LoadedModel) -> Program:
     program = capture(tiny_model.module, tiny_model.spec, tiny_model.input_names)
     plan = make_step_plan("ddim", STEPS, 1.5, tiny_model.spec.schedule, program.constants_digest)
     return program.with_facts(plan)
-
-
-class EagerRunner:
-    """The module itself as a sampling backend, without any of qcgraph's graphs."""
-
-    def __init__(self, model: LoadedModel) -> None:
-        self._module = model.module
-
-    def run(self, variant: str, inputs: Mapping[str, np.ndarray], state: object) -> np.ndarray:
-        values = [torch.from_numpy(inputs[name]) for name in ("latent", "timestep", "class_label")]
-        with torch.inference_mode():
-            return self._module(*values).numpy()
 
 
 @pytest.fixture(scope="session")

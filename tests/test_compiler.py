@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import qcgraph
 from qcgraph.bundle import Bundle
@@ -25,6 +27,7 @@ from qcgraph.ir.serialize import load_program
 from qcgraph.models import LoadedModel, load_model
 from qcgraph.models.classifier import load_classifier
 from qcgraph.noise import Noise
+from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
 from qcgraph.runtime import open_runner
 from qcgraph.sampling import Runner, sample
@@ -71,8 +74,40 @@ def test_the_report_tells_what_happened(bundle: Bundle) -> None:
     assert report["cached_range_change"]["relative"] > 0
     assert 0 < report["largest_variance_drift"] < 0.2
     assert [check["passed"] for check in report["checks"]] == [True] * 8
+    assert {"load", "capture", "export", "verify"} <= set(report["stages"])
+    parts = [*report["stages"].values(), *(row["seconds"] for row in report["passes"])]
+    assert 0 < sum(parts) < report["seconds"] + 0.1  # each is rounded
     reasons = [refusal["reason"] for row in report["passes"] for refusal in row["refusals"]]
     assert any("adaLN" in reason for reason in reasons)
+
+
+def test_quantized_weights_are_forgotten_before_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a large model would need memory for its weights in float32 and, at the same time, for all of an export."""
+    weights: dict[str, StorageWeakRef] = {}
+    forgotten: dict[str, set[str]] = {}
+
+    def loading(name: str) -> LoadedModel:
+        model = load_model(name)
+        weights.update(
+            {name: StorageWeakRef(value.untyped_storage()) for name, value in model.module.named_parameters()}
+        )
+        return model
+
+    class AtExport(Progress):
+        def stage(self, name: str) -> None:
+            forgotten[name] = {name for name, storage in weights.items() if storage.expired()}
+            if name == "export":
+                raise InterruptedError
+
+    monkeypatch.setattr("qcgraph.compiler.load_model", loading)
+    recipe = Recipe().override(steps=3, bits="w8a8", cache="interval=3")
+    with pytest.raises(InterruptedError):
+        compile_model("digits", recipe, tmp_path / "digits", progress=AtExport())
+    assert forgotten["insert-qdq"] == set()
+    linears = {name for name in weights if re.fullmatch(r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", name)}
+    assert len(linears) == 24
+    assert linears <= forgotten["export"]
+    assert "pos_embed" not in forgotten["export"]
 
 
 def test_both_backends_draw_the_same_digits(bundle: Bundle) -> None:

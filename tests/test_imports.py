@@ -41,6 +41,7 @@ LAYERS = {
             "qcgraph.calibration",
             "qcgraph.errors",
             "qcgraph.facts",
+            "qcgraph.gate",
             "qcgraph.images",
             "qcgraph.noise",
             "qcgraph.progress",
@@ -66,14 +67,38 @@ LAYERS = {
     "export": Layer(modules=("qcgraph.export",), sees=("core", "ir", "framework")),
     # Running a bundle. With ONNX Runtime that must not import torch, so whatever needs it is imported on demand.
     "runtime": Layer(modules=("qcgraph.runtime",), sees=("core", "ir", "export"), torch=False),
+    # The model a bundle came from: what compares a bundle with it starts here.
+    "origin": Layer(modules=("qcgraph.origin",), sees=("core", "models", "ir", "framework")),
+    # Judging a compilation, in memory or in a bundle.
+    "evaluation": Layer(
+        modules=("qcgraph.evaluation",), sees=("core", "models", "ir", "framework", "export", "runtime", "origin")
+    ),
     # The composition root.
     "compile": Layer(
-        modules=("qcgraph.compiler", "qcgraph.default_pipeline"),
-        sees=("core", "models", "ir", "framework", "passes", "export", "runtime"),
+        modules=("qcgraph.admission", "qcgraph.compiler", "qcgraph.default_pipeline"),
+        sees=("core", "models", "ir", "framework", "passes", "export", "runtime", "origin", "evaluation"),
+    ),
+    # Latency of a bundle against baselines. A process that runs one of them holds that one's runtime alone.
+    "benchmark": Layer(
+        modules=("qcgraph.benchmark",),
+        sees=("core", "models", "framework", "export", "runtime", "origin"),
+        torch=False,
     ),
     "cli": Layer(
         modules=("qcgraph", "qcgraph.__main__", "qcgraph.cli"),
-        sees=("core", "models", "ir", "framework", "passes", "export", "runtime", "compile"),
+        sees=(
+            "core",
+            "models",
+            "ir",
+            "framework",
+            "passes",
+            "export",
+            "runtime",
+            "origin",
+            "evaluation",
+            "compile",
+            "benchmark",
+        ),
         torch=False,
     ),
 }
@@ -82,10 +107,12 @@ LAYERS = {
 INSIDE_FUNCTIONS = (
     "diffusers",
     "matplotlib",
+    "nncf",
     "onnx",
     "onnx_graphsurgeon",
     "onnxruntime",
     "onnxscript",
+    "openvino",
     "scipy",
     "sklearn",
     "tensorrt",

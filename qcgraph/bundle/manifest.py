@@ -43,6 +43,7 @@ class Manifest(BaseModel):
         target: the name of the target.
         packages: the versions of the libraries that it was compiled with.
         files: every other file, by its path with ``/``.
+        overrides: what was let through on demand although a check of the compilation refuses it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,9 +54,10 @@ class Manifest(BaseModel):
     target: str
     packages: dict[str, str]
     files: dict[str, FileEntry]
+    overrides: tuple[str, ...] = ()
 
 
-def write_manifest(folder: Path, model: str, target: str) -> None:
+def write_manifest(folder: Path, model: str, target: str, overrides: tuple[str, ...] = ()) -> None:
     """Write the manifest of a folder that holds all other files.
 
     Raises:
@@ -75,6 +77,7 @@ def write_manifest(folder: Path, model: str, target: str) -> None:
         target=target,
         packages=_package_versions(),
         files=entries,
+        overrides=overrides,
     )
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", "utf-8")
 

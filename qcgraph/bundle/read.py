@@ -31,6 +31,7 @@ from qcgraph.steps import StepPlan
 
 PLAN_FORMAT = 1
 PROGRAM = "program.json"
+REPORT = "report.json"
 IR_FOLDER = "ir"
 
 _IR_NAME = re.compile(rf"{IR_FOLDER}/(?P<index>[0-9]+)_(?P<name>.+)\.txt")
@@ -143,6 +144,11 @@ class Bundle:
         if PROGRAM not in self.manifest.files:
             return ()
         return self._parsed(PROGRAM, lambda data: tuple(dict(record) for record in data["history"]))
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The summary of the compilation, as JSON data; empty where the bundle has none."""
+        return self._parsed(REPORT, dict) if REPORT in self.manifest.files else {}
 
     @cached_property
     def ir_texts(self) -> tuple[IrText, ...]:

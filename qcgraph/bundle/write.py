@@ -61,7 +61,9 @@ def check_output(path: Path, *, force: bool) -> None:
 
 
 @contextmanager
-def writing(path: Path, *, model: str, target: str, force: bool = False) -> Iterator[Path]:
+def writing(
+    path: Path, *, model: str, target: str, overrides: tuple[str, ...] = (), force: bool = False
+) -> Iterator[Path]:
     """Write a bundle in one piece.
 
     The body fills the folder that it is given; it writes at least ``plan.json`` and ``recipe.lock.toml``. The manifest
@@ -71,6 +73,7 @@ def writing(path: Path, *, model: str, target: str, force: bool = False) -> Iter
         path: where the bundle is to be.
         model: the name of the model.
         target: the name of the target.
+        overrides: what was let through on demand, see `Manifest`.
         force: whether a bundle that is there is replaced.
 
     Yields:
@@ -87,7 +90,7 @@ def writing(path: Path, *, model: str, target: str, force: bool = False) -> Iter
         _check_replaceable(place, path, force=force)
         with atomic.replacing_folder(place, has_manifest) as folder:
             yield folder
-            write_manifest(folder, model, target)
+            write_manifest(folder, model, target, overrides)
 
 
 def _check_replaceable(place: Path, path: Path, *, force: bool) -> None:

@@ -13,8 +13,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from qcgraph.cli.bench import bench_command
 from qcgraph.cli.compile import compile_command
 from qcgraph.cli.diff import diff_command
+from qcgraph.cli.evaluate import eval_command
 from qcgraph.cli.inspect import inspect_command
 from qcgraph.cli.listing import models_command, passes_command, targets_command
 from qcgraph.cli.sample import sample_command
@@ -67,7 +69,9 @@ def qcgraph(
 
 app.command("compile")(compile_command)
 app.command("sample")(sample_command)
+app.command("bench")(bench_command)
 app.command("verify")(verify_command)
+app.command("eval")(eval_command)
 app.command("inspect")(inspect_command)
 app.command("diff")(diff_command)
 app.command("passes")(passes_command)

@@ -41,6 +41,13 @@ def compile_command(
     compensate: Annotated[str | None, typer.Option(metavar="vc|off", help="Variance compensation.")] = None,
     target: Annotated[str | None, typer.Option(metavar="NAME", help="What to export for; see qcgraph targets.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="S", help="Seed of the calibration.")] = None,
+    gate: Annotated[
+        str | None,
+        typer.Option(metavar="TERMS", help='Write it only if this holds, for example "psnr>=28,accuracy_drop<=0.01".'),
+    ] = None,
+    allow_unsafe: Annotated[
+        bool, typer.Option("--allow-unsafe", help="Allow a cache that carries more quantization noise than change.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle that is there.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done; sample nothing, write nothing.")
@@ -70,6 +77,8 @@ def compile_command(
         compensate=compensate,
         target=target,
         seed=seed,
+        gate=gate,
+        allow_unsafe=allow_unsafe or None,
     )
     from qcgraph.compiler import compile_model
     from qcgraph.progress import progress_for

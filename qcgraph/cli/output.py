@@ -27,15 +27,16 @@ def console() -> Console:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout; NaN and infinity, which JSON has not, become null."""
-    print(json.dumps(_finite(value), indent=2, allow_nan=False))
+    """One JSON document on stdout (see `finite`)."""
+    print(json.dumps(finite(value), indent=2, allow_nan=False))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value that JSON can hold: NaN and infinity, which it has not, become null."""
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,9 @@ from qcgraph.progress import Progress
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
-def tool(name: str, *arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
+def tool(name: str, *arguments: object, folder: Path, docs: Path | None = None) -> subprocess.CompletedProcess[str]:
+    where = ["--docs", str(docs)] if docs else []
+    command = [sys.executable, str(TOOLS / name), *where, *map(str, arguments)]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
@@ -33,39 +35,73 @@ def test_replay_fails_as_the_compilation_did(captured: Program, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_quality_table(tmp_path: Path) -> None:
-    done = tool(
-        "quality_table.py",
-        "digits",
-        "--steps",
-        6,
-        "--samples",
-        10,
-        "--seeds",
-        1,
-        2,
-        "--rounds",
-        1,
-        "--grid",
-        "a.png",
-        folder=tmp_path,
-    )
+def test_attribution(tmp_path: Path) -> None:
+    options = ["--bits", "w8a8", "--intervals", 2, "--steps", 6, "--groups", 2, "--samples", 8, "--seeds", 2, "--json"]
+    done = tool("attribution.py", "digits", *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert len(rows) == 8  # a heading and seven settings
-    exact = next(row for row in rows if row.startswith("| full precision |"))
-    assert float(exact.split("|")[2].split()[0]) > 100  # dB: float32 in another order
-    assert (tmp_path / "a.png").is_file()
+    document = json.loads(done.stdout)
+    assert document["kind"] == "attribution"
+    (cell,) = document["models"][0]["cells"]
+    values = {key: estimate["value"] for key, estimate in cell["psnr"].items()}
+    assert values["quantization"] > values["both"]
+    assert cell["edge"]["snr"] > 0
+    assert cell["faults"] == []
+    (tmp_path / "stored.json").write_text(json.dumps(document))
+    stored = tool(
+        "benchmarks.py", "record", "--title", "A title", "x", "--", "cat", "stored.json", folder=tmp_path, docs=tmp_path
+    )
+    assert stored.returncode == 0, stored.stderr
+    assert tool("benchmarks.py", "page", folder=tmp_path, docs=tmp_path).returncode == 0
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert "## A title" in page
+    assert "cat stored.json" in page
+    assert f"| w8a8 | 2 | {values['quantization']:.1f} |" in page
+
+
+def test_a_command_that_fails_is_not_recorded(tmp_path: Path) -> None:
+    done = tool("benchmarks.py", "record", "x", "--", "false", folder=tmp_path, docs=tmp_path)
+    assert done.returncode == 1
+    assert "nothing was stored" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_benchmark_page_is_made_of_the_stored_results(tmp_path: Path) -> None:
+    docs = TOOLS.parent / "docs"
+    shutil.copytree(docs / "benchmarks", tmp_path / "benchmarks")
+    assert tool("benchmarks.py", "page", folder=tmp_path, docs=tmp_path).returncode == 0
+    assert (tmp_path / "benchmarks.md").read_text() == (docs / "benchmarks.md").read_text()
 
 
 @pytest.mark.slow
-def test_bench_sampling(tmp_path: Path) -> None:
-    from qcgraph import compile as compile_bundle
-    from qcgraph.recipe import Recipe
-
-    compile_bundle("digits", Recipe().override(steps=4, cache="interval=2"), output=tmp_path / "bundle")
-    done = tool("bench_sampling.py", "digits", "bundle", "--rounds", 1, "--json", folder=tmp_path)
+def test_bench_peers(tmp_path: Path) -> None:
+    options = ["--steps", 3, "--rounds", 1, "--threads", 1, "--baselines", "torch,onnxruntime-dynamic"]
+    done = tool("bench_peers.py", "digits", *options, "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert {"eager", "compiled", "full step", "reuse step"} <= set(report["seconds"])
-    assert set(report["ratios"]) == {"speed-up of whole sampling", "reuse step / full step"}
+    document = json.loads(done.stdout)
+    assert (document["kind"], document["format"]) == ("peers", 1)
+    (report,) = document["models"]
+    assert (report["kind"], report["model"], report["steps"]) == ("bench", "digits", 3)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == ["torch", "onnxruntime-dynamic", "qcgraph, no cache", "qcgraph, interval=3"]
+    assert [row["status"] for row in rows.values()] == ["ok"] * 4
+    assert list(rows["qcgraph, no cache"]["variants"]) == ["main"]
+    assert list(rows["qcgraph, interval=3"]["variants"]) == ["full", "reuse"]
+    assert rows["qcgraph, interval=3"]["mac_ratio"] < 0.5
+
+
+@pytest.mark.slow
+def test_bench_peers_prints_a_table_a_model(tmp_path: Path) -> None:
+    options = ["--steps", 3, "--rounds", 1, "--threads", 1, "--baselines", "torch"]
+    done = tool("bench_peers.py", "digits", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "### digits" in done.stdout.splitlines()
+    table = [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [row[0].strip() for row in table[2:]] == [
+        "torch (PyTorch eager, float32)",
+        "qcgraph, no cache",
+        "qcgraph, interval=3",
+    ]
+    assert {len(row) for row in table} == {9}
+    failed = tool("bench_peers.py", "digits", "--rounds", 0, folder=tmp_path)
+    assert failed.returncode == 2
+    assert "--rounds: 0 is not positive" in failed.stderr

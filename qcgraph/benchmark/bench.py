@@ -1,0 +1,259 @@
+"""The comparison of bundles with baselines, from options to a report."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from qcgraph.benchmark.baselines import BASELINES, DEFAULT, REFERENCE, Baseline
+from qcgraph.benchmark.candidates import Candidate, build, check_all, make_candidates, open_all, try_alone
+from qcgraph.benchmark.machine import read_machine, usable_cores, versions
+from qcgraph.benchmark.report import BenchReport, Ratio, Row, Throughput, cache_bytes
+from qcgraph.benchmark.timing import Call, Timing, paired
+from qcgraph.benchmark.turns import FORWARD, Turn, by_variant, counted, denoiser_batch, first_step, section
+from qcgraph.benchmark.workspace import Workspace
+from qcgraph.bundle import Bundle
+from qcgraph.errors import UsageError
+from qcgraph.progress import Progress
+from qcgraph.spec import ModelSpec
+from qcgraph.steps import StepPlan
+
+OURS = "qcgraph"
+PACKAGES = ("nncf", "numpy", "onnx", "onnxruntime", "openvino", "qcgraph", "torch")
+THROUGHPUT_ROUNDS = 3  # of sections; large batches are slow, and nothing is divided by what they give
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure.
+
+    Attributes:
+        baselines: what to compare with.
+        samples: how many samples are drawn at once; with guidance the denoiser sees twice as many.
+        batches: numbers of samples at once to give the throughput at.
+        rounds: how often everyone is timed.
+        threads: how many threads each may use; all cores when None.
+        forward_only: whether forwards are timed in sections of a trajectory, instead of whole sampling.
+
+    Raises:
+        UsageError: a number is not positive.
+    """
+
+    baselines: tuple[Baseline, ...] = tuple(BASELINES[name] for name in DEFAULT)
+    samples: int = 1
+    batches: tuple[int, ...] = (1, 4, 16)
+    rounds: int = 5
+    threads: int | None = None
+    forward_only: bool = False
+
+    def __post_init__(self) -> None:
+        numbers = {"--samples": (self.samples,), "--rounds": (self.rounds,), "--batches": self.batches}
+        numbers["--threads"] = () if self.threads is None else (self.threads,)
+        for name, values in numbers.items():
+            if any(value < 1 for value in values):
+                raise UsageError(f"{min(values)} is not positive", where=name, hint="1 or more")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Turns of one candidate: the seconds of each, and the calls of the denoiser in each."""
+
+    seconds: Timing
+    calls: tuple[tuple[Call, ...], ...]
+
+
+def bench(
+    bundles: Mapping[str, Bundle],
+    options: BenchOptions,
+    model: str | None = None,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Measure bundles of one model against baselines.
+
+    Args:
+        bundles: what to measure, by the name of its row; they share model, scheduler, steps and guidance.
+        options: what to measure.
+        model: where to load the model from; by default what the first bundle recorded.
+        progress: where progress goes.
+
+    Raises:
+        UsageError: the model is not the one that a bundle was compiled from, or the bundles do not belong together.
+        BundleError: a bundle does not run.
+    """
+    progress = progress or Progress()
+    machine = read_machine()
+    first = _check_together(bundles)
+    threads = options.threads or usable_cores()
+    with tempfile.TemporaryDirectory(prefix="qcgraph-") as folder:
+        workspace = Workspace(Path(folder), first.path, model, threads)
+        _check_origin(workspace, progress)
+        candidates = make_candidates(bundles, options.baselines)
+        build(candidates, workspace, progress)
+        samples, forward_only = options.samples, options.forward_only
+        try_alone(candidates, workspace, progress, samples=samples, rounds=options.rounds, forward_only=forward_only)
+        open_all(candidates, workspace)
+        progress.note("comparing noise predictions with PyTorch eager")
+        check_all(candidates, workspace, samples, forward_only=forward_only)
+        measured = _race(candidates, options, first.spec, progress)
+        throughput = _throughput(candidates, options, first.spec, progress)
+    return BenchReport(
+        bundle=str(first.path),
+        model=model or first.report.get("source") or first.spec.name,
+        plan=first.plan.describe(),
+        target=first.manifest.target,
+        steps=len(first.plan),
+        guidance=first.plan.fingerprint.guidance,
+        threads=threads,
+        samples=samples,
+        rounds=options.rounds,
+        forward_only=forward_only,
+        machine=machine,
+        versions=versions(PACKAGES),
+        rows=tuple(_row(candidate, measured, options) for candidate in candidates),
+        throughput=throughput,
+    )
+
+
+def _check_together(bundles: Mapping[str, Bundle]) -> Bundle:
+    """The first bundle; all must sample the same model in the same steps."""
+    first, *others = bundles.values()
+    for other in others:
+        if other.plan.fingerprint != first.plan.fingerprint:
+            raise UsageError(
+                f"does not belong beside {first.path}: it samples another model, or in other steps",
+                where=str(other.path),
+                hint="compare bundles that were compiled from one model, for the same scheduler, steps and guidance",
+            )
+    return first
+
+
+def _check_origin(workspace: Workspace, progress: Progress) -> None:
+    """Load the model and refuse another than the one that was compiled."""
+    import torch
+
+    from qcgraph.origin import captured_origin
+
+    torch.set_num_threads(workspace.threads)
+    progress.note("loading the model and comparing it with the bundle's")
+    captured_origin(workspace.bundle, workspace.model)
+
+
+def _race(
+    candidates: Sequence[Candidate], options: BenchOptions, spec: ModelSpec, progress: Progress
+) -> dict[str, Measured]:
+    """The rounds of whole sampling, or of sections of it."""
+    what = "forwards" if options.forward_only else "whole sampling"
+    progress.note(f"timing {what}, {options.rounds} rounds")
+    plans = {candidate.name: candidate.plan for candidate in candidates}
+    if options.forward_only:
+        plans = {name: section(plan) for name, plan in plans.items()}
+    return _take_turns(candidates, plans, spec, options.samples, options.rounds, progress)
+
+
+def _throughput(
+    candidates: Sequence[Candidate], options: BenchOptions, spec: ModelSpec, progress: Progress
+) -> tuple[Throughput, ...]:
+    """Samples a second at every batch, from sections of the trajectory."""
+    rounds = min(options.rounds, THROUGHPUT_ROUNDS)
+    sections = {candidate.name: section(candidate.plan) for candidate in candidates}
+    found = []
+    for batch in options.batches:
+        progress.note(f"timing {batch} at once")
+        measured = _take_turns(candidates, sections, spec, batch, rounds, progress)
+        found += [
+            Throughput(candidate.name, batch, batch / sampling_seconds(candidate.plan, measured[candidate.name]))
+            for candidate in candidates
+            if candidate.name in measured
+        ]
+    return tuple(found)
+
+
+def _take_turns(
+    candidates: Sequence[Candidate],
+    plans: Mapping[str, StepPlan],
+    spec: ModelSpec,
+    samples: int,
+    rounds: int,
+    progress: Progress,
+) -> dict[str, Measured]:
+    """Warm everyone up with a section, then time turns; a baseline that fails on the way is not in the result."""
+    calls: dict[str, list[tuple[Call, ...]]] = {candidate.name: [] for candidate in candidates}
+
+    def draw(candidate: Candidate, plan: StepPlan) -> tuple[Call, ...]:
+        runner = candidate.runner
+        if runner is None:
+            return ()
+        candidate.attempt(lambda: Turn(plan, spec, samples).draw(runner))
+        return runner.take()
+
+    def take_turn(candidate: Candidate, plan: StepPlan) -> None:
+        calls[candidate.name].append(draw(candidate, plan))
+
+    turns: dict[str, Callable[[], object]] = {}
+    warm_up: dict[str, Callable[[], object]] = {}
+    for candidate in candidates:
+        plan = plans[candidate.name]
+        draw(candidate, section(candidate.plan))
+        turns[candidate.name] = partial(take_turn, candidate, plan)
+        if plan == candidate.plan:  # a section does not count its first step, a whole trajectory has to
+            warm_up[candidate.name] = partial(draw, candidate, first_step(plan))
+    seconds = paired(turns, rounds, warm_up, progress)
+    return {
+        candidate.name: Measured(seconds[candidate.name], tuple(calls[candidate.name]))
+        for candidate in candidates
+        if candidate.runs
+    }
+
+
+def sampling_seconds(plan: StepPlan, measured: Measured) -> float:
+    """What whole sampling takes by sections of it: for every step the median of its variant, and of what is around it.
+
+    Args:
+        plan: the whole plan.
+        measured: turns over a section of the plan.
+    """
+    kept = by_variant([call for turn in measured.calls for call in counted(turn)])
+    medians = {variant: statistics.median(seconds) for variant, seconds in kept.items()}
+    around = statistics.median(
+        (seconds - sum(call.seconds for call in turn)) / len(turn)
+        for seconds, turn in zip(measured.seconds.seconds, measured.calls, strict=True)
+    )
+    return sum(medians[step.variant] + around for step in plan.steps)
+
+
+def _row(candidate: Candidate, measured: Mapping[str, Measured], options: BenchOptions) -> Row:
+    bundle = candidate.bundle
+    row = Row(
+        name=candidate.name,
+        description=candidate.description,
+        bundle=str(bundle.path) if bundle else None,
+        status=candidate.status,
+        problem=candidate.problem,
+        error=candidate.error,
+        mac_ratio=bundle.report.get("mac_ratio") if bundle else 1.0,
+        cache_bytes=cache_bytes(bundle.interfaces, denoiser_batch(candidate.plan, options.samples)) if bundle else 0,
+        alone=candidate.alone,
+    )
+    own, reference = measured.get(candidate.name), measured.get(REFERENCE)
+    if own is None:
+        return row
+    variants = _variants(own, options)
+    forward = variants[candidate.computing]
+    row = replace(row, forward=forward, variants=variants if bundle else {})
+    if not options.forward_only:
+        row = replace(row, sampling=own.seconds)
+    if reference is None:
+        return row
+    eager = _variants(reference, options)[FORWARD]
+    speedup = None if options.forward_only else Ratio.of(reference.seconds, own.seconds)
+    return replace(row, speedup=speedup, forward_speedup=eager.median / forward.median)
+
+
+def _variants(measured: Measured, options: BenchOptions) -> dict[str, Timing]:
+    """The seconds of a step by variant, over all rounds; of sections without the call that does not count."""
+    calls = [call for turn in measured.calls for call in (counted(turn) if options.forward_only else turn)]
+    return {variant: Timing.of(seconds) for variant, seconds in by_variant(calls).items()}

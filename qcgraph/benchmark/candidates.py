@@ -1,0 +1,207 @@
+"""Those that take part in a comparison: built, tried alone, opened, and checked to compute the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from qcgraph.benchmark.baselines import Baseline
+from qcgraph.benchmark.inputs import RecordingRunner
+from qcgraph.benchmark.timing import TimedRunner
+from qcgraph.benchmark.turns import Turn, section, single_variant
+from qcgraph.benchmark.worker import Alone, TaskError, attempt, build_file, run_alone
+from qcgraph.benchmark.workspace import Workspace
+from qcgraph.bundle import Bundle
+from qcgraph.errors import BundleError
+from qcgraph.progress import Progress
+from qcgraph.runtime import open_runner
+from qcgraph.steps import StepPlan
+
+RUNS_ALONE = 3  # of a process of its own; it is compared with the median of the rounds, not paired with any
+
+
+@dataclass
+class Candidate:
+    """One that takes part, and what is known of it so far.
+
+    Attributes:
+        name: its row.
+        description: one line on what it is.
+        plan: its steps.
+        baseline: how to run it, or None for a bundle.
+        bundle: the bundle, or None for a baseline.
+        status: see `qcgraph.benchmark.report.Row`.
+        problem: see there.
+        alone: how it ran in a process of its own.
+        error: relative L2 error of a noise prediction against eager.
+        runner: what runs it here.
+    """
+
+    name: str
+    description: str
+    plan: StepPlan
+    baseline: Baseline | None = None
+    bundle: Bundle | None = None
+    status: str = "ok"
+    problem: str = ""
+    alone: Alone | None = None
+    error: float | None = None
+    runner: TimedRunner | None = field(default=None, repr=False)
+
+    @property
+    def runs(self) -> bool:
+        """Whether it is still in the race."""
+        return self.status in ("ok", "wrong")
+
+    @property
+    def computing(self) -> str:
+        """The variant that computes."""
+        return self.plan.steps[0].variant
+
+    def attempt(self, action: Callable[[], object]) -> None:
+        """Do something with it, if it still runs; a baseline that fails is out, with the reason.
+
+        Raises:
+            BundleError: a bundle failed, without which there is nothing to compare.
+        """
+        if not self.runs:
+            return
+        try:
+            attempt(action)
+        except TaskError as failure:
+            if self.bundle is not None:
+                raise BundleError(
+                    f"does not run: {failure}", where=str(self.bundle.path), hint="check it with qcgraph verify"
+                ) from failure
+            self.status, self.problem, self.runner = "failed", str(failure), None
+
+
+def make_candidates(bundles: Mapping[str, Bundle], baselines: Sequence[Baseline]) -> list[Candidate]:
+    """The baselines, then the bundles, in one plan of steps."""
+    steps = single_variant(next(iter(bundles.values())).plan)
+    return [
+        *(Candidate(baseline.name, baseline.description, steps, baseline=baseline) for baseline in baselines),
+        *(Candidate(name, _description(bundle), bundle.plan, bundle=bundle) for name, bundle in bundles.items()),
+    ]
+
+
+def build(candidates: Sequence[Candidate], workspace: Workspace, progress: Progress) -> None:
+    """Build the files of every baseline, each file once."""
+    problems: dict[str, str] = {}
+    for candidate in candidates:
+        baseline = candidate.baseline
+        if baseline is None:
+            continue
+        if missing := baseline.missing():
+            candidate.status, candidate.problem = "missing", missing
+            continue
+        for name in baseline.files:
+            if name not in problems:
+                progress.note(f"building {name}")
+                problems[name] = _problem_of(workspace, name)
+            if problems[name]:
+                candidate.status, candidate.problem = "failed", problems[name]
+                break
+
+
+def try_alone(
+    candidates: Sequence[Candidate],
+    workspace: Workspace,
+    progress: Progress,
+    *,
+    samples: int,
+    rounds: int,
+    forward_only: bool,
+) -> None:
+    """Run everyone in a process of its own; one that would take a process down does so there."""
+
+    def run(candidate: Candidate) -> None:
+        progress.note(f"running {candidate.name} alone")
+        candidate.alone = run_alone(
+            workspace,
+            candidate.name,
+            bundle=candidate.bundle.path if candidate.bundle else None,
+            samples=samples,
+            runs=min(rounds, RUNS_ALONE),
+            forward_only=forward_only,
+        )
+
+    for candidate in candidates:
+        candidate.attempt(partial(run, candidate))
+
+
+def open_all(candidates: Sequence[Candidate], workspace: Workspace) -> None:
+    """Give everyone a runner in this process."""
+
+    def open_one(candidate: Candidate) -> None:
+        if candidate.baseline is not None:
+            candidate.runner = TimedRunner(candidate.baseline.open(workspace))
+        elif candidate.bundle is not None:
+            candidate.runner = TimedRunner(open_runner(candidate.bundle, None, workspace.threads))
+
+    for candidate in candidates:
+        candidate.attempt(partial(open_one, candidate))
+
+
+def check_all(candidates: Sequence[Candidate], workspace: Workspace, samples: int, *, forward_only: bool) -> None:
+    """Compare a noise prediction of everyone with that of PyTorch eager, from the middle of a trajectory of the model.
+
+    A float32 baseline that is not within its tolerance is marked as wrong; it is timed all the same.
+    """
+    plan = workspace.bundle.plan
+    recorder = _record(workspace, section(plan) if forward_only else plan, samples)
+    index = _middle_computing_step(candidates, len(recorder.inputs))
+    inputs = recorder.inputs[index]
+    expected = recorder.predictions[index][:, : workspace.bundle.spec.latent_shape[0]]
+
+    def compare(candidate: Candidate) -> None:
+        assert candidate.runner is not None
+        step = candidate.plan.steps[index]
+        tables = {"group": np.asarray(step.group), "row": np.asarray(step.row)}
+        found = candidate.runner.run(candidate.computing, inputs | tables, {})[:, : expected.shape[1]]
+        candidate.runner.take()
+        candidate.error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+    for candidate in candidates:
+        candidate.attempt(partial(compare, candidate))
+        limit = candidate.baseline.tolerance if candidate.baseline else None
+        if limit is not None and candidate.error is not None and not candidate.error < limit:  # NaN is wrong, too
+            candidate.status = "wrong"
+            candidate.problem = f"does not compute the model: relative error {candidate.error:.1e}, limit {limit:.0e}"
+
+
+def _record(workspace: Workspace, plan: StepPlan, samples: int) -> RecordingRunner:
+    """What goes into the model and comes out of it along its own trajectory."""
+    from qcgraph.models.eager import EagerRunner
+
+    recorder = RecordingRunner(EagerRunner(workspace.model))
+    Turn(plan, workspace.bundle.spec, samples).draw(recorder)
+    return recorder
+
+
+def _middle_computing_step(candidates: Sequence[Candidate], steps: int) -> int:
+    """The index, among the first steps, of one in the middle of those that everyone computes."""
+    computing = [
+        index
+        for index in range(steps)
+        if all(candidate.plan.steps[index].variant == candidate.computing for candidate in candidates)
+    ]
+    return computing[len(computing) // 2]
+
+
+def _problem_of(workspace: Workspace, name: str) -> str:
+    """Build a file; why it could not be built, empty when it was."""
+    try:
+        build_file(workspace, name)
+    except TaskError as failure:
+        return f"building {name}: {failure}"
+    return ""
+
+
+def _description(bundle: Bundle) -> str:
+    recipe = bundle.recipe
+    parts = (recipe.quantization.bits, f"cache {recipe.cache.schedule}", f"compensation {recipe.compensation.mode}")
+    return f"{bundle.manifest.target}: {', '.join(parts)}"

@@ -1,0 +1,61 @@
+"""What a denoiser is called with along real trajectories: to calibrate quantizers, and to check that all agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcgraph.benchmark.workspace import INPUTS, Workspace
+from qcgraph.calibration import FIRST_INDEX, calibration_labels
+from qcgraph.sampling import Array, Runner, State, sample
+
+Inputs = dict[str, npt.NDArray[np.generic]]
+
+# Quantizers of peers are calibrated on these: full precision trajectories of the bundle's own sampler, with the noise
+# that qcgraph calibrates on, which no evaluation and no other sample shares.
+CALIBRATION_TRAJECTORIES = 4
+CALIBRATION_STEPS = 16
+
+
+class RecordingRunner:
+    """Another runner (see `qcgraph.sampling.Runner`), with the inputs and the prediction of every call."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.inputs: list[Inputs] = []
+        self.predictions: list[Array] = []
+
+    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
+        """Run one variant and keep copies of what went in and out."""
+        result = self._runner.run(variant, inputs, state)
+        self.inputs.append({name: value.copy() for name, value in inputs.items()})
+        self.predictions.append(result.copy())
+        return result
+
+
+def write_calibration(workspace: Workspace, path: Path) -> None:
+    """Sample in full precision and write the inputs of evenly spaced steps, each f32[K,B,...], as an ``.npz`` file."""
+    import torch
+
+    from qcgraph.models.eager import EagerRunner
+
+    torch.set_num_threads(workspace.threads)
+    plan, spec = workspace.bundle.plan, workspace.model.spec
+    recorder = RecordingRunner(EagerRunner(workspace.model))
+    labels = calibration_labels(CALIBRATION_TRAJECTORIES, 0, spec)
+    sample(recorder, plan, spec, labels, 0, batch=len(labels), first_index=FIRST_INDEX)
+    count = min(CALIBRATION_STEPS, len(plan))
+    picked = np.unique(np.linspace(0, len(plan) - 1, count).round().astype(int))
+    columns: dict[str, Any] = {name: np.stack([recorder.inputs[index][name] for index in picked]) for name in INPUTS}
+    np.savez(path, **columns)
+
+
+def read_calibration(path: Path) -> list[dict[str, npt.NDArray[np.generic]]]:
+    """The inputs that `write_calibration` wrote, one dictionary a step."""
+    with np.load(path) as stored:
+        columns = {name: stored[name] for name in INPUTS}
+    return [{name: column[index] for name, column in columns.items()} for index in range(len(columns["latent"]))]

@@ -1,0 +1,121 @@
+"""Baselines that ONNX Runtime runs: float32, and its own quantizers, dynamic and static."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcgraph.benchmark.inputs import read_calibration
+from qcgraph.benchmark.machine import read_machine
+from qcgraph.benchmark.workspace import INPUTS, Workspace
+from qcgraph.export.run_onnxruntime import load_session, session_options
+from qcgraph.sampling import Array, State
+from qcgraph.spec import OUTPUT
+
+FLOAT = "model.onnx"
+CALIBRATION = "calibration.npz"
+DYNAMIC = "dynamic.onnx"
+STATIC = "static.onnx"
+
+OPSET = 23  # the first with Attention, as the graphs of qcgraph have: fewer nodes, and never slower
+PRODUCTS = ["MatMul", "Gemm"]  # Attention is not quantized: the quantizer makes a node of it that cannot be loaded
+
+
+class OnnxRuntimePeer:
+    """Runs one ONNX graph for every step (see `qcgraph.sampling.Runner`)."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self._session = load_session(path, session_options(threads))
+
+    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
+        """The noise prediction, f32[B,C_out,H,W]."""
+        prediction: Array = self._session.run([OUTPUT], {name: inputs[name] for name in INPUTS})[0]
+        return prediction
+
+
+def export_float(workspace: Workspace, path: Path) -> None:
+    """Export the model with `torch.onnx.export`, as PyTorch's documentation says, with a dynamic batch."""
+    import onnx
+    import torch
+
+    program = torch.onnx.export(
+        workspace.positional_module(),
+        workspace.example_inputs(),
+        dynamo=True,
+        opset_version=OPSET,
+        dynamic_shapes=workspace.dynamic_batch(),
+        input_names=list(INPUTS),
+        output_names=[OUTPUT],
+        verbose=False,
+    )
+    assert program is not None
+    program.save(path, external_data=True)  # a graph file alone cannot hold more than 2 GiB
+    # The exporter records shapes from before its own optimizer transposed weights, and the shape inference of
+    # ONNX Runtime's quantizers refuses them.
+    proto = onnx.load(str(path), load_external_data=False)
+    del proto.graph.value_info[:]
+    onnx.save(proto, str(path))
+
+
+def quantize_dynamically(workspace: Workspace, path: Path) -> None:
+    """Quantize every product of activations and weights; activation scales are computed in every call."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        workspace.folder / FLOAT,
+        path,
+        op_types_to_quantize=PRODUCTS,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        reduce_range=read_machine().saturates,
+        use_external_data_format=True,
+    )
+
+
+def quantize_statically(workspace: Workspace, path: Path) -> None:
+    """Quantize every product of activations and weights, with activation scales from real trajectories.
+
+    Tried on a DiT-S/2: products of two activations quantized too, outputs quantized too, and all operators quantized
+    (the default) were no faster, and less accurate; preprocessing with ``quant_pre_process`` made no difference.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no annotations
+        def __init__(self) -> None:
+            self._items = iter(read_calibration(workspace.folder / CALIBRATION))
+
+        def get_next(self) -> Any:
+            return next(self._items, None)
+
+    quantize_static(
+        workspace.folder / FLOAT,
+        path,
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=PRODUCTS,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        reduce_range=read_machine().saturates,
+        use_external_data_format=True,
+        extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": PRODUCTS},
+    )
+
+
+def open_float(workspace: Workspace) -> OnnxRuntimePeer:
+    """The exported model."""
+    return OnnxRuntimePeer(workspace.folder / FLOAT, workspace.threads)
+
+
+def open_dynamic(workspace: Workspace) -> OnnxRuntimePeer:
+    """The dynamically quantized model."""
+    return OnnxRuntimePeer(workspace.folder / DYNAMIC, workspace.threads)
+
+
+def open_static(workspace: Workspace) -> OnnxRuntimePeer:
+    """The statically quantized model."""
+    return OnnxRuntimePeer(workspace.folder / STATIC, workspace.threads)

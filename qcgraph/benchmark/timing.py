@@ -1,0 +1,125 @@
+"""Timing: candidates in turn, round after round, and the seconds of every call of a denoiser inside of them."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qcgraph.progress import Progress
+from qcgraph.sampling import Array, Runner, State
+
+# Threads that wait for work spin for a few milliseconds before they sleep; those of one candidate must not take cores
+# from the next.
+SETTLE_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of repeated runs.
+
+    Attributes:
+        seconds: one value a run, in order; at least one.
+    """
+
+    seconds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        """The timing of some runs."""
+        return cls(tuple(seconds))
+
+    @property
+    def minimum(self) -> float:
+        """The fastest run, in seconds."""
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        """The median run, in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def maximum(self) -> float:
+        """The slowest run, in seconds."""
+        return max(self.seconds)
+
+    def __str__(self) -> str:
+        return f"{self.minimum:.3f} / {self.median:.3f} / {self.maximum:.3f}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a denoiser: the variant that ran, and how long it took."""
+
+    variant: str
+    seconds: float
+
+
+class TimedRunner:
+    """Another runner (see `qcgraph.sampling.Runner`), with the seconds of every call."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._calls: list[Call] = []
+
+    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
+        """Run one variant, timed."""
+        start = time.perf_counter()
+        result = self._runner.run(variant, inputs, state)
+        self._calls.append(Call(variant, time.perf_counter() - start))
+        return result
+
+    def take(self) -> tuple[Call, ...]:
+        """The calls since the last time this was asked, in order."""
+        taken = tuple(self._calls)
+        self._calls.clear()
+        return taken
+
+
+def paired(
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: Mapping[str, Callable[[], object]] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Timing]:
+    """Time candidates in turn, round after round, every other round in reverse order.
+
+    Drift of the machine then hits all of them alike, and nobody always follows the same one.
+
+    Args:
+        candidates: what to time, by name.
+        rounds: how often each runs.
+        warm_up: what to call right before a candidate, untimed: whoever ran in between has the caches.
+        progress: reports the rounds.
+
+    Returns:
+        The timing of each; its values are in the order of the rounds, so those of one round can be compared.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
+    for index in (progress or Progress()).track(range(rounds), "rounds"):
+        for name in names if index % 2 == 0 else reversed(names):
+            seconds[name].append(timed(candidates[name], (warm_up or {}).get(name)))
+    return {name: Timing.of(values) for name, values in seconds.items()}
+
+
+def timed(candidate: Callable[[], object], warm_up: Callable[[], object] | None = None) -> float:
+    """The seconds of one run, with no other threads awake and no garbage to collect.
+
+    Args:
+        candidate: what is timed.
+        warm_up: called before it, untimed.
+    """
+    gc.collect()
+    time.sleep(SETTLE_SECONDS)
+    if warm_up is not None:
+        warm_up()
+    start = time.perf_counter()
+    candidate()
+    return time.perf_counter() - start

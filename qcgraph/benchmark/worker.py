@@ -1,0 +1,208 @@
+"""A process of its own for one task: to build a file of a baseline, or to run one candidate alone.
+
+    python -m qcgraph.benchmark.worker REQUEST.json RESULT.json
+
+Building in another process keeps what exporters and quantizers patch and leave behind out of the one that times.
+Running alone gives the peak memory of one candidate, and its latency with nothing beside it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qcgraph.benchmark.baselines import BASELINES, BUILDERS
+from qcgraph.benchmark.machine import peak_resident_bytes, resident_bytes
+from qcgraph.benchmark.timing import Call, TimedRunner, timed
+from qcgraph.benchmark.turns import Turn, by_variant, counted, first_step, section, single_variant
+from qcgraph.benchmark.workspace import Workspace
+from qcgraph.bundle import Bundle
+from qcgraph.errors import QcgraphError
+from qcgraph.export.targets import target_named
+from qcgraph.runtime import open_runner
+from qcgraph.sampling import Runner
+
+_Value = TypeVar("_Value")
+_STDERR_END = 2000  # characters of a dead process's messages that are looked at
+
+
+class TaskError(Exception):
+    """A task raised, or its process died; the text is one line."""
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A candidate that ran alone in its process.
+
+    Attributes:
+        sampling: seconds of whole sampling, one a run; empty where only forwards were asked for.
+        forward: seconds of every computing step.
+        base_bytes: resident memory with the runtime imported, before anything was loaded; None where unknown.
+        peak_bytes: the most resident memory of the process, loading included; None where unknown.
+    """
+
+    sampling: tuple[float, ...]
+    forward: tuple[float, ...]
+    base_bytes: int | None
+    peak_bytes: int | None
+
+
+def build_file(workspace: Workspace, name: str) -> None:
+    """Build one of `BUILDERS` in a process of its own.
+
+    Raises:
+        TaskError: it could not be built.
+    """
+    _run({"task": "build", "file": name, "workspace": workspace.encode()})
+
+
+def run_alone(
+    workspace: Workspace, candidate: str, *, bundle: Path | None, samples: int, runs: int, forward_only: bool
+) -> Alone:
+    """Run one candidate in a process of its own.
+
+    Args:
+        workspace: where its files are.
+        candidate: the name of a baseline; not looked at for a bundle.
+        bundle: the bundle that is to run, None for a baseline.
+        samples: how many samples are drawn at once.
+        runs: how often it is timed, after a warm-up.
+        forward_only: whether a section of the trajectory is enough.
+
+    Raises:
+        TaskError: it did not run.
+    """
+    result = _run(
+        {
+            "task": "alone",
+            "candidate": candidate,
+            "bundle": str(bundle) if bundle else None,
+            "workspace": workspace.encode(),
+            "samples": samples,
+            "runs": runs,
+            "forward_only": forward_only,
+        }
+    )
+    return Alone(tuple(result["sampling"]), tuple(result["forward"]), result["base_bytes"], result["peak_bytes"])
+
+
+def attempt(action: Callable[[], _Value]) -> _Value:
+    """Call code of a peer.
+
+    Raises:
+        TaskError: with the first line of whatever it raised.
+    """
+    try:
+        return action()
+    except Exception as error:  # peers raise anything; it becomes the row of that peer, and the others stand
+        raise TaskError(one_line(error)) from error
+
+
+def one_line(error: Exception) -> str:
+    """The type of an error and the first line of what it says; of our own errors, what they say."""
+    if isinstance(error, TaskError):
+        return str(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, QcgraphError):
+        return error.message.splitlines()[0]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def main() -> None:
+    """Do what the request says and write what came of it."""
+    request = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    tasks = {"build": _build, "alone": _alone}
+    try:
+        result = attempt(lambda: tasks[request["task"]](request))
+    except TaskError as failure:
+        result = {"failure": str(failure)}
+    Path(sys.argv[2]).write_text(json.dumps(result), "utf-8")
+
+
+def _build(request: dict[str, Any]) -> dict[str, Any]:
+    workspace = Workspace.decode(request["workspace"])
+    BUILDERS[request["file"]](workspace, workspace.folder / request["file"])
+    return {}
+
+
+def _alone(request: dict[str, Any]) -> dict[str, Any]:
+    workspace = Workspace.decode(request["workspace"])
+    bundle = Bundle.open(request["bundle"], check=False) if request["bundle"] else None
+    importlib.import_module(_runtime(request["candidate"], bundle))
+    base = resident_bytes()
+    plan, spec = workspace.bundle.plan, workspace.bundle.spec
+    opened: Runner
+    if bundle is not None:
+        plan, opened = bundle.plan, open_runner(bundle, None, workspace.threads)
+    else:
+        plan, opened = single_variant(plan), BASELINES[request["candidate"]].open(workspace)
+    computing, runner = plan.steps[0].variant, TimedRunner(opened)
+    whole, part, first = (Turn(part, spec, request["samples"]) for part in (plan, section(plan), first_step(plan)))
+    part.draw(runner)
+    runner.take()
+
+    def warm_up() -> None:
+        first.draw(runner)
+        runner.take()
+
+    sampling: list[float] = []
+    calls: list[Call] = []
+    for _ in range(request["runs"]):
+        if request["forward_only"]:
+            part.draw(runner)
+            calls += counted(runner.take())
+        else:
+            sampling.append(timed(lambda: whole.draw(runner), warm_up))
+            calls += runner.take()
+    return {
+        "sampling": sampling,
+        "forward": by_variant(calls)[computing],
+        "base_bytes": base,
+        "peak_bytes": peak_resident_bytes(),
+    }
+
+
+def _runtime(candidate: str, bundle: Bundle | None) -> str:
+    """The module that runs a candidate."""
+    return BASELINES[candidate].runtime if bundle is None else target_named(bundle.manifest.target).backend
+
+
+def _run(request: dict[str, Any]) -> dict[str, Any]:
+    """Run this module in another process.
+
+    Raises:
+        TaskError: the task raised, or the process died.
+    """
+    with tempfile.TemporaryDirectory(prefix="qcgraph-") as folder:
+        question, answer = Path(folder) / "request.json", Path(folder) / "result.json"
+        question.write_text(json.dumps(request), "utf-8")
+        command = [sys.executable, "-P", "-m", __name__, str(question), str(answer)]
+        # What this process can import, a factory of the user for example, the other one can.
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
+        )
+        result = json.loads(answer.read_text("utf-8")) if answer.is_file() else {"failure": _death(done)}
+    if "failure" in result:
+        raise TaskError(result["failure"])
+    return dict(result)
+
+
+def _death(done: subprocess.CompletedProcess[str]) -> str:
+    """How a process ended that wrote no result, and the last it said."""
+    end = f"killed by {signal.Signals(-done.returncode).name}" if done.returncode < 0 else f"exit {done.returncode}"
+    last = [line.strip() for line in done.stderr[-_STDERR_END:].splitlines() if line.strip()]
+    return f"its process ended ({end})" + (f": {last[-1]}" if last else "")
+
+
+if __name__ == "__main__":
+    main()

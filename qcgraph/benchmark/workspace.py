@@ -1,0 +1,93 @@
+"""Where baselines are built: a folder, the bundle they are compared with, and the model that it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcgraph.bundle import Bundle
+from qcgraph.models import LoadedModel
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+INPUTS = ("latent", "timestep", "class_label")  # the inputs of a denoiser, in the order its graphs have them
+EXAMPLE_BATCH = 3  # any but 1, which torch.export would take for a constant
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What a process needs to build or to open a baseline; as JSON it travels between processes.
+
+    Attributes:
+        folder: where files are built, and found by those who open them.
+        bundle_path: the bundle.
+        model_name: where to load the model from; None means what the bundle recorded.
+        threads: how many threads everything uses.
+    """
+
+    folder: Path
+    bundle_path: Path
+    model_name: str | None
+    threads: int
+
+    @classmethod
+    def decode(cls, data: dict[str, Any]) -> Workspace:
+        """A workspace from its JSON data."""
+        return cls(Path(data["folder"]), Path(data["bundle_path"]), data["model_name"], data["threads"])
+
+    def encode(self) -> dict[str, Any]:
+        """The workspace as JSON data."""
+        return {
+            "folder": str(self.folder),
+            "bundle_path": str(self.bundle_path),
+            "model_name": self.model_name,
+            "threads": self.threads,
+        }
+
+    @cached_property
+    def bundle(self) -> Bundle:
+        """The bundle; whether it is whole was checked before anything was measured."""
+        return Bundle.open(self.bundle_path, check=False)
+
+    @cached_property
+    def model(self) -> LoadedModel:
+        """The model, loaded once a process."""
+        from qcgraph.origin import find_model
+
+        return find_model(self.bundle, self.model_name)
+
+    def example_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A latent, timestep and class label to trace the model with, batch `EXAMPLE_BATCH`."""
+        import torch
+
+        spec = self.model.spec
+        latent = torch.zeros(EXAMPLE_BATCH, *spec.latent_shape)
+        return latent, torch.ones(EXAMPLE_BATCH), torch.zeros(EXAMPLE_BATCH, dtype=torch.int64)
+
+    def positional_module(self) -> nn.Module:
+        """The model as a module that is called as (latent, timestep, class_label), whatever it calls these itself."""
+        import torch
+
+        class Positional(torch.nn.Module):
+            def __init__(self, model: LoadedModel) -> None:
+                super().__init__()
+                self.model = model.module
+                self.names = model.input_names
+
+            def forward(self, latent: torch.Tensor, timestep: torch.Tensor, class_label: torch.Tensor) -> torch.Tensor:
+                return self.model(**dict(zip(self.names, (latent, timestep, class_label), strict=True)))
+
+        return Positional(self.model).eval()
+
+    def dynamic_batch(self) -> tuple[dict[int, Any], ...]:
+        """The dynamic shapes of `example_inputs`, for torch.export: the batch of all three."""
+        import torch
+
+        from qcgraph.capture import MAX_BATCH
+
+        batch = torch.export.Dim("B", min=1, max=MAX_BATCH)
+        return ({0: batch}, {0: batch}, {0: batch})

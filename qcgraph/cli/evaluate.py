@@ -1,0 +1,225 @@
+"""qcgraph eval: quality against full precision, with error attribution."""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qcgraph.cli.output import JsonOption, count_text, finite, print_heading, print_json, print_table
+from qcgraph.errors import VerificationError
+
+if TYPE_CHECKING:
+    from qcgraph.bundle import Bundle
+    from qcgraph.evaluation.bootstrap import Estimate
+    from qcgraph.evaluation.evaluate import Evaluation
+    from qcgraph.evaluation.rows import Row
+
+FILES = ("eval.json", "samples.png", "curves.png")
+WORST_SITES = 8  # that are printed; the JSON has all
+MOMENTS = 5  # steps at which the error of the latent is printed; the JSON has all
+
+
+def eval_command(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that qcgraph compile wrote.")],
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Samples of each seed; by default 128, of large models fewer.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", help="How many seeds.")] = 3,
+    seed: Annotated[
+        int, typer.Option(metavar="S", help="Which seeds: another number shares no noise with this one.")
+    ] = 0,
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="From psnr, ssim, latent_error, fid_small, kid, accuracy; by default all."),
+    ] = None,
+    gate: Annotated[
+        str | None, typer.Option(metavar="TERMS", help='Conditions, such as "psnr>=28,accuracy_drop<=0.01".')
+    ] = None,
+    attribution: Annotated[bool, typer.Option(help="Measure the parts alone and what costs as much, too.")] = True,
+    sites: Annotated[bool, typer.Option(help="Measure every quantized layer, too; only with attribution.")] = True,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where the model is, if it is not where it was compiled from.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FOLDER", help=f"Write {', '.join(FILES)} there.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="How many threads; by default all cores.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure what a bundle costs in quality, and which part of it.
+
+    Samples of the bundle, of its parts alone, and of what costs as much are compared with full precision from the
+    same noise. Intervals are where another run with other seeds is expected. Exits with 1 when the bundle is at
+    fault, or the gate is not met.
+    """
+    from qcgraph.bundle import Bundle
+    from qcgraph.gate import Gate
+
+    conditions = Gate.parse(gate) if gate is not None else None
+    opened = Bundle.open(bundle)
+    from qcgraph.evaluation.evaluate import Options, evaluate
+    from qcgraph.evaluation.settings import Subject
+    from qcgraph.progress import progress_for
+
+    names = tuple(name.strip() for name in metrics.split(",")) if metrics is not None else None
+    options = Options(samples, seeds, seed, names, attribution, sites, conditions)
+    if output is not None:
+        _check_output(output)
+    subject = Subject.of_bundle(opened, model, threads)
+    evaluation = evaluate(subject, options, progress_for(sys.stderr))
+    document = _document(evaluation, opened, bundle, threads)
+    if output is not None:
+        _write(evaluation, opened, output, document)
+    if json:
+        print_json(document)
+    else:
+        _print(evaluation, opened)
+        if output is not None:
+            print(f"\nwritten: {', '.join(str(output / name) for name in FILES)}")
+    _check(evaluation, bundle)
+
+
+def _document(evaluation: Evaluation, bundle: Bundle, path: Path, threads: int | None) -> dict[str, Any]:
+    return {
+        "kind": "eval",
+        "format": 1,
+        "bundle": str(path),
+        "model": bundle.spec.name,
+        "target": bundle.manifest.target,
+        "recipe": bundle.recipe.model_dump(),
+        "plan": bundle.plan.describe(),
+        "schedule": bundle.plan.schedule(),
+        "threads": threads,
+        **evaluation.to_json(),
+    }
+
+
+def _check(evaluation: Evaluation, bundle: Path) -> None:
+    """Fail when the bundle is at fault, or the gate is not met."""
+    from qcgraph.gate import require
+
+    if evaluation.faults:
+        fault = evaluation.faults[0]
+        more = f", and {len(evaluation.faults) - 1} more" if len(evaluation.faults) > 1 else ""
+        raise VerificationError(
+            f"{fault.kind} at fault, {fault.where}: {fault.message}{more}",
+            where=str(bundle),
+            hint="compile it again, and check it with qcgraph verify; report it if that does not help",
+        )
+    hint = "the table shows which part costs how much: more bits, a shorter interval, or a wider gate"
+    require(evaluation.verdicts, where=str(bundle), hint=hint)
+
+
+def _check_output(folder: Path) -> None:
+    from qcgraph.atomic import check_file
+    from qcgraph.evaluation.pictures import check_drawing
+
+    check_drawing()
+    if folder.is_dir():
+        for name in FILES:
+            check_file(folder / name)
+    else:
+        check_file(folder)
+
+
+def _write(evaluation: Evaluation, bundle: Bundle, folder: Path, document: dict[str, Any]) -> None:
+    from qcgraph.atomic import writing_file
+    from qcgraph.evaluation.pictures import save_curves, save_samples
+
+    folder.mkdir(exist_ok=True)
+    save_samples(evaluation, folder / FILES[1], is_image=bundle.spec.is_image)
+    save_curves(evaluation, bundle.plan, folder / FILES[2])
+    with writing_file(folder / FILES[0]) as partial:
+        partial.write_text(json_format.dumps(finite(document), indent=2) + "\n", "utf-8")
+
+
+def _print(evaluation: Evaluation, bundle: Bundle) -> None:
+    seeds = count_text(len(evaluation.seeds), "seed")
+    print(f"{bundle.spec.name}, {bundle.plan.describe()}: {count_text(evaluation.samples, 'sample')} of {seeds} each")
+    print_heading("settings (in brackets: where another run with other seeds is expected)")
+    _print_rows(evaluation)
+    if evaluation.floors:
+        floor = ", ".join(f"{name} {value:.3g}" for name, value in evaluation.floors.items())
+        print(f"\nreal images among themselves, as many as samples of a seed: {floor}")
+    if evaluation.converged_floor is not None:
+        print(f"the converged reference agrees with half its steps to {evaluation.converged_floor:.1f} dB")
+    if len(evaluation.rows) > 2:  # more than full precision and the bundle
+        _print_attribution(evaluation)
+    _print_problems(evaluation)
+
+
+def _print_rows(evaluation: Evaluation) -> None:
+    names = [metric.name for metric in evaluation.metrics]
+    converged = any(row.converged_psnr is not None for row in evaluation.rows)
+    headings = [f"{metric.title} {metric.unit}".strip() for metric in evaluation.metrics]
+    columns = ["setting", "steps of work", *headings, *(["PSNR to converged"] if converged else [])]
+    rows = [[row.title, *_cells(row, names, converged=converged)] for row in evaluation.rows]
+    print_table(columns, rows, right=("steps of work",))
+
+
+def _cells(row: Row, names: Sequence[str], *, converged: bool) -> list[str]:
+    if row.absent or row.metrics is None:
+        return ["-", row.absent, *[""] * (len(names) - 1 + converged)]
+    values = [_estimate(row.metrics.get(name)) for name in names]
+    last = ["-" if row.converged_psnr is None else f"{row.converged_psnr:.1f}"] if converged else []
+    return [f"{row.cost:.1f}", *values, *last]
+
+
+def _estimate(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "-"
+    return f"{estimate.value:.4g} ({estimate.low:.4g} .. {estimate.high:.4g})"
+
+
+def _print_attribution(evaluation: Evaluation) -> None:
+    drawn = [row for row in evaluation.rows if row.latent_errors]
+    count = len(drawn[0].latent_errors)
+    moments = sorted({round(count * (index + 1) / MOMENTS) - 1 for index in range(MOMENTS)} - {-1})
+    print_heading("relative error of the latent after step")
+    rows = [[row.title, *(f"{row.latent_errors[index]:.2%}" for index in moments)] for row in drawn]
+    print_table(["", *(str(index + 1) for index in moments)], rows, right=[str(index + 1) for index in moments])
+    print()
+    print(f"interaction of quantization and cache: {_interaction(evaluation)}")
+    if evaluation.compensation is not None:
+        print(f"compensation changes the error by {_decibels(evaluation.compensation)}")
+    if evaluation.sites:
+        print_heading(f"the quantized layers that hurt most, of {len(evaluation.sites)}")
+        sites = [
+            (site.site, f"{site.effect:.3%}", f"{_activation(evaluation, site.site):.1f}", f"{site.weight_snr:.1f}")
+            for site in evaluation.sites[:WORST_SITES]
+        ]
+        columns = ("layer", "error of the latent in a step", "activation SNR dB", "weight SNR dB")
+        print_table(columns, sites, right=columns[1:])
+
+
+def _interaction(evaluation: Evaluation) -> str:
+    found = evaluation.interaction
+    if found is None:
+        return "there is none without both"
+    if not found.excludes_zero:
+        return f"absent, {_decibels(found)} includes 0"
+    word = "more" if found.value > 0 else "less"
+    return f"the error of both is {_decibels(found)} {word} than the sum of the errors of each"
+
+
+def _decibels(estimate: Estimate) -> str:
+    return f"{estimate.value:+.2f} dB ({estimate.low:+.2f} .. {estimate.high:+.2f})"
+
+
+def _activation(evaluation: Evaluation, site: str) -> float:
+    return min(fit.snr for fit in evaluation.scales if fit.site == site)
+
+
+def _print_problems(evaluation: Evaluation) -> None:
+    if evaluation.faults:
+        print_heading("faults")
+        print_table(("what", "where", "finding"), [(item.kind, item.where, item.message) for item in evaluation.faults])
+    if evaluation.verdicts:
+        print_heading("gate")
+        rows = [("ok" if item.passed else "MISSED", item.term, f"{item.value:.4g}") for item in evaluation.verdicts]
+        print_table(("", "condition", "measured"), rows, right=("measured",))

@@ -1,0 +1,1 @@
+"""What a bundle costs in quality, and which part of it: same-noise fidelity, distribution, attribution, faults."""

@@ -1,0 +1,152 @@
+"""Taking parts of a compilation out of its program again: what is left shows what each part costs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from qcgraph.errors import BundleError
+from qcgraph.export.quantized_sites import QuantizedSite, quantized_sites
+from qcgraph.ir.edit import GraphEditor, with_edits
+from qcgraph.ir.program import Program
+from qcgraph.ir.structure import find_sites
+from qcgraph.steps import StepPlan
+
+ops = torch.ops.qcgraph
+NEUTRAL = (1.0, 0.0, 0.0)  # gain, slope and offset that leave the noise prediction as it is, to the last bit
+
+
+def compensation_tables(program: Program) -> dict[str, float]:
+    """The constants that hold the compensation, each with the value at which it does nothing."""
+    tables: dict[str, float] = {}
+    for variant in program.variants.values():
+        for node in variant.graph.nodes:
+            if node.target is ops.compensate.default:
+                names = (str(_operand(_operand(node, index), 0).target) for index in (2, 3, 4))
+                tables |= dict(zip(names, NEUTRAL, strict=True))
+    return tables
+
+
+def without_compensation(program: Program) -> Program:
+    """The program with its variance compensation at neutral."""
+    neutral = {
+        name: torch.full_like(program.constants[name], value) for name, value in compensation_tables(program).items()
+    }
+    return replace(program, constants={**program.constants, **neutral})
+
+
+def without_quantization(program: Program, model: Program, keep: Collection[str] = ()) -> Program:
+    """The program with its quantized linears back in floating point, caches and all else as they are.
+
+    Args:
+        program: a compiled program.
+        model: the captured model, which has the weights.
+        keep: the sites that stay quantized.
+
+    Raises:
+        BundleError: the model lacks a weight; it is not the model that was compiled.
+    """
+    edits: dict[str, GraphEditor] = {}
+    for name, variant in program.variants.items():
+        products = {site.name: site.node for site in find_sites(variant)}
+        sites = [site for site in quantized_sites(variant) if site.name not in keep]
+        if not sites:
+            continue
+        editor = edits[name] = GraphEditor(variant, program.constants, "ablation")
+        for site in sites:
+            product = editor.node(products[site.name])
+            weight = float_weight(site, model, tuple(program.constants[site.codes].shape))
+            with editor.before(product):
+                constant = editor.constant(f"{site.codes}_float", weight, product)
+            product.args = (editor.node(site.entering), constant, *product.args[2:])
+    return with_edits(program, edits)
+
+
+def float_weight(site: QuantizedSite, model: Program, shape: tuple[int, ...]) -> torch.Tensor:
+    """The weight that a site's codes were made from, in the layout of the codes: [out,in], or [in,out] when lowered.
+
+    Raises:
+        BundleError: the model has no such weight.
+    """
+    transposed = site.codes.endswith("_t")
+    name = site.codes.removesuffix("_t").removesuffix("_codes")
+    weight = model.constants.get(name)
+    if weight is None or tuple(reversed(weight.shape) if transposed else weight.shape) != shape:
+        raise BundleError(f"the model has no weight {name} of this shape", hint="load the model that was compiled")
+    return weight.t() if transposed else weight  # a view: a large model should not be in memory twice
+
+
+def every_step_computes(plan: StepPlan) -> StepPlan:
+    """The plan without its cache; a step that reused stays in the timestep group of the last computing step."""
+    return plan.with_variants([plan.steps[0].variant] * len(plan))
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """The quantization of one activation, as it stands in a program.
+
+    Attributes:
+        variant: the graph it is in.
+        node: its quantize node.
+        sites: the sites that it feeds; q, k and v may share one.
+        scale: f32[G], or f32[1] for all timestep groups.
+        zero_point: as many.
+        low: smallest code.
+        high: largest code.
+    """
+
+    variant: str
+    node: str
+    sites: tuple[str, ...]
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    low: int
+    high: int
+
+    def parameters(self, group: int) -> tuple[float, int]:
+        """Scale and zero point of a timestep group."""
+        position = group if len(self.scale) > 1 else 0
+        return float(self.scale[position]), int(self.zero_point[position])
+
+
+def activation_quantizers(program: Program) -> tuple[Quantizer, ...]:
+    """The quantizers of all activations that enter quantized sites."""
+    found = []
+    for name, variant in program.variants.items():
+        nodes = {node.name: node for node in variant.graph.nodes}
+        products = {site.name: nodes[site.node] for site in find_sites(variant)}
+        fed: dict[fx.Node, list[str]] = {}
+        for site in quantized_sites(variant):
+            fed.setdefault(_operand(_operand(products[site.name], 0), 0), []).append(site.name)
+        for quantize, sites in fed.items():
+            low, high = quantize.args[3:5]
+            assert isinstance(low, int) and isinstance(high, int)
+            scale, zero_point = (_selected(_operand(quantize, index), program) for index in (1, 2))
+            found.append(Quantizer(name, quantize.name, tuple(sites), scale, zero_point, low, high))
+    return tuple(found)
+
+
+def dequantized_weight(program: Program, variant: str, site: str) -> torch.Tensor:
+    """What a site multiplies with, in the layout of its codes."""
+    products = {item.name: item.node for item in find_sites(program.variants[variant])}
+    node = next(node for node in program.variants[variant].graph.nodes if node.name == products[site])
+    dequantize = _operand(node, 1)
+    values = [program.constants[str(_operand(dequantize, index).target)] for index in range(3)]
+    result = ops.dequantize(*values, dequantize.args[3])
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+def _operand(node: fx.Node, index: int) -> fx.Node:
+    operand = node.args[index]
+    assert isinstance(operand, fx.Node)
+    return operand
+
+
+def _selected(operand: fx.Node, program: Program) -> torch.Tensor:
+    """All values of a parameter, whether it is a constant or selected from a table."""
+    source = operand if operand.op == "get_attr" else _operand(operand, 0)
+    return program.constants[str(source.target)].reshape(-1)

@@ -1,0 +1,295 @@
+"""Judging a compilation: samples of it, of its parts and of its rivals from the same noise, and what they show."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcgraph.errors import UsageError
+from qcgraph.evaluation.bootstrap import LEVEL, Bootstrap, Estimate
+from qcgraph.evaluation.faults import Fault, error_ratio, find_faults, uncompensated
+from qcgraph.evaluation.metrics import Metric, check_installed, check_samples, choose_metrics, real_floor
+from qcgraph.evaluation.rows import Measuring, Row
+from qcgraph.evaluation.scales import ScaleFit, fit_scales
+from qcgraph.evaluation.settings import (
+    CONVERGED,
+    Setting,
+    Subject,
+    compiled,
+    converged,
+    full_precision,
+    parts,
+    pin_threads,
+    rivals,
+)
+from qcgraph.evaluation.sites import SAMPLES as SITE_SAMPLES
+from qcgraph.evaluation.sites import SiteEffect, measure_sites
+from qcgraph.evaluation.tally import Tally, Tallying, Trajectory, Values
+from qcgraph.gate import Gate, Verdict
+from qcgraph.progress import Progress
+from qcgraph.sampling import Array
+
+SAMPLES = 128  # of a seed, unless it is said how many
+CONVERGED_SAMPLES = 64  # of the first seed; the converged reference takes hundreds of steps
+MACS = 1e13  # multiply-accumulates that either of them may cost: two minutes on two cores; large models draw fewer
+PICTURED = 10  # samples of every setting that are kept to be looked at
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+        samples: samples of each seed; None for 128, or as many as a fixed amount of arithmetic allows.
+        seeds: number of seeds.
+        seed: the first seeds of noise are ``seed * seeds``, ``seed * seeds + 1``, ...: other seeds share none.
+        metrics: names of metrics; None for all that apply.
+        attribution: whether the parts and the rivals are measured, not the compilation alone.
+        sites: whether every quantized layer is measured; only with attribution.
+        gate: conditions to be met, or none.
+    """
+
+    samples: int | None = None
+    seeds: int = 3
+    seed: int = 0
+    metrics: tuple[str, ...] | None = None
+    attribution: bool = True
+    sites: bool = True
+    gate: Gate | None = None
+
+    def __post_init__(self) -> None:
+        for count, what in ((self.samples, "samples"), (self.seeds, "seeds")):
+            if count is not None and count < 1:
+                raise UsageError(f"{count} {what}", hint="1 or more")
+        if self.seed < 0:
+            raise UsageError(f"seed {self.seed} is negative", hint="a seed is 0 or larger")
+
+    @property
+    def wanted(self) -> tuple[str, ...] | None:
+        """The metrics to measure: those asked for, and those of the gate; None for all."""
+        if self.metrics is None:
+            return None
+        return (*self.metrics, *(self.gate.metrics if self.gate else ()))
+
+    @property
+    def noise_seeds(self) -> tuple[int, ...]:
+        """The seeds of the noise."""
+        return tuple(self.seed * self.seeds + index for index in range(self.seeds))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that was measured.
+
+    Attributes:
+        seeds: the seeds of the noise.
+        samples: samples of each.
+        metrics: the metrics.
+        rows: the settings, full precision first.
+        interaction: the squared error of quantization and caching together over the sum of their own, dB: 0 where
+            they do not interact; None where one of them is not there.
+        compensation: how much compensation raises the squared error, dB; None where there is none.
+        floors: FID-small and KID between real images.
+        converged_samples: how many samples the converged reference has.
+        converged_floor: PSNR between the converged reference and itself with half the steps, dB.
+        sites: what every quantized site costs, the worst first.
+        scales: how every activation scale fits.
+        faults: what is broken.
+        verdicts: the conditions of the gate.
+        pictures: the first samples of every setting that was drawn, by its title.
+    """
+
+    seeds: tuple[int, ...]
+    samples: int
+    metrics: tuple[Metric, ...]
+    rows: tuple[Row, ...]
+    interaction: Estimate | None
+    compensation: Estimate | None
+    floors: Mapping[str, float]
+    converged_samples: int
+    converged_floor: float | None
+    sites: tuple[SiteEffect, ...]
+    scales: tuple[ScaleFit, ...]
+    faults: tuple[Fault, ...]
+    verdicts: tuple[Verdict, ...]
+    pictures: Mapping[str, Array]
+
+    @property
+    def passed(self) -> bool:
+        """Whether there is no fault and the gate is met."""
+        return not self.faults and all(verdict.passed for verdict in self.verdicts)
+
+    def row(self, key: str) -> Row:
+        """The row of a setting."""
+        return next(row for row in self.rows if row.key == key)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it but the pictures, as JSON data; the same measurement gives the same data."""
+        return {
+            "samples": self.samples,
+            "seeds": self.seeds,
+            "interval_level": LEVEL,
+            "rows": [_without_nothing(asdict(row)) for row in self.rows],
+            "interaction_db": asdict(self.interaction) if self.interaction else None,
+            "compensation_db": asdict(self.compensation) if self.compensation else None,
+            "real_floors": dict(self.floors),
+            "converged_reference": {
+                "solver": CONVERGED[0],
+                "steps": CONVERGED[1],
+                "samples": self.converged_samples,
+                "psnr_of_half_the_steps": self.converged_floor,
+            },
+            "sites": [asdict(site) for site in self.sites],
+            "scales": [asdict(fit) for fit in self.scales],
+            "faults": [asdict(fault) for fault in self.faults],
+            "gate": [asdict(verdict) for verdict in self.verdicts],
+            "passed": self.passed,
+        }
+
+
+def evaluate(subject: Subject, options: Options, progress: Progress) -> Evaluation:
+    """Judge a compilation.
+
+    Args:
+        subject: the compilation.
+        options: what is measured.
+        progress: reports the samples.
+
+    Raises:
+        UsageError: a metric does not exist, does not apply, or needs more samples.
+    """
+    return _Run(subject, options, progress).evaluation()
+
+
+class _Run:
+    """One evaluation: the samples, and what is computed from them."""
+
+    def __init__(self, subject: Subject, options: Options, progress: Progress) -> None:
+        check_installed()
+        make_judge = subject.model.judge
+        self._metrics = choose_metrics(options.wanted, judged=make_judge is not None, model=subject.spec.name)
+        judged = any(metric.judged for metric in self._metrics)
+        self._judge = make_judge() if judged and make_judge is not None else None
+        needed = check_samples(self._metrics, options.samples, self._judge.feature_count if self._judge else 0)
+        affordable = int(MACS / (subject.macs(len(subject.plan)) * options.seeds))
+        samples = options.samples or max(needed, min(SAMPLES, affordable))
+        pin_threads(subject.threads)
+        self._subject, self._options, self._progress = subject, options, progress
+        self._labels = [index % subject.spec.class_count for index in range(samples)]
+        self._bootstrap = Bootstrap(options.seeds, self._labels)
+
+    def evaluation(self) -> Evaluation:
+        """Sample everything, compute everything."""
+        with tempfile.TemporaryDirectory(prefix="qcgraph-") as folder:
+            settings = self._settings(Path(folder))
+            tallies, trajectory = self._sample(settings)
+        reference, goal, half = tallies["full_precision"], *self._converged(settings)
+        spec, judge = self._subject.spec, self._judge
+        measuring = Measuring(spec, self._labels, judge, self._bootstrap, reference, goal)
+        rows = tuple(
+            measuring.row(tallies[setting.key], self._metrics)
+            if setting.key in tallies
+            else Row(setting.key, setting.title, absent=setting.absent)
+            for setting in settings
+        )
+        errors = {key: measuring.squared_errors(tally) for key, tally in tallies.items()}
+        sites, fits = self._sites(trajectory) if self._options.attribution and self._options.sites else ((), ())
+        return Evaluation(
+            seeds=self._options.noise_seeds,
+            samples=len(self._labels),
+            metrics=self._metrics,
+            rows=rows,
+            interaction=interaction(self._bootstrap, errors),
+            compensation=self._compensation(errors),
+            floors=real_floor(judge.features(judge.real), len(self._labels)) if judge else {},
+            converged_samples=0 if goal is None else len(goal),
+            converged_floor=None if goal is None or half is None else measuring.plain_psnr(half, goal),
+            sites=sites,
+            scales=fits,
+            faults=find_faults(self._subject, tallies, errors, self._bootstrap, fits, sites),
+            verdicts=self._options.gate.check(_gate_values(rows)) if self._options.gate else (),
+            pictures={tally.setting.title: tally.finals[0, :PICTURED] for tally in tallies.values()},
+        )
+
+    def _settings(self, folder: Path) -> tuple[Setting, ...]:
+        alone = (full_precision(self._subject), compiled(self._subject))
+        if not self._options.attribution:
+            return alone
+        return (alone[0], *parts(self._subject, folder, self._progress), alone[1], *rivals(self._subject))
+
+    def _sample(self, settings: Sequence[Setting]) -> tuple[dict[str, Tally], Trajectory]:
+        """Every setting from every seed, compared with full precision; and the first seed's trajectory."""
+        steps, channels = len(self._subject.plan), self._subject.spec.latent_shape[0]
+        drawn = {setting.key: Tallying(setting, steps, channels) for setting in settings if setting.draw is not None}
+        first: Trajectory | None = None
+        for seed in self._options.noise_seeds:
+            self._progress.note(f"  seed {seed}: {len(self._labels)} samples of {len(drawn)} settings")
+            exact = Trajectory.draw(settings[0], self._labels, seed)
+            first = first or exact
+            for key, tallying in self._progress.track(list(drawn.items()), "sampling"):
+                if key == settings[0].key:
+                    tallying.take(exact)
+                else:
+                    tallying.add(self._labels, seed, exact)
+        assert first is not None
+        return {key: tallying.tally() for key, tallying in drawn.items()}, first
+
+    def _converged(self, settings: Sequence[Setting]) -> tuple[Array | None, Array | None]:
+        """Samples of the converged reference, and those with half the steps."""
+        if not any(setting.key == "solver" and setting.draw for setting in settings):
+            return None, None
+        self._progress.note(f"  converged reference: {CONVERGED[1]} and {CONVERGED[1] // 2} steps")
+        affordable = int(MACS / self._subject.macs(CONVERGED[1] * 3 // 2))
+        count = max(1, min(CONVERGED_SAMPLES, affordable))
+        labels, seed = self._labels[:count], self._options.noise_seeds[0]
+        goal, half = (setting.draw(labels, seed, None) for setting in converged(self._subject) if setting.draw)
+        return goal, half
+
+    def _sites(self, trajectory: Trajectory) -> tuple[tuple[SiteEffect, ...], tuple[ScaleFit, ...]]:
+        labels, seed = self._labels[:SITE_SAMPLES], self._options.noise_seeds[0]
+        sites = measure_sites(self._subject, trajectory, labels, seed, self._progress)
+        return sites, fit_scales(self._subject, labels, seed, self._progress) if sites else ()
+
+    def _compensation(self, errors: Mapping[str, Values]) -> Estimate | None:
+        bare = uncompensated(errors)
+        if bare is None or not self._subject.is_compensated:
+            return None
+        return error_ratio(self._bootstrap, errors["compiled"], errors[bare])
+
+
+def interaction(bootstrap: Bootstrap, errors: Mapping[str, Values]) -> Estimate | None:
+    """The squared error of quantization and caching together over the sum of the errors of each, dB.
+
+    Args:
+        bootstrap: makes the interval.
+        errors: squared errors f64[S,N] by the keys of the settings.
+    """
+    if not {"quantization", "cache", "both"} <= set(errors):
+        return None
+
+    def decibels(both: Values, quantization: Values, cache: Values) -> Values:
+        return np.asarray(10 * np.log10(both / (quantization + cache)))
+
+    return bootstrap.estimate(decibels, *(errors[key] for key in ("both", "quantization", "cache")))
+
+
+def _gate_values(rows: Sequence[Row]) -> dict[str, float]:
+    """What the terms of a gate stand for."""
+    found = {row.key: row.metrics for row in rows if row.metrics is not None}
+    own, exact = found["compiled"], found["full_precision"]
+    values = {name: estimate.value for name, estimate in own.items()}
+    if "accuracy" in own:
+        values["accuracy_drop"] = exact["accuracy"].value - own["accuracy"].value
+    if "fid_small" in own:
+        values["fid_rise"] = own["fid_small"].value - exact["fid_small"].value
+    return values
+
+
+def _without_nothing(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without the fields that say nothing."""
+    return {name: value for name, value in row.items() if value not in (None, "", (), {})}

@@ -1,0 +1,144 @@
+"""How well activation scales fit what they quantize, on the trajectory that the compilation takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import fx
+
+from qcgraph.evaluation.ablation import Quantizer, activation_quantizers
+from qcgraph.evaluation.settings import Subject
+from qcgraph.ir.execute import TorchRunner
+from qcgraph.progress import Progress
+from qcgraph.sampling import Array, sample
+
+SMALLEST = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True)
+class ScaleFit:
+    """How the activation scale of one site and timestep group fits what enters the site.
+
+    Attributes:
+        site: the site.
+        group: the timestep group.
+        snr: signal-to-quantization-noise with the scale that is there, dB.
+        attainable: the same with the scale that the range seen here would give, dB.
+        clipped: share of values that no code reaches.
+    """
+
+    site: str
+    group: int
+    snr: float
+    attainable: float
+    clipped: float
+
+
+@dataclass
+class _Sums:
+    """Sums over what enters one quantizer in one timestep group."""
+
+    low: float = 0.0  # zero is always a code
+    high: float = 0.0
+    count: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+    attainable: float = 0.0
+    clipped: float = 0.0
+
+
+def fit_scales(subject: Subject, labels: Sequence[int], seed: int, progress: Progress) -> tuple[ScaleFit, ...]:
+    """How every activation scale fits, on trajectories of the compiled program.
+
+    They run twice: first the ranges are found, then the errors, with the scales that are there and with those that the
+    ranges would give.
+
+    Args:
+        subject: the compilation.
+        labels: one class a trajectory.
+        seed: the seed of the noise.
+        progress: reports the steps.
+    """
+    watch = _Watch(activation_quantizers(subject.program), subject.plan.steps[0].group)
+    runner = TorchRunner(subject.program, watch)
+    plan = subject.plan
+
+    def enter_next_group(index: int, latent: Array) -> Array:
+        watch.group = plan.steps[(index + 1) % len(plan)].group
+        return latent
+
+    for watch.measures_errors in (False, True):
+        progress.note(f"  scales: {len(labels)} trajectories, {'errors' if watch.measures_errors else 'ranges'}")
+        sample(
+            runner,
+            plan,
+            subject.spec,
+            labels,
+            seed,
+            batch=len(labels),
+            after_update=enter_next_group,
+            progress=progress,
+        )
+    return tuple(watch.fits())
+
+
+class _Watch:
+    """Sees what enters every quantizer (see `qcgraph.ir.execute.Observe`)."""
+
+    def __init__(self, quantizers: Sequence[Quantizer], group: int) -> None:
+        self._quantizers = {(item.variant, item.node): item for item in quantizers}
+        self._sums: dict[tuple[tuple[str, ...], int], _Sums] = {}
+        self.group = group
+        self.measures_errors = False
+
+    def __call__(self, variant: str, node: fx.Node, value: torch.Tensor) -> None:
+        quantizer = self._quantizers.get((variant, node.name))
+        if quantizer is None:
+            return
+        sums = self._sums.setdefault((quantizer.sites, self.group), _Sums())
+        if self.measures_errors:
+            _add_errors(sums, quantizer, value, self.group)
+        else:
+            sums.low, sums.high = min(sums.low, value.min().item()), max(sums.high, value.max().item())
+
+    def fits(self) -> list[ScaleFit]:
+        """The fit of every site in every timestep group that ran it."""
+        return [
+            ScaleFit(
+                site,
+                group,
+                snr=decibels(sums.signal, sums.noise),
+                attainable=decibels(sums.signal, sums.attainable),
+                clipped=sums.clipped / sums.count,
+            )
+            for (sites, group), sums in self._sums.items()
+            for site in sites
+        ]
+
+
+def _add_errors(sums: _Sums, quantizer: Quantizer, value: torch.Tensor, group: int) -> None:
+    low, high = quantizer.low, quantizer.high
+    scale, zero_point = quantizer.parameters(group)
+    codes = torch.round(value / scale) + zero_point
+    sums.count += value.numel()
+    sums.signal += torch.linalg.vector_norm(value).item() ** 2
+    sums.clipped += int(((codes < low) | (codes > high)).sum())
+    sums.noise += _noise(value, scale, zero_point, low, high)
+    ideal = max((sums.high - sums.low) / (high - low), SMALLEST)
+    sums.attainable += _noise(value, ideal, round(low - sums.low / ideal), low, high)
+
+
+def _noise(value: torch.Tensor, scale: float, zero_point: int, low: int, high: int) -> float:
+    """The summed squared error of quantizing a tensor."""
+    codes = torch.clamp(torch.round(value / scale) + zero_point, low, high)
+    return torch.linalg.vector_norm(value - (codes - zero_point) * scale).item() ** 2
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Signal to noise in dB; 300, beyond what float64 resolves, where there is no noise."""
+    if noise <= 0:
+        return 300.0
+    return float(10 * np.log10(max(signal, SMALLEST) / noise))

@@ -1,0 +1,254 @@
+"""What is sampled to judge a compilation: the model, the compilation, its parts alone, and the rivals it must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qcgraph.bundle import Bundle
+from qcgraph.errors import BundleError
+from qcgraph.evaluation.ablation import compensation_tables, every_step_computes, without_compensation
+from qcgraph.evaluation.ablation import without_quantization as quantization_removed
+from qcgraph.evaluation.solvers import sample_with
+from qcgraph.export.targets import Target, target_named
+from qcgraph.ir.execute import TorchRunner
+from qcgraph.ir.program import Program
+from qcgraph.ir.serialize import load_program
+from qcgraph.ir.structure import find_sites, total_macs
+from qcgraph.models import LoadedModel
+from qcgraph.models.eager import EagerRunner
+from qcgraph.origin import captured_origin, find_model
+from qcgraph.progress import Progress
+from qcgraph.runtime import open_runner
+from qcgraph.sampling import AfterUpdate, Array, Runner, sample
+from qcgraph.schedulers import make_step_plan
+from qcgraph.spec import ModelSpec
+from qcgraph.steps import StepPlan
+
+Draw = Callable[[Sequence[int], int, AfterUpdate | None], Array]
+
+CONVERGED = ("ddim", 250)  # solver and steps of the reference that both rivals converge to
+RIVAL = "dpmsolver++"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A compilation that is judged.
+
+    Attributes:
+        model: the model it was compiled from.
+        origin: that model, captured.
+        program: the compiled program.
+        plan: the step plan that is sampled with.
+        runner: what runs the compilation where it is deployed.
+        folder: where its exported graphs are.
+        target: what it was compiled for.
+        threads: how many threads runners may use; all cores when None.
+    """
+
+    model: LoadedModel
+    origin: Program
+    program: Program
+    plan: StepPlan
+    runner: Runner
+    folder: Path
+    target: Target
+    threads: int | None = None
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle, model: str | None = None, threads: int | None = None) -> Subject:
+        """A bundle, with the model it came from.
+
+        Args:
+            bundle: the bundle.
+            model: where the model is, when it is not where it was.
+            threads: how many threads runners may use; all cores when None.
+
+        Raises:
+            UsageError: the model is not found, or is another one.
+            BundleError: the bundle cannot be read.
+        """
+        runner = open_runner(bundle, None, threads)
+        loaded = find_model(bundle, model)
+        origin = captured_origin(bundle, loaded)
+        target = target_named(bundle.manifest.target)
+        program = load_program(bundle.path)
+        return cls(loaded, origin, program, bundle.plan, runner, bundle.path, target, threads)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's spec."""
+        return self.model.spec
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether no update adds fresh noise: then other step counts and solvers follow the same trajectory."""
+        return not any(step.update.noise for step in self.plan.steps)
+
+    @property
+    def is_compensated(self) -> bool:
+        """Whether the noise prediction is compensated."""
+        return bool(compensation_tables(self.program))
+
+    def macs(self, steps: int) -> int:
+        """Multiply-accumulates of so many steps of the model, both halves of guidance."""
+        halves = 1 if self.plan.fingerprint.guidance == 1.0 else 2
+        return total_macs(find_sites(self.origin.variants["main"])) * steps * halves
+
+    def cost(self, plan: StepPlan) -> float:
+        """Multiply-accumulates of sampling with a plan, in steps of the model."""
+        macs = {name: total_macs(find_sites(variant)) for name, variant in self.program.variants.items()}
+        whole = total_macs(find_sites(self.origin.variants["main"]))
+        unknown = [step.variant for step in plan.steps if step.variant not in macs]
+        if unknown:
+            raise BundleError(f"the plan names variant {unknown[0]!r}, which the program has not", where="plan.json")
+        return sum(macs[step.variant] for step in plan.steps) / whole
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Something to sample with.
+
+    Attributes:
+        key: its name in the JSON.
+        title: its heading.
+        cost: multiply-accumulates of a sample, in steps of the model.
+        draw: labels, seed and what to call after every update -> final latents f32[N,C,H,W].
+        planned: whether it takes the steps of the plan, so that its latents compare with full precision step by step.
+        absent: why it is not sampled, or nothing.
+    """
+
+    key: str
+    title: str
+    cost: float = 0.0
+    draw: Draw | None = None
+    planned: bool = True
+    absent: str = ""
+
+
+def full_precision(subject: Subject) -> Setting:
+    """The model itself, in PyTorch eager, with the steps of the plan."""
+    draw = _drawing(subject, EagerRunner(subject.model), every_step_computes(subject.plan))
+    return Setting("full_precision", "full precision", len(subject.plan), draw)
+
+
+def compiled(subject: Subject) -> Setting:
+    """The compilation as it is deployed."""
+    return Setting("compiled", "compiled", subject.cost(subject.plan), _drawing(subject, subject.runner, subject.plan))
+
+
+def parts(subject: Subject, folder: Path, progress: Progress) -> tuple[Setting, ...]:
+    """Quantization only, caching only, and both without compensation: each the compiled program with parts taken out.
+
+    Args:
+        subject: the compilation.
+        folder: an empty folder for graphs that have to be exported; it must outlive the settings.
+        progress: reports the exports.
+    """
+    program, plan = subject.program, subject.plan
+    bare = quantization_removed(program, subject.origin)
+    quantized, cached = bare is not program, len(plan.variants) > 1
+    every = every_step_computes(plan)
+    runner = subject.runner
+    if subject.is_compensated and (quantized or cached):
+        runner = _uncompensated(subject)
+    no_quantization, no_cache = "it is not quantized", "no step reuses"
+    settings = []
+    if quantized:
+        settings.append(_part("quantization", "quantization only", subject, runner, every))
+    else:
+        settings.append(Setting("quantization", "quantization only", absent=no_quantization))
+    if cached:
+        alone = runner if not quantized else _exported(subject, without_compensation(bare), folder, progress)
+        settings.append(_part("cache", "cache only", subject, alone, plan))
+    else:
+        settings.append(Setting("cache", "cache only", absent=no_cache))
+    if quantized and cached:
+        settings.append(_part("both", "both", subject, runner, plan))
+    else:
+        settings.append(Setting("both", "both", absent=no_cache if quantized else no_quantization))
+    return tuple(settings)
+
+
+def rivals(subject: Subject) -> tuple[Setting, ...]:
+    """Fewer steps at equal cost, in full precision: what anybody can have for nothing.
+
+    Equal cost means as many steps of the model as the plan has multiply-accumulates for; the rivals are not quantized,
+    which is generous to them.
+    """
+    steps = max(1, round(subject.cost(subject.plan)))
+    name, guidance = subject.plan.fingerprint.scheduler, subject.plan.fingerprint.guidance
+    if not subject.is_deterministic:
+        reason = f"{name} adds noise at every step, so other steps draw other images"
+    elif steps >= len(subject.plan):
+        reason = "every step computes, so fewer steps are not equal cost"
+    else:
+        plan = make_step_plan(name, steps, guidance, subject.spec.schedule, subject.plan.fingerprint.model)
+        draw = _drawing(subject, EagerRunner(subject.model), plan)
+        return (
+            Setting("fewer_steps", f"{steps} steps of {name}", steps, draw, planned=False),
+            Setting("solver", f"{steps} steps of {RIVAL}", steps, _solving(subject, RIVAL, steps), planned=False),
+        )
+    return (
+        Setting("fewer_steps", f"fewer steps of {name}", absent=reason),
+        Setting("solver", f"fewer steps of {RIVAL}", absent=reason),
+    )
+
+
+def converged(subject: Subject) -> tuple[Setting, Setting]:
+    """The trajectory that every deterministic sampler approximates, and the same with half the steps."""
+    name, steps = CONVERGED
+    return (
+        Setting("converged", f"{steps} steps of {name}", steps, _solving(subject, name, steps), planned=False),
+        Setting("half", f"{steps // 2} steps of {name}", steps // 2, _solving(subject, name, steps // 2), False),
+    )
+
+
+def _part(key: str, title: str, subject: Subject, runner: Runner, plan: StepPlan) -> Setting:
+    return Setting(key, title, subject.cost(plan), _drawing(subject, runner, plan))
+
+
+def _drawing(subject: Subject, runner: Runner, plan: StepPlan) -> Draw:
+    def draw(labels: Sequence[int], seed: int, after_update: AfterUpdate | None) -> Array:
+        return sample(runner, plan, subject.spec, labels, seed, batch=len(labels), after_update=after_update)
+
+    return draw
+
+
+def _solving(subject: Subject, scheduler: str, steps: int) -> Draw:
+    def draw(labels: Sequence[int], seed: int, after_update: AfterUpdate | None) -> Array:
+        guidance = subject.plan.fingerprint.guidance
+        return sample_with(scheduler, steps, guidance, EagerRunner(subject.model), subject.spec, labels, seed)
+
+    return draw
+
+
+def _uncompensated(subject: Subject) -> Runner:
+    """The compilation with its compensation at neutral: the same graphs, other tables."""
+    program = without_compensation(subject.program)
+    if not subject.target.emits_onnx:
+        return TorchRunner(program)
+    from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
+
+    tables = {name: program.constants[name].numpy() for name in compensation_tables(program)}
+    return OnnxRuntimeRunner(subject.folder, program.interfaces, subject.threads, tables)
+
+
+def _exported(subject: Subject, program: Program, folder: Path, progress: Progress) -> Runner:
+    """Another program on the backend of the subject's target."""
+    if not subject.target.emits_onnx:
+        return TorchRunner(program)
+    from qcgraph.export.emit import emit_onnx
+    from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
+
+    emit_onnx(program, folder, subject.target.opset, progress)
+    return OnnxRuntimeRunner(folder, program.interfaces, subject.threads)
+
+
+def pin_threads(threads: int | None) -> None:
+    """Let PyTorch use so many threads, too."""
+    if threads is not None:
+        torch.set_num_threads(threads)

@@ -1,0 +1,125 @@
+"""Which linear layers hurt: what quantizing each of them alone does to a sampling step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from qcgraph.evaluation.ablation import (
+    dequantized_weight,
+    float_weight,
+    without_compensation,
+    without_quantization,
+)
+from qcgraph.evaluation.scales import decibels
+from qcgraph.evaluation.settings import Subject
+from qcgraph.evaluation.tally import Trajectory
+from qcgraph.export.quantized_sites import QuantizedSite, quantized_sites
+from qcgraph.ir.program import Program
+from qcgraph.ir.structure import find_sites, total_macs
+from qcgraph.noise import Noise
+from qcgraph.progress import Progress
+from qcgraph.spec import OUTPUT
+
+STEPS = 4  # steps at which the effect of a site is measured
+SAMPLES = 16  # samples a step, fewer for large models
+MACS = 1e12  # multiply-accumulates that measuring all sites may cost, about a minute on two cores
+
+
+@dataclass(frozen=True)
+class SiteEffect:
+    """What quantizing one site costs.
+
+    Attributes:
+        site: its name.
+        effect: relative L2 error of the latent after one sampling step in which this site alone is quantized, the root
+            mean square over a few steps. It weighs the noise prediction as the sampler does.
+        weight_snr: signal-to-quantization-noise of its weight, dB.
+        weight_attainable: the same for min-max scales of as many codes, dB.
+    """
+
+    site: str
+    effect: float
+    weight_snr: float
+    weight_attainable: float
+
+
+def measure_sites(
+    subject: Subject, trajectory: Trajectory, labels: Sequence[int], seed: int, progress: Progress
+) -> tuple[SiteEffect, ...]:
+    """What every quantized site costs, the worst first.
+
+    Args:
+        subject: the compilation.
+        trajectory: latents of full precision.
+        labels: the classes of those latents.
+        seed: the seed they were drawn with.
+        progress: reports the sites.
+    """
+    program = without_compensation(subject.program)
+    variant = subject.plan.steps[0].variant
+    sites = quantized_sites(program.variants[variant])
+    if not sites:
+        return ()
+    probes = _probes(subject, trajectory, labels, seed, len(sites))
+    exact = without_quantization(program, subject.origin)
+    expected = [exact.run(variant, probe.inputs)[OUTPUT] for probe in probes]
+    found = []
+    for site in progress.track(sites, "sites"):
+        alone = without_quantization(program, subject.origin, keep=(site.name,))
+        errors = [
+            probe.weight * float((alone.run(variant, probe.inputs)[OUTPUT] - wanted).norm())
+            for probe, wanted in zip(probes, expected, strict=True)
+        ]
+        effect = float(np.sqrt(np.mean(np.square(errors))))
+        found.append(SiteEffect(site.name, effect, *_weight_fit(program, variant, site, subject.origin)))
+    return tuple(sorted(found, key=lambda item: -item.effect))
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """The denoiser's inputs at one step, and what a unit error of its output weighs in the latent that follows."""
+
+    inputs: dict[str, torch.Tensor]
+    weight: float
+
+
+def _probes(
+    subject: Subject, trajectory: Trajectory, labels: Sequence[int], seed: int, sites: int
+) -> tuple[_Probe, ...]:
+    """A few steps of the full-precision trajectory, every second sample unconditional."""
+    plan, spec = subject.plan, subject.spec
+    cost = total_macs(find_sites(subject.origin.variants["main"])) * (sites + 1) * STEPS
+    count = int(np.clip(MACS // cost, 1, min(SAMPLES, len(labels))))
+    initial = Noise(seed, range(count), spec.latent_shape).initial()
+    latents = [initial, *(latent[:count] for latent in trajectory.latents)]
+    classes = [label if index % 2 == 0 else spec.null_class for index, label in enumerate(labels[:count])]
+    probes = []
+    for index in sorted({int(index) for index in np.linspace(0, len(plan) - 1, STEPS).round()}):
+        step = plan.steps[index]
+        inputs = {
+            "latent": torch.from_numpy(latents[index]),
+            "timestep": torch.full((count,), step.timestep, dtype=torch.float32),
+            "class_label": torch.tensor(classes),
+            "group": torch.tensor(step.group),
+            "row": torch.tensor(step.row),
+        }
+        probes.append(_Probe(inputs, abs(step.update.noise_prediction) / float(np.linalg.norm(latents[index + 1]))))
+    return tuple(probes)
+
+
+def _weight_fit(program: Program, variant: str, site: QuantizedSite, model: Program) -> tuple[float, float]:
+    """Signal-to-quantization-noise of a weight as it is, and with min-max scales a channel, in dB."""
+    codes = program.constants[site.codes]
+    weight = float_weight(site, model, tuple(codes.shape))
+    used = dequantized_weight(program, variant, site.name)
+    inputs = 0 if site.codes.endswith("_t") else 1
+    largest = weight.abs().amax(dim=inputs, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = largest / max(int(codes.short().abs().max()), 1)
+    attainable = torch.round(weight / scale) * scale
+    signal = float((weight.double() ** 2).sum())
+    noise = [float(((weight - values).double() ** 2).sum()) for values in (used, attainable)]
+    return decibels(signal, noise[0]), decibels(signal, noise[1])

@@ -1,0 +1,114 @@
+"""Quality gates such as ``psnr>=28,accuracy_drop<=0.01``: parsing and checking. No torch."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from qcgraph.errors import UsageError, VerificationError, closest
+
+# What a gate may ask for -> the metrics that it needs.
+TERMS: Mapping[str, tuple[str, ...]] = {
+    "psnr": ("psnr",),
+    "ssim": ("ssim",),
+    "latent_error": ("latent_error",),
+    "fid_small": ("fid_small",),
+    "fid_rise": ("fid_small",),  # of the compilation less that of full precision
+    "kid": ("kid",),
+    "accuracy": ("accuracy",),
+    "accuracy_drop": ("accuracy",),  # of full precision less that of the compilation
+}
+_COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_TERM = re.compile(r"\s*(?P<name>[a-z_]+)\s*(?P<sign>>=|<=|>|<)\s*(?P<limit>[-+0-9.eE]+)\s*")
+_FORM = 'write it as "psnr>=28,accuracy_drop<=0.01"'
+
+
+@dataclass(frozen=True)
+class Term:
+    """One condition of a gate."""
+
+    name: str
+    sign: str
+    limit: float
+
+    @property
+    def text(self) -> str:
+        """As it is written."""
+        return f"{self.name}{self.sign}{self.limit:g}"
+
+    def holds(self, value: float) -> bool:
+        """Whether a value meets it; NaN meets nothing."""
+        return _COMPARISONS[self.sign](value, self.limit)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A condition and what was measured."""
+
+    term: str
+    value: float
+    passed: bool
+
+
+def require(verdicts: Sequence[Verdict], *, where: str | None = None, hint: str) -> None:
+    """Refuse a missed gate.
+
+    Raises:
+        VerificationError: a condition is not met; says which, and what was measured.
+    """
+    missed = [f"{verdict.term} (it is {verdict.value:.4g})" for verdict in verdicts if not verdict.passed]
+    if missed:
+        raise VerificationError(f"the gate is not met: {', '.join(missed)}", where=where, hint=hint)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Conditions that must all hold."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def text(self) -> str:
+        """As it is written; `parse` is the inverse."""
+        return ",".join(term.text for term in self.terms)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that have to be measured for it."""
+        return tuple(dict.fromkeys(metric for term in self.terms for metric in TERMS[term.name]))
+
+    @classmethod
+    def parse(cls, text: str) -> Gate:
+        """A gate from its text.
+
+        Raises:
+            UsageError: it is not of the form ``name>=number,...``, or there is no such term.
+        """
+        terms = []
+        for part in text.split(","):
+            match = _TERM.fullmatch(part)
+            if match is None:
+                raise UsageError(f"cannot read {part.strip()!r}", where="gate", hint=_FORM)
+            if match["name"] not in TERMS:
+                raise UsageError(f"no term {match['name']!r}", where="gate", hint=closest(match["name"], TERMS))
+            try:
+                limit = float(match["limit"])
+            except ValueError:
+                raise UsageError(f"{match['limit']!r} is no number", where="gate", hint=_FORM) from None
+            terms.append(Term(match["name"], match["sign"], limit))
+        return cls(tuple(terms))
+
+    def check(self, values: Mapping[str, float]) -> tuple[Verdict, ...]:
+        """Every condition with what was measured.
+
+        Args:
+            values: by the names of the terms.
+        """
+        return tuple(Verdict(term.text, values[term.name], passed=term.holds(values[term.name])) for term in self.terms)

@@ -1,0 +1,247 @@
+"""The benchmark page: results are recorded as JSON files, the page is made of them.
+
+    python tools/benchmarks.py record digits-eval -- qcgraph eval out/digits --json
+    python tools/benchmarks.py page
+
+``record`` runs a command that prints one JSON document and stores it under docs/benchmarks/ with the command and the
+date; ``page`` writes docs/benchmarks.md from all that is stored there, whether we win or lose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import attribution
+
+from qcgraph.benchmark.machine import read_machine, versions
+from qcgraph.bundle.manifest import PACKAGES
+from qcgraph.evaluation.metrics import METRICS
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+RESULTS = "benchmarks"  # in the folder of documents
+PAGE = "benchmarks.md"
+HEADER = """# Benchmarks
+
+Written by `python tools/benchmarks.py page` from the JSON files in [benchmarks/](benchmarks/). Every section names the
+command that measured it, the machine, the versions and the date; rows that we lose are there like all others.
+"""
+WORST_SITES = 5
+
+Result = dict[str, Any]
+
+
+def main() -> int:
+    """Record a command, or write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--docs", type=Path, default=DOCS, help="the folder of the page and of the results")
+    commands = parser.add_subparsers(dest="command", required=True)
+    recording = commands.add_parser("record", help="run a command and store what it prints")
+    recording.add_argument("name", help="of the file")
+    recording.add_argument("words", nargs="+", metavar="WORD", help="the command, after --")
+    recording.add_argument("--title", help="the heading of the section; the name by default")
+    commands.add_parser("page", help="write docs/benchmarks.md")
+    options = parser.parse_args()
+    if options.command == "record":
+        return record(options.docs / RESULTS / f"{options.name}.json", options.title or options.name, options.words)
+    written = options.docs / PAGE
+    written.write_text(page(sorted((options.docs / RESULTS).glob("*.json"))), "utf-8")
+    print(written)
+    return 0
+
+
+def record(path: Path, title: str, words: Sequence[str]) -> int:
+    """Run a command and store its document; what it printed stays as it is."""
+    machine = asdict(read_machine())
+    done = subprocess.run(words, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        print(f"{shlex.join(words)} exited with {done.returncode}; nothing was stored", file=sys.stderr)
+        return done.returncode
+    stored = {
+        "title": title,
+        "command": shlex.join(words),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": machine,
+        "versions": versions(PACKAGES),
+        "result": json.loads(done.stdout),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
+    print(path)
+    return 0
+
+
+def page(paths: Iterable[Path]) -> str:
+    """The page of some stored results, one section each."""
+    sections = [section(json.loads(path.read_text("utf-8"))) for path in paths]
+    return "\n".join([HEADER, *sections])
+
+
+def section(stored: dict[str, Any]) -> str:
+    """One section: heading, where it comes from, tables."""
+    machine, result = stored["machine"], stored["result"]
+    flags = " ".join(machine["flags"])
+    place = f"{machine['cpu']}, {machine['cores']} cores, {flags}"
+    packages = ", ".join(f"{name} {version}" for name, version in result.get("versions", stored["versions"]).items())
+    busy = machine["load"] is not None and machine["load"] > machine["cores"] / 4
+    load = f"Load average before: {machine['load']}{', so do not trust seconds' if busy else ''}."
+    lines = [
+        f"## {stored['title']}",
+        f"```sh\n{stored['command']}\n```",
+        f"{stored['date']}; {place}; {packages}. {load}",
+        KINDS[result["kind"]](result),
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def evaluation(result: Result) -> str:
+    """Quality of a bundle."""
+    names = [name for name in METRICS if any(name in row.get("metrics", {}) for row in result["rows"])]
+    rows = []
+    for row in result["rows"]:
+        metrics = row.get("metrics", {})
+        values = [spread(metrics[name], "value", "low", "high") if name in metrics else "-" for name in names]
+        converged = f"{row['converged_psnr']:.1f}" if "converged_psnr" in row else "-"
+        cost = f"{row['cost']:.1f}" if "cost" in row else row["absent"]
+        rows.append([row["title"], cost, *values, converged])
+    titles = [f"{METRICS[name].title} {METRICS[name].unit}".strip() for name in names]
+    samples = f"{result['samples']} samples of {len(result['seeds'])} seeds each"
+    lines = [
+        f"{result['model']}, {result['plan']}; {samples}. In brackets: where another run with other seeds is expected.",
+        "",
+        table(["setting", "steps of work", *titles, "PSNR to converged"], rows),
+    ]
+    interaction = result["interaction_db"]
+    if interaction:
+        lines += ["", f"Interaction of quantization and cache, dB: {attribution.change(interaction, 'absent, ')}."]
+    if result["compensation_db"]:
+        lines[-1] += f" Compensation changes the error by {attribution.change(result['compensation_db'], '')} dB."
+    if result["sites"]:
+        worst = ", ".join(f"`{site['site']}` {site['effect']:.3%}" for site in result["sites"][:WORST_SITES])
+        lines += ["", f"Layers whose quantization moves the latent of a step most: {worst}."]
+    return "\n".join(lines)
+
+
+def attributions(result: Result) -> str:
+    """Several bits and intervals."""
+    tables = [attribution.markdown(entry["model"], entry["cells"]) for entry in result["models"]]
+    setting = (
+        f"PSNR dB against full precision from the same noise; {result['samples']} samples of {result['seeds']} seeds."
+    )
+    return "\n\n".join([setting, *tables])
+
+
+def benchmark(result: Result) -> str:
+    """Latency of bundles against baselines."""
+    batch = result["samples"] * (1 if result["guidance"] == 1 else 2)
+    rows = [bench_row(row) for row in result["rows"]]
+    columns = ["", "forward ms", "speed-up", "error", "whole sampling s", "speed-up", "MACs", "cache", "peak memory"]
+    setting = (
+        f"{result['samples']} at once (batch {batch}), {result['threads']} threads, {result['rounds']} rounds in turn"
+    )
+    how = "Least / median / largest; speed-ups are of medians, against torch eager. Errors are of a noise prediction."
+    lines = [
+        f"{result['model']}, {result['plan']}; {setting}. {how}",
+        "",
+        table(columns, rows),
+    ]
+    problems = [f"- {row['name']} {row['status']}: {row['problem']}" for row in result["rows"] if row["problem"]]
+    steps = [step_line(row) for row in result["rows"] if len(row["variants"]) > 1]
+    if problems or steps:
+        lines += ["", *steps, *problems]
+    if result["throughput"]:
+        lines += ["", throughput(result["throughput"])]
+    return "\n".join(lines)
+
+
+def step_line(row: Result) -> str:
+    """The variants of a bundle."""
+    steps = ", ".join(f"{name} {1000 * timing['median']:.3g} ms" for name, timing in row["variants"].items())
+    return f"- steps of {row['name']} (medians): {steps}"
+
+
+def bench_row(row: Result) -> list[str]:
+    """One candidate."""
+    forward, sampling, speedup = row["forward"], row["sampling"], row["speedup"]
+    return [
+        row["name"],
+        spread({key: 1000 * value for key, value in forward.items()}, "min", "median", "max") if forward else "-",
+        f"{row['forward_speedup']:.2f}x" if row["forward_speedup"] else "-",
+        "-" if row["error"] is None else f"{row['error']:.1e}",
+        spread(sampling, "min", "median", "max") if sampling else "-",
+        f"{speedup['value']:.2f}x" if speedup else "-",
+        "-" if row["mac_ratio"] is None else f"{row['mac_ratio']:.1%}",
+        f"{row['cache_bytes'] / 1e6:.2f} MB" if row["cache_bytes"] else "-",
+        f"{row['peak_memory_bytes'] / 1e6:.0f} MB" if row["peak_memory_bytes"] else "-",
+    ]
+
+
+def throughput(items: list[Result]) -> str:
+    """Samples a second by batch."""
+    batches = sorted({item["batch"] for item in items})
+    found = {(item["name"], item["batch"]): item["samples_per_second"] for item in items}
+    names = dict.fromkeys(item["name"] for item in items)
+    rows = [
+        [name, *(f"{found[name, batch]:.3g}" if (name, batch) in found else "-" for batch in batches)] for name in names
+    ]
+    return table(["samples a second, at once:", *map(str, batches)], rows)
+
+
+def peers(result: Result) -> str:
+    """All baselines, model by model."""
+    return "\n\n".join(f"### {entry['model']}\n\n{benchmark(entry)}" for entry in result["models"])
+
+
+def compilation(result: Result) -> str:
+    """What compiling costs."""
+    rows = []
+    for row in result["rows"]:
+        slowest = max(row["stages"], key=lambda stage: stage["seconds"])
+        largest = max(row["stages"], key=lambda stage: stage["peak_bytes"])
+        rows.append(
+            [
+                row["model"],
+                f"{row['parameters'] / 1e6:.0f} M",
+                f"{row['seconds']:.0f}",
+                f"{slowest['name']} ({slowest['seconds'] / row['seconds']:.0%})",
+                f"{row['peak_bytes'] / 1e6:.0f} MB",
+                f"{row['ratio']:.2f}x",
+                largest["name"],
+            ]
+        )
+    first = result["rows"][0]
+    columns = ["model", "parameters", "seconds", "of which most", "peak memory", "of the weights", "at"]
+    return f"{first['steps']} steps, {first['trajectories']} trajectories.\n\n{table(columns, rows)}"
+
+
+KINDS: dict[str, Callable[[Result], str]] = {
+    "attribution": attributions,
+    "bench": benchmark,
+    "compile": compilation,
+    "eval": evaluation,
+    "peers": peers,
+}
+
+
+def spread(values: dict[str, float], *keys: str) -> str:
+    """Three figures in one cell: ``value (low .. high)`` or ``least / median / largest``."""
+    found = [f"{values[key]:.4g}" for key in keys]
+    return f"{found[0]} ({found[1]} .. {found[2]})" if keys[0] == "value" else " / ".join(found)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
