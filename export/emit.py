@@ -17,6 +17,7 @@ from torch import fx
 
 from qcgraph.capture import MAX_BATCH
 from qcgraph.errors import QcgraphError
+from qcgraph.export.attention import keep_heads_in_place
 from qcgraph.ir.graph import DTYPES
 from qcgraph.ir.ops import OPS
 from qcgraph.ir.program import Program, tensor_digest
@@ -110,6 +111,7 @@ def _translate(program: Program, variant: str, opset: int) -> ir.Model:
     except Exception as error:  # the exporter raises many types; each means that this variant cannot be exported
         raise _refusal(variant, error) from error
     _rename(model, _names(decomposed.graph, program.variants[variant].graph), program.constants)
+    keep_heads_in_place(model)
     values = (*model.graph.inputs, *model.graph.outputs)
     for value, spec in zip(values, (*interface.inputs, *interface.outputs), strict=True):
         value.shape = ir.Shape(spec.shape)
