@@ -30,8 +30,7 @@ def check_conditions(gate: Gate, model: LoadedModel) -> None:
     Raises:
         UsageError: a condition needs a judge that the model does not have, or a library that is not installed.
     """
-    check_installed()
-    choose_metrics(gate.metrics, judged=model.judge is not None, model=model.spec.name)
+    check_installed(choose_metrics(gate.metrics, judged=model.judge is not None, model=model.spec.name))
 
 
 def admit_edges(program: Program, origin: Program, seed: int, *, allow_unsafe: bool, progress: Progress) -> list[Any]:

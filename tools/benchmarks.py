@@ -90,13 +90,12 @@ def section(stored: dict[str, Any]) -> str:
     machine, result = stored["machine"], stored["result"]
     flags = " ".join(machine["flags"])
     place = f"{machine['cpu']}, {machine['cores']} cores, {flags}"
-    packages = ", ".join(f"{name} {version}" for name, version in result.get("versions", stored["versions"]).items())
-    busy = machine["load"] is not None and machine["load"] > machine["cores"] / 4
-    load = f"Load average before: {machine['load']}{', so do not trust seconds' if busy else ''}."
+    own = result["models"][0] if result["kind"] == "peers" else result
+    packages = ", ".join(f"{name} {version}" for name, version in own.get("versions", stored["versions"]).items())
     lines = [
         f"## {stored['title']}",
         f"```sh\n{stored['command']}\n```",
-        f"{stored['date']}; {place}; {packages}. {load}",
+        f"{stored['date']}; {place}; load average before: {machine['load']}; {packages}.",
         KINDS[result["kind"]](result),
     ]
     return "\n\n".join(lines) + "\n"

@@ -170,9 +170,9 @@ class _Run:
     """One evaluation: the samples, and what is computed from them."""
 
     def __init__(self, subject: Subject, options: Options, progress: Progress) -> None:
-        check_installed()
         make_judge = subject.model.judge
         self._metrics = choose_metrics(options.wanted, judged=make_judge is not None, model=subject.spec.name)
+        check_installed(self._metrics)
         judged = any(metric.judged for metric in self._metrics)
         self._judge = make_judge() if judged and make_judge is not None else None
         needed = check_samples(self._metrics, options.samples, self._judge.feature_count if self._judge else 0)

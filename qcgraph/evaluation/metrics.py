@@ -20,6 +20,7 @@ Values = npt.NDArray[np.float64]
 
 KID_SUBSET = 100  # samples a subset
 KID_SUBSETS = 10
+OWN = ("psnr", "latent_error", "accuracy")  # what takes no more than a mean
 STANDARD_SIGMA = 1.5  # of the SSIM window, which is 11 pixels wide then
 SMALL_SIGMA = 0.5  # of images too small for that one
 
@@ -65,14 +66,18 @@ METRICS = {
 }
 
 
-def check_installed() -> None:
-    """Refuse to begin without the libraries that metrics come from.
+def check_installed(metrics: Iterable[Metric]) -> None:
+    """Refuse to begin without the library that some metrics come from.
 
     Raises:
-        UsageError: torchmetrics is not installed.
+        UsageError: a metric needs torchmetrics, which is not installed.
     """
-    if find_spec("torchmetrics") is None:
-        raise UsageError("metrics come from torchmetrics, which is not installed", hint="pip install 'qcgraph[eval]'")
+    needed = [metric.title for metric in metrics if metric.name not in OWN]
+    if needed and find_spec("torchmetrics") is None:
+        raise UsageError(
+            f"{needed[0]} comes from torchmetrics, which is not installed",
+            hint=f"pip install 'qcgraph[eval]', or only ask for {', '.join(OWN)}",
+        )
 
 
 def choose_metrics(names: Iterable[str] | None, *, judged: bool, model: str) -> tuple[Metric, ...]:

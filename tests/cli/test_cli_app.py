@@ -108,7 +108,7 @@ def test_a_reader_may_leave(bundle: Path) -> None:
 
 def test_every_recipe_option_is_an_option_of_compile(qcgraph: Command) -> None:
     text = qcgraph("compile", "--help").out
-    assert all(f"--{name} " in text for name in Recipe.OPTIONS)
+    assert all(f"--{name.replace('_', '-')} " in text for name in Recipe.OPTIONS)
 
 
 INTERRUPTED_COMPILE = """
