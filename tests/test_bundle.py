@@ -329,9 +329,11 @@ def test_failure_keeps_the_old_bundle(tmp_path: Path, error: type[BaseException]
     assert hidden(tmp_path) == []
 
 
+# A process that is started in the background may ignore SIGINT, and so may what it starts.
 WRITER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {tests!r})
 import test_bundle
 {patch}

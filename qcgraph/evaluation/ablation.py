@@ -38,6 +38,11 @@ def without_compensation(program: Program) -> Program:
     return replace(program, constants={**program.constants, **neutral})
 
 
+def is_quantized(program: Program) -> bool:
+    """Whether any linear of a program is quantized."""
+    return any(quantized_sites(variant) for variant in program.variants.values())
+
+
 def without_quantization(program: Program, model: Program, keep: Collection[str] = ()) -> Program:
     """The program with its quantized linears back in floating point, caches and all else as they are.
 

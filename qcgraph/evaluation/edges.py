@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from qcgraph.calibration import FIRST_INDEX, calibration_labels
-from qcgraph.evaluation.ablation import without_quantization
+from qcgraph.evaluation.ablation import is_quantized, without_quantization
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites, total_macs
@@ -62,9 +62,9 @@ def measure_edges(program: Program, origin: Program, seed: int, progress: Progre
         One entry a cache tensor; none when nothing is quantized, or nothing is cached.
     """
     plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
-    exact = without_quantization(program, origin)
-    if exact is program or len(plan.variants) < 2:
+    if not is_quantized(program) or len(plan.variants) < 2:
         return ()
+    exact = without_quantization(program, origin)
     cost = total_macs(find_sites(origin.variants["main"])) * len(plan) * 4
     count = int(np.clip(MACS // cost, 1, TRAJECTORIES))
     progress.note(f"measuring the cached edges on {count} trajectories")

@@ -10,8 +10,13 @@ import torch
 
 from qcgraph.bundle import Bundle
 from qcgraph.errors import BundleError
-from qcgraph.evaluation.ablation import compensation_tables, every_step_computes, without_compensation
-from qcgraph.evaluation.ablation import without_quantization as quantization_removed
+from qcgraph.evaluation.ablation import (
+    compensation_tables,
+    every_step_computes,
+    is_quantized,
+    without_compensation,
+    without_quantization,
+)
 from qcgraph.evaluation.solvers import sample_with
 from qcgraph.export.targets import Target, target_named
 from qcgraph.ir.execute import TorchRunner
@@ -149,8 +154,7 @@ def parts(subject: Subject, folder: Path, progress: Progress) -> tuple[Setting, 
         progress: reports the exports.
     """
     program, plan = subject.program, subject.plan
-    bare = quantization_removed(program, subject.origin)
-    quantized, cached = bare is not program, len(plan.variants) > 1
+    quantized, cached = is_quantized(program), len(plan.variants) > 1
     every = every_step_computes(plan)
     runner = subject.runner
     if subject.is_compensated and (quantized or cached):
@@ -162,7 +166,8 @@ def parts(subject: Subject, folder: Path, progress: Progress) -> tuple[Setting, 
     else:
         settings.append(Setting("quantization", "quantization only", absent=no_quantization))
     if cached:
-        alone = runner if not quantized else _exported(subject, without_compensation(bare), folder, progress)
+        bare = without_compensation(without_quantization(program, subject.origin)) if quantized else None
+        alone = runner if bare is None else _exported(subject, bare, folder, progress)
         settings.append(_part("cache", "cache only", subject, alone, plan))
     else:
         settings.append(Setting("cache", "cache only", absent=no_cache))

@@ -154,6 +154,19 @@ def test_a_plan_that_is_not_the_schedulers_is_caught(broken: Path, qcgraph: Call
 
 
 @pytest.mark.slow
+def test_parts_that_are_not_there(qcgraph: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "plain"
+    assert qcgraph("compile", "digits", "-o", path, "--steps", 4, "--bits", "off", "--cache", "interval=2").code == 0
+    assert json.loads((path / "report.json").read_text())["cached_edges"] == []
+    report = json.loads(qcgraph("eval", path, "--samples", 4, "--seeds", 1, "--metrics", "psnr", "--json").out)
+    rows = {row["key"]: row for row in report["rows"]}
+    assert rows["quantization"]["absent"] == rows["both"]["absent"] == "it is not quantized"
+    assert rows["cache"]["metrics"] == rows["compiled"]["metrics"]
+    assert report["interaction_db"] is None
+    assert report["sites"] == report["scales"] == []
+
+
+@pytest.mark.slow
 def test_the_gate_of_eval(bundle: Path, qcgraph: Callable[..., Any]) -> None:
     fast = (*QUICK, "--no-attribution")
     assert qcgraph("eval", bundle, *fast, "--gate", "psnr>=20").code == 0
