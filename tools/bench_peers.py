@@ -62,7 +62,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if options.json:
-        print(json.dumps({"kind": "peers", "format": 1, "models": [report.to_json() for report in reports]}, indent=2))
+        print(json.dumps({"kind": "peers", "format": 1, "models": list(map(document, reports))}, indent=2))
     else:
         print("\n\n".join(markdown(report) for report in reports))
     return 0
@@ -84,6 +84,12 @@ def compare(model: str, steps: int, guidance: float, options: BenchOptions) -> B
             assert bundle is not None
             bundles[name] = bundle
         return bench(bundles, options, model, progress)
+
+
+def document(report: BenchReport) -> dict[str, object]:
+    """A report as JSON data, without the places of bundles that are gone by now."""
+    rows = [row.to_json() | {"bundle": None} for row in report.rows]
+    return report.to_json() | {"bundle": None, "rows": rows}
 
 
 def markdown(report: BenchReport) -> str:
