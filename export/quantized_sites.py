@@ -33,12 +33,14 @@ class QuantizedSite:
 
     Attributes:
         name: the site.
+        product: the node that multiplies.
         codes: the constant with its weight codes.
         entering: the node whose floating-point value is quantized.
         leaving: the node whose value is the result, bias included.
     """
 
     name: str
+    product: str
     codes: str
     entering: str
     leaving: str
@@ -56,7 +58,9 @@ def quantized_sites(variant: Variant) -> tuple[QuantizedSite, ...]:
             assert isinstance(quantize, fx.Node) and isinstance(codes, fx.Node)
             entering = quantize.args[0]
             assert isinstance(entering, fx.Node)
-            found.append(QuantizedSite(site.name, str(codes.target), entering.name, _with_bias(product).name))
+            found.append(
+                QuantizedSite(site.name, site.node, str(codes.target), entering.name, _with_bias(product).name)
+            )
     return tuple(found)
 
 

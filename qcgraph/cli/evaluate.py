@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qcgraph.evaluation.rows import Row
 
 FILES = ("eval.json", "samples.png", "curves.png")
+NOTHING = "-"
 WORST_SITES = 8  # that are printed; the JSON has all
 MOMENTS = 5  # steps at which the error of the latent is printed; the JSON has all
 
@@ -165,15 +166,9 @@ def _print_rows(evaluation: Evaluation) -> None:
 def _cells(row: Row, names: Sequence[str], *, converged: bool) -> list[str]:
     if row.absent or row.metrics is None:
         return ["-", row.absent, *[""] * (len(names) - 1 + converged)]
-    values = [_estimate(row.metrics.get(name)) for name in names]
+    values = [str(row.metrics.get(name, NOTHING)) for name in names]
     last = ["-" if row.converged_psnr is None else f"{row.converged_psnr:.1f}"] if converged else []
     return [f"{row.cost:.1f}", *values, *last]
-
-
-def _estimate(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return "-"
-    return f"{estimate.value:.4g} ({estimate.low:.4g} .. {estimate.high:.4g})"
 
 
 def _print_attribution(evaluation: Evaluation) -> None:

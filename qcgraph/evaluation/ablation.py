@@ -12,7 +12,6 @@ from qcgraph.errors import BundleError
 from qcgraph.export.quantized_sites import QuantizedSite, quantized_sites
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.program import Program
-from qcgraph.ir.structure import find_sites
 from qcgraph.steps import StepPlan
 
 ops = torch.ops.qcgraph
@@ -56,13 +55,12 @@ def without_quantization(program: Program, model: Program, keep: Collection[str]
     """
     edits: dict[str, GraphEditor] = {}
     for name, variant in program.variants.items():
-        products = {site.name: site.node for site in find_sites(variant)}
         sites = [site for site in quantized_sites(variant) if site.name not in keep]
         if not sites:
             continue
         editor = edits[name] = GraphEditor(variant, program.constants, "ablation")
         for site in sites:
-            product = editor.node(products[site.name])
+            product = editor.node(site.product)
             weight = float_weight(site, model, tuple(program.constants[site.codes].shape))
             with editor.before(product):
                 constant = editor.constant(f"{site.codes}_float", weight, product)
@@ -122,10 +120,9 @@ def activation_quantizers(program: Program) -> tuple[Quantizer, ...]:
     found = []
     for name, variant in program.variants.items():
         nodes = {node.name: node for node in variant.graph.nodes}
-        products = {site.name: nodes[site.node] for site in find_sites(variant)}
         fed: dict[fx.Node, list[str]] = {}
         for site in quantized_sites(variant):
-            fed.setdefault(_operand(_operand(products[site.name], 0), 0), []).append(site.name)
+            fed.setdefault(_operand(_operand(nodes[site.product], 0), 0), []).append(site.name)
         for quantize, sites in fed.items():
             low, high = quantize.args[3:5]
             assert isinstance(low, int) and isinstance(high, int)
@@ -134,10 +131,9 @@ def activation_quantizers(program: Program) -> tuple[Quantizer, ...]:
     return tuple(found)
 
 
-def dequantized_weight(program: Program, variant: str, site: str) -> torch.Tensor:
+def dequantized_weight(program: Program, variant: str, site: QuantizedSite) -> torch.Tensor:
     """What a site multiplies with, in the layout of its codes."""
-    products = {item.name: item.node for item in find_sites(program.variants[variant])}
-    node = next(node for node in program.variants[variant].graph.nodes if node.name == products[site])
+    node = next(node for node in program.variants[variant].graph.nodes if node.name == site.product)
     dequantize = _operand(node, 1)
     values = [program.constants[str(_operand(dequantize, index).target)] for index in range(3)]
     result = ops.dequantize(*values, dequantize.args[3])

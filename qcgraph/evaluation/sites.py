@@ -115,7 +115,7 @@ def _weight_fit(program: Program, variant: str, site: QuantizedSite, model: Prog
     """Signal-to-quantization-noise of a weight as it is, and with min-max scales a channel, in dB."""
     codes = program.constants[site.codes]
     weight = float_weight(site, model, tuple(codes.shape))
-    used = dequantized_weight(program, variant, site.name)
+    used = dequantized_weight(program, variant, site)
     inputs = 0 if site.codes.endswith("_t") else 1
     largest = weight.abs().amax(dim=inputs, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     scale = largest / max(int(codes.short().abs().max()), 1)

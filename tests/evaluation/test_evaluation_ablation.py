@@ -96,5 +96,5 @@ def test_quantizers_and_weights_are_what_the_plan_says(compiled: Program, captur
             assert zero_point == activation.zero_points[position]
     for site in quantized_sites(compiled.variants["full"]):
         weight = float_weight(site, captured, tuple(compiled.constants[site.codes].shape))
-        error = (dequantized_weight(compiled, "full", site.name) - weight).abs().max() / weight.abs().max()
+        error = (dequantized_weight(compiled, "full", site) - weight).abs().max() / weight.abs().max()
         assert error <= 0.5001 / plan.sites[site.name].weight.high
