@@ -18,6 +18,7 @@ from torch import fx
 from qcgraph.capture import MAX_BATCH
 from qcgraph.errors import QcgraphError
 from qcgraph.export.attention import keep_heads_in_place
+from qcgraph.export.integer_products import multiply_integers
 from qcgraph.ir.graph import DTYPES
 from qcgraph.ir.ops import OPS
 from qcgraph.ir.program import Program, tensor_digest
@@ -34,7 +35,9 @@ EXAMPLE_BATCH = 3  # any but 1, which torch.export would take for a constant
 _NODE = re.compile(r"%(\w+) :")
 
 
-def emit_onnx(program: Program, folder: Path, opset: int, progress: Progress) -> tuple[str, ...]:
+def emit_onnx(
+    program: Program, folder: Path, opset: int, progress: Progress, *, integer_products: bool
+) -> tuple[str, ...]:
     """Write the program, its weights, and an ONNX graph of every variant into a folder that exists.
 
     The graphs hold no weights of their own: they refer into ``weights.safetensors``, where each tensor of the program
@@ -46,6 +49,7 @@ def emit_onnx(program: Program, folder: Path, opset: int, progress: Progress) ->
         folder: where ``program.json``, ``weights.safetensors`` and ``<variant>.onnx`` are written.
         opset: the ONNX opset.
         progress: reports the variants.
+        integer_products: whether quantized products multiply integers (see `qcgraph.export.targets.Target`).
 
     Returns:
         The names of the graph files.
@@ -56,7 +60,7 @@ def emit_onnx(program: Program, folder: Path, opset: int, progress: Progress) ->
     models = {}
     for variant in program.variants:
         progress.note(f"exporting {variant} to ONNX")
-        models[variant] = _translate(program, variant, opset)
+        models[variant] = _translate(program, variant, opset, integer_products)
     tensors = _Tensors(program)
     names = {variant: tensors.place(model, variant) for variant, model in models.items()}
     save_program(program, folder, tensors.exported)
@@ -84,7 +88,7 @@ def tensor_places(path: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def _translate(program: Program, variant: str, opset: int) -> ir.Model:
+def _translate(program: Program, variant: str, opset: int, integer_products: bool) -> ir.Model:
     """One variant as an ONNX model whose initializers are, in memory, the tensors of the program."""
     from onnxscript import ir
     from onnxscript.optimizer import optimize_ir
@@ -112,6 +116,8 @@ def _translate(program: Program, variant: str, opset: int) -> ir.Model:
         raise _refusal(variant, error) from error
     _rename(model, _names(decomposed.graph, program.variants[variant].graph), program.constants)
     keep_heads_in_place(model)
+    if integer_products:
+        multiply_integers(model)
     values = (*model.graph.inputs, *model.graph.outputs)
     for value, spec in zip(values, (*interface.inputs, *interface.outputs), strict=True):
         value.shape = ir.Shape(spec.shape)

@@ -20,7 +20,6 @@ from qcgraph.ir.structure import find_sites
 from qcgraph.sampling import Array
 
 if TYPE_CHECKING:
-    import onnx
     from onnxscript import ir
 
 aten = torch.ops.aten
@@ -44,6 +43,11 @@ class QuantizedSite:
     codes: str
     entering: str
     leaving: str
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether a bias is added to the product."""
+        return self.leaving != self.product
 
 
 def quantized_sites(variant: Variant) -> tuple[QuantizedSite, ...]:
@@ -131,8 +135,8 @@ class CutSites:
         outputs: list[ir.Value] = []
         for index, site in enumerate(sites):
             product = products[site.codes].pop(0) if products.get(site.codes) else None
-            first = _first(product) if product is not None else None
-            if product is None or first is None:
+            first, last = (_first(product), _last(product)) if product is not None else (None, None)
+            if first is None or last is None:
                 raise VerificationError(
                     "the exported graph has no product of a quantized activation with its weight codes",
                     where=f"{path.name}, {site.name}",
@@ -141,7 +145,7 @@ class CutSites:
                 inputs[first] = ir.Value(name=f"entering_{index}", type=ir.TensorType(ir.DataType.FLOAT))
                 first.replace_input_with(0, inputs[first])
             self._entering[site.entering] = str(inputs[first].name)
-            output = _last(product).outputs[0]
+            output = last.outputs[0]
             output.type = ir.TensorType(ir.DataType.FLOAT)
             outputs.append(output)
             self._leaving[site.name] = str(output.name)
@@ -162,38 +166,62 @@ class CutSites:
 
 
 def _products(graph: ir.Graph) -> dict[str, list[ir.Node]]:
-    """Weight codes -> the products of dequantized values that they take part in."""
+    """Weight codes -> the products that they take part in, of dequantized values or as integers."""
     found: dict[str, list[ir.Node]] = {}
     for node in graph:
-        makers = [value.producer() if value is not None else None for value in node.inputs[:2]]
+        makers = [_maker(value) for value in node.inputs[:2]]
         if node.op_type == "MatMul" and all(maker and maker.op_type == "DequantizeLinear" for maker in makers):
             codes = makers[1].inputs[0] if makers[1] else None
-            found.setdefault(str(codes.name) if codes else "", []).append(node)
+        elif node.op_type == "MatMulInteger":
+            codes = node.inputs[1]
+        else:
+            continue
+        found.setdefault(str(codes.name) if codes else "", []).append(node)
     return found
 
 
 def _first(product: ir.Node) -> ir.Node | None:
     """The node that the floating-point activation of a product enters: its quantize, or the clip before; or None."""
-    quantize = _maker(_maker(product))
+    maker = _maker(product.inputs[0])
+    quantize = _maker(maker.inputs[0]) if maker is not None and maker.op_type == "DequantizeLinear" else maker
     if quantize is None or quantize.op_type != "QuantizeLinear":
         return None
-    before = _maker(quantize)
+    before = _maker(quantize.inputs[0])
     return before if before is not None and before.op_type == "Clip" else quantize
 
 
-def _maker(node: ir.Node | None) -> ir.Node | None:
-    """The node that makes the first input."""
-    value = node.inputs[0] if node is not None else None
+def _last(product: ir.Node) -> ir.Node | None:
+    """The addition of an initializer that follows a product, else the product; None for integers without a scale."""
+    result = _scaled(product) if product.op_type == "MatMulInteger" else product
+    add = _only_user(result.outputs[0]) if result is not None else None
+    if add is None or add.op_type != "Add":
+        return result
+    return add if any(value is not None and value.is_initializer() for value in add.inputs) else result
+
+
+def _scaled(integers: ir.Node) -> ir.Node | None:
+    """The node that makes numbers of a product of integers: Mul(Cast(product), Mul(scale, scale))."""
+    cast = _only_user(integers.outputs[0])
+    scaled = _only_user(cast.outputs[0]) if cast is not None and cast.op_type == "Cast" else None
+    scales = _maker(scaled.inputs[1]) if scaled is not None and scaled.op_type == "Mul" else None
+    return scaled if scales is not None and scales.op_type == "Mul" else None
+
+
+def _maker(value: ir.Value | None) -> ir.Node | None:
     return value.producer() if value is not None else None
 
 
-def _last(product: ir.Node) -> ir.Node:
-    """The addition of an initializer that follows a product, else the product."""
-    consumers = list(product.outputs[0].consumers())
-    if len(consumers) != 1 or consumers[0].op_type != "Add":
-        return product
-    add = consumers[0]
-    return add if any(value is not None and value.is_initializer() for value in add.inputs) else product
+def _only_user(value: ir.Value) -> ir.Node | None:
+    users = list(value.consumers())
+    return users[0] if len(users) == 1 and not value.is_graph_output() else None
+
+
+def multiplied_integers(path: Path) -> frozenset[str]:
+    """The weight codes that an exported graph multiplies as integers, and whose biases the kernels take in."""
+    from onnxscript import ir
+
+    nodes = [node for node in ir.load(path).graph if node.op_type == "MatMulInteger"]
+    return frozenset(str(codes.name) for node in nodes if (codes := node.inputs[1]) is not None)
 
 
 def _cut_session(model: ir.Model, inputs: list[ir.Value], outputs: list[ir.Value], folder: Path) -> Any:
@@ -227,26 +255,30 @@ class Parameters:
 
 def parameters(path: Path) -> Parameters:
     """Codes, scales and zero points of an exported graph, as they are on disk."""
-    import onnx
+    from onnxscript import ir
 
-    graph = onnx.load(str(path), load_external_data=False).graph
-    initializers = {tensor.name: tensor for tensor in graph.initializer}
-    makers = {name: node for node in graph.node for name in node.output}
     found: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = ({}, {}, {})
-    for node in graph.node:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        for kind, name in zip(found, node.input, strict=False):
-            for source in _sources(name, makers):
-                if source in initializers and source not in kind:
-                    kind[source] = onnx.numpy_helper.to_array(initializers[source], str(path.parent))
+    for node in ir.load(path).graph:
+        for operand in _operands(node):
+            for kind, value in zip(found, operand, strict=False):
+                source = _source(value)
+                if source is not None and source.const_value is not None:
+                    kind[str(source.name)] = source.const_value.numpy()
     return Parameters(*found)
 
 
-def _sources(name: str, makers: Mapping[str, onnx.NodeProto]) -> Iterator[str]:
+def _operands(node: ir.Node) -> Iterator[Sequence[ir.Value | None]]:
+    """The values, scale and zero point of what a node quantizes, dequantizes or multiplies as integers."""
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        yield node.inputs
+    elif node.op_type == "MatMulInteger":
+        scaled = _scaled(node)
+        scales = _maker(scaled.inputs[1]) if scaled is not None else None
+        zero_points = (*node.inputs[2:], None, None)
+        yield from zip(node.inputs, scales.inputs if scales is not None else (None, None), zero_points, strict=False)
+
+
+def _source(value: ir.Value | None) -> ir.Value | None:
     """The tensor itself, or the table that it is selected from."""
-    maker = makers.get(name)
-    if maker is None:
-        yield name
-    elif maker.op_type == "Gather":
-        yield maker.input[0]
+    maker = _maker(value)
+    return maker.inputs[0] if maker is not None and maker.op_type == "Gather" else value

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qcgraph.cache_state import State, cached, depths, remember
 from qcgraph.errors import BundleError, closest
-from qcgraph.sampling import Array, State, cached
-from qcgraph.spec import OUTPUT, Interface
+from qcgraph.sampling import Array
+from qcgraph.spec import Interface
 
 PROVIDERS = ["CPUExecutionProvider"]
 
@@ -41,6 +42,7 @@ class OnnxRuntimeRunner:
         self._folder = folder
         self._interfaces = interfaces
         self._threads = threads
+        self._depths = depths(interfaces.values())
         # Sessions read them in place, so they have to live as long as the sessions do.
         self._constants = {name: _ort_value(value) for name, value in (constants or {}).items()}
         self._sessions: dict[str, Any] = {}
@@ -52,9 +54,9 @@ class OnnxRuntimeRunner:
             BundleError: there is no such variant, its graph cannot be loaded, or it reuses what was never computed.
         """
         outputs = self.run_outputs(variant, inputs, state)
-        prediction: Array = outputs.pop(OUTPUT).numpy()
-        state.update(outputs)
-        return prediction
+        result: Array = outputs.pop(self._interfaces[variant].output_names[0]).numpy()
+        remember(state, outputs, self._depths)
+        return result
 
     def run_outputs(
         self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: Mapping[str, object]

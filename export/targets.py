@@ -21,6 +21,8 @@ class Target:
         activation: ``asymmetric`` (uint8 codes with a zero point) or ``symmetric`` (int8 codes, zero point 0).
         weight_high: the largest weight code at 8 bits; codes are int8 in ``[-weight_high, weight_high]``.
         emits_onnx: whether a bundle holds an ONNX graph of every variant.
+        integer_products: whether ONNX graphs multiply integers and scale the result, which brings biases into ONNX
+            Runtime's int8 kernel; else they multiply dequantized values.
         backend: what runs the bundle unless it is told otherwise.
     """
 
@@ -31,6 +33,7 @@ class Target:
     activation: Literal["asymmetric", "symmetric"]
     weight_high: int
     emits_onnx: bool
+    integer_products: bool
     backend: str
 
 
@@ -42,6 +45,7 @@ _TORCH = Target(
     activation="asymmetric",
     weight_high=127,
     emits_onnx=False,
+    integer_products=False,
     backend="torch",
 )
 
@@ -55,6 +59,7 @@ _ONNXRUNTIME_CPU = Target(
     # largest sum, 2 * 255 * 64 = 32640, fits: the result is exact on every CPU, for one bit of the weights.
     weight_high=64,
     emits_onnx=True,
+    integer_products=True,
     backend="onnxruntime",
 )
 

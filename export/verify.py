@@ -10,15 +10,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qcgraph.cache_state import depths, remember
 from qcgraph.errors import VerificationError
-from qcgraph.export.quantized_sites import CutSites, Parameters, QuantizedSite, parameters, quantized_sites, record
+from qcgraph.export.quantized_sites import (
+    CutSites,
+    Parameters,
+    QuantizedSite,
+    multiplied_integers,
+    parameters,
+    quantized_sites,
+    record,
+)
 from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner, OptimizedGraph
 from qcgraph.export.targets import Target
 from qcgraph.facts import QuantPlan
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites, total_macs
 from qcgraph.progress import Progress
-from qcgraph.spec import Interface, ModelSpec
+from qcgraph.spec import Interface, ModelSpec, preparation
 from qcgraph.steps import Step, StepPlan
 
 EXACT = 1e-5  # relative L2 that float32 arithmetic in another order stays below
@@ -31,6 +40,7 @@ SAMPLES = 256  # samples a step, fewer for large models; in a small one a roundi
 MACS = 10e9  # multiply-accumulates that running the samples of a step once may cost
 TOGETHER = 16  # sites whose values are held at once to compare them
 KERNEL = "MatMulIntegerToFloat"
+BIAS = 6  # its input
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm")
 VIEWS = ("Transpose", "Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze")
 
@@ -81,7 +91,7 @@ def verify_export(
     for variant in progress.track(list(program.variants), "verifying"):
         path = folder / f"{variant}.onnx"
         sites = quantized_sites(program.variants[variant])
-        checks.append(_check_kernels(program, variant, sites, OptimizedGraph.of(path)))
+        checks.append(_check_kernels(program, variant, sites, path))
         if sites:
             checks += _check_parameters(variant, parameters(path), target)
             checks.append(_check_sites(program, variant, sites, path))
@@ -89,18 +99,22 @@ def verify_export(
     return tuple(checks)
 
 
-def _check_kernels(program: Program, variant: str, sites: Sequence[QuantizedSite], optimized: OptimizedGraph) -> Check:
-    """Every planned linear runs in int8, and nothing multiplies dequantized values in floating point."""
+def _check_kernels(program: Program, variant: str, sites: Sequence[QuantizedSite], path: Path) -> Check:
+    """Every planned linear runs in int8, its bias included where it can be; nothing dequantized is multiplied."""
+    optimized, integers = OptimizedGraph.of(path), multiplied_integers(path)
     plan = program.facts.get(QuantPlan)
     planned = set(plan.sites) if plan else set()
     unquantized = {site.name for site in find_sites(program.variants[variant])} - {site.name for site in sites}
-    kernels = [node.inputs[1] for node in optimized.nodes if node.op == KERNEL]
+    kernels = [node for node in optimized.nodes if node.op == KERNEL]
     left = []
     for site in sites:
-        if site.codes in kernels:
-            kernels.remove(site.codes)
-        else:
+        kernel = next((node for node in kernels if node.inputs[1] == site.codes), None)
+        if kernel is None:
             left.append(site.name)
+            continue
+        kernels.remove(kernel)
+        if site.codes in integers and site.has_bias and not any(kernel.inputs[BIAS:]):
+            left.append(f"the bias of {site.name}")
     offenders = [*sorted(unquantized & planned), *left, *_dequantized_products(optimized)]
     what = ", ".join(offenders)
     return Check(
@@ -216,8 +230,8 @@ def _limit(distances: Sequence[float], floors: Sequence[float]) -> float:
 
 
 def _steps(program: Program, variant: str) -> list[Step]:
-    """Steps of the plan that run a variant, spread over it."""
-    steps = [step for step in program.facts[StepPlan].steps if step.variant == variant]
+    """Steps of the plan that run a variant or are prepared by it, spread over it."""
+    steps = [step for step in program.facts[StepPlan].steps if variant in (step.variant, preparation(step.variant))]
     count = min(len(steps), STEPS if _macs(program) < MACS else STEPS // 2)
     return [steps[position] for position in np.linspace(0, len(steps) - 1, count).round().astype(int)]
 
@@ -230,27 +244,40 @@ def _macs(program: Program) -> int:
 def _inputs(
     program: Program, variant: str, step: Step, samples: int, generator: np.random.Generator
 ) -> dict[str, torch.Tensor]:
-    """Inputs of one step: noise as the latent, every class in turn, and caches that a computing step has made."""
+    """Inputs of one step: noise as the latent, every class in turn, and caches that computing steps make of that."""
     spec = program.facts[ModelSpec]
+    latent = torch.from_numpy(generator.standard_normal((samples, *spec.latent_shape), dtype=np.float32))
+    inputs = _without_caches(program, variant, step, latent)
+    missing = [name for name in program.variants[variant].interface.input_names if name not in inputs]
+    if missing:
+        caches = _caches(program, step, latent)
+        inputs |= {name: caches[name] for name in missing}
+    return inputs
+
+
+def _without_caches(program: Program, variant: str, step: Step, latent: torch.Tensor) -> dict[str, torch.Tensor]:
+    spec, samples = program.facts[ModelSpec], len(latent)
     labels = [spec.null_class, *range(spec.class_count)]
     inputs = {
-        "latent": torch.from_numpy(generator.standard_normal((samples, *spec.latent_shape), dtype=np.float32)),
+        "latent": latent,
         "timestep": torch.full((samples,), step.timestep, dtype=torch.float32),
         "class_label": torch.tensor([labels[index % len(labels)] for index in range(samples)]),
         "group": torch.tensor(step.group),
         "row": torch.tensor(step.row),
     }
-    missing = [name for name in program.variants[variant].interface.input_names if name not in inputs]
-    if missing:
-        plan = program.facts[StepPlan]
-        before = [other for other in plan.steps[: plan.index_of(step.timestep)] if _gives(program, other, missing)]
-        caches = program.run(before[-1].variant, _inputs(program, before[-1].variant, before[-1], samples, generator))
-        inputs |= {name: caches[name] for name in missing}
-    return inputs
+    return program.prepared(variant, inputs)
 
 
-def _gives(program: Program, step: Step, names: Sequence[str]) -> bool:
-    return set(names) <= set(program.variants[step.variant].interface.output_names)
+def _caches(program: Program, step: Step, latent: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the steps that computed last before a step leave in the state of a request."""
+    plan, ages = program.facts[StepPlan], depths(program.interfaces.values())
+    earlier = plan.steps[: plan.index_of(step.timestep)]
+    writing = [other for other in earlier if len(program.variants[other.variant].interface.outputs) > 1]
+    state: dict[str, object] = {}
+    for other in writing[-1 - max(ages.values(), default=0) :]:
+        outputs = program.run(other.variant, _without_caches(program, other.variant, other, latent))
+        remember(state, outputs, ages)
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def _perturbed(latent: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:

@@ -15,6 +15,7 @@ from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pipeline
 from qcgraph.progress import Progress
 from qcgraph.spec import Interface
+from qcgraph.steps import StepPlan
 
 TARGET = TARGETS["onnxruntime-cpu"]
 CALIBRATE = "calibrate{trajectories=2},group-timesteps{groups=3}"
@@ -38,8 +39,8 @@ class Export:
         return OnnxRuntimeRunner(self.folder, self.interfaces)
 
 
-def exported(program: Program, folder: Path) -> Export:
-    emit_onnx(program, folder, TARGET.opset, Progress())
+def exported(program: Program, folder: Path, *, integer_products: bool = TARGET.integer_products) -> Export:
+    emit_onnx(program, folder, TARGET.opset, Progress(), integer_products=integer_products)
     return Export(program, folder)
 
 
@@ -50,10 +51,27 @@ def unquantized(captured: Program, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
+def forecasting(captured: Program, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """In floating point, branches cached in two modes that overlap, forecast from three computing steps."""
+    cache = 'plan-cache{interval=3 history=3 what=branches blocks="0..1+1..1"},insert-cache,calibrate{trajectories=2}'
+    program = Pipeline.parse(cache).run(captured)
+    schedule = ["full", "full", "reuse", "full", "reuse_1", "full", "reuse", "reuse_1", "reuse"]
+    program = program.with_facts(program.facts[StepPlan].with_variants(schedule))
+    program = Pipeline.parse("insert-forecast,fit-forecast").run(program)
+    return exported(program, tmp_path_factory.mktemp("forecasting"))
+
+
+@pytest.fixture(scope="session")
 def compiled(captured: Program, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """All at once: cache, 8-bit linears in three timestep groups, compensation, lowered for ONNX Runtime."""
     pipeline = Pipeline.parse(f"{CACHE},{QUANTIZE},{COMPENSATE},{TARGET.legalize}")
     return exported(pipeline.run(captured), tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="session")
+def dequantizing(compiled: Export, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """The same with products of dequantized values, whose biases stay outside the int8 kernels."""
+    return exported(compiled.program, tmp_path_factory.mktemp("dequantizing"), integer_products=False)
 
 
 @pytest.fixture

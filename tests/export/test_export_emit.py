@@ -26,7 +26,7 @@ from pathlib import Path
 from qcgraph.export.emit import emit_onnx
 from qcgraph.ir.serialize import load_program
 from qcgraph.progress import Progress
-emit_onnx(load_program(Path(sys.argv[1])), Path(sys.argv[2]), 23, Progress())
+emit_onnx(load_program(Path(sys.argv[1])), Path(sys.argv[2]), 23, Progress(), integer_products=True)
 """
 
 
@@ -81,7 +81,7 @@ def test_what_the_exporter_makes_is_stored_once(
     """The exporter makes the ones that a LayerNorm without weights is multiplied by; here they count as large."""
     monkeypatch.setattr("qcgraph.export.emit.INLINE_BYTES", 100)
     variants = {"first": captured.variants["main"], "second": captured.variants["main"]}
-    emit_onnx(Program(variants, captured.constants, captured.facts), tmp_path, 21, Progress())
+    emit_onnx(Program(variants, captured.constants, captured.facts), tmp_path, 21, Progress(), integer_products=True)
     places = tensor_places(tmp_path / WEIGHTS)
     made = {name: place for name, place in places.items() if name.startswith(EXPORTED)}
     assert made
@@ -100,18 +100,38 @@ def test_weights_are_as_readable_as_the_rest(compiled: Any) -> None:
     assert len(modes) == 1
 
 
+def names_by_op(export: Any, kinds: dict[Any, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Nodes of the program with the ops that are to make their values, and all values with the ops that make them."""
+    nodes = export.program.variants["full"].graph.nodes
+    expected = {node.name: kinds[node.target] for node in nodes if node.target in kinds}
+    return expected, {name: node.op_type for node in graph_of(export.folder, "full").node for name in node.output}
+
+
 def test_values_have_the_names_of_the_program(compiled: Any) -> None:
     kinds = {
         torch.ops.qcgraph.quantize.default: "QuantizeLinear",
-        torch.ops.qcgraph.dequantize.default: "DequantizeLinear",
-        torch.ops.aten.matmul.default: "MatMul",
+        torch.ops.aten.matmul.default: "Mul",  # the last of the nodes that a product of integers takes
         torch.ops.aten.layer_norm.default: "LayerNormalization",
     }
-    nodes = compiled.program.variants["full"].graph.nodes
-    expected = {node.name: kinds[node.target] for node in nodes if node.target in kinds}
-    made = {name: node.op_type for node in graph_of(compiled.folder, "full").node for name in node.output}
-    assert len(expected) == 8 * 4 + 5
+    expected, made = names_by_op(compiled, kinds)
+    assert len(expected) == 8 * 2 + 5
     assert expected.items() <= made.items()
+    assert list(made.values()).count("MatMulInteger") == 8
+
+
+def test_products_of_dequantized_values_have_the_names_of_the_program(dequantizing: Any) -> None:
+    kinds = {
+        torch.ops.qcgraph.dequantize.default: "DequantizeLinear",
+        torch.ops.aten.matmul.default: "MatMul",
+    }
+    expected, made = names_by_op(dequantizing, kinds)
+    assert len(expected) == 8 * 3
+    assert expected.items() <= made.items()
+    assert "MatMulInteger" not in made.values()
+
+
+def test_both_forms_are_on_the_same_weights(compiled: Any, dequantizing: Any) -> None:
+    assert (compiled.folder / WEIGHTS).read_bytes() == (dequantizing.folder / WEIGHTS).read_bytes()
 
 
 def test_nothing_of_this_machine_gets_out(compiled: Any) -> None:
@@ -137,5 +157,5 @@ def test_op_without_onnx_form_is_refused_by_name(captured: Program, tmp_path: Pa
         strange = editor.call(torch.ops.aten.cholesky.default, node, source=node)
     node.replace_all_uses_with(strange, delete_user_cb=lambda user: user is not strange)
     with pytest.raises(QcgraphError, match=r"^graph main, %cholesky: cannot be exported to ONNX: .*aten.cholesky"):
-        emit_onnx(with_edits(captured, {"main": editor}), tmp_path, 23, Progress())
+        emit_onnx(with_edits(captured, {"main": editor}), tmp_path, 23, Progress(), integer_products=True)
     assert list(tmp_path.iterdir()) == []

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from qcgraph.errors import BundleError
+from qcgraph.export.emit import tensor_places
 from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner, OptimizedGraph
 from qcgraph.facts import encode
 from qcgraph.ir.execute import TorchRunner
+from qcgraph.ir.serialize import WEIGHTS
 from qcgraph.sampling import Request, sample
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
@@ -50,11 +52,12 @@ def inputs(seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def test_trajectories_agree_with_torch(unquantized: Any) -> None:
-    plan, spec = unquantized.program.facts[StepPlan], unquantized.program.facts[ModelSpec]
+@pytest.mark.parametrize("name", ["unquantized", "forecasting"])
+def test_trajectories_agree_with_torch(request: pytest.FixtureRequest, name: str) -> None:
+    export = request.getfixturevalue(name)
+    plan, spec = export.program.facts[StepPlan], export.program.facts[ModelSpec]
     latents = [
-        sample(runner, plan, spec, [0, 1, 4], seed=1)
-        for runner in (unquantized.runner(), TorchRunner(unquantized.program))
+        sample(runner, plan, spec, [0, 1, 4], seed=1) for runner in (export.runner(), TorchRunner(export.program))
     ]
     assert np.linalg.norm(latents[0] - latents[1]) <= 1e-5 * np.linalg.norm(latents[1])
 
@@ -129,6 +132,23 @@ def test_runs_where_it_is_moved_and_without_torch(compiled: Any, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     expected = sample(OnnxRuntimeRunner(compiled.folder, compiled.interfaces, 1), plan, spec, [0, 1], seed=3)
     np.testing.assert_array_equal(np.load(folder / "latents.npy"), expected)
+
+
+@pytest.mark.parametrize("position", [3, 6], ids=["weight scale", "bias"])
+def test_constants_take_the_place_of_those_in_the_weights_file(compiled: Any, tmp_path: Path, position: int) -> None:
+    """Also where an int8 kernel has taken them in."""
+    nodes = OptimizedGraph.of(compiled.folder / "full.onnx").nodes
+    name = next(node.inputs[position] for node in nodes if "blocks.1.mlp.fc1.weight_codes_t" in node.inputs)
+    folder = Path(shutil.copytree(compiled.folder, tmp_path / "changed"))
+    value = compiled.program.constants[name].numpy() * np.float32(1.5) + np.float32(0.25)
+    offset, _ = tensor_places(folder / WEIGHTS)[name]
+    with (folder / WEIGHTS).open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(value.tobytes())
+    given = OnnxRuntimeRunner(compiled.folder, compiled.interfaces, constants={name: value}).run("full", inputs(1), {})
+    stored = OnnxRuntimeRunner(folder, compiled.interfaces).run("full", inputs(1), {})
+    np.testing.assert_array_equal(given, stored)
+    assert not np.array_equal(given, compiled.runner().run("full", inputs(1), {}))
 
 
 def test_optimized_graph_counts_ops(compiled: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import onnx
 import pytest
 
 from qcgraph.export.emit import tensor_places
+from qcgraph.export.quantized_sites import parameters
 from qcgraph.export.targets import TARGETS, Target
 from qcgraph.export.verify import EXACT, SAMPLES, Check, verify_export
 from qcgraph.facts import QuantPlan
@@ -21,6 +23,7 @@ from qcgraph.progress import Progress
 
 TARGET = TARGETS["onnxruntime-cpu"]
 SITE = "blocks.1.mlp.fc1"
+TOKENS = 16
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +55,21 @@ def change_tensor(folder: Path, name: str, change: Callable[[np.ndarray], np.nda
         stream.write(values.astype(dtype).tobytes())
 
 
+@contextmanager
+def altered(folder: Path) -> Iterator[onnx.GraphProto]:
+    """The graph of the computing steps, to change; the weights stay as they are."""
+    path = folder / "full.onnx"
+    model = onnx.load(str(path), load_external_data=False)
+    yield model.graph
+    onnx.save(model, str(path))
+
+
+def reader(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
+    """The one node that reads a value."""
+    (node,) = (node for node in graph.node if name in node.input)
+    return node
+
+
 def test_unquantized_graphs_are_exact(unquantized: Any) -> None:
     checks = verify(unquantized)
     assert failed(checks) == []
@@ -73,6 +91,21 @@ def test_quantized_graphs_pass(compiled: Any, monkeypatch: pytest.MonkeyPatch) -
     assert checks["full", "weight codes"].value == TARGET.weight_high
     assert checks["reuse", "parity of noise_prediction"].limit == EXACT  # nothing is quantized in it
     assert ("reuse", "site exactness") not in checks
+
+
+def test_products_of_dequantized_values_pass(dequantizing: Any) -> None:
+    checks = verify(dequantizing)
+    assert failed(checks) == []
+    assert checks["full", "int8 kernels"].detail == "8 linears in int8, none of them left in float"
+
+
+def test_the_same_parameters_are_checked_in_both_forms(compiled: Any, dequantizing: Any) -> None:
+    found, expected = (parameters(export.folder / "full.onnx") for export in (compiled, dequantizing))
+    assert len(found.codes) == 8
+    assert found.codes.keys() == expected.codes.keys()
+    assert found.scales.keys() == expected.scales.keys()
+    # Weight zero points are 0, and a product of integers does not read them.
+    assert found.zero_points.keys() == {name for name in expected.zero_points if "weight" not in name}
 
 
 def test_target_without_graphs_has_no_checks(compiled: Any) -> None:
@@ -109,16 +142,58 @@ def test_altered_scale_is_found_at_its_site(
 ) -> None:
     """The graph alone is altered: one scale, by a thousandth. However many sites are compared at once."""
     monkeypatch.setattr("qcgraph.export.verify.TOGETHER", together)
-    path = copy / "full.onnx"
-    model = onnx.load(str(path), load_external_data=False)
-    tensor = next(item for item in model.graph.initializer if item.name == f"{SITE}.weight_scale")
-    scale = onnx.numpy_helper.to_array(tensor, str(copy)) * np.float32(1.001)
-    tensor.CopyFrom(onnx.numpy_helper.from_array(scale, tensor.name))
-    onnx.save(model, str(path))
+    with altered(copy) as graph:
+        tensor = next(item for item in graph.initializer if item.name == f"{SITE}.weight_scale")
+        scale = onnx.numpy_helper.to_array(tensor, str(copy)) * np.float32(1.001)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(scale, tensor.name))
     checks = verify(compiled, copy)
     assert ("full", "site exactness") in failed(checks)
     assert checks["full", "site exactness"].value == pytest.approx(1e-3, rel=0.1)
     assert f"too far: {SITE} 1.0e-03" in checks["full", "site exactness"].detail
+
+
+def test_bias_outside_its_kernel_is_found(compiled: Any, copy: Path) -> None:
+    """A bias of as many rows as there are tokens, which ONNX Runtime does not fuse: right, but not as fast."""
+    with altered(copy) as graph:
+        node = reader(graph, f"{SITE}.weight_codes_t")
+        while node.op_type != "Add":
+            node = reader(graph, node.output[0])
+        bias = next(item for item in graph.initializer if item.name == node.input[1])
+        rows = np.repeat(onnx.numpy_helper.to_array(bias, str(copy)), TOKENS, axis=1)
+        graph.initializer.append(onnx.numpy_helper.from_array(rows, "rows"))
+        node.input[1] = "rows"
+    checks = verify(compiled, copy)
+    assert failed(checks) == [("full", "int8 kernels")]
+    assert checks["full", "int8 kernels"].detail == f"not in int8: the bias of {SITE}"
+
+
+def test_product_of_integers_without_a_kernel_is_found(compiled: Any, copy: Path) -> None:
+    """Of scales that are all known ONNX Runtime does not make a kernel."""
+    with altered(copy) as graph:
+        graph.initializer.append(onnx.numpy_helper.from_array(np.float32(0.01), "known"))
+        reader(graph, f"{SITE}.weight_scale").input[0] = "known"
+    checks = verify(compiled, copy)
+    assert checks["full", "int8 kernels"].detail == f"not in int8: {SITE}"
+    assert f"too far: {SITE} " in checks["full", "site exactness"].detail
+
+
+def test_wrong_zero_point_is_found_at_its_site(compiled: Any, copy: Path) -> None:
+    with altered(copy) as graph:
+        other = reader(graph, f"{SITE.replace('fc1', 'fc2')}.weight_codes_t")
+        reader(graph, f"{SITE}.weight_codes_t").input[2] = other.input[2]
+    check = verify(compiled, copy)["full", "site exactness"]
+    assert not check.passed
+    assert f"too far: {SITE} " in check.detail
+
+
+def test_zero_point_of_a_weight_is_found(compiled: Any, copy: Path) -> None:
+    with altered(copy) as graph:
+        zero_points = np.ones(len(compiled.program.constants[f"{SITE}.weight_scale"]), np.int8)
+        graph.initializer.append(onnx.numpy_helper.from_array(zero_points, "asymmetric"))
+        reader(graph, f"{SITE}.weight_codes_t").input.append("asymmetric")
+    checks = verify(compiled, copy)
+    assert {("full", "scales and zero points"), ("full", "site exactness")} <= set(failed(checks))
+    assert checks["full", "scales and zero points"].detail.endswith(": asymmetric")
 
 
 def test_wrong_group_is_found(compiled: Any, copy: Path) -> None:
@@ -142,3 +217,27 @@ def test_lost_kernel_is_found(not_lowered: Any) -> None:
     assert not checks["main", "int8 kernels"].passed
     assert SITE in checks["main", "int8 kernels"].detail
     assert not checks["main", "site exactness"].passed
+
+
+def test_forecasts_pass(forecasting: Any) -> None:
+    """Variants that take what several computing steps left."""
+    checks = verify(forecasting)
+    assert failed(checks) == []
+    assert {variant for variant, _ in checks} == {"full", "reuse", "reuse_1"}
+    assert checks["reuse", "parity of noise_prediction"].value < EXACT
+
+
+def test_a_forecast_of_another_step_is_found(forecasting: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(forecasting.folder, tmp_path / "copy"))
+    change_tensor(folder, "forecast.cache_2", lambda table: np.roll(table, 1, axis=0), np.float32)
+    assert ("reuse_1", "parity of noise_prediction") in failed(verify(forecasting, folder))
+
+
+def test_a_forecast_from_the_wrong_age_is_found(forecasting: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(forecasting.folder, tmp_path / "copy"))
+    path = folder / "reuse.onnx"
+    model = onnx.load(str(path), load_external_data=False)
+    for node in model.graph.node:
+        node.input[:] = ["cache_0" if name == "cache_0_age1" else name for name in node.input]
+    onnx.save(model, str(path))
+    assert failed(verify(forecasting, folder)) == [("reuse", "parity of noise_prediction")]
