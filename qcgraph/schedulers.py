@@ -1,20 +1,30 @@
 """From a diffusers scheduler to a step plan: its update is probed once, at compile time.
 
-A sampler update that is affine, ``x' = c1 * x + c2 * eps + c3 * z``, is three numbers a step. They are found by calling
-the scheduler's own ``step`` with basis inputs, and checked with random ones; a scheduler whose update is not affine,
-or depends on earlier steps, is refused with that reason.
+A sampler update that is linear, ``x' = c1 * x + c2 * eps + c3 * z``, is three numbers a step. A multistep solver also
+takes latents and predictions of a few earlier steps, ``sum_j (a_j * x_j + b_j * eps_j)``: two numbers more for each.
+So DPM-Solver++ (Lu et al., 2022, arXiv 2211.01095), whose order 2 in algorithm 2, "2M", is::
+
+    x' = (s' / s) * x - a' * (exp(-h) - 1) * ((1 + 1 / 2r) * m - 1 / 2r * m_before),    m = (x - s * eps) / a
+
+a and s are the square roots of the cumulative alpha and of one less it, h the step in log(a / s), and r the step before
+over h. The clean latent m_before is linear in the x and eps of its step, which is how it enters the plan.
+
+None of this is written down here: the coefficients are found by giving the scheduler's own ``step`` one input at a
+time, and checked with random ones. A scheduler whose update is not linear, or remembers more, is refused with that
+reason.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from qcgraph.errors import UsageError, closest
 from qcgraph.spec import NoiseSchedule
-from qcgraph.steps import Fingerprint, Step, StepPlan, Update
+from qcgraph.steps import Earlier, Fingerprint, Step, StepPlan, Update
 
-# How a scheduler is called here -> the diffusers class, and the settings without which its update is not affine.
+# How a scheduler is called here -> the diffusers class, and the settings without which its update is not linear.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),
@@ -23,7 +33,8 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
 }
-AFFINE_HINT = "ddim and ddpm have affine updates"
+LINEAR_HINT = "ddim, ddpm and dpmsolver++ have linear updates"
+LONGEST_HISTORY = 3  # earlier steps that an update may look back to; each costs two tensors of the latent's size
 TOLERANCE = 1e-6  # relative; probing runs in float64 on coefficients that diffusers keeps in float32
 PROBE_SHAPE = (1, 1, 4, 4)
 
@@ -39,7 +50,7 @@ def make_step_plan(name: str, steps: int, guidance: float, schedule: NoiseSchedu
         model_digest: the digest of the model's weights.
 
     Raises:
-        UsageError: the scheduler is unknown, does not fit the steps, or has no affine update; says why.
+        UsageError: the scheduler is unknown, does not fit the steps, or has no linear update; says why.
     """
     if not 1 <= steps <= schedule.train_steps:
         raise UsageError(
@@ -52,9 +63,13 @@ def make_step_plan(name: str, steps: int, guidance: float, schedule: NoiseSchedu
     except ValueError as error:
         raise UsageError(f"{name} cannot make {steps} steps: {error}", hint="choose another number of steps") from None
     if len(set(timesteps)) < len(timesteps):
+        if len(timesteps) == steps:
+            raise UsageError(
+                f"{name} cannot make {steps} steps: two of them round to one timestep", hint="choose fewer steps"
+            )
         raise _refused(name, "it calls the denoiser twice at one timestep")
-    updates = [_probe(name, scheduler, index) for index in range(len(timesteps))]
-    _check_memoryless(name, scheduler, updates)
+    updates = _probe(name, scheduler)
+    _check_linear(name, scheduler, updates)
     fingerprint = Fingerprint(model_digest, name, steps, guidance)
     return StepPlan(
         fingerprint,
@@ -86,50 +101,110 @@ def make_scheduler(name: str, schedule: NoiseSchedule) -> Any:
     )
 
 
+def check_compensable(plan: StepPlan) -> None:
+    """Refuse variance compensation for updates that look back.
+
+    Compensation corrects what an update gives, K * x' + (1 - K) * mu, by another noise prediction at the denoiser's
+    output, which is an affine of the prediction and the latent of that step. With history, x' also holds latents and
+    predictions of earlier steps: correcting them takes inputs that no graph of a single step has. And a prediction
+    that was changed for its own step would enter the later updates changed, as a correction that nobody fitted.
+
+    Raises:
+        UsageError: an update of the plan has history.
+    """
+    looking_back = [index for index, step in enumerate(plan.steps) if step.update.history]
+    if looking_back:
+        raise UsageError(
+            f"variance compensation does not fit {plan.fingerprint.scheduler}: the update of step {looking_back[0]} "
+            "also takes earlier latents and predictions, which the graph of a single step does not have",
+            hint="--compensate off, or a scheduler without memory, ddim for example",
+        )
+
+
 def _refused(name: str, reason: str) -> UsageError:
-    return UsageError(f"scheduler {name!r} has no affine update: {reason}", hint=AFFINE_HINT)
+    return UsageError(f"scheduler {name!r} has no linear update: {reason}", hint=LINEAR_HINT)
 
 
-def _probe(name: str, scheduler: Any, index: int) -> Update:
-    """The coefficients of one step, each call on a fresh copy of the scheduler."""
+def _probe(name: str, scheduler: Any) -> tuple[Update, ...]:
+    """The coefficients of every step: what a one at a single input of one step adds to that step and to later ones."""
     import torch
 
     zero, one = torch.zeros(PROBE_SHAPE, dtype=torch.float64), torch.ones(PROBE_SHAPE, dtype=torch.float64)
-    if not torch.equal(scheduler.scale_model_input(one, scheduler.timesteps[index]), one):
-        raise _refused(name, "it scales the input of the denoiser")
+    for timestep in scheduler.timesteps:
+        if not torch.equal(copy.deepcopy(scheduler).scale_model_input(one, timestep), one):
+            raise _refused(name, "it scales the input of the denoiser")
+    count = len(scheduler.timesteps)
+    walker = copy.deepcopy(scheduler)
+    noises = [_step(walker, index, zero, zero) for index in range(count)]
+    walker = copy.deepcopy(scheduler)
+    latents, predictions = [], []  # per step, what its input adds to that step and to each of the later ones
+    for index in range(count):
+        latents.append(_impulse(walker, index, one, zero, noises))
+        predictions.append(_impulse(walker, index, zero, one, noises))
+        _step(walker, index, zero, zero)
+    updates = []
+    for index in range(count):
+        looks_back = range(min(index, LONGEST_HISTORY + 1) + 1)
+        terms = [Earlier(latents[index - back][back], predictions[index - back][back]) for back in looks_back]
+        now, history = terms[0], terms[1:]
+        while history and history[-1] == Earlier(0.0, 0.0):
+            history.pop()
+        if len(history) > LONGEST_HISTORY:
+            raise _refused(name, f"a step depends on the predictions of more than {LONGEST_HISTORY} earlier steps")
+        updates.append(Update(now.latent, now.noise_prediction, _noise_weight(name, noises[index]), tuple(history)))
+    return tuple(updates)
 
-    def call(latent: Any, prediction: Any) -> Any:
-        return _step(copy.deepcopy(scheduler), index, latent, prediction)
 
-    noise = call(zero, zero)
-    latent = (call(one, zero) - noise).mean().item()
-    prediction = (call(zero, one) - noise).mean().item()
-    generator = torch.Generator().manual_seed(1)
-    x, eps = (100 * torch.randn(PROBE_SHAPE, generator=generator, dtype=torch.float64) for _ in range(2))
-    expected = latent * x + prediction * eps + noise
-    if not torch.allclose(call(x, eps), expected, rtol=TOLERANCE, atol=TOLERANCE * 100):
-        raise _refused(name, "it clips or thresholds")
-    drawn = torch.randn(PROBE_SHAPE, generator=_noise_generator(), dtype=torch.float64)
-    ratio = (noise / drawn).mean().item()
-    if not torch.allclose(noise, ratio * drawn, rtol=TOLERANCE, atol=TOLERANCE):
-        raise _refused(name, "its noise is not one normal draw a step")
-    return Update(latent, prediction, ratio)
+def _impulse(scheduler: Any, start: int, latent: Any, prediction: Any, noises: Sequence[Any]) -> list[float]:
+    """What the inputs of step ``start`` add to it and to the steps after it, all other inputs being zero.
 
+    Args:
+        scheduler: one that was given zeros at all steps before; it stays as it is.
+        start: the index of the step.
+        latent: its latent, and ..
+        prediction: .. its prediction, ones or zeros.
+        noises: what every step gives when all inputs are zero.
 
-def _check_memoryless(name: str, scheduler: Any, updates: list[Update]) -> None:
-    """Walk two steps with one scheduler: the second must not depend on what the first was given."""
+    Returns:
+        The weight in the step, in the next one, and so on to one step beyond the longest history.
+    """
     import torch
 
-    if len(updates) < 2:
-        return
-    generator = torch.Generator().manual_seed(2)
-    results: list[torch.Tensor] = []
-    for _ in range(2):
-        walker = copy.deepcopy(scheduler)
-        _step(walker, 0, *(torch.randn(PROBE_SHAPE, generator=generator, dtype=torch.float64) for _ in range(2)))
-        results.append(_step(walker, 1, torch.ones(PROBE_SHAPE).double(), torch.ones(PROBE_SHAPE).double()))
-    if not torch.allclose(results[0], results[1], rtol=TOLERANCE, atol=TOLERANCE):
-        raise _refused(name, "a step depends on the predictions of earlier steps")
+    walker, found = copy.deepcopy(scheduler), []
+    for index in range(start, min(start + LONGEST_HISTORY + 2, len(noises))):
+        found.append((_step(walker, index, latent, prediction) - noises[index]).mean().item())
+        latent = prediction = torch.zeros(PROBE_SHAPE, dtype=torch.float64)
+    return found
+
+
+def _noise_weight(name: str, noise: Any) -> float:
+    """How much of a step's fresh noise its result is when all inputs are zero."""
+    import torch
+
+    drawn = torch.randn(PROBE_SHAPE, generator=_noise_generator(), dtype=torch.float64)
+    weight: float = (noise / drawn).mean().item()
+    if not torch.allclose(noise, weight * drawn, rtol=TOLERANCE, atol=TOLERANCE):
+        raise _refused(name, "its noise is not one normal draw a step")
+    return weight
+
+
+def _check_linear(name: str, scheduler: Any, updates: Sequence[Update]) -> None:
+    """Walk the whole trajectory with random inputs: every step must be the sum of its terms."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randn(PROBE_SHAPE, generator=_noise_generator(), dtype=torch.float64)
+    walker = copy.deepcopy(scheduler)
+    inputs: list[tuple[Any, Any]] = []  # the latest first
+    for index, update in enumerate(updates):
+        x, eps = (100 * torch.randn(PROBE_SHAPE, generator=generator, dtype=torch.float64) for _ in range(2))
+        inputs = [(x, eps), *inputs[:LONGEST_HISTORY]]
+        terms = (Earlier(update.latent, update.noise_prediction), *update.history)
+        expected = update.noise * drawn
+        for term, (latent, prediction) in zip(terms, inputs, strict=False):
+            expected = expected + term.latent * latent + term.noise_prediction * prediction
+        if not torch.allclose(_step(walker, index, x, eps), expected, rtol=TOLERANCE, atol=TOLERANCE * 100):
+            raise _refused(name, "it clips or thresholds")
 
 
 def _noise_generator() -> Any:

@@ -10,15 +10,33 @@ from itertools import pairwise
 from string import ascii_uppercase
 
 from qcgraph.errors import BundleError, UsageError
+from qcgraph.spec import preparation
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier step still adds to an update: ``latent * x + noise_prediction * eps``, both of that step."""
+
+    latent: float
+    noise_prediction: float
 
 
 @dataclass(frozen=True)
 class Update:
-    """An affine sampler update: ``x' = latent * x + noise_prediction * eps + noise * z``, z ~ N(0, I)."""
+    """A linear sampler update: ``x' = latent * x + noise_prediction * eps + noise * z``, z ~ N(0, I), plus history.
+
+    Attributes:
+        latent: the coefficient of x, the latent that the denoiser was given.
+        noise_prediction: the coefficient of eps, its guided noise prediction.
+        noise: the coefficient of z, fresh noise.
+        history: what earlier steps add, the latest first; nothing where the update has no memory. A multistep solver
+            combines its last predictions of the clean latent, each of which is linear in the x and eps of its step.
+    """
 
     latent: float
     noise_prediction: float
     noise: float = 0.0
+    history: tuple[Earlier, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,12 +79,18 @@ class Fingerprint:
 class StepPlan:
     """The steps of one sampling trajectory, first (noisiest) to last.
 
+    Attributes:
+        fingerprint: what the plan was made for.
+        steps: the steps.
+        prepared: the variants that take a modulation, which others compute ahead (see `qcgraph.spec.preparation`).
+
     Raises:
         UsageError: there are no steps, or two steps share a timestep value.
     """
 
     fingerprint: Fingerprint
     steps: tuple[Step, ...]
+    prepared: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -89,6 +113,13 @@ class StepPlan:
     def variants(self) -> tuple[str, ...]:
         """The variants in use, in order of first use."""
         return tuple(dict.fromkeys(step.variant for step in self.steps))
+
+    def uses(self, variant: str) -> int:
+        """How many steps run a variant, or are prepared by it."""
+        return sum(
+            variant == step.variant or (step.variant in self.prepared and variant == preparation(step.variant))
+            for step in self.steps
+        )
 
     @property
     def group_count(self) -> int:

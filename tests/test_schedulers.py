@@ -1,6 +1,10 @@
-"""Step plans reproduce diffusers' own samplers, and what is not affine is refused with the reason."""
+"""Step plans reproduce diffusers' own samplers, and what is not linear is refused with the reason."""
 
 from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -8,14 +12,23 @@ import pytest
 import torch
 
 from qcgraph.errors import BundleError, UsageError
-from qcgraph.schedulers import SCHEDULERS, make_step_plan
+from qcgraph.facts import decode, encode
+from qcgraph.schedulers import SCHEDULERS, check_compensable, make_step_plan
 from qcgraph.spec import NoiseSchedule
 from qcgraph.steps import Fingerprint, Step, StepPlan, Update
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+@pytest.fixture
+def third_order(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A scheduler whose updates look back to two earlier steps."""
+    monkeypatch.setitem(SCHEDULERS, "third-order", ("DPMSolverMultistepScheduler", {"solver_order": 3}))
+    return "third-order"
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmsolver++", "third-order"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("steps", [1, 7, 50])
+@pytest.mark.usefixtures("third_order")
 def test_the_plan_is_the_scheduler(name: str, prediction: str, steps: int) -> None:
     """Walk diffusers' scheduler and the plan side by side with a made-up denoiser; they agree at every step."""
     schedule = NoiseSchedule(prediction=prediction)
@@ -26,6 +39,8 @@ def test_the_plan_is_the_scheduler(name: str, prediction: str, steps: int) -> No
     )
     scheduler.set_timesteps(steps)
     theirs = ours = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    tolerance = 1e-6 if name in ("ddim", "ddpm") else 1e-5  # diffusers' multistep solvers round latents to float32
     for step, timestep in zip(plan.steps, scheduler.timesteps, strict=True):
         assert step.timestep == float(timestep)
         generator, same = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
@@ -33,8 +48,12 @@ def test_the_plan_is_the_scheduler(name: str, prediction: str, steps: int) -> No
         theirs = scheduler.step(torch.tanh(theirs) + 0.1, timestep, theirs, **extra).prev_sample
         noise = torch.randn(ours.shape, generator=same, dtype=torch.float64)
         update = step.update
-        ours = update.latent * ours + update.noise_prediction * (torch.tanh(ours) + 0.1) + update.noise * noise
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        inputs.insert(0, (ours, torch.tanh(ours) + 0.1))
+        terms = (update, *update.history)
+        ours = update.noise * noise
+        for term, (latent, output) in zip(terms, inputs, strict=False):
+            ours = ours + term.latent * latent + term.noise_prediction * output
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -43,19 +62,29 @@ def test_the_plan_is_the_scheduler(name: str, prediction: str, steps: int) -> No
         ("euler", "it scales the input"),
         ("pndm", "twice at one timestep"),
         ("heun", "twice at one timestep"),
-        ("dpmsolver++", "depends on the predictions of earlier steps"),
     ],
 )
-def test_what_is_not_affine_is_refused(name: str, reason: str) -> None:
+def test_what_is_not_linear_is_refused(name: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason) as caught:
         make_step_plan(name, 10, 1.5, NoiseSchedule(), "model")
-    assert "ddim and ddpm" in str(caught.value.hint)
+    assert "ddim, ddpm and dpmsolver++" in str(caught.value.hint)
 
 
-def test_clipping_is_found_by_probing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SCHEDULERS, "clipped", ("DDIMScheduler", {"clip_sample": True}))
-    with pytest.raises(UsageError, match="it clips or thresholds"):
-        make_step_plan("clipped", 10, 1.5, NoiseSchedule(), "model")
+@pytest.mark.parametrize(
+    ("class_name", "settings", "reason"),
+    [
+        ("DDIMScheduler", {"clip_sample": True}, "it clips or thresholds"),
+        ("DPMSolverMultistepScheduler", {"thresholding": True}, "it clips or thresholds"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "its noise is not one normal draw"),
+        ("UniPCMultistepScheduler", {}, "more than 3 earlier steps"),
+    ],
+)
+def test_what_does_not_fit_is_found_by_probing(
+    monkeypatch: pytest.MonkeyPatch, class_name: str, settings: dict[str, Any], reason: str
+) -> None:
+    monkeypatch.setitem(SCHEDULERS, "other", (class_name, settings))
+    with pytest.raises(UsageError, match=reason):
+        make_step_plan("other", 10, 1.5, NoiseSchedule(), "model")
 
 
 def test_unknown_scheduler() -> None:
@@ -111,3 +140,62 @@ def test_probed_coefficients_match_the_closed_form_of_ddim() -> None:
         assert step.update.latent == pytest.approx(ratio, rel=1e-4)
         expected = np.sqrt(1 - then) - ratio * np.sqrt(1 - now)
         assert step.update.noise_prediction == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("steps", [10, 20])
+def test_probed_coefficients_match_the_closed_form_of_dpmsolver(steps: int) -> None:
+    """Algorithm 2 of Lu et al. (2022, arXiv 2211.01095), its first and last step of order one.
+
+    ``x' = s'/s x - a' (exp(-h) - 1) ((1 + 1/2r) m - 1/2r m_before)``, ``m = (x - s eps) / a``; at the end s' is 0.
+    """
+    plan = make_step_plan("dpmsolver++", steps, 1.0, NoiseSchedule(), "model")
+    cumulative = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))
+    timesteps = [int(timestep) for timestep in plan.timesteps]
+    a = np.sqrt([*cumulative[timesteps], 1.0])
+    s = np.sqrt(1 - np.square(a))
+    with np.errstate(divide="ignore"):
+        h = np.diff(np.log(a) - np.log(s))
+    for index, step in enumerate(plan.steps):
+        first_order = index in (0, steps - 1)
+        lean = 0.0 if first_order else h[index] / (2 * h[index - 1])  # 1 / 2r
+        weight = -a[index + 1] * np.expm1(-h[index])
+        now, before = weight * (1 + lean), -weight * lean
+        update = step.update
+        assert update.latent == pytest.approx(s[index + 1] / s[index] + now / a[index], rel=1e-3)
+        assert update.noise_prediction == pytest.approx(-now * s[index] / a[index], rel=1e-3)
+        assert update.noise == 0
+        assert len(update.history) == (0 if first_order else 1)
+        for term in update.history:
+            assert term.latent == pytest.approx(before / a[index - 1], rel=1e-3)
+            assert term.noise_prediction == pytest.approx(-before * s[index - 1] / a[index - 1], rel=1e-3)
+
+
+def test_the_history_is_as_long_as_it_must_be(third_order: str) -> None:
+    plan = make_step_plan(third_order, 20, 1.0, NoiseSchedule(), "model")
+    assert [len(step.update.history) for step in plan.steps] == [0, 1, *[2] * 17, 0]
+    assert all(earlier > later for earlier, later in pairwise(plan.timesteps))
+    for name in ("ddim", "ddpm"):
+        assert not any(step.update.history for step in make_step_plan(name, 20, 1.0, NoiseSchedule(), "model").steps)
+
+
+def test_more_steps_than_timesteps_to_round_to() -> None:
+    with pytest.raises(UsageError, match="two of them round to one timestep") as caught:
+        make_step_plan("dpmsolver++", 1000, 1.5, NoiseSchedule(), "model")
+    assert caught.value.hint == "choose fewer steps"
+
+
+def test_a_plan_with_history_survives_json(third_order: str) -> None:
+    plan = make_step_plan(third_order, 20, 1.5, NoiseSchedule(), "model")
+    assert decode(StepPlan, json.loads(json.dumps(encode(plan)))) == plan
+
+
+def test_a_plan_that_was_written_without_history_is_read() -> None:
+    assert decode(Update, {"latent": 1.5, "noise_prediction": -0.5, "noise": 0.25}) == Update(1.5, -0.5, 0.25, ())
+
+
+def test_only_updates_without_history_can_be_compensated() -> None:
+    check_compensable(make_step_plan("ddpm", 10, 1.5, NoiseSchedule(), "model"))
+    check_compensable(make_step_plan("dpmsolver++", 1, 1.5, NoiseSchedule(), "model"))
+    with pytest.raises(UsageError, match=r"does not fit dpmsolver\+\+: the update of step 1 also takes") as caught:
+        check_compensable(make_step_plan("dpmsolver++", 10, 1.5, NoiseSchedule(), "model"))
+    assert "--compensate off" in str(caught.value.hint)

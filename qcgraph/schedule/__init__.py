@@ -1,0 +1,26 @@
+"""Which sampling steps compute and which reuse cached features. NumPy only, no model.
+
+`uniform`, `even` and `spread` space the computing steps evenly, `dps` is the schedule of CacheQuant, `plan` finds the
+schedule of least measured error under a budget, and `climb` improves a schedule by its true error. A `TimedSchedule`
+knows its steps by their timestep values, and carries over to other steps.
+"""
+
+from qcgraph.schedule.climbing import climb
+from qcgraph.schedule.planner import FULL, Mode, Schedule, SkipErrors, expected_error, plan
+from qcgraph.schedule.spacing import dps, even, spread, uniform
+from qcgraph.schedule.timed import TimedSchedule
+
+__all__ = [
+    "FULL",
+    "Mode",
+    "Schedule",
+    "SkipErrors",
+    "TimedSchedule",
+    "climb",
+    "dps",
+    "even",
+    "expected_error",
+    "plan",
+    "spread",
+    "uniform",
+]

@@ -1,0 +1,161 @@
+"""The dynamic program of the planner: over the last two computing steps and what has been spent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+FINEST = 32  # ticks of a computing step at most; time and memory of the search grow with it
+SLACK = 1e-9  # ticks; what sums of decimal fractions may be off by
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Costs above the floor, in whole ticks.
+
+    Every step costs at least as much as the cheapest mode. What is spent above that floor is counted in ticks. Modes
+    are rounded up, so that what fits a budget in ticks fits it; a computing step is worth as many ticks, up to
+    `FINEST`, as lose least by that. Where all modes cost the same it is one tick, and nothing is lost.
+
+    Attributes:
+        floor: the cost of the cheapest mode, relative to a computing step.
+        full: ticks of a computing step.
+        skips: ticks of every mode.
+    """
+
+    floor: float
+    full: int
+    skips: tuple[int, ...]
+
+    @classmethod
+    def of(cls, costs: Sequence[float]) -> Prices:
+        """The prices of modes of these costs, each relative to a computing step and below 1."""
+        floor = min(costs)
+        shares = [(cost - floor) / (1 - floor) for cost in costs]
+
+        def rounded(full: int) -> tuple[int, ...]:
+            return tuple(math.ceil(share * full - SLACK) for share in shares)
+
+        def loss(full: int) -> float:
+            return round(max(ticks / full - share for ticks, share in zip(rounded(full), shares, strict=True)), 9)
+
+        full = min(range(1, FINEST + 1), key=loss)
+        return cls(floor, full, rounded(full))
+
+    def affordable(self, budget: float, steps: int) -> int:
+        """The ticks that a budget leaves above the floor, negative where it lies below; at most all steps compute."""
+        spare = (min(budget, steps) - steps * self.floor) / (1 - self.floor)
+        return math.floor(spare * self.full + SLACK)
+
+    def share(self, ticks: int, steps: int) -> float:
+        """The cost of so many ticks above the floor, as a fraction of computing every step."""
+        return self.floor + ticks / self.full / steps * (1 - self.floor)
+
+
+# Both recursions walk the steps with one state for each [gap, earlier]: the last computing step lies ``gap`` before the
+# current step, and the one before it another ``earlier``. The current step computes (gap = 0) or reuses over one of the
+# gaps 1 .. G that have errors. ``earlier`` goes to G + 1, from one computing step over G skipped ones to the next: it
+# has no errors, so that the step after that must compute.
+
+
+def least_ticks(errors: Array, prices: Prices, fixed: Collection[int]) -> int:
+    """The fewest ticks above the floor that a schedule of finite error can cost; for the arguments see `search`."""
+    _, steps, gaps, _ = errors.shape
+    skips = np.array(prices.skips, dtype=np.float64)[:, None, None, None]
+    cheapest = np.where(np.isfinite(errors), skips, np.inf).min(axis=0)  # [T, G + 1, G + 1]
+    spent = np.full((gaps, gaps + 1), np.inf)
+    spent[0, 0] = prices.full  # step 0 computes
+    for step in range(1, steps):
+        following = np.full_like(spent, np.inf)
+        following[0, 1:] = spent.min(axis=1) + prices.full
+        if step not in fixed:
+            following[1:, :-1] = spent[:-1, :-1] + cheapest[step, 1:]
+        spent = following
+    return int(spent.min())
+
+
+def search(errors: Array, prices: Prices, fixed: Collection[int], ticks: int) -> list[int | None]:
+    """The schedule of least summed error that costs at most so many ticks above the floor.
+
+    ``error[gap, earlier, spent]`` [G + 1, G + 2, ticks + 1] is the least error of the steps so far that end in that
+    state and cost exactly ``spent``. The decisions that led there are kept for every step, in one byte each: that is
+    what memory goes to, T * G * (G + 1) * ticks bytes.
+
+    Args:
+        errors: [modes, T, G + 1, G + 1], the errors of skipping steps; see `SkipErrors`.
+        prices: ticks of the modes.
+        fixed: steps that must compute, besides step 0.
+        ticks: what may be spent above the floor; at least `least_ticks`.
+
+    Returns:
+        Per step, the mode it reuses in, or None where it computes.
+    """
+    _, steps, gaps, _ = errors.shape
+    error = np.full((gaps, gaps + 1, ticks + 1), np.inf)
+    error[0, 0, prices.full] = 0.0  # step 0 computes
+    parents, choices = [], []
+    for step in range(1, steps):
+        following = np.full_like(error, np.inf)
+        parents.append(compute(error, following, prices.full))
+        skipped = errors[:, step, 1:]
+        choices.append(None if step in fixed else skip(error[:-1, :-1], following[1:, :-1], skipped, prices.skips))
+        error = following
+    spent = int(error.min(axis=(0, 1)).argmin())  # among equals the cheapest
+    gap, earlier = (int(index) for index in np.unravel_index(error[..., spent].argmin(), error.shape[:2]))
+    found: list[int | None] = [None] * steps
+    for step in range(steps - 1, 0, -1):
+        choice = choices[step - 1]
+        if gap == 0:
+            spent -= prices.full
+            gap = earlier - 1
+            earlier = int(parents[step - 1][gap, spent])
+        elif choice is not None:
+            gap -= 1
+            mode = int(choice[gap, earlier, spent])
+            found[step] = mode
+            spent -= prices.skips[mode]
+    return found
+
+
+def compute(error: Array, following: Array, price: int) -> npt.NDArray[np.uint16]:
+    """Let a step compute: write the states at gap = 0 into ``following``.
+
+    Args:
+        error: [G + 1, G + 2, ticks + 1], the states before the step.
+        following: the states after it, of the same shape.
+        price: ticks of a computing step.
+
+    Returns:
+        Per gap before the step and ticks spent before it, the best ``earlier``: [G + 1, ticks + 1 - price].
+    """
+    affordable = error[..., : error.shape[-1] - price]
+    following[0, 1:, price:] = affordable.min(axis=1)
+    return affordable.argmin(axis=1).astype(np.uint16)
+
+
+def skip(error: Array, following: Array, skipped: Array, prices: Sequence[int]) -> npt.NDArray[np.uint8]:
+    """Let a step reuse, in each state by the mode that suits it: write the states at gap > 0 into ``following``.
+
+    Args:
+        error: [G, G + 1, ticks + 1], the states before the step that can be reused from.
+        following: the states after it, of the same shape, one gap further.
+        skipped: [modes, G, G + 1], the errors of skipping the step.
+        prices: ticks of every mode.
+
+    Returns:
+        The mode by which each state after the step was reached: [G, G + 1, ticks + 1].
+    """
+    choice = np.zeros(following.shape, dtype=np.uint8)
+    for mode, price in enumerate(prices):
+        offered = error[..., : error.shape[-1] - price] + skipped[mode, :, :, None]
+        held = following[..., price:]
+        better = offered < held
+        np.copyto(held, offered, where=better)
+        np.copyto(choice[..., price:], mode, where=better)
+    return choice
