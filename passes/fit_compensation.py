@@ -16,6 +16,7 @@ from qcgraph.ir.program import Program
 from qcgraph.noise import Noise
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.sampling import Request, guided
+from qcgraph.schedulers import check_compensable
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan, Update
 
@@ -29,7 +30,8 @@ class FitCompensation(Pass):
 
     From the noise of the reference, each step's latent is compared with full precision: K = sigma_ref / sigma, mu the
     reference mean. A step is fitted with all earlier corrections applied. Where the update adds fresh noise c3 * z,
-    K is solved on the part that the denoiser reaches: K^2 = (sigma_ref^2 - c3^2) / sigma_reached^2.
+    K is solved on the part that the denoiser reaches: K^2 = (sigma_ref^2 - c3^2) / sigma_reached^2. Updates that look
+    back to earlier steps are refused (see `qcgraph.schedulers.check_compensable`).
 
     Attributes:
         clamp: K stays in [1 - clamp, 1 + clamp]; what was clamped is counted. 0 gives K = 1 everywhere.
@@ -44,6 +46,7 @@ class FitCompensation(Pass):
     def run(self, program: Program, context: PassContext) -> Program:
         if not 0 <= self.clamp < 1:
             raise UsageError(f"clamp {self.clamp:g}", hint="0.1 keeps the gains within 10 % of one")
+        check_compensable(program.facts[StepPlan])
         plan, spec, reference = program.facts[StepPlan], program.facts[ModelSpec], program.facts[Reference]
         means, deviations = np.array(reference.means), np.array(reference.deviations)
         count = reference.trajectories

@@ -1,32 +1,34 @@
-"""insert-cache: split the program into a variant that computes and one that reuses."""
+"""insert-cache: split the program into a variant that computes and those that reuse."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from qcgraph.errors import ContractError
-from qcgraph.facts import CachePlan
+from qcgraph.facts import CachedValue, CachePlan
 from qcgraph.ir.edit import GraphEditor
 from qcgraph.ir.graph import Variant, output_node, returned_nodes, spec_of
 from qcgraph.ir.program import Program, used_constants
-from qcgraph.ir.structure import Block, find_blocks
+from qcgraph.ir.structure import Block, cached_node, find_blocks
 from qcgraph.pipeline import Pass, PassContext
+from qcgraph.schedule import FULL
 from qcgraph.steps import StepPlan
 
 aten = torch.ops.aten
-CACHE = "cache_0"
 
 
 @dataclass(frozen=True)
 class InsertCache(Pass):
-    """Split ``main`` into ``full``, which gives the cache as an output, and ``reuse``, which takes it as an input.
+    """Split ``main`` into ``full``, which gives the cached values as outputs, and variants that take them as inputs.
 
-    What is cached is the change of the residual stream over the block range: D = x_leaving - x_entering at the last
-    computing step; a reusing step skips the range and continues with x_entering(now) + D. The host carries D from
-    one call to the next; nothing is hidden in the graph.
+    Over a range of blocks the change of the residual stream is cached: D = x_leaving - x_entering at the last computing
+    step; a reusing step skips the range and continues with x_entering(now) + D. Of a branch the output before its gate
+    is cached, and gated anew. The host carries the values from one call to the next; nothing is hidden in the graph.
     """
 
     name: ClassVar[str] = "insert-cache"
@@ -36,40 +38,48 @@ class InsertCache(Pass):
         if set(program.variants) != {"main"}:
             raise ContractError("the program is split already", hint="run insert-cache once, on the captured program")
         plan = program.facts[CachePlan]
-        if all(plan.computes):
+        if all(variant == FULL for variant in plan.draft):
             context.refuse("main", "every step computes, so there is nothing to cache")
             return program
         main = program.variants["main"]
         blocks = find_blocks(main)
-        first, last = blocks[plan.first_block], blocks[plan.last_block]
-        variants = {
-            "full": self._full(main, program, first, last),
-            "reuse": self._reuse(main, program, first, last),
-        }
-        steps = program.facts[StepPlan].with_variants(["full" if computes else "reuse" for computes in plan.computes])
+        variants = {FULL: self._full(main, program, blocks, plan.values)}
+        for mode, names in plan.modes.items():
+            reused = [value for value in plan.values if value.name in names]
+            variants[mode] = self._reuse(main, program, blocks, reused)
+        steps = program.facts[StepPlan].with_variants(plan.draft)
         constants = used_constants(variants.values(), program.constants)
         return Program(variants, constants, program.facts.with_(steps), program.history)
 
-    def _full(self, main: Variant, program: Program, first: Block, last: Block) -> Variant:
-        """The whole denoiser, and the change over the range as a second output."""
+    def _full(self, main: Variant, program: Program, blocks: Sequence[Block], values: Sequence[CachedValue]) -> Variant:
+        """The whole denoiser, and the cached values as further outputs."""
         editor = GraphEditor(main, program.constants, self.name)
-        leaving, entering = editor.node(last.leaving), editor.node(first.entering)
         output = output_node(editor.graph)
-        with editor.before(output):
-            change = editor.call(
-                aten.sub.Tensor, leaving, entering, source=leaving, name=f"{CACHE}_new", top_level=True
-            )
+        found: list[fx.Node] = []
+        for value in values:
+            node = editor.node(cached_node(main, blocks, value))
+            if value.branch < 0:
+                entering, name = editor.node(blocks[value.first_block].entering), f"{value.name}_new"
+                with editor.before(output):
+                    node = editor.call(aten.sub.Tensor, node, entering, source=node, name=name, top_level=True)
+            found.append(node)
         (prediction,) = returned_nodes(editor.graph)
-        editor.set_outputs([prediction, change], [*main.interface.output_names, CACHE])
+        names = [*main.interface.output_names, *(value.name for value in values)]
+        editor.set_outputs([prediction, *found], names)
         return editor.finish()
 
-    def _reuse(self, main: Variant, program: Program, first: Block, last: Block) -> Variant:
-        """The denoiser without the range; the cached change is added to what enters it."""
+    def _reuse(
+        self, main: Variant, program: Program, blocks: Sequence[Block], values: Sequence[CachedValue]
+    ) -> Variant:
+        """The denoiser with cached values in the place of what computes them."""
         editor = GraphEditor(main, program.constants, self.name)
-        leaving, entering = editor.node(last.leaving), editor.node(first.entering)
-        cache = editor.input(spec_of(CACHE, leaving.meta["val"]), like=leaving.meta["val"], source=leaving)
-        with editor.before(leaving):
-            name = f"{last.leaving}_reused"
-            resumed = editor.call(aten.add.Tensor, entering, cache, source=leaving, name=name, top_level=True)
-        leaving.replace_all_uses_with(resumed)
+        for value in values:
+            node = editor.node(cached_node(main, blocks, value))
+            fake = node.meta["val"]
+            resumed = editor.input(spec_of(value.name, fake), like=fake, source=node)
+            if value.branch < 0:
+                entering, name = editor.node(blocks[value.first_block].entering), f"{node.name}_reused"
+                with editor.before(node):
+                    resumed = editor.call(aten.add.Tensor, entering, resumed, source=node, name=name, top_level=True)
+            node.replace_all_uses_with(resumed)
         return editor.finish()

@@ -13,6 +13,8 @@ from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.graph import output_node, returned_nodes
 from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pass, PassContext
+from qcgraph.schedulers import check_compensable
+from qcgraph.spec import is_preparation
 from qcgraph.steps import StepPlan
 
 ops = torch.ops.qcgraph
@@ -25,16 +27,20 @@ class InsertCompensation(Pass):
     Correcting the latent after the update x' = c1 * x + c2 * eps, a * x' + b with a = K and b = (1 - K) * mu, is the
     same update with a compensated prediction: eps' = a * eps + ((a - 1) * c1 / c2) * x + b / c2. Hence one affine node
     per graph, with three tables [steps, channels] that the ``row`` input selects from; it commutes with guidance, whose
-    weights sum to one.
+    weights sum to one. Updates that look back to earlier steps are refused (see
+    `qcgraph.schedulers.check_compensable`).
     """
 
     name: ClassVar[str] = "insert-compensation"
     requires: ClassVar[tuple[type, ...]] = (Compensation, StepPlan)
 
     def run(self, program: Program, context: PassContext) -> Program:
+        check_compensable(program.facts[StepPlan])
         tables = compensation_tables(program.facts[Compensation], program.facts[StepPlan])
         edits: dict[str, GraphEditor] = {}
         for name, variant in program.variants.items():
+            if is_preparation(name):
+                continue
             editor = edits[name] = GraphEditor(variant, program.constants, self.name)
             output = output_node(editor.graph)
             prediction, *others = returned_nodes(editor.graph)

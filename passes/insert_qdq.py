@@ -8,18 +8,16 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from qcgraph.errors import ContractError
-from qcgraph.facts import ActivationQuant, QuantPlan, WeightQuant
+from qcgraph.facts import ActivationQuant, QuantPlan, Requantization, SiteCorrection
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.ops import CODE_TYPES
 from qcgraph.ir.program import Program
+from qcgraph.ir.quantize import quantize_weight
 from qcgraph.ir.structure import Site, find_sites
 from qcgraph.pipeline import Pass, PassContext
 
 ops = torch.ops.qcgraph
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODE_TYPES}
-ROWS = 64  # of a weight that are quantized together: temporaries as large as a weight, freed between its codes and the
-# next one's, leave holes that the allocator does not fill again, at DiT-XL/2 of more memory than the model
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,8 @@ class InsertQDQ(Pass):
 
     Activations get the scale and zero point of the step's timestep group, selected from a table by the ``group``
     input; linears that share an activation share the pair. Weights become int8 codes with one scale an output channel
-    (scale = max|w| / largest code).
+    (scale = max|w| / largest code). Where corrections of the results were fitted, they are folded in: the scales of the
+    weight become a2 * s, the bias a2 * beta + b2.
     """
 
     name: ClassVar[str] = "insert-qdq"
@@ -61,15 +60,19 @@ class InsertQDQ(Pass):
         activation, weight = linear.args[0], linear.args[1]
         assert isinstance(activation, fx.Node) and isinstance(weight, fx.Node)
         quant = plan.sites[site.name]
+        corrections = program.facts.get(Requantization)
+        correction = corrections.sites.get(site.name) if corrections else None
         with editor.before(linear):
             key = (activation, quant.activation)
             if key not in pairs:
                 pairs[key] = _activation_pair(editor, activation, linear, site.name, quant.activation)
             name = str(weight.target)
             if name not in weights:
-                weights[name] = quantize_weight(program.constants[name], quant.weight)
+                codes, scale = quantize_weight(program.constants[name], quant.weight)
+                weights[name] = codes, scale * torch.tensor(correction.gains) if correction else scale
             dequantized = _weight(editor, name, weights[name], linear)
-        linear.args = (pairs[key], dequantized, *linear.args[2:])
+            bias = _corrected_bias(editor, linear, site.name, correction, program) if correction else linear.args[2:]
+        linear.args = (pairs[key], dequantized, *bias)
 
 
 def _activation_pair(
@@ -104,17 +107,11 @@ def _weight(editor: GraphEditor, name: str, quantized: tuple[torch.Tensor, torch
     )
 
 
-def quantize_weight(weight: torch.Tensor, quant: WeightQuant) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes [out, in] and scales f32[out] of a weight; a channel of zeros keeps the scale 1.
-
-    Raises:
-        ContractError: the weight is not a matrix.
-    """
-    if weight.dim() != 2:
-        raise ContractError(f"weight of rank {weight.dim()}; a linear layer has a matrix")
-    largest = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1))
-    scale = torch.where(largest > 0, largest / quant.high, torch.ones_like(largest))
-    codes = torch.empty(weight.shape, dtype=torch.int8)
-    for values, scales, part in zip(*(tensor.split(ROWS) for tensor in (weight, scale, codes)), strict=True):
-        part.copy_((values / scales[:, None]).round_().clamp_(-quant.high, quant.high))
-    return codes, scale
+def _corrected_bias(
+    editor: GraphEditor, linear: fx.Node, site: str, correction: SiteCorrection, program: Program
+) -> tuple[fx.Node]:
+    """a2 * beta + b2; beta is 0 where the linear has no bias."""
+    gains, offsets = torch.tensor(correction.gains), torch.tensor(correction.offsets)
+    bias = linear.args[2] if len(linear.args) > 2 else None
+    beta = program.constants[str(bias.target)] if isinstance(bias, fx.Node) else torch.zeros_like(gains)
+    return (editor.constant(f"{site}.corrected_bias", gains * beta + offsets, linear),)

@@ -1,30 +1,45 @@
-"""plan-cache: decide which steps compute and which reuse."""
+"""plan-cache: decide what is cached, which variants reuse it, and the steps to begin with."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from math import prod
+from typing import ClassVar, Literal
 
 from qcgraph.errors import UsageError
-from qcgraph.facts import CachePlan
+from qcgraph.facts import CachedValue, CachePlan
+from qcgraph.ir.graph import Variant, spec_of
 from qcgraph.ir.program import Program
-from qcgraph.ir.structure import find_blocks
+from qcgraph.ir.structure import Block, cached_node, find_blocks, find_branches
 from qcgraph.pipeline import Pass, PassContext
+from qcgraph.schedule import FULL, spread, uniform
 from qcgraph.steps import StepPlan
 
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+HISTORIES = range(1, 4)
+FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
 class PlanCache(Pass):
-    """Decide which steps compute the block range and which reuse its cached change.
+    """Decide what computing steps cache, in which variants other steps reuse it, and a schedule to begin with.
 
-    Uniform schedule (FORA; CacheQuant's baseline): every ``interval``-th step computes, step 0 always.
+    Cached is the change of the residual stream over a range of blocks, or the output of every branch in it before its
+    gate (FORA, Learning-to-Cache). Each range is a variant of its own; a step takes one of them or computes. The
+    schedule is uniform (FORA; CacheQuant's baseline) or, for a budget, as many evenly spread steps as it allows;
+    plan-steps can find a better one once the variants exist.
 
     Attributes:
         interval: steps from one computing step to the next; 1 computes every step.
-        blocks: the cached range, ``all`` or ``first..last`` (both inclusive, counted from 0).
+        budget: what sampling may cost relative to computing every step, instead of an interval; 0 for none.
+        blocks: the cached range, ``all`` or ``first..last`` (both inclusive, counted from 0); several with ``+``.
+        what: ``range`` or ``branches``.
+        history: how many computed values a forecast may look back to, 1 to 3; 1 is plain reuse.
+        memory: the bytes that cached tensors may take for one image, both halves of guidance; 0 for any number. When
+            they are too few for the history, it is cut.
     """
 
     name: ClassVar[str] = "plan-cache"
@@ -32,29 +47,104 @@ class PlanCache(Pass):
     provides: ClassVar[tuple[type, ...]] = (CachePlan,)
 
     interval: int = 3
+    budget: float = 0.0
     blocks: str = "all"
+    what: Literal["range", "branches"] = "range"
+    history: int = 1
+    memory: int = 0
 
     def run(self, program: Program, context: PassContext) -> Program:
-        if self.interval < 1:
-            raise UsageError(f"interval {self.interval}", hint="1 computes every step, 3 every third")
-        count = len(find_blocks(next(iter(program.variants.values()))))
-        if count == 0:
+        self._check()
+        variant, plan = next(iter(program.variants.values())), program.facts[StepPlan]
+        blocks = find_blocks(variant)
+        if not blocks:
             raise UsageError(
                 "the model has no chain of blocks to cache: no module list passes one residual stream on",
                 hint="compile with --cache off",
             )
-        first, last = self._range(count)
-        steps = len(program.facts[StepPlan])
-        computes = tuple(index % self.interval == 0 for index in range(steps))
-        return program.with_facts(CachePlan(first, last, computes))
+        modes = [self._reused(variant, blocks, *bounds) for bounds in self._ranges(len(blocks))]
+        # Ranges that overlap share the branches of their blocks.
+        names = {value: f"cache_{index}" for index, value in enumerate(dict.fromkeys(chain(*modes)))}
+        values = tuple(replace(value, name=name) for value, name in names.items())
+        variants = ["reuse" if not index else f"reuse_{index}" for index in range(len(modes))]
+        computes = self._computes(len(plan))
+        return program.with_facts(
+            CachePlan(
+                values=values,
+                modes={name: tuple(names[value] for value in mode) for name, mode in zip(variants, modes, strict=True)},
+                history=self._affordable(variant, blocks, values, plan, context),
+                draft=tuple(FULL if computing else variants[0] for computing in computes),
+            )
+        )
 
-    def _range(self, count: int) -> tuple[int, int]:
+    def _check(self) -> None:
+        if self.interval < 1:
+            raise UsageError(f"interval {self.interval}", hint="1 computes every step, 3 every third")
+        if not 0 <= self.budget <= 1:
+            raise UsageError(f"budget {self.budget:g}", hint="0.3 is 30 % of what computing every step costs")
+        if self.memory < 0:
+            raise UsageError(f"memory {self.memory}", hint="it is a number of bytes; 0 allows any")
+        if self.history not in HISTORIES:
+            raise UsageError(f"history {self.history}", hint="1 is plain reuse, 3 is the most")
+
+    def _computes(self, steps: int) -> list[bool]:
+        if not self.budget:
+            return uniform(steps, self.interval)
+        return spread(steps, max(1, int(self.budget * steps)))
+
+    def _ranges(self, blocks: int) -> list[tuple[int, int]]:
         if self.blocks == "all":
-            return 0, count - 1
-        match = _RANGE.fullmatch(self.blocks)
-        if match is None:
-            raise UsageError(f"block range {self.blocks!r}", hint="write all, or first..last such as 2..9")
-        first, last = int(match[1]), int(match[2])
-        if not first <= last < count:
-            raise UsageError(f"block range {self.blocks} is outside the model", hint=f"its blocks are 0..{count - 1}")
-        return first, last
+            return [(0, blocks - 1)]
+        found = []
+        for part in self.blocks.split("+"):
+            match = _RANGE.fullmatch(part)
+            if match is None:
+                raise UsageError(f"block range {part!r}", hint="write all, or first..last such as 2..9")
+            first, last = int(match[1]), int(match[2])
+            if not first <= last < blocks:
+                raise UsageError(f"block range {part} is outside the model", hint=f"its blocks are 0..{blocks - 1}")
+            if (first, last) in found:
+                raise UsageError(f"block range {part} is there twice", hint="each range is a variant; name it once")
+            found.append((first, last))
+        return found
+
+    def _reused(self, variant: Variant, blocks: Sequence[Block], first: int, last: int) -> tuple[CachedValue, ...]:
+        """What a mode reuses, still without names."""
+        if self.what == "range":
+            return (CachedValue("", first, last),)
+        counts = {index: len(find_branches(variant, blocks[index])) for index in range(first, last + 1)}
+        if empty := [index for index, branches in counts.items() if not branches]:
+            raise UsageError(
+                f"block {empty[0]} is not a residual stream that branches are added to",
+                hint="cache the change over a range instead: what=range",
+            )
+        return tuple(CachedValue("", index, index, branch) for index in counts for branch in range(counts[index]))
+
+    def _affordable(
+        self,
+        variant: Variant,
+        blocks: Sequence[Block],
+        values: Sequence[CachedValue],
+        plan: StepPlan,
+        context: PassContext,
+    ) -> int:
+        """The history that the memory allows."""
+        halves = 1 if plan.fingerprint.guidance == 1.0 else 2
+        once = halves * sum(_bytes(variant, blocks, value) for value in values)
+        if not self.memory or once * self.history <= self.memory:
+            return self.history
+        if once > self.memory:
+            raise UsageError(
+                f"the cache takes {once} bytes an image, {self.memory} are allowed",
+                hint=f"allow at least {once}, or cache fewer blocks",
+            )
+        history = self.memory // once
+        context.refuse("cache", f"a history of {self.history} takes {once * self.history} bytes; it is {history}")
+        return history
+
+
+def _bytes(variant: Variant, blocks: Sequence[Block], value: CachedValue) -> int:
+    """The size of a cached value for a batch of one."""
+    nodes = {node.name: node for node in variant.graph.nodes}
+    shape = spec_of(value.name, nodes[cached_node(variant, blocks, value)].meta["val"]).shape
+    return FLOAT_BYTES * prod(dim for dim in shape if isinstance(dim, int))

@@ -20,7 +20,12 @@ __version__ = metadata.version("qcgraph")
 
 
 def compile(  # noqa: A001 - the verb of the field, as in torch.compile
-    model: str | LoadedModel, recipe: Recipe | str | None = None, *, output: Path | str, force: bool = False
+    model: str | LoadedModel,
+    recipe: Recipe | str | None = None,
+    *,
+    output: Path | str,
+    plan: Path | str | None = None,
+    force: bool = False,
 ) -> Bundle:
     """Compile a denoiser and write the bundle.
 
@@ -28,16 +33,19 @@ def compile(  # noqa: A001 - the verb of the field, as in torch.compile
         model: a model name as on the command line, or a loaded model.
         recipe: a recipe, a preset's name, or the path of a TOML file; the defaults when None.
         output: the folder of the bundle.
+        plan: a bundle or plan file whose schedule to take instead of the recipe's.
         force: whether an existing bundle there is replaced.
 
     Raises:
         QcgraphError: wrong input (`UsageError`, `CaptureError`), or the export does not match (`VerificationError`).
     """
     from qcgraph.compiler import compile_model
+    from qcgraph.plan_file import read_plan
     from qcgraph.recipe import Recipe
 
     resolved = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe) if recipe else Recipe()
-    bundle = compile_model(model, resolved, Path(output), force=force).bundle
+    given = None if plan is None else read_plan(Path(plan))
+    bundle = compile_model(model, resolved, Path(output), plan=given, force=force).bundle
     assert bundle is not None
     return bundle
 

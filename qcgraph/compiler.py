@@ -7,19 +7,20 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from qcgraph.admission import admit_edges, admit_quality, check_conditions, overrides
 from qcgraph.bundle import Bundle, check_output, write_plan, writing
+from qcgraph.cache_report import cache_report
 from qcgraph.capture import capture
+from qcgraph.costs import measure_costs
 from qcgraph.default_pipeline import default_pipeline
 from qcgraph.errors import UsageError, VerificationError, closest
 from qcgraph.export.targets import Target, target_named
 from qcgraph.export.verify import Check, verify_export
-from qcgraph.facts import Compensation, QuantPlan, Ranges
+from qcgraph.facts import Compensation, QuantPlan, Ranges, Rehearsed
 from qcgraph.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
@@ -27,13 +28,16 @@ from qcgraph.ir.structure import find_sites, total_macs
 from qcgraph.models import LoadedModel, load_model
 from qcgraph.origin import SOURCE
 from qcgraph.pipeline import Instrument, Pipeline
+from qcgraph.plan_file import PlanFile
 from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
-from qcgraph.schedulers import make_step_plan
+from qcgraph.schedule import FULL, TimedSchedule
+from qcgraph.schedulers import check_compensable, make_step_plan
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
-OBSERVING = "calibrate"  # the first pass that samples; a dry run stops before it
+OBSERVING = ("plan-steps", "calibrate", "rehearse-steps")  # the passes that sample first; a dry run stops before them
+COMPENSATING = "fit-compensation"  # does not fit every plan, which is better said before anything is sampled
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ def compile_model(
     recipe: Recipe,
     output: Path | None,
     *,
+    plan: PlanFile | None = None,
     force: bool = False,
     stop_after: str | None = None,
     verify_each: bool = False,
@@ -70,6 +75,7 @@ def compile_model(
         model: a model's name, or a loaded model.
         recipe: what to do with it.
         output: the folder of the bundle; not needed when nothing is written.
+        plan: a schedule to take instead of the recipe's; the recipe in the bundle holds it.
         force: whether an existing bundle there is replaced.
         stop_after: stop after this pass and write nothing.
         verify_each: run and check the program after every pass.
@@ -84,6 +90,7 @@ def compile_model(
             recipe is not met; nothing was written.
     """
     progress = progress or Progress()
+    recipe = following(recipe, plan)
     target = target_named(recipe.target.name)
     pipeline = default_pipeline(recipe, target)
     _check_pass_names(pipeline, (*print_after, *([stop_after] if stop_after else [])))
@@ -95,6 +102,10 @@ def compile_model(
     started = time.perf_counter()
     timer = Timer(progress)
     loaded, captured = _captured(model, recipe, progress, timer)
+    if plan is not None:
+        plan.check_model(captured.facts[StepPlan].fingerprint.model)
+    if any(pass_.name == COMPENSATING for pass_ in pipeline):
+        check_compensable(captured.facts[StepPlan])
     if recipe.conditions is not None:
         check_conditions(recipe.conditions, loaded)
     dump = Dump(captured)
@@ -104,9 +115,10 @@ def compile_model(
     if print_after:
         instruments.append(PrintAfter(print_after, out or sys.stdout))
     ran = _prefix(pipeline, stop_after, dry_run)
-    program = ran.run(captured, instruments, progress)
+    program = ran.run(captured, instruments, progress, lambda program: measure_costs(program, target, progress))
     report = _report(captured, program, recipe, target, pipeline, timer)
     report[SOURCE] = model if isinstance(model, str) else None
+    report["followed_plan"] = _followed(recipe, plan, program)
     if not writes or output is None:
         return CompileResult(None, report, program.text)
     with timer.stage("cached edges"):
@@ -129,6 +141,41 @@ def compile_model(
         report["stages"] = {name: round(seconds, 3) for name, seconds in timer.stages.items()}
         _write(folder, program, recipe, report, dump)
     return CompileResult(Bundle.open(output, check=False), report, program.text)
+
+
+def following(recipe: Recipe, plan: PlanFile | None) -> Recipe:
+    """A recipe with the schedule of a plan in it: a bundle can be compiled again from its recipe alone.
+
+    Raises:
+        UsageError: the recipe brings a pipeline of its own.
+    """
+    if plan is None:
+        return recipe
+    schedule = f"plan={plan.schedule.text}"
+    if recipe.pipeline.passes:
+        raise UsageError(
+            "the recipe has a pipeline of its own, which decides the steps",
+            where=plan.where,
+            hint=f"put follow-plan{{{schedule}}} into it, after insert-cache",
+        )
+    return recipe.override(cache=schedule)
+
+
+def _followed(recipe: Recipe, plan: PlanFile | None, program: Program) -> dict[str, Any] | None:
+    """What became of a schedule that was given, and what it does to the final latents (see `Rehearsed`)."""
+    if recipe.followed is None:
+        return None
+    schedule, steps = TimedSchedule.parse(recipe.followed), program.facts[StepPlan]
+    rehearsed = program.facts.get(Rehearsed)
+    return {
+        "source": plan.describe() if plan else f"{len(schedule.timesteps)} steps",
+        "schedule": schedule.text,
+        "is_retargeted": schedule.timesteps != steps.timesteps,
+        "other_guidance": plan is not None and plan.guidance not in (None, steps.fingerprint.guidance),
+        "computing": sum(step.variant in (FULL, "main") for step in steps.steps),
+        "error": rehearsed.error if rehearsed else None,
+        "even_error": rehearsed.even_error if rehearsed else None,
+    }
 
 
 def _write(folder: Path, program: Program, recipe: Recipe, report: dict[str, Any], dump: Dump) -> None:
@@ -180,7 +227,7 @@ def _export(program: Program, folder: Path, target: Target, progress: Progress, 
     from qcgraph.export.emit import emit_onnx
 
     with timer.stage("export"):
-        emit_onnx(program, folder, target.opset, progress)
+        emit_onnx(program, folder, target.opset, progress, integer_products=target.integer_products)
     progress.note("verifying the exported graphs")
     with timer.stage("verify"):
         checks = verify_export(program, folder, target, program.interfaces, progress)
@@ -214,8 +261,8 @@ def _check_pass_names(pipeline: Pipeline, names: tuple[str, ...]) -> None:
 def _prefix(pipeline: Pipeline, stop_after: str | None, dry_run: bool) -> Pipeline:
     names = [pass_.name for pass_ in pipeline]
     end = names.index(stop_after) + 1 if stop_after else len(names)
-    if dry_run and OBSERVING in names[:end]:
-        end = names.index(OBSERVING)
+    if dry_run:
+        end = next((index for index, name in enumerate(names[:end]) if name in OBSERVING), end)
     return Pipeline(pipeline.passes[:end])
 
 
@@ -231,7 +278,6 @@ def _report(
     """The summary of a compilation, as JSON data."""
     plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
     macs = {name: total_macs(find_sites(variant)) for name, variant in program.variants.items()}
-    uses = Counter(step.variant for step in plan.steps)
     sites = find_sites(captured.variants["main"])
     quantized, compensation = program.facts.get(QuantPlan), program.facts.get(Compensation)
     return {
@@ -240,8 +286,9 @@ def _report(
         "recipe": recipe.model_dump(),
         "plan": plan.describe(),
         "pipeline": pipeline.text,
-        "variants": {name: {"steps": uses.get(name, 0), "macs": macs[name]} for name in program.variants},
-        "mac_ratio": sum(macs[step.variant] for step in plan.steps) / (total_macs(sites) * len(plan)),
+        "variants": {name: {"steps": plan.uses(name), "macs": macs[name]} for name in program.variants},
+        "mac_ratio": sum(macs[name] * plan.uses(name) for name in macs) / (total_macs(sites) * len(plan)),
+        "cache": cache_report(program.facts),
         "timestep_groups": plan.group_count,
         "quantized_sites": len(quantized.sites) if quantized else 0,
         "linear_sites": sum(site.kind == "linear" for site in sites),

@@ -9,6 +9,8 @@ from qcgraph.export.targets import Target
 from qcgraph.pipeline import Pass, Pipeline, make_pass
 from qcgraph.recipe import Recipe
 
+HISTORY = {"reuse": 1, "dec": 1, "taylor": 2, "affine": 3}  # computed values that each forecast looks back to
+
 
 def default_pipeline(recipe: Recipe, target: Target) -> Pipeline:
     """The passes a recipe asks for, then the legalization of its target.
@@ -23,15 +25,13 @@ def default_pipeline(recipe: Recipe, target: Target) -> Pipeline:
 
 
 def _passes(recipe: Recipe, target: Target) -> Iterator[Pass]:
-    cached = recipe.cache_interval is not None
     quantized = recipe.weight_bits is not None
     compensated = recipe.compensation.mode == "vc"
 
-    if cached:
+    if recipe.is_cached:
         # First of all: ranges and errors are only worth observing on the steps, and in the graphs, that will run.
-        yield _pass("plan-cache", interval=recipe.cache_interval, blocks=recipe.cache.blocks)
-        yield _pass("insert-cache")
-    if quantized or compensated:
+        yield from _caching(recipe, quantized=quantized)
+    if quantized or compensated or recipe.forecast != "reuse":
         # Still in full precision, so that one run gives the reference and the other the ranges of the cached path.
         count = recipe.calibration.trajectories
         yield _pass("calibrate", trajectories=None if count == "auto" else count, seed=recipe.calibration.seed)
@@ -45,11 +45,76 @@ def _passes(recipe: Recipe, target: Target) -> Iterator[Pass]:
             symmetric=target.activation == "symmetric",
             weight_high=target.weight_high,
         )
+        if recipe.quantization.correction != "off":
+            # While weights are still whole: what is fitted is the difference that quantizing them makes.
+            yield _pass("fit-requantization", sites=recipe.quantization.correction)
         yield _pass("insert-qdq")
+    if recipe.is_cached:
+        # On the quantized model: a step that reuses carries on the noise of quantization.
+        yield from _settling(recipe, quantized=quantized)
     if compensated:
         # Last: what is compensated is the drift that quantization and caching leave together.
         yield _pass("fit-compensation", clamp=recipe.compensation.clamp)
         yield _pass("insert-compensation")
+    if recipe.modulation.hoist:
+        # When all is decided: it changes no value, and what observes and fits before need not prepare any.
+        yield _pass("hoist-adaln")
+
+
+def _caching(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
+    """What is cached, and the steps as far as they are known before calibration, which should see about these."""
+    yield _pass(
+        "plan-cache",
+        **_spacing(recipe),
+        blocks=recipe.cache.blocks,
+        what=recipe.cache.what,
+        history=HISTORY[recipe.forecast],
+        memory=recipe.cache.memory,
+    )
+    yield _pass("insert-cache")
+    if recipe.followed:
+        yield _pass("follow-plan", plan=recipe.followed)
+    if recipe.is_searched:
+        # With quantization it is a draft.
+        yield _schedule(recipe, final=not quantized)
+
+
+def _settling(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
+    """The schedule that will run, and the forecasts that go with it."""
+    if recipe.is_searched and quantized:
+        # Again, because errors are others now, and because costs can be measured.
+        yield _schedule(recipe, final=True)
+    if recipe.followed:
+        # What is given is not looked for; what it does is told all the same.
+        yield _pass("rehearse-steps", forecast=recipe.forecast, seed=recipe.calibration.seed)
+    if recipe.is_searched or recipe.followed:
+        # Only now is it known which of the variants the schedule uses.
+        yield _pass("drop-variants")
+    if recipe.forecast != "reuse":
+        # Closed loop: what a forecast amplifies has to be there when it is fitted.
+        yield _pass("insert-forecast")
+        yield _pass("fit-forecast", kind=recipe.forecast)
+
+
+def _spacing(recipe: Recipe) -> dict[str, Any]:
+    """The draft of a schedule; one that is given needs none, but the variants that a draft brings about."""
+    if recipe.cache_budget is not None:
+        return {"budget": recipe.cache_budget}
+    return {"interval": recipe.cache_interval} if recipe.cache_interval else {}
+
+
+def _schedule(recipe: Recipe, *, final: bool) -> Pass:
+    seed, budget = recipe.calibration.seed, recipe.cache_budget
+    if budget is None:
+        return _pass("plan-steps", strategy="dps", interval=recipe.cache_interval, seed=seed)
+    return _pass(
+        "plan-steps",
+        budget=budget,
+        forecast=recipe.forecast,
+        measured=final and recipe.cache.cost == "latency",
+        rounds=recipe.cache.rounds if final else 0,
+        seed=seed,
+    )
 
 
 def _pass(name: str, **options: Any) -> Pass:

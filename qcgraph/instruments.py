@@ -19,7 +19,7 @@ from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import program_from_json, program_to_json, save_program
 from qcgraph.pipeline import Instrument, Pass, Pipeline
 from qcgraph.progress import Progress
-from qcgraph.spec import BATCH, OUTPUT, ModelSpec, TensorSpec
+from qcgraph.spec import BATCH, OUTPUT, ModelSpec, TensorSpec, is_preparation
 
 
 class Timer(Instrument):
@@ -112,7 +112,9 @@ class VerifyEach(Instrument):
         inputs |= {name: torch.zeros((), dtype=torch.int64) for name in ("group", "row")}
         errors: dict[str, float] = {}
         for name in program.variants:
-            outputs = program.run(name, inputs)
+            if is_preparation(name):
+                continue
+            outputs = program.run(name, program.prepared(name, inputs))
             inputs |= outputs  # cache tensors that a computing variant writes, for those that reuse them
             difference = outputs[OUTPUT] - self._reference
             errors[name] = float(difference.norm() / self._reference.norm())

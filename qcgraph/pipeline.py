@@ -14,7 +14,7 @@ import json
 import pkgutil
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, ClassVar
@@ -29,12 +29,22 @@ _TOKEN = re.compile(r"\s*(?P<name>[a-z][a-z0-9-]*)\s*(?:\{(?P<options>[^{}]*)\})
 _OPTION = re.compile(r"\s*(?P<key>[a-z][a-z0-9-]*)=(?P<value>\"(?:[^\"\\]|\\.)*\"|[^\s\"]+)(?:\s+|$)")
 
 
+Costs = Callable[[Program], Mapping[str, float]]
+
+
 @dataclass
 class PassContext:
-    """What the framework hands to a running pass: where to report progress and refusals."""
+    """What the framework hands to a running pass.
+
+    Attributes:
+        progress: where to report progress.
+        refusals: what was refused.
+        costs: milliseconds of every variant of a program on its target, or None where nothing can measure them.
+    """
 
     progress: Progress = field(default_factory=Progress)
     refusals: list[Refusal] = field(default_factory=list)
+    costs: Costs | None = None
 
     def refuse(self, where: str, reason: str) -> None:
         """Record a node or site that the pass leaves alone, and why."""
@@ -113,9 +123,19 @@ class Pipeline:
         return cls(tuple(_parse(text)))
 
     def run(
-        self, program: Program, instruments: Sequence[Instrument] = (), progress: Progress | None = None
+        self,
+        program: Program,
+        instruments: Sequence[Instrument] = (),
+        progress: Progress | None = None,
+        costs: Costs | None = None,
     ) -> Program:
         """Run the passes one after the other, each checked against its contract.
+
+        Args:
+            program: what they start from.
+            instruments: what watches them.
+            progress: where they report it.
+            costs: measures the variants of a program on its target.
 
         Raises:
             QcgraphError: a pass refused its input, or broke its contract; says after which passes.
@@ -124,7 +144,7 @@ class Pipeline:
             try:
                 for instrument in instruments:
                     instrument.before(pass_, program)
-                result = _run_checked(pass_, program, progress or Progress())
+                result = _run_checked(pass_, program, PassContext(progress or Progress(), costs=costs))
                 for instrument in instruments:
                     instrument.after(pass_, program, result)
             except Exception as error:
@@ -135,13 +155,12 @@ class Pipeline:
         return program
 
 
-def _run_checked(pass_: Pass, program: Program, progress: Progress) -> Program:
+def _run_checked(pass_: Pass, program: Program, context: PassContext) -> Program:
     """Run one pass under its contract: requires -> run -> provides and legality, on the result."""
     if missing := [kind.__name__ for kind in pass_.requires if kind not in program.facts]:
         providers = [name for name, kind in registry().items() if {p.__name__ for p in kind.provides} & set(missing)]
         hint = f"run {' or '.join(providers)} before it" if providers else "give the program this fact first"
         raise ContractError(f"needs {', '.join(missing)}, which the program does not hold", hint=hint)
-    context = PassContext(progress)
     result = pass_.run(program, context)
     if missing := [kind.__name__ for kind in pass_.provides if kind not in result.facts]:
         raise ContractError(f"promised {', '.join(missing)} and did not provide it")

@@ -16,11 +16,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from qcgraph.errors import UsageError, closest
 from qcgraph.gate import TERMS, Gate
+from qcgraph.schedule import TimedSchedule
 
 PRESETS = Path(__file__).parent / "presets"
 _BITS = re.compile(r"w([2-8])a([2-8])")
-_SCHEDULE = re.compile(r"interval=([1-9][0-9]*)")
-_BLOCKS = re.compile(r"([0-9]+)\.\.([0-9]+)")
+_INTERVAL = re.compile(r"(interval|dps)=([1-9][0-9]*)")
+_BUDGET = re.compile(r"budget=(1(?:\.0*)?|0?\.[0-9]*[1-9][0-9]*)")
+_PLAN = re.compile(r"plan=(\S+)")
+_BLOCKS = re.compile(r"[0-9]+\.\.[0-9]+(?:\+[0-9]+\.\.[0-9]+)*")
 
 
 def _fits(*patterns: re.Pattern[str], word: str) -> AfterValidator:
@@ -35,9 +38,19 @@ def _fits(*patterns: re.Pattern[str], word: str) -> AfterValidator:
 
 
 def _rising(value: str) -> str:
-    match = _BLOCKS.fullmatch(value)
-    if match and int(match[1]) > int(match[2]):
-        raise ValueError(value)
+    for part in value.split("+") if value != "all" else ():
+        first, last = part.split("..")
+        if int(first) > int(last):
+            raise ValueError(value)
+    return value
+
+
+def _followable(value: str) -> str:
+    if match := _PLAN.fullmatch(value):
+        try:
+            TimedSchedule.parse(match[1])
+        except UsageError as error:
+            raise UsageError(error.message, where="cache.schedule", hint=error.hint) from None
     return value
 
 
@@ -70,16 +83,48 @@ class Quantization(_Section):
     )
     groups: int = Field(8, ge=1, description="the number of timestep groups with activation scales of their own")
     grouping: Literal["optimal", "uniform"] = Field("optimal", description="optimal or uniform")
+    correction: Literal["all", "consumers", "off"] = Field(
+        "all",
+        description="all, consumers or off: which layers have their results corrected, at no cost when they run; "
+        "consumers are those of the block after a cached range",
+    )
 
 
 class Cache(_Section):
     """Which steps compute, and which blocks the others skip."""
 
-    schedule: Annotated[str, _fits(_SCHEDULE, word="off")] = Field(
-        "off", description="off, or interval=N: every N-th step computes, the others reuse"
+    schedule: Annotated[str, _fits(_INTERVAL, _BUDGET, _PLAN, word="off"), AfterValidator(_followable)] = Field(
+        "off",
+        description="off; interval=N: every N-th step computes, the others reuse; dps=N: as many computing steps, "
+        "placed by CacheQuant's rule; budget=F: the best schedule at the fraction F of the cost, 0.3 for example; or "
+        "plan=TEXT: a given schedule, such as 980-20:FRRF (see qcgraph passes follow-plan)",
+    )
+    forecast: Literal["auto", "affine", "taylor", "dec", "reuse"] = Field(
+        "auto",
+        description="auto, affine, taylor, dec or reuse: how cached values are carried on; auto is affine under a "
+        "budget or a plan, else reuse",
     )
     blocks: Annotated[str, _fits(_BLOCKS, word="all"), AfterValidator(_rising)] = Field(
-        "all", description="all, or FIRST..LAST: the cached blocks, counted from 0, the last one inclusive"
+        "all",
+        description="all, or FIRST..LAST: the cached blocks, counted from 0, the last one inclusive; several with +",
+    )
+    what: Literal["range", "branches"] = Field(
+        "range", description="range (the change of the residual stream over the blocks) or branches (their outputs)"
+    )
+    memory: int = Field(
+        0, ge=0, description="bytes that cached tensors may take for one image, both halves of guidance; 0: any number"
+    )
+    cost: Literal["latency", "macs"] = Field(
+        "latency", description="latency (measured on the target) or macs: what a budget is a fraction of"
+    )
+    rounds: int = Field(0, ge=0, description="schedules to try by hill climbing under a budget, 0 or more")
+
+
+class ModulationChoice(_Section):
+    """What depends on timestep and class alone: the embedders and the adaLN projections."""
+
+    hoist: bool = Field(
+        False, description="true or false: whether it is computed ahead of the steps, for many of them at once"
     )
 
 
@@ -129,6 +174,7 @@ class Recipe(_Section):
         calibration: the trajectories that are observed.
         quantization: bits and timestep groups.
         cache: the schedule and the blocks.
+        modulation: where what depends on timestep and class alone is computed.
         compensation: variance compensation.
         target: what to export for.
         gate: conditions on quality, and whether unsafe combinations are allowed.
@@ -143,6 +189,9 @@ class Recipe(_Section):
         "bits": ("quantization", "bits"),
         "groups": ("quantization", "groups"),
         "cache": ("cache", "schedule"),
+        "forecast": ("cache", "forecast"),
+        "cache_budget": ("cache", "memory"),
+        "hoist_adaln": ("modulation", "hoist"),
         "compensate": ("compensation", "mode"),
         "target": ("target", "name"),
         "seed": ("calibration", "seed"),
@@ -154,6 +203,7 @@ class Recipe(_Section):
     calibration: Calibration = Calibration()
     quantization: Quantization = Quantization()
     cache: Cache = Cache()
+    modulation: ModulationChoice = ModulationChoice()
     compensation: Compensation = Compensation()
     target: TargetChoice = TargetChoice()
     gate: Admission = Admission()
@@ -240,10 +290,39 @@ class Recipe(_Section):
         return int(match[2]) if match else None
 
     @property
+    def is_cached(self) -> bool:
+        """Whether some steps may reuse."""
+        return self.cache.schedule != "off"
+
+    @property
     def cache_interval(self) -> int | None:
-        """Every how many steps one computes, None when the cache is off."""
-        match = _SCHEDULE.fullmatch(self.cache.schedule)
-        return int(match[1]) if match else None
+        """Every how many steps one computes, evenly or not; None when the cache is off, has a budget or a plan."""
+        match = _INTERVAL.fullmatch(self.cache.schedule)
+        return int(match[2]) if match else None
+
+    @property
+    def cache_budget(self) -> float | None:
+        """What sampling may cost relative to computing every step, None when that is not asked for."""
+        match = _BUDGET.fullmatch(self.cache.schedule)
+        return float(match[1]) if match else None
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether the schedule follows from measurements: ``dps=N`` or ``budget=F``."""
+        return self.cache_budget is not None or self.cache.schedule.startswith("dps=")
+
+    @property
+    def followed(self) -> str | None:
+        """The text of the schedule that is given (see `qcgraph.schedule.TimedSchedule`), None when none is."""
+        match = _PLAN.fullmatch(self.cache.schedule)
+        return match[1] if match else None
+
+    @property
+    def forecast(self) -> Literal["affine", "taylor", "dec", "reuse"]:
+        """How cached values are carried on."""
+        if self.cache.forecast != "auto":
+            return self.cache.forecast
+        return "reuse" if self.cache_budget is None and self.followed is None else "affine"
 
     @property
     def conditions(self) -> Gate | None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from qcgraph.cache_state import State
 from qcgraph.errors import BundleError, UsageError
+from qcgraph.modulation import Modulation
 from qcgraph.noise import Noise
 from qcgraph.progress import Progress
-from qcgraph.spec import ModelSpec
+from qcgraph.spec import MODULATION, ModelSpec
 from qcgraph.steps import Step, StepPlan
 
 Array = npt.NDArray[np.float32]
-State = MutableMapping[str, object]
 AfterUpdate = Callable[[int, Array], Array]
 
 
@@ -27,36 +29,24 @@ class Runner(Protocol):
 
         Args:
             variant: its name.
-            inputs: ``latent`` f32[B,C,H,W], ``timestep`` f32[B], ``class_label`` i64[B], ``group`` i64[] and ``row``
-                i64[]; a variant takes those that it has.
+            inputs: ``latent`` f32[B,C,H,W], ``timestep`` f32[B], ``class_label`` i64[B], ``group`` i64[], ``row``
+                i64[] and, for a variant that the plan says is prepared, ``modulation`` f32[B,M]; a variant takes those
+                that it has, a preparing one timestep and class alone.
             state: cache tensors of the request by name, in the backend's own form; the variant reads those that it
-                takes as inputs, and the ones that it gives as outputs are written there.
+                takes as inputs, and those that it gives as outputs are remembered there (see `qcgraph.cache_state`).
 
         Returns:
-            The noise prediction f32[B,C_out,H,W].
+            Its first output: the noise prediction f32[B,C_out,H,W], of a preparing variant the modulation.
         """
         ...
 
 
-def cached(name: str, variant: str, state: Mapping[str, object]) -> object:
-    """A cache tensor of the request, in the backend's own form.
-
-    Raises:
-        BundleError: no computing step has written it.
-    """
-    if name not in state:
-        raise BundleError(
-            f"variant {variant!r} reuses {name!r} before any step computed it",
-            hint="start the trajectory with the first timestep of the plan",
-        )
-    return state[name]
-
-
 class Request:
-    """One trajectory through a step plan, with the cache state that belongs to it and to nothing else.
+    """One trajectory through a step plan, with the cache and the modulation that belong to it and to nothing else.
 
     The first timestep of the plan starts the trajectory anew (an aborted one is forgotten); after it, the steps must
-    come in the order of the plan, each once, with one batch shape.
+    come in the order of the plan, each once, with one batch shape. A step that was refused, or that failed, was not
+    taken: it is the one that comes next.
 
     Args:
         runner: the backend.
@@ -67,6 +57,7 @@ class Request:
         self._runner = runner
         self._plan = plan
         self._state: dict[str, object] = {}
+        self._modulation = Modulation(plan, lambda variant, inputs: runner.run(variant, inputs, {}))
         self._next = 0
         self._shape: tuple[int, ...] = ()
 
@@ -77,38 +68,59 @@ class Request:
             BundleError: the timestep is not in the plan, is not the next one, or the batch shape changed midway.
         """
         index = self._plan.index_of(timestep)
-        self._advance_to(index, latent.shape)
-        step = self._plan.steps[index]
-        inputs: dict[str, npt.NDArray[np.generic]] = {
-            "latent": latent,
-            "timestep": np.full(len(latent), step.timestep, dtype=np.float32),
-            "class_label": class_label,
-            "group": np.asarray(step.group, dtype=np.int64),
-            "row": np.asarray(step.row, dtype=np.int64),
-        }
-        return self._runner.run(step.variant, inputs, self._state)
-
-    def _advance_to(self, index: int, shape: tuple[int, ...]) -> None:
         if index == 0:
-            self._state.clear()
-            self._shape = shape
-        elif index != self._next:
+            self._begin(latent.shape)
+        else:
+            self._check(index, latent.shape)
+        step = self._plan.steps[index]
+        inputs = step_inputs(step, latent, class_label)
+        if step.variant in self._plan.prepared:
+            inputs[MODULATION] = self._modulation.at(index, class_label)
+        prediction = self._runner.run(step.variant, inputs, self._state)
+        self._next = index + 1
+        return prediction
+
+    def _begin(self, shape: tuple[int, ...]) -> None:
+        self._state.clear()
+        self._modulation.clear()
+        self._next, self._shape = 0, shape
+
+    def _check(self, index: int, shape: tuple[int, ...]) -> None:
+        if index != self._next:
             expected = self._plan.steps[self._next].timestep if self._next < len(self._plan) else None
             after = f"timestep {expected:g} comes next" if expected is not None else "the trajectory is complete"
             raise BundleError(
                 f"timestep {self._plan.steps[index].timestep:g} is out of order; {after}",
                 hint="one request per trajectory and per guidance half; start each with the first timestep of the plan",
             )
-        elif shape != self._shape:
+        if shape != self._shape:
             raise BundleError(
                 f"the latent is {shape}, this trajectory began with {self._shape}",
                 hint="start a new request for another batch; cached tensors belong to one shape",
             )
-        self._next = index + 1
+
+
+class Denoising(Protocol):
+    """What predicts the noise of a batch; a `Request` does, with a state."""
+
+    def denoise(self, latent: Array, timestep: float, class_label: npt.NDArray[np.int64]) -> Array:
+        """The noise prediction [B,C_out,H,W]."""
+        ...
+
+
+def step_inputs(step: Step, latent: Array, class_label: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.generic]]:
+    """The inputs of a variant at a step but its cache tensors and modulation, for a latent [B,C,H,W] and labels [B]."""
+    return {
+        "latent": latent,
+        "timestep": np.full(len(latent), step.timestep, dtype=np.float32),
+        "class_label": class_label,
+        "group": np.asarray(step.group, dtype=np.int64),
+        "row": np.asarray(step.row, dtype=np.int64),
+    }
 
 
 def guided(
-    request: Request, latent: Array, step: Step, labels: npt.NDArray[np.int64], plan: StepPlan, spec: ModelSpec
+    request: Denoising, latent: Array, step: Step, labels: npt.NDArray[np.int64], plan: StepPlan, spec: ModelSpec
 ) -> Array:
     """The noise prediction [B,C,H,W] under classifier-free guidance, both halves in one batch.
 
@@ -162,23 +174,60 @@ def sample(
     for start in range(0, len(labels), batch):
         chunk = np.asarray(labels[start : start + batch], dtype=np.int64)
         noise = Noise(seed, range(first_index + start, first_index + start + len(chunk)), spec.latent_shape)
-        request = Request(runner, plan)
+        request, sampler = Request(runner, plan), Sampler(plan, noise)
         latent = noise.initial()
         for index, step in enumerate(plan.steps):
             next(ticks)
             prediction = guided(request, latent, step, chunk, plan, spec)
-            latent = update(latent, prediction, step, noise)
+            latent = sampler.update(latent, prediction, step)
             if after_update is not None:
                 latent = after_update(index, latent)
         parts.append(latent)
     return np.concatenate(parts)
 
 
-def update(latent: Array, prediction: Array, step: Step, noise: Noise) -> Array:
-    """The affine sampler update of a step (see `qcgraph.steps.Update`)."""
-    affine = step.update
-    result = np.float32(affine.latent) * latent + np.float32(affine.noise_prediction) * prediction
-    return result + np.float32(affine.noise) * noise.next() if affine.noise else result
+class Sampler:
+    """The updates of one trajectory, with the latents and predictions that later ones look back to.
+
+    It holds as many of them as the plan needs, two tensors of the latent's size for each earlier step; for a plan
+    without history none.
+
+    Args:
+        plan: the step plan.
+        noise: the noise of the trajectory, past its initial draw.
+
+    """
+
+    def __init__(self, plan: StepPlan, noise: Noise) -> None:
+        self._noise = noise
+        depth = max(len(step.update.history) for step in plan.steps)
+        self._earlier: deque[tuple[Array, Array]] = deque(maxlen=depth)  # the latest first
+
+    def update(self, latent: Array, prediction: Array, step: Step) -> Array:
+        """The latent [B,C,H,W] after the next step of the plan (see `qcgraph.steps.Update`).
+
+        Args:
+            latent: what the denoiser was given, [B,C,H,W]; it may be kept, and must not be written to any more.
+            prediction: its guided noise prediction, [B,C,H,W]; likewise.
+            step: the step.
+
+        Raises:
+            BundleError: the update looks back to more steps than there were.
+        """
+        linear = step.update
+        if len(linear.history) > len(self._earlier):
+            raise BundleError(
+                f"the update at timestep {step.timestep:g} looks back {len(linear.history)} steps, "
+                f"{len(self._earlier)} are known",
+                hint="start the trajectory with the first timestep of the plan",
+            )
+        result = np.float32(linear.latent) * latent + np.float32(linear.noise_prediction) * prediction
+        for term, (past_latent, past_prediction) in zip(linear.history, self._earlier, strict=False):
+            # In float64: early in the trajectory the two are large and all but cancel.
+            past = np.float64(term.latent) * past_latent + np.float64(term.noise_prediction) * past_prediction
+            result = result + past.astype(np.float32)
+        self._earlier.appendleft((latent, prediction))
+        return result + np.float32(linear.noise) * self._noise.next() if linear.noise else result
 
 
 def check_labels(labels: Sequence[int], spec: ModelSpec) -> None:

@@ -5,7 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BATCH = "B"  # how the one symbolic dimension, the batch, is called wherever shapes are shown
-OUTPUT = "noise_prediction"  # the output that every variant has; the others are cache tensors
+OUTPUT = "noise_prediction"  # the first output of every variant that is a step; the others are cache tensors
+MODULATION = "modulation"  # f32[B,M]: the only output of a preparing variant, and an input of the one it prepares
+_PREPARATION = "prepare_"
+
+
+def preparation(variant: str) -> str:
+    """The name of the variant that computes, of timestep and class alone, the modulation of another."""
+    return f"{_PREPARATION}{variant}"
+
+
+def is_preparation(variant: str) -> bool:
+    """Whether a variant only prepares another."""
+    return variant.startswith(_PREPARATION)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -18,6 +18,7 @@ from qcgraph.bundle import Bundle
 from qcgraph.errors import BundleError
 from qcgraph.progress import Progress
 from qcgraph.runtime import open_runner
+from qcgraph.sampling import Request
 from qcgraph.steps import StepPlan
 
 RUNS_ALONE = 3  # of a process of its own; it is compared with the median of the rounds, not paired with any
@@ -154,14 +155,15 @@ def check_all(candidates: Sequence[Candidate], workspace: Workspace, samples: in
     plan = workspace.bundle.plan
     recorder = _record(workspace, section(plan) if forward_only else plan, samples)
     index = _middle_computing_step(candidates, len(recorder.inputs))
-    inputs = recorder.inputs[index]
+    latent = recorder.inputs[index]["latent"].astype(np.float32)
+    labels = recorder.inputs[index]["class_label"].astype(np.int64)
     expected = recorder.predictions[index][:, : workspace.bundle.spec.latent_shape[0]]
 
     def compare(candidate: Candidate) -> None:
         assert candidate.runner is not None
-        step = candidate.plan.steps[index]
-        tables = {"group": np.asarray(step.group), "row": np.asarray(step.row)}
-        found = candidate.runner.run(candidate.computing, inputs | tables, {})[:, : expected.shape[1]]
+        step = replace(candidate.plan.steps[index], variant=candidate.computing)
+        request = Request(candidate.runner, replace(candidate.plan, steps=(step,)))
+        found = request.denoise(latent, step.timestep, labels)[:, : expected.shape[1]]
         candidate.runner.take()
         candidate.error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 

@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from qcgraph.benchmark.workspace import INPUTS, Workspace
+from qcgraph.cache_state import State
 from qcgraph.calibration import FIRST_INDEX, calibration_labels
-from qcgraph.sampling import Array, Runner, State, sample
+from qcgraph.sampling import Array, Runner, sample
+from qcgraph.spec import is_preparation
 
 Inputs = dict[str, npt.NDArray[np.generic]]
 
@@ -22,7 +24,7 @@ CALIBRATION_STEPS = 16
 
 
 class RecordingRunner:
-    """Another runner (see `qcgraph.sampling.Runner`), with the inputs and the prediction of every call."""
+    """Another runner (see `qcgraph.sampling.Runner`), with the inputs and the prediction of every step."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -32,8 +34,9 @@ class RecordingRunner:
     def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
         """Run one variant and keep copies of what went in and out."""
         result = self._runner.run(variant, inputs, state)
-        self.inputs.append({name: value.copy() for name, value in inputs.items()})
-        self.predictions.append(result.copy())
+        if not is_preparation(variant):
+            self.inputs.append({name: value.copy() for name, value in inputs.items()})
+            self.predictions.append(result.copy())
         return result
 
 

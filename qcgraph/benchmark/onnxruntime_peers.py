@@ -12,8 +12,9 @@ import numpy.typing as npt
 from qcgraph.benchmark.inputs import read_calibration
 from qcgraph.benchmark.machine import read_machine
 from qcgraph.benchmark.workspace import INPUTS, Workspace
+from qcgraph.cache_state import State
 from qcgraph.export.run_onnxruntime import load_session, session_options
-from qcgraph.sampling import Array, State
+from qcgraph.sampling import Array
 from qcgraph.spec import OUTPUT
 
 FLOAT = "model.onnx"

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from qcgraph.benchmark.inputs import read_calibration
 from qcgraph.benchmark.onnxruntime_peers import CALIBRATION
 from qcgraph.benchmark.workspace import INPUTS, Workspace
-from qcgraph.sampling import Array, State
+from qcgraph.cache_state import State
+from qcgraph.sampling import Array
 
 FLOAT = "openvino.xml"
 QUANTIZED = "nncf.xml"

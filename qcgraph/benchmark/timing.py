@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from qcgraph.cache_state import State
 from qcgraph.progress import Progress
-from qcgraph.sampling import Array, Runner, State
+from qcgraph.sampling import Array, Runner
+from qcgraph.spec import is_preparation
 
 # Threads that wait for work spin for a few milliseconds before they sleep; those of one candidate must not take cores
 # from the next.
@@ -62,7 +64,10 @@ class Call:
 
 
 class TimedRunner:
-    """Another runner (see `qcgraph.sampling.Runner`), with the seconds of every call."""
+    """Another runner (see `qcgraph.sampling.Runner`), with the seconds of every step.
+
+    A call that prepares steps is none; its time is part of whole sampling.
+    """
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -72,7 +77,8 @@ class TimedRunner:
         """Run one variant, timed."""
         start = time.perf_counter()
         result = self._runner.run(variant, inputs, state)
-        self._calls.append(Call(variant, time.perf_counter() - start))
+        if not is_preparation(variant):
+            self._calls.append(Call(variant, time.perf_counter() - start))
         return result
 
     def take(self) -> tuple[Call, ...]:

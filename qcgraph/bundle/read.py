@@ -169,7 +169,7 @@ class Bundle:
 
     @cached_property
     def _plan_file(self) -> tuple[ModelSpec, StepPlan, dict[str, Interface]]:
-        return self._parsed(PLAN, _decode_plan)
+        return self._parsed(PLAN, decode_plan)
 
     def _parsed(self, name: str, build: Callable[[Any], _Value]) -> _Value:
         return parsed(str(self.path / name), self._text(name), build)
@@ -190,7 +190,8 @@ def is_bundle(path: Path | str) -> bool:
     return (Path(path) / MANIFEST).is_file()
 
 
-def _decode_plan(data: Any) -> tuple[ModelSpec, StepPlan, dict[str, Interface]]:
+def decode_plan(data: Any) -> tuple[ModelSpec, StepPlan, dict[str, Interface]]:
+    """What ``plan.json`` holds: the model, the steps, and the interface of every variant."""
     if data["format"] != PLAN_FORMAT:
         raise BundleError(f"has format {data['format']}, not {PLAN_FORMAT}", where=PLAN, hint="upgrade qcgraph")
     interfaces = {name: decode(Interface, value) for name, value in data["variants"].items()}

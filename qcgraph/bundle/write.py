@@ -16,7 +16,7 @@ from qcgraph.facts import encode
 from qcgraph.spec import Interface, ModelSpec
 from qcgraph.steps import StepPlan
 
-_LINE_WIDTH = 200  # of a value that plan.json keeps on one line; a step fits
+_LINE_WIDTH = 280  # of a value that plan.json keeps on one line; a step that looks back to one other fits
 
 
 def write_plan(folder: Path, spec: ModelSpec, plan: StepPlan, interfaces: Mapping[str, Interface]) -> None:

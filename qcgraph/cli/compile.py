@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qcgraph.cli.cache_view import cache_fields
 from qcgraph.cli.output import JsonOption, print_fields, print_heading, print_json, print_table, size_text
+from qcgraph.errors import UsageError
 
 if TYPE_CHECKING:
     from qcgraph.bundle import Bundle
@@ -36,7 +38,26 @@ def compile_command(
         int | None, typer.Option(metavar="G", help="Timestep groups with activation scales of their own.")
     ] = None,
     cache: Annotated[
-        str | None, typer.Option(metavar="interval=N|off", help="Every N-th step computes, the others reuse.")
+        str | None,
+        typer.Option(
+            metavar="budget=F|interval=N|dps=N|off",
+            help="The best schedule at a fraction of the cost, or every N-th step computes and the others reuse.",
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="BUNDLE|FILE", help="Take the schedule of another bundle, or one that you wrote."),
+    ] = None,
+    forecast: Annotated[
+        str | None,
+        typer.Option(metavar="affine|taylor|dec|reuse", help="How cached values are carried on to steps that reuse."),
+    ] = None,
+    cache_budget: Annotated[
+        int | None, typer.Option(metavar="BYTES", help="What cached tensors may take for one image.")
+    ] = None,
+    hoist_adaln: Annotated[
+        bool | None,
+        typer.Option("--hoist-adaln/--no-hoist-adaln", help="Compute adaLN modulation ahead of the steps."),
     ] = None,
     compensate: Annotated[str | None, typer.Option(metavar="vc|off", help="Variance compensation.")] = None,
     target: Annotated[str | None, typer.Option(metavar="NAME", help="What to export for; see qcgraph targets.")] = None,
@@ -67,6 +88,8 @@ def compile_command(
     """
     from qcgraph.recipe import Recipe
 
+    if plan is not None and cache is not None:
+        raise UsageError("--cache and --plan both decide which steps compute", hint="give one of them")
     resolved = (Recipe.load(recipe) if recipe else Recipe()).override(
         steps=steps,
         scheduler=scheduler,
@@ -74,6 +97,9 @@ def compile_command(
         bits=bits,
         groups=groups,
         cache=cache,
+        forecast=forecast,
+        cache_budget=cache_budget,
+        hoist_adaln=hoist_adaln,
         compensate=compensate,
         target=target,
         seed=seed,
@@ -81,12 +107,14 @@ def compile_command(
         allow_unsafe=allow_unsafe or None,
     )
     from qcgraph.compiler import compile_model
+    from qcgraph.plan_file import read_plan
     from qcgraph.progress import progress_for
 
     result = compile_model(
         model,
         resolved,
         output,
+        plan=None if plan is None else read_plan(plan),
         force=force,
         stop_after=stop_after,
         verify_each=verify_each,
@@ -136,11 +164,15 @@ def _summary(report: dict[str, Any], bundle: Bundle | None) -> list[tuple[str, s
         ("model", report["model"]),
         ("target", report["target"]),
         ("sampling", report["plan"]),
+        *([("schedule", report["cache"]["schedule"])] if report["cache"] else []),
         ("variants", f"{variants} (steps each)"),
+        *cache_fields(report["cache"], report.get("cached_edges", ())),
         ("quantized", f"{report['quantized_sites']} of {report['linear_sites']} linear layers"),
         ("scales", f"{report['timestep_groups']} timestep groups"),
         ("work", f"{report['mac_ratio']:.1%} of the multiply-accumulates of the model"),
     ]
+    if report["followed_plan"] is not None:
+        fields.append(("plan", _followed_text(report["followed_plan"], report["plan"])))
     if bundle is not None:
         fields += [
             ("checks", f"{len(report['checks'])} passed" if report["checks"] else "none: nothing was exported"),
@@ -149,3 +181,16 @@ def _summary(report: dict[str, Any], bundle: Bundle | None) -> list[tuple[str, s
             ("bundle", str(bundle.path)),
         ]
     return fields
+
+
+def _followed_text(followed: dict[str, Any], plan: str) -> str:
+    """Where the schedule is from, and what it does to the images."""
+    text = f"of {followed['source']}{', carried over' if followed['is_retargeted'] else ''}"
+    if followed["other_guidance"]:
+        text += f" (made at another guidance than here: {plan})"
+    if followed["error"] is None:
+        return f"{text}; {followed['computing']} steps compute"
+    return (
+        f"{text}; {followed['computing']} steps compute, and the final latents have a mean squared error of "
+        f"{followed['error']:.3g}, with as many even steps {followed['even_error']:.3g}"
+    )

@@ -11,7 +11,7 @@ from qcgraph.cli.output import JsonOption
 from qcgraph.cli.program_view import pass_text, print_program
 from qcgraph.errors import UsageError
 
-Show = Literal["schedule", "scales", "refused", "sites", "pipeline"]
+Show = Literal["schedule", "plan", "scales", "refused", "sites", "pipeline"]
 
 
 def inspect_command(
@@ -23,7 +23,7 @@ def inspect_command(
     node: Annotated[
         str | None, typer.Option(metavar="GLOB", help="Print the nodes whose name or module path matches.")
     ] = None,
-    show: Annotated[Show | None, typer.Option(help="Print one table.")] = None,
+    show: Annotated[Show | None, typer.Option(help="Print one table; plan: as a file for compile --plan.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Show what is in a bundle or a model.

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
 from qcgraph.bundle import Bundle
+from qcgraph.cache_report import cache_report
+from qcgraph.cli.cache_view import cache_fields
 from qcgraph.cli.ir_text import op_changes, ops_text, read_program_text
 from qcgraph.cli.output import count_text, print_fields, print_heading, print_json, print_table, size_text
 from qcgraph.cli.program_view import pass_text
-from qcgraph.facts import QuantPlan, SiteQuant
+from qcgraph.facts import ForecastFit, QuantPlan, SiteQuant
+from qcgraph.plan_file import plan_data, plan_toml
 
 MOST_OPS = 5  # named in the overview
 
@@ -44,11 +48,12 @@ def _overview(bundle: Bundle) -> dict[str, Any]:
         "target": manifest.target,
         "plan": plan.describe(),
         "schedule": plan.schedule(),
+        "cache": cache_report(bundle.facts),
         "timestep_groups": plan.group_count,
         "quantized_sites": len(quantized.sites) if quantized else 0,
         "graphs": {
             name: {
-                "steps": sum(step.variant == name for step in plan.steps),
+                "steps": plan.uses(name),
                 "inputs": [f"{item.name}: {item}" for item in interface.inputs],
                 "outputs": [f"{item.name}: {item}" for item in interface.outputs],
                 "ops": dict(program.graphs[name].ops.most_common()) if name in program.graphs else {},
@@ -97,6 +102,7 @@ def _print_overview(data: Mapping[str, Any]) -> None:
             ("target", data["target"]),
             ("sampling", data["plan"]),
             ("schedule", data["schedule"]),
+            *cache_fields(data["cache"]),
             ("quantized", count_text(data["quantized_sites"], "linear layer")),
             ("scales", count_text(data["timestep_groups"], "timestep group")),
         ]
@@ -129,7 +135,7 @@ def _print_overview(data: Mapping[str, Any]) -> None:
         [(name, size_text(count)) for name, count in data["files"].items() if not name.startswith("ir/")],
         right=("size",),
     )
-    print("\nmore: --show schedule|scales|refused|sites|pipeline, --after PASS, --node GLOB")
+    print("\nmore: --show schedule|plan|scales|refused|sites|pipeline, --after PASS, --node GLOB")
 
 
 def _change_text(row: Mapping[str, Any]) -> str:
@@ -143,6 +149,7 @@ def _change_text(row: Mapping[str, Any]) -> str:
 
 
 def _schedule(bundle: Bundle) -> list[dict[str, Any]]:
+    forecasts = _forecast_errors(bundle)
     return [
         {
             "step": index,
@@ -153,28 +160,62 @@ def _schedule(bundle: Bundle) -> list[dict[str, Any]]:
             "latent": step.update.latent,
             "noise_prediction": step.update.noise_prediction,
             "noise": step.update.noise,
+            "history": [asdict(term) for term in step.update.history],
+            "forecast_errors": forecasts.get(index, {}),
         }
         for index, step in enumerate(bundle.plan.steps)
     ]
 
 
+def _forecast_errors(bundle: Bundle) -> dict[int, dict[str, float]]:
+    """By step and cached value, the relative error of its forecast."""
+    fit, found = bundle.facts.get(ForecastFit), dict[int, dict[str, float]]()
+    for entry in fit.steps if fit else ():
+        found.setdefault(entry.step, {})[entry.name] = entry.forecast
+    return found
+
+
 def _print_schedule(rows: list[dict[str, Any]]) -> None:
+    depth = max(len(row["history"]) for row in rows)
+    earlier = [f"+ {term}, {back} back" for back in range(1, depth + 1) for term in ("x", "eps")]
+    forecast = ["forecast off by"] if any(row["forecast_errors"] for row in rows) else []
     print_table(
-        ("step", "timestep", "graph", "group", "x' = c1 x", "+ c2 eps", "+ c3 z"),
+        ("step", "timestep", "graph", *forecast, "group", "x' = c1 x", "+ c2 eps", "+ c3 z", *earlier),
         [
             (
                 row["step"],
                 f"{row['timestep']:g}",
                 row["variant"],
+                *([_worst(row["forecast_errors"])] if forecast else []),
                 row["group"],
                 f"{row['latent']:.6f}",
                 f"{row['noise_prediction']:.6f}",
                 f"{row['noise']:.6f}",
+                *_history_texts(row["history"], depth),
             )
             for row in rows
         ],
-        right=("step", "timestep", "group", "x' = c1 x", "+ c2 eps", "+ c3 z"),
+        right=("step", "timestep", *forecast, "group", "x' = c1 x", "+ c2 eps", "+ c3 z", *earlier),
     )
+
+
+def _worst(errors: Mapping[str, float]) -> str:
+    return f"{max(errors.values()):.1%}" if errors else ""
+
+
+def _history_texts(history: Sequence[Mapping[str, float]], depth: int) -> Iterator[str]:
+    """Two cells for every step back, empty where the update does not look back so far."""
+    for term in history:
+        yield from (f"{term[key]:.6f}" for key in ("latent", "noise_prediction"))
+    yield from [""] * (2 * (depth - len(history)))
+
+
+def _plan(bundle: Bundle) -> dict[str, Any]:
+    return plan_data(bundle.plan)
+
+
+def _print_plan(data: dict[str, Any]) -> None:
+    print(plan_toml(data), end="")
 
 
 def _scales(bundle: Bundle) -> list[dict[str, Any]]:
@@ -261,6 +302,7 @@ def _print_pipeline(rows: list[dict[str, Any]]) -> None:
 VIEWS: dict[str, tuple[Callable[[Bundle], Any], Callable[[Any], None]]] = {
     "overview": (_overview, _print_overview),
     "schedule": (_schedule, _print_schedule),
+    "plan": (_plan, _print_plan),
     "scales": (_scales, _print_scales),
     "refused": (_refused, _print_refused),
     "sites": (_sites, _print_sites),

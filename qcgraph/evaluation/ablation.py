@@ -10,6 +10,7 @@ from torch import fx
 
 from qcgraph.errors import BundleError
 from qcgraph.export.quantized_sites import QuantizedSite, quantized_sites
+from qcgraph.facts import Requantization, SiteCorrection
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.program import Program
 from qcgraph.steps import StepPlan
@@ -65,7 +66,27 @@ def without_quantization(program: Program, model: Program, keep: Collection[str]
             with editor.before(product):
                 constant = editor.constant(f"{site.codes}_float", weight, product)
             product.args = (editor.node(site.entering), constant, *product.args[2:])
+            _restore_bias(editor, site, product, program)
     return with_edits(program, edits)
+
+
+def _restore_bias(editor: GraphEditor, site: QuantizedSite, product: fx.Node, program: Program) -> None:
+    """Take the correction of a site's result out of its bias: (bias - b2) / a2."""
+    correction = _correction(program, site)
+    if correction is None:
+        return
+    adding = product if len(product.args) > 2 else editor.node(site.leaving)  # lowered, the bias is added apart
+    bias = next(node for node in adding.all_input_nodes[-1:] if node.op == "get_attr")
+    values = program.constants[str(bias.target)]
+    gains, offsets = (torch.tensor(part, dtype=torch.float64) for part in (correction.gains, correction.offsets))
+    plain = ((values.double() - offsets) / gains).float()
+    with editor.before(adding):
+        adding.replace_input_with(bias, editor.constant(f"{bias.target}_plain", plain, product))
+
+
+def _correction(program: Program, site: QuantizedSite) -> SiteCorrection | None:
+    corrections = program.facts.get(Requantization)
+    return corrections.sites.get(site.name) if corrections else None
 
 
 def float_weight(site: QuantizedSite, model: Program, shape: tuple[int, ...]) -> torch.Tensor:
@@ -132,13 +153,16 @@ def activation_quantizers(program: Program) -> tuple[Quantizer, ...]:
 
 
 def dequantized_weight(program: Program, variant: str, site: QuantizedSite) -> torch.Tensor:
-    """What a site multiplies with, in the layout of its codes."""
+    """What a site multiplies with, in the layout of its codes; the gain that corrects its result is taken out."""
     node = next(node for node in program.variants[variant].graph.nodes if node.name == site.product)
     dequantize = _operand(node, 1)
     values = [program.constants[str(_operand(dequantize, index).target)] for index in range(3)]
-    result = ops.dequantize(*values, dequantize.args[3])
+    result, correction = ops.dequantize(*values, dequantize.args[3]), _correction(program, site)
     assert isinstance(result, torch.Tensor)
-    return result
+    if correction is None:
+        return result
+    gains = torch.tensor(correction.gains)
+    return result / (gains if site.codes.endswith("_t") else gains[:, None])
 
 
 def _operand(node: fx.Node, index: int) -> fx.Node:

@@ -9,14 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qcgraph.cache_state import State
 from qcgraph.calibration import FIRST_INDEX, calibration_labels
 from qcgraph.evaluation.ablation import is_quantized, without_quantization
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites, total_macs
 from qcgraph.progress import Progress
-from qcgraph.sampling import Array, State, sample
-from qcgraph.spec import OUTPUT, ModelSpec
+from qcgraph.sampling import Array, sample
+from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
 TRAJECTORIES = 8  # fewer for large models
@@ -87,7 +88,7 @@ class _Comparing:
 
     def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
         prediction = self._exact.run(variant, inputs, state)
-        written = [name for name in self._quantized.variants[variant].interface.output_names if name != OUTPUT]
+        written = self._quantized.variants[variant].interface.output_names[1:]
         if written:
             self._compare(variant, inputs, state, written)
         return prediction

@@ -241,7 +241,7 @@ class _Run:
 
     def _converged(self, settings: Sequence[Setting]) -> tuple[Array | None, Array | None]:
         """Samples of the converged reference, and those with half the steps."""
-        if not any(setting.key == "solver" and setting.draw for setting in settings):
+        if not any(setting.key == "fewer_steps" and setting.draw for setting in settings):
             return None, None
         self._progress.note(f"  converged reference: {CONVERGED[1]} and {CONVERGED[1] // 2} steps")
         affordable = int(MACS / self._subject.macs(CONVERGED[1] * 3 // 2))

@@ -77,7 +77,7 @@ def _plan_faults(subject: Subject) -> Iterator[Fault]:
         yield Fault("plan", "plan.json", f"{mark.scheduler} makes {len(expected)} steps, the plan has {len(plan)}")
         return
     for index, (found, wanted) in enumerate(zip(plan.steps, expected.steps, strict=True)):
-        if not np.allclose(_coefficients(found), _coefficients(wanted), rtol=COEFFICIENT, atol=COEFFICIENT):
+        if not _agree(_coefficients(found), _coefficients(wanted)):
             yield Fault(
                 "plan",
                 f"step {index}",
@@ -87,7 +87,13 @@ def _plan_faults(subject: Subject) -> Iterator[Fault]:
 
 
 def _coefficients(step: Step) -> tuple[float, ...]:
-    return (step.timestep, step.update.latent, step.update.noise_prediction, step.update.noise)
+    """Timestep, the update's three numbers, and two more for every earlier step that it looks back to."""
+    history = (value for term in step.update.history for value in (term.latent, term.noise_prediction))
+    return (step.timestep, step.update.latent, step.update.noise_prediction, step.update.noise, *history)
+
+
+def _agree(found: Sequence[float], wanted: Sequence[float]) -> bool:
+    return len(found) == len(wanted) and np.allclose(found, wanted, rtol=COEFFICIENT, atol=COEFFICIENT)
 
 
 def _text(step: Step) -> str:

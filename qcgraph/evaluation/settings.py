@@ -110,7 +110,7 @@ class Subject:
         unknown = [step.variant for step in plan.steps if step.variant not in macs]
         if unknown:
             raise BundleError(f"the plan names variant {unknown[0]!r}, which the program has not", where="plan.json")
-        return sum(macs[step.variant] for step in plan.steps) / whole
+        return sum(macs[name] * plan.uses(name) for name in macs) / whole
 
 
 @dataclass(frozen=True)
@@ -193,10 +193,11 @@ def rivals(subject: Subject) -> tuple[Setting, ...]:
     else:
         plan = make_step_plan(name, steps, guidance, subject.spec.schedule, subject.plan.fingerprint.model)
         draw = _drawing(subject, EagerRunner(subject.model), plan)
-        return (
-            Setting("fewer_steps", f"{steps} steps of {name}", steps, draw, planned=False),
-            Setting("solver", f"{steps} steps of {RIVAL}", steps, _solving(subject, RIVAL, steps), planned=False),
-        )
+        fewer = Setting("fewer_steps", f"{steps} steps of {name}", steps, draw, planned=False)
+        if name == RIVAL:
+            return fewer, Setting("solver", f"fewer steps of {RIVAL}", absent="it is the scheduler of the plan")
+        solving = _solving(subject, RIVAL, steps)
+        return fewer, Setting("solver", f"{steps} steps of {RIVAL}", steps, solving, planned=False)
     return (
         Setting("fewer_steps", f"fewer steps of {name}", absent=reason),
         Setting("solver", f"fewer steps of {RIVAL}", absent=reason),
@@ -249,7 +250,8 @@ def _exported(subject: Subject, program: Program, folder: Path, progress: Progre
     from qcgraph.export.emit import emit_onnx
     from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
 
-    emit_onnx(program, folder, subject.target.opset, progress)
+    target = subject.target
+    emit_onnx(program, folder, target.opset, progress, integer_products=target.integer_products)
     return OnnxRuntimeRunner(folder, program.interfaces, subject.threads)
 
 

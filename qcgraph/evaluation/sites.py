@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -64,7 +64,10 @@ def measure_sites(
     sites = quantized_sites(program.variants[variant])
     if not sites:
         return ()
-    probes = _probes(subject, trajectory, labels, seed, len(sites))
+    probes = [
+        replace(probe, inputs=program.prepared(variant, probe.inputs))
+        for probe in _probes(subject, trajectory, labels, seed, len(sites))
+    ]
     exact = without_quantization(program, subject.origin)
     expected = [exact.run(variant, probe.inputs)[OUTPUT] for probe in probes]
     found = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -43,7 +43,8 @@ class GraphEditor:
 
         It counts as code of the module that ``source`` is in, or of none when it is ``top_level``.
         """
-        short = target._schema.name.split("::")[-1]
+        schema = getattr(target, "_schema", None)  # a Python function on numbers or tuples has none
+        short = schema.name.split("::")[-1] if schema else target.__name__
         node = self.graph.create_node("call_function", target, args, {}, name=name or short)
         fakes = fx.node.map_arg(args, lambda argument: argument.meta["val"])
         with self._fake_mode:
@@ -98,6 +99,14 @@ class GraphEditor:
     def scalar_input(self, name: str, source: fx.Node) -> fx.Node:
         """An int64 scalar input of this name."""
         return self.input(TensorSpec(name, "i64", ()), torch.empty((), dtype=torch.int64), source)
+
+    def drop_unused_inputs(self, names: Collection[str]) -> None:
+        """Drop those of these inputs that no output depends on."""
+        eliminate_dead_code(self.graph)
+        for node in list(self.graph.nodes):
+            if node.op == "placeholder" and node.target in names and not node.users:
+                self.graph.erase_node(node)
+                self.inputs = [spec for spec in self.inputs if spec.name != node.target]
 
     def set_outputs(self, nodes: Sequence[fx.Node], names: Sequence[str]) -> None:
         """Make these nodes, in this order, the outputs."""

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import fx
 
+from qcgraph.cache_state import State, cached, depths, remember
 from qcgraph.ir.program import Program
-from qcgraph.sampling import Array, State, cached
-from qcgraph.spec import OUTPUT
+from qcgraph.sampling import Array
 
 Observe = Callable[[str, fx.Node, torch.Tensor], None]
 
@@ -28,6 +28,7 @@ class TorchRunner:
     def __init__(self, program: Program, observe: Observe | None = None) -> None:
         self._program = program
         self._observe = observe
+        self._depths = depths(program.interfaces.values())
 
     def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
         """Run one variant; cache tensors in ``state`` are torch tensors."""
@@ -37,9 +38,9 @@ class TorchRunner:
             if name not in tensors:
                 tensors[name] = cast(torch.Tensor, cached(name, variant, state))
         outputs = self._program.run(variant, tensors) if self._observe is None else self._watch(variant, tensors)
-        prediction = outputs.pop(OUTPUT)
-        state.update(outputs)
-        return cast(Array, prediction.numpy())
+        result = outputs.pop(interface.output_names[0])
+        remember(state, outputs, self._depths)
+        return cast(Array, result.numpy())
 
     def _watch(self, variant: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         interface = self._program.variants[variant].interface

@@ -13,6 +13,7 @@ from qcgraph.errors import ContractError
 from qcgraph.ir.graph import Variant, module_path, returned_nodes, spec_of
 from qcgraph.ir.ops import OPS
 from qcgraph.ir.program import Program
+from qcgraph.spec import MODULATION, preparation
 from qcgraph.steps import StepPlan
 
 NAMESPACES = ("aten", "qcgraph")
@@ -58,6 +59,17 @@ def _plan_names_variants(program: Program) -> Iterator[str]:
     for name in plan.variants if plan else ():
         if name not in program.variants:
             yield f"the step plan uses variant {name!r}, which does not exist"
+
+
+def _plan_names_prepared(program: Program) -> Iterator[str]:
+    plan = program.facts.get(StepPlan)
+    prepared = plan.prepared if plan else ()
+    taking = [name for name, variant in program.variants.items() if MODULATION in variant.interface.input_names]
+    if set(prepared) != set(taking):
+        yield f"the step plan prepares {list(prepared)}, a modulation is taken by {taking}"
+    for name in prepared:
+        if preparation(name) not in program.variants:
+            yield f"the step plan prepares variant {name!r}, and there is no {preparation(name)!r}"
 
 
 def _inputs_match(variant: Variant) -> Iterator[str]:
@@ -131,7 +143,7 @@ def _table_covers_plan(node: fx.Node, program: Program) -> str | None:
     return f"table {table.target} has {rows} rows, the plan needs {needed}" if rows < needed else None
 
 
-PROGRAM_RULES: tuple[Callable[[Program], Iterator[str]], ...] = (_plan_names_variants,)
+PROGRAM_RULES: tuple[Callable[[Program], Iterator[str]], ...] = (_plan_names_variants, _plan_names_prepared)
 VARIANT_RULES: tuple[Callable[[Variant], Iterator[str]], ...] = (_inputs_match, _outputs_match)
 NODE_RULES: tuple[Callable[[fx.Node, Program], str | None], ...] = (
     _typed,

@@ -5,19 +5,23 @@ Scales and zero points are tensors, so that a timestep group can select them at 
 * quantize:    q = clamp(round_half_even(x / scale) + zero_point, low, high)
 * dequantize:  x = (q - zero_point) * scale
 * select:      table[index]
+* forecast:    D = sum_a gain[a, half] * value[a] + offset[half], per channel (see passes/insert_forecast)
 * compensate:  eps' = gain[row] * eps + slope[row] * latent + offset[row], per channel (see passes/insert_compensation)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from qcgraph.ir.graph import spec_of
+
 CODE_TYPES = (torch.int8, torch.uint8)
+HALVES = 2  # of guidance: conditional, unconditional
 
 
 def _along(axis: int, values: Tensor, rank: int) -> Tensor:
@@ -63,6 +67,28 @@ def select(table: Tensor, index: Tensor) -> Tensor:
 @select.register_fake
 def _(table: Tensor, index: Tensor) -> Tensor:
     return table.new_empty(table.shape[1:])
+
+
+@torch.library.custom_op("qcgraph::forecast", mutates_args=())
+def forecast(values: list[Tensor], coefficients: Tensor, half: Tensor) -> Tensor:
+    """Per-channel affine of the last computed values of a cached tensor, apart for the two halves of guidance.
+
+    Args:
+        values: each [B, ..., C], the last computed one first.
+        coefficients: [len(values) + 1, 2, C]; the last row is the offset. (1, 0, ..., 0) gives ``values[0]``.
+        half: i64[B], 0 for a conditional sample, 1 for an unconditional one.
+    """
+    batch, *middle, channels = values[0].shape
+    chosen = coefficients[:, half].reshape(len(values) + 1, batch, *[1] * len(middle), channels)
+    result = chosen[0] * values[0]
+    for gain, value in zip(chosen[1:-1], values[1:], strict=True):
+        result += gain * value
+    return result.add_(chosen[-1])
+
+
+@forecast.register_fake
+def _(values: list[Tensor], coefficients: Tensor, half: Tensor) -> Tensor:
+    return torch.empty_like(values[0])
 
 
 @torch.library.custom_op("qcgraph::compensate", mutates_args=())
@@ -129,6 +155,17 @@ def _verify_select(node: fx.Node) -> str | None:
     return None
 
 
+def _verify_forecast(node: fx.Node) -> str | None:
+    values, coefficients, half = node.args
+    metas = [value.meta["val"] for value in values]  # type: ignore[union-attr]
+    shape, kind = tuple(coefficients.meta["val"].shape), half.meta["val"]  # type: ignore[union-attr]
+    if any(spec_of("", meta) != spec_of("", metas[0]) for meta in metas):
+        return "forecasts from values of different types"
+    if shape != (len(metas) + 1, HALVES, metas[0].shape[-1]):
+        return f"coefficients of shape {shape} for {len(metas)} values of {metas[0].shape[-1]} channels"
+    return None if kind.dtype == torch.int64 and kind.dim() == 1 else "half is not an int64 vector"
+
+
 def _verify_compensate(node: fx.Node) -> str | None:
     prediction, latent, *coefficients = (argument.meta["val"] for argument in node.args)  # type: ignore[union-attr]
     if prediction.shape[1] < latent.shape[1] or prediction.shape[2:] != latent.shape[2:]:
@@ -164,6 +201,23 @@ def _onnx_select(table: Any, index: Any) -> Any:
     return op.Gather(table, index, axis=0)
 
 
+def _onnx_forecast(values: Sequence[Any], coefficients: Any, half: Any) -> Any:
+    from onnxscript import opset21 as op
+
+    middle = list(range(1, len(values[0].shape) - 1))
+    chosen = [
+        op.Unsqueeze(
+            op.Gather(op.Gather(coefficients, op.Constant(value_int=row), axis=0), half, axis=0),
+            op.Constant(value_ints=middle),
+        )
+        for row in range(len(values) + 1)
+    ]
+    result = op.Mul(chosen[0], values[0])
+    for gain, value in zip(chosen[1:-1], values[1:], strict=True):
+        result = op.Add(result, op.Mul(gain, value))
+    return op.Add(result, chosen[-1])
+
+
 def _onnx_compensate(prediction: Any, latent: Any, gain: Any, slope: Any, offset: Any) -> Any:
     from onnxscript import opset21 as op
 
@@ -196,5 +250,6 @@ OPS: tuple[OpInfo, ...] = (
     OpInfo(torch.ops.qcgraph.quantize.default, _verify_quantize, _onnx_quantize),
     OpInfo(torch.ops.qcgraph.dequantize.default, _verify_dequantize, _onnx_dequantize),
     OpInfo(torch.ops.qcgraph.select.default, _verify_select, _onnx_select),
+    OpInfo(torch.ops.qcgraph.forecast.default, _verify_forecast, _onnx_forecast),
     OpInfo(torch.ops.qcgraph.compensate.default, _verify_compensate, _onnx_compensate),
 )

@@ -22,9 +22,13 @@ from qcgraph.facts import (
     CachePlan,
     Compensation,
     Facts,
+    ForecastFit,
     QuantPlan,
     Ranges,
     Reference,
+    Rehearsed,
+    Requantization,
+    SchedulePlan,
     SiteQuant,
     TimestepGroups,
 )
@@ -121,9 +125,22 @@ def _steps(plan: StepPlan) -> list[str]:
 
 
 def _cache(plan: CachePlan) -> list[str]:
-    steps = "".join("C" if computes else "." for computes in plan.computes)
-    blocks = f"blocks {plan.first_block} .. {plan.last_block}"
-    return [f"cache {blocks}, {sum(plan.computes)} of {len(steps)} steps compute: {steps}"]
+    lines = [f"cache {value.name}: {value}" for value in plan.values]
+    lines += [f"mode {name}: reuses {', '.join(values)}" for name, values in plan.modes.items()]
+    if plan.values and plan.history > 1:
+        lines.append(f"  of each the last {plan.history} computed are kept")
+    return lines
+
+
+def _schedule(plan: SchedulePlan) -> list[str]:
+    unit = "measured" if plan.measured else "multiply-accumulates"
+    line = f"schedule {plan.strategy}: {plan.spent:.1%} of computing every step ({unit})"
+    return [line if plan.rehearsed_error is None else f"{line}, mean squared error {plan.rehearsed_error:.2g}"]
+
+
+def _rehearsed(fact: Rehearsed) -> list[str]:
+    errors = f"mean squared error {fact.error:.3g}, of even steps {fact.even_error:.3g}"
+    return [f"rehearsal {errors}, {fact.trajectories} trajectories"]
 
 
 def _ranges(ranges: Ranges) -> list[str]:
@@ -154,6 +171,19 @@ def describe_site(site: SiteQuant) -> str:
     return f"activation {codes}, {scales}; weight codes -{site.weight.high}..{site.weight.high} per channel"
 
 
+def _requantization(fact: Requantization) -> list[str]:
+    gains = [gain for site in fact.sites.values() for gain in site.gains]
+    return [f"requantization of {len(fact.sites)} sites, gains {min(gains):.4f} .. {max(gains):.4f}"] if gains else []
+
+
+def _forecast(fact: ForecastFit) -> list[str]:
+    if not fact.steps:
+        return [f"forecast {fact.kind} at no step"]
+    reuse, errors = ([getattr(step, name) for step in fact.steps] for name in ("reuse", "forecast"))
+    worst = f"error up to {max(errors):.1%} where reuse has {max(reuse):.1%}"
+    return [f"forecast {fact.kind} at {len({step.step for step in fact.steps})} steps, {worst}"]
+
+
 def _compensation(fact: Compensation) -> list[str]:
     gains = [gain for row in fact.gains for gain in row]
     return [
@@ -165,9 +195,13 @@ _FACT_LINES: tuple[tuple[type, Callable[[Any], list[str]]], ...] = (
     (ModelSpec, _model),
     (StepPlan, _steps),
     (CachePlan, _cache),
+    (SchedulePlan, _schedule),
+    (Rehearsed, _rehearsed),
     (Ranges, _ranges),
     (Reference, _reference),
     (TimestepGroups, _groups),
     (QuantPlan, _quant),
+    (Requantization, _requantization),
+    (ForecastFit, _forecast),
     (Compensation, _compensation),
 )

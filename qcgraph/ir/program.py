@@ -14,7 +14,7 @@ from qcgraph.errors import ContractError
 from qcgraph.facts import Facts
 from qcgraph.ir.graph import Variant
 from qcgraph.ir.printer import print_program
-from qcgraph.spec import Interface
+from qcgraph.spec import MODULATION, Interface, preparation
 from qcgraph.steps import digest, digest_of
 
 
@@ -86,6 +86,11 @@ class Program:
         with torch.no_grad():
             outputs = module(*(inputs[name] for name in interface.input_names))
         return dict(zip(interface.output_names, outputs, strict=True))
+
+    def prepared(self, variant: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Inputs of a variant, with the modulation that another computes of them where it takes one."""
+        takes = MODULATION in self.variants[variant].interface.input_names
+        return {**inputs, **(self.run(preparation(variant), inputs) if takes else {})}
 
     @cached_property
     def text(self) -> str:

@@ -8,13 +8,14 @@ reason why it is not quantizable when it is not.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import fx
 
+from qcgraph.facts import CachedValue
 from qcgraph.ir.graph import Variant, dimension_text, module_path
 
 aten = torch.ops.aten
@@ -63,12 +64,11 @@ class Site:
 
 
 def latent_dependent(variant: Variant) -> set[fx.Node]:
-    """The nodes whose value depends on the latent (the first input), not on timestep and class alone.
+    """The nodes whose value depends on the latent, not on timestep and class alone; none without a latent.
 
     Sizes do not count: a value that uses only the batch size of the latent does not depend on it.
     """
-    placeholders = [node for node in variant.graph.nodes if node.op == "placeholder"]
-    dependent = {placeholders[0]} if placeholders else set()
+    dependent = {node for node in variant.graph.nodes if node.op == "placeholder" and node.target == "latent"}
     for node in variant.graph.nodes:
         if isinstance(node.meta.get("val"), (int, torch.SymInt)):
             continue
@@ -121,6 +121,53 @@ def _same_type(one: object, other: object) -> bool:
         return False
     shapes = [tuple(map(dimension_text, value.shape)) for value in (one, other)]
     return shapes[0] == shapes[1] and one.dtype == other.dtype
+
+
+def find_branches(variant: Variant, block: Block) -> tuple[str, ...]:
+    """The nodes of a block's branches before their gates, first to last: what is added to the residual stream.
+
+    A branch is the other operand of an addition on the way of the stream through the block; where that is a product of
+    a gate that does not depend on the latent, its other factor. Empty when the block is not made of such additions.
+    """
+    nodes = {node.name: node for node in variant.graph.nodes}
+    dependent = latent_dependent(variant)
+    return tuple(reversed([node.name for node in _added(nodes[block.leaving], nodes[block.entering], dependent)]))
+
+
+def _added(leaving: fx.Node, entering: fx.Node, dependent: set[fx.Node]) -> list[fx.Node]:
+    """The branches between two points of the stream, last to first; nothing when additions do not lead there."""
+    branches: list[fx.Node] = []
+    node = leaving
+    while node is not entering:
+        operands = [source for source in node.args if isinstance(source, fx.Node)]
+        if node.target is not aten.add.Tensor or len(operands) != 2:
+            return []
+        streams = [source for source in operands if source is entering or source.target is aten.add.Tensor]
+        if len(streams) != 1:
+            return []
+        (other,) = (source for source in operands if source is not streams[0])
+        branches.append(_ungated(other, dependent))
+        node = streams[0]
+    return branches
+
+
+def _ungated(node: fx.Node, dependent: set[fx.Node]) -> fx.Node:
+    """The factor of a product that depends on the latent, when only one does; else the node."""
+    factors = [source for source in node.args if isinstance(source, fx.Node) and source in dependent]
+    return factors[0] if node.target is aten.mul.Tensor and len(factors) == 1 and len(node.args) == 2 else node
+
+
+def cached_node(variant: Variant, blocks: Sequence[Block], value: CachedValue) -> str:
+    """The node that reusing a cached value replaces: the output of a branch, or the stream that leaves a range.
+
+    Args:
+        variant: the whole denoiser.
+        blocks: its blocks.
+        value: what is cached.
+    """
+    if value.branch < 0:
+        return blocks[value.last_block].leaving
+    return find_branches(variant, blocks[value.first_block])[value.branch]
 
 
 def find_sites(variant: Variant) -> tuple[Site, ...]:

@@ -9,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qcgraph.cache_state import State
 from qcgraph.models.loaded import LoadedModel
-from qcgraph.sampling import Array, State
+from qcgraph.sampling import Array
+from qcgraph.spec import is_preparation
 
 _INPUTS = ("latent", "timestep", "class_label")
 
@@ -24,6 +26,8 @@ class EagerRunner:
 
     def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
         """The noise prediction, f32[B,C_out,H,W]; groups, rows and caches mean nothing here."""
+        if is_preparation(variant):
+            return np.empty((len(inputs["timestep"]), 0), dtype=np.float32)  # the module computes its own modulation
         values = {self._names[name]: torch.from_numpy(inputs[name]) for name in _INPUTS}
         with torch.inference_mode():
             return cast(Array, self._module(**values).numpy())

@@ -122,3 +122,41 @@ def test_the_interface_must_tell_the_truth(captured: Program) -> None:
     wrong = replace(variant, interface=replace(variant.interface, inputs=variant.interface.inputs[:2]))
     with pytest.raises(ContractError, match="are not the inputs"):
         legality.verify(replace(captured, variants={"main": wrong}))
+
+
+@pytest.mark.parametrize(
+    ("shape", "others", "half", "reason"),
+    [
+        ((3, 2, 96), 1, torch.zeros(2, dtype=torch.int64), ""),
+        ((2, 2, 96), 1, torch.zeros(2, dtype=torch.int64), "for 2 values of 96 channels"),
+        ((3, 1, 96), 1, torch.zeros(2, dtype=torch.int64), "for 2 values of 96 channels"),
+        ((3, 2, 95), 1, torch.zeros(2, dtype=torch.int64), "for 2 values of 96 channels"),
+        ((3, 2, 96), 0, torch.zeros(2, dtype=torch.int64), "values of different types"),
+        ((3, 2, 96), 1, torch.zeros(2, dtype=torch.int32), "half is not an int64 vector"),
+        ((3, 2, 96), 1, torch.tensor(0), "half is not an int64 vector"),
+    ],
+)
+def test_forecast_rules(
+    captured: Program, shape: tuple[int, ...], others: int, half: torch.Tensor, reason: str
+) -> None:
+    """Two values, the second either of the same type or the input of the linear."""
+
+    def forecast(editor: GraphEditor, linear: fx.Node) -> None:
+        second = linear if others else linear.args[0]
+        with editor.after(linear):
+            coefficients = editor.constant("coefficients", torch.zeros(shape), linear)
+            halves = editor.constant("halves", half, linear)
+        with editor.before(next(iter(linear.users))):
+            node = editor.graph.create_node(
+                "call_function", ops.forecast.default, ([linear, second], coefficients, halves), name="forecast"
+            )
+            node.meta["val"] = linear.meta["val"]
+        for user in [user for user in linear.users if user is not node]:
+            user.replace_input_with(linear, node)
+
+    program = edited(captured, forecast)
+    if not reason:
+        legality.verify(program)
+        return
+    with pytest.raises(ContractError, match=reason):
+        legality.verify(program)

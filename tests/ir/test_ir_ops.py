@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
-import qcgraph.ir.ops  # noqa: F401 - registers the ops
+from qcgraph.ir.ops import OPS
 
 ops = torch.ops.qcgraph
 
@@ -61,12 +65,64 @@ def test_neutral_compensation_is_bit_identical(channels: int) -> None:
     assert torch.equal(ops.compensate(prediction, latent, one, zero, zero), prediction)
 
 
+def forecast_inputs(count: int, *middle: int) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Values [4, ..., 5], coefficients and the halves of four samples."""
+    generator = torch.Generator().manual_seed(count)
+    values = [torch.randn(4, *middle, 5, generator=generator) for _ in range(count)]
+    return values, torch.randn(count + 1, 2, 5, generator=generator), torch.tensor([0, 1, 1, 0])
+
+
+@pytest.mark.parametrize("middle", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_forecast_is_an_affine_per_channel_and_half(count: int, middle: tuple[int, ...]) -> None:
+    values, coefficients, half = forecast_inputs(count, *middle)
+    found = ops.forecast(values, coefficients, half)
+    for sample in range(4):
+        chosen = coefficients[:, int(half[sample])]
+        expected = sum((gain * value[sample] for gain, value in zip(chosen, values, strict=False)), chosen[-1])
+        torch.testing.assert_close(found[sample], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_neutral_forecast_is_the_last_value_to_the_bit(count: int) -> None:
+    values, coefficients, half = forecast_inputs(count, 3)
+    coefficients.zero_()[0] = 1.0
+    assert torch.equal(ops.forecast(values, coefficients, half), values[0])
+
+
+class Forecasting(nn.Module):
+    def forward(self, values: list[torch.Tensor], coefficients: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
+        return ops.forecast(values, coefficients, half)
+
+
+@pytest.mark.parametrize("middle", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_forecast_in_onnx_runtime(count: int, middle: tuple[int, ...]) -> None:
+    import onnxruntime
+
+    arguments = forecast_inputs(count, *middle)
+    exported: Any = torch.onnx.export(
+        torch.export.export(Forecasting(), arguments),
+        dynamo=True,
+        opset_version=23,
+        custom_translation_table={op.target: op.to_onnx for op in OPS},
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(exported.model_proto.SerializeToString())
+    values, coefficients, half = arguments
+    names = [item.name for item in session.get_inputs()]
+    feed = dict(zip(names, [tensor.numpy() for tensor in (*values, coefficients, half)], strict=True))
+    np.testing.assert_allclose(session.run(None, feed)[0], ops.forecast(*arguments).numpy(), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("op", "arguments"),
     [
         ("quantize", (torch.randn(2, 3), scalar(0.1, torch.float32), scalar(0, torch.int8), -128, 127, 0)),
         ("dequantize", (torch.ones(2, 3, dtype=torch.int8), torch.ones(3), torch.zeros(3, dtype=torch.int8), 1)),
         ("select", (torch.randn(4, 2), torch.tensor(2))),
+        ("forecast", forecast_inputs(1, 3)),
+        ("forecast", forecast_inputs(3, 2, 3)),
         ("compensate", (torch.randn(2, 4, 3, 3), torch.randn(2, 2, 3, 3), torch.ones(2), torch.ones(2), torch.ones(2))),
     ],
 )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from qcgraph.capture import capture
+from qcgraph.facts import CachedValue
+from qcgraph.ir.graph import module_path
 from qcgraph.ir.program import Program
-from qcgraph.ir.structure import Site, find_blocks, find_sites, total_macs
+from qcgraph.ir.structure import Site, cached_node, find_blocks, find_branches, find_sites, total_macs
 from qcgraph.spec import ModelSpec
 
 
@@ -86,3 +90,50 @@ def test_another_architecture() -> None:
     assert [block.path for block in blocks] == [f"trunk.layers.{index}" for index in range(3)]
     names = [name for name, site in sites_of(program).items() if not site.refusal]
     assert names == [f"trunk.layers.{index}.{layer}" for index in range(3) for layer in ("query", "output")]
+
+
+def branch_paths(program: Program) -> list[list[str]]:
+    """The modules that the branches of every block come from, the reshaping of their outputs left out."""
+    variant = program.variants["main"]
+    nodes = {node.name: node for node in variant.graph.nodes}
+    return [[module_path(nodes[name]) for name in find_branches(variant, block)] for block in find_blocks(variant)]
+
+
+def test_branches_of_our_blocks_are_attention_and_mlp(captured: Program) -> None:
+    assert branch_paths(captured) == [[f"blocks.{block}.attn.proj", f"blocks.{block}.mlp.fc2"] for block in range(2)]
+
+
+class DiffusersDiT(nn.Module):
+    def __init__(self) -> None:
+        from diffusers import DiTTransformer2DModel
+
+        super().__init__()
+        sizes: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8}
+        classes: dict[str, Any] = {"num_embeds_ada_norm": 10, "norm_num_groups": 4}
+        self.module: Any = DiTTransformer2DModel(**sizes, **classes, in_channels=4, out_channels=8)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        found = self.module(hidden_states, timestep, class_labels, return_dict=False)[0]
+        assert isinstance(found, Tensor)
+        return found
+
+
+def test_branches_of_diffusers_blocks() -> None:
+    """Its attention divides its output by 1, which is part of the branch."""
+    spec = ModelSpec("folder", (4, 8, 8), 10, 10, output_channels=8)
+    program = capture(DiffusersDiT().eval(), spec, ("hidden_states", "timestep", "class_labels"))
+    names = [f"transformer_blocks.{index}" for index in range(2)]
+    assert branch_paths(program) == [[f"{name}.attn1", f"{name}.ff.net.2"] for name in names]
+
+
+def test_branches_without_gates_are_what_is_added() -> None:
+    spec = ModelSpec("other", (4, 4, 4), 3, 3, output_channels=4)
+    program = capture(Other().eval().requires_grad_(False), spec, ("latent", "timestep", "label"))
+    assert branch_paths(program) == [[f"trunk.layers.{index}.output"] for index in range(3)]
+
+
+def test_cached_nodes(captured: Program) -> None:
+    variant = captured.variants["main"]
+    blocks = find_blocks(variant)
+    assert cached_node(variant, blocks, CachedValue("", 0, 1)) == blocks[1].leaving
+    assert cached_node(variant, blocks, CachedValue("", 1, 1, 1)) == find_branches(variant, blocks[1])[1]

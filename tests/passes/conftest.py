@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from qcgraph.facts import ActivationQuant, QuantPlan, Ranges, SiteQuant, SiteRange, WeightQuant
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
-from qcgraph.pipeline import Pipeline
 from qcgraph.steps import StepPlan
-
-
-@pytest.fixture(scope="session")
-def run() -> Callable[[str, Program], Program]:
-    """Run a pipeline given as text."""
-    return lambda text, program: Pipeline.parse(text).run(program)
-
-
-@pytest.fixture(scope="session")
-def cached(captured: Program, run: Callable[[str, Program], Program]) -> Program:
-    """The tiny denoiser with a cache over all blocks, every third step computing."""
-    return run("plan-cache{interval=3},insert-cache", captured)
 
 
 @pytest.fixture(scope="session")

@@ -113,3 +113,12 @@ def test_clamped_gains_are_counted(cached: Program, run: Run) -> None:
 def test_bad_clamp(captured: Program, run: Run) -> None:
     with pytest.raises(UsageError, match="clamp 1"):
         run("calibrate{trajectories=2},fit-compensation{clamp=1}", captured)
+
+
+@pytest.mark.parametrize("name", ["fit-compensation", "insert-compensation"])
+def test_updates_with_history_are_refused(captured: Program, run: Run, name: str) -> None:
+    """What is corrected would hold latents and predictions that are not inputs of the graph."""
+    program = run("calibrate{trajectories=2}", captured).with_facts(hand_made(captured))
+    plan = make_step_plan("dpmsolver++", 9, 1.5, captured.facts[ModelSpec].schedule, captured.constants_digest)
+    with pytest.raises(UsageError, match=r"does not fit dpmsolver\+\+"):
+        run(name, program.with_facts(plan))

@@ -15,7 +15,7 @@ from qcgraph.facts import QuantPlan, Ranges, WeightQuant
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.graph import module_path
 from qcgraph.ir.program import Program
-from qcgraph.passes.insert_qdq import ROWS, quantize_weight
+from qcgraph.ir.quantize import ROWS, quantize_weight
 from qcgraph.passes.plan_quant import affine_parameters
 from qcgraph.sampling import sample
 from qcgraph.spec import ModelSpec

@@ -1,0 +1,115 @@
+"""fit-forecast: fit the coefficients of the forecasts on the quantized, cached trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qcgraph.cache_state import State, aged
+from qcgraph.calibration import FIRST_INDEX, calibration_labels
+from qcgraph.facts import CachePlan, ForecastFit, ForecastStep, Reference
+from qcgraph.forecast import Moments, fit, log_signal_to_noise, table_name, taylor_gain
+from qcgraph.ir.execute import TorchRunner
+from qcgraph.ir.ops import HALVES
+from qcgraph.ir.program import Program
+from qcgraph.pipeline import Pass, PassContext
+from qcgraph.sampling import Array, sample
+from qcgraph.schedule import FULL
+from qcgraph.spec import ModelSpec
+from qcgraph.steps import StepPlan
+
+FOLDS = 2
+
+
+@dataclass(frozen=True)
+class FitForecast(Pass):
+    """Fit the forecasts of cached values closed loop, in the order of the steps.
+
+    The trajectory is the one that the plan takes, quantized and cached, with all earlier steps fitted. At a step that
+    reuses, the computing variant is run on the same state, and its cached values are what the forecast is fitted to:
+    so noise of quantization, which an extrapolation amplifies, and errors of earlier steps are part of the regression.
+    The two halves of guidance have coefficients of their own.
+
+    Attributes:
+        kind: ``affine``, ``taylor``, ``dec`` (CacheQuant) or ``reuse`` (see `qcgraph.forecast`).
+    """
+
+    name: ClassVar[str] = "fit-forecast"
+    requires: ClassVar[tuple[type, ...]] = (CachePlan, ModelSpec, Reference, StepPlan)
+    provides: ClassVar[tuple[type, ...]] = (ForecastFit,)
+
+    kind: Literal["affine", "taylor", "dec", "reuse"] = "affine"
+
+    def run(self, program: Program, context: PassContext) -> Program:
+        plan, spec, reference = program.facts[StepPlan], program.facts[ModelSpec], program.facts[Reference]
+        names = [table_name(value.name) for value in program.facts[CachePlan].values]
+        tables = {name: program.constants[name].clone() for name in names if name in program.constants}
+        if not tables:
+            context.refuse("program", "it holds no forecasts")
+            return program.with_facts(ForecastFit(self.kind, ()))
+        fitted = replace(program, constants=dict(program.constants) | tables)
+        runner = _Fitting(fitted, tables, self.kind)
+        count = reference.trajectories
+        context.progress.note(f"  fit-forecast: {count} trajectories")
+        sample(
+            runner,
+            plan,
+            spec,
+            calibration_labels(count, reference.seed, spec),
+            reference.seed,
+            batch=count,
+            first_index=FIRST_INDEX,
+            progress=context.progress,
+        )
+        return fitted.with_facts(ForecastFit(self.kind, tuple(runner.steps)))
+
+
+class _Fitting:
+    """Runs a plan; wherever a step reuses, it first computes the same step and fits the step's coefficients to that."""
+
+    def __init__(self, program: Program, tables: Mapping[str, torch.Tensor], kind: str) -> None:
+        self.steps: list[ForecastStep] = []
+        self._runner = TorchRunner(program)
+        self._plan, self._kind, self._tables = program.facts[StepPlan], kind, tables
+        self._cache, self._spec = program.facts[CachePlan], program.facts[ModelSpec]
+        self._times = log_signal_to_noise(self._spec.schedule, self._plan.timesteps)
+        self._computed: list[int] = []
+
+    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
+        index = self._plan.index_of(float(inputs["timestep"].flat[0]))
+        if variant not in self._cache.modes:
+            self._computed.insert(0, index)
+        else:
+            computed: dict[str, object] = {}
+            self._runner.run(FULL, inputs, computed)
+            for name in self._cache.modes[variant]:
+                self._fit(name, index, inputs["class_label"], state, cast(torch.Tensor, computed[name]))
+        return self._runner.run(variant, inputs, state)
+
+    def _fit(self, name: str, index: int, labels: npt.NDArray[np.generic], state: State, target: torch.Tensor) -> None:
+        values = [cast(torch.Tensor, state[aged(name, age)]) for age in range(self._cache.history)]
+        table = self._tables[table_name(name)][self._plan.steps[index].row]  # [history + 1, 2, C], written in place
+        taylor = taylor_gain(self._times, index, self._computed)
+        null = torch.from_numpy(labels == self._spec.null_class)
+        errors, reuse_errors = 0.0, 0.0
+        for half in range(HALVES):
+            members = torch.nonzero(null == bool(half)).flatten()
+            if not len(members):
+                continue
+            folds = []
+            for part in range(min(FOLDS, len(members))):
+                chosen = members[part::FOLDS]
+                moments = Moments(len(values), target.shape[-1])
+                moments.add([value[chosen] for value in values], target[chosen])
+                folds.append(moments)
+            found = fit(self._kind, folds, taylor, values=min(len(self._computed), len(values)))
+            table[:, half] = found.gains.float()
+            errors, reuse_errors = errors + found.error, reuse_errors + found.reuse_error
+        power = float(target.double().square().sum())
+        reuse, forecast = (float(np.sqrt(value / power)) if power else 0.0 for value in (reuse_errors, errors))
+        self.steps.append(ForecastStep(name, index, reuse, forecast))

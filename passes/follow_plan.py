@@ -1,0 +1,49 @@
+"""follow-plan: take what every step does from a schedule that was made elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qcgraph.errors import UsageError
+from qcgraph.facts import CachePlan
+from qcgraph.ir.program import Program
+from qcgraph.pipeline import Pass, PassContext
+from qcgraph.schedule import FULL, TimedSchedule
+from qcgraph.schedule.timed import TEXT_HINT
+from qcgraph.steps import StepPlan
+
+
+@dataclass(frozen=True)
+class FollowPlan(Pass):
+    """Let every step do what a given schedule does at its timestep, also when that was made for other steps.
+
+    At the timesteps that the schedule was made for this is the schedule itself. At others, as large a share of the
+    steps computes, as densely at each time (see `qcgraph.schedule.TimedSchedule.at`). rehearse-steps measures what
+    that does to the images.
+
+    Attributes:
+        plan: the schedule, such as ``980-20:FRRFR``: per run of timesteps the first, their spacing, a letter a step.
+    """
+
+    name: ClassVar[str] = "follow-plan"
+    requires: ClassVar[tuple[type, ...]] = (CachePlan, StepPlan)
+
+    plan: str = ""
+
+    def run(self, program: Program, context: PassContext) -> Program:
+        if not self.plan:
+            raise UsageError("there is no plan to follow", hint=TEXT_HINT)
+        schedule, steps = TimedSchedule.parse(self.plan), program.facts[StepPlan]
+        known = [FULL, *program.facts[CachePlan].modes]
+        for timestep, mode in zip(schedule.timesteps, schedule.modes, strict=True):
+            if mode not in known:
+                raise UsageError(
+                    f"the plan has timestep {timestep:g} in the mode {mode}, which this compilation has not",
+                    hint=f"it has {', '.join(known)}; blocks in [cache] of the recipe names a range for each that "
+                    "reuses, 0..3+0..5 for example: give those that the plan was made with",
+                )
+        if FULL not in program.variants:
+            context.refuse("step plan", "no variant reuses, so every step computes")
+            return program
+        return program.with_facts(steps.with_variants(schedule.at(steps.timesteps)))
