@@ -15,6 +15,7 @@ from qcgraph.models import LoadedModel
 from qcgraph.models.dit import DiT, initialize_random
 from qcgraph.models.eager import EagerRunner
 from qcgraph.models.geometry import DiTConfig
+from qcgraph.pipeline import Pipeline
 from qcgraph.schedulers import make_step_plan
 from qcgraph.spec import ModelSpec
 
@@ -42,6 +43,18 @@ def captured(tiny_model: LoadedModel) -> Program:
     program = capture(tiny_model.module, tiny_model.spec, tiny_model.input_names)
     plan = make_step_plan("ddim", STEPS, 1.5, tiny_model.spec.schedule, program.constants_digest)
     return program.with_facts(plan)
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[[str, Program], Program]:
+    """Run a pipeline given as text."""
+    return lambda text, program: Pipeline.parse(text).run(program)
+
+
+@pytest.fixture(scope="session")
+def cached(captured: Program, run: Callable[[str, Program], Program]) -> Program:
+    """The tiny denoiser with a cache over all blocks, every third step computing."""
+    return run("plan-cache{interval=3},insert-cache", captured)
 
 
 @pytest.fixture(scope="session")

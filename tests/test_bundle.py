@@ -18,7 +18,7 @@ from qcgraph.errors import BundleError, UsageError
 from qcgraph.facts import Facts
 from qcgraph.recipe import Recipe
 from qcgraph.spec import Interface, ModelSpec, TensorSpec
-from qcgraph.steps import Fingerprint, Step, StepPlan, Update
+from qcgraph.steps import Earlier, Fingerprint, Step, StepPlan, Update
 
 SPEC = ModelSpec("toy", (1, 8, 8), class_count=10, null_class=10, output_channels=1, is_image=True)
 PLAN = StepPlan(
@@ -26,7 +26,7 @@ PLAN = StepPlan(
     (
         Step(981.0, Update(1.0123456789012345, -0.1), "full", group=0, row=0),
         Step(961.0, Update(1.1, -0.2), "reuse", group=0, row=1),
-        Step(1.0, Update(1.2, -0.3, 0.25), "full", group=1, row=2),
+        Step(1.0, Update(1.2, -0.3, 0.25, (Earlier(0.1, -1 / 3),)), "full", group=1, row=2),
     ),
 )
 LATENT = TensorSpec("latent", "f32", ("B", 1, 8, 8))
@@ -76,8 +76,9 @@ def test_can_be_moved(tmp_path: Path) -> None:
     assert Bundle.open(tmp_path / "elsewhere").plan == PLAN
 
 
-def test_a_step_is_a_line(tmp_path: Path) -> None:
-    update = Update(1.0123456789012345, -0.01234567890123456, 0.12345678901234567)
+@pytest.mark.parametrize("history", [(), (Earlier(-1.0123456789012345, 0.12345678901234567),)])
+def test_a_step_is_a_line(tmp_path: Path, history: tuple[Earlier, ...]) -> None:
+    update = Update(1.0123456789012345, -0.01234567890123456, 0.12345678901234567, history)
     plan = replace(PLAN, steps=tuple(Step(1000.0 - row, update, "reuse", row=row) for row in range(50)))
     write_plan(tmp_path, SPEC, plan, INTERFACES)
     lines = (tmp_path / "plan.json").read_text().splitlines()

@@ -21,11 +21,13 @@ from qcgraph.bundle import Bundle
 from qcgraph.cli import run
 from qcgraph.compiler import compile_model, verify_bundle
 from qcgraph.errors import UsageError, VerificationError
+from qcgraph.evaluation.solvers import sample_with
 from qcgraph.export.verify import Check
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.serialize import load_program
 from qcgraph.models import LoadedModel, load_model
 from qcgraph.models.classifier import load_classifier
+from qcgraph.models.eager import EagerRunner
 from qcgraph.noise import Noise
 from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
@@ -60,7 +62,7 @@ def exact(eager_runner: Callable[[LoadedModel], Runner]) -> np.ndarray:
 def test_a_bundle_is_whole(bundle: Bundle) -> None:
     files = set(bundle.manifest.files)
     assert {"full.onnx", "reuse.onnx", "weights.safetensors", "program.json", "report.json"} <= files
-    assert {"ir/000_capture.txt", "ir/006_insert-qdq.txt", "ir/006_insert-qdq.diff"} <= files
+    assert {"ir/000_capture.txt", "ir/007_insert-qdq.txt", "ir/007_insert-qdq.diff"} <= files
     assert bundle.plan.variants == ("full", "reuse")
     assert bundle.plan.group_count == 4
     assert not any(name.endswith((".pkl", ".pickle", ".pt")) for name in files)
@@ -291,6 +293,67 @@ def test_unknown_pass_names(tiny_model: LoadedModel, tmp_path: Path, options: di
     with pytest.raises(UsageError, match="no pass") as caught:
         compile_model(tiny_model, Recipe(), tmp_path / "out", **options)  # type: ignore[arg-type]
     assert "did you mean" in str(caught.value.hint)
+
+
+def test_compensation_of_a_multistep_solver_is_refused_before_anything_is_sampled(
+    tiny_model: LoadedModel, tmp_path: Path
+) -> None:
+    recipe = Recipe().override(scheduler="dpmsolver++", steps=6, compensate="vc")
+    for dry_run in (False, True):
+        with pytest.raises(UsageError, match=r"does not fit dpmsolver\+\+") as caught:
+            compile_model(tiny_model, recipe, tmp_path / "out", dry_run=dry_run)
+        assert "--compensate off" in str(caught.value.hint)
+        assert caught.value.where is None
+
+
+@pytest.mark.slow
+def test_a_multistep_solver(tmp_path: Path) -> None:
+    """Compiled, judged and drawn without diffusers: close to what diffusers draws with the model itself."""
+    options = ["--scheduler", "dpmsolver++", "--steps", "20", "--bits", "w8a8", "--cache", "interval=2"]
+    assert run(["compile", "digits", "-o", str(tmp_path / "digits"), *options]) == 0
+    assert run(["eval", str(tmp_path / "digits"), "--samples", "32", "--seeds", "1", "--metrics", "psnr"]) == 0
+    bundle, model = Bundle.open(tmp_path / "digits"), load_model("digits")
+    expected = sample_with("dpmsolver++", 20, 1.5, EagerRunner(model), model.spec, LABELS, 5)
+    error = draw(bundle, "onnxruntime") - expected
+    assert np.linalg.norm(error) / np.linalg.norm(expected) < 0.1
+
+
+CACHES = {
+    "budget": ({"schedule": "budget=0.3"}, "off", {"full", "reuse"}),
+    "dps-dec": ({"schedule": "dps=3", "forecast": "dec"}, "off", {"full", "reuse"}),
+    "branches": ({"schedule": "budget=0.4", "what": "branches", "cost": "macs"}, "w8a8", {"full", "reuse"}),
+    "two-modes": ({"schedule": "budget=0.7", "blocks": "0..2+3..5", "cost": "macs"}, "w8a8", None),
+    "whole-budget": ({"schedule": "budget=1.0"}, "w8a8", {"main"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cache", "bits", "variants"), CACHES.values(), ids=CACHES)
+def test_every_way_to_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cache: dict[str, str], bits: str, variants: set[str] | None
+) -> None:
+    """Compiled, verified again from the bundle, drawn by both backends, and read by the command line."""
+    recipe = Recipe.model_validate({"cache": cache}).override(steps=6, bits=bits)
+    result = compile_model("digits", recipe, tmp_path / "digits")
+    bundle = result.bundle
+    assert bundle is not None
+    assert set(bundle.interfaces) == (variants or set(bundle.plan.variants))
+    assert all(check.passed for check in verify_bundle(bundle))
+    drawn = [draw(bundle, backend) for backend in ("torch", "onnxruntime")]
+    assert np.linalg.norm(drawn[1] - drawn[0]) / np.linalg.norm(drawn[0]) < 0.05
+    report = json.loads(bundle.file("report.json").read_text())
+    assert run(["inspect", str(bundle.path)]) == 0
+    text = capsys.readouterr().out
+    if variants == {"main"}:
+        assert report["cache"] is None
+        return
+    assert report["cache"]["schedule"] == bundle.plan.schedule()
+    if cache["schedule"].startswith("budget="):
+        spent = report["cache"]["planned"]["spent"]
+        assert spent <= float(cache["schedule"].removeprefix("budget="))
+        assert f"budget     {spent:.1%} of computing every step" in text
+    assert report["cache"]["forecast"]["error"] < report["cache"]["forecast"]["reuse_error"]
+    assert f"forecast   {recipe.forecast}, off by" in text
 
 
 @pytest.mark.slow

@@ -10,12 +10,19 @@ from pydantic import ValidationError
 from qcgraph.facts import (
     FACT_TYPES,
     ActivationQuant,
+    CachedValue,
     CachePlan,
     Compensation,
     Facts,
+    ForecastFit,
+    ForecastStep,
     QuantPlan,
     Ranges,
     Reference,
+    Rehearsed,
+    Requantization,
+    SchedulePlan,
+    SiteCorrection,
     SiteQuant,
     SiteRange,
     TimestepGroups,
@@ -33,11 +40,15 @@ EXAMPLES = (
     StepPlan(
         Fingerprint("m", "ddpm", 2, THIRD), (Step(9.5, Update(THIRD, -0.1, 1e-17)), Step(0.0, Update(1, 1), "reuse", 1))
     ),
-    CachePlan(0, 5, (True, False)),
+    CachePlan((CachedValue("cache_0", 0, 5), CachedValue("cache_1", 3, 3, 1)), {"reuse": ("cache_0",)}, 3, ("full",)),
+    Rehearsed(0.001, 0.002, 8),
+    SchedulePlan("joint", {"full": THIRD, "reuse": 0.1}, True, 0.3, 1e-30, None),
     Ranges({"a": SITE}, {"a": SITE}, 3),
     Reference(((THIRD,),), ((0.1,),), 7, 3),
     TimestepGroups((THIRD, 0.0)),
     QuantPlan({"a": QUANT}),
+    Requantization({"a": SiteCorrection((THIRD, 1.0), (0.0, -1e-30))}),
+    ForecastFit("affine", (ForecastStep("cache_0", 1, THIRD, 1e-30),)),
     Compensation(((1.0, THIRD),), ((0.0, 0.1),), 1, ((1.0, 3.0),)),
 )
 
@@ -55,10 +66,10 @@ def test_all_facts_survive_json_exactly() -> None:
 
 def test_data_of_another_shape_is_refused() -> None:
     with pytest.raises(ValidationError):
-        decode(CachePlan, {"first_block": 0, "last_block": "many", "computes": [True]})
+        decode(CachePlan, {"values": [], "modes": {}, "history": "many", "draft": ["full"]})
 
 
 def test_a_fact_replaces_the_one_of_its_type() -> None:
-    facts = Facts([CachePlan(0, 1, (True,))]).with_(CachePlan(0, 2, (True,)))
-    assert facts[CachePlan].last_block == 2
+    facts = Facts([TimestepGroups((1.0,))]).with_(TimestepGroups((2.0,)))
+    assert facts[TimestepGroups].lower_timesteps == (2.0,)
     assert facts.get(QuantPlan) is None

@@ -38,15 +38,20 @@ LAYERS = {
         modules=(
             "qcgraph.atomic",
             "qcgraph.bundle",
+            "qcgraph.cache_report",
+            "qcgraph.cache_state",
             "qcgraph.calibration",
             "qcgraph.errors",
             "qcgraph.facts",
             "qcgraph.gate",
             "qcgraph.images",
+            "qcgraph.modulation",
             "qcgraph.noise",
+            "qcgraph.plan_file",
             "qcgraph.progress",
             "qcgraph.recipe",
             "qcgraph.sampling",
+            "qcgraph.schedule",
             "qcgraph.spec",
             "qcgraph.steps",
         ),
@@ -58,7 +63,16 @@ LAYERS = {
     "ir": Layer(modules=("qcgraph.ir",), sees=("core",)),
     # What a pass is, what watches it, and how a Program and its StepPlan come to be.
     "framework": Layer(
-        modules=("qcgraph.capture", "qcgraph.instruments", "qcgraph.pipeline", "qcgraph.schedulers"),
+        modules=(
+            "qcgraph.capture",
+            "qcgraph.effort",
+            "qcgraph.forecast",
+            "qcgraph.instruments",
+            "qcgraph.pipeline",
+            "qcgraph.schedulers",
+            "qcgraph.skipping",
+            "qcgraph.trajectories",
+        ),
         sees=("core", "ir"),
     ),
     # Passes meet in the Program, never in each other.
@@ -75,7 +89,7 @@ LAYERS = {
     ),
     # The composition root.
     "compile": Layer(
-        modules=("qcgraph.admission", "qcgraph.compiler", "qcgraph.default_pipeline"),
+        modules=("qcgraph.admission", "qcgraph.compiler", "qcgraph.costs", "qcgraph.default_pipeline"),
         sees=("core", "models", "ir", "framework", "passes", "export", "runtime", "origin", "evaluation"),
     ),
     # Latency of a bundle against baselines. A process that runs one of them holds that one's runtime alone.

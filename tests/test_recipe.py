@@ -13,9 +13,13 @@ from qcgraph.recipe import PRESETS, Recipe, preset_names
 
 def test_presets() -> None:
     assert preset_names() == ("balanced", "careful", "fast")
-    intervals = [Recipe.load(name).cache_interval for name in ("careful", "balanced", "fast")]
-    assert intervals == sorted(intervals, key=lambda interval: interval or 0)
-    assert len(set(intervals)) == 3
+    budgets = [Recipe.load(name).cache_budget for name in ("careful", "balanced", "fast")]
+    assert budgets == [0.5, 0.35, 0.2]
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_do_not_depend_on_the_machine(name: str) -> None:
+    assert Recipe.load(name).cache.cost == "macs"
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -61,6 +65,28 @@ def test_derived_values() -> None:
     assert (recipe.weight_bits, recipe.activation_bits, recipe.cache_interval) == (4, 6, 12)
     off = Recipe().override(bits="off", cache="off")
     assert (off.weight_bits, off.activation_bits, off.cache_interval) == (None, None, None)
+    assert not off.is_cached
+
+
+@pytest.mark.parametrize(
+    ("schedule", "interval", "budget", "is_searched", "forecast"),
+    [
+        ("off", None, None, False, "reuse"),
+        ("interval=3", 3, None, False, "reuse"),
+        ("dps=3", 3, None, True, "reuse"),
+        ("budget=0.3", None, 0.3, True, "affine"),
+        ("budget=.05", None, 0.05, True, "affine"),
+        ("budget=1", None, 1.0, True, "affine"),
+        ("budget=1.0", None, 1.0, True, "affine"),
+    ],
+)
+def test_schedules(schedule: str, interval: int | None, budget: float | None, is_searched: bool, forecast: str) -> None:
+    recipe = Recipe().override(cache=schedule)
+    assert (recipe.cache_interval, recipe.cache_budget) == (interval, budget)
+    assert recipe.is_cached == (schedule != "off")
+    assert recipe.is_searched == is_searched
+    assert recipe.forecast == forecast
+    assert recipe.override(forecast="taylor").forecast == "taylor"
 
 
 def test_options_that_are_none_say_nothing() -> None:
@@ -88,6 +114,17 @@ def test_options_that_are_none_say_nothing() -> None:
         ("[quantization]\ngroups = 0", "f.toml, quantization.groups", "0 does not fit", "timestep groups"),
         ("[quantization]\ngrouping = 'best'", "f.toml, quantization.grouping", "'best' does not fit", "or uniform"),
         ("[cache]\nschedule = 'interval=0'", "f.toml, cache.schedule", "'interval=0' does not fit", "interval=N"),
+        ("[cache]\nschedule = 'budget=0'", "f.toml, cache.schedule", "'budget=0' does not fit", "budget=F"),
+        ("[cache]\nschedule = 'budget=0.0'", "f.toml, cache.schedule", "'budget=0.0' does not fit", "0.3 for example"),
+        ("[cache]\nschedule = 'budget=1.5'", "f.toml, cache.schedule", "'budget=1.5' does not fit", "the fraction F"),
+        ("[cache]\nschedule = 'dps=0'", "f.toml, cache.schedule", "'dps=0' does not fit", "CacheQuant"),
+        ("[cache]\nforecast = 'best'", "f.toml, cache.forecast", "'best' does not fit", "auto, affine, taylor"),
+        ("[cache]\nwhat = 'all'", "f.toml, cache.what", "'all' does not fit", "range (the change"),
+        ("[cache]\nmemory = -1", "f.toml, cache.memory", "-1 does not fit", "for one image"),
+        ("[cache]\ncost = 'time'", "f.toml, cache.cost", "'time' does not fit", "latency (measured"),
+        ("[cache]\nrounds = -1", "f.toml, cache.rounds", "-1 does not fit", "hill climbing"),
+        ("[cache]\nblocks = '0..2+3'", "f.toml, cache.blocks", "'0..2+3' does not fit", "several with +"),
+        ("[cache]\nblocks = '0..2+4..3'", "f.toml, cache.blocks", "'0..2+4..3' does not fit", "several with +"),
         ("[cache]\nblocks = '3..2'", "f.toml, cache.blocks", "'3..2' does not fit", "FIRST..LAST"),
         ("[cache]\nblocks = '3'", "f.toml, cache.blocks", "'3' does not fit", "FIRST..LAST"),
         ("[calibration]\ntrajectories = 0", "f.toml, calibration.trajectories", "0 does not fit", "or auto"),
@@ -109,7 +146,9 @@ def test_wrong_recipes(text: str, where: str, what: str, hint: str) -> None:
     ("options", "where", "what"),
     [
         ({"bits": "w8"}, "--bits", "'w8' does not fit"),
-        ({"cache": "budget=0.3"}, "--cache", "'budget=0.3' does not fit"),
+        ({"cache": "budget=3"}, "--cache", "'budget=3' does not fit"),
+        ({"forecast": "best"}, "--forecast", "'best' does not fit"),
+        ({"cache_budget": -1}, "--cache-budget", "-1 does not fit"),
         ({"compensate": "dec"}, "--compensate", "'dec' does not fit"),
         ({"steps": 0}, "--steps", "0 does not fit"),
         ({"stepz": 3}, None, "unknown option 'stepz'"),

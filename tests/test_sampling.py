@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,9 +14,9 @@ from qcgraph.ir.program import Program
 from qcgraph.noise import Noise
 from qcgraph.pipeline import Pipeline
 from qcgraph.runtime import Denoiser
-from qcgraph.sampling import Request, sample
+from qcgraph.sampling import Request, Sampler, sample
 from qcgraph.spec import ModelSpec
-from qcgraph.steps import StepPlan
+from qcgraph.steps import Earlier, Fingerprint, Step, StepPlan, Update
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +168,49 @@ def test_a_runner_gets_what_the_plan_says(captured: Program) -> None:
     plan = captured.facts[StepPlan].with_groups([0, 0, 0, 1, 1, 1, 2, 2, 2])
     sample(Recorder(), plan, captured.facts[ModelSpec], [0], seed=0)
     assert seen == [("main", index // 3, index) for index in range(9)]
+
+
+def plan_of(*updates: Update) -> StepPlan:
+    steps = tuple(Step(float(len(updates) - index), update) for index, update in enumerate(updates))
+    return StepPlan(Fingerprint("m", "made up", len(steps), 1.0), steps)
+
+
+def test_an_update_takes_what_it_looks_back_to() -> None:
+    """In order, the latest first; a step that does not look back changes nothing for the ones after it."""
+    two_back = Update(1.0, 0.5, 0.25, (Earlier(2.0, -1.0), Earlier(-3.0, 4.0)))
+    plan = plan_of(Update(1.0, 2.0), Update(1.0, -0.5, 0.0, (Earlier(0.5, 0.25),)), Update(1.0, 1.0), two_back)
+    noise, same = Noise(0, [0], (2,)), Noise(0, [0], (2,))
+    sampler = Sampler(plan, noise)
+    x = [np.array([value], dtype=np.float32) for value in ([1, 2], [3, 5], [7, 11], [13, 17])]
+    eps = [np.array([value], dtype=np.float32) for value in ([19, 23], [29, 31], [37, 41], [43, 47])]
+    found = [sampler.update(*inputs) for inputs in zip(x, eps, plan.steps, strict=True)]
+    assert all(result.dtype == np.float32 for result in found)
+    assert np.array_equal(found[0], x[0] + 2 * eps[0])
+    assert np.array_equal(found[1], x[1] - 0.5 * eps[1] + 0.5 * x[0] + 0.25 * eps[0])
+    assert np.array_equal(found[2], x[2] + eps[2])
+    expected = x[3] + 0.5 * eps[3] + 2 * x[2] - eps[2] - 3 * x[1] + 4 * eps[1] + np.float32(0.25) * same.next()
+    np.testing.assert_allclose(found[3], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_no_more_is_kept_than_the_plan_looks_back_to(depth: int) -> None:
+    deepest = Update(1.0, 1.0, 0.0, (Earlier(1.0, 1.0),) * depth)
+    plan = plan_of(Update(1.0, 1.0), Update(1.0, 1.0), deepest, Update(1.0, 1.0), Update(1.0, 1.0))
+    sampler = Sampler(plan, Noise(0, [0], (2,)))
+    kept: list[weakref.ref[np.ndarray]] = []
+    for step in plan.steps:
+        latent, prediction = np.zeros((1, 2), dtype=np.float32), np.zeros((1, 2), dtype=np.float32)
+        kept.append(weakref.ref(latent))
+        sampler.update(latent, prediction, step)
+        del latent, prediction
+        assert sum(reference() is not None for reference in kept) <= depth
+
+
+def test_an_update_whose_history_is_not_known_is_refused() -> None:
+    plan = plan_of(Update(1.0, 1.0), Update(1.0, 1.0, 0.0, (Earlier(1.0, 1.0),)))
+    sampler, zeros = Sampler(plan, Noise(0, [0], (2,))), np.zeros((1, 2), dtype=np.float32)
+    with pytest.raises(BundleError, match="at timestep 1 looks back 1 steps, 0 are known") as caught:
+        sampler.update(zeros, zeros, plan.steps[1])
+    assert "first timestep" in str(caught.value.hint)
+    sampler.update(zeros, zeros, plan.steps[0])
+    sampler.update(zeros, zeros, plan.steps[1])

@@ -15,10 +15,21 @@ import pytest
 from qcgraph import runtime
 from qcgraph.bundle import write_plan, writing
 from qcgraph.cli import run
-from qcgraph.facts import ActivationQuant, CachePlan, Facts, QuantPlan, SiteQuant, WeightQuant
+from qcgraph.facts import (
+    ActivationQuant,
+    CachedValue,
+    CachePlan,
+    Facts,
+    ForecastFit,
+    ForecastStep,
+    QuantPlan,
+    SchedulePlan,
+    SiteQuant,
+    WeightQuant,
+)
 from qcgraph.recipe import Recipe
 from qcgraph.spec import Interface, ModelSpec, TensorSpec
-from qcgraph.steps import Fingerprint, Step, StepPlan, Update
+from qcgraph.steps import Earlier, Fingerprint, Step, StepPlan, Update
 
 MAIN = """\
 model toy: latent 1x8x8, 10 classes, predicts epsilon
@@ -37,7 +48,7 @@ graph main(%latent: f32[B,1,8,8], %timestep: f32[B], %class_label: i64[B]) {
   return noise_prediction = %add
 }
 """
-PLANNED = MAIN.replace("981 .. 1\n", "981 .. 1\ncache blocks 0 .. 0, 2 of 3 steps compute: C.C\n")
+PLANNED = MAIN.replace("981 .. 1\n", "981 .. 1\ncache cache_0: change over blocks 0..0\n")
 SPLIT = PLANNED.replace("graph main(", "graph full(").replace(
     "  return noise_prediction = %add\n",
     "  %sub: f32[B,4] = sub.Tensor(%add, %getitem)   ; insert-cache, from add\n"
@@ -60,19 +71,22 @@ def interfaces() -> dict[str, Interface]:
     return {"full": Interface((LATENT,), (prediction, cache)), "reuse": Interface((LATENT, cache), (prediction,))}
 
 
-def make_bundle(path: Path, *, guidance: float = 1.5, is_image: bool = True) -> Path:
+def make_bundle(path: Path, *, guidance: float = 1.5, is_image: bool = True, history: tuple[Earlier, ...] = ()) -> Path:
     """A bundle as a compilation would write it, without graphs that could run."""
     spec = ModelSpec("toy", (1, 8, 8), 10, 10, 1, is_image=is_image)
     plan = StepPlan(
         Fingerprint("0123456789abcdef", "ddim", 3, guidance),
         (
             Step(981.0, Update(1.01, -0.1), "full", 0, 0),
-            Step(961.0, Update(1.1, -0.2), "reuse", 0, 1),
+            Step(961.0, Update(1.1, -0.2, 0.0, history), "reuse", 0, 1),
             Step(1.0, Update(1.2, -0.3, 0.25), "full", 1, 2),
         ),
     )
+    cache = CachePlan((CachedValue("cache", 0, 0),), {"reuse": ("cache",)}, 1, ("full", "reuse", "full"))
     site = SiteQuant(ActivationQuant((0.02, 0.03), (100, 110), 0, 255, "uint8"), WeightQuant(64))
-    facts = Facts([spec, plan, CachePlan(0, 0, (True, False, True)), QuantPlan({"blocks.0.attn.qkv": site})])
+    schedule = SchedulePlan("joint", {"full": 2.0, "reuse": 0.2}, True, 0.7, 0.01, 0.02)
+    forecast = ForecastFit("affine", (ForecastStep("cache", 1, 0.2, 0.05),))
+    facts = Facts([spec, plan, cache, schedule, QuantPlan({"blocks.0.attn.qkv": site}), forecast])
     history = [
         {"text": "plan-cache{interval=2}", "changed": True, "refusals": []},
         {"text": "plan-quant", "changed": True, "refusals": [REFUSAL, REFUSAL]},

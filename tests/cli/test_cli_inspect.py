@@ -11,6 +11,7 @@ import pytest
 from qcgraph.cli.ir_text import read_program_text
 from qcgraph.ir.program import Program
 from qcgraph.models.trained_folder import DIGITS_FOLDER
+from qcgraph.steps import Earlier
 
 Command = Callable[..., Any]
 
@@ -21,6 +22,9 @@ def test_overview(qcgraph: Command, bundle: Path) -> None:
     for line in (
         "sampling   ddim, 3 steps, guidance 1.5",
         "schedule   FRF   (F = full, R = reuse)",
+        "cache      change over blocks 0..0",
+        "budget     70.0% of computing every step, in milliseconds on the target (joint schedule)",
+        "forecast   affine, off by 5.0% (at most 5.0%) where reuse is off by 20.0%",
         "full       2      6  latent         noise_prediction, cache  1 add.Tensor, 1 conv2d,",
         "001  plan-cache{interval=2}        -  facts only",
         "002  plan-quant                    1  facts only",
@@ -52,6 +56,24 @@ def test_schedule(qcgraph: Command, bundle: Path) -> None:
         (961.0, "reuse", 0),
         (1.0, "full", 1),
     ]
+
+
+def test_a_schedule_with_forecasts(qcgraph: Command, bundle: Path) -> None:
+    rows = qcgraph("inspect", bundle, "--show", "schedule", "--json").json()
+    assert [row["forecast_errors"] for row in rows] == [{}, {"cache": 0.05}, {}]
+    header, *lines = qcgraph("inspect", bundle, "--show", "schedule").out.splitlines()
+    assert "forecast off by" in header
+    assert ["5.0%" in line for line in lines[-3:]] == [False, True, False]
+
+
+def test_a_schedule_that_looks_back(qcgraph: Command, make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "toy", history=(Earlier(-0.5, 0.25),))
+    rows = qcgraph("inspect", path, "--show", "schedule", "--json").json()
+    assert [row["history"] for row in rows] == [[], [{"latent": -0.5, "noise_prediction": 0.25}], []]
+    heading, first, second, _ = qcgraph("inspect", path, "--show", "schedule").out.splitlines()
+    assert heading.endswith("+ c3 z  + x, 1 back  + eps, 1 back")
+    assert first.endswith("0.000000")
+    assert second.split()[-2:] == ["-0.500000", "0.250000"]
 
 
 def test_sites_say_why_they_stay_in_floating_point(qcgraph: Command, bundle: Path) -> None:
@@ -160,7 +182,7 @@ def test_diff_of_the_same(qcgraph: Command, bundle: Path) -> None:
 
 
 def test_diff_of_facts_alone(qcgraph: Command, bundle: Path) -> None:
-    assert "+cache blocks 0 .. 0, 2 of 3 steps compute: C.C" in qcgraph("diff", bundle, 0, 1).out.splitlines()
+    assert "+cache cache_0: change over blocks 0..0" in qcgraph("diff", bundle, 0, 1).out.splitlines()
 
 
 def test_diff_of_bundles(qcgraph: Command, bundle: Path, make_bundle: Callable[..., Path], tmp_path: Path) -> None:

@@ -100,7 +100,9 @@ def test_dry_run_writes_nothing(qcgraph: Command, tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
     data = qcgraph("compile", "digits", "--recipe", "balanced", "--dry-run", "--json").json()
     assert data["bundle"] is None
-    assert data["recipe"]["cache"]["schedule"] == "interval=3"
+    assert data["recipe"]["cache"]["schedule"] == "budget=0.35"
+    assert data["cache"]["planned"] is None
+    assert [row["text"] for row in data["passes"]] == ["plan-cache{budget=0.35 history=3}", "insert-cache"]
 
 
 def test_stop_after_prints_the_program(qcgraph: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
