@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import attribution
+import forecast_noise_report
+import pareto_report
 
 from qcgraph.benchmark.machine import read_machine, versions
 from qcgraph.bundle.manifest import PACKAGES
@@ -48,17 +50,19 @@ def main() -> int:
     recording.add_argument("name", help="of the file")
     recording.add_argument("words", nargs="+", metavar="WORD", help="the command, after --")
     recording.add_argument("--title", help="the heading of the section; the name by default")
+    recording.add_argument("--figure", help="a picture that the command draws, from the folder of documents on")
     commands.add_parser("page", help="write docs/benchmarks.md")
     options = parser.parse_args()
     if options.command == "record":
-        return record(options.docs / RESULTS / f"{options.name}.json", options.title or options.name, options.words)
+        path = options.docs / RESULTS / f"{options.name}.json"
+        return record(path, options.title or options.name, options.words, options.figure)
     written = options.docs / PAGE
     written.write_text(page(sorted((options.docs / RESULTS).glob("*.json"))), "utf-8")
     print(written)
     return 0
 
 
-def record(path: Path, title: str, words: Sequence[str]) -> int:
+def record(path: Path, title: str, words: Sequence[str], figure: str | None = None) -> int:
     """Run a command and store its document; what it printed stays as it is."""
     machine = asdict(read_machine())
     done = subprocess.run(words, stdout=subprocess.PIPE, check=False)
@@ -73,6 +77,8 @@ def record(path: Path, title: str, words: Sequence[str]) -> int:
         "versions": versions(PACKAGES),
         "result": json.loads(done.stdout),
     }
+    if figure is not None:
+        stored["figure"] = figure
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
     print(path)
@@ -98,6 +104,8 @@ def section(stored: dict[str, Any]) -> str:
         f"{stored['date']}; {place}; load average before: {machine['load']}; {packages}.",
         KINDS[result["kind"]](result),
     ]
+    if "figure" in stored:
+        lines.append(f"![{stored['title']}]({stored['figure']})")
     return "\n\n".join(lines) + "\n"
 
 
@@ -226,6 +234,8 @@ KINDS: dict[str, Callable[[Result], str]] = {
     "bench": benchmark,
     "compile": compilation,
     "eval": evaluation,
+    "forecast-noise": forecast_noise_report.markdown,
+    "pareto": pareto_report.markdown,
     "peers": peers,
 }
 

@@ -1,0 +1,132 @@
+"""The tools that compare methods at equal cost, and forecasts under quantization: small runs, and what they print."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+PNG = b"\x89PNG"
+SMALL = ("--steps", 6, "--samples", 64, "--seeds", 1, "--budgets", 0.5, "--rounds", 1, "--threads", 1, "--bits", "off")
+
+
+def tool(name: str, *arguments: object, folder: Path) -> str:
+    command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def cell(method: str, budget: float, **values: Any) -> dict[str, Any]:
+    return {
+        "model": "digits",
+        "bits": "w8a8",
+        "budget": budget,
+        "method": method,
+        "title": f"the {method}",
+        "cost": 50 * budget,
+        "schedule": "",
+        **values,
+    }
+
+
+def document(*cells: dict[str, Any]) -> dict[str, Any]:
+    settings = {"scheduler": "ddim", "steps": 50, "guidance": 1.5, "samples": 128, "seeds": 3, "threads": 2}
+    return {"kind": "pareto", "format": 1, **settings, "converged_floors": {"digits": 46.25}, "cells": list(cells)}
+
+
+def decibels(value: float, low: float, high: float) -> dict[str, float]:
+    return {"value": value, "low": low, "high": high}
+
+
+def test_stored_documents_are_put_together_and_ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quality = document(
+        cell("every", 1.0, psnr=decibels(48, 47, 49), behind_db=decibels(0, 0, 0), converged_psnr=40.0),
+        cell("steps", 0.5, psnr=decibels(31, 30, 32), behind_db=decibels(5, 4, 6), converged_psnr=29.0),
+        cell("dps", 0.5, psnr=decibels(35.5, 34, 37), behind_db=decibels(0.5, -1, 2), converged_psnr=33.0),
+        cell("ours", 0.5, psnr=decibels(36, 35, 37), behind_db=decibels(0, 0, 0), converged_psnr=32.0),
+    )
+    speeds = {"every": 1.5, "steps": 3.25, "dps": 3.0, "ours": 2.75}
+    latency = document(
+        *(
+            cell(key, 1.0 if key == "every" else 0.5, sampling_ms={"median": 30 / speed}, speedup=speed)
+            for key, speed in speeds.items()
+        )
+    )
+    monkeypatch.syspath_prepend(TOOLS)
+    report = importlib.import_module("pareto_report")
+    joined = report.merged([{"title": "recorded", "result": quality}, latency])
+    assert joined["cells"][3] == quality["cells"][3] | latency["cells"][3]
+    printed = report.markdown(joined)
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    assert "digits 46.2 dB" in printed
+    assert {line.count("|") for line in rows} == {10}
+    assert [line.split("|")[1].strip() for line in rows[2:]] == [
+        "the every",
+        "**budget 0.5**",
+        "the ours",
+        "the dps",
+        "the steps",
+    ]
+    assert "| the ours | 25.0 | 36.0 | best | - | - | 32.0 | 10.9 | 2.75x |" in rows
+    assert "| the dps | 25.0 | 35.5 | = 0.50 (-1.00 .. 2.00) | - | - | 33.0 | 10.0 | 3.00x |" in rows
+    assert "| the steps | 25.0 | 31.0 | 5.00 (4.00 .. 6.00) | - | - | 29.0 | 9.2 | 3.25x |" in rows
+    report.save_figure(joined, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.slow
+def test_methods_are_compared_at_equal_cost(tmp_path: Path) -> None:
+    asked = ["digits", *SMALL, "--methods", "steps", "taylor", "ours", "--bundles", "bundles", "--json"]
+    found = json.loads(tool("pareto.py", *asked, "--no-latency", folder=tmp_path))
+    cells = {cell["method"]: cell for cell in found["cells"]}
+    assert list(cells) == ["every", "steps", "taylor", "ours"]
+    assert (cells["every"]["budget"], cells["every"]["cost"]) == (1.0, 6.0)
+    assert cells["every"]["converged_psnr"] > cells["steps"]["converged_psnr"]
+    assert cells["steps"]["cost"] == 3.0
+    assert cells["taylor"]["schedule"].startswith("FRFRFR ")
+    assert cells["ours"]["schedule"].split()[0].count("F") == 3
+    assert cells["ours"]["cost"] == cells["taylor"]["cost"] == pytest.approx(3, rel=0.01)
+    behind = {key: cell["behind_db"]["value"] for key, cell in cells.items() if key != "every"}
+    assert min(behind.values()) == 0
+    for key, value in behind.items():
+        best = max(cell["psnr"]["value"] for cell in cells.values() if "psnr" in cell)
+        assert value == pytest.approx(best - cells[key]["psnr"]["value"], abs=1e-6)
+    compiled = {path: path.stat().st_mtime_ns for path in (tmp_path / "bundles").rglob("*") if path.is_file()}
+    timed = json.loads(tool("pareto.py", *asked, "--only-latency", folder=tmp_path))
+    assert {path: path.stat().st_mtime_ns for path in compiled} == compiled
+    assert [cell["schedule"] for cell in timed["cells"]] == [cell["schedule"] for cell in found["cells"]]
+    assert all(cell["sampling_ms"]["median"] > 0 and "psnr" not in cell for cell in timed["cells"])
+
+
+@pytest.mark.slow
+def test_a_multistep_solver_is_its_own_rival(tmp_path: Path) -> None:
+    asked = ["digits", *SMALL, "--scheduler", "dpmsolver++", "--methods", "solver", "steps", "ours-vc"]
+    found = json.loads(tool("pareto.py", *asked, "--only-latency", "--json", folder=tmp_path))
+    assert [(cell["method"], cell["cost"]) for cell in found["cells"]] == [("every", 6.0), ("steps", 3.0)]
+    assert found["scheduler"] == "dpmsolver++"
+
+
+@pytest.mark.slow
+def test_forecasts_under_quantization(tmp_path: Path) -> None:
+    asked = ["digits", "--bits", "w6a6", "--steps", 8, "--interval", 3, "--samples", 4]
+    found = json.loads(tool("forecast_noise.py", *asked, "--json", "--plot", "figure.png", folder=tmp_path))
+    (setting,) = found["settings"]
+    forecasts = {each["forecast"]: each for each in setting["forecasts"]}
+    assert list(forecasts) == ["reuse", "taylor", "affine"]
+    assert {len(each[key]) for each in forecasts.values() for key in ("float", "quantized", "between")} == {8}
+    assert all(probe["amplification"] == pytest.approx(1, abs=1e-5) for probe in forecasts["reuse"]["noise"])
+    grown = [probe for probe in forecasts["taylor"]["noise"] if probe["gain"] > 0]
+    assert grown
+    assert all(probe["amplification"] > 1 for probe in grown)
+    for name, each in forecasts.items():
+        assert each["quantized"][0] == pytest.approx(setting["every_step"][0])  # the first step computes
+        assert math.isclose(each["float"][0], 0, abs_tol=1e-6), name
+    assert (tmp_path / "figure.png").read_bytes().startswith(PNG)

@@ -1,0 +1,94 @@
+"""Judging what tools/pareto.py compiles: quality against full precision, and latency in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import partial
+
+from pareto_report import Cell
+
+from qcgraph.benchmark.timing import paired
+from qcgraph.benchmark.turns import Turn, first_step
+from qcgraph.evaluation.bootstrap import Bootstrap
+from qcgraph.evaluation.evaluate import CONVERGED_SAMPLES
+from qcgraph.evaluation.faults import error_ratio
+from qcgraph.evaluation.metrics import choose_metrics
+from qcgraph.evaluation.rows import Measuring, Row
+from qcgraph.evaluation.settings import Subject, compiled, converged, full_precision
+from qcgraph.evaluation.tally import Tallying, Trajectory, Values
+from qcgraph.progress import Progress
+
+METRICS = ("psnr", "fid_small", "accuracy")
+
+
+class Judging:
+    """Judges subjects of a model against its full precision, all from the same noise.
+
+    Args:
+        subject: the model, every step of which computes.
+        samples: samples of each seed.
+        seeds: number of seeds.
+
+    Attributes:
+        exact: what is measured of full precision itself.
+        floor: PSNR between the converged reference and itself with half the steps, dB.
+    """
+
+    def __init__(self, subject: Subject, samples: int, seeds: int) -> None:
+        make_judge = subject.model.judge
+        judge = make_judge() if make_judge else None
+        self._labels = [index % subject.spec.class_count for index in range(samples)]
+        self._metrics = choose_metrics(METRICS if judge else METRICS[:1], judged=bool(judge), model=subject.spec.name)
+        self._bootstrap = Bootstrap(seeds, self._labels)
+        setting = full_precision(subject)
+        self._exact = {seed: Trajectory.draw(setting, self._labels, seed) for seed in range(seeds)}
+        tallying = Tallying(setting, len(subject.plan), subject.spec.latent_shape[0])
+        for trajectory in self._exact.values():
+            tallying.take(trajectory)
+        reference, labels = tallying.tally(), self._labels[:CONVERGED_SAMPLES]
+        goal, half = (setting.draw(labels, 0, None) for setting in converged(subject) if setting.draw)
+        self._measuring = Measuring(subject.spec, self._labels, judge, self._bootstrap, reference, goal)
+        self.floor = self._measuring.plain_psnr(half, goal)
+        self.exact = _metrics(self._measuring.row(reference, self._metrics))
+
+    def judge(self, subjects: Mapping[str, Subject], progress: Progress) -> dict[str, Cell]:
+        """What is measured of subjects at one budget, each compared with the best of them."""
+        cells, errors = {}, {}
+        for key, subject in progress.track(list(subjects.items()), "judging"):
+            row, errors[key] = self._draw(subject)
+            cells[key] = _metrics(row)
+        best = min(errors, key=lambda key: float(errors[key].mean()))
+        for key, cell in cells.items():
+            cell["behind_db"] = asdict(error_ratio(self._bootstrap, errors[key], errors[best]))
+        return cells
+
+    def _draw(self, subject: Subject) -> tuple[Row, Values]:
+        setting = replace(compiled(subject), planned=False)  # some take other steps; finals are all that is compared
+        tallying = Tallying(setting, len(subject.plan), subject.spec.latent_shape[0])
+        for seed, trajectory in self._exact.items():
+            tallying.add(self._labels, seed, trajectory)
+        tally = tallying.tally()
+        return self._measuring.row(tally, self._metrics), self._measuring.squared_errors(tally)
+
+
+def _metrics(row: Row) -> Cell:
+    metrics = {name: asdict(estimate) for name, estimate in (row.metrics or {}).items()}
+    return metrics | {"converged_psnr": row.converged_psnr}
+
+
+def latencies(subjects: Mapping[str, Subject], baseline: Subject, rounds: int, progress: Progress) -> dict[str, Cell]:
+    """Milliseconds of a whole image, everyone in turn, and how much faster that is than a baseline."""
+    runners = {"": baseline, **subjects}
+    turns = {key: partial(Turn(each.plan, each.spec, 1).draw, each.runner) for key, each in runners.items()}
+    first = {key: partial(Turn(first_step(each.plan), each.spec, 1).draw, each.runner) for key, each in runners.items()}
+    for turn in turns.values():
+        turn()
+    timings = paired(turns, rounds, first, progress)
+    return {
+        key: {
+            "sampling_ms": {name: 1000 * getattr(timings[key], name) for name in ("minimum", "median", "maximum")},
+            "speedup": timings[""].median / timings[key].median,
+        }
+        for key in subjects
+    }
