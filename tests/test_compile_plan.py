@@ -39,6 +39,7 @@ def digests(bundle: Bundle) -> list[str]:
     return [bundle.manifest.files[name].sha256 for name in SAME]
 
 
+@pytest.mark.slow
 def test_the_same_steps_give_the_same_plan(source: Bundle, tiny_model: LoadedModel, tmp_path: Path) -> None:
     given = (source.path, source.path / "plan.json", tmp_path / "my-plan.toml")
     given[2].write_text(plan_toml(plan_data(source.plan)))
@@ -53,6 +54,7 @@ def test_the_same_steps_give_the_same_plan(source: Bundle, tiny_model: LoadedMod
     assert followed["error"] == followed["even_error"] > 0
 
 
+@pytest.mark.slow
 def test_a_bundle_compiles_again_from_its_recipe(source: Bundle, tiny_model: LoadedModel, tmp_path: Path) -> None:
     """Without the plan that it followed, which may be gone."""
     first = qcgraph.compile(tiny_model, BASE.override(steps=9), output=tmp_path / "first", plan=source.path)
@@ -65,6 +67,7 @@ def test_a_bundle_compiles_again_from_its_recipe(source: Bundle, tiny_model: Loa
     assert not any(str(source.path) in path.read_text() for path in first.path.glob("*.*ml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheduler", "steps"), [("ddim", 9), ("ddpm", 6), ("dpmsolver++", 5)])
 def test_other_steps(source: Bundle, tiny_model: LoadedModel, tmp_path: Path, scheduler: str, steps: int) -> None:
     recipe = BASE.override(scheduler=scheduler, steps=steps, guidance=2.0)

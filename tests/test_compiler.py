@@ -83,6 +83,7 @@ def test_the_report_tells_what_happened(bundle: Bundle) -> None:
     assert any("adaLN" in reason for reason in reasons)
 
 
+@pytest.mark.slow
 def test_quantized_weights_are_forgotten_before_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a large model would need memory for its weights in float32 and, at the same time, for all of an export."""
     weights: dict[str, StorageWeakRef] = {}
@@ -153,6 +154,7 @@ def unquantized(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return qcgraph.compile("digits", recipe, output=tmp_path_factory.mktemp("compiled") / "float")
 
 
+@pytest.mark.slow
 def test_unquantized_graphs_are_exact_to_float32(unquantized: Bundle) -> None:
     checks = {(check.variant, check.name): check for check in verify_bundle(unquantized)}
     for variant in ("full", "reuse"):
@@ -277,6 +279,7 @@ def test_your_own_model(
     assert Bundle.open(tmp_path / "out").spec.output_channels == 4
 
 
+@pytest.mark.slow
 def test_a_failed_check_writes_nothing(
     tiny_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,8 @@ from qcgraph.sampling import Array, Runner
 
 SCHEDULE = "FFRFRFFRR"  # values of three computing steps are there from step 3 on, and grow older
 
+pytestmark = pytest.mark.slow  # they compile
+
 
 @pytest.fixture(scope="module")
 def bundle(tiny_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:

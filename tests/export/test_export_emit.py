@@ -75,6 +75,7 @@ def test_variants_share_the_weights(compiled: Any) -> None:
     assert all(places[0][name] == places[1][name] for name in shared)
 
 
+@pytest.mark.slow
 def test_what_the_exporter_makes_is_stored_once(
     captured: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +143,7 @@ def test_nothing_of_this_machine_gets_out(compiled: Any) -> None:
         assert not graph_of(compiled.folder, variant).value_info
 
 
+@pytest.mark.slow
 def test_export_says_nothing(unquantized: Any, tmp_path: Path) -> None:
     """In a process of its own, because libraries warn once."""
     command = [sys.executable, "-c", EXPORT, str(unquantized.folder), str(tmp_path)]
