@@ -20,18 +20,19 @@ from qcgraph.errors import QcgraphError
 from qcgraph.export.attention import keep_heads_in_place
 from qcgraph.export.integer_products import multiply_integers
 from qcgraph.ir.graph import DTYPES
-from qcgraph.ir.ops import OPS
+from qcgraph.ir.ops import HALVES, OPS
 from qcgraph.ir.program import Program, tensor_digest
 from qcgraph.ir.serialize import EXPORTED, WEIGHTS, save_program
 from qcgraph.progress import Progress
 from qcgraph.spec import BATCH
+from qcgraph.steps import StepPlan
 
 if TYPE_CHECKING:
     import onnx
     from onnxscript import ir
 
 INLINE_BYTES = 1024  # what the exporter made and is larger than this goes into the weights file
-EXAMPLE_BATCH = 3  # any but 1, which torch.export would take for a constant
+EXAMPLE_BATCH = 4  # even, and neither it nor its half is 1, which torch.export would take for a constant
 _NODE = re.compile(r"%(\w+) :")
 
 
@@ -127,6 +128,9 @@ def _translate(program: Program, variant: str, opset: int, integer_products: boo
 
 def _export(program: Program, variant: str) -> torch.export.ExportedProgram:
     batch = torch.export.Dim(BATCH, min=1, max=MAX_BATCH)
+    plan = program.facts.get(StepPlan)
+    if plan and variant in plan.paired:
+        batch = HALVES * torch.export.Dim(f"half_{BATCH}", min=1, max=MAX_BATCH // HALVES)
     inputs = program.variants[variant].interface.inputs
     shapes = [[EXAMPLE_BATCH if dim == BATCH else int(dim) for dim in spec.shape] for spec in inputs]
     arguments = tuple(torch.zeros(shape, dtype=DTYPES[spec.dtype]) for shape, spec in zip(shapes, inputs, strict=True))

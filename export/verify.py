@@ -24,6 +24,7 @@ from qcgraph.export.quantized_sites import (
 from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner, OptimizedGraph
 from qcgraph.export.targets import Target
 from qcgraph.facts import QuantPlan
+from qcgraph.ir.ops import HALVES
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites, total_macs
 from qcgraph.progress import Progress
@@ -181,8 +182,8 @@ def _check_sites(program: Program, variant: str, sites: Sequence[QuantizedSite],
         for position, values in record(program, variant, inputs, [cut.nodes for cut in cuts]):
             found = cuts[position].run(values, selectors)
             for site in cuts[position].sites:
-                (distance,) = _distances(found[site.name], values[site.leaving])
-                worst[site.name] = max(distance, worst[site.name])
+                distances = _distances(found[site.name], values[site.leaving])
+                worst[site.name] = max(*distances, worst[site.name])
     value = max(worst.values())
     over = [f"{name} {distance:.1e}" for name, distance in worst.items() if distance > EXACT]
     detail = f"relative L2 up to {value:.1e} over {len(sites)} sites"
@@ -244,8 +245,13 @@ def _macs(program: Program) -> int:
 def _inputs(
     program: Program, variant: str, step: Step, samples: int, generator: np.random.Generator
 ) -> dict[str, torch.Tensor]:
-    """Inputs of one step: noise as the latent, every class in turn, and caches that computing steps make of that."""
+    """Inputs of one step: noise as the latent, every class in turn, and caches that computing steps make of that.
+
+    Where variants take both halves of guidance in one batch, the number of samples is even.
+    """
     spec = program.facts[ModelSpec]
+    if program.facts[StepPlan].paired:
+        samples += samples % HALVES
     latent = torch.from_numpy(generator.standard_normal((samples, *spec.latent_shape), dtype=np.float32))
     inputs = _without_caches(program, variant, step, latent)
     missing = [name for name in program.variants[variant].interface.input_names if name not in inputs]

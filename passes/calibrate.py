@@ -100,8 +100,7 @@ class Calibrate(Pass):
 
     @staticmethod
     def _affordable(program: Program, variant: str, plan: StepPlan) -> int:
-        halves = 1 if plan.fingerprint.guidance == 1.0 else 2
-        cost = total_macs(find_sites(program.variants[variant])) * len(plan) * halves
+        cost = total_macs(find_sites(program.variants[variant])) * len(plan) * plan.halves
         least, most = AUTO_LIMITS
         return max(least, min(most, int(AUTO_MACS / cost)))
 

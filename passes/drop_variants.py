@@ -38,5 +38,7 @@ class DropVariants(Pass):
             editor.set_outputs([node for _, node in kept], [output for output, _ in kept])
             variants[name] = editor.finish()
         plan = replace(cache, values=tuple(value for value in cache.values if value.name in taken), modes=modes)
+        steps = program.facts[StepPlan]
+        steps = replace(steps, paired=tuple(name for name in steps.paired if name in used))
         constants = used_constants(variants.values(), program.constants)
-        return replace(program.with_facts(plan), variants=variants, constants=constants)
+        return replace(program.with_facts(plan, steps), variants=variants, constants=constants)

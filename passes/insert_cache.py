@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,13 +13,16 @@ from qcgraph.errors import ContractError
 from qcgraph.facts import CachedValue, CachePlan
 from qcgraph.ir.edit import GraphEditor
 from qcgraph.ir.graph import Variant, output_node, returned_nodes, spec_of
+from qcgraph.ir.infer import infer_types
 from qcgraph.ir.program import Program, used_constants
 from qcgraph.ir.structure import Block, cached_node, find_blocks
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.schedule import FULL
+from qcgraph.spec import BATCH
 from qcgraph.steps import StepPlan
 
 aten = torch.ops.aten
+ops = torch.ops.qcgraph
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,9 @@ class InsertCache(Pass):
 
     Over a range of blocks the change of the residual stream is cached: D = x_leaving - x_entering at the last computing
     step; a reusing step skips the range and continues with x_entering(now) + D. Of a branch the output before its gate
-    is cached, and gated anew. The host carries the values from one call to the next; nothing is hidden in the graph.
+    is cached, and gated anew. Of guidance the difference of its halves is cached: a step that reuses it computes the
+    conditional half of the batch alone, and the other is that less the difference. The host carries the values from one
+    call to the next; nothing is hidden in the graph.
     """
 
     name: ClassVar[str] = "insert-cache"
@@ -43,11 +48,15 @@ class InsertCache(Pass):
             return program
         main = program.variants["main"]
         blocks = find_blocks(main)
-        variants = {FULL: self._full(main, program, blocks, plan.values)}
+        variants, paired = {FULL: self._full(main, program, blocks, plan.values)}, []
         for mode, names in plan.modes.items():
             reused = [value for value in plan.values if value.name in names]
-            variants[mode] = self._reuse(main, program, blocks, reused)
-        steps = program.facts[StepPlan].with_variants(plan.draft)
+            if any(value.is_guidance for value in reused):
+                variants[mode] = self._conditional(main, program, *reused)
+                paired.append(mode)
+            else:
+                variants[mode] = self._reuse(main, program, blocks, reused)
+        steps = replace(program.facts[StepPlan].with_variants(plan.draft), paired=tuple(paired))
         constants = used_constants(variants.values(), program.constants)
         return Program(variants, constants, program.facts.with_(steps), program.history)
 
@@ -58,7 +67,10 @@ class InsertCache(Pass):
         found: list[fx.Node] = []
         for value in values:
             node = editor.node(cached_node(main, blocks, value))
-            if value.branch < 0:
+            if value.is_guidance:
+                with editor.before(output):
+                    node = editor.call(ops.guidance_difference.default, node, source=node, top_level=True)
+            elif value.branch < 0:
                 entering, name = editor.node(blocks[value.first_block].entering), f"{value.name}_new"
                 with editor.before(output):
                     node = editor.call(aten.sub.Tensor, node, entering, source=node, name=name, top_level=True)
@@ -83,3 +95,22 @@ class InsertCache(Pass):
                     resumed = editor.call(aten.add.Tensor, entering, resumed, source=node, name=name, top_level=True)
             node.replace_all_uses_with(resumed)
         return editor.finish()
+
+    def _conditional(self, main: Variant, program: Program, difference: CachedValue) -> Variant:
+        """The denoiser of the conditional half of the batch; the prediction of the other half is restored."""
+        editor = GraphEditor(main, program.constants, self.name)
+        inputs = {node.target: node for node in editor.graph.nodes if node.op == "placeholder"}
+        batched = [inputs[spec.name] for spec in main.interface.inputs if spec.shape[:1] == (BATCH,)]
+        with editor.before(next(node for node in editor.graph.nodes if node.op == "call_function")):
+            for node in batched:
+                half = editor.call(ops.conditional_half.default, node, source=node, top_level=True)
+                node.replace_all_uses_with(half, delete_user_cb=lambda user, half=half: user is not half)
+        (prediction,) = returned_nodes(editor.graph)
+        fake = prediction.meta["val"].movedim(1, -1)
+        cached = editor.input(spec_of(difference.name, fake), like=fake, source=prediction)
+        with editor.before(output_node(editor.graph)):
+            both = editor.call(ops.restore_half.default, prediction, cached, source=prediction, top_level=True)
+        editor.set_outputs([both], main.interface.output_names)
+        variant = editor.finish()
+        infer_types(variant.graph, variant.interface, program.constants)  # of half the batch
+        return variant

@@ -10,7 +10,7 @@ from math import prod
 from typing import ClassVar, Literal
 
 from qcgraph.errors import UsageError
-from qcgraph.facts import CachedValue, CachePlan
+from qcgraph.facts import NO_BLOCK, CachedValue, CachePlan
 from qcgraph.ir.graph import Variant, spec_of
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import Block, cached_node, find_blocks, find_branches
@@ -21,6 +21,7 @@ from qcgraph.steps import StepPlan
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 HISTORIES = range(1, 4)
 FLOAT_BYTES = 4
+CONDITIONAL = "conditional"  # the variant that computes one half of guidance
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,16 @@ class PlanCache(Pass):
     """Decide what computing steps cache, in which variants other steps reuse it, and a schedule to begin with.
 
     Cached is the change of the residual stream over a range of blocks, or the output of every branch in it before its
-    gate (FORA, Learning-to-Cache). Each range is a variant of its own; a step takes one of them or computes. The
-    schedule is uniform (FORA; CacheQuant's baseline) or, for a budget, as many evenly spread steps as it allows;
+    gate (FORA, Learning-to-Cache), or, with ``guidance`` in the place of a range, the difference of the noise
+    predictions of both halves of guidance. Each range is a variant of its own; a step takes one of them or computes.
+    The schedule is uniform (FORA; CacheQuant's baseline) or, for a budget, as many evenly spread steps as it allows;
     plan-steps can find a better one once the variants exist.
 
     Attributes:
         interval: steps from one computing step to the next; 1 computes every step.
         budget: what sampling may cost relative to computing every step, instead of an interval; 0 for none.
-        blocks: the cached range, ``all`` or ``first..last`` (both inclusive, counted from 0); several with ``+``.
+        blocks: the cached range, ``all`` or ``first..last`` (both inclusive, counted from 0), or ``guidance``; several
+            with ``+``.
         what: ``range`` or ``branches``.
         history: how many computed values a forecast may look back to, 1 to 3; 1 is plain reuse.
         memory: the bytes that cached tensors may take for one image, both halves of guidance; 0 for any number. When
@@ -62,11 +65,12 @@ class PlanCache(Pass):
                 "the model has no chain of blocks to cache: no module list passes one residual stream on",
                 hint="compile with --cache off",
             )
-        modes = [self._reused(variant, blocks, *bounds) for bounds in self._ranges(len(blocks))]
+        modes = [self._reused(variant, blocks, *bounds) for bounds in self._ranges(len(blocks), plan)]
         # Ranges that overlap share the branches of their blocks.
         names = {value: f"cache_{index}" for index, value in enumerate(dict.fromkeys(chain(*modes)))}
         values = tuple(replace(value, name=name) for value, name in names.items())
         variants = ["reuse" if not index else f"reuse_{index}" for index in range(len(modes))]
+        variants = [CONDITIONAL if mode[0].is_guidance else name for mode, name in zip(modes, variants, strict=True)]
         computes = self._computes(len(plan))
         return program.with_facts(
             CachePlan(
@@ -92,16 +96,13 @@ class PlanCache(Pass):
             return uniform(steps, self.interval)
         return spread(steps, max(1, int(self.budget * steps)))
 
-    def _ranges(self, blocks: int) -> list[tuple[int, int]]:
-        if self.blocks == "all":
-            return [(0, blocks - 1)]
-        found = []
+    def _ranges(self, blocks: int, plan: StepPlan) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
         for part in self.blocks.split("+"):
-            match = _RANGE.fullmatch(part)
-            if match is None:
-                raise UsageError(f"block range {part!r}", hint="write all, or first..last such as 2..9")
-            first, last = int(match[1]), int(match[2])
-            if not first <= last < blocks:
+            first, last = _bounds(part, blocks)
+            if first == NO_BLOCK and plan.halves == 1:
+                raise UsageError("without guidance there are no halves to differ", hint="leave guidance out of blocks")
+            if not NO_BLOCK <= first <= last < blocks:
                 raise UsageError(f"block range {part} is outside the model", hint=f"its blocks are 0..{blocks - 1}")
             if (first, last) in found:
                 raise UsageError(f"block range {part} is there twice", hint="each range is a variant; name it once")
@@ -110,7 +111,7 @@ class PlanCache(Pass):
 
     def _reused(self, variant: Variant, blocks: Sequence[Block], first: int, last: int) -> tuple[CachedValue, ...]:
         """What a mode reuses, still without names."""
-        if self.what == "range":
+        if self.what == "range" or first == NO_BLOCK:
             return (CachedValue("", first, last),)
         counts = {index: len(find_branches(variant, blocks[index])) for index in range(first, last + 1)}
         if empty := [index for index, branches in counts.items() if not branches]:
@@ -129,8 +130,7 @@ class PlanCache(Pass):
         context: PassContext,
     ) -> int:
         """The history that the memory allows."""
-        halves = 1 if plan.fingerprint.guidance == 1.0 else 2
-        once = halves * sum(_bytes(variant, blocks, value) for value in values)
+        once = plan.halves * sum(_bytes(variant, blocks, value) for value in values)
         if not self.memory or once * self.history <= self.memory:
             return self.history
         if once > self.memory:
@@ -141,6 +141,15 @@ class PlanCache(Pass):
         history = self.memory // once
         context.refuse("cache", f"a history of {self.history} takes {once * self.history} bytes; it is {history}")
         return history
+
+
+def _bounds(part: str, blocks: int) -> tuple[int, int]:
+    """First and last block of a range, which may be outside the model."""
+    words = {"all": (0, blocks - 1), "guidance": (NO_BLOCK, NO_BLOCK)}
+    match = _RANGE.fullmatch(part)
+    if match is None and part not in words:
+        raise UsageError(f"block range {part!r}", hint="write all, guidance, or first..last such as 2..9")
+    return (int(match[1]), int(match[2])) if match else words[part]
 
 
 def _bytes(variant: Variant, blocks: Sequence[Block], value: CachedValue) -> int:

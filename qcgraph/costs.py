@@ -58,6 +58,6 @@ def _turns(runner: Runner, program: Program) -> dict[str, float]:
 
 def _inputs(program: Program) -> dict[str, npt.NDArray[np.generic]]:
     spec, plan = program.facts[ModelSpec], program.facts[StepPlan]
-    rows = 1 if plan.fingerprint.guidance == 1.0 else 2
+    rows = plan.halves
     latent = np.random.default_rng(0).standard_normal((rows, *spec.latent_shape), dtype=np.float32)
     return step_inputs(plan.steps[0], latent, np.arange(rows, dtype=np.int64) % (spec.class_count + 1))

@@ -87,7 +87,7 @@ def _settling(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
     if recipe.followed:
         # What is given is not looked for; what it does is told all the same.
         yield _pass("rehearse-steps", forecast=recipe.forecast, seed=recipe.calibration.seed)
-    if recipe.is_searched or recipe.followed:
+    if recipe.is_searched or recipe.followed or "+" in recipe.cache.blocks:
         # Only now is it known which of the variants the schedule uses.
         yield _pass("drop-variants")
     if recipe.forecast != "reuse":

@@ -19,7 +19,7 @@ def affordable_trajectories(program: Program) -> int:
     """How many trajectories on which every step computes can be recorded, by arithmetic and by memory."""
     plan, values = program.facts[StepPlan], program.variants[FULL].interface.outputs[1:]
     size = FLOAT_BYTES * sum(prod(dim for dim in value.shape if isinstance(dim, int)) for value in values)
-    held = RECORD_BYTES // max(1, size * _halves(plan) * len(plan))
+    held = RECORD_BYTES // max(1, size * plan.halves * len(plan))
     least, most = TRAJECTORY_LIMITS
     return max(1, min(held, most, max(least, int(RECORD_MACS / trajectory_macs(program)))))
 
@@ -27,8 +27,4 @@ def affordable_trajectories(program: Program) -> int:
 def trajectory_macs(program: Program) -> float:
     """Multiply-accumulates of one trajectory on which every step computes."""
     plan = program.facts[StepPlan]
-    return float(total_macs(find_sites(program.variants[FULL]))) * len(plan) * _halves(plan)
-
-
-def _halves(plan: StepPlan) -> int:
-    return 1 if plan.fingerprint.guidance == 1.0 else 2
+    return float(total_macs(find_sites(program.variants[FULL]))) * len(plan) * plan.halves

@@ -16,6 +16,7 @@ from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
 Fact = TypeVar("Fact")
+NO_BLOCK = -1
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class CachedValue:
 
     Attributes:
         name: what its tensor is called in interfaces, ``cache_0`` for example.
-        first_block: the first block that is skipped when it is reused.
+        first_block: the first block that is skipped when it is reused; `NO_BLOCK` for the difference of the noise
+            predictions of both halves of guidance, with which one half is skipped in all blocks.
         last_block: the last one, inclusive.
         branch: which branch of the (one) block it is the output of, before its gate, counted from 0; -1 for the change
             of the residual stream over all of the blocks.
@@ -35,7 +37,14 @@ class CachedValue:
     last_block: int
     branch: int = -1
 
+    @property
+    def is_guidance(self) -> bool:
+        """Whether it is the difference of both halves of guidance."""
+        return self.first_block == NO_BLOCK
+
     def __str__(self) -> str:
+        if self.is_guidance:
+            return "difference of the halves of guidance"
         blocks = f"{self.first_block}..{self.last_block}" if self.branch < 0 else str(self.first_block)
         return f"change over blocks {blocks}" if self.branch < 0 else f"branch {self.branch} of block {blocks}"
 

@@ -23,7 +23,8 @@ _BITS = re.compile(r"w([2-8])a([2-8])")
 _INTERVAL = re.compile(r"(interval|dps)=([1-9][0-9]*)")
 _BUDGET = re.compile(r"budget=(1(?:\.0*)?|0?\.[0-9]*[1-9][0-9]*)")
 _PLAN = re.compile(r"plan=(\S+)")
-_BLOCKS = re.compile(r"[0-9]+\.\.[0-9]+(?:\+[0-9]+\.\.[0-9]+)*")
+_RANGE = r"(?:all|guidance|[0-9]+\.\.[0-9]+)"
+_BLOCKS = re.compile(rf"{_RANGE}(?:\+{_RANGE})*")
 
 
 def _fits(*patterns: re.Pattern[str], word: str) -> AfterValidator:
@@ -38,8 +39,7 @@ def _fits(*patterns: re.Pattern[str], word: str) -> AfterValidator:
 
 
 def _rising(value: str) -> str:
-    for part in value.split("+") if value != "all" else ():
-        first, last = part.split("..")
+    for first, last in re.findall(r"([0-9]+)\.\.([0-9]+)", value):
         if int(first) > int(last):
             raise ValueError(value)
     return value
@@ -106,7 +106,8 @@ class Cache(_Section):
     )
     blocks: Annotated[str, _fits(_BLOCKS, word="all"), AfterValidator(_rising)] = Field(
         "all",
-        description="all, or FIRST..LAST: the cached blocks, counted from 0, the last one inclusive; several with +",
+        description="all, or FIRST..LAST: the cached blocks, counted from 0, the last one inclusive; or guidance: the "
+        "difference of its halves; several with +",
     )
     what: Literal["range", "branches"] = Field(
         "range", description="range (the change of the residual stream over the blocks) or branches (their outputs)"

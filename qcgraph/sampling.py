@@ -65,7 +65,8 @@ class Request:
         """The noise prediction [B,C_out,H,W] for a latent [B,C,H,W] at the next timestep of the plan.
 
         Raises:
-            BundleError: the timestep is not in the plan, is not the next one, or the batch shape changed midway.
+            BundleError: the timestep is not in the plan, is not the next one, the batch shape changed midway, or the
+                plan restores one half of guidance from the other and this batch does not hold both.
         """
         index = self._plan.index_of(timestep)
         if index == 0:
@@ -73,6 +74,8 @@ class Request:
         else:
             self._check(index, latent.shape)
         step = self._plan.steps[index]
+        if self._plan.paired:
+            _check_paired(latent)
         inputs = step_inputs(step, latent, class_label)
         if step.variant in self._plan.prepared:
             inputs[MODULATION] = self._modulation.at(index, class_label)
@@ -98,6 +101,18 @@ class Request:
                 f"the latent is {shape}, this trajectory began with {self._shape}",
                 hint="start a new request for another batch; cached tensors belong to one shape",
             )
+
+
+def _check_paired(latent: Array) -> None:
+    """Refuse a batch that is not both halves of guidance, one after the other."""
+    first, second = latent[: len(latent) // 2], latent[len(latent) // 2 :]
+    if not np.array_equal(first, second):
+        raise BundleError(
+            "some steps compute one half of guidance and restore the other; this batch of "
+            f"{len(latent)} does not hold the same latents in both halves",
+            hint="give both halves of guidance in one batch, the conditional one first; or compile without the "
+            "guidance difference",
+        )
 
 
 class Denoising(Protocol):

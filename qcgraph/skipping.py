@@ -53,8 +53,7 @@ class Forecaster:
         self._values, self._kind = trajectories.values, kind
         self._times = log_signal_to_noise(spec.schedule, plan.timesteps)
         count = len(trajectories.labels)
-        halves = 1 if plan.fingerprint.guidance == 1.0 else 2
-        self._halves = [slice(half * count, (half + 1) * count) for half in range(halves)]
+        self._halves = [slice(half * count, (half + 1) * count) for half in range(plan.halves)]
         self._windows: dict[str, _Window] = {}
 
     def at(self, name: str, step: int, computed: Sequence[int], values: Sequence[Tensor]) -> Tensor:

@@ -83,6 +83,7 @@ class StepPlan:
         fingerprint: what the plan was made for.
         steps: the steps.
         prepared: the variants that take a modulation, which others compute ahead (see `qcgraph.spec.preparation`).
+        paired: the variants that compute one half of guidance and restore the other: their batch must hold both.
 
     Raises:
         UsageError: there are no steps, or two steps share a timestep value.
@@ -91,6 +92,7 @@ class StepPlan:
     fingerprint: Fingerprint
     steps: tuple[Step, ...]
     prepared: tuple[str, ...] = ()
+    paired: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -103,6 +105,11 @@ class StepPlan:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    @property
+    def halves(self) -> int:
+        """How often the denoiser sees every latent of a step: twice under guidance."""
+        return 1 if self.fingerprint.guidance == 1.0 else 2
 
     @property
     def timesteps(self) -> tuple[float, ...]:

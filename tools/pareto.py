@@ -51,6 +51,7 @@ class Method:
         schedule: ``cache.schedule`` of its recipe, to be filled in; ``off`` takes fewer steps instead.
         forecast: ``cache.forecast``.
         compensation: ``compensation.mode``.
+        blocks: ``cache.blocks``.
         scheduler: another one than asked for, or nothing.
     """
 
@@ -58,6 +59,7 @@ class Method:
     schedule: str = "off"
     forecast: str = "reuse"
     compensation: str = "off"
+    blocks: str = "all"
     scheduler: str = ""
 
     def recipe(self, base: Recipe, interval: int, share: float) -> Recipe:
@@ -72,7 +74,8 @@ class Method:
             computing = sum(uniform(base.sampling.steps, interval))
             return base.override(steps=computing, scheduler=self.scheduler or None)
         schedule = self.schedule.format(interval=interval, share=f"{share:.6f}")
-        return base.override(cache=schedule, forecast=self.forecast, compensate=self.compensation)
+        recipe = base.override(cache=schedule, forecast=self.forecast, compensate=self.compensation)
+        return recipe.model_copy(update={"cache": recipe.cache.model_copy(update={"blocks": self.blocks})})
 
 
 METHODS = {
@@ -86,6 +89,7 @@ METHODS = {
     "planned-taylor": Method("planned, Taylor", "budget={share}", "taylor"),
     "ours": Method("planned, affine (ours)", "budget={share}", "affine"),
     "ours-vc": Method("planned, affine, VC", "budget={share}", "affine", "vc"),
+    "ours-guidance": Method("planned, affine, guidance difference", "budget={share}", "affine", blocks="all+guidance"),
 }
 
 

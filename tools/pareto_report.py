@@ -29,6 +29,7 @@ STYLES = {  # by method, so that figures of some of them can be compared
     "planned-taylor": ("C7", "P"),
     "ours": ("black", "X"),
     "ours-vc": ("C9", "*"),
+    "ours-guidance": ("black", "*"),
 }
 PANEL = (5.5, 4.2)  # inches
 

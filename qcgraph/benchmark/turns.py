@@ -71,4 +71,4 @@ def by_variant(calls: Sequence[Call]) -> dict[str, list[float]]:
 
 def denoiser_batch(plan: StepPlan, samples: int) -> int:
     """How many latents the denoiser sees at once: with guidance, two halves of each sample."""
-    return samples * (1 if plan.fingerprint.guidance == 1.0 else 2)
+    return samples * plan.halves

@@ -100,8 +100,7 @@ class Subject:
 
     def macs(self, steps: int) -> int:
         """Multiply-accumulates of so many steps of the model, both halves of guidance."""
-        halves = 1 if self.plan.fingerprint.guidance == 1.0 else 2
-        return total_macs(find_sites(self.origin.variants["main"])) * steps * halves
+        return total_macs(find_sites(self.origin.variants["main"])) * steps * self.plan.halves
 
     def cost(self, plan: StepPlan) -> float:
         """Multiply-accumulates of sampling with a plan, in steps of the model."""

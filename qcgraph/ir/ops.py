@@ -6,6 +6,7 @@ Scales and zero points are tensors, so that a timestep group can select them at 
 * dequantize:  x = (q - zero_point) * scale
 * select:      table[index]
 * forecast:    D = sum_a gain[a, half] * value[a] + offset[half], per channel (see passes/insert_forecast)
+* guidance_difference, conditional_half, restore_half:  see passes/insert_cache
 * compensate:  eps' = gain[row] * eps + slope[row] * latent + offset[row], per channel (see passes/insert_compensation)
 """
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from qcgraph.ir.graph import spec_of
+from qcgraph.spec import BATCH
 
 CODE_TYPES = (torch.int8, torch.uint8)
 HALVES = 2  # of guidance: conditional, unconditional
@@ -89,6 +91,45 @@ def forecast(values: list[Tensor], coefficients: Tensor, half: Tensor) -> Tensor
 @forecast.register_fake
 def _(values: list[Tensor], coefficients: Tensor, half: Tensor) -> Tensor:
     return torch.empty_like(values[0])
+
+
+@torch.library.custom_op("qcgraph::guidance_difference", mutates_args=())
+def guidance_difference(prediction: Tensor) -> Tensor:
+    """What the other half of guidance predicts less, [B,H,W,C] for a noise prediction [B,C,H,W].
+
+    The batch holds both halves, in the same order: sample i of the one and sample B/2 + i of the other are of the same
+    latent. Channels are last, as in every cached tensor.
+    """
+    one, other = prediction.movedim(1, -1).chunk(HALVES)
+    return torch.cat([one - other, other - one])
+
+
+@guidance_difference.register_fake
+def _(prediction: Tensor) -> Tensor:
+    batch, channels, height, width = prediction.shape
+    return prediction.new_empty(batch, height, width, channels)
+
+
+@torch.library.custom_op("qcgraph::conditional_half", mutates_args=())
+def conditional_half(x: Tensor) -> Tensor:
+    """The first half of a batch, [B // 2, ...] of [B, ...]."""
+    return x[: len(x) // HALVES].clone()
+
+
+@conditional_half.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0] // HALVES, *x.shape[1:])
+
+
+@torch.library.custom_op("qcgraph::restore_half", mutates_args=())
+def restore_half(prediction: Tensor, difference: Tensor) -> Tensor:
+    """Both halves of a noise prediction [B,C,H,W], from the first [B // 2,C,H,W] and what they differ by [B,H,W,C]."""
+    return torch.cat([prediction, prediction - difference[: len(prediction)].movedim(-1, 1)])
+
+
+@restore_half.register_fake
+def _(prediction: Tensor, difference: Tensor) -> Tensor:
+    return prediction.new_empty(difference.shape[0], *prediction.shape[1:])
 
 
 @torch.library.custom_op("qcgraph::compensate", mutates_args=())
@@ -166,6 +207,25 @@ def _verify_forecast(node: fx.Node) -> str | None:
     return None if kind.dtype == torch.int64 and kind.dim() == 1 else "half is not an int64 vector"
 
 
+def _verify_prediction(node: fx.Node) -> str | None:
+    (prediction,) = node.args
+    rank = prediction.meta["val"].dim()  # type: ignore[union-attr]
+    return None if rank == 4 else f"a noise prediction of rank {rank}; [B,C,H,W] is legal"
+
+
+def _verify_conditional_half(node: fx.Node) -> str | None:
+    (value,) = node.args
+    batch = spec_of("", value.meta["val"]).shape[:1]  # type: ignore[union-attr]
+    return None if batch == (BATCH,) else f"halves {batch}, which is not the batch"
+
+
+def _verify_restore_half(node: fx.Node) -> str | None:
+    prediction, difference = (argument.meta["val"].shape[1:] for argument in node.args)  # type: ignore[union-attr]
+    if tuple(difference) == (*prediction[1:], prediction[0]):
+        return None
+    return f"a difference {tuple(difference)} for a prediction {tuple(prediction)}"
+
+
 def _verify_compensate(node: fx.Node) -> str | None:
     prediction, latent, *coefficients = (argument.meta["val"] for argument in node.args)  # type: ignore[union-attr]
     if prediction.shape[1] < latent.shape[1] or prediction.shape[2:] != latent.shape[2:]:
@@ -218,6 +278,27 @@ def _onnx_forecast(values: Sequence[Any], coefficients: Any, half: Any) -> Any:
     return op.Add(result, chosen[-1])
 
 
+def _onnx_guidance_difference(prediction: Any) -> Any:
+    from onnxscript import opset21 as op
+
+    one, other = op.Split(op.Transpose(prediction, perm=[0, 2, 3, 1]), num_outputs=HALVES, axis=0)
+    return op.Concat(op.Sub(one, other), op.Sub(other, one), axis=0)
+
+
+def _onnx_conditional_half(x: Any) -> Any:
+    from onnxscript import opset21 as op
+
+    half, _ = op.Split(x, num_outputs=HALVES, axis=0)
+    return half
+
+
+def _onnx_restore_half(prediction: Any, difference: Any) -> Any:
+    from onnxscript import opset21 as op
+
+    half, _ = op.Split(op.Transpose(difference, perm=[0, 3, 1, 2]), num_outputs=HALVES, axis=0)
+    return op.Concat(prediction, op.Sub(prediction, half), axis=0)
+
+
 def _onnx_compensate(prediction: Any, latent: Any, gain: Any, slope: Any, offset: Any) -> Any:
     from onnxscript import opset21 as op
 
@@ -251,5 +332,8 @@ OPS: tuple[OpInfo, ...] = (
     OpInfo(torch.ops.qcgraph.dequantize.default, _verify_dequantize, _onnx_dequantize),
     OpInfo(torch.ops.qcgraph.select.default, _verify_select, _onnx_select),
     OpInfo(torch.ops.qcgraph.forecast.default, _verify_forecast, _onnx_forecast),
+    OpInfo(torch.ops.qcgraph.guidance_difference.default, _verify_prediction, _onnx_guidance_difference),
+    OpInfo(torch.ops.qcgraph.conditional_half.default, _verify_conditional_half, _onnx_conditional_half),
+    OpInfo(torch.ops.qcgraph.restore_half.default, _verify_restore_half, _onnx_restore_half),
     OpInfo(torch.ops.qcgraph.compensate.default, _verify_compensate, _onnx_compensate),
 )

@@ -15,22 +15,20 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from qcgraph.errors import BundleError
 from qcgraph.facts import Facts, decode
 from qcgraph.ir.graph import DTYPE_NAMES, DTYPES, Origin, Variant, module_path
+from qcgraph.ir.infer import infer_types
 from qcgraph.ir.legality import illegal_target
 from qcgraph.ir.program import PassRecord, Program
-from qcgraph.spec import BATCH, Interface, TensorSpec
+from qcgraph.spec import Interface, TensorSpec
 
 _AGAIN = "compile again with this version"
 FORMAT = 1
 PROGRAM = "program.json"
 WEIGHTS = "weights.safetensors"
 EXPORTED = "onnx/"  # tensors in the weights file whose names begin so belong to exported graphs, not to the program
-BATCH_HINT = 97  # a batch that no other dimension of a denoiser is likely to equal, so that sizes are not confused
 
 
 def program_to_json(program: Program) -> dict[str, Any]:
@@ -128,33 +126,6 @@ def _variant_from_json(data: Mapping[str, Any], constants: Mapping[str, torch.Te
         nodes[entry["name"]] = node
     infer_types(graph, interface, constants)
     return Variant(graph, interface)
-
-
-def infer_types(graph: fx.Graph, interface: Interface, constants: Mapping[str, torch.Tensor]) -> None:
-    """Give every node its type by running the graph on fake inputs with a symbolic batch."""
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    values: dict[fx.Node, Any] = {}
-    inputs = iter(interface.inputs)
-
-    def value_of(argument: fx.Node) -> Any:
-        return values[argument]
-
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            values[node] = _fake_input(mode, next(inputs))
-        elif node.op == "get_attr":
-            values[node] = mode.from_tensor(constants[str(node.target)], static_shapes=True)
-        elif node.op == "call_function":
-            with mode:
-                values[node] = node.target(*fx.map_arg(node.args, value_of), **fx.map_arg(node.kwargs, value_of))
-        if node in values:
-            node.meta["val"] = values[node]
-
-
-def _fake_input(mode: FakeTensorMode, spec: TensorSpec) -> torch.Tensor:
-    example = torch.empty([BATCH_HINT if dim == BATCH else int(dim) for dim in spec.shape], dtype=DTYPES[spec.dtype])
-    dynamic = [DimDynamic.DUCK if dim == BATCH else DimDynamic.STATIC for dim in spec.shape]
-    return mode.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic))
 
 
 def _target_to_text(target: Any) -> str:

@@ -16,9 +16,10 @@ import torch
 from torch import fx
 
 from qcgraph.facts import CachedValue
-from qcgraph.ir.graph import Variant, dimension_text, module_path
+from qcgraph.ir.graph import Variant, dimension_text, module_path, returned_nodes
 
 aten = torch.ops.aten
+PAIR = 2  # samples: both halves of guidance
 _BLOCK_PATH = re.compile(r"(?:(?P<list>.+?)\.)?(?P<index>\d+)(?:\.|$)")
 MATMULS = {
     aten.linear.default: "linear",
@@ -50,7 +51,7 @@ class Site:
         kind: ``linear``, ``conv2d``, ``matmul`` or ``attention``.
         input_shape: shape of the activation, the batch as ``B``.
         weight_shape: shape of the weight, empty when there is none.
-        macs: multiply-accumulates for a batch of one.
+        macs: multiply-accumulates for each sample of the batch; of what runs for half of them, half as many.
         refusal: why it is not quantized, empty when it can be.
     """
 
@@ -160,11 +161,15 @@ def _ungated(node: fx.Node, dependent: set[fx.Node]) -> fx.Node:
 def cached_node(variant: Variant, blocks: Sequence[Block], value: CachedValue) -> str:
     """The node that reusing a cached value replaces: the output of a branch, or the stream that leaves a range.
 
+    With the difference of the halves of guidance, it is the noise prediction.
+
     Args:
         variant: the whole denoiser.
         blocks: its blocks.
         value: what is cached.
     """
+    if value.is_guidance:
+        return returned_nodes(variant.graph)[0].name
     if value.branch < 0:
         return blocks[value.last_block].leaving
     return find_branches(variant, blocks[value.first_block])[value.branch]
@@ -231,21 +236,25 @@ def _refusal(node: fx.Node, kind: str, on_latent: bool, in_block: bool) -> str:
 
 
 def _macs(node: fx.Node, kind: str) -> int:
-    output = [_size(dim) for dim in node.meta["val"].shape]
+    output = prod(map(_size, node.meta["val"].shape))
     operand = [_size(dim) for dim in node.args[0].meta["val"].shape]  # type: ignore[union-attr]
     if kind == "conv2d":
         weight = _weight(node)
         assert weight is not None
-        return prod(output) * prod(int(dim) for dim in weight.shape[1:])
-    if kind == "attention":
-        keys = _size(node.args[1].meta["val"].shape[-2])  # type: ignore[union-attr]
-        return 2 * prod(operand) * keys
-    return prod(output) * operand[-1]
+        macs = output * prod(int(dim) for dim in weight.shape[1:])
+    elif kind == "attention":
+        macs = 2 * prod(operand) * _size(node.args[1].meta["val"].shape[-2])  # type: ignore[union-attr]
+    else:
+        macs = output * operand[-1]
+    return macs // PAIR
 
 
 def _size(dim: int | torch.SymInt) -> int:
-    """A dimension, the symbolic batch as one."""
-    return dim if isinstance(dim, int) else 1
+    """A dimension, for a batch of two."""
+    if isinstance(dim, int):
+        return dim
+    expression = dim.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, PAIR)))
 
 
 def total_macs(sites: Iterable[Site]) -> int:

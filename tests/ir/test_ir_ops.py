@@ -123,6 +123,9 @@ def test_forecast_in_onnx_runtime(count: int, middle: tuple[int, ...]) -> None:
         ("select", (torch.randn(4, 2), torch.tensor(2))),
         ("forecast", forecast_inputs(1, 3)),
         ("forecast", forecast_inputs(3, 2, 3)),
+        ("guidance_difference", (torch.randn(4, 2, 3, 5),)),
+        ("conditional_half", (torch.randn(4, 2),)),
+        ("restore_half", (torch.randn(2, 2, 3, 5), torch.randn(4, 3, 5, 2))),
         ("compensate", (torch.randn(2, 4, 3, 3), torch.randn(2, 2, 3, 3), torch.ones(2), torch.ones(2), torch.ones(2))),
     ],
 )
