@@ -26,7 +26,7 @@ def default_pipeline(recipe: Recipe, target: Target) -> Pipeline:
 
 def _passes(recipe: Recipe, target: Target) -> Iterator[Pass]:
     quantized = recipe.weight_bits is not None
-    compensated = recipe.compensation.mode == "vc"
+    compensated = recipe.compensation.mode != "off"
 
     if recipe.is_cached:
         # First of all: ranges and errors are only worth observing on the steps, and in the graphs, that will run.
@@ -54,7 +54,8 @@ def _passes(recipe: Recipe, target: Target) -> Iterator[Pass]:
         yield from _settling(recipe, quantized=quantized)
     if compensated:
         # Last: what is compensated is the drift that quantization and caching leave together.
-        yield _pass("fit-compensation", clamp=recipe.compensation.clamp)
+        form = "masked" if recipe.compensation.mode == "vc-masked" else "ratio"
+        yield _pass("fit-compensation", clamp=recipe.compensation.clamp, form=form)
         yield _pass("insert-compensation")
     if recipe.modulation.hoist:
         # When all is decided: it changes no value, and what observes and fits before need not prepare any.

@@ -40,11 +40,13 @@ class PassContext:
         progress: where to report progress.
         refusals: what was refused.
         costs: milliseconds of every variant of a program on its target, or None where nothing can measure them.
+        origin: the program that the pipeline started from.
     """
 
     progress: Progress = field(default_factory=Progress)
     refusals: list[Refusal] = field(default_factory=list)
     costs: Costs | None = None
+    origin: Program | None = None
 
     def refuse(self, where: str, reason: str) -> None:
         """Record a node or site that the pass leaves alone, and why."""
@@ -140,11 +142,13 @@ class Pipeline:
         Raises:
             QcgraphError: a pass refused its input, or broke its contract; says after which passes.
         """
+        origin = program
         for index, pass_ in enumerate(self.passes):
             try:
                 for instrument in instruments:
                     instrument.before(pass_, program)
-                result = _run_checked(pass_, program, PassContext(progress or Progress(), costs=costs))
+                context = PassContext(progress or Progress(), costs=costs, origin=origin)
+                result = _run_checked(pass_, program, context)
                 for instrument in instruments:
                     instrument.after(pass_, program, result)
             except Exception as error:

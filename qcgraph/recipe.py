@@ -132,7 +132,9 @@ class ModulationChoice(_Section):
 class Compensation(_Section):
     """What is repaired after quantization and caching."""
 
-    mode: Literal["off", "vc"] = Field("off", description="off or vc (variance compensation)")
+    mode: Literal["off", "vc", "vc-masked"] = Field(
+        "off", description="off, vc (variance compensation), or vc-masked (its weighted least-squares form)"
+    )
     clamp: float = Field(
         0.1, ge=0, lt=1, description="how far a gain may be from 1, at least 0 and below 1; 0.1 is 0.9 to 1.1"
     )

@@ -130,7 +130,7 @@ def test_options_that_are_none_say_nothing() -> None:
         ("[calibration]\ntrajectories = 0", "f.toml, calibration.trajectories", "0 does not fit", "or auto"),
         ("[calibration]\ntrajectories = 'x'", "f.toml, calibration.trajectories", "'x' does not fit", "or auto"),
         ("[calibration]\nseed = -1", "f.toml, calibration.seed", "-1 does not fit", "0 or larger"),
-        ("[compensation]\nmode = 'dec'", "f.toml, compensation.mode", "'dec' does not fit", "off or vc"),
+        ("[compensation]\nmode = 'dec'", "f.toml, compensation.mode", "'dec' does not fit", "off, vc"),
         ("[compensation]\nclamp = 1.0", "f.toml, compensation.clamp", "1.0 does not fit", "below 1"),
     ],
 )

@@ -7,11 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from qcgraph.calibration import FIRST_INDEX, LatentStatistics, calibration_labels
 from qcgraph.errors import UsageError
 from qcgraph.facts import Compensation, Reference
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
-from qcgraph.sampling import sample
+from qcgraph.noise import Noise
+from qcgraph.sampling import Request, guided, sample
 from qcgraph.schedulers import make_step_plan
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
@@ -62,9 +64,6 @@ def test_the_node_equals_correcting_the_latent(captured: Program, run: Run, sche
 
     noise: dict[int, np.ndarray] = {}
     reference_steps: list[np.ndarray] = []
-    from qcgraph.noise import Noise
-    from qcgraph.sampling import Request, guided
-
     source = Noise(0, range(3), spec.latent_shape)
     latent = source.initial()
     request = Request(TorchRunner(program), plan)
@@ -89,8 +88,6 @@ def test_gain_one_is_bit_identical(captured: Program, run: Run) -> None:
 
 def test_the_fit_restores_the_reference_deviation(cached: Program, run: Run) -> None:
     """On the fitting trajectories every unclamped step ends with the standard deviation of full precision."""
-    from qcgraph.calibration import FIRST_INDEX, LatentStatistics, calibration_labels
-
     program = run("calibrate{trajectories=8},fit-compensation{clamp=0.9},insert-compensation", cached)
     reference, plan, spec = (program.facts[kind] for kind in (Reference, StepPlan, ModelSpec))
     statistics = LatentStatistics(len(plan), 2)
@@ -102,6 +99,49 @@ def test_the_fit_restores_the_reference_deviation(cached: Program, run: Run) -> 
     labels = calibration_labels(8, 0, spec)
     sample(TorchRunner(program), plan, spec, labels, 0, first_index=FIRST_INDEX, after_update=after_update)
     np.testing.assert_allclose(statistics.deviations, reference.deviations, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
+def test_the_masked_form_is_its_weighted_least_squares(captured: Program, run: Run, scheduler: str) -> None:
+    """Against numpy's solver, on the first step; later ones follow trajectories that were corrected before."""
+    spec = captured.facts[ModelSpec]
+    program = captured.with_facts(make_step_plan(scheduler, 9, 1.5, spec.schedule, captured.constants_digest))
+    text = "plan-cache{interval=3},insert-cache,calibrate{trajectories=8},fit-compensation{clamp=0.9 form=masked}"
+    fitted = run(text, program)
+    fact, plan = fitted.facts[Compensation], fitted.facts[StepPlan]
+    labels = np.array(calibration_labels(8, 0, spec))
+    noise = Noise(0, range(FIRST_INDEX, FIRST_INDEX + 8), spec.latent_shape)
+    ours = exact = noise.initial()
+    requests = Request(TorchRunner(fitted), plan), Request(TorchRunner(program), program.facts[StepPlan])
+    for index, step in enumerate(plan.steps):
+        update, mean, gain = step.update, np.array(fact.means[index]), np.array(fact.gains[index])
+        ours, exact = (
+            update.latent * latent + update.noise_prediction * guided(request, latent, step, labels, plan, spec)
+            for latent, request in zip((ours, exact), requests, strict=True)
+        )
+        for channel in range(2) if update.noise_prediction else ():
+            target = exact[:, channel].astype(np.float64).ravel()
+            far = np.abs(target) > np.abs(target).mean() / 2
+            root = np.sqrt(np.where(far, 1 + 1 / np.where(far, target, 1) ** 2, 1))
+            d, e = (values[:, channel].astype(np.float64).ravel() - mean[channel] for values in (ours, exact))
+            expected = np.linalg.lstsq((root * d)[:, None], root * e, rcond=None)[0][0]
+            assert gain[channel] == pytest.approx(np.clip(expected, 0.1, 1.9), rel=1e-5)
+        ours = (mean[:, None, None] + gain[:, None, None] * (ours - mean[:, None, None])).astype(np.float32)
+        fresh = np.float32(update.noise) * noise.next() if update.noise else np.float32(0)
+        ours, exact = ours + fresh, exact + fresh
+    assert np.ptp(fact.gains) > 1e-4
+
+
+def test_the_masked_form_of_what_has_not_drifted_is_neutral(captured: Program, run: Run) -> None:
+    program = run("calibrate{trajectories=2},fit-compensation{form=masked}", captured)
+    np.testing.assert_allclose(program.facts[Compensation].gains, 1.0, rtol=0, atol=1e-6)
+
+
+def test_the_masked_form_needs_the_captured_program(cached: Program, run: Run) -> None:
+    calibrated = run("calibrate{trajectories=2}", cached)
+    with pytest.raises(UsageError, match="samples the captured program") as caught:
+        run("fit-compensation{form=masked}", calibrated)
+    assert "form=ratio" in str(caught.value.hint)
 
 
 def test_clamped_gains_are_counted(cached: Program, run: Run) -> None:
