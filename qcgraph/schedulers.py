@@ -24,6 +24,7 @@ from qcgraph.errors import UsageError, closest
 from qcgraph.spec import NoiseSchedule
 from qcgraph.steps import Earlier, Fingerprint, Step, StepPlan, Update
 
+FLOW_SOLVER = "flow-euler"  # the first-order solver of flows, as DDIM is of diffusions
 # How a scheduler is called here -> the diffusers class, and the settings without which its update is not linear.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
@@ -32,8 +33,10 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {}),
     "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
+    FLOW_SOLVER: ("FlowMatchEulerDiscreteScheduler", {}),
 }
-LINEAR_HINT = "ddim, ddpm and dpmsolver++ have linear updates"
+FLOWS: dict[str, dict[str, Any]] = {FLOW_SOLVER: {}, "dpmsolver++": {"use_flow_sigmas": True}}  # those that solve flows
+LINEAR_HINT = "ddim, ddpm and dpmsolver++ have linear updates, flow-euler for flow matching"
 LONGEST_HISTORY = 3  # earlier steps that an update may look back to; each costs two tensors of the latent's size
 TOLERANCE = 1e-6  # relative; probing runs in float64 on coefficients that diffusers keeps in float32
 PROBE_SHAPE = (1, 1, 4, 4)
@@ -84,21 +87,25 @@ def make_scheduler(name: str, schedule: NoiseSchedule) -> Any:
     """The diffusers scheduler of a name in `SCHEDULERS`, made for a noise schedule.
 
     Raises:
-        UsageError: the name is unknown.
+        UsageError: the name is unknown, or the scheduler does not solve what the model predicts.
     """
     if name not in SCHEDULERS:
         raise UsageError(f"unknown scheduler {name!r}", hint=closest(name, SCHEDULERS))
     import diffusers
 
     class_name, settings = SCHEDULERS[name]
-    return getattr(diffusers, class_name)(
-        num_train_timesteps=schedule.train_steps,
-        beta_start=schedule.beta_start,
-        beta_end=schedule.beta_end,
-        beta_schedule=schedule.beta_schedule,
-        prediction_type=schedule.prediction,
-        **settings,
-    )
+    process: dict[str, Any] = {"num_train_timesteps": schedule.train_steps}
+    if schedule.is_flow:
+        if name not in FLOWS:
+            raise UsageError(f"{name} does not solve flows, which this model is", hint=f"take {' or '.join(FLOWS)}")
+        settings = settings | FLOWS[name]
+    else:
+        if name == FLOW_SOLVER:
+            raise UsageError(f"{name} solves flows; this model predicts {schedule.prediction}", hint="take ddim")
+        process |= {key: getattr(schedule, key) for key in ("beta_start", "beta_end", "beta_schedule")}
+    if name != FLOW_SOLVER:
+        process["prediction_type"] = schedule.prediction
+    return getattr(diffusers, class_name)(**process, **settings)
 
 
 def check_compensable(plan: StepPlan) -> None:
@@ -131,7 +138,8 @@ def _probe(name: str, scheduler: Any) -> tuple[Update, ...]:
 
     zero, one = torch.zeros(PROBE_SHAPE, dtype=torch.float64), torch.ones(PROBE_SHAPE, dtype=torch.float64)
     for timestep in scheduler.timesteps:
-        if not torch.equal(copy.deepcopy(scheduler).scale_model_input(one, timestep), one):
+        scale = getattr(copy.deepcopy(scheduler), "scale_model_input", None)
+        if scale is not None and not torch.equal(scale(one, timestep), one):
             raise _refused(name, "it scales the input of the denoiser")
     count = len(scheduler.timesteps)
     walker = copy.deepcopy(scheduler)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 BATCH = "B"  # how the one symbolic dimension, the batch, is called wherever shapes are shown
 OUTPUT = "noise_prediction"  # the first output of every variant that is a step; the others are cache tensors
 MODULATION = "modulation"  # f32[B,M]: the only output of a preparing variant, and an input of the one it prepares
+FLOW = "flow_prediction"
 _PREPARATION = "prepare_"
 
 
@@ -29,7 +30,8 @@ class NoiseSchedule:
         beta_start: first beta.
         beta_end: last beta.
         beta_schedule: ``linear``, ``scaled_linear`` or ``squaredcos_cap_v2``.
-        prediction: what the network predicts: ``epsilon`` or ``v_prediction``.
+        prediction: what the network predicts: ``epsilon``, ``v_prediction``, or ``flow_prediction``, the velocity
+            noise - x0 of a flow x = (1 - s) * x0 + s * noise at timestep s * train_steps, which has no betas.
     """
 
     train_steps: int = 1000
@@ -37,6 +39,11 @@ class NoiseSchedule:
     beta_end: float = 2e-2
     beta_schedule: str = "linear"
     prediction: str = "epsilon"
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the process is a flow (flow matching, rectified flow) rather than a diffusion."""
+        return self.prediction == FLOW
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,11 @@ def test_log_signal_to_noise_is_that_of_the_schedule() -> None:
     assert halves[1] < found[3] < halves[0]
 
 
+def test_log_signal_to_noise_of_a_flow() -> None:
+    found = log_signal_to_noise(NoiseSchedule(prediction="flow_prediction"), [1000.0, 750.0, 500.0, 0.0])
+    assert found == pytest.approx([-np.log(1999), -np.log(3), 0, np.log(1999)])
+
+
 def test_taylor_gain_is_the_slope_in_log_signal_to_noise() -> None:
     times = [-4.0, -3.0, -1.0, 2.0]
     assert taylor_gain(times, 3, [2, 0]) == pytest.approx(3.0 / 3.0)

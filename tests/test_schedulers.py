@@ -13,7 +13,7 @@ import torch
 
 from qcgraph.errors import BundleError, UsageError
 from qcgraph.facts import decode, encode
-from qcgraph.schedulers import SCHEDULERS, check_compensable, make_step_plan
+from qcgraph.schedulers import SCHEDULERS, check_compensable, make_scheduler, make_step_plan
 from qcgraph.spec import NoiseSchedule
 from qcgraph.steps import Fingerprint, Step, StepPlan, Update
 
@@ -54,6 +54,39 @@ def test_the_plan_is_the_scheduler(name: str, prediction: str, steps: int) -> No
         for term, (latent, output) in zip(terms, inputs, strict=False):
             ours = ours + term.latent * latent + term.noise_prediction * output
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["flow-euler", "dpmsolver++"])
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_the_plan_of_a_flow_is_the_scheduler(name: str, steps: int) -> None:
+    schedule = NoiseSchedule(prediction="flow_prediction")
+    plan, scheduler = make_step_plan(name, steps, 1.5, schedule, "model"), make_scheduler(name, schedule)
+    scheduler.set_timesteps(steps)
+    theirs = ours = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for step, timestep in zip(plan.steps, scheduler.timesteps, strict=True):
+        assert step.timestep == float(timestep)
+        theirs = scheduler.step(torch.tanh(theirs) + 0.1, timestep, theirs).prev_sample
+        inputs.insert(0, (ours, torch.tanh(ours) + 0.1))
+        terms = (step.update, *step.update.history)
+        ours = sum(
+            term.latent * latent + term.noise_prediction * output
+            for term, (latent, output) in zip(terms, inputs, strict=False)
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # diffusers works in float32
+    if name == "flow-euler":
+        sigmas = [float(sigma) for sigma in scheduler.sigmas]
+        for step, (sigma, after) in zip(plan.steps, pairwise(sigmas), strict=True):
+            assert step.update.latent == pytest.approx(1)
+            assert step.update.noise_prediction == pytest.approx(after - sigma, rel=1e-5)
+
+
+def test_diffusions_and_flows_have_solvers_of_their_own() -> None:
+    with pytest.raises(UsageError, match="ddim does not solve flows") as caught:
+        make_step_plan("ddim", 10, 1.5, NoiseSchedule(prediction="flow_prediction"), "model")
+    assert "flow-euler" in str(caught.value.hint)
+    with pytest.raises(UsageError, match="this model predicts epsilon"):
+        make_step_plan("flow-euler", 10, 1.5, NoiseSchedule(), "model")
 
 
 @pytest.mark.parametrize(

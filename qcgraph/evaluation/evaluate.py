@@ -17,7 +17,7 @@ from qcgraph.evaluation.metrics import Metric, check_installed, check_samples, c
 from qcgraph.evaluation.rows import Measuring, Row
 from qcgraph.evaluation.scales import ScaleFit, fit_scales
 from qcgraph.evaluation.settings import (
-    CONVERGED,
+    CONVERGED_STEPS,
     Setting,
     Subject,
     compiled,
@@ -95,6 +95,7 @@ class Evaluation:
             they do not interact; None where one of them is not there.
         compensation: how much compensation raises the squared error, dB; None where there is none.
         floors: FID-small and KID between real images.
+        converging: the scheduler of the converged reference.
         converged_samples: how many samples the converged reference has.
         converged_floor: PSNR between the converged reference and itself with half the steps, dB.
         sites: what every quantized site costs, the worst first.
@@ -111,6 +112,7 @@ class Evaluation:
     interaction: Estimate | None
     compensation: Estimate | None
     floors: Mapping[str, float]
+    converging: str
     converged_samples: int
     converged_floor: float | None
     sites: tuple[SiteEffect, ...]
@@ -139,8 +141,8 @@ class Evaluation:
             "compensation_db": asdict(self.compensation) if self.compensation else None,
             "real_floors": dict(self.floors),
             "converged_reference": {
-                "solver": CONVERGED[0],
-                "steps": CONVERGED[1],
+                "solver": self.converging,
+                "steps": CONVERGED_STEPS,
                 "samples": self.converged_samples,
                 "psnr_of_half_the_steps": self.converged_floor,
             },
@@ -207,6 +209,7 @@ class _Run:
             interaction=interaction(self._bootstrap, errors),
             compensation=self._compensation(errors),
             floors=real_floor(judge.features(judge.real), len(self._labels)) if judge else {},
+            converging=self._subject.converging,
             converged_samples=0 if goal is None else len(goal),
             converged_floor=None if goal is None or half is None else measuring.plain_psnr(half, goal),
             sites=sites,
@@ -243,8 +246,8 @@ class _Run:
         """Samples of the converged reference, and those with half the steps."""
         if not any(setting.key == "fewer_steps" and setting.draw for setting in settings):
             return None, None
-        self._progress.note(f"  converged reference: {CONVERGED[1]} and {CONVERGED[1] // 2} steps")
-        affordable = int(MACS / self._subject.macs(CONVERGED[1] * 3 // 2))
+        self._progress.note(f"  converged reference: {CONVERGED_STEPS} and {CONVERGED_STEPS // 2} steps")
+        affordable = int(MACS / self._subject.macs(CONVERGED_STEPS * 3 // 2))
         count = max(1, min(CONVERGED_SAMPLES, affordable))
         labels, seed = self._labels[:count], self._options.noise_seeds[0]
         goal, half = (setting.draw(labels, seed, None) for setting in converged(self._subject) if setting.draw)

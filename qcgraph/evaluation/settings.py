@@ -29,13 +29,13 @@ from qcgraph.origin import captured_origin, find_model
 from qcgraph.progress import Progress
 from qcgraph.runtime import open_runner
 from qcgraph.sampling import AfterUpdate, Array, Runner, sample
-from qcgraph.schedulers import make_step_plan
+from qcgraph.schedulers import FLOW_SOLVER, make_step_plan
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
 Draw = Callable[[Sequence[int], int, AfterUpdate | None], Array]
 
-CONVERGED = ("ddim", 250)  # solver and steps of the reference that both rivals converge to
+CONVERGED_STEPS = 250  # of the reference that both rivals converge to
 RIVAL = "dpmsolver++"
 
 
@@ -92,6 +92,11 @@ class Subject:
     def is_deterministic(self) -> bool:
         """Whether no update adds fresh noise: then other step counts and solvers follow the same trajectory."""
         return not any(step.update.noise for step in self.plan.steps)
+
+    @property
+    def converging(self) -> str:
+        """The first-order solver, which converges to the trajectory that others approximate with fewer steps."""
+        return FLOW_SOLVER if self.spec.schedule.is_flow else "ddim"
 
     @property
     def is_compensated(self) -> bool:
@@ -205,7 +210,7 @@ def rivals(subject: Subject) -> tuple[Setting, ...]:
 
 def converged(subject: Subject) -> tuple[Setting, Setting]:
     """The trajectory that every deterministic sampler approximates, and the same with half the steps."""
-    name, steps = CONVERGED
+    name, steps = subject.converging, CONVERGED_STEPS
     return (
         Setting("converged", f"{steps} steps of {name}", steps, _solving(subject, name, steps), planned=False),
         Setting("half", f"{steps // 2} steps of {name}", steps // 2, _solving(subject, name, steps // 2), False),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qcgraph.errors import UsageError
 from qcgraph.models.loaded import LoadedModel
-from qcgraph.spec import ModelSpec, NoiseSchedule
+from qcgraph.spec import FLOW, ModelSpec, NoiseSchedule
 
 INPUT_NAMES = ("hidden_states", "timestep", "class_labels")
 
@@ -113,6 +113,10 @@ def _read_schedule(path: Path) -> NoiseSchedule:
     default = NoiseSchedule()
     if config.get("trained_betas") is not None:
         raise UsageError("trained_betas are not supported", where=str(path), hint="use a schedule that has a name")
+    if str(config.get("_class_name", "")).startswith("FlowMatch"):
+        if config.get("shift", 1.0) != 1.0 or config.get("use_dynamic_shifting"):
+            raise UsageError("flows with shifted timesteps are not supported", where=str(path), hint="shift must be 1")
+        return NoiseSchedule(config.get("num_train_timesteps", default.train_steps), prediction=FLOW)
     return NoiseSchedule(
         train_steps=config.get("num_train_timesteps", default.train_steps),
         beta_start=config.get("beta_start", default.beta_start),

@@ -13,7 +13,7 @@ from qcgraph.errors import UsageError, closest
 from qcgraph.models.geometry import GEOMETRIES, DiTConfig
 from qcgraph.models.loaded import LoadedModel
 from qcgraph.models.trained_folder import is_trained_folder, load_trained_folder, read_card
-from qcgraph.spec import NoiseSchedule
+from qcgraph.spec import FLOW, NoiseSchedule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "digits"
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-_PREDICTIONS = ("epsilon", "v_prediction")
+_PREDICTIONS = ("epsilon", "v_prediction", FLOW)
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 

@@ -96,12 +96,18 @@ def test_incomplete_weights_are_refused(pipeline: Path) -> None:
         load_model(str(pipeline))
 
 
+def test_a_flow(pipeline: Path) -> None:
+    edit(pipeline / "scheduler" / "scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler", shift=1.0)
+    assert load_model(str(pipeline)).spec.schedule == NoiseSchedule(prediction="flow_prediction")
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
         ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid' is not supported"),
         ({"prediction_type": "sample"}, "prediction 'sample' is not supported"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas are not supported"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "shifted timesteps are not supported"),
     ],
 )
 def test_unsupported_schedule(change: dict[str, object], complaint: str, pipeline: Path) -> None:

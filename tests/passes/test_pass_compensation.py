@@ -15,7 +15,7 @@ from qcgraph.ir.program import Program
 from qcgraph.noise import Noise
 from qcgraph.sampling import Request, guided, sample
 from qcgraph.schedulers import make_step_plan
-from qcgraph.spec import ModelSpec
+from qcgraph.spec import ModelSpec, NoiseSchedule
 from qcgraph.steps import StepPlan
 
 Run = Callable[[str, Program], Program]
@@ -53,11 +53,12 @@ def test_fit_compensation_golden(captured: Program, run: Run, golden_diff: Calla
     golden_diff("fit-compensation", program, run("fit-compensation", program))
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "flow-euler"])
 def test_the_node_equals_correcting_the_latent(captured: Program, run: Run, scheduler: str) -> None:
     """The folded form against x <- mu + K (x - mu) applied by hand to what the denoiser reaches, step by step."""
     spec = captured.facts[ModelSpec]
-    plan = make_step_plan(scheduler, 9, 1.5, spec.schedule, captured.constants_digest)
+    schedule = NoiseSchedule(prediction="flow_prediction") if scheduler == "flow-euler" else spec.schedule
+    plan = make_step_plan(scheduler, 9, 1.5, schedule, captured.constants_digest)
     program = captured.with_facts(plan)
     fact = hand_made(program)
     folded = latents(run("insert-compensation", program.with_facts(fact)))
