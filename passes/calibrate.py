@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import fx
 
-from qcgraph.calibration import FIRST_INDEX, LatentStatistics, calibration_labels, rows
+from qcgraph.calibration import LatentStatistics, rows, sample_calibration
+from qcgraph.effort import affordable, trajectory_macs
 from qcgraph.errors import UsageError
 from qcgraph.facts import Ranges, Reference, SiteRange
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
-from qcgraph.ir.structure import find_sites, total_macs
+from qcgraph.ir.structure import find_sites
 from qcgraph.pipeline import Pass, PassContext
-from qcgraph.sampling import Array, sample
+from qcgraph.sampling import Array
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
@@ -50,7 +51,7 @@ class Calibrate(Pass):
     def run(self, program: Program, context: PassContext) -> Program:
         plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
         computing = plan.steps[0].variant
-        count = self.trajectories or self._affordable(program, computing, plan)
+        count = self.trajectories or affordable(trajectory_macs(program, computing), AUTO_MACS, AUTO_LIMITS)
         if count < 1:
             raise UsageError(f"{count} trajectories", hint="calibration needs at least one")
         full_plan = plan.with_variants([computing] * len(plan))
@@ -85,24 +86,17 @@ class Calibrate(Pass):
 
         spec = program.facts[ModelSpec]
         context.progress.note(f"  calibrate: {count} trajectories, {label}")
-        sample(
+        sample_calibration(
             TorchRunner(program, observer),
             plan,
             spec,
-            calibration_labels(count, self.seed, spec),
+            count,
             self.seed,
             batch=BATCH,
-            first_index=FIRST_INDEX,
             after_update=after_update,
             progress=context.progress,
         )
         return observer
-
-    @staticmethod
-    def _affordable(program: Program, variant: str, plan: StepPlan) -> int:
-        cost = total_macs(find_sites(program.variants[variant])) * len(plan) * plan.halves
-        least, most = AUTO_LIMITS
-        return max(least, min(most, int(AUTO_MACS / cost)))
 
 
 class _RangeObserver:

@@ -8,12 +8,11 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from qcgraph.calibration import FIRST_INDEX, calibration_labels, rows
+from qcgraph.calibration import calibration_labels, calibration_noise, rows
 from qcgraph.errors import UsageError
 from qcgraph.facts import Compensation, QuantPlan, Reference
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
-from qcgraph.noise import Noise
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.sampling import Array, Request, guided
 from qcgraph.schedulers import check_compensable
@@ -56,7 +55,7 @@ class FitCompensation(Pass):
         means, deviations = np.array(reference.means), np.array(reference.deviations)
         count = reference.trajectories
         labels = np.asarray(calibration_labels(count, reference.seed, spec), dtype=np.int64)
-        noise = Noise(reference.seed, range(FIRST_INDEX, FIRST_INDEX + count), spec.latent_shape)
+        noise = calibration_noise(count, reference.seed, spec)
         ours = _Trajectory(program, plan, labels, noise.initial())
         exact = _exact(context, labels, ours.latent) if self.form == "masked" else None
         gains, drifts, clamped = np.ones_like(means), np.ones_like(means), 0

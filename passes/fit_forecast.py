@@ -11,14 +11,14 @@ import numpy.typing as npt
 import torch
 
 from qcgraph.cache_state import State, aged
-from qcgraph.calibration import FIRST_INDEX, calibration_labels
+from qcgraph.calibration import sample_calibration
 from qcgraph.facts import CachePlan, ForecastFit, ForecastStep, Reference
 from qcgraph.forecast import Moments, fit, log_signal_to_noise, table_name, taylor_gain
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.ops import HALVES
 from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pass, PassContext
-from qcgraph.sampling import Array, sample
+from qcgraph.sampling import Array
 from qcgraph.schedule import FULL
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
@@ -56,16 +56,7 @@ class FitForecast(Pass):
         runner = _Fitting(fitted, tables, self.kind)
         count = reference.trajectories
         context.progress.note(f"  fit-forecast: {count} trajectories")
-        sample(
-            runner,
-            plan,
-            spec,
-            calibration_labels(count, reference.seed, spec),
-            reference.seed,
-            batch=count,
-            first_index=FIRST_INDEX,
-            progress=context.progress,
-        )
+        sample_calibration(runner, plan, spec, count, reference.seed, progress=context.progress)
         return fitted.with_facts(ForecastFit(self.kind, tuple(runner.steps)))
 
 

@@ -9,14 +9,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import fx
 
-from qcgraph.calibration import FIRST_INDEX, calibration_labels
+from qcgraph.calibration import sample_calibration
 from qcgraph.facts import CachePlan, QuantPlan, Reference, Requantization, SiteCorrection, SiteQuant
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import quantize_weight
 from qcgraph.ir.structure import find_blocks, find_sites
 from qcgraph.pipeline import Pass, PassContext
-from qcgraph.sampling import Array, sample
+from qcgraph.sampling import Array
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
@@ -49,14 +49,12 @@ class FitRequantization(Pass):
         observer = _Observer(program, chosen)
         context.progress.note(f"  fit-requantization: {count} trajectories, {len(chosen)} sites")
         if chosen:
-            sample(
+            sample_calibration(
                 TorchRunner(program, observer),
                 plan,
                 spec,
-                calibration_labels(count, reference.seed, spec),
+                count,
                 reference.seed,
-                batch=count,
-                first_index=FIRST_INDEX,
                 after_update=observer.next_step,
                 progress=context.progress,
             )

@@ -1,4 +1,4 @@
-"""What calibration passes share: their labels, their noise, and streaming statistics. NumPy only."""
+"""What calibration passes share: their trajectories, and streaming statistics. NumPy only."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qcgraph.noise import Noise
+from qcgraph.progress import Progress
+from qcgraph.sampling import AfterUpdate, Array, Runner, sample
 from qcgraph.spec import ModelSpec
+from qcgraph.steps import StepPlan
 
 FIRST_INDEX = 1_000_000_000  # calibration samples count from here, so that they never share noise with a user's samples
-
-Array = npt.NDArray[np.float32]
 
 
 def calibration_labels(count: int, seed: int, spec: ModelSpec) -> list[int]:
@@ -20,6 +22,47 @@ def calibration_labels(count: int, seed: int, spec: ModelSpec) -> list[int]:
     rounds = -(-count // spec.class_count)
     labels = np.concatenate([generator.permutation(spec.class_count) for _ in range(rounds)])
     return [int(label) for label in labels[:count]]
+
+
+def sample_calibration(
+    runner: Runner,
+    plan: StepPlan,
+    spec: ModelSpec,
+    count: int,
+    seed: int,
+    *,
+    batch: int | None = None,
+    after_update: AfterUpdate | None = None,
+    progress: Progress | None = None,
+) -> Array:
+    """The final latents [N,C,H,W] of calibration trajectories; the same count and seed are the same everywhere.
+
+    Args:
+        runner: the backend.
+        plan: the step plan.
+        spec: what the denoiser is.
+        count: how many trajectories.
+        seed: seeds labels and noise.
+        batch: how many run together; all of them when None.
+        after_update: see `qcgraph.sampling.sample`.
+        progress: reports the steps.
+    """
+    return sample(
+        runner,
+        plan,
+        spec,
+        calibration_labels(count, seed, spec),
+        seed,
+        batch=batch or count,
+        first_index=FIRST_INDEX,
+        after_update=after_update,
+        progress=progress,
+    )
+
+
+def calibration_noise(count: int, seed: int, spec: ModelSpec) -> Noise:
+    """The noise of calibration trajectories, for those that walk them on their own."""
+    return Noise(seed, range(FIRST_INDEX, FIRST_INDEX + count), spec.latent_shape)
 
 
 class LatentStatistics:

@@ -20,11 +20,16 @@ def affordable_trajectories(program: Program) -> int:
     plan, values = program.facts[StepPlan], program.variants[FULL].interface.outputs[1:]
     size = FLOAT_BYTES * sum(prod(dim for dim in value.shape if isinstance(dim, int)) for value in values)
     held = RECORD_BYTES // max(1, size * plan.halves * len(plan))
-    least, most = TRAJECTORY_LIMITS
-    return max(1, min(held, most, max(least, int(RECORD_MACS / trajectory_macs(program)))))
+    return max(1, min(held, affordable(trajectory_macs(program), RECORD_MACS, TRAJECTORY_LIMITS)))
 
 
-def trajectory_macs(program: Program) -> float:
-    """Multiply-accumulates of one trajectory on which every step computes."""
+def affordable(macs: float, limit: float, bounds: tuple[int, int]) -> int:
+    """How many times so many multiply-accumulates fit into a limit, at least and at most so often."""
+    least, most = bounds
+    return max(least, min(most, int(limit / macs)))
+
+
+def trajectory_macs(program: Program, variant: str = FULL) -> float:
+    """Multiply-accumulates of one trajectory on which every step runs a variant."""
     plan = program.facts[StepPlan]
-    return float(total_macs(find_sites(program.variants[FULL]))) * len(plan) * plan.halves
+    return float(total_macs(find_sites(program.variants[variant]))) * len(plan) * plan.halves

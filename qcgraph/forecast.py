@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import product
+from operator import add
 
 import numpy as np
 import torch
@@ -185,9 +187,7 @@ def fit(kind: str, folds: Sequence[Moments], taylor: float, *, values: int) -> F
         taylor: k of the extrapolation (see `taylor_gain`).
         values: how many of the computed values differ; with one there is nothing to extrapolate.
     """
-    every = folds[0]
-    for fold in folds[1:]:
-        every = every + fold
+    every = reduce(add, folds)
     terms = every.cross.shape[1] - 1
     priors = _priors(terms, taylor)
     reuse = _fixed(every, priors[0])
@@ -232,9 +232,6 @@ def _left_out(folds: Sequence[Moments], prior: Sequence[float], ridge: float) ->
     """The error on each fold of what was fitted on the others, summed."""
     total = 0.0
     for index, fold in enumerate(folds):
-        others = [other for place, other in enumerate(folds) if place != index]
-        rest = others[0]
-        for other in others[1:]:
-            rest = rest + other
+        rest = reduce(add, [other for place, other in enumerate(folds) if place != index])
         total += fold.error(rest.ridge(prior, ridge, offset=False))
     return total

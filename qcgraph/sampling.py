@@ -210,7 +210,6 @@ class Sampler:
     Args:
         plan: the step plan.
         noise: the noise of the trajectory, past its initial draw.
-
     """
 
     def __init__(self, plan: StepPlan, noise: Noise) -> None:

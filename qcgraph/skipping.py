@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from qcgraph.cache_state import State
-from qcgraph.calibration import FIRST_INDEX
+from qcgraph.calibration import sample_calibration
 from qcgraph.facts import CachePlan
 from qcgraph.forecast import Products, fit, log_signal_to_noise, taylor_gain
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites, total_macs
 from qcgraph.progress import Progress
-from qcgraph.sampling import Array, guided, sample
+from qcgraph.sampling import Array, guided
 from qcgraph.schedule import FULL, SkipErrors
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
@@ -232,8 +232,7 @@ class Rehearsal:
         recorded, spec = self._trajectories, self._program.facts[ModelSpec]
         plan = self._program.facts[StepPlan].with_variants(schedule)
         runner = _Forecasting(self._program, self._forecaster)
-        labels = [int(label) for label in recorded.labels]
-        final = sample(runner, plan, spec, labels, recorded.seed, batch=len(labels), first_index=FIRST_INDEX)
+        final = sample_calibration(runner, plan, spec, len(recorded.labels), recorded.seed)
         error = float(np.mean(np.square(final - recorded.latents[-1], dtype=np.float64)))
         return error if np.isfinite(error) else float("inf")
 

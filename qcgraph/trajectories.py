@@ -13,11 +13,10 @@ import numpy.typing as npt
 from torch import Tensor
 
 from qcgraph.cache_state import State
-from qcgraph.calibration import FIRST_INDEX, calibration_labels
+from qcgraph.calibration import calibration_labels, calibration_noise
 from qcgraph.errors import UsageError
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
-from qcgraph.noise import Noise
 from qcgraph.progress import Progress
 from qcgraph.sampling import Array, Request, Runner, Sampler, guided, step_inputs
 from qcgraph.schedule import FULL
@@ -83,7 +82,7 @@ def record(program: Program, count: int, seed: int, progress: Progress) -> Traje
     every = plan.with_variants([FULL] * len(plan))
     labels = np.asarray(calibration_labels(count, seed, spec), dtype=np.int64)
     recorder = _Recorder(program)
-    noise = _noise(seed, count, spec)
+    noise = calibration_noise(count, seed, spec)
     request, sampler = Request(recorder, every), Sampler(every, noise)
     latents, predictions = [noise.initial()], []
     for step in progress.track(every.steps, "trajectories"):
@@ -134,7 +133,7 @@ def _continued(program: Program, trajectories: Trajectories, index: int, predict
     """The final latents [N,C,H,W] of trajectories, had step ``index`` predicted this."""
     plan, spec, labels = program.facts[StepPlan], program.facts[ModelSpec], trajectories.labels
     every = plan.with_variants([FULL] * len(plan))
-    noise = _noise(trajectories.seed, len(labels), spec)
+    noise = calibration_noise(len(labels), trajectories.seed, spec)
     noise.initial()
     sampler, runner = Sampler(every, noise), TorchRunner(program)
     for step, latent, known in zip(every.steps[:index], trajectories.latents, trajectories.predictions, strict=False):
@@ -144,10 +143,6 @@ def _continued(program: Program, trajectories: Trajectories, index: int, predict
         prediction = guided(OneStep(runner, step, {}), latent, step, labels, every, spec)
         latent = sampler.update(latent, prediction, step)
     return latent
-
-
-def _noise(seed: int, count: int, spec: ModelSpec) -> Noise:
-    return Noise(seed, range(FIRST_INDEX, FIRST_INDEX + count), spec.latent_shape)
 
 
 class OneStep:

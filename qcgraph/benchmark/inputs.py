@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from qcgraph.benchmark.workspace import INPUTS, Workspace
 from qcgraph.cache_state import State
-from qcgraph.calibration import FIRST_INDEX, calibration_labels
-from qcgraph.sampling import Array, Runner, sample
+from qcgraph.calibration import sample_calibration
+from qcgraph.sampling import Array, Runner
 from qcgraph.spec import is_preparation
 
 Inputs = dict[str, npt.NDArray[np.generic]]
@@ -49,8 +49,7 @@ def write_calibration(workspace: Workspace, path: Path) -> None:
     torch.set_num_threads(workspace.threads)
     plan, spec = workspace.bundle.plan, workspace.model.spec
     recorder = RecordingRunner(EagerRunner(workspace.model))
-    labels = calibration_labels(CALIBRATION_TRAJECTORIES, 0, spec)
-    sample(recorder, plan, spec, labels, 0, batch=len(labels), first_index=FIRST_INDEX)
+    sample_calibration(recorder, plan, spec, CALIBRATION_TRAJECTORIES, 0)
     count = min(CALIBRATION_STEPS, len(plan))
     picked = np.unique(np.linspace(0, len(plan) - 1, count).round().astype(int))
     columns: dict[str, Any] = {name: np.stack([recorder.inputs[index][name] for index in picked]) for name in INPUTS}

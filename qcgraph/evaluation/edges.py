@@ -10,18 +10,19 @@ import numpy.typing as npt
 import torch
 
 from qcgraph.cache_state import State
-from qcgraph.calibration import FIRST_INDEX, calibration_labels
+from qcgraph.calibration import sample_calibration
+from qcgraph.effort import affordable, trajectory_macs
 from qcgraph.evaluation.ablation import is_quantized, without_quantization
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
-from qcgraph.ir.structure import find_sites, total_macs
 from qcgraph.progress import Progress
-from qcgraph.sampling import Array, sample
+from qcgraph.sampling import Array
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
 TRAJECTORIES = 8  # fewer for large models
 MACS = 1e12  # multiply-accumulates that they may cost, about half a minute on two cores
+PROGRAMS = 2  # run on every step: float and quantized
 LEAST_SNR = 0.0  # dB; below, the cache carries more noise than it leaves out change
 
 
@@ -66,12 +67,10 @@ def measure_edges(program: Program, origin: Program, seed: int, progress: Progre
     if not is_quantized(program) or len(plan.variants) < 2:
         return ()
     exact = without_quantization(program, origin)
-    cost = total_macs(find_sites(origin.variants["main"])) * len(plan) * 4
-    count = int(np.clip(MACS // cost, 1, TRAJECTORIES))
+    count = affordable(PROGRAMS * trajectory_macs(origin, "main"), MACS, (1, TRAJECTORIES))
     progress.note(f"measuring the cached edges on {count} trajectories")
     runner = _Comparing(exact, program, plan)
-    labels = calibration_labels(count, seed, spec)
-    sample(runner, plan, spec, labels, seed, batch=count, first_index=FIRST_INDEX, progress=progress)
+    sample_calibration(runner, plan, spec, count, seed, progress=progress)
     return runner.edges()
 
 
