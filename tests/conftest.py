@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from qcgraph.benchmark.machine import usable_cores
 from qcgraph.capture import capture
 from qcgraph.ir.program import Program
 from qcgraph.models import LoadedModel
@@ -22,9 +24,24 @@ from qcgraph.spec import ModelSpec
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 9
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers and the commands they start share the cores: PyTorch's threads wait for one another, and take tens of
+    # times longer where two of them have to share one.
+    _threads = max(1, usable_cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ["OMP_NUM_THREADS"] = str(_threads)
+    torch.set_num_threads(_threads)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regenerate-golden", action="store_true", help="write the golden texts instead of comparing")
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """PyTorch has as many threads after a test as before it: commands set them for the whole process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

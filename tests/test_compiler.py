@@ -41,9 +41,11 @@ LABELS = list(range(10)) * 2
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """digits as the README compiles it, with fewer steps."""
-    path = tmp_path_factory.mktemp("compiled") / "digits"
-    assert run(["compile", "digits", "-o", str(path), *OPTIONS.split()]) == 0
+    """digits as the README compiles it, with fewer steps and fewer trajectories to calibrate on."""
+    folder = tmp_path_factory.mktemp("compiled")
+    recipe, path = folder / "few.toml", folder / "digits"
+    recipe.write_text("[calibration]\ntrajectories = 8\n")
+    assert run(["compile", "digits", "-o", str(path), "--recipe", str(recipe), *OPTIONS.split()]) == 0
     return Bundle.open(path)
 
 
@@ -176,6 +178,7 @@ def test_a_bundle_can_be_moved_and_verified(bundle: Bundle, tmp_path: Path) -> N
     assert all(check.passed for check in checks)
 
 
+@pytest.mark.slow
 def test_the_loaded_denoiser_runs_in_a_diffusers_loop(unquantized: Bundle) -> None:
     """A host that knows diffusers only: its scheduler, its guidance, our denoiser; the images are those of `sample`."""
     from diffusers import DDIMScheduler
@@ -314,7 +317,7 @@ def test_a_multistep_solver(tmp_path: Path) -> None:
     """Compiled, judged and drawn without diffusers: close to what diffusers draws with the model itself."""
     options = ["--scheduler", "dpmsolver++", "--steps", "20", "--bits", "w8a8", "--cache", "interval=2"]
     assert run(["compile", "digits", "-o", str(tmp_path / "digits"), *options]) == 0
-    assert run(["eval", str(tmp_path / "digits"), "--samples", "32", "--seeds", "1", "--metrics", "psnr"]) == 0
+    assert run(["eval", str(tmp_path / "digits"), "--samples", "16", "--seeds", "1", "--metrics", "psnr"]) == 0
     bundle, model = Bundle.open(tmp_path / "digits"), load_model("digits")
     expected = sample_with("dpmsolver++", 20, 1.5, EagerRunner(model), model.spec, LABELS, 5)
     error = draw(bundle, "onnxruntime") - expected
@@ -336,7 +339,7 @@ def test_every_way_to_cache(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], cache: dict[str, str], bits: str, variants: set[str] | None
 ) -> None:
     """Compiled, verified again from the bundle, drawn by both backends, and read by the command line."""
-    recipe = Recipe.model_validate({"cache": cache}).override(steps=6, bits=bits)
+    recipe = Recipe.model_validate({"cache": cache, "calibration": {"trajectories": 4}}).override(steps=6, bits=bits)
     result = compile_model("digits", recipe, tmp_path / "digits")
     bundle = result.bundle
     assert bundle is not None

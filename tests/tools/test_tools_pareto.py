@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from qcgraph.recipe import Recipe
+
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 PNG = b"\x89PNG"
-SMALL = ("--steps", 6, "--samples", 64, "--seeds", 1, "--budgets", 0.5, "--rounds", 1, "--threads", 1, "--bits", "off")
+SMALL = ("--steps", 6, "--samples", 16, "--seeds", 1, "--budgets", 0.5, "--rounds", 1, "--threads", 1, "--bits", "off")
 
 
 def tool(name: str, *arguments: object, folder: Path) -> str:
@@ -82,18 +84,56 @@ def test_stored_documents_are_put_together_and_ranked(tmp_path: Path, monkeypatc
     assert (tmp_path / "figure.png").read_bytes().startswith(PNG)
 
 
+def test_every_method_has_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A uniform cache of every third step, or what costs as much: a share of 0.4, or the four steps of ten."""
+    monkeypatch.syspath_prepend(TOOLS)
+    methods = importlib.import_module("pareto").METHODS
+    base = Recipe().override(steps=10, bits="w6a6")
+    recipes = {key: method.recipe(base, 3, 0.4) for key, method in methods.items()}
+    fewer = base.override(steps=4)
+    ours = base.override(cache="budget=0.400000", forecast="affine")
+    halved = ours.model_copy(update={"cache": ours.cache.model_copy(update={"blocks": "all+guidance"})})
+    expected = {
+        "steps": fewer,
+        "solver": fewer.override(scheduler="dpmsolver++"),
+        "reuse": base.override(cache="interval=3", forecast="reuse"),
+        "dps": base.override(cache="dps=3", forecast="reuse"),
+        "dec": base.override(cache="dps=3", forecast="dec"),
+        "taylor": base.override(cache="interval=3", forecast="taylor"),
+        "affine": base.override(cache="interval=3", forecast="affine"),
+        "planned-taylor": base.override(cache="budget=0.400000", forecast="taylor"),
+        "ours": ours,
+        "ours-vc": ours.override(compensate="vc"),
+        "ours-guidance": halved,
+    }
+    assert recipes == expected
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "kept"), [("ddim", ["solver", "steps", "ours-vc", "ours"]), ("dpmsolver++", ["steps", "ours"])]
+)
+def test_a_multistep_solver_is_its_own_rival(monkeypatch: pytest.MonkeyPatch, scheduler: str, kept: list[str]) -> None:
+    """And compensation does not fit it."""
+    monkeypatch.syspath_prepend(TOOLS)
+    asked = ["digits", "--scheduler", scheduler, "--methods", "solver", "steps", "ours-vc", "ours"]
+    monkeypatch.setattr(sys, "argv", ["pareto.py", *asked])
+    assert importlib.import_module("pareto").parse().methods == kept
+
+
 @pytest.mark.slow
 def test_methods_are_compared_at_equal_cost(tmp_path: Path) -> None:
-    asked = ["digits", *SMALL, "--methods", "steps", "taylor", "ours", "--bundles", "bundles", "--json"]
+    asked = ["digits", *SMALL, "--methods", "steps", "reuse", "ours", "solver", "--scheduler", "dpmsolver++"]
+    asked += ["--bundles", "bundles", "--json"]
     found = json.loads(tool("pareto.py", *asked, "--no-latency", folder=tmp_path))
+    assert found["scheduler"] == "dpmsolver++"
     cells = {cell["method"]: cell for cell in found["cells"]}
-    assert list(cells) == ["every", "steps", "taylor", "ours"]
+    assert list(cells) == ["every", "steps", "reuse", "ours"]
     assert (cells["every"]["budget"], cells["every"]["cost"]) == (1.0, 6.0)
     assert cells["every"]["converged_psnr"] > cells["steps"]["converged_psnr"]
     assert cells["steps"]["cost"] == 3.0
-    assert cells["taylor"]["schedule"].startswith("FRFRFR ")
+    assert cells["reuse"]["schedule"].startswith("FRFRFR ")
     assert cells["ours"]["schedule"].split()[0].count("F") == 3
-    assert cells["ours"]["cost"] == cells["taylor"]["cost"] == pytest.approx(3, rel=0.01)
+    assert cells["ours"]["cost"] == cells["reuse"]["cost"] == pytest.approx(3, rel=0.01)
     behind = {key: cell["behind_db"]["value"] for key, cell in cells.items() if key != "every"}
     assert min(behind.values()) == 0
     for key, value in behind.items():
@@ -104,14 +144,6 @@ def test_methods_are_compared_at_equal_cost(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in compiled} == compiled
     assert [cell["schedule"] for cell in timed["cells"]] == [cell["schedule"] for cell in found["cells"]]
     assert all(cell["sampling_ms"]["median"] > 0 and "psnr" not in cell for cell in timed["cells"])
-
-
-@pytest.mark.slow
-def test_a_multistep_solver_is_its_own_rival(tmp_path: Path) -> None:
-    asked = ["digits", *SMALL, "--scheduler", "dpmsolver++", "--methods", "solver", "steps", "ours-vc"]
-    found = json.loads(tool("pareto.py", *asked, "--only-latency", "--json", folder=tmp_path))
-    assert [(cell["method"], cell["cost"]) for cell in found["cells"]] == [("every", 6.0), ("steps", 3.0)]
-    assert found["scheduler"] == "dpmsolver++"
 
 
 @pytest.mark.slow
