@@ -41,7 +41,7 @@ class FollowPlan(Pass):
                 raise UsageError(
                     f"the plan has timestep {timestep:g} in the mode {mode}, which this compilation has not",
                     hint=f"it has {', '.join(known)}; blocks in [cache] of the recipe names a range for each that "
-                    "reuses, 0..3+0..5 for example: give those that the plan was made with",
+                    "reuses, 0..3+0..5 for example, and guidance for conditional: give those that it was made with",
                 )
         if FULL not in program.variants:
             context.refuse("step plan", "no variant reuses, so every step computes")

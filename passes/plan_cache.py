@@ -15,13 +15,12 @@ from qcgraph.ir.graph import Variant, spec_of
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import Block, cached_node, find_blocks, find_branches
 from qcgraph.pipeline import Pass, PassContext
-from qcgraph.schedule import FULL, spread, uniform
+from qcgraph.schedule import CONDITIONAL, FULL, spread, uniform
 from qcgraph.steps import StepPlan
 
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 HISTORIES = range(1, 4)
 FLOAT_BYTES = 4
-CONDITIONAL = "conditional"  # the variant that computes one half of guidance
 
 
 @dataclass(frozen=True)

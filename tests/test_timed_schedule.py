@@ -18,7 +18,8 @@ def timesteps(scheduler: str, steps: int) -> tuple[float, ...]:
 
 
 def letters(modes: tuple[str, ...]) -> str:
-    return "".join("F" if mode == "full" else mode.removeprefix("reuse").removeprefix("_") or "R" for mode in modes)
+    words = {"full": "F", "conditional": "C"}
+    return "".join(words.get(mode) or mode.removeprefix("reuse").removeprefix("_") or "R" for mode in modes)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,7 @@ def letters(modes: tuple[str, ...]) -> str:
     [
         ("0:F", ((0.0,), "F")),
         ("980-20:FRR", ((980.0, 960.0, 940.0), "FRR")),
+        ("980-20:FCR", ((980.0, 960.0, 940.0), "FCR")),
         ("999-50:FR+900-1:R2", ((999.0, 949.0, 900.0, 899.0), "FRR2")),
         ("999.5-0.25:F1", ((999.5, 999.25), "F1")),
         ("500-100:FR+7:F", ((500.0, 400.0, 7.0), "FRF")),

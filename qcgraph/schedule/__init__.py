@@ -6,11 +6,12 @@ knows its steps by their timestep values, and carries over to other steps.
 """
 
 from qcgraph.schedule.climbing import climb
-from qcgraph.schedule.planner import FULL, Mode, Schedule, SkipErrors, expected_error, plan
+from qcgraph.schedule.planner import CONDITIONAL, FULL, Mode, Schedule, SkipErrors, expected_error, plan
 from qcgraph.schedule.spacing import dps, even, spread, uniform
 from qcgraph.schedule.timed import TimedSchedule
 
 __all__ = [
+    "CONDITIONAL",
     "FULL",
     "Mode",
     "Schedule",

@@ -18,6 +18,7 @@ from qcgraph.errors import UsageError, closest
 from qcgraph.schedule.search import SLACK, Prices, least_ticks, search
 
 FULL = "full"  # the name of a step that computes
+CONDITIONAL = "conditional"  # the name of a step that computes one half of guidance
 
 Array = npt.NDArray[np.float64]
 

@@ -11,13 +11,15 @@ from itertools import pairwise
 import numpy as np
 
 from qcgraph.errors import UsageError, closest
-from qcgraph.schedule.planner import FULL
+from qcgraph.schedule.planner import CONDITIONAL, FULL
 
-MODES = {"F": FULL, "R": "reuse"} | {str(number): f"reuse_{number}" for number in range(1, 10)}  # as plan-cache names
+# As plan-cache names them.
+MODES = {"F": FULL, "R": "reuse", "C": CONDITIONAL} | {str(number): f"reuse_{number}" for number in range(1, 10)}
 _LETTERS = {mode: letter for letter, mode in MODES.items()}
-_RUN = re.compile(r"(?P<first>\d+(?:\.\d+)?)(?:-(?P<spacing>\d+(?:\.\d+)?))?:(?P<letters>[FR1-9]+)")
+_RUN = re.compile(r"(?P<first>\d+(?:\.\d+)?)(?:-(?P<spacing>\d+(?:\.\d+)?))?:(?P<letters>[FRC1-9]+)")
 TEXT_HINT = (
-    "980-20:FRR+900-30:FR is timesteps 980, 960, 940, then 900, 870; F computes, R reuses, 1 .. 9 reuse a later range"
+    "980-20:FRR+900-30:FR is timesteps 980, 960, 940, then 900, 870; F computes, R reuses, 1 .. 9 reuse a later range, "
+    "C computes the conditional half"
 )
 
 
@@ -27,7 +29,8 @@ class TimedSchedule:
 
     Attributes:
         timesteps: the timestep values of the steps, falling.
-        modes: what each of them does: ``full`` computes, ``reuse``, ``reuse_1`` .. ``reuse_9`` reuse.
+        modes: what each of them does: ``full`` computes, ``reuse``, ``reuse_1`` .. ``reuse_9`` reuse,
+            ``conditional`` computes the conditional half.
 
     Raises:
         UsageError: there is no step, the timesteps do not fall, a mode is unknown, or the first step does not compute.

@@ -118,6 +118,14 @@ def test_the_planner_takes_it_where_it_pays(run: Run) -> None:
     assert 0 < errors["all+guidance"] < errors["all"]
 
 
+def test_a_plan_that_takes_it_is_followed(captured: Program, run: Run) -> None:
+    text = "plan-cache{interval=2 blocks=all+guidance},insert-cache,follow-plan{plan=888-111:FCRFRCFCR}"
+    assert run(text, captured).facts[StepPlan].schedule().startswith("FCRFRCFCR ")
+    with pytest.raises(UsageError, match="the mode conditional, which this compilation has not") as caught:
+        run(text.replace("+guidance", ""), captured)
+    assert "guidance for conditional" in str(caught.value.hint)
+
+
 def test_quantized_in_onnx_runtime(captured: Program, run: Run, tmp_path: Path) -> None:
     program = run(
         "plan-cache{interval=2 blocks=guidance},insert-cache,calibrate{trajectories=4},group-timesteps{groups=2},"
