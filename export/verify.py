@@ -26,7 +26,7 @@ from qcgraph.export.targets import Target
 from qcgraph.facts import QuantPlan
 from qcgraph.ir.ops import HALVES
 from qcgraph.ir.program import Program
-from qcgraph.ir.structure import find_sites, total_macs
+from qcgraph.ir.structure import find_sites, macs_by_variant
 from qcgraph.progress import Progress
 from qcgraph.spec import Interface, ModelSpec, preparation
 from qcgraph.steps import Step, StepPlan
@@ -239,7 +239,7 @@ def _steps(program: Program, variant: str) -> list[Step]:
 
 def _macs(program: Program) -> int:
     """Multiply-accumulates of the largest variant for a batch of one; it is also what makes the others' caches."""
-    return max(total_macs(find_sites(variant)) for variant in program.variants.values())
+    return max(macs_by_variant(program.variants).values())
 
 
 def _inputs(

@@ -54,7 +54,7 @@ class Calibrate(Pass):
         count = self.trajectories or affordable(trajectory_macs(program, computing), AUTO_MACS, AUTO_LIMITS)
         if count < 1:
             raise UsageError(f"{count} trajectories", hint="calibration needs at least one")
-        full_plan = plan.with_variants([computing] * len(plan))
+        full_plan = plan.throughout(computing)
         latents = LatentStatistics(len(plan), spec.latent_shape[0])
         full = self._observe(program, full_plan, count, context, "full precision", latents)
         if not np.isfinite(latents.means).all():

@@ -94,7 +94,7 @@ class HoistAdaln(Pass):
         (made,), (spec,) = returned_nodes(preparing.graph), preparing.interface.outputs
         _read_batch_of(editor, "latent")
         modulation = editor.input(spec, like=made.meta["val"], source=first)
-        with editor.before(next(node for node in editor.graph.nodes if node.op == "call_function")):
+        with editor.before(editor.first_call):
             parts = editor.call(aten.split_with_sizes.default, modulation, widths, 1, source=first, top_level=True)
             for index, node in enumerate(cut):
                 original = editor.node(node.name)

@@ -101,7 +101,7 @@ class InsertCache(Pass):
         editor = GraphEditor(main, program.constants, self.name)
         inputs = {node.target: node for node in editor.graph.nodes if node.op == "placeholder"}
         batched = [inputs[spec.name] for spec in main.interface.inputs if spec.shape[:1] == (BATCH,)]
-        with editor.before(next(node for node in editor.graph.nodes if node.op == "call_function")):
+        with editor.before(editor.first_call):
             for node in batched:
                 half = editor.call(ops.conditional_half.default, node, source=node, top_level=True)
                 node.replace_all_uses_with(half, delete_user_cb=lambda user, half=half: user is not half)

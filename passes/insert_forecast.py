@@ -67,13 +67,9 @@ def _half(editor: GraphEditor, null_class: int) -> fx.Node:
     """Which half of guidance each sample is, i64[B]: the unconditional one has the null class."""
     latent = next(node for node in editor.graph.nodes if node.op == "placeholder")
     labels = editor.input(TensorSpec("class_label", "i64", (BATCH,)), latent.meta["val"][:, 0, 0, 0].long(), latent)
-    with editor.before(_first(list(_calls(editor.graph)), editor.graph)):
+    with editor.before(editor.first_call):
         null = editor.call(aten.eq.Scalar, labels, null_class, source=labels, top_level=True)
         return editor.call(aten.to.dtype, null, torch.int64, source=labels, name="half", top_level=True)
-
-
-def _calls(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.op == "call_function"]
 
 
 def _first(nodes: list[fx.Node], graph: fx.Graph) -> fx.Node:

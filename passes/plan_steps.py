@@ -13,7 +13,7 @@ from qcgraph.effort import RECORD_MACS, affordable_trajectories, trajectory_macs
 from qcgraph.errors import UsageError
 from qcgraph.facts import CachePlan, SchedulePlan
 from qcgraph.ir.program import Program
-from qcgraph.ir.structure import find_sites, total_macs
+from qcgraph.ir.structure import macs_by_variant
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.progress import Progress
 from qcgraph.schedule import FULL, Mode, climb, dps, expected_error, plan
@@ -81,7 +81,8 @@ class PlanSteps(Pass):
             context.refuse("step plan", "no variant reuses, so every step computes")
             return program.with_facts(SchedulePlan(self.strategy, {}, False, 1.0, None, None))
         measure = context.costs if self.measured else None
-        costs = measure(program) if measure else mac_costs(program)
+        arithmetic = {name: float(macs) for name, macs in macs_by_variant(program.variants).items()}
+        costs = measure(program) if measure else arithmetic
         relative = {name: rounded(cost / costs[FULL]) for name, cost in costs.items()}
         count = self.trajectories or affordable_trajectories(program)
         trajectories = record(program, count, self.seed, context.progress)
@@ -144,8 +145,3 @@ def differences(trajectories: Trajectories) -> np.ndarray[tuple[int, int], np.dt
 def rounded(ratio: float) -> float:
     """A ratio of costs rounded up, so that the noise of a measurement does not change the plan."""
     return math.ceil(ratio * COST_STEPS) / COST_STEPS
-
-
-def mac_costs(program: Program) -> dict[str, float]:
-    """Multiply-accumulates of every variant."""
-    return {name: float(total_macs(find_sites(variant))) for name, variant in program.variants.items()}

@@ -24,7 +24,7 @@ from qcgraph.facts import Compensation, QuantPlan, Ranges, Rehearsed
 from qcgraph.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
-from qcgraph.ir.structure import find_sites, total_macs
+from qcgraph.ir.structure import find_sites, macs_by_variant, total_macs
 from qcgraph.models import LoadedModel, load_model
 from qcgraph.origin import SOURCE
 from qcgraph.pipeline import Instrument, Pipeline
@@ -277,7 +277,7 @@ def _report(
 ) -> dict[str, Any]:
     """The summary of a compilation, as JSON data."""
     plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
-    macs = {name: total_macs(find_sites(variant)) for name, variant in program.variants.items()}
+    macs = macs_by_variant(program.variants)
     sites = find_sites(captured.variants["main"])
     quantized, compensation = program.facts.get(QuantPlan), program.facts.get(Compensation)
     return {

@@ -154,6 +154,10 @@ class StepPlan:
             steps=tuple(replace(step, variant=name) for step, name in zip(self.steps, variants, strict=True)),
         )
 
+    def throughout(self, variant: str) -> StepPlan:
+        """This plan with one variant at all steps."""
+        return self.with_variants([variant] * len(self))
+
     def with_groups(self, groups: Sequence[int]) -> StepPlan:
         """This plan with another timestep group at each step."""
         return replace(

@@ -79,7 +79,7 @@ def record(program: Program, count: int, seed: int, progress: Progress) -> Traje
         UsageError: their latents are not finite.
     """
     plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
-    every = plan.with_variants([FULL] * len(plan))
+    every = plan.throughout(FULL)
     labels = np.asarray(calibration_labels(count, seed, spec), dtype=np.int64)
     recorder = _Recorder(program)
     noise = calibration_noise(count, seed, spec)
@@ -132,7 +132,7 @@ def weights(
 def _continued(program: Program, trajectories: Trajectories, index: int, prediction: Array) -> Array:
     """The final latents [N,C,H,W] of trajectories, had step ``index`` predicted this."""
     plan, spec, labels = program.facts[StepPlan], program.facts[ModelSpec], trajectories.labels
-    every = plan.with_variants([FULL] * len(plan))
+    every = plan.throughout(FULL)
     noise = calibration_noise(len(labels), trajectories.seed, spec)
     noise.initial()
     sampler, runner = Sampler(every, noise), TorchRunner(program)

@@ -52,7 +52,7 @@ def first_step(plan: StepPlan) -> StepPlan:
 
 def single_variant(plan: StepPlan) -> StepPlan:
     """The same steps for a baseline."""
-    return plan.with_variants([FORWARD] * len(plan))
+    return plan.throughout(FORWARD)
 
 
 def counted(calls: Sequence[Call]) -> tuple[Call, ...]:

@@ -105,7 +105,7 @@ def float_weight(site: QuantizedSite, model: Program, shape: tuple[int, ...]) ->
 
 def every_step_computes(plan: StepPlan) -> StepPlan:
     """The plan without its cache; a step that reused stays in the timestep group of the last computing step."""
-    return plan.with_variants([plan.steps[0].variant] * len(plan))
+    return plan.throughout(plan.steps[0].variant)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qcgraph.effort import affordable
 from qcgraph.errors import UsageError
 from qcgraph.evaluation.bootstrap import LEVEL, Bootstrap, Estimate
 from qcgraph.evaluation.faults import Fault, error_ratio, find_faults, uncompensated
@@ -178,8 +179,8 @@ class _Run:
         judged = any(metric.judged for metric in self._metrics)
         self._judge = make_judge() if judged and make_judge is not None else None
         needed = check_samples(self._metrics, options.samples, self._judge.feature_count if self._judge else 0)
-        affordable = int(MACS / (subject.macs(len(subject.plan)) * options.seeds))
-        samples = options.samples or max(needed, min(SAMPLES, affordable))
+        macs = subject.macs(len(subject.plan)) * options.seeds
+        samples = options.samples or affordable(macs, MACS, (needed, SAMPLES))
         pin_threads(subject.threads)
         self._subject, self._options, self._progress = subject, options, progress
         self._labels = [index % subject.spec.class_count for index in range(samples)]
@@ -247,8 +248,7 @@ class _Run:
         if not any(setting.key == "fewer_steps" and setting.draw for setting in settings):
             return None, None
         self._progress.note(f"  converged reference: {CONVERGED_STEPS} and {CONVERGED_STEPS // 2} steps")
-        affordable = int(MACS / self._subject.macs(CONVERGED_STEPS * 3 // 2))
-        count = max(1, min(CONVERGED_SAMPLES, affordable))
+        count = affordable(self._subject.macs(CONVERGED_STEPS * 3 // 2), MACS, (1, CONVERGED_SAMPLES))
         labels, seed = self._labels[:count], self._options.noise_seeds[0]
         goal, half = (setting.draw(labels, seed, None) for setting in converged(self._subject) if setting.draw)
         return goal, half

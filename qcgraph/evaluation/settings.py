@@ -22,7 +22,7 @@ from qcgraph.export.targets import Target, target_named
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program
-from qcgraph.ir.structure import find_sites, total_macs
+from qcgraph.ir.structure import find_sites, macs_by_variant, total_macs
 from qcgraph.models import LoadedModel
 from qcgraph.models.eager import EagerRunner
 from qcgraph.origin import captured_origin, find_model
@@ -109,7 +109,7 @@ class Subject:
 
     def cost(self, plan: StepPlan) -> float:
         """Multiply-accumulates of sampling with a plan, in steps of the model."""
-        macs = {name: total_macs(find_sites(variant)) for name, variant in self.program.variants.items()}
+        macs = macs_by_variant(self.program.variants)
         whole = total_macs(find_sites(self.origin.variants["main"]))
         unknown = [step.variant for step in plan.steps if step.variant not in macs]
         if unknown:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from qcgraph.effort import affordable
 from qcgraph.evaluation.ablation import (
     dequantized_weight,
     float_weight,
@@ -96,7 +97,7 @@ def _probes(
     """A few steps of the full-precision trajectory, every second sample unconditional."""
     plan, spec = subject.plan, subject.spec
     cost = total_macs(find_sites(subject.origin.variants["main"])) * (sites + 1) * STEPS
-    count = int(np.clip(MACS // cost, 1, min(SAMPLES, len(labels))))
+    count = affordable(cost, MACS, (1, min(SAMPLES, len(labels))))
     initial = Noise(seed, range(count), spec.latent_shape).initial()
     latents = [initial, *(latent[:count] for latent in trajectory.latents)]
     classes = [label if index % 2 == 0 else spec.null_class for index, label in enumerate(labels[:count])]

@@ -36,6 +36,11 @@ class GraphEditor:
         """The node of this name in the copy."""
         return next(node for node in self.graph.nodes if node.name == name)
 
+    @property
+    def first_call(self) -> fx.Node:
+        """The first node that computes: what all of them use goes before it. The output where none does."""
+        return next(node for node in self.graph.nodes if node.op in ("call_function", "output"))
+
     def call(
         self, target: Any, *args: Any, source: fx.Node, name: str | None = None, top_level: bool = False
     ) -> fx.Node:
@@ -77,7 +82,7 @@ class GraphEditor:
                 return node
         if name not in self._constants:
             self.new_constants[name] = value
-        with self.graph.inserting_before(self._first_call()):
+        with self.graph.inserting_before(self.first_call):
             node = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
         self._stamp(node, self._fake_mode.from_tensor(value, static_shapes=True), source)
         return node
@@ -125,9 +130,6 @@ class GraphEditor:
         node.meta["origin"] = Origin(self._made_by, source.name)
         if "nn_module_stack" in source.meta and not top_level:
             node.meta["nn_module_stack"] = source.meta["nn_module_stack"]
-
-    def _first_call(self) -> fx.Node:
-        return next(node for node in self.graph.nodes if node.op in ("call_function", "output"))
 
 
 def with_edits(program: Program, edits: Mapping[str, GraphEditor]) -> Program:

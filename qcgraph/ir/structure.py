@@ -257,6 +257,11 @@ def _size(dim: int | torch.SymInt) -> int:
     return int(expression.subs(dict.fromkeys(expression.free_symbols, PAIR)))
 
 
+def macs_by_variant(variants: Mapping[str, Variant]) -> dict[str, int]:
+    """Multiply-accumulates of every variant, for each sample of the batch."""
+    return {name: total_macs(find_sites(variant)) for name, variant in variants.items()}
+
+
 def total_macs(sites: Iterable[Site]) -> int:
     """Multiply-accumulates of all sites for a batch of one."""
     return sum(site.macs for site in sites)

@@ -12,7 +12,8 @@ from qcgraph.effort import affordable_trajectories
 from qcgraph.errors import UsageError
 from qcgraph.facts import CachePlan, SchedulePlan
 from qcgraph.ir.program import Program
-from qcgraph.passes.plan_steps import differences, mac_costs, rounded
+from qcgraph.ir.structure import macs_by_variant
+from qcgraph.passes.plan_steps import differences, rounded
 from qcgraph.pipeline import Pipeline
 from qcgraph.progress import Progress
 from qcgraph.schedule import dps
@@ -45,7 +46,7 @@ def test_plan_steps_golden(split: Program, run: Run, golden_diff: Callable[..., 
 @pytest.mark.parametrize("budget", [0.3, 0.45, 0.7, 1.0])
 def test_the_budget_is_kept_and_used(two_modes: Program, run: Run, budget: float) -> None:
     program = run(f"plan-steps{{budget={budget} trajectories=2}}", two_modes)
-    macs, schedule, fact = mac_costs(two_modes), names(program), program.facts[SchedulePlan]
+    macs, schedule, fact = macs_by_variant(two_modes.variants), names(program), program.facts[SchedulePlan]
     spent = sum(macs[name] for name in schedule) / macs["full"] / len(schedule)
     assert schedule[0] == "full"
     assert spent <= fact.spent <= budget
