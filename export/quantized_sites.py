@@ -131,20 +131,21 @@ class CutSites:
         self._leaving: dict[str, str] = {}  # site -> output of the cut graph
         self._entering: dict[str, str] = {}  # node of the program -> input of the cut graph
         products = _products(model.graph)
-        inputs: dict[ir.Node, ir.Value] = {}
+        inputs: dict[tuple[ir.Node, ...], ir.Value] = {}
         outputs: list[ir.Value] = []
         for index, site in enumerate(sites):
             product = products[site.codes].pop(0) if products.get(site.codes) else None
-            first, last = (_first(product), _last(product)) if product is not None else (None, None)
-            if first is None or last is None:
+            readers, last = (_readers(product), _last(product)) if product is not None else ((), None)
+            if not readers or last is None:
                 raise VerificationError(
                     "the exported graph has no product of a quantized activation with its weight codes",
                     where=f"{path.name}, {site.name}",
                 )
-            if first not in inputs:
-                inputs[first] = ir.Value(name=f"entering_{index}", type=ir.TensorType(ir.DataType.FLOAT))
-                first.replace_input_with(0, inputs[first])
-            self._entering[site.entering] = str(inputs[first].name)
+            if readers not in inputs:
+                inputs[readers] = ir.Value(name=f"entering_{index}", type=ir.TensorType(ir.DataType.FLOAT))
+                for reader in readers:
+                    reader.replace_input_with(0, inputs[readers])
+            self._entering[site.entering] = str(inputs[readers].name)
             output = last.outputs[0]
             output.type = ir.TensorType(ir.DataType.FLOAT)
             outputs.append(output)
@@ -180,14 +181,28 @@ def _products(graph: ir.Graph) -> dict[str, list[ir.Node]]:
     return found
 
 
-def _first(product: ir.Node) -> ir.Node | None:
-    """The node that the floating-point activation of a product enters: its quantize, or the clip before; or None."""
+def _readers(product: ir.Node) -> tuple[ir.Node, ...]:
+    """The nodes that take the floating-point activation of a product, as their first input, to quantize it.
+
+    One reads it where there is one region: the quantize, or the clip before it. With two, each rounds its own values,
+    and they are added before the quantize.
+    """
     maker = _maker(product.inputs[0])
     quantize = _maker(maker.inputs[0]) if maker is not None and maker.op_type == "DequantizeLinear" else maker
     if quantize is None or quantize.op_type != "QuantizeLinear":
-        return None
+        return ()
     before = _maker(quantize.inputs[0])
-    return before if before is not None and before.op_type == "Clip" else quantize
+    if before is None or before.op_type not in ("Clip", "Add"):
+        return (quantize,)
+    if before.op_type == "Clip":
+        return (before,)
+    above, below = (_maker(value) for value in before.inputs)
+    for op_type in ("Mul", "Clip", "Round", "Div"):
+        if above is None or above.op_type != op_type:
+            return (quantize,)  # an addition of the model
+        first, above = above, _maker(above.inputs[0])
+    same = below is not None and below.op_type == "Clip" and below.inputs[0] is first.inputs[0]
+    return (first, below) if same and below is not None else (quantize,)
 
 
 def _last(product: ir.Node) -> ir.Node | None:

@@ -5,27 +5,37 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import fx
 
-from qcgraph.calibration import LatentStatistics, rows, sample_calibration
+from qcgraph.calibration import (
+    LatentStatistics,
+    calibration_labels,
+    calibration_noise,
+    rows,
+    sample_calibration,
+)
+from qcgraph.calibration_set import encode_latents
 from qcgraph.effort import affordable, trajectory_macs
 from qcgraph.errors import UsageError
-from qcgraph.facts import Ranges, Reference, SiteRange
+from qcgraph.facts import CalibrationSet, Ranges, Reference, SiteRange
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.sampling import Array
+from qcgraph.selection import Method, Pool, select
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
 AUTO_MACS = 2.5e12  # what an automatic number of trajectories may cost: a minute or less on two cores
 AUTO_LIMITS = (2, 64)
 BATCH = 64
+SAMPLES = (32, 800)
+PASSES = 3  # forwards that the statistics of a latent take: one, and a backward of twice as much
 
 
 @dataclass(frozen=True)
@@ -34,11 +44,14 @@ class Calibrate(Pass):
 
     Two runs from the same noise: full precision, where every step computes, and the one that the step plan takes. The
     second is what the quantized model will see, so scales come from it; only steps that compute have ranges. Nothing
-    is stored but streaming statistics.
+    is stored but streaming statistics, and a set of the latents that computing steps were given, when one is asked for.
 
     Attributes:
         trajectories: how many to sample; by default as many as a fixed amount of arithmetic allows, 2 to 64.
         seed: seeds labels and noise; never the noise of a sample drawn later, whatever its seed.
+        selection: how the calibration set is selected (see `qcgraph.selection`): ``tap``, ``kmeans``, ``uniform`` or
+            ``random``; ``none`` for no set.
+        samples: how many latents it holds; by default as many as a fixed amount of arithmetic allows, 32 to 800.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -47,6 +60,8 @@ class Calibrate(Pass):
 
     trajectories: int | None = None
     seed: int = 0
+    selection: Literal["none", "tap", "kmeans", "uniform", "random"] = "none"
+    samples: int | None = None
 
     def run(self, program: Program, context: PassContext) -> Program:
         plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
@@ -56,35 +71,25 @@ class Calibrate(Pass):
             raise UsageError(f"{count} trajectories", hint="calibration needs at least one")
         full_plan = plan.throughout(computing)
         latents = LatentStatistics(len(plan), spec.latent_shape[0])
-        full = self._observe(program, full_plan, count, context, "full precision", latents)
+        full = self._observe(program, full_plan, count, context, "full precision")
+        for index in range(len(plan)):
+            latents.add(index, full.latents(index + 1))
         if not np.isfinite(latents.means).all():
             raise UsageError(
                 "the model draws latents that are not finite in full precision",
                 hint="sample with it before compiling; its weights or its noise schedule may be wrong",
             )
-        planned = full if plan == full_plan else self._observe(program, plan, count, context, "planned steps", None)
+        planned = full if plan == full_plan else self._observe(program, plan, count, context, "planned steps")
         ranges = Ranges(planned.ranges(), full.ranges(), count)
         reference = Reference(rows(latents.means), rows(latents.deviations), self.seed, count)
-        return program.with_facts(ranges, reference)
+        program = program.with_facts(ranges, reference)
+        return program if self.selection == "none" else program.with_facts(self._select(program, planned, count))
 
     def _observe(
-        self,
-        program: Program,
-        plan: StepPlan,
-        count: int,
-        context: PassContext,
-        label: str,
-        latents: LatentStatistics | None,
+        self, program: Program, plan: StepPlan, count: int, context: PassContext, label: str
     ) -> _RangeObserver:
-        observer = _RangeObserver(program)
-
-        def after_update(index: int, latent: Array) -> Array:
-            observer.step = (index + 1) % len(plan)
-            if latents is not None:
-                latents.add(index, latent)
-            return latent
-
         spec = program.facts[ModelSpec]
+        observer = _RangeObserver(program, calibration_noise(count, self.seed, spec).initial())
         context.progress.note(f"  calibrate: {count} trajectories, {label}")
         sample_calibration(
             TorchRunner(program, observer),
@@ -93,16 +98,43 @@ class Calibrate(Pass):
             count,
             self.seed,
             batch=BATCH,
-            after_update=after_update,
+            after_update=observer.after_update,
             progress=context.progress,
         )
         return observer
 
+    def _select(self, program: Program, observer: _RangeObserver, count: int) -> CalibrationSet:
+        """The calibration set, of what computing steps were given on the trajectory that the plan takes."""
+        plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
+        computing = plan.steps[0].variant
+        steps = [index for index, step in enumerate(plan.steps) if step.variant == computing]
+        latents = np.concatenate([observer.latents(step) for step in steps])
+        cost = PASSES * trajectory_macs(program, computing) / len(plan)
+        samples = self.samples or affordable(cost, AUTO_MACS, SAMPLES)
+        method: Method = "random" if self.selection == "none" else self.selection
+        pool = Pool(latents.reshape(len(latents), -1), np.repeat(steps, count))
+        chosen = select(pool, samples, method, self.seed)
+        labels = np.tile(calibration_labels(count, self.seed, spec), len(steps))
+        return CalibrationSet(
+            method=method,
+            pool=len(latents),
+            steps=tuple(pool.steps[chosen].tolist()),
+            labels=tuple(labels[chosen].tolist()),
+            latents=encode_latents(latents[chosen]),
+        )
+
 
 class _RangeObserver:
-    """Streaming ranges of what enters each site, per step."""
+    """Streaming ranges of what enters each site, per step, and the latents that the steps were given.
 
-    def __init__(self, program: Program) -> None:
+    Args:
+        program: what runs.
+        initial: the latents that trajectories start from, [N,C,H,W].
+    """
+
+    def __init__(self, program: Program, initial: Array) -> None:
+        self._latents: dict[int, list[Array]] = defaultdict(list, {0: [initial]})
+        self._steps = len(program.facts[StepPlan])
         self._sites = {
             (name, site.node): site.name
             for name, variant in program.variants.items()
@@ -116,6 +148,16 @@ class _RangeObserver:
         site = self._sites.get((variant, node.name))
         if site is not None:
             self._stats[site][self.step].add(value)
+
+    def after_update(self, index: int, latent: Array) -> Array:
+        """To be called after every update; the latent goes on as it is."""
+        self._latents[index + 1].append(latent)
+        self.step = (index + 1) % self._steps
+        return latent
+
+    def latents(self, index: int) -> Array:
+        """The latents [N,C,H,W] that a step was given; after the last step, the final ones."""
+        return np.concatenate(self._latents[index])
 
     def ranges(self) -> dict[str, SiteRange]:
         """The ranges of every site that ran, at the steps it ran at."""

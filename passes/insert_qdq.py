@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import fx
 
-from qcgraph.facts import ActivationQuant, QuantPlan, Requantization, SiteCorrection
+from qcgraph.facts import ActivationQuant, CalibrationSet, QuantPlan, Requantization, SiteCorrection
 from qcgraph.ir.edit import GraphEditor, with_edits
-from qcgraph.ir.ops import CODE_TYPES
 from qcgraph.ir.program import Program
-from qcgraph.ir.quantize import quantize_weight
+from qcgraph.ir.quantize import parameters, weight_codes
 from qcgraph.ir.structure import Site, find_sites
 from qcgraph.pipeline import Pass, PassContext
 
 ops = torch.ops.qcgraph
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODE_TYPES}
 
 
 @dataclass(frozen=True)
@@ -26,8 +24,8 @@ class InsertQDQ(Pass):
 
     Activations get the scale and zero point of the step's timestep group, selected from a table by the ``group``
     input; linears that share an activation share the pair. Weights become int8 codes with one scale an output channel
-    (scale = max|w| / largest code). Where corrections of the results were fitted, they are folded in: the scales of the
-    weight become a2 * s, the bias a2 * beta + b2.
+    (scale = max|w| / largest code, unless round-weights chose others). Where corrections of the results were fitted,
+    they are folded in: the scales of the weight become a2 * s, the bias a2 * beta + b2.
     """
 
     name: ClassVar[str] = "insert-qdq"
@@ -45,7 +43,8 @@ class InsertQDQ(Pass):
             pairs: dict[tuple[fx.Node, ActivationQuant], fx.Node] = {}
             for site in sites:
                 self._quantize_site(editor, site, plan, pairs, weights, program)
-        return with_edits(program, edits)
+        quantized = with_edits(program, edits)
+        return replace(quantized, facts=quantized.facts.without(CalibrationSet))  # has served
 
     def _quantize_site(
         self,
@@ -68,7 +67,7 @@ class InsertQDQ(Pass):
                 pairs[key] = _activation_pair(editor, activation, linear, site.name, quant.activation)
             name = str(weight.target)
             if name not in weights:
-                codes, scale = quantize_weight(program.constants[name], quant.weight)
+                codes, scale = weight_codes(program.constants, name, quant.weight)
                 weights[name] = codes, scale * torch.tensor(correction.gains) if correction else scale
             dequantized = _weight(editor, name, weights[name], linear)
             bias = _corrected_bias(editor, linear, site.name, correction, program) if correction else linear.args[2:]
@@ -79,10 +78,15 @@ def _activation_pair(
     editor: GraphEditor, activation: fx.Node, linear: fx.Node, site: str, quant: ActivationQuant
 ) -> fx.Node:
     """quantize -> dequantize of an activation, with the parameters of the step's group."""
-    scale = _parameter(editor, f"{site}.input_scale", torch.tensor(quant.scales), linear)
-    zeros = torch.tensor(quant.zero_points, dtype=DTYPES[quant.dtype])
+    scales, zeros = parameters(quant)
+    scale = _parameter(editor, f"{site}.input_scale", scales, linear)
     zero_point = _parameter(editor, f"{site}.input_zero_point", zeros, linear)
-    q = editor.call(ops.quantize.default, activation, scale, zero_point, quant.low, quant.high, 0, source=linear)
+    limits = (quant.low, quant.high)
+    if quant.shift:
+        regions = ops.quantize_regions.default
+        q = editor.call(regions, activation, scale, zero_point, *limits, quant.shift, 0, source=linear)
+    else:
+        q = editor.call(ops.quantize.default, activation, scale, zero_point, *limits, 0, source=linear)
     return editor.call(ops.dequantize.default, q, scale, zero_point, 0, source=linear)
 
 

@@ -59,15 +59,9 @@ class PlanQuant(Pass):
         return program.with_facts(QuantPlan(sites))
 
     def _activation(self, observed: SiteRange, plan: StepPlan) -> ActivationQuant:
-        lows, highs = np.array(observed.lows), np.array(observed.highs)
-        groups = np.array([plan.steps[step].group for step in observed.steps])
         low, high = codes(self.activation_bits, self.symmetric)
-        parameters = []
-        for group in range(plan.group_count):
-            members = groups == group if group in groups else slice(None)  # no step of the group runs this site
-            parameters.append(
-                affine_parameters(lows[members].min(), highs[members].max(), low, high, symmetric=self.symmetric)
-            )
+        limits = [observed.over(plan.members(group)) for group in range(plan.group_count)]
+        parameters = [affine_parameters(*ends, low, high, symmetric=self.symmetric) for ends in limits]
         if len(set(parameters)) == 1:
             parameters = parameters[:1]
         return ActivationQuant(

@@ -36,7 +36,12 @@ from qcgraph.schedulers import check_compensable, make_step_plan
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
-OBSERVING = ("plan-steps", "calibrate", "rehearse-steps")  # the passes that sample first; a dry run stops before them
+OBSERVING = (
+    "equalize",
+    "plan-steps",
+    "calibrate",
+    "rehearse-steps",
+)  # the passes that sample first; a dry run stops before them
 COMPENSATING = "fit-compensation"  # does not fit every plan, which is better said before anything is sampled
 
 

@@ -28,27 +28,22 @@ def _passes(recipe: Recipe, target: Target) -> Iterator[Pass]:
     quantized = recipe.weight_bits is not None
     compensated = recipe.compensation.mode != "off"
 
+    if quantized and recipe.quantization.equalize:
+        # Before there are variants: it changes the constants that all of them will share.
+        yield _pass(
+            "equalize",
+            weight_bits=recipe.weight_bits,
+            activation_bits=recipe.activation_bits,
+            seed=recipe.calibration.seed,
+        )
     if recipe.is_cached:
-        # First of all: ranges and errors are only worth observing on the steps, and in the graphs, that will run.
+        # Before calibration: ranges and errors are only worth observing on the steps, and in the graphs, that will run.
         yield from _caching(recipe, quantized=quantized)
     if quantized or compensated or recipe.forecast != "reuse":
         # Still in full precision, so that one run gives the reference and the other the ranges of the cached path.
-        count = recipe.calibration.trajectories
-        yield _pass("calibrate", trajectories=None if count == "auto" else count, seed=recipe.calibration.seed)
+        yield _calibrate(recipe, quantized=quantized)
     if quantized:
-        # Groups before scales: a scale belongs to a group.
-        yield _pass("group-timesteps", groups=recipe.quantization.groups, strategy=recipe.quantization.grouping)
-        yield _pass(
-            "plan-quant",
-            weight_bits=recipe.weight_bits,
-            activation_bits=recipe.activation_bits,
-            symmetric=target.activation == "symmetric",
-            weight_high=target.weight_high,
-        )
-        if recipe.quantization.correction != "off":
-            # While weights are still whole: what is fitted is the difference that quantizing them makes.
-            yield _pass("fit-requantization", sites=recipe.quantization.correction)
-        yield _pass("insert-qdq")
+        yield from _quantizing(recipe, target)
     if recipe.is_cached:
         # On the quantized model: a step that reuses carries on the noise of quantization.
         yield from _settling(recipe, quantized=quantized)
@@ -60,6 +55,44 @@ def _passes(recipe: Recipe, target: Target) -> Iterator[Pass]:
     if recipe.modulation.hoist:
         # When all is decided: it changes no value, and what observes and fits before need not prepare any.
         yield _pass("hoist-adaln")
+
+
+def _calibrate(recipe: Recipe, *, quantized: bool) -> Pass:
+    calibration = recipe.calibration
+    counts = {"trajectories": calibration.trajectories, "samples": calibration.samples}
+    return _pass(
+        "calibrate",
+        seed=calibration.seed,
+        selection=calibration.selection if quantized else "none",
+        **{name: count for name, count in counts.items() if count != "auto"},
+    )
+
+
+def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
+    """What is quantized and how, then the quantizers."""
+    # Groups before scales: a scale belongs to a group.
+    yield _pass("group-timesteps", groups=recipe.quantization.groups, strategy=recipe.quantization.grouping)
+    yield _pass(
+        "plan-quant",
+        weight_bits=recipe.weight_bits,
+        activation_bits=recipe.activation_bits,
+        symmetric=target.activation == "symmetric",
+        weight_high=target.weight_high,
+    )
+    if recipe.quantization.scales == "fisher" or recipe.quantization.regions:
+        yield _pass(
+            "search-scales",
+            objective=recipe.quantization.scales,
+            regions=recipe.quantization.regions,
+            seed=recipe.calibration.seed,
+        )
+    if recipe.quantization.rounding != "nearest":
+        # After the scales: weights are rounded for activations as they will be.
+        yield _pass("round-weights", method=recipe.quantization.rounding)
+    if recipe.quantization.correction != "off":
+        # While weights are still whole: what is fitted is the difference that quantizing them makes.
+        yield _pass("fit-requantization", sites=recipe.quantization.correction)
+    yield _pass("insert-qdq")
 
 
 def _caching(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:

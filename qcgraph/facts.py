@@ -7,7 +7,7 @@ survive a JSON round trip exactly (see `encode` and `decode`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, cast
 
@@ -123,6 +123,11 @@ class SiteRange:
         """Largest less smallest value, per step."""
         return tuple(high - low for low, high in zip(self.lows, self.highs, strict=True))
 
+    def over(self, steps: Collection[int]) -> tuple[float, float]:
+        """Smallest and largest value over some steps; over all where none of them runs the site."""
+        places = [place for place, step in enumerate(self.steps) if step in steps] or range(len(self.steps))
+        return min(self.lows[place] for place in places), max(self.highs[place] for place in places)
+
     @property
     def is_finite(self) -> bool:
         """Whether no step saw an infinity or a NaN."""
@@ -173,6 +178,36 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class CalibrationSet:
+    """The inputs that quantization is decided on: latents that computing steps of the plan are given.
+
+    Attributes:
+        method: how they were selected from the pool.
+        pool: how many there were to select from.
+        steps: the index of the step of each.
+        labels: the class of each.
+        latents: f32[N,C,H,W], little-endian, as base64.
+    """
+
+    method: str
+    pool: int
+    steps: tuple[int, ...]
+    labels: tuple[int, ...]
+    latents: str
+
+
+@dataclass(frozen=True)
+class Equalization:
+    """What the channels of activations were divided by, so that they share a range; their weights were multiplied.
+
+    Attributes:
+        factors: per site (by name), one a channel of what enters it.
+    """
+
+    factors: dict[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
 class TimestepGroups:
     """Groups of neighbouring steps that share activation scales.
 
@@ -193,6 +228,8 @@ class ActivationQuant:
         low: smallest code.
         high: largest code.
         dtype: ``uint8`` or ``int8``.
+        shift: with two regions (TQ-DiT's MRQ), codes above the zero point are multiples of 2 to this power, so that
+            positive values have a coarser step than negative ones; 0 for one step.
     """
 
     scales: tuple[float, ...]
@@ -200,6 +237,7 @@ class ActivationQuant:
     low: int
     high: int
     dtype: str
+    shift: int = 0
 
 
 @dataclass(frozen=True)
@@ -298,8 +336,10 @@ FACT_TYPES: tuple[type, ...] = (
     CachePlan,
     SchedulePlan,
     Rehearsed,
+    Equalization,
     Ranges,
     Reference,
+    CalibrationSet,
     TimestepGroups,
     QuantPlan,
     Requantization,
@@ -330,6 +370,10 @@ class Facts:
     def with_(self, *facts: object) -> Facts:
         """These facts and the given ones, which replace those of the same type."""
         return Facts([*self._facts.values(), *facts])
+
+    def without(self, kind: type) -> Facts:
+        """These facts but the one of this type."""
+        return Facts(fact for fact in self._facts.values() if type(fact) is not kind)
 
     def encode(self) -> dict[str, Any]:
         """Plain JSON data, by type name."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -72,6 +72,14 @@ class Calibration(_Section):
     trajectories: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="the number of trajectories, 1 or more, or auto"
     )
+    selection: Literal["tap", "kmeans", "uniform", "random"] = Field(
+        "tap",
+        description="tap (of clusters alike and near in time), kmeans, uniform (of every step alike) or random: which "
+        "latents of the trajectories quantization is decided on",
+    )
+    samples: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="the number of these latents, 1 or more, or auto"
+    )
     seed: int = Field(0, ge=0, description="the seed of the trajectories, 0 or larger")
 
 
@@ -83,6 +91,20 @@ class Quantization(_Section):
     )
     groups: int = Field(8, ge=1, description="the number of timestep groups with activation scales of their own")
     grouping: Literal["optimal", "uniform"] = Field("optimal", description="optimal or uniform")
+    equalize: bool = Field(
+        True, description="true or false: whether channels of activations share a range, at no cost when they run"
+    )
+    scales: Literal["fisher", "range"] = Field(
+        "fisher", description="fisher (searched by what errors do to the prediction) or range (covering the range)"
+    )
+    regions: bool = Field(
+        True, description="true or false: whether an activation after a GELU may have two steps, where that pays"
+    )
+    rounding: Literal["feedback", "search", "nearest"] = Field(
+        "feedback",
+        description="feedback (weights make up for each other's errors), search (scales by the error of results) or "
+        "nearest (scales that cover the largest weight)",
+    )
     correction: Literal["all", "consumers", "off"] = Field(
         "all",
         description="all, consumers or off: which layers have their results corrected, at no cost when they run; "
@@ -202,6 +224,18 @@ class Recipe(_Section):
         "allow_unsafe": ("gate", "allow_unsafe"),
     }
 
+    # What --ablate switches off, and the keys that do it.
+    COMPONENTS: ClassVar[Mapping[str, Mapping[tuple[str, str], object]]] = {
+        "tgq": {("quantization", "groups"): 1},
+        "mrq": {("quantization", "regions"): False},
+        "ho": {("quantization", "scales"): "range"},
+        "tap": {("calibration", "selection"): "random"},
+        "vc": {("compensation", "mode"): "off"},
+        "dec": {("quantization", "correction"): "off"},
+        "equalize": {("quantization", "equalize"): False},
+        "feedback": {("quantization", "rounding"): "search"},
+    }
+
     sampling: Sampling = Sampling()
     calibration: Calibration = Calibration()
     quantization: Quantization = Quantization()
@@ -279,6 +313,25 @@ class Recipe(_Section):
         import tomli_w
 
         return tomli_w.dumps(self.model_dump())
+
+    def ablated(self, components: Sequence[str]) -> Recipe:
+        """This recipe with components switched off.
+
+        Args:
+            components: names in `COMPONENTS`.
+
+        Raises:
+            UsageError: a component is unknown.
+        """
+        data = self.model_dump()
+        for name in components:
+            if name not in self.COMPONENTS:
+                raise UsageError(f"unknown component {name!r}", where="--ablate", hint=closest(name, self.COMPONENTS))
+            for (section, key), value in self.COMPONENTS[name].items():
+                data[section][key] = value
+        if "ho" in components and data["quantization"]["rounding"] == "search":
+            data["quantization"]["rounding"] = "nearest"  # the search of a weight's scales is the other half of HO
+        return self._validated(data, where="--ablate")
 
     @property
     def weight_bits(self) -> int | None:

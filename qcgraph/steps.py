@@ -133,6 +133,10 @@ class StepPlan:
         """Number of timestep groups."""
         return 1 + max(step.group for step in self.steps)
 
+    def members(self, group: int) -> tuple[int, ...]:
+        """The steps of a timestep group."""
+        return tuple(index for index, step in enumerate(self.steps) if step.group == group)
+
     def index_of(self, timestep: float) -> int:
         """The position of a timestep value in the plan.
 

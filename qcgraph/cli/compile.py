@@ -66,6 +66,10 @@ def compile_command(
         str | None,
         typer.Option(metavar="TERMS", help='Write it only if this holds, for example "psnr>=28,accuracy_drop<=0.01".'),
     ] = None,
+    ablate: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="Switch components off: tgq, mrq, ho, tap, vc, dec, equalize, feedback."),
+    ] = None,
     allow_unsafe: Annotated[
         bool, typer.Option("--allow-unsafe", help="Allow a cache that carries more quantization noise than change.")
     ] = False,
@@ -106,6 +110,8 @@ def compile_command(
         gate=gate,
         allow_unsafe=allow_unsafe or None,
     )
+    if ablate is not None:
+        resolved = resolved.ablated([name.strip() for name in ablate.split(",")])
     from qcgraph.compiler import compile_model
     from qcgraph.plan_file import read_plan
     from qcgraph.progress import progress_for

@@ -10,7 +10,7 @@ from torch import fx
 
 from qcgraph.errors import BundleError
 from qcgraph.export.quantized_sites import QuantizedSite, quantized_sites
-from qcgraph.facts import Requantization, SiteCorrection
+from qcgraph.facts import Equalization, Requantization, SiteCorrection
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.program import Program
 from qcgraph.steps import StepPlan
@@ -62,7 +62,7 @@ def without_quantization(program: Program, model: Program, keep: Collection[str]
         editor = edits[name] = GraphEditor(variant, program.constants, "ablation")
         for site in sites:
             product = editor.node(site.product)
-            weight = float_weight(site, model, tuple(program.constants[site.codes].shape))
+            weight = float_weight(site, model, program)
             with editor.before(product):
                 constant = editor.constant(f"{site.codes}_float", weight, product)
             product.args = (editor.node(site.entering), constant, *product.args[2:])
@@ -89,17 +89,25 @@ def _correction(program: Program, site: QuantizedSite) -> SiteCorrection | None:
     return corrections.sites.get(site.name) if corrections else None
 
 
-def float_weight(site: QuantizedSite, model: Program, shape: tuple[int, ...]) -> torch.Tensor:
+def float_weight(site: QuantizedSite, model: Program, program: Program) -> torch.Tensor:
     """The weight that a site's codes were made from, in the layout of the codes: [out,in], or [in,out] when lowered.
+
+    Args:
+        site: the site.
+        model: the captured model.
+        program: the compiled program; where it divided the channels of an activation, its weight is multiplied.
 
     Raises:
         BundleError: the model has no such weight.
     """
-    transposed = site.codes.endswith("_t")
+    transposed, shape = site.codes.endswith("_t"), tuple(program.constants[site.codes].shape)
     name = site.codes.removesuffix("_t").removesuffix("_codes")
     weight = model.constants.get(name)
     if weight is None or tuple(reversed(weight.shape) if transposed else weight.shape) != shape:
         raise BundleError(f"the model has no weight {name} of this shape", hint="load the model that was compiled")
+    equalized = program.facts.get(Equalization)
+    if equalized is not None and site.name in equalized.factors:
+        weight = weight * torch.tensor(equalized.factors[site.name])
     return weight.t() if transposed else weight  # a view: a large model should not be in memory twice
 
 
@@ -120,6 +128,7 @@ class Quantizer:
         zero_point: as many.
         low: smallest code.
         high: largest code.
+        shift: see `qcgraph.facts.ActivationQuant`.
     """
 
     variant: str
@@ -129,6 +138,7 @@ class Quantizer:
     zero_point: torch.Tensor
     low: int
     high: int
+    shift: int = 0
 
     def parameters(self, group: int) -> tuple[float, int]:
         """Scale and zero point of a timestep group."""
@@ -145,10 +155,10 @@ def activation_quantizers(program: Program) -> tuple[Quantizer, ...]:
         for site in quantized_sites(variant):
             fed.setdefault(_operand(_operand(nodes[site.product], 0), 0), []).append(site.name)
         for quantize, sites in fed.items():
-            low, high = quantize.args[3:5]
+            low, high, *shift, _ = quantize.args[3:]  # the axis is last
             assert isinstance(low, int) and isinstance(high, int)
             scale, zero_point = (_selected(_operand(quantize, index), program) for index in (1, 2))
-            found.append(Quantizer(name, quantize.name, tuple(sites), scale, zero_point, low, high))
+            found.append(Quantizer(name, quantize.name, tuple(sites), scale, zero_point, low, high, *shift))
     return tuple(found)
 
 

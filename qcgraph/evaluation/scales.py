@@ -126,15 +126,18 @@ def _add_errors(sums: _Sums, quantizer: Quantizer, value: torch.Tensor, group: i
     sums.count += value.numel()
     sums.signal += torch.linalg.vector_norm(value).item() ** 2
     sums.clipped += int(((codes < low) | (codes > high)).sum())
-    sums.noise += _noise(value, scale, zero_point, low, high)
+    sums.noise += _noise(value, scale, zero_point, low, high, quantizer.shift)
+    # With two regions, some of the codes are not used.
+    high = high if not quantizer.shift else low + 2 * (zero_point - low)
     ideal = max((sums.high - sums.low) / (high - low), SMALLEST)
     sums.attainable += _noise(value, ideal, round(low - sums.low / ideal), low, high)
 
 
-def _noise(value: torch.Tensor, scale: float, zero_point: int, low: int, high: int) -> float:
+def _noise(value: torch.Tensor, scale: float, zero_point: int, low: int, high: int, shift: int = 0) -> float:
     """The summed squared error of quantizing a tensor."""
-    codes = torch.clamp(torch.round(value / scale) + zero_point, low, high)
-    return torch.linalg.vector_norm(value - (codes - zero_point) * scale).item() ** 2
+    step = torch.where(value > 0, scale * 2.0**shift, scale)
+    rounded = (torch.round(value / step) * step).clamp((low - zero_point) * scale, (high - zero_point) * scale)
+    return torch.linalg.vector_norm(value - rounded).item() ** 2
 
 
 def decibels(signal: float, noise: float) -> float:

@@ -18,7 +18,7 @@ from qcgraph.evaluation.ablation import (
 from qcgraph.evaluation.scales import decibels
 from qcgraph.evaluation.settings import Subject
 from qcgraph.evaluation.tally import Trajectory
-from qcgraph.export.quantized_sites import QuantizedSite, quantized_sites
+from qcgraph.export.quantized_sites import QuantizedSite, quantized_sites, record
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites, total_macs
 from qcgraph.noise import Noise
@@ -38,7 +38,7 @@ class SiteEffect:
         site: its name.
         effect: relative L2 error of the latent after one sampling step in which this site alone is quantized, the root
             mean square over a few steps. It weighs the noise prediction as the sampler does.
-        weight_snr: signal-to-quantization-noise of its weight, dB.
+        weight_snr: signal-to-quantization-noise of its result where its weight alone is quantized, dB.
         weight_attainable: the same for min-max scales of as many codes, dB.
     """
 
@@ -71,6 +71,7 @@ def measure_sites(
     ]
     exact = without_quantization(program, subject.origin)
     expected = [exact.run(variant, probe.inputs)[OUTPUT] for probe in probes]
+    entering = _entering(exact, variant, probes[len(probes) // 2], sites)
     found = []
     for site in progress.track(sites, "sites"):
         alone = without_quantization(program, subject.origin, keep=(site.name,))
@@ -79,7 +80,8 @@ def measure_sites(
             for probe, wanted in zip(probes, expected, strict=True)
         ]
         effect = float(np.sqrt(np.mean(np.square(errors))))
-        found.append(SiteEffect(site.name, effect, *_weight_fit(program, variant, site, subject.origin)))
+        fit = _weight_fit(program, variant, site, subject.origin, entering[site.entering])
+        found.append(SiteEffect(site.name, effect, *fit))
     return tuple(sorted(found, key=lambda item: -item.effect))
 
 
@@ -115,15 +117,30 @@ def _probes(
     return tuple(probes)
 
 
-def _weight_fit(program: Program, variant: str, site: QuantizedSite, model: Program) -> tuple[float, float]:
-    """Signal-to-quantization-noise of a weight as it is, and with min-max scales a channel, in dB."""
+def _entering(exact: Program, variant: str, probe: _Probe, sites: Sequence[QuantizedSite]) -> dict[str, torch.Tensor]:
+    """The activation that enters every site at one step, by node."""
+    wanted = [frozenset(site.entering for site in sites)]
+    ((_, values),) = record(exact, variant, probe.inputs, wanted)
+    return {name: torch.from_numpy(value) for name, value in values.items()}
+
+
+def _weight_fit(
+    program: Program, variant: str, site: QuantizedSite, model: Program, value: torch.Tensor
+) -> tuple[float, float]:
+    """Signal-to-quantization-noise of a result with the weight as it is, and with min-max scales a channel, in dB.
+
+    Of the result, not of the weight: codes may be chosen so that their errors make up for each other.
+    """
     codes = program.constants[site.codes]
-    weight = float_weight(site, model, tuple(codes.shape))
+    weight = float_weight(site, model, program)
     used = dequantized_weight(program, variant, site)
     inputs = 0 if site.codes.endswith("_t") else 1
     largest = weight.abs().amax(dim=inputs, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     scale = largest / max(int(codes.short().abs().max()), 1)
     attainable = torch.round(weight / scale) * scale
-    signal = float((weight.double() ** 2).sum())
-    noise = [float(((weight - values).double() ** 2).sum()) for values in (used, attainable)]
+    flat = value.flatten(0, -2)
+    signal, *noise = (
+        float((flat @ (matrix if inputs == 0 else matrix.t())).double().square().sum())
+        for matrix in (weight, weight - used, weight - attainable)
+    )
     return decibels(signal, noise[0]), decibels(signal, noise[1])

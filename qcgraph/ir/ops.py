@@ -3,6 +3,8 @@
 Scales and zero points are tensors, so that a timestep group can select them at run time. Formulas:
 
 * quantize:    q = clamp(round_half_even(x / scale) + zero_point, low, high)
+* quantize_regions:  the same below zero; above it, with c = 2^shift,
+  q = clamp(round(x / (c * scale)), 0, (high - zero_point) / c) * c + zero_point
 * dequantize:  x = (q - zero_point) * scale
 * select:      table[index]
 * forecast:    D = sum_a gain[a, half] * value[a] + offset[half], per channel (see passes/insert_forecast)
@@ -45,6 +47,27 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, 
 
 @quantize.register_fake
 def _(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int) -> Tensor:
+    return torch.empty_like(x, dtype=zero_point.dtype)
+
+
+@torch.library.custom_op("qcgraph::quantize_regions", mutates_args=())
+def quantize_regions(
+    x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, shift: int, axis: int
+) -> Tensor:
+    """Two steps in one integer tensor: ``scale`` below zero, ``2^shift * scale`` above (TQ-DiT's MRQ, after GELU).
+
+    Each region has a bit less than the codes ``low..high`` would allow; with a shift of 0 it is `quantize`.
+    ``scale`` and ``zero_point`` are scalars or one value along ``axis``.
+    """
+    scale, zero = _along(axis, scale, x.dim()), _along(axis, zero_point, x.dim()).to(x.dtype)
+    coarse = 2.0**shift
+    above = (x / (scale * coarse)).round_().clamp_(min=0).minimum((high - zero) / coarse) * coarse
+    below = (x / scale).round_().clamp_(max=0)
+    return (above + below + zero).clamp_(min=low).to(zero_point.dtype)
+
+
+@quantize_regions.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, shift: int, axis: int) -> Tensor:
     return torch.empty_like(x, dtype=zero_point.dtype)
 
 
@@ -153,17 +176,27 @@ def _(prediction: Tensor, latent: Tensor, gain: Tensor, slope: Tensor, offset: T
 
 
 def _verify_quantize(node: fx.Node) -> str | None:
-    x, scale, zero_point, low, high, axis = node.args
-    value, scales, zeros = x.meta["val"], scale.meta["val"], zero_point.meta["val"]  # type: ignore[union-attr]
+    return _verify_codes(node, *node.args)
+
+
+def _verify_codes(node: fx.Node, x: Any, scale: Any, zero_point: Any, low: Any, high: Any, axis: Any) -> str | None:
+    value, scales, zeros = x.meta["val"], scale.meta["val"], zero_point.meta["val"]
     if not value.dtype.is_floating_point:
         return f"quantizes {value.dtype}, which is not floating point"
     if reason := _verify_parameters(value, scales, zeros, axis):
         return reason
     limits = torch.iinfo(zeros.dtype)
-    if not limits.min <= low < high <= limits.max:  # type: ignore[operator]
+    if not limits.min <= low < high <= limits.max:
         return f"codes {low}..{high} do not fit {zeros.dtype}"
     strangers = [user.name for user in node.users if user.target is not torch.ops.qcgraph.dequantize.default]
     return f"integer codes reach {', '.join(strangers)} without a dequantize" if strangers else None
+
+
+def _verify_regions(node: fx.Node) -> str | None:
+    *start, shift, axis = node.args
+    if not isinstance(shift, int) or shift < 0:
+        return f"a coarse step of 2^{shift} fine ones; 0 or more is legal"
+    return _verify_codes(node, *start, axis)
 
 
 def _verify_dequantize(node: fx.Node) -> str | None:
@@ -249,6 +282,19 @@ def _onnx_quantize(x: Any, scale: Any, zero_point: Any, low: int, high: int, axi
     return op.QuantizeLinear(x, scale, zero_point, axis=axis)
 
 
+def _onnx_quantize_regions(x: Any, scale: Any, zero_point: Any, low: int, high: int, shift: int, axis: int) -> Any:
+    from onnxscript import opset21 as op
+
+    # Above zero, values are first rounded to the coarse step; what QuantizeLinear then divides by the fine one is a
+    # multiple of 2^shift. Below zero it rounds itself, and its type saturates or the clip does.
+    coarse = op.Mul(scale, op.Constant(value_float=2.0**shift))
+    largest = (op.Constant(value_float=float(high)) - op.CastLike(zero_point, x)) * op.Constant(value_float=2.0**-shift)
+    above = op.Mul(op.Clip(op.Round(op.Div(x, coarse)), op.Constant(value_float=0.0), largest), coarse)
+    least = (op.Constant(value_float=float(low)) - op.CastLike(zero_point, x)) * scale
+    below = op.Clip(x, least, op.Constant(value_float=0.0))
+    return op.QuantizeLinear(op.Add(above, below), scale, zero_point, axis=axis)
+
+
 def _onnx_dequantize(q: Any, scale: Any, zero_point: Any, axis: int) -> Any:
     from onnxscript import opset21 as op
 
@@ -329,6 +375,7 @@ class OpInfo:
 
 OPS: tuple[OpInfo, ...] = (
     OpInfo(torch.ops.qcgraph.quantize.default, _verify_quantize, _onnx_quantize),
+    OpInfo(torch.ops.qcgraph.quantize_regions.default, _verify_regions, _onnx_quantize_regions),
     OpInfo(torch.ops.qcgraph.dequantize.default, _verify_dequantize, _onnx_dequantize),
     OpInfo(torch.ops.qcgraph.select.default, _verify_select, _onnx_select),
     OpInfo(torch.ops.qcgraph.forecast.default, _verify_forecast, _onnx_forecast),

@@ -20,7 +20,9 @@ from torch import fx
 
 from qcgraph.facts import (
     CachePlan,
+    CalibrationSet,
     Compensation,
+    Equalization,
     Facts,
     ForecastFit,
     QuantPlan,
@@ -151,6 +153,19 @@ def _reference(reference: Reference) -> list[str]:
     return [f"reference latent statistics at {len(reference.means)} steps, {reference.trajectories} trajectories"]
 
 
+def _equalization(fact: Equalization) -> list[str]:
+    factors = [factor for site in fact.factors.values() for factor in site]
+    return (
+        [f"equalization of {len(fact.factors)} sites, factors {min(factors):.3g} .. {max(factors):.3g}"]
+        if factors
+        else []
+    )
+
+
+def _calibration_set(fact: CalibrationSet) -> list[str]:
+    return [f"calibration set {len(fact.steps)} of {fact.pool} latents, selected by {fact.method}"]
+
+
 def _groups(groups: TimestepGroups) -> list[str]:
     bounds = ", ".join(f"{value:g}" for value in groups.lower_timesteps)
     return [f"timestep groups {len(groups.lower_timesteps)}, down to timestep {bounds}"]
@@ -197,8 +212,10 @@ _FACT_LINES: tuple[tuple[type, Callable[[Any], list[str]]], ...] = (
     (CachePlan, _cache),
     (SchedulePlan, _schedule),
     (Rehearsed, _rehearsed),
+    (Equalization, _equalization),
     (Ranges, _ranges),
     (Reference, _reference),
+    (CalibrationSet, _calibration_set),
     (TimestepGroups, _groups),
     (QuantPlan, _quant),
     (Requantization, _requantization),

@@ -1,11 +1,17 @@
-"""Quantizing a weight: codes and scales per output channel."""
+"""Quantizing weights and activations as the plan says: codes, scales, and the values that they stand for."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
 from qcgraph.errors import ContractError
-from qcgraph.facts import WeightQuant
+from qcgraph.facts import ActivationQuant, WeightQuant
+from qcgraph.ir.ops import CODE_TYPES
+
+ops = torch.ops.qcgraph
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODE_TYPES}
 
 ROWS = 64  # of a weight that are quantized together: temporaries as large as a weight, freed between its codes and the
 # next one's, leave holes that the allocator does not fill again, at DiT-XL/2 of more memory than the model
@@ -25,3 +31,43 @@ def quantize_weight(weight: torch.Tensor, quant: WeightQuant) -> tuple[torch.Ten
     for values, scales, part in zip(*(tensor.split(ROWS) for tensor in (weight, scale, codes)), strict=True):
         part.copy_((values / scales[:, None]).round_().clamp_(-quant.high, quant.high))
     return codes, scale
+
+
+def rounded_names(weight: str) -> tuple[str, str]:
+    """The constants in which round-weights leaves the codes and scales that it chose for a weight."""
+    return f"{weight}_rounded", f"{weight}_rounded_scale"
+
+
+def weight_codes(
+    constants: Mapping[str, torch.Tensor], weight: str, quant: WeightQuant
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes [out, in] and scales f32[out] of a weight: those that were chosen for it, else the nearest ones."""
+    codes, scale = (constants.get(name) for name in rounded_names(weight))
+    if codes is not None and scale is not None:
+        return codes, scale
+    return quantize_weight(constants[weight], quant)
+
+
+def parameters(quant: ActivationQuant) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales f32[G] and zero points [G] of an activation; G is 1 where all timestep groups share them."""
+    return torch.tensor(quant.scales), torch.tensor(quant.zero_points, dtype=DTYPES[quant.dtype])
+
+
+def rounded_activation(value: torch.Tensor, groups: torch.Tensor, quant: ActivationQuant) -> torch.Tensor:
+    """What an activation f32[R,...] becomes when it is quantized and dequantized.
+
+    Args:
+        value: the activation.
+        groups: i64[R], the timestep group of each row.
+        quant: how it is quantized.
+    """
+    scales, zeros = (table.expand(int(groups.max()) + 1) if len(table) == 1 else table for table in parameters(quant))
+    scale, zero = scales[groups], zeros[groups]
+    return ops.dequantize(quantized(value, scale, zero, quant), scale, zero, 0)
+
+
+def quantized(value: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, quant: ActivationQuant) -> torch.Tensor:
+    """Codes of an activation with these parameters, scalars or one a row."""
+    if quant.shift:
+        return ops.quantize_regions(value, scale, zero, quant.low, quant.high, quant.shift, 0)
+    return ops.quantize(value, scale, zero, quant.low, quant.high, 0)

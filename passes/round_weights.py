@@ -1,0 +1,76 @@
+"""round-weights: choose the codes of weights by what rounding them does to results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import ClassVar, Literal
+
+import torch
+
+from qcgraph.calibration_set import Rows, computing_variant, entering, rows_together
+from qcgraph.facts import CalibrationSet, QuantPlan
+from qcgraph.ir.program import Program
+from qcgraph.ir.quantize import rounded_activation, rounded_names
+from qcgraph.ir.rounding import nearest, round_with_feedback, search_scales
+from qcgraph.ir.structure import Site, find_sites
+from qcgraph.pipeline import Pass, PassContext
+
+TOKENS = 32768  # of the calibration set that a second moment is taken over
+
+
+@dataclass(frozen=True)
+class RoundWeights(Pass):
+    """Choose scales and codes of quantized weights by the error that they make in results, not in the weight.
+
+    Over the calibration set, whose activations are quantized as planned, H = E[x x^T] of each layer's input is
+    observed. ``search`` finds the scale of each output channel by d H d^T, d its rounding error (the weight half of
+    TQ-DiT's Hessian-guided search), and rounds to nearest; ``feedback`` rounds column after column, so that later
+    columns make up for the errors of earlier ones (GPTQ, arXiv 2210.17323). Codes and scales become constants, which
+    insert-qdq takes; without this pass it takes the nearest codes of scales that cover the largest weight.
+
+    Attributes:
+        method: ``feedback`` or ``search``.
+    """
+
+    name: ClassVar[str] = "round-weights"
+    requires: ClassVar[tuple[type, ...]] = (CalibrationSet, QuantPlan)
+
+    method: Literal["feedback", "search"] = "feedback"
+
+    def run(self, program: Program, context: PassContext) -> Program:
+        plan = program.facts[QuantPlan].sites
+        variant = program.variants[computing_variant(program)]
+        sites = [site for site in find_sites(variant) if site.name in plan]
+        nodes = {node.name: node for node in variant.graph.nodes}
+        rows = Rows.of(program)
+        rows = rows.spread(min(rows_together(sites), max(2, TOKENS // _tokens(sites))))
+        context.progress.note(f"  round-weights: {len(rows)} rows, {len(sites)} sites")
+        constants = dict(program.constants)
+        for site, value in entering(program, rows, set(plan)):
+            weight = str(nodes[site.node].all_input_nodes[1].target)
+            codes_name, scale_name = rounded_names(weight)
+            high = plan[site.name].weight.high
+            moment = _second_moment(rounded_activation(value, rows.groups, plan[site.name].activation))
+            if not bool(torch.isfinite(moment).all()):
+                context.refuse(site.name, "rounded to nearest: its activation is not finite on the calibration set")
+                continue
+            scale = search_scales(constants[weight], moment, high)
+            if self.method == "feedback":
+                codes = round_with_feedback(constants[weight], moment, scale, high)
+            else:
+                codes = nearest(constants[weight], scale, high).to(torch.int8)
+            constants[codes_name], constants[scale_name] = codes, scale
+        return replace(program, constants=constants)
+
+
+def _second_moment(value: torch.Tensor) -> torch.Tensor:
+    """E[x x^T] of activations [..., C]."""
+    flat = value.flatten(0, -2)
+    return flat.t() @ flat / len(flat)
+
+
+def _tokens(sites: Sequence[Site]) -> int:
+    """The most values of a channel that a row has at any site."""
+    return max((prod(dim for dim in site.input_shape[:-1] if isinstance(dim, int)) for site in sites), default=1)

@@ -1,0 +1,178 @@
+"""The calibration set in use: its latents as inputs of the denoiser, and what enters the sites while they run."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+import torch
+from torch import fx
+
+from qcgraph.facts import CalibrationSet
+from qcgraph.ir.graph import returned_nodes
+from qcgraph.ir.program import Program
+from qcgraph.ir.structure import Site, find_sites
+from qcgraph.progress import Progress
+from qcgraph.sampling import Array
+from qcgraph.spec import ModelSpec
+from qcgraph.steps import StepPlan
+
+FLOAT_BYTES = 4
+HELD_BYTES = 96 * 2**20  # that the widest activation of rows which run together may take
+DIFFERENTIATED_BYTES = 256 * 2**20  # that all values of rows which are differentiated together may take
+
+
+def encode_latents(latents: Array) -> str:
+    """Latents f32[N,C,H,W] as the text that a `CalibrationSet` holds."""
+    return base64.b64encode(np.ascontiguousarray(latents, dtype="<f4").tobytes()).decode()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Inputs of the denoiser, a row for each half of guidance of each item of the set.
+
+    Attributes:
+        latents: f32[R,C,H,W].
+        timesteps: f32[R].
+        labels: i64[R].
+        steps: i64[R], the index of the step of each.
+        groups: i64[R], its timestep group.
+    """
+
+    latents: torch.Tensor
+    timesteps: torch.Tensor
+    labels: torch.Tensor
+    steps: torch.Tensor
+    groups: torch.Tensor
+
+    @classmethod
+    def of(cls, program: Program) -> Rows:
+        """The calibration set of a program; both halves of an item stand next to each other."""
+        found, spec, plan = program.facts[CalibrationSet], program.facts[ModelSpec], program.facts[StepPlan]
+        raw = np.frombuffer(base64.b64decode(found.latents), dtype="<f4")
+        latents = torch.from_numpy(raw.reshape(-1, *spec.latent_shape).copy())
+        labels = torch.tensor(found.labels).repeat_interleave(plan.halves)
+        labels[1 :: plan.halves] = spec.null_class if plan.halves > 1 else labels[1 :: plan.halves]
+        steps = torch.tensor(found.steps).repeat_interleave(plan.halves)
+        timesteps = torch.tensor([plan.timesteps[step] for step in steps], dtype=torch.float32)
+        groups = torch.tensor([plan.steps[step].group for step in steps])
+        return cls(latents.repeat_interleave(plan.halves, dim=0), timesteps, labels, steps, groups)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: slice | torch.Tensor) -> Rows:
+        parts = (self.latents, self.timesteps, self.labels, self.steps, self.groups)
+        return Rows(*(part[index] for part in parts))
+
+    def spread(self, count: int) -> Rows:
+        """So many of them, evenly spread over the steps."""
+        order = torch.argsort(self.steps, stable=True)
+        return self[order[torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()]]
+
+    def split(self, size: int) -> Iterator[Rows]:
+        """Batches of at most so many."""
+        for start in range(0, len(self), size):
+            yield self[slice(start, start + size)]
+
+    def inputs(self, program: Program, variant: str) -> list[torch.Tensor]:
+        """The inputs of a variant that takes no cache, in order."""
+        named = {"latent": self.latents, "timestep": self.timesteps, "class_label": self.labels}
+        return [named[name] for name in program.variants[variant].interface.input_names]
+
+
+def computing_variant(program: Program) -> str:
+    """The variant that the first step runs: it computes everything."""
+    return program.facts[StepPlan].steps[0].variant
+
+
+def rows_together(sites: Sequence[Site], held: int = HELD_BYTES) -> int:
+    """How many rows may run together, at least two, for what enters any of these sites to take so many bytes."""
+    widest = max((prod(dim for dim in site.input_shape if isinstance(dim, int)) for site in sites), default=1)
+    return max(2, held // (FLOAT_BYTES * widest))
+
+
+def entering(program: Program, rows: Rows, sites: set[str]) -> Iterator[tuple[Site, torch.Tensor]]:
+    """What enters each of these sites of the computing variant, f32[R,...,C], in the order in which they run.
+
+    Values are let go as soon as nothing needs them any more.
+    """
+    variant = computing_variant(program)
+    wanted = {site.node: site for site in find_sites(program.variants[variant]) if site.name in sites}
+    interpreter = fx.Interpreter(program.module(variant))
+    interpreter.args_iter = iter(rows.inputs(program, variant))
+    for node in interpreter.graph.nodes:
+        site = wanted.get(node.name)
+        if site is not None:
+            yield site, interpreter.env[node.all_input_nodes[0]]
+        with torch.no_grad():
+            interpreter.env[node] = interpreter.run_node(node)
+        for last in interpreter.user_to_last_uses.get(node, ()):
+            del interpreter.env[last]
+
+
+def sensitivities(
+    program: Program, rows: Rows, sites: set[str], seed: int, *, gradients: bool, progress: Progress
+) -> Iterator[tuple[Rows, str, torch.Tensor, torch.Tensor]]:
+    """What enters each of these sites, and what an error of each of its values does to the noise prediction.
+
+    With L = <v, eps> and v ~ N(0, I), (dL/dx)^2 is an unbiased estimate of (d eps / dx)^2, summed over the prediction:
+    the diagonal of the Gauss-Newton matrix of its squared error.
+
+    Args:
+        program: in full precision.
+        rows: the calibration set.
+        sites: their names.
+        seed: of v.
+        gradients: whether sensitivities are wanted; else all are 1.
+        progress: reports the batches.
+
+    Yields:
+        Rows that ran together, a site, what entered it f32[R,...,C], and the sensitivity of each value.
+    """
+    variant = computing_variant(program)
+    nodes = {site.node: site.name for site in find_sites(program.variants[variant]) if site.name in sites}
+    channels = program.facts[ModelSpec].latent_shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    size = max(1, DIFFERENTIATED_BYTES // _bytes_of_values(program.variants[variant].graph))
+    for batch in progress.track(list(rows.split(size)), "sensitivities"):
+        with torch.set_grad_enabled(gradients):
+            entered, prediction = _run(program, variant, batch, nodes)
+            direction = torch.randn(prediction[:, :channels].shape, generator=generator)
+            values = list(entered.values())
+            slopes: Sequence[torch.Tensor | None] = [None] * len(values)
+            if gradients:
+                loss = (prediction[:, :channels] * direction).sum()
+                slopes = torch.autograd.grad(loss, values, allow_unused=True)
+        for site, value, slope in zip(entered, values, slopes, strict=True):
+            weight = torch.ones_like(value) if not gradients else torch.zeros_like(value) if slope is None else slope**2
+            yield batch, site, value.detach(), weight
+
+
+def _run(
+    program: Program, variant: str, batch: Rows, nodes: Mapping[str, str]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What enters the sites at these nodes, by site, and the noise prediction."""
+    interpreter = fx.Interpreter(program.module(variant))
+    latents = batch.latents.clone().requires_grad_(torch.is_grad_enabled())
+    interpreter.args_iter = iter(replace(batch, latents=latents).inputs(program, variant))
+    (prediction, *_), entered = returned_nodes(interpreter.graph), {}
+    for node in interpreter.graph.nodes:
+        if node.op == "output":
+            break
+        if node.name in nodes:
+            entered[nodes[node.name]] = interpreter.env[node.all_input_nodes[0]]
+        interpreter.env[node] = interpreter.run_node(node)
+        for last in interpreter.user_to_last_uses.get(node, ()):
+            del interpreter.env[last]
+    return entered, interpreter.env[prediction]
+
+
+def _bytes_of_values(graph: fx.Graph) -> int:
+    """What the values of a graph take together, for one row."""
+    values = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    moving = [value for value in values if any(not isinstance(dim, int) for dim in value.shape)]
+    return FLOAT_BYTES * sum(prod(dim for dim in value.shape if isinstance(dim, int)) for value in moving)

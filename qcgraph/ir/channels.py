@@ -1,0 +1,135 @@
+"""Where the channels of an activation come from, when something linear makes them: what can take a change of scale.
+
+An activation x may be replaced by (x - offset) / factor a channel at no cost where the outputs of linear layers make
+it: their rows are divided and their biases moved instead. Two forms are known::
+
+    x = norm * (1 + gain) + shift            adaLN: gain and shift are rows of modulation layers
+    x = heads(attention(q, k, v))            the rows of v: the weights of attention sum to one
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from qcgraph.ir.graph import Variant
+
+aten = torch.ops.aten
+MOVES = (  # ops that move values and compute none
+    aten.reshape.default,
+    aten.view.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.flatten.using_ints,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.unbind.int,
+    operator.getitem,
+)
+PARTING = (aten.chunk.default, aten.split.Tensor, aten.unbind.int)  # every part of theirs has users of its own
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a linear layer that make the channels of an activation, one a channel.
+
+    Attributes:
+        weight: the constant [out, in].
+        bias: the constant [out].
+        rows: the row that makes each channel.
+        is_gain: whether the activation holds 1 plus what they make, as a factor; else they are added.
+    """
+
+    weight: str
+    bias: str
+    rows: tuple[int, ...]
+    is_gain: bool
+
+
+class NotLinearError(Exception):
+    """The channels do not come from rows of linear layers; says why."""
+
+
+def makers(variant: Variant, name: str) -> tuple[Rows, ...]:
+    """The rows that make the channels of the activation that a node gives.
+
+    Args:
+        variant: the graph; nothing is changed.
+        name: the node.
+
+    Raises:
+        NotLinearError: there are no such rows, or something else uses what they make.
+    """
+    node = next(node for node in variant.graph.nodes if node.name == name)
+    modulated = _modulated(node)
+    if modulated is None:
+        return (_rows(node, is_gain=False),)
+    gain, shift = modulated
+    return (_rows(gain, is_gain=True), _rows(shift, is_gain=False))
+
+
+def _modulated(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """gain and shift of ``norm * (1 + gain) + shift``."""
+    if node.target is not aten.add.Tensor:
+        return None
+    for product, shift in (node.all_input_nodes, node.all_input_nodes[::-1]):
+        if product.target is not aten.mul.Tensor:
+            continue
+        for factor in product.all_input_nodes:
+            if (
+                factor.target is aten.add.Tensor
+                and factor.args[1] == 1
+                and len(product.users) == len(factor.users) == 1
+            ):
+                return factor.all_input_nodes[0], shift
+    return None
+
+
+def _rows(node: fx.Node, *, is_gain: bool) -> Rows:
+    linear, index = _trace(node)
+    rows = index.reshape(-1, index.shape[-1])
+    if not bool((rows == rows[0]).all()) or len(rows[0].unique()) < len(rows[0]):
+        raise NotLinearError("its channels are not one output each of a linear layer")
+    weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else None
+    constants = [source for source in (weight, bias) if isinstance(source, fx.Node) and source.op == "get_attr"]
+    if len(constants) < 2:
+        raise NotLinearError("the layer that makes it has no bias to take an offset, or a computed weight")
+    if any(len(constant.users) > 1 for constant in constants):
+        raise NotLinearError("the layer that makes it shares its weight")
+    return Rows(str(constants[0].target), str(constants[1].target), tuple(rows[0].tolist()), is_gain)
+
+
+def _trace(node: fx.Node, *, first: bool = True) -> tuple[fx.Node, torch.Tensor]:
+    """The linear layer that makes a value, and which of its outputs stands where, for a batch of one.
+
+    The value itself may have several users, those before it one each.
+    """
+    if not first and len(node.users) > 1 and node.target not in PARTING:
+        raise NotLinearError(f"%{node.name}, which it is made of, is used elsewhere too")
+    if node.target is aten.linear.default:
+        shape = [size if isinstance(size, int) else 1 for size in node.meta["val"].shape]
+        return node, torch.arange(shape[-1]).expand(shape)
+    if node.target is aten.scaled_dot_product_attention.default:
+        value = node.args[2]
+        assert isinstance(value, fx.Node)
+        return _trace(value, first=False)
+    if node.target in MOVES and isinstance(node.args[0], fx.Node):
+        linear, index = _trace(node.args[0], first=False)
+        return linear, node.target(index, *(_plain(argument) for argument in node.args[1:]))  # type: ignore[operator]
+    raise NotLinearError("it does not come from a linear layer, or from adaLN, by moving values alone")
+
+
+def _plain(argument: Any) -> Any:
+    if isinstance(argument, fx.Node) or (isinstance(argument, list) and any(isinstance(i, fx.Node) for i in argument)):
+        raise NotLinearError("its shape is computed")
+    return argument

@@ -1,0 +1,138 @@
+"""Searching the scales of an activation from histograms of its values.
+
+The score of a candidate is the expected squared error of the noise prediction (TQ-DiT's Hessian-guided search, HO):
+every value weighs what its error does to the prediction, (dL/dx)^2 with L = <v, eps> and v ~ N(0, I). Averaged over v
+this is the diagonal of the Gauss-Newton matrix; unlike the gradient of a loss between equal predictions it does not
+vanish.
+
+One thing a single step does not show. A sampler adds up the errors of its steps. Those of rounding differ from step to
+step and add up by their squares; what is clipped is the same at every step, and such errors add up themselves. So an
+error of clipping weighs as often as there are steps that compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from qcgraph.facts import ActivationQuant
+
+SMALLEST = torch.finfo(torch.float32).tiny
+BINS = 4096  # 16 for each code at 8 bits
+FACTORS = torch.linspace(0.45, 1.0, 23, dtype=torch.float64)  # of the observed range, at either end
+
+
+class Histogram:
+    """Weights of the values of an activation, in equal bins between known limits, apart for timestep groups.
+
+    Args:
+        limits: the smallest and largest value of each group.
+    """
+
+    def __init__(self, limits: Sequence[tuple[float, float]]) -> None:
+        self._lows, highs = torch.tensor(limits).unbind(1)
+        self._widths = (highs - self._lows).clamp(min=SMALLEST)
+        self.weights = torch.zeros(len(limits), BINS, dtype=torch.float64)
+
+    def add(self, values: torch.Tensor, weights: torch.Tensor, groups: torch.Tensor) -> None:
+        """Count values [R,...] in, with weights of the same shape and the group of each row, i64[R]."""
+        rows = values.reshape(len(values), -1)
+        places = ((rows - self._lows[groups, None]) * (BINS / self._widths[groups, None])).long().clamp_(0, BINS - 1)
+        index = (places + groups[:, None] * BINS).reshape(-1)
+        counted = torch.bincount(index, weights.reshape(-1).double(), minlength=self.weights.numel())
+        self.weights += counted.reshape(self.weights.shape)
+
+    def centers(self, group: int) -> torch.Tensor:
+        """The middle of every bin of a group, f64[BINS]."""
+        return self._lows[group].double() + (torch.arange(BINS) + 0.5) * (self._widths[group].double() / BINS)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best parameters of one timestep group.
+
+    Attributes:
+        scale: of the fine step, where there are two; exact in float32.
+        zero_point: the code of zero.
+        error: the score.
+    """
+
+    scale: float
+    zero_point: int
+    error: float
+
+
+def search(histogram: Histogram, group: int, quant: ActivationQuant, clipping: float, *, covers: bool = False) -> Found:
+    """The parameters of the least score.
+
+    Args:
+        histogram: what the activation holds.
+        group: of which timestep group.
+        quant: its codes: limits, type and, with two regions, their shift and the zero point where they meet.
+        clipping: how often an error of clipping weighs.
+        covers: whether the whole range has to be covered, which leaves one candidate.
+    """
+    centers, weights = histogram.centers(group), histogram.weights[group]
+    low, high = min(float(centers[0]), 0.0), max(float(centers[-1]), 0.0)
+    scales, zeros = (_regions if quant.shift else _steps)(low, high, quant)
+    errors = scores(centers, weights, scales, zeros, quant, clipping)
+    best = -1 if covers or not bool(weights.any()) else int(errors.argmin())
+    return Found(float(scales[best]), int(zeros[best]), float(errors[best]))
+
+
+def merged(quant: ActivationQuant, found: Sequence[tuple[float, int]]) -> ActivationQuant:
+    """Codes with the scale and zero point of every timestep group; one of each where all groups have the same."""
+    scales, zeros = zip(*(found if len(set(found)) > 1 else found[:1]), strict=True)
+    return replace(quant, scales=scales, zero_points=zeros)
+
+
+def score_of_planes(histogram: Histogram, group: int, quant: ActivationQuant) -> float:
+    """The score of two regions in tensors of their own, each with a step that covers it (MRQ at any bits)."""
+    centers, weights = histogram.centers(group), histogram.weights[group]
+    levels = (quant.high - quant.low) // 2
+    steps = [max(float(end), SMALLEST) / levels for end in (-centers[0], centers[-1])]
+    step = torch.where(centers < 0, *(torch.tensor(value, dtype=torch.float64) for value in steps))
+    return float((((centers / step).round() * step - centers) ** 2) @ weights)
+
+
+def scores(
+    centers: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    quant: ActivationQuant,
+    clipping: float,
+) -> torch.Tensor:
+    """The score f64[K] of K scales and zero points, for values [V] with weights [V]."""
+    scale, zero = scales[:, None], zeros[:, None]
+    least, largest = (quant.low - zero) * scale, (quant.high - zero) * scale
+    coarse = torch.where(centers > 0, 2.0**quant.shift, 1.0) * scale
+    kept = centers.clamp(least, largest)
+    rounded = ((kept / coarse).round() * coarse).clamp(least, largest)
+    weighing = torch.where((centers - kept).abs() > coarse / 2, clipping, 1.0)
+    return (((rounded - centers) ** 2 * weighing) @ weights[:, None])[:, 0]
+
+
+def _steps(low: float, high: float, quant: ActivationQuant) -> tuple[torch.Tensor, torch.Tensor]:
+    """Candidates of one step, the one that covers the range last."""
+    lower, upper = torch.meshgrid(FACTORS * low, FACTORS * high, indexing="ij")
+    if quant.dtype == "int8":
+        largest = torch.maximum(-FACTORS * low, FACTORS * high)
+        scales = _float32(largest / quant.high)
+        return scales, torch.zeros_like(scales)
+    scales = _float32((upper - lower).reshape(-1) / (quant.high - quant.low))
+    return scales, (quant.low - lower.reshape(-1) / scales).round().clamp(quant.low, quant.high)
+
+
+def _regions(low: float, high: float, quant: ActivationQuant) -> tuple[torch.Tensor, torch.Tensor]:
+    """Candidates of two steps, the one that covers the range last."""
+    zero = quant.zero_points[0]
+    largest = max(high / (quant.high - zero), -low / (zero - quant.low))
+    return _float32(FACTORS * largest), torch.full_like(FACTORS, zero)
+
+
+def _float32(scales: torch.Tensor) -> torch.Tensor:
+    """The scales as float32 has them; of an activation that is always zero, the smallest there is."""
+    return scales.float().clamp(min=SMALLEST).double()

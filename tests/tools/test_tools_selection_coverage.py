@@ -1,0 +1,50 @@
+"""The tool that measures what selections of calibration samples cover: small runs, and what they print."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "selection_coverage.py"
+PNG = b"\x89PNG"
+
+
+def tool(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_coverage(tmp_path: Path) -> None:
+    small = ["--trajectories", 8, "--steps", 6, "--counts", 6, 48, "--seeds", 2]
+    done = tool("digits", *small, "--json", "-o", "figure.png", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "figure.png").read_bytes().startswith(PNG)
+    cells = json.loads(done.stdout)["cells"]
+    assert [cell["count"] for cell in cells] == [6] * 4 + [48] * 4
+    uniform = next(cell for cell in cells if cell["method"] == "uniform")
+    assert uniform["first_seed_steps"] == [1] * 6
+    assert uniform["steps"] == {"mean": 1.0, "deviation": 0.0}
+    for cell in cells:
+        assert (cell["mean_distance"]["mean"] == 0) == (cell["count"] == 48)  # nothing is left out then
+
+
+def test_scaling(tmp_path: Path) -> None:
+    done = tool("digits", "--trajectories", 1, "--steps", 4, "--counts", 3, "--scaling", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} == {14}
+    assert [line.split("|")[1].strip() for line in rows[2:]] == ["4", "8", "16", "32", "64", "128"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"), [("--counts", 0, "0 calibration samples"), ("--scheduler", "magic", "magic")]
+)
+def test_refusals_are_printed(option: str, value: object, message: str, tmp_path: Path) -> None:
+    done = tool("--trajectories", 1, "--steps", 2, option, value, folder=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "hint: " in done.stderr

@@ -1,0 +1,141 @@
+"""How well selected calibration samples stand for all that was recorded: every selection, over seeds and counts.
+
+    python tools/selection_coverage.py digits --counts 50 100 200 400 800 -o figure.png
+
+The pool are the latents that the denoiser is given at every step of calibration trajectories. The distance of a latent
+is that of the cosine to the nearest one selected of the same step or the next ones, at most 1; see
+`qcgraph.selection.Coverage`. With --scaling, seconds and memory of a selection from growing pools instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import tracemalloc
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from selection_coverage_report import markdown, save_figure, scaling_markdown
+
+from qcgraph.calibration import calibration_noise, sample_calibration
+from qcgraph.capture import capture
+from qcgraph.errors import QcgraphError
+from qcgraph.ir.execute import TorchRunner
+from qcgraph.models import load_model
+from qcgraph.progress import Progress, progress_for
+from qcgraph.sampling import Array
+from qcgraph.schedulers import make_step_plan
+from qcgraph.selection import METHODS, Method, Pool, coverage, select
+
+BATCH = 64
+DOUBLINGS = 5  # of the pool, under --scaling
+MEGABYTE = 1e6
+
+
+def main() -> int:
+    """Measure, print, draw."""
+    options = parse()
+    progress = progress_for(sys.stderr)
+    settings = {key: getattr(options, key) for key in ("model", "scheduler", "steps", "guidance", "trajectories")}
+    try:
+        if options.scaling:
+            pool = record(options, options.trajectories << DOUBLINGS, progress)
+            document = {"kind": "selection-scaling", "format": 1, **settings, "rows": scaling(pool, options)}
+        else:
+            pool = record(options, options.trajectories, progress)
+            cells = [measure(pool, count, method, options) for count in options.counts for method in METHODS]
+            document = {"kind": "selection-coverage", "format": 1, **settings, "seeds": options.seeds, "cells": cells}
+    except QcgraphError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if options.output:
+        save_figure(document, options.output)
+    if options.json:
+        print(json.dumps(document, indent=1))
+    else:
+        print(scaling_markdown(document) if options.scaling else markdown(document))
+    return 0
+
+
+def record(options: argparse.Namespace, trajectories: int, progress: Progress) -> Pool:
+    """What the denoiser is given at every step of so many calibration trajectories, in full precision."""
+    model = load_model(options.model)
+    program = capture(model.module, model.spec, model.input_names)
+    schedule = model.spec.schedule
+    plan = make_step_plan(options.scheduler, options.steps, options.guidance, schedule, program.constants_digest)
+    parts = [(0, calibration_noise(trajectories, options.seed, model.spec).initial())]
+
+    def keep(index: int, latent: Array) -> Array:
+        if index + 1 < len(plan):  # nothing is given the final latents
+            parts.append((index + 1, latent))
+        return latent
+
+    runner = TorchRunner(program.with_facts(plan))
+    seed = options.seed
+    sample_calibration(runner, plan, model.spec, trajectories, seed, batch=BATCH, after_update=keep, progress=progress)
+    steps = np.concatenate([np.full(len(latents), index) for index, latents in parts])
+    return Pool(np.concatenate([latents.reshape(len(latents), -1) for _, latents in parts]), steps)
+
+
+def measure(pool: Pool, count: int, method: Method, options: argparse.Namespace) -> dict[str, Any]:
+    """The coverage of a selection over seeds: mean and standard deviation."""
+    chosen = [select(pool, count, method, seed) for seed in range(options.seeds)]
+    found = [asdict(coverage(pool, indices)) for indices in chosen]
+    values = {key: np.array([each[key] for each in found]) for key in found[0]}
+    return {
+        "count": count,
+        "method": method,
+        **{key: {"mean": float(each.mean()), "deviation": float(each.std())} for key, each in values.items()},
+        "first_seed_steps": np.bincount(pool.steps[chosen[0]], minlength=options.steps).tolist(),
+    }
+
+
+def scaling(pool: Pool, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds and peak memory of a selection from growing random parts of a pool.
+
+    Memory is what NumPy and scikit-learn take while they select, on top of the pool itself.
+    """
+    order, count = np.random.default_rng(options.seed).permutation(len(pool)), max(options.counts)
+    for method in METHODS:
+        select(pool, 1, method, 0)  # imports
+    rows = []
+    for doublings in range(DOUBLINGS + 1):
+        items = np.sort(order[: len(pool) >> (DOUBLINGS - doublings)])
+        part = Pool(pool.latents[items], pool.steps[items])
+        for method in METHODS:
+            begin = time.perf_counter()
+            select(part, count, method, options.seed)
+            seconds = time.perf_counter() - begin
+            tracemalloc.start()  # makes it slower, hence a run of its own
+            select(part, count, method, options.seed)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            row = {"items": len(part), "count": count, "method": method}
+            rows.append(row | {"seconds": seconds, "megabytes": peak / MEGABYTE})
+    return rows
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="digits", metavar="MODEL")
+    parser.add_argument("--trajectories", type=int, default=32)
+    parser.add_argument("--counts", type=int, nargs="+", default=[50, 100, 200, 400, 800])
+    parser.add_argument("--seeds", type=int, default=10, help="how many selections of each kind")
+    parser.add_argument("--seed", type=int, default=0, help="of the trajectories")
+    parser.add_argument("--scheduler", default="ddim")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=1.5)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("-o", "--output", type=Path, metavar="FILE.png", help="draw a figure")
+    what.add_argument("--scaling", action="store_true", help=f"from {1 << DOUBLINGS} times as many trajectories")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
