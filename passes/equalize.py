@@ -62,7 +62,8 @@ class Equalize(Pass):
             raise UsageError("equalize takes the one graph of the model", hint="run it before insert-cache")
         inputs = tuple(_inputs(program, context))
         channels = _observe(program, inputs, self._count(program, context), self.seed, context)
-        constants, factors = dict(program.constants), {}
+        constants, found, divided = dict(program.constants), {}, {}
+        weights = {weight: site for item in inputs for site, (weight, _) in zip(item.sites, item.readers, strict=True)}
         for item in inputs:
             observed = channels[item.name]
             if not observed.is_finite:
@@ -70,8 +71,13 @@ class Equalize(Pass):
                 continue
             chosen = self._factors(observed, torch.cat([constants[weight] for weight, _ in item.readers]))
             _move(constants, item, observed.middle, chosen)
-            factors |= dict.fromkeys(item.sites, tuple(chosen.tolist()))
-        return replace(program, constants=constants).with_facts(Equalization(factors))
+            found |= dict.fromkeys(item.sites, tuple(chosen.tolist()))
+            for rows in item.makers:
+                if rows.weight in weights:
+                    factors = divided.setdefault(weights[rows.weight], torch.ones(len(constants[rows.weight])))
+                    factors[list(rows.rows)] = chosen
+        outputs = {site: tuple(factors.tolist()) for site, factors in divided.items()}
+        return replace(program, constants=constants).with_facts(Equalization(found, outputs))
 
     def _count(self, program: Program, context: PassContext) -> int:
         (name,) = program.variants

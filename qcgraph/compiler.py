@@ -36,12 +36,8 @@ from qcgraph.schedulers import check_compensable, make_step_plan
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
-OBSERVING = (
-    "equalize",
-    "plan-steps",
-    "calibrate",
-    "rehearse-steps",
-)  # the passes that sample first; a dry run stops before them
+OBSERVING = ("plan-steps", "calibrate", "rehearse-steps")  # the passes that sample first; a dry run stops before them
+EQUALIZING = "equalize"  # samples as well, but nothing needs it: a dry run leaves it out
 COMPENSATING = "fit-compensation"  # does not fit every plan, which is better said before anything is sampled
 
 
@@ -266,9 +262,10 @@ def _check_pass_names(pipeline: Pipeline, names: tuple[str, ...]) -> None:
 def _prefix(pipeline: Pipeline, stop_after: str | None, dry_run: bool) -> Pipeline:
     names = [pass_.name for pass_ in pipeline]
     end = names.index(stop_after) + 1 if stop_after else len(names)
-    if dry_run:
-        end = next((index for index, name in enumerate(names[:end]) if name in OBSERVING), end)
-    return Pipeline(pipeline.passes[:end])
+    if not dry_run:
+        return Pipeline(pipeline.passes[:end])
+    end = next((index for index, name in enumerate(names[:end]) if name in OBSERVING), end)
+    return Pipeline(tuple(pass_ for pass_ in pipeline.passes[:end] if pass_.name != EQUALIZING))
 
 
 def _reproducer_folder(output: Path | None) -> Path:

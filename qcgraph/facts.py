@@ -198,13 +198,15 @@ class CalibrationSet:
 
 @dataclass(frozen=True)
 class Equalization:
-    """What the channels of activations were divided by, so that they share a range; their weights were multiplied.
+    """What the channels of activations were divided by, so that they share a range.
 
     Attributes:
-        factors: per site (by name), one a channel of what enters it.
+        inputs: per site (by name), the factors of what enters it, with which its weight was multiplied.
+        outputs: the factors by which the rows of a site were divided, where its result makes such an activation.
     """
 
-    factors: dict[str, tuple[float, ...]]
+    inputs: dict[str, tuple[float, ...]]
+    outputs: dict[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ LAYERS = {
             "qcgraph.recipe",
             "qcgraph.sampling",
             "qcgraph.schedule",
+            "qcgraph.selection",
             "qcgraph.spec",
             "qcgraph.steps",
         ),
@@ -64,11 +65,13 @@ LAYERS = {
     # What a pass is, what watches it, and how a Program and its StepPlan come to be.
     "framework": Layer(
         modules=(
+            "qcgraph.calibration_set",
             "qcgraph.capture",
             "qcgraph.effort",
             "qcgraph.forecast",
             "qcgraph.instruments",
             "qcgraph.pipeline",
+            "qcgraph.scale_search",
             "qcgraph.schedulers",
             "qcgraph.skipping",
             "qcgraph.trajectories",

@@ -222,4 +222,4 @@ def test_bad_options_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def unit(rows: Array) -> Array:
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    return (rows / lengths).astype(np.float32)
+    return np.asarray(rows / lengths, dtype=np.float32)

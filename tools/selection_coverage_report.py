@@ -74,7 +74,7 @@ def save_figure(document: Document, path: Path) -> None:
 
     figure = Figure(figsize=SIZE, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subfigures(1, 2)
+    left, right = figure.subfigures(1, 2, squeeze=False)[0]
     distance, ratio = left.subplots(2, 1)
     counts = list(dict.fromkeys(cell["count"] for cell in document["cells"]))
     errors = {(cell["method"], cell["count"]): cell["mean_distance"] for cell in document["cells"]}
@@ -119,10 +119,12 @@ def _draw_errors(
 
 def _draw_steps(panels: Sequence[Axes], document: Document, count: int) -> None:
     """How many samples each step has, in one selection of every method."""
+    from matplotlib.ticker import MaxNLocator
+
     taken = {cell["method"]: cell["first_seed_steps"] for cell in document["cells"] if cell["count"] == count}
     for method, panel in zip(METHODS, panels, strict=True):
         panel.bar(range(document["steps"]), taken[method], width=0.9, color=STYLES[method][0])
         panel.set_title(f"{TITLES[method]}: samples at each step, {count} chosen", fontsize="medium")
         panel.grid(alpha=0.3, axis="y")
     panels[-1].set_xlabel("step")
-    panels[-1].yaxis.get_major_locator().set_params(integer=True)
+    panels[-1].yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))

@@ -106,8 +106,10 @@ def float_weight(site: QuantizedSite, model: Program, program: Program) -> torch
     if weight is None or tuple(reversed(weight.shape) if transposed else weight.shape) != shape:
         raise BundleError(f"the model has no weight {name} of this shape", hint="load the model that was compiled")
     equalized = program.facts.get(Equalization)
-    if equalized is not None and site.name in equalized.factors:
-        weight = weight * torch.tensor(equalized.factors[site.name])
+    if equalized is not None and site.name in equalized.outputs:
+        weight = weight / torch.tensor(equalized.outputs[site.name])[:, None]
+    if equalized is not None and site.name in equalized.inputs:
+        weight = weight * torch.tensor(equalized.inputs[site.name])
     return weight.t() if transposed else weight  # a view: a large model should not be in memory twice
 
 

@@ -154,9 +154,9 @@ def _reference(reference: Reference) -> list[str]:
 
 
 def _equalization(fact: Equalization) -> list[str]:
-    factors = [factor for site in fact.factors.values() for factor in site]
+    factors = [factor for site in fact.inputs.values() for factor in site]
     return (
-        [f"equalization of {len(fact.factors)} sites, factors {min(factors):.3g} .. {max(factors):.3g}"]
+        [f"equalization of {len(fact.inputs)} sites, factors {min(factors):.3g} .. {max(factors):.3g}"]
         if factors
         else []
     )

@@ -45,7 +45,7 @@ def test_without_all_is_the_cached_model(compiled: Program, captured: Program, r
     bare = without_compensation(without_quantization(compiled, captured))
     legality.verify(bare)
     cached = compile_like(captured, recipe, bits="off", compensate="off")
-    np.testing.assert_allclose(draw(bare), draw(cached), atol=2e-5)
+    np.testing.assert_allclose(draw(bare), draw(cached), atol=2e-4)  # of latents of 100
     assert not activation_quantizers(bare)
 
 
@@ -95,6 +95,6 @@ def test_quantizers_and_weights_are_what_the_plan_says(compiled: Program, captur
             assert scale == np.float32(activation.scales[position])
             assert zero_point == activation.zero_points[position]
     for site in quantized_sites(compiled.variants["full"]):
-        weight = float_weight(site, captured, tuple(compiled.constants[site.codes].shape))
-        error = (dequantized_weight(compiled, "full", site) - weight).abs().max() / weight.abs().max()
-        assert error <= 0.5001 / plan.sites[site.name].weight.high
+        weight = float_weight(site, captured, compiled)
+        error = (dequantized_weight(compiled, "full", site) - weight).norm() / weight.norm()
+        assert error <= 1.5 / plan.sites[site.name].weight.high  # some are rounded to make up for others

@@ -18,7 +18,7 @@ from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
 Run = Callable[[str, Program], Program]
-PLANNED = "calibrate{trajectories=8},group-timesteps{groups=2},plan-quant{weight-bits=4}"
+PLANNED = "calibrate{trajectories=8 selection=uniform},group-timesteps{groups=2},plan-quant{weight-bits=4}"
 
 
 @pytest.fixture(scope="module")
