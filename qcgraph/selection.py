@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Literal, get_args
 
 import numpy as np
@@ -14,7 +13,6 @@ from qcgraph.errors import UsageError, closest
 
 Method = Literal["tap", "kmeans", "uniform", "random"]
 METHODS: tuple[Method, ...] = get_args(Method)
-CLUSTERING: tuple[Method, ...] = ("tap", "kmeans")
 
 Indices = npt.NDArray[np.int64]
 Array = npt.NDArray[np.float32]
@@ -106,7 +104,7 @@ def select(pool: Pool, count: int, method: Method, seed: int) -> Indices:
         Their indices in the pool, ascending, i64[min(count, N)].
 
     Raises:
-        UsageError: the count, the method or the seed is out of range, or scikit-learn is needed and not installed.
+        UsageError: the count, the method or the seed is out of range.
     """
     _check(count, method, seed)
     if count >= len(pool):
@@ -209,11 +207,6 @@ def _check(count: int, method: Method, seed: int) -> None:
         raise UsageError(f"no selection is called {method!r}", hint=closest(method, METHODS))
     if seed < 0:
         raise UsageError(f"seed {seed} is negative", hint="a seed is 0 or larger")
-    if method in CLUSTERING and find_spec("sklearn") is None:
-        raise UsageError(
-            f"the selection {method!r} needs scikit-learn, which is not installed",
-            hint="pip install 'qcgraph[eval]', or select uniform or random samples",
-        )
 
 
 def _embeddings(pool: Pool, clusters: int, generator: np.random.Generator) -> Array:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 
+import numpy as np
 from pareto_report import Cell
 
 from qcgraph.benchmark.timing import paired
@@ -57,7 +58,7 @@ class Judging:
         cells, errors = {}, {}
         for key, subject in progress.track(list(subjects.items()), "judging"):
             row, errors[key] = self._draw(subject)
-            cells[key] = _metrics(row)
+            cells[key] = _metrics(row) | {"median_psnr": float(self._measuring.decibels(np.median(errors[key])))}
         best = min(errors, key=lambda key: float(errors[key].mean()))
         for key, cell in cells.items():
             cell["behind_db"] = asdict(error_ratio(self._bootstrap, errors[key], errors[best]))

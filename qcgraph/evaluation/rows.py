@@ -125,9 +125,10 @@ class Measuring:
 
     def _psnr(self, tally: Tally) -> tuple[Estimate, Any]:
         errors = self.squared_errors(tally)
-        return self._bootstrap.estimate(self._decibels, errors), self._decibels(errors.mean(axis=1))
+        return self._bootstrap.estimate(self.decibels, errors), self.decibels(errors.mean(axis=1))
 
-    def _decibels(self, errors: Values) -> Values:
+    def decibels(self, errors: Values) -> Values:
+        """PSNR of mean squared errors, dB."""
         return np.asarray(psnr(errors, self._peak))
 
     def _ssim(self, tally: Tally) -> tuple[Estimate, Any]:
