@@ -11,10 +11,11 @@ from torch import fx
 from qcgraph.facts import ActivationQuant, CalibrationSet, QuantPlan, Requantization, SiteCorrection
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.program import Program
-from qcgraph.ir.quantize import parameters, weight_codes
+from qcgraph.ir.quantize import clip_limits, parameters, weight_codes
 from qcgraph.ir.structure import Site, find_sites
 from qcgraph.pipeline import Pass, PassContext
 
+aten = torch.ops.aten
 ops = torch.ops.qcgraph
 
 
@@ -81,12 +82,16 @@ def _activation_pair(
     scales, zeros = parameters(quant)
     scale = _parameter(editor, f"{site}.input_scale", scales, linear)
     zero_point = _parameter(editor, f"{site}.input_zero_point", zeros, linear)
-    limits = (quant.low, quant.high)
+    if quant.bits:
+        limits = zip(("least", "largest"), clip_limits(quant), strict=True)
+        ends = [_parameter(editor, f"{site}.input_{name}", table, linear) for name, table in limits]
+        activation = editor.call(aten.clamp.Tensor, activation, *ends, source=linear)
+    codes = (quant.low, quant.high)
     if quant.shift:
         regions = ops.quantize_regions.default
-        q = editor.call(regions, activation, scale, zero_point, *limits, quant.shift, 0, source=linear)
+        q = editor.call(regions, activation, scale, zero_point, *codes, quant.shift, 0, source=linear)
     else:
-        q = editor.call(ops.quantize.default, activation, scale, zero_point, *limits, 0, source=linear)
+        q = editor.call(ops.quantize.default, activation, scale, zero_point, *codes, 0, source=linear)
     return editor.call(ops.dequantize.default, q, scale, zero_point, 0, source=linear)
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from qcgraph.errors import UsageError
-from qcgraph.facts import ActivationQuant, QuantPlan, Ranges, SiteQuant, SiteRange, WeightQuant
+from qcgraph.facts import ActivationQuant, QuantPlan, Ranges, SiteQuant, SiteRange, WeightQuant, codes
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
 from qcgraph.pipeline import Pass, PassContext
@@ -59,7 +59,7 @@ class PlanQuant(Pass):
         return program.with_facts(QuantPlan(sites))
 
     def _activation(self, observed: SiteRange, plan: StepPlan) -> ActivationQuant:
-        low, high = codes(self.activation_bits, self.symmetric)
+        low, high = codes(self.activation_bits, symmetric=self.symmetric)
         limits = [observed.over(plan.members(group)) for group in range(plan.group_count)]
         parameters = [affine_parameters(*ends, low, high, symmetric=self.symmetric) for ends in limits]
         if len(set(parameters)) == 1:
@@ -71,11 +71,6 @@ class PlanQuant(Pass):
             high=high,
             dtype="int8" if self.symmetric else "uint8",
         )
-
-
-def codes(bits: int, symmetric: bool) -> tuple[int, int]:
-    """Smallest and largest code: ``-2^(b-1) .. 2^(b-1)-1`` when symmetric, else ``0 .. 2^b-1``."""
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
 
 
 def affine_parameters(minimum: float, maximum: float, low: int, high: int, *, symmetric: bool) -> tuple[float, int]:

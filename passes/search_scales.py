@@ -78,10 +78,8 @@ class SearchScales(Pass):
         rows = Rows.of(program)
         context.progress.note(f"  search-scales: {len(rows)} rows, {len(names)} sites")
         gradients = self.objective == "fisher"
-        for batch, site, value, weight in sensitivities(
-            program, rows, names, self.seed, gradients=gradients, progress=context.progress
-        ):
-            found[site].add(value, weight, batch.groups)
+        for item in sensitivities(program, rows, names, self.seed, context.progress, gradients=gradients):
+            found[item.site].add(item.value, item.weight, item.rows.groups)
         return found
 
     def _best(
@@ -130,6 +128,8 @@ def _two_regions(quant: ActivationQuant) -> Iterator[ActivationQuant]:
 
     One of the bits says which region it is, so each has 2^(bits - 1) - 1 codes besides zero.
     """
+    if quant.bits:
+        return  # groups of other bits would need other shifts
     levels = (quant.high - quant.low) // 2
     zero = levels if quant.dtype == "uint8" else 0
     held = HELD if quant.dtype == "uint8" else HELD // 2

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qcgraph.errors import VerificationError
+from qcgraph.errors import RefusedError
 from qcgraph.evaluation.edges import LEAST_SNR, CachedEdge, measure_edges
 from qcgraph.evaluation.evaluate import Options, evaluate
 from qcgraph.evaluation.metrics import check_installed, choose_metrics
@@ -47,12 +47,12 @@ def admit_edges(program: Program, origin: Program, seed: int, *, allow_unsafe: b
         What was measured, as JSON data.
 
     Raises:
-        VerificationError: an edge is unsafe, and that is not allowed.
+        RefusedError: an edge is unsafe, and that is not allowed.
     """
     edges = measure_edges(program, origin, seed, progress)
     unsafe = [edge for edge in edges if not edge.is_safe]
     if unsafe and not allow_unsafe:
-        raise VerificationError(
+        raise RefusedError(
             f"quantization and cache do not go together: {_measured(unsafe[0])}",
             where=f"cached edge {unsafe[0].name}",
             hint="use more bits or --cache off; --allow-unsafe compiles it all the same, and the manifest says so",
@@ -88,7 +88,7 @@ def admit_quality(
 
     Raises:
         UsageError: a condition does not apply to the model.
-        VerificationError: the gate is not met; says by which term.
+        RefusedError: the gate is not met; says by which term.
     """
     runner = OnnxRuntimeRunner(folder, program.interfaces) if target.emits_onnx else TorchRunner(program)
     subject = Subject(model, origin, program, program.facts[StepPlan], runner, folder, target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -114,10 +114,29 @@ def entering(program: Program, rows: Rows, sites: set[str]) -> Iterator[tuple[Si
             del interpreter.env[last]
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """What entered a site, and what errors there do to the noise prediction.
+
+    Attributes:
+        rows: the rows that ran together.
+        site: its name.
+        value: what entered it, f32[R,...,C].
+        weight: the sensitivity of each of these values.
+        result_weight: the sensitivity of each value of its result, f32[R,...,O].
+    """
+
+    rows: Rows
+    site: str
+    value: torch.Tensor
+    weight: torch.Tensor
+    result_weight: torch.Tensor
+
+
 def sensitivities(
-    program: Program, rows: Rows, sites: set[str], seed: int, *, gradients: bool, progress: Progress
-) -> Iterator[tuple[Rows, str, torch.Tensor, torch.Tensor]]:
-    """What enters each of these sites, and what an error of each of its values does to the noise prediction.
+    program: Program, rows: Rows, sites: Collection[str], seed: int, progress: Progress, *, gradients: bool = True
+) -> Iterator[Sensitivity]:
+    """What enters each of these sites, and what errors of these values do to the noise prediction.
 
     With L = <v, eps> and v ~ N(0, I), (dL/dx)^2 is an unbiased estimate of (d eps / dx)^2, summed over the prediction:
     the diagonal of the Gauss-Newton matrix of its squared error.
@@ -127,48 +146,53 @@ def sensitivities(
         rows: the calibration set.
         sites: their names.
         seed: of v.
-        gradients: whether sensitivities are wanted; else all are 1.
         progress: reports the batches.
-
-    Yields:
-        Rows that ran together, a site, what entered it f32[R,...,C], and the sensitivity of each value.
+        gradients: whether sensitivities are wanted; else all are 1.
     """
     variant = computing_variant(program)
-    nodes = {site.node: site.name for site in find_sites(program.variants[variant]) if site.name in sites}
+    names = {site.node: site.name for site in find_sites(program.variants[variant]) if site.name in sites}
     channels = program.facts[ModelSpec].latent_shape[0]
     generator = torch.Generator().manual_seed(seed)
     size = max(1, DIFFERENTIATED_BYTES // _bytes_of_values(program.variants[variant].graph))
     for batch in progress.track(list(rows.split(size)), "sensitivities"):
         with torch.set_grad_enabled(gradients):
-            entered, prediction = _run(program, variant, batch, nodes)
-            direction = torch.randn(prediction[:, :channels].shape, generator=generator)
-            values = list(entered.values())
+            entered, results, prediction = _run(program, variant, batch, names)
+            values = [*entered.values(), *results.values()]
             slopes: Sequence[torch.Tensor | None] = [None] * len(values)
             if gradients:
+                direction = torch.randn(prediction[:, :channels].shape, generator=generator)
                 loss = (prediction[:, :channels] * direction).sum()
                 slopes = torch.autograd.grad(loss, values, allow_unused=True)
-        for site, value, slope in zip(entered, values, slopes, strict=True):
-            weight = torch.ones_like(value) if not gradients else torch.zeros_like(value) if slope is None else slope**2
-            yield batch, site, value.detach(), weight
+        weights = [_squared(slope, value, gradients) for slope, value in zip(slopes, values, strict=True)]
+        for index, (site, value) in enumerate(entered.items()):
+            yield Sensitivity(batch, site, value.detach(), weights[index], weights[index + len(entered)])
+
+
+def _squared(slope: torch.Tensor | None, value: torch.Tensor, wanted: bool) -> torch.Tensor:
+    if slope is not None:
+        return slope**2
+    return torch.zeros_like(value) if wanted else torch.ones_like(value)
 
 
 def _run(
     program: Program, variant: str, batch: Rows, nodes: Mapping[str, str]
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """What enters the sites at these nodes, by site, and the noise prediction."""
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
+    """What enters and what leaves the sites at these nodes, by site, and the noise prediction."""
     interpreter = fx.Interpreter(program.module(variant))
     latents = batch.latents.clone().requires_grad_(torch.is_grad_enabled())
     interpreter.args_iter = iter(replace(batch, latents=latents).inputs(program, variant))
-    (prediction, *_), entered = returned_nodes(interpreter.graph), {}
+    (prediction, *_), entered, results = returned_nodes(interpreter.graph), {}, {}
     for node in interpreter.graph.nodes:
         if node.op == "output":
             break
         if node.name in nodes:
             entered[nodes[node.name]] = interpreter.env[node.all_input_nodes[0]]
         interpreter.env[node] = interpreter.run_node(node)
+        if node.name in nodes:
+            results[nodes[node.name]] = interpreter.env[node]
         for last in interpreter.user_to_last_uses.get(node, ()):
             del interpreter.env[last]
-    return entered, interpreter.env[prediction]
+    return entered, results, interpreter.env[prediction]
 
 
 def _bytes_of_values(graph: fx.Graph) -> int:

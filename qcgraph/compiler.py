@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,6 +26,7 @@ from qcgraph.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
 from qcgraph.ir.structure import find_sites, macs_by_variant, total_macs
+from qcgraph.least_bits import compile_with_least, is_asked_for
 from qcgraph.models import LoadedModel, load_model
 from qcgraph.origin import SOURCE
 from qcgraph.pipeline import Instrument, Pipeline
@@ -91,6 +93,38 @@ def compile_model(
             recipe is not met; nothing was written.
     """
     progress = progress or Progress()
+    compile_ = partial(
+        _compile,
+        model,
+        output=output,
+        plan=plan,
+        stop_after=stop_after,
+        verify_each=verify_each,
+        print_after=print_after,
+        dry_run=dry_run,
+        progress=progress,
+        out=out or sys.stdout,
+    )
+    if not is_asked_for(recipe):
+        return compile_(recipe, force=force)
+    return compile_with_least(recipe, lambda fixed, again: compile_(fixed, force=force or again), progress)
+
+
+def _compile(
+    model: str | LoadedModel,
+    recipe: Recipe,
+    *,
+    output: Path | None,
+    plan: PlanFile | None,
+    force: bool,
+    stop_after: str | None,
+    verify_each: bool,
+    print_after: tuple[str, ...],
+    dry_run: bool,
+    progress: Progress,
+    out: TextIO,
+) -> CompileResult:
+    """See `compile_model`; the bits are known."""
     recipe = following(recipe, plan)
     target = target_named(recipe.target.name)
     pipeline = default_pipeline(recipe, target)
@@ -114,7 +148,7 @@ def compile_model(
     if verify_each:
         instruments.append(VerifyEach(captured, progress))
     if print_after:
-        instruments.append(PrintAfter(print_after, out or sys.stdout))
+        instruments.append(PrintAfter(print_after, out))
     ran = _prefix(pipeline, stop_after, dry_run)
     program = ran.run(captured, instruments, progress, lambda program: measure_costs(program, target, progress))
     report = _report(captured, program, recipe, target, pipeline, timer)

@@ -25,15 +25,15 @@ def default_pipeline(recipe: Recipe, target: Target) -> Pipeline:
 
 
 def _passes(recipe: Recipe, target: Target) -> Iterator[Pass]:
-    quantized = recipe.weight_bits is not None
+    quantized = recipe.is_quantized
     compensated = recipe.compensation.mode != "off"
 
     if quantized and recipe.quantization.equalize:
         # Before there are variants: it changes the constants that all of them will share.
         yield _pass(
             "equalize",
-            weight_bits=recipe.weight_bits,
-            activation_bits=recipe.activation_bits,
+            weight_bits=round(recipe.bit_budget or recipe.weight_bits),
+            activation_bits=round(recipe.bit_budget or recipe.activation_bits),
             seed=recipe.calibration.seed,
         )
     if recipe.is_cached:
@@ -70,8 +70,9 @@ def _calibrate(recipe: Recipe, *, quantized: bool) -> Pass:
 
 def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
     """What is quantized and how, then the quantizers."""
+    asked, seed = recipe.quantization, recipe.calibration.seed
     # Groups before scales: a scale belongs to a group.
-    yield _pass("group-timesteps", groups=recipe.quantization.groups, strategy=recipe.quantization.grouping)
+    yield _pass("group-timesteps", groups=asked.groups, strategy=asked.grouping)
     yield _pass(
         "plan-quant",
         weight_bits=recipe.weight_bits,
@@ -79,19 +80,17 @@ def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
         symmetric=target.activation == "symmetric",
         weight_high=target.weight_high,
     )
-    if recipe.quantization.scales == "fisher" or recipe.quantization.regions:
-        yield _pass(
-            "search-scales",
-            objective=recipe.quantization.scales,
-            regions=recipe.quantization.regions,
-            seed=recipe.calibration.seed,
-        )
-    if recipe.quantization.rounding != "nearest":
+    if recipe.bit_budget is not None:
+        # Before scales are searched, which depend on the bits.
+        yield _pass("allocate-bits", budget=recipe.bit_budget, rounding=asked.rounding, seed=seed)
+    if asked.scales == "fisher" or asked.regions:
+        yield _pass("search-scales", objective=asked.scales, regions=asked.regions, seed=seed)
+    if asked.rounding != "nearest":
         # After the scales: weights are rounded for activations as they will be.
-        yield _pass("round-weights", method=recipe.quantization.rounding)
-    if recipe.quantization.correction != "off":
+        yield _pass("round-weights", method=asked.rounding)
+    if asked.correction != "off":
         # While weights are still whole: what is fitted is the difference that quantizing them makes.
-        yield _pass("fit-requantization", sites=recipe.quantization.correction)
+        yield _pass("fit-requantization", sites=asked.correction)
     yield _pass("insert-qdq")
 
 

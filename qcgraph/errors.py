@@ -50,6 +50,10 @@ class VerificationError(QcgraphError):
     exit_code = 1
 
 
+class RefusedError(VerificationError):
+    """What was compiled is sound but not good enough: an unsafe cache, or a gate that is not met."""
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name: the closest known one, then all of them.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar, cast
 
 from qcgraph.errors import QcgraphError
@@ -220,6 +220,11 @@ class TimestepGroups:
     lower_timesteps: tuple[float, ...]
 
 
+def codes(bits: int, *, symmetric: bool) -> tuple[int, int]:
+    """Smallest and largest code: ``-2^(b-1) .. 2^(b-1)-1`` when symmetric, else ``0 .. 2^b-1``."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+
+
 @dataclass(frozen=True)
 class ActivationQuant:
     """Affine quantization of an activation: ``q = clamp(round(x / scale) + zero_point, low, high)``.
@@ -232,6 +237,7 @@ class ActivationQuant:
         dtype: ``uint8`` or ``int8``.
         shift: with two regions (TQ-DiT's MRQ), codes above the zero point are multiples of 2 to this power, so that
             positive values have a coarser step than negative ones; 0 for one step.
+        bits: the bits of each timestep group, where they differ; ``low`` and ``high`` are those of the most.
     """
 
     scales: tuple[float, ...]
@@ -240,6 +246,14 @@ class ActivationQuant:
     high: int
     dtype: str
     shift: int = 0
+    bits: tuple[int, ...] = ()
+
+    def at(self, group: int) -> ActivationQuant:
+        """The codes that one timestep group uses."""
+        if not self.bits:
+            return self
+        low, high = codes(self.bits[group], symmetric=self.dtype == "int8")
+        return replace(self, low=low, high=high, bits=())
 
 
 @dataclass(frozen=True)

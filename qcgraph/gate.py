@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from qcgraph.errors import UsageError, VerificationError, closest
+from qcgraph.errors import RefusedError, UsageError, closest
 
 # What a gate may ask for -> the metrics that it needs.
 TERMS: Mapping[str, tuple[str, ...]] = {
@@ -61,11 +61,11 @@ def require(verdicts: Sequence[Verdict], *, where: str | None = None, hint: str)
     """Refuse a missed gate.
 
     Raises:
-        VerificationError: a condition is not met; says which, and what was measured.
+        RefusedError: a condition is not met; says which, and what was measured.
     """
     missed = [f"{verdict.term} (it is {verdict.value:.4g})" for verdict in verdicts if not verdict.passed]
     if missed:
-        raise VerificationError(f"the gate is not met: {', '.join(missed)}", where=where, hint=hint)
+        raise RefusedError(f"the gate is not met: {', '.join(missed)}", where=where, hint=hint)
 
 
 @dataclass(frozen=True)

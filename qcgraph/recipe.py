@@ -20,6 +20,10 @@ from qcgraph.schedule import TimedSchedule
 
 PRESETS = Path(__file__).parent / "presets"
 _BITS = re.compile(r"w([2-8])a([2-8])")
+MOST_BITS = 8
+AUTO_BITS = "auto"
+_MIXED = re.compile(r"auto=([4-7](?:\.[0-9]+)?|8(?:\.0+)?)")
+_AUTO = re.compile(AUTO_BITS)
 _INTERVAL = re.compile(r"(interval|dps)=([1-9][0-9]*)")
 _BUDGET = re.compile(r"budget=(1(?:\.0*)?|0?\.[0-9]*[1-9][0-9]*)")
 _PLAN = re.compile(r"plan=(\S+)")
@@ -86,8 +90,10 @@ class Calibration(_Section):
 class Quantization(_Section):
     """Integer arithmetic in the linear layers of the blocks."""
 
-    bits: Annotated[str, _fits(_BITS, word="off")] = Field(
-        "w8a8", description="off, or w{2..8}a{2..8}: the bits of weights and activations, for example w8a8"
+    bits: Annotated[str, _fits(_BITS, _MIXED, _AUTO, word="off")] = Field(
+        "w8a8",
+        description="off; w{2..8}a{2..8}: the bits of weights and activations, for example w8a8; auto=B: 4, 6 or 8 for "
+        "each layer and timestep group, B (4 to 8) on average; or auto: as few as meet the gate",
     )
     groups: int = Field(8, ge=1, description="the number of timestep groups with activation scales of their own")
     grouping: Literal["optimal", "uniform"] = Field("optimal", description="optimal or uniform")
@@ -334,16 +340,27 @@ class Recipe(_Section):
         return self._validated(data, where="--ablate")
 
     @property
-    def weight_bits(self) -> int | None:
-        """Bits of the weights, None when quantization is off."""
-        match = _BITS.fullmatch(self.quantization.bits)
-        return int(match[1]) if match else None
+    def is_quantized(self) -> bool:
+        """Whether layers multiply integers."""
+        return self.quantization.bits != "off"
 
     @property
-    def activation_bits(self) -> int | None:
-        """Bits of the activations, None when quantization is off."""
+    def weight_bits(self) -> int:
+        """The most bits that a weight has, when it is quantized."""
         match = _BITS.fullmatch(self.quantization.bits)
-        return int(match[2]) if match else None
+        return int(match[1]) if match else MOST_BITS
+
+    @property
+    def activation_bits(self) -> int:
+        """The most bits that an activation has, when it is quantized."""
+        match = _BITS.fullmatch(self.quantization.bits)
+        return int(match[2]) if match else MOST_BITS
+
+    @property
+    def bit_budget(self) -> float | None:
+        """Bits on average that are allocated to layers and timestep groups, None when all have the same."""
+        match = _MIXED.fullmatch(self.quantization.bits)
+        return float(match[1]) if match else None
 
     @property
     def is_cached(self) -> bool:

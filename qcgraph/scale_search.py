@@ -76,6 +76,7 @@ def search(histogram: Histogram, group: int, quant: ActivationQuant, clipping: f
     """
     centers, weights = histogram.centers(group), histogram.weights[group]
     low, high = min(float(centers[0]), 0.0), max(float(centers[-1]), 0.0)
+    quant = quant.at(group)
     scales, zeros = (_regions if quant.shift else _steps)(low, high, quant)
     errors = scores(centers, weights, scales, zeros, quant, clipping)
     best = -1 if covers or not bool(weights.any()) else int(errors.argmin())
@@ -84,7 +85,7 @@ def search(histogram: Histogram, group: int, quant: ActivationQuant, clipping: f
 
 def merged(quant: ActivationQuant, found: Sequence[tuple[float, int]]) -> ActivationQuant:
     """Codes with the scale and zero point of every timestep group; one of each where all groups have the same."""
-    scales, zeros = zip(*(found if len(set(found)) > 1 else found[:1]), strict=True)
+    scales, zeros = zip(*(found if quant.bits or len(set(found)) > 1 else found[:1]), strict=True)
     return replace(quant, scales=scales, zero_points=zeros)
 
 

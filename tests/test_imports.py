@@ -37,6 +37,7 @@ LAYERS = {
     "core": Layer(
         modules=(
             "qcgraph.atomic",
+            "qcgraph.bit_allocation",
             "qcgraph.bundle",
             "qcgraph.cache_report",
             "qcgraph.cache_state",
@@ -45,6 +46,7 @@ LAYERS = {
             "qcgraph.facts",
             "qcgraph.gate",
             "qcgraph.images",
+            "qcgraph.least_bits",
             "qcgraph.modulation",
             "qcgraph.noise",
             "qcgraph.plan_file",

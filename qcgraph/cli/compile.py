@@ -32,7 +32,11 @@ def compile_command(
         float | None, typer.Option(metavar="W", help="Weight of classifier-free guidance; 1 means none.")
     ] = None,
     bits: Annotated[
-        str | None, typer.Option(metavar="wNaM|off", help="Bits of weights and activations, such as w8a8.")
+        str | None,
+        typer.Option(
+            metavar="wNaM|auto=B|auto|off",
+            help="Bits of weights and activations, such as w8a8; on average; or the fewest that meet the gate.",
+        ),
     ] = None,
     groups: Annotated[
         int | None, typer.Option(metavar="G", help="Timestep groups with activation scales of their own.")

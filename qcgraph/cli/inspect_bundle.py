@@ -229,6 +229,7 @@ def _site_scales(name: str, site: SiteQuant) -> dict[str, Any]:
         "site": name,
         "dtype": activation.dtype,
         "codes": [activation.low, activation.high],
+        "shift": activation.shift,
         "scales": list(activation.scales),
         "zero_points": list(activation.zero_points),
         "weight_codes": [-site.weight.high, site.weight.high],
@@ -244,7 +245,8 @@ def _print_scales(rows: list[dict[str, Any]]) -> None:
         [
             (
                 row["site"],
-                f"{row['dtype']} {row['codes'][0]}..{row['codes'][1]}",
+                f"{row['dtype']} {row['codes'][0]}..{row['codes'][1]}"
+                + (f", x{2 ** row['shift']} > 0" * bool(row["shift"])),
                 " ".join(f"{scale:.3g}" for scale in row["scales"]),
                 " ".join(map(str, row["zero_points"])),
                 f"int8 {row['weight_codes'][0]}..{row['weight_codes'][1]}, a scale a channel",
@@ -252,6 +254,10 @@ def _print_scales(rows: list[dict[str, Any]]) -> None:
             for row in rows
         ],
     )
+
+
+def _regions(shift: int) -> str:
+    return f", by {2**shift} above zero" if shift else ""
 
 
 def _refused(bundle: Bundle) -> list[dict[str, str]]:

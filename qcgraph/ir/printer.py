@@ -183,6 +183,10 @@ def describe_site(site: SiteQuant) -> str:
         f"scale {low:.4g}" if low == high else f"scales {low:.4g} .. {high:.4g} over {len(activation.scales)} groups"
     )
     codes = f"{activation.dtype} codes {activation.low}..{activation.high}"
+    if activation.shift:
+        codes += f" in two regions, above zero steps of {2**activation.shift}"
+    if activation.bits:
+        codes += f", bits {' '.join(map(str, activation.bits))}"
     return f"activation {codes}, {scales}; weight codes -{site.weight.high}..{site.weight.high} per channel"
 
 

@@ -63,7 +63,19 @@ def rounded_activation(value: torch.Tensor, groups: torch.Tensor, quant: Activat
     """
     scales, zeros = (table.expand(int(groups.max()) + 1) if len(table) == 1 else table for table in parameters(quant))
     scale, zero = scales[groups], zeros[groups]
+    if quant.bits:
+        shape = (-1, *[1] * (value.dim() - 1))
+        least, largest = (table[groups].reshape(shape) for table in clip_limits(quant))
+        value = value.clamp(least, largest)
     return ops.dequantize(quantized(value, scale, zero, quant), scale, zero, 0)
+
+
+def clip_limits(quant: ActivationQuant) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values f32[G] that the smallest and the largest code of each timestep group stand for."""
+    scales, zeros = parameters(quant)
+    limits = torch.tensor([(quant.at(group).low, quant.at(group).high) for group in range(len(quant.bits))])
+    least, largest = ((limits - zeros[:, None].long()) * scales[:, None]).unbind(1)
+    return least.contiguous(), largest.contiguous()
 
 
 def quantized(value: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, quant: ActivationQuant) -> torch.Tensor:

@@ -1,0 +1,92 @@
+"""Which bits each layer gets: least expected error for a budget of bit operations. NumPy only.
+
+A layer's product of a w-bit weight and an a-bit activation costs w * a bit operations for every multiply-accumulate.
+The weight has the same bits at every step; the activation may have others in every timestep group. Errors of layers
+are taken to add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qcgraph.errors import UsageError
+
+Table = npt.NDArray[np.float64]
+ROUNDS = 60  # of bisection, past what float64 resolves
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer costs with each choice of bits.
+
+    Attributes:
+        macs: multiply-accumulates of each timestep group over a whole trajectory, f64[G].
+        weight_errors: the error of each choice of weight bits, over all groups, f64[W].
+        activation_errors: the error of each choice of activation bits in each group, f64[G,A].
+    """
+
+    macs: Table
+    weight_errors: Table
+    activation_errors: Table
+
+
+@dataclass(frozen=True)
+class Bits:
+    """What a layer was given: bits of its weight, and of its activation in each timestep group."""
+
+    weight: int
+    activation: tuple[int, ...]
+
+
+def allocate(layers: Sequence[Layer], weights: Sequence[int], activations: Sequence[int], budget: float) -> list[Bits]:
+    """The bits of every layer whose expected errors add up to the least.
+
+    By Lagrange's multiplier: at a price for a bit operation every layer takes what is best for itself, and the price is
+    the lowest at which they stay within the budget. No allocation that costs as much as this one has less error.
+
+    Args:
+        layers: the layers.
+        weights: choices of weight bits, rising.
+        activations: choices of activation bits, rising.
+        budget: average bits; as many bit operations as with all weights and activations of so many bits.
+
+    Raises:
+        UsageError: not even the fewest bits are within the budget.
+    """
+    limit = budget**2 * sum(float(layer.macs.sum()) for layer in layers)
+
+    def at(price: float) -> tuple[list[Bits], float]:
+        chosen = [_best(layer, weights, activations, price) for layer in layers]
+        return [bits for bits, _ in chosen], sum(cost for _, cost in chosen)
+
+    least = weights[0] * activations[0]
+    if least > budget**2:
+        raise UsageError(
+            f"{budget:g} bits on average are less than the fewest there are",
+            hint=f"w{weights[0]}a{activations[0]} takes {least**0.5:.2g}",
+        )
+    free, cost = at(0.0)
+    if cost <= limit:
+        return free
+    low, high = 0.0, 1.0
+    while at(high)[1] > limit:
+        low, high = high, high * 16
+    for _ in range(ROUNDS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle)[1] > limit else (low, middle)
+    return at(high)[0]
+
+
+def _best(layer: Layer, weights: Sequence[int], activations: Sequence[int], price: float) -> tuple[Bits, float]:
+    """The bits of a layer at a price, and their cost in bit operations."""
+    costs = layer.macs[None, :, None] * np.multiply.outer(weights, activations)[:, None, :]  # [W,G,A]
+    totals = layer.activation_errors[None] + price * costs
+    choice = totals.argmin(axis=2)  # [W,G]; the fewest bits among equals
+    chosen = np.take_along_axis(totals, choice[:, :, None], axis=2).sum(axis=(1, 2)) + layer.weight_errors
+    weight = int(chosen.argmin())
+    spent = np.take_along_axis(costs[weight], choice[weight][:, None], axis=1).sum()
+    return Bits(weights[weight], tuple(activations[index] for index in choice[weight])), float(spent)
