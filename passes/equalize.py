@@ -58,6 +58,8 @@ class Equalize(Pass):
     def run(self, program: Program, context: PassContext) -> Program:
         if self.strength is not None and not 0 <= self.strength <= 1:
             raise UsageError(f"strength {self.strength:g}", hint="0 evens out the weights, 1 the activations")
+        if self.trajectories is not None and self.trajectories < 1:
+            raise UsageError(f"{self.trajectories} trajectories", hint="equalize needs at least one")
         if len(program.variants) > 1:
             raise UsageError("equalize takes the one graph of the model", hint="run it before insert-cache")
         inputs = tuple(_inputs(program, context))

@@ -53,7 +53,7 @@ class RoundWeights(Pass):
             codes_name, scale_name = rounded_names(weight)
             high = plan[site.name].weight.high
             moment = _second_moment(rounded_activation(value, rows.groups, plan[site.name].activation))
-            if not bool(torch.isfinite(moment).all()):
+            if not bool(torch.isfinite(value).all() and torch.isfinite(moment).all()):
                 context.refuse(site.name, "rounded to nearest: its activation is not finite on the calibration set")
                 continue
             scale = search_scales(constants[weight], moment, high)

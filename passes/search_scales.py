@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -49,8 +50,8 @@ class SearchScales(Pass):
     seed: int = 0
 
     def run(self, program: Program, context: PassContext) -> Program:
-        if self.clipping is not None and self.clipping < 1:
-            raise UsageError(f"clipping {self.clipping:g}", hint="1 weighs it like rounding")
+        if self.clipping is not None and not 1 <= self.clipping < math.inf:
+            raise UsageError(f"clipping {self.clipping:g}", hint="1 weighs it like rounding; more is finite")
         plan, nonlinear = program.facts[QuantPlan], _after_nonlinear(program)
         steps = program.facts[StepPlan]
         clipping = self.clipping or float(steps.uses(computing_variant(program)))
@@ -60,7 +61,7 @@ class SearchScales(Pass):
             groups = [group for group in range(steps.group_count) if bool(histogram.weights[group].any())]
             if len(groups) < steps.group_count:
                 missing = ", ".join(str(group) for group in range(steps.group_count) if group not in groups)
-                context.refuse(name, f"no calibration sample in timestep groups {missing}: scales cover the range")
+                context.refuse(name, f"no sample tells in timestep groups {missing}: scales cover the range")
             best, error = self._best(histogram, planned, groups, clipping)
             if self.regions and name in nonlinear:
                 best, reason = self._with_regions(histogram, planned, groups, clipping, best, error)

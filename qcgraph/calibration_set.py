@@ -159,7 +159,7 @@ def sensitivities(
             entered, results, prediction = _run(program, variant, batch, names)
             values = [*entered.values(), *results.values()]
             slopes: Sequence[torch.Tensor | None] = [None] * len(values)
-            if gradients:
+            if gradients and values:
                 direction = torch.randn(prediction[:, :channels].shape, generator=generator)
                 loss = (prediction[:, :channels] * direction).sum()
                 slopes = torch.autograd.grad(loss, values, allow_unused=True)

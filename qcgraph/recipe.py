@@ -239,7 +239,7 @@ class Recipe(_Section):
         "vc": {("compensation", "mode"): "off"},
         "dec": {("quantization", "correction"): "off"},
         "equalize": {("quantization", "equalize"): False},
-        "feedback": {("quantization", "rounding"): "search"},
+        "feedback": {},  # of the rounding, see below
     }
 
     sampling: Sampling = Sampling()
@@ -335,9 +335,15 @@ class Recipe(_Section):
                 raise UsageError(f"unknown component {name!r}", where="--ablate", hint=closest(name, self.COMPONENTS))
             for (section, key), value in self.COMPONENTS[name].items():
                 data[section][key] = value
-        if "ho" in components and data["quantization"]["rounding"] == "search":
-            data["quantization"]["rounding"] = "nearest"  # the search of a weight's scales is the other half of HO
+        data["quantization"]["rounding"] = self._rounding_without(components)
         return self._validated(data, where="--ablate")
+
+    def _rounding_without(self, components: Sequence[str]) -> str:
+        """How weights are rounded without these components: the search of their scales is the other half of HO."""
+        rounding = self.quantization.rounding
+        if rounding == "feedback" and "feedback" in components:
+            rounding = "search"
+        return "nearest" if rounding == "search" and "ho" in components else rounding
 
     @property
     def is_quantized(self) -> bool:

@@ -21,6 +21,7 @@ from qcgraph.facts import ActivationQuant
 
 SMALLEST = torch.finfo(torch.float32).tiny
 BINS = 4096  # 16 for each code at 8 bits
+TOGETHER = 16  # candidates
 FACTORS = torch.linspace(0.45, 1.0, 23, dtype=torch.float64)  # of the observed range, at either end
 
 
@@ -32,6 +33,7 @@ class Histogram:
     """
 
     def __init__(self, limits: Sequence[tuple[float, float]]) -> None:
+        self._limits = tuple(limits)
         self._lows, highs = torch.tensor(limits).unbind(1)
         self._widths = (highs - self._lows).clamp(min=SMALLEST)
         self.weights = torch.zeros(len(limits), BINS, dtype=torch.float64)
@@ -39,14 +41,21 @@ class Histogram:
     def add(self, values: torch.Tensor, weights: torch.Tensor, groups: torch.Tensor) -> None:
         """Count values [R,...] in, with weights of the same shape and the group of each row, i64[R]."""
         rows = values.reshape(len(values), -1)
-        places = ((rows - self._lows[groups, None]) * (BINS / self._widths[groups, None])).long().clamp_(0, BINS - 1)
+        places = (rows - self._lows[groups, None]) / self._widths[groups, None] * BINS
+        places = places.clamp_(0, BINS - 1).long()
         index = (places + groups[:, None] * BINS).reshape(-1)
         counted = torch.bincount(index, weights.reshape(-1).double(), minlength=self.weights.numel())
         self.weights += counted.reshape(self.weights.shape)
 
     def centers(self, group: int) -> torch.Tensor:
         """The middle of every bin of a group, f64[BINS]."""
-        return self._lows[group].double() + (torch.arange(BINS) + 0.5) * (self._widths[group].double() / BINS)
+        places = torch.arange(BINS, dtype=torch.float64) + 0.5
+        return self._lows[group].double() + places * (self._widths[group].double() / BINS)
+
+    def limits(self, group: int) -> tuple[float, float]:
+        """Smallest and largest value of a group, and zero."""
+        low, high = self._limits[group]
+        return min(low, 0.0), max(high, 0.0)
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ def search(histogram: Histogram, group: int, quant: ActivationQuant, clipping: f
         covers: whether the whole range has to be covered, which leaves one candidate.
     """
     centers, weights = histogram.centers(group), histogram.weights[group]
-    low, high = min(float(centers[0]), 0.0), max(float(centers[-1]), 0.0)
+    low, high = histogram.limits(group)
     quant = quant.at(group)
     scales, zeros = (_regions if quant.shift else _steps)(low, high, quant)
     errors = scores(centers, weights, scales, zeros, quant, clipping)
@@ -93,7 +102,8 @@ def score_of_planes(histogram: Histogram, group: int, quant: ActivationQuant) ->
     """The score of two regions in tensors of their own, each with a step that covers it (MRQ at any bits)."""
     centers, weights = histogram.centers(group), histogram.weights[group]
     levels = (quant.high - quant.low) // 2
-    steps = [max(float(end), SMALLEST) / levels for end in (-centers[0], centers[-1])]
+    low, high = histogram.limits(group)
+    steps = [max(end, SMALLEST) / levels for end in (-low, high)]
     step = torch.where(centers < 0, *(torch.tensor(value, dtype=torch.float64) for value in steps))
     return float((((centers / step).round() * step - centers) ** 2) @ weights)
 
@@ -107,6 +117,19 @@ def scores(
     clipping: float,
 ) -> torch.Tensor:
     """The score f64[K] of K scales and zero points, for values [V] with weights [V]."""
+    parts = zip(scales.split(TOGETHER), zeros.split(TOGETHER), strict=True)
+    return torch.cat([_scores(centers, weights, *part, quant, clipping) for part in parts])
+
+
+def _scores(
+    centers: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    quant: ActivationQuant,
+    clipping: float,
+) -> torch.Tensor:
+    """The same for few candidates, whose errors stay in the cache of the processor."""
     scale, zero = scales[:, None], zeros[:, None]
     least, largest = (quant.low - zero) * scale, (quant.high - zero) * scale
     coarse = torch.where(centers > 0, 2.0**quant.shift, 1.0) * scale

@@ -64,8 +64,11 @@ def test_derived_values() -> None:
     recipe = Recipe().override(bits="w4a6", cache="interval=12")
     assert (recipe.weight_bits, recipe.activation_bits, recipe.cache_interval) == (4, 6, 12)
     off = Recipe().override(bits="off", cache="off")
-    assert (off.weight_bits, off.activation_bits, off.cache_interval) == (None, None, None)
+    assert not off.is_quantized
     assert not off.is_cached
+    assert off.cache_interval is None
+    mixed = Recipe().override(bits="auto=5.5")
+    assert (mixed.weight_bits, mixed.activation_bits, mixed.bit_budget) == (8, 8, 5.5)
 
 
 @pytest.mark.parametrize(

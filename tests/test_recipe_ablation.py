@@ -83,7 +83,6 @@ def test_without_ho_a_recipe_that_searches_weight_scales_rounds_to_nearest() -> 
     assert FULL.ablated(["ho"]).quantization.rounding == "feedback"
 
 
-@pytest.mark.xfail(strict=True, reason="it becomes search, which is more than there was")
 def test_a_recipe_that_rounds_to_nearest_has_no_feedback_to_lose() -> None:
     recipe = Recipe.from_toml('[quantization]\nrounding = "nearest"\n')
     assert recipe.ablated(["feedback"]).quantization.rounding == "nearest"

@@ -23,6 +23,7 @@ from typing import Any
 import attribution
 import forecast_noise_report
 import pareto_report
+import quantization_ablation
 
 from qcgraph.benchmark.machine import read_machine, versions
 from qcgraph.bundle.manifest import PACKAGES
@@ -236,6 +237,7 @@ KINDS: dict[str, Callable[[Result], str]] = {
     "eval": evaluation,
     "forecast-noise": forecast_noise_report.markdown,
     "pareto": pareto_report.markdown,
+    "quantization-ablation": quantization_ablation.markdown,
     "peers": peers,
 }
 

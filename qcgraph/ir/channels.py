@@ -73,30 +73,29 @@ def makers(variant: Variant, name: str) -> tuple[Rows, ...]:
     node = next(node for node in variant.graph.nodes if node.name == name)
     modulated = _modulated(node)
     if modulated is None:
-        return (_rows(node, is_gain=False),)
+        return (_rows(*_trace(node, is_read=True), is_gain=False),)
     gain, shift = modulated
-    return (_rows(gain, is_gain=True), _rows(shift, is_gain=False))
+    return (_rows(*_trace(gain), is_gain=True), _rows(*_trace(shift), is_gain=False))
 
 
 def _modulated(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """gain and shift of ``norm * (1 + gain) + shift``."""
-    if node.target is not aten.add.Tensor:
+    if not _is_sum(node) or len(node.all_input_nodes) != 2:
         return None
     for product, shift in (node.all_input_nodes, node.all_input_nodes[::-1]):
-        if product.target is not aten.mul.Tensor:
+        if product.target is not aten.mul.Tensor or len(product.users) > 1:
             continue
         for factor in product.all_input_nodes:
-            if (
-                factor.target is aten.add.Tensor
-                and factor.args[1] == 1
-                and len(product.users) == len(factor.users) == 1
-            ):
+            if _is_sum(factor) and factor.args[1] == 1 and len(factor.users) == 1:
                 return factor.all_input_nodes[0], shift
     return None
 
 
-def _rows(node: fx.Node, *, is_gain: bool) -> Rows:
-    linear, index = _trace(node)
+def _is_sum(node: fx.Node) -> bool:
+    return node.target is aten.add.Tensor and not node.kwargs  # which may scale one of the two
+
+
+def _rows(linear: fx.Node, index: torch.Tensor, *, is_gain: bool) -> Rows:
     rows = index.reshape(-1, index.shape[-1])
     if not bool((rows == rows[0]).all()) or len(rows[0].unique()) < len(rows[0]):
         raise NotLinearError("its channels are not one output each of a linear layer")
@@ -109,12 +108,12 @@ def _rows(node: fx.Node, *, is_gain: bool) -> Rows:
     return Rows(str(constants[0].target), str(constants[1].target), tuple(rows[0].tolist()), is_gain)
 
 
-def _trace(node: fx.Node, *, first: bool = True) -> tuple[fx.Node, torch.Tensor]:
+def _trace(node: fx.Node, *, is_read: bool = False) -> tuple[fx.Node, torch.Tensor]:
     """The linear layer that makes a value, and which of its outputs stands where, for a batch of one.
 
-    The value itself may have several users, those before it one each.
+    What layers read may have several users; the values that it is made of have one each.
     """
-    if not first and len(node.users) > 1 and node.target not in PARTING:
+    if not is_read and len(node.users) > 1 and node.target not in PARTING:
         raise NotLinearError(f"%{node.name}, which it is made of, is used elsewhere too")
     if node.target is aten.linear.default:
         shape = [size if isinstance(size, int) else 1 for size in node.meta["val"].shape]
@@ -122,10 +121,16 @@ def _trace(node: fx.Node, *, first: bool = True) -> tuple[fx.Node, torch.Tensor]
     if node.target is aten.scaled_dot_product_attention.default:
         value = node.args[2]
         assert isinstance(value, fx.Node)
-        return _trace(value, first=False)
+        if value in node.args[:2]:
+            raise NotLinearError("the values of its attention are its keys or queries too")
+        return _trace(value)
     if node.target in MOVES and isinstance(node.args[0], fx.Node):
-        linear, index = _trace(node.args[0], first=False)
-        return linear, node.target(index, *(_plain(argument) for argument in node.args[1:]))  # type: ignore[operator]
+        linear, index = _trace(node.args[0])
+        arguments = [_plain(argument) for argument in node.args[1:]]
+        try:
+            return linear, node.target(index, *arguments)  # type: ignore[operator]
+        except RuntimeError:
+            raise NotLinearError("its shape is not that of its linear layer for a batch of one") from None
     raise NotLinearError("it does not come from a linear layer, or from adaLN, by moving values alone")
 
 

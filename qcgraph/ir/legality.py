@@ -18,6 +18,7 @@ from qcgraph.steps import StepPlan
 
 NAMESPACES = ("aten", "qcgraph")
 INTEGER_FUNCTIONS = (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod)
+SCALED = tuple(getattr(torch.ops.qcgraph, name).default for name in ("quantize", "quantize_regions", "dequantize"))
 OP_RULES = {op.target: op.verify for op in OPS}
 
 Finding = tuple[str, str]  # (where, what)
@@ -118,7 +119,7 @@ def _op_rule(node: fx.Node, program: Program) -> str | None:
 
 
 def _scale_is_positive(node: fx.Node, program: Program) -> str | None:
-    if node.target not in (torch.ops.qcgraph.quantize.default, torch.ops.qcgraph.dequantize.default):
+    if node.target not in SCALED:
         return None
     scale = node.args[1]
     source = scale.args[0] if isinstance(scale, fx.Node) and scale.op == "call_function" else scale

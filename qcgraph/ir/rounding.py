@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import torch
 
-SHRINKS = torch.linspace(0.4, 1.0, 31)  # of the scale that covers a row's largest weight
-DAMPING = 0.003  # of the mean of H's diagonal, added to it: with 0.1 and 0.0001 images were worse
-MOST_DAMPING = 1.0
+SHRINKS = torch.linspace(1.0, 0.4, 31)  # of the scale that covers a row's largest weight; the largest of equals
+DAMPINGS = (0.003, 0.03, 0.3, 3.0)  # of the mean of H's diagonal, added to it: with 0.1 and 0.0001 images were worse
 COLUMNS = 128  # that are rounded before the rest of the weight is touched, which is what takes the time
 
 
@@ -71,15 +70,14 @@ def round_with_feedback(
 
 
 def _feedback(second_moment: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of H, damped as much as it takes."""
-    diagonal = second_moment.diagonal()
-    mean = diagonal.mean().clamp(min=torch.finfo(diagonal.dtype).tiny)
-    damping = DAMPING
-    while True:
-        damped = second_moment + torch.diag((damping * mean).expand(len(diagonal)))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+    """The upper Cholesky factor of the inverse of H, damped as much as it takes; no feedback where nothing helps."""
+    mean = second_moment.diagonal().mean().clamp(min=torch.finfo(second_moment.dtype).tiny)
+    identity = torch.eye(len(second_moment))
+    normal = second_moment / mean  # codes do not depend on the size of H, but float32 ends at 1e38
+    for damping in DAMPINGS:
+        lower, failed = torch.linalg.cholesky_ex(normal + damping * identity)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed or damping >= MOST_DAMPING:
-            return upper
-        damping *= 10
+            if not failed:
+                return upper
+    return identity

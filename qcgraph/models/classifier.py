@@ -72,7 +72,7 @@ def digits_judge(path: Path = DIGITS_FOLDER / CLASSIFIER_FILE) -> Judge:
         path: as for :func:`load_classifier`.
 
     Raises:
-        UsageError: as for :func:`load_classifier`, or scikit-learn is not installed.
+        UsageError: as for :func:`load_classifier`.
     """
     real, _ = load_digits()
     classifier = load_classifier(path)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qcgraph.errors import UsageError
-
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -20,16 +18,9 @@ def load_digits() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     Returns:
         images: [1797, 1, 8, 8], float32 in [-1, 1].
         labels: [1797], int64 in 0 .. 9.
-
-    Raises:
-        UsageError: scikit-learn is not installed.
     """
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise UsageError(
-            f"the real digits come with scikit-learn: {error}", hint="pip install 'qcgraph[eval]'"
-        ) from error
+    from sklearn import datasets
+
     pixels, labels = datasets.load_digits(return_X_y=True)
     images = (pixels / 8.0 - 1.0).astype("float32")  # pixels are 0 .. 16
     return images.reshape(-1, *IMAGE_SHAPE), labels.astype("int64")

@@ -286,7 +286,6 @@ def gain_as_shift(block: Block, x: Tensor, gain: Tensor, shift: Tensor) -> Tenso
     return block.reading(x * (1 + gain) + gain)
 
 
-@pytest.mark.xfail(strict=True, reason="makers looks at the users of what gain and shift are made of, not at their own")
 @pytest.mark.parametrize("form", [shared_modulation, shift_used_elsewhere, gain_as_shift])
 def test_a_gain_or_shift_that_is_used_elsewhere_is_refused(form: Form) -> None:
     with pytest.raises(NotLinearError, match="used elsewhere too"):
@@ -298,9 +297,8 @@ def values_that_are_keys(block: Block, x: Tensor, gain: Tensor, shift: Tensor) -
     return block.reading(F.scaled_dot_product_attention(x.unsqueeze(1), value, value).squeeze(1))
 
 
-@pytest.mark.xfail(strict=True, reason="a user that takes a value twice counts as one")
 def test_values_that_are_keys_as_well_are_refused() -> None:
-    with pytest.raises(NotLinearError, match="used elsewhere too"):
+    with pytest.raises(NotLinearError, match="keys or queries too"):
         makers_of(denoiser(values_that_are_keys), "blocks.0.reading")
 
 
@@ -308,7 +306,6 @@ def scaled_shift(block: Block, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor
     return block.reading(torch.add(x * (1 + gain), shift, alpha=0.5))
 
 
-@pytest.mark.xfail(strict=True, reason="the factor of an addition is not looked at")
 def test_a_shift_with_a_factor_is_refused() -> None:
     with pytest.raises(NotLinearError):
         makers_of(denoiser(scaled_shift), "blocks.0.reading")
@@ -322,7 +319,6 @@ def plus_itself(block: Block, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
     return block.reading(x + x)
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="an addition is taken to have two tensors")
 @pytest.mark.parametrize("form", [plus_a_number, plus_itself])
 def test_an_addition_of_one_tensor_is_refused(form: Form) -> None:
     with pytest.raises(NotLinearError):
@@ -339,7 +335,6 @@ def from_few_tokens(block: Block, x: Tensor, gain: Tensor, shift: Tensor) -> Ten
     return block.reading(mixed.permute(0, 2, 1, 3).reshape(-1, TOKENS, WIDTH))
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="moving the places of outputs fails where shapes differ")
 @pytest.mark.parametrize("form", [flattened_tokens, from_few_tokens])
 def test_shapes_that_cannot_be_followed_are_refused_or_followed(form: Form) -> None:
     program = denoiser(form)

@@ -261,7 +261,6 @@ def test_what_is_illegal(captured: Program, edit: Edit, reason: str) -> None:
     assert "blocks.0.attn.qkv" in str(caught.value.where)
 
 
-@pytest.mark.xfail(strict=True, reason="the rule on scales does not know quantize_regions, only its dequantize")
 def test_its_own_scale_has_to_be_positive(captured: Program) -> None:
     with pytest.raises(ContractError, match="scale s holds a value that is not positive"):
         legality.verify(edited(captured, regions(scale=torch.tensor(0.0))))

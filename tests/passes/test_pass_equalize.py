@@ -216,7 +216,6 @@ def test_bad_strengths(captured: Program, run: Run, strength: str) -> None:
     assert caught.value.hint
 
 
-@pytest.mark.xfail(strict=True, raises=ContractError, reason="the number is not checked")
 def test_it_needs_a_trajectory(captured: Program, run: Run) -> None:
     with pytest.raises(UsageError, match="-1 trajectories"):
         run("equalize{trajectories=-1}", captured)
