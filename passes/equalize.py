@@ -64,7 +64,9 @@ class Equalize(Pass):
             raise UsageError("equalize takes the one graph of the model", hint="run it before insert-cache")
         inputs = tuple(_inputs(program, context))
         channels = _observe(program, inputs, self._count(program, context), self.seed, context)
-        constants, found, divided = dict(program.constants), {}, {}
+        constants = dict(program.constants)
+        found: dict[str, tuple[float, ...]] = {}
+        divided: dict[str, torch.Tensor] = {}
         weights = {weight: site for item in inputs for site, (weight, _) in zip(item.sites, item.readers, strict=True)}
         for item in inputs:
             observed = channels[item.name]

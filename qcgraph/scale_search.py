@@ -103,8 +103,9 @@ def score_of_planes(histogram: Histogram, group: int, quant: ActivationQuant) ->
     centers, weights = histogram.centers(group), histogram.weights[group]
     levels = (quant.high - quant.low) // 2
     low, high = histogram.limits(group)
-    steps = [max(end, SMALLEST) / levels for end in (-low, high)]
-    step = torch.where(centers < 0, *(torch.tensor(value, dtype=torch.float64) for value in steps))
+    below, above = (max(end, SMALLEST) / levels for end in (-low, high))
+    step = torch.full_like(centers, above)
+    step[centers < 0] = below
     return float((((centers / step).round() * step - centers) ** 2) @ weights)
 
 
@@ -141,13 +142,14 @@ def _scores(
 
 def _steps(low: float, high: float, quant: ActivationQuant) -> tuple[torch.Tensor, torch.Tensor]:
     """Candidates of one step, the one that covers the range last."""
-    lower, upper = torch.meshgrid(FACTORS * low, FACTORS * high, indexing="ij")
+    lower = (FACTORS * low).repeat_interleave(len(FACTORS))
+    upper = (FACTORS * high).repeat(len(FACTORS))
     if quant.dtype == "int8":
         largest = torch.maximum(-FACTORS * low, FACTORS * high)
         scales = _float32(largest / quant.high)
         return scales, torch.zeros_like(scales)
-    scales = _float32((upper - lower).reshape(-1) / (quant.high - quant.low))
-    return scales, (quant.low - lower.reshape(-1) / scales).round().clamp(quant.low, quant.high)
+    scales = _float32((upper - lower) / (quant.high - quant.low))
+    return scales, (quant.low - lower / scales).round().clamp(quant.low, quant.high)
 
 
 def _regions(low: float, high: float, quant: ActivationQuant) -> tuple[torch.Tensor, torch.Tensor]:

@@ -157,10 +157,11 @@ def activation_quantizers(program: Program) -> tuple[Quantizer, ...]:
         for site in quantized_sites(variant):
             fed.setdefault(_operand(_operand(nodes[site.product], 0), 0), []).append(site.name)
         for quantize, sites in fed.items():
-            low, high, *shift, _ = quantize.args[3:]  # the axis is last
-            assert isinstance(low, int) and isinstance(high, int)
+            low, high, *rest = quantize.args[3:]
+            shift = rest[0] if quantize.target is ops.quantize_regions.default else 0
+            assert isinstance(low, int) and isinstance(high, int) and isinstance(shift, int)
             scale, zero_point = (_selected(_operand(quantize, index), program) for index in (1, 2))
-            found.append(Quantizer(name, quantize.name, tuple(sites), scale, zero_point, low, high, *shift))
+            found.append(Quantizer(name, quantize.name, tuple(sites), scale, zero_point, low, high, shift))
     return tuple(found)
 
 

@@ -128,7 +128,7 @@ def _trace(node: fx.Node, *, is_read: bool = False) -> tuple[fx.Node, torch.Tens
         linear, index = _trace(node.args[0])
         arguments = [_plain(argument) for argument in node.args[1:]]
         try:
-            return linear, node.target(index, *arguments)  # type: ignore[operator]
+            return linear, node.target(index, *arguments)
         except RuntimeError:
             raise NotLinearError("its shape is not that of its linear layer for a batch of one") from None
     raise NotLinearError("it does not come from a linear layer, or from adaLN, by moving values alone")

@@ -176,7 +176,8 @@ def _(prediction: Tensor, latent: Tensor, gain: Tensor, slope: Tensor, offset: T
 
 
 def _verify_quantize(node: fx.Node) -> str | None:
-    return _verify_codes(node, *node.args)
+    x, scale, zero_point, low, high, axis = node.args
+    return _verify_codes(node, x, scale, zero_point, low, high, axis)
 
 
 def _verify_codes(node: fx.Node, x: Any, scale: Any, zero_point: Any, low: Any, high: Any, axis: Any) -> str | None:
@@ -193,10 +194,10 @@ def _verify_codes(node: fx.Node, x: Any, scale: Any, zero_point: Any, low: Any, 
 
 
 def _verify_regions(node: fx.Node) -> str | None:
-    *start, shift, axis = node.args
+    x, scale, zero_point, low, high, shift, axis = node.args
     if not isinstance(shift, int) or shift < 0:
         return f"a coarse step of 2^{shift} fine ones; 0 or more is legal"
-    return _verify_codes(node, *start, axis)
+    return _verify_codes(node, x, scale, zero_point, low, high, axis)
 
 
 def _verify_dequantize(node: fx.Node) -> str | None:

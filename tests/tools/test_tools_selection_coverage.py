@@ -18,6 +18,7 @@ def tool(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_coverage(tmp_path: Path) -> None:
     small = ["--trajectories", 8, "--steps", 6, "--counts", 6, 48, "--seeds", 2]
     done = tool("digits", *small, "--json", "-o", "figure.png", folder=tmp_path)
@@ -32,6 +33,7 @@ def test_coverage(tmp_path: Path) -> None:
         assert (cell["mean_distance"]["mean"] == 0) == (cell["count"] == 48)  # nothing is left out then
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path: Path) -> None:
     done = tool("digits", "--trajectories", 1, "--steps", 4, "--counts", 3, "--scaling", folder=tmp_path)
     assert done.returncode == 0, done.stderr
