@@ -37,6 +37,7 @@ class Histogram:
         self._lows, highs = torch.tensor(limits).unbind(1)
         self._widths = (highs - self._lows).clamp(min=SMALLEST)
         self.weights = torch.zeros(len(limits), BINS, dtype=torch.float64)
+        self._counts = torch.zeros(len(limits), BINS, dtype=torch.float64)
 
     def add(self, values: torch.Tensor, weights: torch.Tensor, groups: torch.Tensor) -> None:
         """Count values [R,...] in, with weights of the same shape and the group of each row, i64[R]."""
@@ -44,13 +45,25 @@ class Histogram:
         places = (rows - self._lows[groups, None]) / self._widths[groups, None] * BINS
         places = places.clamp_(0, BINS - 1).long()
         index = (places + groups[:, None] * BINS).reshape(-1)
-        counted = torch.bincount(index, weights.reshape(-1).double(), minlength=self.weights.numel())
-        self.weights += counted.reshape(self.weights.shape)
+        size, shape = self.weights.numel(), self.weights.shape
+        self.weights += torch.bincount(index, weights.reshape(-1).double(), minlength=size).reshape(shape)
+        self._counts += torch.bincount(index, minlength=size).reshape(shape)
 
     def centers(self, group: int) -> torch.Tensor:
         """The middle of every bin of a group, f64[BINS]."""
         places = torch.arange(BINS, dtype=torch.float64) + 0.5
         return self._lows[group].double() + places * (self._widths[group].double() / BINS)
+
+    def least_weights(self, group: int) -> torch.Tensor:
+        """What clipping the values of each bin weighs at least, f64[BINS]: all values alike, and one at either end.
+
+        The sensitivity of few large values is a matter of luck, and the ends were seen, if not in these samples.
+        """
+        counts = self._counts[group].clone()
+        total = counts.sum()
+        counts[0] += 1
+        counts[-1] += 1
+        return counts * (self.weights[group].sum() / total.clamp(min=1))
 
     def limits(self, group: int) -> tuple[float, float]:
         """Smallest and largest value of a group, and zero."""
@@ -87,7 +100,7 @@ def search(histogram: Histogram, group: int, quant: ActivationQuant, clipping: f
     low, high = histogram.limits(group)
     quant = quant.at(group)
     scales, zeros = (_regions if quant.shift else _steps)(low, high, quant)
-    errors = scores(centers, weights, scales, zeros, quant, clipping)
+    errors = scores(centers, weights, scales, zeros, quant, clipping, histogram.least_weights(group))
     best = -1 if covers or not bool(weights.any()) else int(errors.argmin())
     return Found(float(scales[best]), int(zeros[best]), float(errors[best]))
 
@@ -116,19 +129,29 @@ def scores(
     zeros: torch.Tensor,
     quant: ActivationQuant,
     clipping: float,
+    least: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The score f64[K] of K scales and zero points, for values [V] with weights [V]."""
+    """The score f64[K] of K scales and zero points, for values [V] with weights [V].
+
+    Args:
+        centers, weights: the values.
+        scales, zeros: the candidates.
+        quant: the codes.
+        clipping: how often an error of clipping weighs.
+        least: the least weight [V] of a value that is clipped; its own where None.
+    """
+    clipped = clipping * (weights if least is None else torch.maximum(weights, least))
     parts = zip(scales.split(TOGETHER), zeros.split(TOGETHER), strict=True)
-    return torch.cat([_scores(centers, weights, *part, quant, clipping) for part in parts])
+    return torch.cat([_scores(centers, weights, clipped, *part, quant) for part in parts])
 
 
 def _scores(
     centers: torch.Tensor,
     weights: torch.Tensor,
+    clipped: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor,
     quant: ActivationQuant,
-    clipping: float,
 ) -> torch.Tensor:
     """The same for few candidates, whose errors stay in the cache of the processor."""
     scale, zero = scales[:, None], zeros[:, None]
@@ -136,8 +159,8 @@ def _scores(
     coarse = torch.where(centers > 0, 2.0**quant.shift, 1.0) * scale
     kept = centers.clamp(least, largest)
     rounded = ((kept / coarse).round() * coarse).clamp(least, largest)
-    weighing = torch.where((centers - kept).abs() > coarse / 2, clipping, 1.0)
-    return (((rounded - centers) ** 2 * weighing) @ weights[:, None])[:, 0]
+    weighing = torch.where((centers - kept).abs() > coarse / 2, clipped, weights)
+    return ((rounded - centers) ** 2 * weighing).sum(dim=1)
 
 
 def _steps(low: float, high: float, quant: ActivationQuant) -> tuple[torch.Tensor, torch.Tensor]:

@@ -222,7 +222,7 @@ def test_the_gate_of_compile(qcgraph: Callable[..., Any], recipe: Path, tmp_path
 def test_an_unsafe_cache_is_refused_unless_it_is_wanted(
     qcgraph: Callable[..., Any], recipe: Path, tmp_path: Path
 ) -> None:
-    options = ("digits", "--recipe", recipe, "--target", "torch", "--steps", 12, "--bits", "w4a4", "--groups", 2)
+    options = ("digits", "--recipe", recipe, "--target", "torch", "--steps", 12, "--bits", "w2a2", "--groups", 2)
     options += ("--cache", "interval=2")
     refused = qcgraph("compile", *options, "-o", tmp_path / "refused")
     assert refused.code == 1
