@@ -14,6 +14,7 @@ from torch import fx
 
 from qcgraph.errors import VerificationError
 from qcgraph.export.run_onnxruntime import load_session, session_options
+from qcgraph.ir.execute import walk
 from qcgraph.ir.graph import Variant
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
@@ -91,17 +92,12 @@ def record(
         The position of a group and its values by node, as soon as the last of them is there. Those of all groups at
         once would take as much memory as the weights of a large model.
     """
-    interpreter = fx.Interpreter(program.module(variant))
-    interpreter.args_iter = iter([inputs[name] for name in program.variants[variant].interface.input_names])
     waiting: list[dict[str, Array]] = [{} for _ in groups]
-    for node in interpreter.graph.nodes:
-        with torch.no_grad():
-            value = interpreter.env[node] = interpreter.run_node(node)
-        for last in interpreter.user_to_last_uses.get(node, ()):
-            del interpreter.env[last]
+    ordered = [inputs[name] for name in program.variants[variant].interface.input_names]
+    for node, values in walk(program, variant, ordered):
         for index, names in enumerate(groups):
             if node.name in names:
-                waiting[index][node.name] = value.numpy()
+                waiting[index][node.name] = values[node].numpy()
                 if len(waiting[index]) == len(names):
                     yield index, waiting[index]
                     waiting[index] = {}

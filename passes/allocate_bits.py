@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -13,7 +14,7 @@ from qcgraph.calibration_set import Rows, computing_variant, sensitivities
 from qcgraph.facts import ActivationQuant, CalibrationSet, QuantPlan, Ranges, SiteQuant, WeightQuant, codes
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import quantize_weight
-from qcgraph.ir.structure import find_sites
+from qcgraph.ir.structure import find_sites, weight_names
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.scale_search import Found, Histogram, merged, search
 from qcgraph.steps import StepPlan
@@ -74,7 +75,7 @@ class _Observed:
         sites = {site.name: site for site in find_sites(program.variants[computing]) if site.name in self._plan}
         self.names = tuple(sites)
         self._macs = {name: float(site.macs) for name, site in sites.items()}
-        members = [steps.members(group) for group in range(steps.group_count)]
+        members = steps.groups
         running = [[index for index in group if steps.steps[index].variant == computing] for group in members]
         coefficients = np.array([step.update.noise_prediction for step in steps.steps])
         rows = Rows.of(program)
@@ -84,7 +85,7 @@ class _Observed:
         self._shares = np.array([np.square(coefficients[group]).sum() for group in running]) / counts
         self._histograms = {name: Histogram([ranges[name].over(group) for group in members]) for name in self.names}
         self._weight_errors = {name: np.zeros((len(members), len(CHOICES))) for name in self.names}
-        differences = _differences(program, computing, self.names)
+        differences = _differences(program, weight_names(program.variants[computing], sites.values()))
         context.progress.note(f"  allocate-bits: {len(rows)} rows, {len(self.names)} sites")
         for item in sensitivities(program, rows, self.names, seed, context.progress):
             self._histograms[item.site].add(item.value, item.weight, item.rows.groups)
@@ -123,15 +124,13 @@ class _Observed:
         return replace(planned, low=low, high=high)
 
 
-def _differences(program: Program, variant: str, names: tuple[str, ...]) -> dict[str, list[torch.Tensor]]:
-    """The error f16[out,in] of each weight with the nearest codes of each choice of bits."""
-    nodes = {node.name: node for node in program.variants[variant].graph.nodes}
+def _differences(program: Program, weights: Mapping[str, str]) -> dict[str, list[torch.Tensor]]:
+    """The error f16[out,in] of each weight, by site, with the nearest codes of each choice of bits."""
     found: dict[str, list[torch.Tensor]] = {}
-    for site in find_sites(program.variants[variant]):
-        if site.name in names:
-            weight = program.constants[str(nodes[site.node].all_input_nodes[1].target)]
-            rounded = (quantize_weight(weight, WeightQuant(_high(bits))) for bits in CHOICES)
-            found[site.name] = [(weight - values * scale[:, None]).half() for values, scale in rounded]
+    for site, name in weights.items():
+        weight = program.constants[name]
+        rounded = (quantize_weight(weight, WeightQuant(_high(bits))) for bits in CHOICES)
+        found[site] = [(weight - values * scale[:, None]).half() for values, scale in rounded]
     return found
 
 

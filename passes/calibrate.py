@@ -83,7 +83,9 @@ class Calibrate(Pass):
         ranges = Ranges(planned.ranges(), full.ranges(), count)
         reference = Reference(rows(latents.means), rows(latents.deviations), self.seed, count)
         program = program.with_facts(ranges, reference)
-        return program if self.selection == "none" else program.with_facts(self._select(program, planned, count))
+        if self.selection == "none":
+            return program
+        return program.with_facts(self._select(program, planned, count, self.selection))
 
     def _observe(
         self, program: Program, plan: StepPlan, count: int, context: PassContext, label: str
@@ -103,7 +105,7 @@ class Calibrate(Pass):
         )
         return observer
 
-    def _select(self, program: Program, observer: _RangeObserver, count: int) -> CalibrationSet:
+    def _select(self, program: Program, observer: _RangeObserver, count: int, method: Method) -> CalibrationSet:
         """The calibration set, of what computing steps were given on the trajectory that the plan takes."""
         plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
         computing = plan.steps[0].variant
@@ -111,7 +113,6 @@ class Calibrate(Pass):
         latents = np.concatenate([observer.latents(step) for step in steps])
         cost = PASSES * trajectory_macs(program, computing) / len(plan)
         samples = self.samples or affordable(cost, AUTO_MACS, SAMPLES)
-        method: Method = "random" if self.selection == "none" else self.selection
         pool = Pool(latents.reshape(len(latents), -1), np.repeat(steps, count))
         chosen = select(pool, samples, method, self.seed)
         labels = np.tile(calibration_labels(count, self.seed, spec), len(steps))

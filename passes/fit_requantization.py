@@ -11,10 +11,9 @@ from qcgraph.calibration_set import Rows, computing_variant, entering, rows_toge
 from qcgraph.facts import CachePlan, CalibrationSet, QuantPlan, Requantization, SiteCorrection, SiteQuant
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import rounded_activation, weight_codes
-from qcgraph.ir.structure import find_blocks, find_sites
+from qcgraph.ir.structure import find_blocks, find_sites, weight_names
 from qcgraph.pipeline import Pass, PassContext
 
-ops = torch.ops.qcgraph
 LEAST_GAIN, MOST_GAIN = 0.5, 2.0  # a regression beyond these has no signal; its channel is left alone
 
 
@@ -40,8 +39,7 @@ class FitRequantization(Pass):
         chosen = self._chosen(program, context)
         variant = program.variants[computing_variant(program)]
         sites = [site for site in find_sites(variant) if site.name in chosen]
-        nodes = {node.name: node for node in variant.graph.nodes}
-        weights = {site.name: str(nodes[site.node].all_input_nodes[1].target) for site in sites}
+        weights = weight_names(variant, sites)
         found = {name: Regression(len(program.constants[weight])) for name, weight in weights.items()}
         rows = Rows.of(program)
         context.progress.note(f"  fit-requantization: {len(rows)} rows, {len(chosen)} sites")

@@ -60,7 +60,7 @@ class PlanQuant(Pass):
 
     def _activation(self, observed: SiteRange, plan: StepPlan) -> ActivationQuant:
         low, high = codes(self.activation_bits, symmetric=self.symmetric)
-        limits = [observed.over(plan.members(group)) for group in range(plan.group_count)]
+        limits = [observed.over(members) for members in plan.groups]
         parameters = [affine_parameters(*ends, low, high, symmetric=self.symmetric) for ends in limits]
         if len(set(parameters)) == 1:
             parameters = parameters[:1]

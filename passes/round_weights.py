@@ -14,7 +14,7 @@ from qcgraph.facts import CalibrationSet, QuantPlan
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import rounded_activation, rounded_names
 from qcgraph.ir.rounding import nearest, round_with_feedback, search_scales
-from qcgraph.ir.structure import Site, find_sites
+from qcgraph.ir.structure import Site, find_sites, weight_names
 from qcgraph.pipeline import Pass, PassContext
 
 TOKENS = 32768  # of the calibration set that a second moment is taken over
@@ -43,13 +43,13 @@ class RoundWeights(Pass):
         plan = program.facts[QuantPlan].sites
         variant = program.variants[computing_variant(program)]
         sites = [site for site in find_sites(variant) if site.name in plan]
-        nodes = {node.name: node for node in variant.graph.nodes}
+        weights = weight_names(variant, sites)
         rows = Rows.of(program)
         rows = rows.spread(min(rows_together(sites), max(2, TOKENS // _tokens(sites))))
         context.progress.note(f"  round-weights: {len(rows)} rows, {len(sites)} sites")
         constants = dict(program.constants)
         for site, value in entering(program, rows, set(plan)):
-            weight = str(nodes[site.node].all_input_nodes[1].target)
+            weight = weights[site.name]
             codes_name, scale_name = rounded_names(weight)
             high = plan[site.name].weight.high
             moment = _second_moment(rounded_activation(value, rows.groups, plan[site.name].activation))

@@ -65,7 +65,8 @@ class SearchScales(Pass):
             best, error = self._best(histogram, planned, groups, clipping)
             if self.regions and name in nonlinear:
                 best, reason = self._with_regions(histogram, planned, groups, clipping, best, error)
-                context.refuse(name, reason) if reason else None
+                if reason:
+                    context.refuse(name, reason)
             found[name] = best
         sites = {name: replace(site, activation=found.get(name, site.activation)) for name, site in plan.sites.items()}
         return program.with_facts(QuantPlan(sites))
@@ -74,8 +75,8 @@ class SearchScales(Pass):
         """What enters every planned site, weighed by what errors of it do."""
         steps, ranges = program.facts[StepPlan], program.facts[Ranges]
         names = set(program.facts[QuantPlan].sites)
-        members = [steps.members(group) for group in range(steps.group_count)]
-        found = {name: Histogram([ranges.planned[name].over(steps) for steps in members]) for name in sorted(names)}
+        limits = {name: [ranges.planned[name].over(members) for members in steps.groups] for name in names}
+        found = {name: Histogram(limits[name]) for name in sorted(names)}
         rows = Rows.of(program)
         context.progress.note(f"  search-scales: {len(rows)} rows, {len(names)} sites")
         gradients = self.objective == "fisher"
@@ -106,10 +107,8 @@ class SearchScales(Pass):
         if not options:
             planes = sum(score_of_planes(histogram, group, planned) for group in groups)
             share = planes / error if error else 1.0
-            return (
-                best,
-                f"one region: two do not fit a tensor, and a second product would leave {share:.0%} of the error",
-            )
+            second = f"a second product would leave {share:.0%} of the error"
+            return best, f"one region: two do not fit a tensor, and {second}"
         regions, least = min(options, key=lambda option: option[1])
         if least < WORTH * error:
             return regions, ""

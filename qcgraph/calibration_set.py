@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from qcgraph.facts import CalibrationSet
-from qcgraph.ir.graph import returned_nodes
+from qcgraph.ir.execute import walk
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import Site, find_sites
 from qcgraph.progress import Progress
@@ -102,16 +102,10 @@ def entering(program: Program, rows: Rows, sites: set[str]) -> Iterator[tuple[Si
     """
     variant = computing_variant(program)
     wanted = {site.node: site for site in find_sites(program.variants[variant]) if site.name in sites}
-    interpreter = fx.Interpreter(program.module(variant))
-    interpreter.args_iter = iter(rows.inputs(program, variant))
-    for node in interpreter.graph.nodes:
+    for node, values in walk(program, variant, rows.inputs(program, variant)):
         site = wanted.get(node.name)
         if site is not None:
-            yield site, interpreter.env[node.all_input_nodes[0]]
-        with torch.no_grad():
-            interpreter.env[node] = interpreter.run_node(node)
-        for last in interpreter.user_to_last_uses.get(node, ()):
-            del interpreter.env[last]
+            yield site, values[node.all_input_nodes[0]]
 
 
 @dataclass(frozen=True)
@@ -156,7 +150,7 @@ def sensitivities(
     size = max(1, DIFFERENTIATED_BYTES // _bytes_of_values(program.variants[variant].graph))
     for batch in progress.track(list(rows.split(size)), "sensitivities"):
         with torch.set_grad_enabled(gradients):
-            entered, results, prediction = _run(program, variant, batch, names)
+            entered, results, prediction = _run(program, variant, batch, names, gradients=gradients)
             values = [*entered.values(), *results.values()]
             slopes: Sequence[torch.Tensor | None] = [None] * len(values)
             if gradients and values:
@@ -175,24 +169,18 @@ def _squared(slope: torch.Tensor | None, value: torch.Tensor, wanted: bool) -> t
 
 
 def _run(
-    program: Program, variant: str, batch: Rows, nodes: Mapping[str, str]
+    program: Program, variant: str, batch: Rows, nodes: Mapping[str, str], *, gradients: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
     """What enters and what leaves the sites at these nodes, by site, and the noise prediction."""
-    interpreter = fx.Interpreter(program.module(variant))
-    latents = batch.latents.clone().requires_grad_(torch.is_grad_enabled())
-    interpreter.args_iter = iter(replace(batch, latents=latents).inputs(program, variant))
-    (prediction, *_), entered, results = returned_nodes(interpreter.graph), {}, {}
-    for node in interpreter.graph.nodes:
-        if node.op == "output":
-            break
+    latents = batch.latents.clone().requires_grad_(gradients)
+    inputs = replace(batch, latents=latents).inputs(program, variant)
+    entered: dict[str, torch.Tensor] = {}
+    results: dict[str, torch.Tensor] = {}
+    for node, values in walk(program, variant, inputs, gradients=gradients):
         if node.name in nodes:
-            entered[nodes[node.name]] = interpreter.env[node.all_input_nodes[0]]
-        interpreter.env[node] = interpreter.run_node(node)
-        if node.name in nodes:
-            results[nodes[node.name]] = interpreter.env[node]
-        for last in interpreter.user_to_last_uses.get(node, ()):
-            del interpreter.env[last]
-    return entered, results, interpreter.env[prediction]
+            entered[nodes[node.name]], results[nodes[node.name]] = values[node.all_input_nodes[0]], values[node]
+    prediction, *_ = values[node]
+    return entered, results, prediction
 
 
 def _bytes_of_values(graph: fx.Graph) -> int:

@@ -100,8 +100,10 @@ def search(histogram: Histogram, group: int, quant: ActivationQuant, clipping: f
     low, high = histogram.limits(group)
     quant = quant.at(group)
     scales, zeros = (_regions if quant.shift else _steps)(low, high, quant)
+    if covers or not bool(weights.any()):
+        scales, zeros = scales[-1:], zeros[-1:]
     errors = scores(centers, weights, scales, zeros, quant, clipping, histogram.least_weights(group))
-    best = -1 if covers or not bool(weights.any()) else int(errors.argmin())
+    best = int(errors.argmin())
     return Found(float(scales[best]), int(zeros[best]), float(errors[best]))
 
 

@@ -133,9 +133,13 @@ class StepPlan:
         """Number of timestep groups."""
         return 1 + max(step.group for step in self.steps)
 
-    def members(self, group: int) -> tuple[int, ...]:
-        """The steps of a timestep group."""
-        return tuple(index for index, step in enumerate(self.steps) if step.group == group)
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """The steps of every timestep group."""
+        return tuple(
+            tuple(index for index, step in enumerate(self.steps) if step.group == group)
+            for group in range(self.group_count)
+        )
 
     def index_of(self, timestep: float) -> int:
         """The position of a timestep value in the plan.

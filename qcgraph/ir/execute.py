@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -64,3 +64,27 @@ class _Watcher(fx.Interpreter):
             if isinstance(value, torch.Tensor):
                 self._show(self._variant, n, value)
         return super().run_node(n)
+
+
+def walk(
+    program: Program, variant: str, inputs: Sequence[torch.Tensor], *, gradients: bool = False
+) -> Iterator[tuple[fx.Node, Mapping[fx.Node, Any]]]:
+    """Run a variant node by node; values are let go as soon as nothing needs them any more.
+
+    Args:
+        program: what to run.
+        variant: which of its variants.
+        inputs: in the order of its interface.
+        gradients: whether values remember how to be differentiated.
+
+    Yields:
+        A node that ran, the output last, and the values that are held, its own and those that entered it among them.
+    """
+    interpreter = fx.Interpreter(program.module(variant))
+    interpreter.args_iter = iter(inputs)
+    for node in interpreter.graph.nodes:
+        with torch.set_grad_enabled(gradients):
+            interpreter.env[node] = interpreter.run_node(node)
+        yield node, interpreter.env
+        for last in interpreter.user_to_last_uses.get(node, ()):
+            del interpreter.env[last]

@@ -25,12 +25,17 @@ def quantize_weight(weight: torch.Tensor, quant: WeightQuant) -> tuple[torch.Ten
     """
     if weight.dim() != 2:
         raise ContractError(f"weight of rank {weight.dim()}; a linear layer has a matrix")
-    largest = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1))
-    scale = torch.where(largest > 0, largest / quant.high, torch.ones_like(largest))
+    scale = covering_scale(weight, quant.high)
     codes = torch.empty(weight.shape, dtype=torch.int8)
     for values, scales, part in zip(*(tensor.split(ROWS) for tensor in (weight, scale, codes)), strict=True):
         part.copy_((values / scales[:, None]).round_().clamp_(-quant.high, quant.high))
     return codes, scale
+
+
+def covering_scale(weight: torch.Tensor, high: int) -> torch.Tensor:
+    """The scale [out] of each row with which its largest weight has the largest code; 1 for a row of zeros."""
+    largest = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1))  # takes no copy of the weight
+    return torch.where(largest > 0, largest / high, torch.ones_like(largest))
 
 
 def rounded_names(weight: str) -> tuple[str, str]:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import torch
 
+from qcgraph.ir.quantize import covering_scale
+
 SHRINKS = torch.linspace(1.0, 0.4, 31)  # of the scale that covers a row's largest weight; the largest of equals
 DAMPINGS = (0.003, 0.03, 0.3, 3.0)  # of the mean of H's diagonal, added to it: with 0.1 and 0.0001 images were worse
 COLUMNS = 128  # that are rounded before the rest of the weight is touched, which is what takes the time
@@ -26,8 +28,7 @@ def search_scales(weight: torch.Tensor, second_moment: torch.Tensor, high: int) 
         second_moment: H, [in, in].
         high: the largest code.
     """
-    largest = weight.abs().amax(dim=1)
-    covering = torch.where(largest > 0, largest / high, torch.ones_like(largest))
+    covering = covering_scale(weight, high)
     best, found = torch.full_like(covering, torch.inf), covering
     for shrink in SHRINKS:
         scale = covering * shrink

@@ -257,6 +257,12 @@ def _size(dim: int | torch.SymInt) -> int:
     return int(expression.subs(dict.fromkeys(expression.free_symbols, PAIR)))
 
 
+def weight_names(variant: Variant, sites: Iterable[Site]) -> dict[str, str]:
+    """The constant that each of these linear layers multiplies with, by site."""
+    nodes = {node.name: node for node in variant.graph.nodes}
+    return {site.name: str(nodes[site.node].all_input_nodes[1].target) for site in sites}
+
+
 def macs_by_variant(variants: Mapping[str, Variant]) -> dict[str, int]:
     """Multiply-accumulates of every variant, for each sample of the batch."""
     return {name: total_macs(find_sites(variant)) for name, variant in variants.items()}
