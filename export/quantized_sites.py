@@ -58,7 +58,7 @@ def quantized_sites(variant: Variant) -> tuple[QuantizedSite, ...]:
     for site in find_sites(variant):
         product = nodes[site.node]
         operands = [argument for argument in product.args[:2] if isinstance(argument, fx.Node)]
-        if len(operands) == 2 and all(operand.target is ops.dequantize.default for operand in operands):
+        if len(operands) == 2 and _is_activation(operands[0]) and _is_weight(operands[1]):
             quantize, codes = operands[0].args[0], operands[1].args[0]
             assert isinstance(quantize, fx.Node) and isinstance(codes, fx.Node)
             entering = quantize.args[0]
@@ -67,6 +67,37 @@ def quantized_sites(variant: Variant) -> tuple[QuantizedSite, ...]:
                 QuantizedSite(site.name, site.node, str(codes.target), entering.name, _with_bias(product).name)
             )
     return tuple(found)
+
+
+def quantized_products(variant: Variant) -> tuple[str, ...]:
+    """The products of two quantized activations, those of attention, in order."""
+    return tuple(
+        node.name
+        for node in variant.graph.nodes
+        if node.target is aten.matmul.default
+        and all(_is_activation(operand) for operand in node.args if isinstance(operand, fx.Node))
+    )
+
+
+def operands_of_attention(variant: Variant) -> tuple[str, ...]:
+    """The activations that were quantized for products of attention: what dequantizes them, in order."""
+    products = {site.product for site in quantized_sites(variant)}
+    return tuple(
+        node.name
+        for node in variant.graph.nodes
+        if _is_activation(node) and not any(user.name in products for user in node.users)
+    )
+
+
+def _is_activation(node: fx.Node) -> bool:
+    """Whether a node dequantizes what is not a constant."""
+    codes = node.args[0] if node.target is ops.dequantize.default else None
+    return isinstance(codes, fx.Node) and codes.op != "get_attr"
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """Whether a node dequantizes a constant."""
+    return node.target is ops.dequantize.default and not _is_activation(node)
 
 
 def _with_bias(product: fx.Node) -> fx.Node:

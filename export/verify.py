@@ -18,6 +18,7 @@ from qcgraph.export.quantized_sites import (
     QuantizedSite,
     multiplied_integers,
     parameters,
+    quantized_products,
     quantized_sites,
     record,
 )
@@ -116,15 +117,18 @@ def _check_kernels(program: Program, variant: str, sites: Sequence[QuantizedSite
         kernels.remove(kernel)
         if site.codes in integers and site.has_bias and not any(kernel.inputs[BIAS:]):
             left.append(f"the bias of {site.name}")
-    offenders = [*sorted(unquantized & planned), *left, *_dequantized_products(optimized)]
+    products = quantized_products(program.variants[variant])
+    missing = [f"{len(products) - len(kernels)} products of attention"] if len(kernels) < len(products) else []
+    offenders = [*sorted(unquantized & planned), *left, *missing, *_dequantized_products(optimized)]
     what = ", ".join(offenders)
+    ran = f"{len(sites)} linears" + (f" and {len(products)} products of attention" if products else "")
     return Check(
         name="int8 kernels",
         variant=variant,
         passed=not offenders,
         value=len(offenders),
         limit=0,
-        detail=f"not in int8: {what}" if offenders else f"{len(sites)} linears in int8, none of them left in float",
+        detail=f"not in int8: {what}" if offenders else f"{ran} in int8, none of them left in float",
     )
 
 

@@ -16,6 +16,7 @@ from qcgraph.errors import UsageError
 from qcgraph.facts import Equalization
 from qcgraph.ir.channels import NotLinearError, Rows, makers
 from qcgraph.ir.execute import TorchRunner
+from qcgraph.ir.graph import copy_graph
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
 from qcgraph.pipeline import Pass, PassContext
@@ -81,7 +82,9 @@ class Equalize(Pass):
                     factors = divided.setdefault(weights[rows.weight], torch.ones(len(constants[rows.weight])))
                     factors[list(rows.rows)] = chosen
         outputs = {site: tuple(factors.tolist()) for site, factors in divided.items()}
-        return replace(program, constants=constants).with_facts(Equalization(found, outputs))
+        # Copies, because a graph refers to the module that ran it, which holds the weights that are replaced here.
+        variants = {name: replace(item, graph=copy_graph(item.graph)) for name, item in program.variants.items()}
+        return replace(program, variants=variants, constants=constants).with_facts(Equalization(found, outputs))
 
     def _count(self, program: Program, context: PassContext) -> int:
         (name,) = program.variants

@@ -12,8 +12,10 @@ from qcgraph.facts import CachePlan, CalibrationSet, QuantPlan, Requantization, 
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import rounded_activation, weight_codes
 from qcgraph.ir.structure import find_blocks, find_sites, weight_names
+from qcgraph.memory import release_memory
 from qcgraph.pipeline import Pass, PassContext
 
+HELD_BYTES = 24 * 2**20  # that the widest activation of rows which run together may take; their results take more
 LEAST_GAIN, MOST_GAIN = 0.5, 2.0  # a regression beyond these has no signal; its channel is left alone
 
 
@@ -43,13 +45,15 @@ class FitRequantization(Pass):
         found = {name: Regression(len(program.constants[weight])) for name, weight in weights.items()}
         rows = Rows.of(program)
         context.progress.note(f"  fit-requantization: {len(rows)} rows, {len(chosen)} sites")
-        for batch in context.progress.track(list(rows.split(rows_together(sites))), "requantization") if chosen else ():
+        batches = list(rows.split(rows_together(sites, HELD_BYTES))) if chosen else []
+        for batch in context.progress.track(batches, "requantization"):
             for site, value in entering(program, batch, set(chosen)):
                 quant, weight = chosen[site.name], weights[site.name]
                 codes, scale = weight_codes(program.constants, weight, quant.weight)
                 rounded = rounded_activation(value, batch.groups, quant.activation)
                 exact = value @ program.constants[weight].t()
                 found[site.name].add(exact, rounded @ (codes * scale[:, None]).t())
+            release_memory()  # of these rows, before the next ones run
         return program.with_facts(Requantization({name: fit.correction() for name, fit in found.items()}))
 
     def _chosen(self, program: Program, context: PassContext) -> dict[str, SiteQuant]:
@@ -76,7 +80,8 @@ class Regression:
     def add(self, exact: torch.Tensor, quantized: torch.Tensor) -> None:
         """Count results [..., C] in; single batches are summed in float32, which is a hundred times faster."""
         one, other = exact.flatten(0, -2), quantized.flatten(0, -2)
-        self.sums += torch.stack([values.sum(dim=0) for values in (one, other, other * other, one * other)]).double()
+        sums = [one.sum(dim=0), other.sum(dim=0), (other * other).sum(dim=0), (one * other).sum(dim=0)]
+        self.sums += torch.stack(sums).double()
         self.count += len(one)
 
     def correction(self) -> SiteCorrection:

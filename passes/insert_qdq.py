@@ -11,7 +11,8 @@ from torch import fx
 from qcgraph.facts import ActivationQuant, CalibrationSet, QuantPlan, Requantization, SiteCorrection
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.program import Program
-from qcgraph.ir.quantize import clip_limits, parameters, weight_codes
+from qcgraph.ir.quantize import weight_codes
+from qcgraph.ir.quantizers import quantize_pair
 from qcgraph.ir.structure import Site, find_sites
 from qcgraph.pipeline import Pass, PassContext
 
@@ -65,7 +66,7 @@ class InsertQDQ(Pass):
         with editor.before(linear):
             key = (activation, quant.activation)
             if key not in pairs:
-                pairs[key] = _activation_pair(editor, activation, linear, site.name, quant.activation)
+                pairs[key] = quantize_pair(editor, activation, quant.activation, f"{site.name}.input", linear)
             name = str(weight.target)
             if name not in weights:
                 codes, scale = weight_codes(program.constants, name, quant.weight)
@@ -73,34 +74,6 @@ class InsertQDQ(Pass):
             dequantized = _weight(editor, name, weights[name], linear)
             bias = _corrected_bias(editor, linear, site.name, correction, program) if correction else linear.args[2:]
         linear.args = (pairs[key], dequantized, *bias)
-
-
-def _activation_pair(
-    editor: GraphEditor, activation: fx.Node, linear: fx.Node, site: str, quant: ActivationQuant
-) -> fx.Node:
-    """quantize -> dequantize of an activation, with the parameters of the step's group."""
-    scales, zeros = parameters(quant)
-    scale = _parameter(editor, f"{site}.input_scale", scales, linear)
-    zero_point = _parameter(editor, f"{site}.input_zero_point", zeros, linear)
-    if quant.bits:
-        limits = zip(("least", "largest"), clip_limits(quant), strict=True)
-        ends = [_parameter(editor, f"{site}.input_{name}", table, linear) for name, table in limits]
-        activation = editor.call(aten.clamp.Tensor, activation, *ends, source=linear)
-    codes = (quant.low, quant.high)
-    if quant.shift:
-        regions = ops.quantize_regions.default
-        q = editor.call(regions, activation, scale, zero_point, *codes, quant.shift, 0, source=linear)
-    else:
-        q = editor.call(ops.quantize.default, activation, scale, zero_point, *codes, 0, source=linear)
-    return editor.call(ops.dequantize.default, q, scale, zero_point, 0, source=linear)
-
-
-def _parameter(editor: GraphEditor, name: str, values: torch.Tensor, source: fx.Node) -> fx.Node:
-    """A static parameter when there is one value, else the row of a table that the ``group`` input selects."""
-    if len(values) == 1:
-        return editor.constant(name, values.reshape(()), source)
-    table = editor.constant(name, values, source)
-    return editor.call(ops.select.default, table, editor.scalar_input("group", source), source=source)
 
 
 def _weight(editor: GraphEditor, name: str, quantized: tuple[torch.Tensor, torch.Tensor], linear: fx.Node) -> fx.Node:

@@ -10,14 +10,16 @@ from typing import ClassVar, Literal
 import torch
 
 from qcgraph.calibration_set import Rows, computing_variant, entering, rows_together
-from qcgraph.facts import CalibrationSet, QuantPlan
+from qcgraph.facts import ActivationQuant, CalibrationSet, QuantPlan
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import rounded_activation, rounded_names
 from qcgraph.ir.rounding import nearest, round_with_feedback, search_scales
 from qcgraph.ir.structure import Site, find_sites, weight_names
+from qcgraph.memory import release_memory
 from qcgraph.pipeline import Pass, PassContext
 
 TOKENS = 32768  # of the calibration set that a second moment is taken over
+PARTS = 16  # in which an activation is quantized
 
 
 @dataclass(frozen=True)
@@ -52,23 +54,38 @@ class RoundWeights(Pass):
             weight = weights[site.name]
             codes_name, scale_name = rounded_names(weight)
             high = plan[site.name].weight.high
-            moment = _second_moment(rounded_activation(value, rows.groups, plan[site.name].activation))
-            if not bool(torch.isfinite(value).all() and torch.isfinite(moment).all()):
+            moment = _second_moment(_rounded(value, rows.groups, plan[site.name].activation))
+            if not (_is_finite(value) and _is_finite(moment)):
                 context.refuse(site.name, "rounded to nearest: its activation is not finite on the calibration set")
                 continue
             scale = search_scales(constants[weight], moment, high)
+            release_memory()  # that scales and activations took, before feedback takes matrices as large as H
             if self.method == "feedback":
                 codes = round_with_feedback(constants[weight], moment, scale, high)
             else:
                 codes = nearest(constants[weight], scale, high).to(torch.int8)
             constants[codes_name], constants[scale_name] = codes, scale
+            release_memory()  # that those took, before the next layer runs
         return replace(program, constants=constants)
+
+
+def _rounded(value: torch.Tensor, groups: torch.Tensor, quant: ActivationQuant) -> torch.Tensor:
+    """See `rounded_activation`; part by part, because it takes several times the memory of what it quantizes."""
+    result, size = torch.empty_like(value), -(-len(value) // PARTS)
+    for rows, members, found in zip(*(tensor.split(size) for tensor in (value, groups, result)), strict=True):
+        found.copy_(rounded_activation(rows, members, quant))
+    return result
 
 
 def _second_moment(value: torch.Tensor) -> torch.Tensor:
     """E[x x^T] of activations [..., C]."""
     flat = value.flatten(0, -2)
-    return flat.t() @ flat / len(flat)
+    return (flat.t() @ flat).div_(len(flat))
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """Whether all are; `torch.isfinite` of them would take more memory than they do."""
+    return bool(torch.isfinite(values.amin()) and torch.isfinite(values.amax()))
 
 
 def _tokens(sites: Sequence[Site]) -> int:

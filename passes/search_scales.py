@@ -15,12 +15,13 @@ from qcgraph.facts import ActivationQuant, CalibrationSet, QuantPlan, Ranges
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
 from qcgraph.pipeline import Pass, PassContext
-from qcgraph.scale_search import Histogram, merged, score_of_planes, search
+from qcgraph.scale_search import Halves, Histogram, merged, score_of_planes, search, search_shared
 from qcgraph.steps import StepPlan
 
 aten = torch.ops.aten
 NONLINEAR = (aten.gelu.default, aten.silu.default)  # their negative values are small and many
-WORTH = 0.9  # of the error of one step; less, since two regions take some more passes over the activation
+WORTH = 0.9  # of the error of a form that costs less to run
+NEARLY = 0.99  # of the error of one scale for all timestep groups; images show more than this score of theirs
 HELD = 255  # codes that one integer tensor can hold
 
 
@@ -34,9 +35,13 @@ class SearchScales(Pass):
     (TQ-DiT's multi-region quantization) where that leaves less error. Codes of both regions share one integer tensor;
     those of 8 bits do not fit into it, and would take a second product.
 
+    Searched scales are judged on the half of the samples that they were not searched on, and those that cover the
+    range are kept where they leave less error there.
+
     Attributes:
         objective: ``fisher`` or ``range``.
         regions: whether activations may have two regions.
+        share: whether timestep groups share a scale where one for each leaves little less error; ``fisher`` only.
         clipping: how often an error of clipping weighs; by default once for each computing step.
         seed: seeds the directions in which the prediction is differentiated.
     """
@@ -46,6 +51,7 @@ class SearchScales(Pass):
 
     objective: Literal["fisher", "range"] = "fisher"
     regions: bool = True
+    share: bool = True
     clipping: float | None = None
     seed: int = 0
 
@@ -56,63 +62,112 @@ class SearchScales(Pass):
         steps = program.facts[StepPlan]
         clipping = self.clipping or float(steps.uses(computing_variant(program)))
         found = {}
-        for name, histogram in self._histograms(program, context).items():
-            planned = plan.sites[name].activation
+        for name, halves in self._observed(program, context).items():
+            planned, histogram = plan.sites[name].activation, halves.whole()
             groups = [group for group in range(steps.group_count) if bool(histogram.weights[group].any())]
             if len(groups) < steps.group_count:
                 missing = ", ".join(str(group) for group in range(steps.group_count) if group not in groups)
                 context.refuse(name, f"no sample tells in timestep groups {missing}: scales cover the range")
-            best, error = self._best(histogram, planned, groups, clipping)
+            covers = self.objective == "range"
+            if not covers and (left := halves.held_out(planned, clipping)) > 1:
+                covers = True
+                context.refuse(name, f"scales cover the range: {_left(left)}")
+            site = _Activation(histogram, groups, clipping, covers)
+            best, reasons = site.best(planned), []
             if self.regions and name in nonlinear:
-                best, reason = self._with_regions(histogram, planned, groups, clipping, best, error)
-                if reason:
-                    context.refuse(name, reason)
-            found[name] = best
+                best, *reasons = site.in_regions(planned, best)
+            if self.share and self.objective == "fisher":
+                best, reason = site.for_all_groups(best)
+                reasons.append(reason)
+            for reason in filter(None, reasons):
+                context.refuse(name, reason)
+            found[name] = best.quant
         sites = {name: replace(site, activation=found.get(name, site.activation)) for name, site in plan.sites.items()}
         return program.with_facts(QuantPlan(sites))
 
-    def _histograms(self, program: Program, context: PassContext) -> dict[str, Histogram]:
+    def _observed(self, program: Program, context: PassContext) -> dict[str, Halves]:
         """What enters every planned site, weighed by what errors of it do."""
         steps, ranges = program.facts[StepPlan], program.facts[Ranges]
         names = set(program.facts[QuantPlan].sites)
         limits = {name: [ranges.planned[name].over(members) for members in steps.groups] for name in names}
-        found = {name: Histogram(limits[name]) for name in sorted(names)}
+        found = {name: Halves(limits[name]) for name in sorted(names)}
         rows = Rows.of(program)
         context.progress.note(f"  search-scales: {len(rows)} rows, {len(names)} sites")
         gradients = self.objective == "fisher"
-        for item in sensitivities(program, rows, names, self.seed, context.progress, gradients=gradients):
-            found[item.site].add(item.value, item.weight, item.rows.groups)
+        places = torch.arange(len(rows)) // steps.halves  # both halves of guidance of a latent stay together
+        for half in range(2):
+            part, seed = rows[places % 2 == half], 2 * self.seed + half
+            for item in sensitivities(program, part, names, seed, context.progress, gradients=gradients, results=False):
+                found[item.site].parts[half].add(item.value, item.weight, item.rows.groups)
         return found
 
-    def _best(
-        self, histogram: Histogram, quant: ActivationQuant, groups: list[int], clipping: float
-    ) -> tuple[ActivationQuant, float]:
-        """Parameters for every group, and their score over those groups that have samples."""
-        covers = self.objective == "range"
-        results = [search(histogram, group, quant, clipping, covers=covers) for group in range(len(histogram.weights))]
-        error = sum(results[group].error for group in groups)
-        return merged(quant, [(result.scale, result.zero_point) for result in results]), error
 
-    def _with_regions(
-        self,
-        histogram: Histogram,
-        planned: ActivationQuant,
-        groups: list[int],
-        clipping: float,
-        best: ActivationQuant,
-        error: float,
-    ) -> tuple[ActivationQuant, str]:
-        """Two regions where they leave enough less error, else one step and the reason."""
-        options = [self._best(histogram, option, groups, clipping) for option in _two_regions(planned)]
+def _left(share: float) -> str:
+    """What searched scales leave on samples that they were not searched on, in words."""
+    if share == math.inf:
+        return "there are too few samples to search on some and to judge on others"
+    return f"searched ones leave {share:.0%} of its error on samples that they were not searched on"
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Codes, and their score."""
+
+    quant: ActivationQuant
+    error: float
+
+    def share_of(self, other: _Choice) -> float:
+        """What it leaves of the error of another choice."""
+        return self.error / other.error if other.error else 1.0
+
+
+@dataclass(frozen=True)
+class _Activation:
+    """What is searched for an activation.
+
+    Attributes:
+        histogram: its values.
+        groups: the timestep groups that samples tell of.
+        clipping: how often an error of clipping weighs.
+        covers: whether scales have to cover the range.
+    """
+
+    histogram: Histogram
+    groups: list[int]
+    clipping: float
+    covers: bool
+
+    def best(self, quant: ActivationQuant) -> _Choice:
+        """The best scale for each timestep group."""
+        every = range(len(self.histogram.weights))
+        found = [search(self.histogram, group, quant, self.clipping, covers=self.covers) for group in every]
+        error = sum(found[group].error for group in self.groups)
+        return _Choice(merged(quant, [(item.scale, item.zero_point) for item in found]), error)
+
+    def in_regions(self, planned: ActivationQuant, one: _Choice) -> tuple[_Choice, str]:
+        """Two regions where they leave enough less error than one, else that one and the reason (TQ-DiT's MRQ)."""
+        options = [self.best(option) for option in _two_regions(planned)]
         if not options:
-            planes = sum(score_of_planes(histogram, group, planned) for group in groups)
-            share = planes / error if error else 1.0
-            second = f"a second product would leave {share:.0%} of the error"
-            return best, f"one region: two do not fit a tensor, and {second}"
-        regions, least = min(options, key=lambda option: option[1])
-        if least < WORTH * error:
-            return regions, ""
-        return best, f"one region: two would leave {least / error if error else 1.0:.0%} of its error"
+            planes = _Choice(planned, sum(score_of_planes(self.histogram, group, planned) for group in self.groups))
+            left = f"a second product would leave {planes.share_of(one):.0%} of the error"
+            return one, f"one region: two do not fit a tensor, and {left}"
+        two = min(options, key=lambda option: option.error)
+        if two.error < WORTH * one.error:
+            return two, ""
+        return one, f"one region: two would leave {two.share_of(one):.0%} of its error"
+
+    def for_all_groups(self, apart: _Choice) -> tuple[_Choice, str]:
+        """One scale for all timestep groups and the reason, unless scales for each leave enough less (TQ-DiT's TGQ)."""
+        if len(apart.quant.scales) == 1 or apart.quant.bits:
+            return apart, ""
+        found = search_shared(self.histogram, apart.quant, self.clipping, covers=self.covers)
+        shared = _Choice(merged(apart.quant, [(found.scale, found.zero_point)]), found.error)
+        if apart.error < NEARLY * shared.error:
+            return apart, ""
+        return (
+            shared,
+            f"one scale for all timestep groups: one for each would leave {apart.share_of(shared):.0%} of its error",
+        )
 
 
 def _after_nonlinear(program: Program) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -109,6 +109,93 @@ def entering(program: Program, rows: Rows, sites: set[str]) -> Iterator[tuple[Si
 
 
 @dataclass(frozen=True)
+class ValueSensitivity:
+    """A value of the graph, and what errors of it do to the noise prediction.
+
+    Attributes:
+        rows: the rows that ran together.
+        node: whose value it is.
+        value: f32[R,...].
+        weight: the sensitivity of each of its elements.
+    """
+
+    rows: Rows
+    node: str
+    value: torch.Tensor
+    weight: torch.Tensor
+
+
+def value_sensitivities(
+    program: Program, rows: Rows, nodes: Collection[str], seed: int, progress: Progress, *, gradients: bool = True
+) -> Iterator[ValueSensitivity]:
+    """The values of these nodes of the computing variant, and what errors of them do to the noise prediction.
+
+    With L = <v, eps> and v ~ N(0, I), (dL/dx)^2 is an unbiased estimate of (d eps / dx)^2, summed over the prediction:
+    the diagonal of the Gauss-Newton matrix of its squared error.
+
+    Args:
+        program: in full precision.
+        rows: the calibration set.
+        nodes: their names.
+        seed: of v.
+        progress: reports the batches.
+        gradients: whether sensitivities are wanted; else all are 1.
+    """
+    generator = torch.Generator().manual_seed(seed) if gradients else None
+    size = max(1, DIFFERENTIATED_BYTES // _bytes_of_values(program.variants[computing_variant(program)].graph))
+    for batch in progress.track(list(rows.split(size)), "sensitivities"):
+        # A function of its own, because what it holds is gone before the next rows run.
+        yield from _of_batch(program, batch, nodes, generator)
+
+
+def _of_batch(
+    program: Program, batch: Rows, nodes: Collection[str], generator: torch.Generator | None
+) -> Iterator[ValueSensitivity]:
+    """Those of rows that run together; without a generator of directions all are 1."""
+    gradients = generator is not None
+    with torch.set_grad_enabled(gradients):
+        values, prediction = _run(program, batch, nodes, gradients=gradients)
+        slopes: dict[str, torch.Tensor | None] = dict.fromkeys(values)
+        if gradients and values:
+            predicted = prediction[:, : program.facts[ModelSpec].latent_shape[0]]
+            loss = (predicted * torch.randn(predicted.shape, generator=generator)).sum()
+            found = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
+            slopes = dict(zip(values, found, strict=True))
+            del found
+    for name in tuple(values):  # one after the other is squared, and let go
+        value = values.pop(name).detach()
+        yield ValueSensitivity(batch, name, value, _squared(slopes.pop(name), value, gradients))
+
+
+def _squared(slope: torch.Tensor | None, value: torch.Tensor, wanted: bool) -> torch.Tensor:
+    if slope is not None:
+        return slope**2
+    return torch.zeros_like(value) if wanted else torch.ones_like(value)
+
+
+def _run(
+    program: Program, batch: Rows, nodes: Collection[str], *, gradients: bool
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The values of these nodes, in the order in which they run, and the noise prediction."""
+    variant = computing_variant(program)
+    latents = batch.latents.clone().requires_grad_(gradients)
+    inputs = replace(batch, latents=latents).inputs(program, variant)
+    found: dict[str, torch.Tensor] = {}
+    for node, values in walk(program, variant, inputs, gradients=gradients):
+        if node.name in nodes:
+            found[node.name] = values[node]
+    prediction, *_ = values[node]
+    return found, prediction
+
+
+def _bytes_of_values(graph: fx.Graph) -> int:
+    """What the values of a graph take together, for one row."""
+    values = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    moving = [value for value in values if any(not isinstance(dim, int) for dim in value.shape)]
+    return FLOAT_BYTES * sum(prod(dim for dim in value.shape if isinstance(dim, int)) for value in moving)
+
+
+@dataclass(frozen=True)
 class Sensitivity:
     """What entered a site, and what errors there do to the noise prediction.
 
@@ -117,7 +204,7 @@ class Sensitivity:
         site: its name.
         value: what entered it, f32[R,...,C].
         weight: the sensitivity of each of these values.
-        result_weight: the sensitivity of each value of its result, f32[R,...,O].
+        result_weight: the sensitivity of each value of its result, f32[R,...,O]; empty where those are not wanted.
     """
 
     rows: Rows
@@ -128,12 +215,18 @@ class Sensitivity:
 
 
 def sensitivities(
-    program: Program, rows: Rows, sites: Collection[str], seed: int, progress: Progress, *, gradients: bool = True
+    program: Program,
+    rows: Rows,
+    sites: Collection[str],
+    seed: int,
+    progress: Progress,
+    *,
+    gradients: bool = True,
+    results: bool = True,
 ) -> Iterator[Sensitivity]:
     """What enters each of these sites, and what errors of these values do to the noise prediction.
 
-    With L = <v, eps> and v ~ N(0, I), (dL/dx)^2 is an unbiased estimate of (d eps / dx)^2, summed over the prediction:
-    the diagonal of the Gauss-Newton matrix of its squared error.
+    See `value_sensitivities`.
 
     Args:
         program: in full precision.
@@ -142,49 +235,23 @@ def sensitivities(
         seed: of v.
         progress: reports the batches.
         gradients: whether sensitivities are wanted; else all are 1.
+        results: whether those of results are wanted too, which take as much memory again.
     """
-    variant = computing_variant(program)
-    names = {site.node: site.name for site in find_sites(program.variants[variant]) if site.name in sites}
-    channels = program.facts[ModelSpec].latent_shape[0]
-    generator = torch.Generator().manual_seed(seed)
-    size = max(1, DIFFERENTIATED_BYTES // _bytes_of_values(program.variants[variant].graph))
-    for batch in progress.track(list(rows.split(size)), "sensitivities"):
-        with torch.set_grad_enabled(gradients):
-            entered, results, prediction = _run(program, variant, batch, names, gradients=gradients)
-            values = [*entered.values(), *results.values()]
-            slopes: Sequence[torch.Tensor | None] = [None] * len(values)
-            if gradients and values:
-                direction = torch.randn(prediction[:, :channels].shape, generator=generator)
-                loss = (prediction[:, :channels] * direction).sum()
-                slopes = torch.autograd.grad(loss, values, allow_unused=True)
-        weights = [_squared(slope, value, gradients) for slope, value in zip(slopes, values, strict=True)]
-        for index, (site, value) in enumerate(entered.items()):
-            yield Sensitivity(batch, site, value.detach(), weights[index], weights[index + len(entered)])
-
-
-def _squared(slope: torch.Tensor | None, value: torch.Tensor, wanted: bool) -> torch.Tensor:
-    if slope is not None:
-        return slope**2
-    return torch.zeros_like(value) if wanted else torch.ones_like(value)
-
-
-def _run(
-    program: Program, variant: str, batch: Rows, nodes: Mapping[str, str], *, gradients: bool
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
-    """What enters and what leaves the sites at these nodes, by site, and the noise prediction."""
-    latents = batch.latents.clone().requires_grad_(gradients)
-    inputs = replace(batch, latents=latents).inputs(program, variant)
-    entered: dict[str, torch.Tensor] = {}
-    results: dict[str, torch.Tensor] = {}
-    for node, values in walk(program, variant, inputs, gradients=gradients):
-        if node.name in nodes:
-            entered[nodes[node.name]], results[nodes[node.name]] = values[node.all_input_nodes[0]], values[node]
-    prediction, *_ = values[node]
-    return entered, results, prediction
-
-
-def _bytes_of_values(graph: fx.Graph) -> int:
-    """What the values of a graph take together, for one row."""
-    values = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
-    moving = [value for value in values if any(not isinstance(dim, int) for dim in value.shape)]
-    return FLOAT_BYTES * sum(prod(dim for dim in value.shape if isinstance(dim, int)) for value in moving)
+    nodes = {node.name: node for node in program.variants[computing_variant(program)].graph.nodes}
+    entered: dict[str, list[str]] = {}
+    made: dict[str, str] = {}
+    for site in find_sites(program.variants[computing_variant(program)]):
+        if site.name in sites:
+            entered.setdefault(nodes[site.node].all_input_nodes[0].name, []).append(site.name)
+            made |= {site.node: site.name} if results else {}
+    waiting: dict[str, ValueSensitivity] = {}
+    wanted = entered.keys() | made.keys()
+    for item in value_sensitivities(program, rows, wanted, seed, progress, gradients=gradients):
+        if item.node in made:
+            of = waiting.pop(made[item.node])
+            yield Sensitivity(of.rows, made[item.node], of.value, of.weight, item.weight)
+        for name in entered.get(item.node, ()):
+            if results:
+                waiting[name] = item
+            else:
+                yield Sensitivity(item.rows, name, item.value, item.weight, torch.empty(0))

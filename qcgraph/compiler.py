@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,17 +20,19 @@ from qcgraph.capture import capture
 from qcgraph.costs import measure_costs
 from qcgraph.default_pipeline import default_pipeline
 from qcgraph.errors import UsageError, VerificationError, closest
+from qcgraph.evaluation.ablation import is_quantized
 from qcgraph.export.targets import Target, target_named
 from qcgraph.export.verify import Check, verify_export
 from qcgraph.facts import Compensation, QuantPlan, Ranges, Rehearsed
 from qcgraph.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
-from qcgraph.ir.structure import find_sites, macs_by_variant, total_macs
+from qcgraph.ir.structure import Site, find_sites, macs_by_variant, total_macs
 from qcgraph.least_bits import compile_with_least, is_asked_for
+from qcgraph.memory import release_memory
 from qcgraph.models import LoadedModel, load_model
 from qcgraph.origin import SOURCE
-from qcgraph.pipeline import Instrument, Pipeline
+from qcgraph.pipeline import Instrument, Pass, Pipeline
 from qcgraph.plan_file import PlanFile
 from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
@@ -56,6 +59,13 @@ class CompileResult:
     bundle: Bundle | None
     report: dict[str, Any]
     program_text: str
+
+
+class _ReleaseMemory(Instrument):
+    """After every pass, what it freed goes back to the system."""
+
+    def after(self, pass_: Pass, before: Program, after: Program) -> None:
+        release_memory()
 
 
 def compile_model(
@@ -139,31 +149,32 @@ def _compile(
     loaded, captured = _captured(model, recipe, progress, timer)
     if plan is not None:
         plan.check_model(captured.facts[StepPlan].fingerprint.model)
-    if any(pass_.name == COMPENSATING for pass_ in pipeline):
-        check_compensable(captured.facts[StepPlan])
-    if recipe.conditions is not None:
-        check_conditions(recipe.conditions, loaded)
+    _check_applicable(recipe, pipeline, loaded, captured)
     dump = Dump(captured)
-    instruments: list[Instrument] = [timer, dump, Reproduce(lambda: _reproducer_folder(output), progress)]
+    instruments: list[Instrument] = [
+        timer,
+        dump,
+        Reproduce(lambda: _reproducer_folder(output), progress),
+        _ReleaseMemory(),
+    ]
     if verify_each:
         instruments.append(VerifyEach(captured, progress))
     if print_after:
         instruments.append(PrintAfter(print_after, out))
-    ran = _prefix(pipeline, stop_after, dry_run)
-    program = ran.run(captured, instruments, progress, lambda program: measure_costs(program, target, progress))
-    report = _report(captured, program, recipe, target, pipeline, timer)
+    sites, program = find_sites(captured.variants["main"]), captured
+    del loaded, captured  # whose weights are not held while the passes run, once they have others
+    for part in _parts(_prefix(pipeline, stop_after, dry_run)):
+        program = part.run(program, instruments, progress, lambda program: measure_costs(program, target, progress))
+        gc.collect()  # graphs and their modules refer to each other; with them go the weights that were replaced
+        release_memory()
+    report = _report(sites, program, recipe, target, pipeline, timer)
     report[SOURCE] = model if isinstance(model, str) else None
     report["followed_plan"] = _followed(recipe, plan, program)
     if not writes or output is None:
         return CompileResult(None, report, program.text)
-    with timer.stage("cached edges"):
-        edges = admit_edges(
-            program, captured, recipe.calibration.seed, allow_unsafe=recipe.gate.allow_unsafe, progress=progress
-        )
+    edges, original = _admitted_edges(model, recipe, program, progress, timer)
     report["cached_edges"] = edges
-    original = (loaded, captured) if recipe.conditions is not None else None
-    del loaded, captured
-    gc.collect()  # graphs and their modules refer to each other; with them go the weights that were quantized
+    gc.collect()  # with what was measured goes the model
     name = program.facts[ModelSpec].name
     with writing(output, model=name, target=target.name, overrides=overrides(edges), force=force) as folder:
         report["checks"] = [asdict(check) for check in _export(program, folder, target, progress, timer)]
@@ -233,20 +244,56 @@ def verify_bundle(bundle: Bundle, progress: Progress | None = None) -> tuple[Che
 
 
 def _captured(
-    model: str | LoadedModel, recipe: Recipe, progress: Progress, timer: Timer
+    model: str | LoadedModel, recipe: Recipe, progress: Progress, timer: Timer, *, again: bool = False
 ) -> tuple[LoadedModel, Program]:
     """The model, and the captured program with its step plan."""
+    suffix = " again" if again else ""
     progress.note(f"loading {model}" if isinstance(model, str) else f"taking {model.spec.name}")
-    with timer.stage("load"):
+    with timer.stage(f"load{suffix}"):
         loaded = load_model(model) if isinstance(model, str) else model
     progress.note("capturing with torch.export")
     sampling = recipe.sampling
-    with timer.stage("capture"):
+    with timer.stage(f"capture{suffix}"):
         program = capture(loaded.module, loaded.spec, loaded.input_names)
         plan = make_step_plan(
             sampling.scheduler, sampling.steps, sampling.guidance, loaded.spec.schedule, program.constants_digest
         )
     return loaded, program.with_facts(plan)
+
+
+def _loaded_again(
+    model: str | LoadedModel, recipe: Recipe, program: Program, progress: Progress, timer: Timer
+) -> tuple[LoadedModel, Program]:
+    """The model that a program was compiled from, and its capture: neither was held while the passes ran.
+
+    Raises:
+        UsageError: it has other weights now.
+    """
+    loaded, captured = _captured(model, recipe, progress, timer, again=True)
+    found, expected = (of.facts[StepPlan].fingerprint.model for of in (captured, program))
+    if found != expected:
+        raise UsageError(
+            f"the model has other weights than when it was loaded first: their digest is {found}, it was {expected}",
+            where=loaded.spec.name,
+            hint="its file was written to meanwhile, or its factory draws weights without a seed",
+        )
+    return loaded, captured
+
+
+def _admitted_edges(
+    model: str | LoadedModel, recipe: Recipe, program: Program, progress: Progress, timer: Timer
+) -> tuple[list[Any], tuple[LoadedModel, Program] | None]:
+    """What `admit_edges` measured, and the model again where a gate will judge by it."""
+    judges = recipe.conditions is not None
+    has_edges = is_quantized(program) and len(program.facts[StepPlan].variants) > 1
+    if not judges and not has_edges:
+        return [], None
+    loaded, captured = _loaded_again(model, recipe, program, progress, timer)
+    with timer.stage("cached edges"):
+        edges = admit_edges(
+            program, captured, recipe.calibration.seed, allow_unsafe=recipe.gate.allow_unsafe, progress=progress
+        )
+    return edges, (loaded, captured) if judges else None
 
 
 def _export(program: Program, folder: Path, target: Target, progress: Progress, timer: Timer) -> tuple[Check, ...]:
@@ -293,6 +340,14 @@ def _check_pass_names(pipeline: Pipeline, names: tuple[str, ...]) -> None:
             raise UsageError(f"no pass {name!r} in this pipeline", hint=closest(name, known))
 
 
+def _check_applicable(recipe: Recipe, pipeline: Pipeline, loaded: LoadedModel, captured: Program) -> None:
+    """Refuse what will not go with the model or its steps, before anything is sampled."""
+    if any(pass_.name == COMPENSATING for pass_ in pipeline):
+        check_compensable(captured.facts[StepPlan])
+    if recipe.conditions is not None:
+        check_conditions(recipe.conditions, loaded)
+
+
 def _prefix(pipeline: Pipeline, stop_after: str | None, dry_run: bool) -> Pipeline:
     names = [pass_.name for pass_ in pipeline]
     end = names.index(stop_after) + 1 if stop_after else len(names)
@@ -302,6 +357,16 @@ def _prefix(pipeline: Pipeline, stop_after: str | None, dry_run: bool) -> Pipeli
     return Pipeline(tuple(pass_ for pass_ in pipeline.passes[:end] if pass_.name != EQUALIZING))
 
 
+def _parts(pipeline: Pipeline) -> tuple[Pipeline, ...]:
+    """A pipeline, with equalize apart where it comes first.
+
+    What starts from its result does not hold the weights that it replaced; and it is the captured model as well to
+    those passes that compare with what they started from.
+    """
+    first, rest = pipeline.passes[:1], pipeline.passes[1:]
+    return (Pipeline(first), Pipeline(rest)) if first and first[0].name == EQUALIZING else (pipeline,)
+
+
 def _reproducer_folder(output: Path | None) -> Path:
     if output is None:
         return Path(tempfile.mkdtemp(prefix="qcgraph-")) / "reproducer"
@@ -309,12 +374,11 @@ def _reproducer_folder(output: Path | None) -> Path:
 
 
 def _report(
-    captured: Program, program: Program, recipe: Recipe, target: Target, pipeline: Pipeline, timer: Timer
+    sites: Sequence[Site], program: Program, recipe: Recipe, target: Target, pipeline: Pipeline, timer: Timer
 ) -> dict[str, Any]:
-    """The summary of a compilation, as JSON data."""
+    """The summary of a compilation, as JSON data; the sites are those of the model."""
     plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
     macs = macs_by_variant(program.variants)
-    sites = find_sites(captured.variants["main"])
     quantized, compensation = program.facts.get(QuantPlan), program.facts.get(Compensation)
     return {
         "model": spec.name,

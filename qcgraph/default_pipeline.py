@@ -91,6 +91,18 @@ def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
     if asked.correction != "off":
         # While weights are still whole: what is fitted is the difference that quantizing them makes.
         yield _pass("fit-requantization", sites=asked.correction)
+    if asked.attention:
+        # After what is decided on the model as it is; before insert-qdq, which drops the calibration set.
+        yield _pass("split-attention")
+        yield _pass(
+            "quantize-attention",
+            bits=round(recipe.bit_budget or recipe.activation_bits),
+            symmetric=target.activation == "symmetric",
+            high=target.weight_high,
+            objective=asked.scales,
+            regions=asked.regions,
+            seed=seed,
+        )
     yield _pass("insert-qdq")
 
 

@@ -279,6 +279,48 @@ class QuantPlan:
 
 
 @dataclass(frozen=True)
+class RegionQuant:
+    """Probabilities in two regions, each with a step and ``levels`` codes besides zero (TQ-DiT's MRQ, after a softmax).
+
+    Attributes:
+        splits: one a timestep group, or a single one: values below it have the step ``split / levels``, the others
+            ``1 / levels``.
+        levels: ``2^(bits-1) - 1``, since one of the bits says which region it is.
+        dtype: ``uint8`` or ``int8``.
+        planes: 2 where each region is a tensor that is multiplied on its own, 1 where one tensor holds both.
+    """
+
+    splits: tuple[float, ...]
+    levels: int
+    dtype: str
+    planes: int
+
+
+@dataclass(frozen=True)
+class AttentionQuant:
+    """How both products of an attention are quantized.
+
+    Attributes:
+        query: queries, scaled by one over the root of their length.
+        key: keys.
+        probabilities: what the softmax gives.
+        value: values.
+    """
+
+    query: ActivationQuant
+    key: ActivationQuant
+    probabilities: ActivationQuant | RegionQuant
+    value: ActivationQuant
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Per attention (by name), how its products are quantized; one that is not here stays in floating point."""
+
+    sites: dict[str, AttentionQuant]
+
+
+@dataclass(frozen=True)
 class Compensation:
     """Variance compensation: after each update the latent becomes ``mean + gain * (latent - mean)``.
 
@@ -359,6 +401,7 @@ FACT_TYPES: tuple[type, ...] = (
     TimestepGroups,
     QuantPlan,
     Requantization,
+    AttentionPlan,
     ForecastFit,
     Compensation,
 )

@@ -104,7 +104,13 @@ class Quantization(_Section):
         "fisher", description="fisher (searched by what errors do to the prediction) or range (covering the range)"
     )
     regions: bool = Field(
-        True, description="true or false: whether an activation after a GELU may have two steps, where that pays"
+        True,
+        description="true or false: whether an activation after a GELU, and probabilities of quantized attention, "
+        "may have two steps, where that pays",
+    )
+    attention: bool = Field(
+        False,
+        description="true or false: whether products of attention are quantized too, which gains no time on CPUs",
     )
     rounding: Literal["feedback", "search", "nearest"] = Field(
         "feedback",

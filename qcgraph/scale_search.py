@@ -12,6 +12,7 @@ error of clipping weighs as often as there are steps that compute.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -70,6 +71,45 @@ class Histogram:
         low, high = self._limits[group]
         return min(low, 0.0), max(high, 0.0)
 
+    def __add__(self, other: Histogram) -> Histogram:
+        """What both counted; their limits are the same."""
+        total = Histogram(self._limits)
+        total.weights = self.weights + other.weights
+        total._counts = self._counts + other._counts
+        return total
+
+
+class Halves:
+    """What an activation holds on either half of the calibration set: what is found on one is judged on the other.
+
+    Args:
+        limits: the smallest and largest value of each group.
+
+    Attributes:
+        parts: the histogram of each half.
+    """
+
+    def __init__(self, limits: Sequence[tuple[float, float]]) -> None:
+        self.parts = (Histogram(limits), Histogram(limits))
+
+    def whole(self) -> Histogram:
+        """The histogram of both."""
+        return self.parts[0] + self.parts[1]
+
+    def held_out(self, quant: ActivationQuant, clipping: float) -> float:
+        """What searched scales leave of the error of covering ones, on the half that they were not searched on.
+
+        Infinite where a half has no samples.
+        """
+        searched = covering = 0.0
+        groups = range(len(self.parts[0].weights))
+        for seen, unseen in (self.parts, self.parts[::-1]):
+            for group in groups:
+                pair = (search(seen, group, quant, clipping, covers=covers) for covers in (False, True))
+                errors = [score(unseen, group, quant, clipping, found) for found in pair]
+                searched, covering = searched + errors[0], covering + errors[1]
+        return searched / covering if all(part.weights.any() for part in self.parts) and covering else math.inf
+
 
 @dataclass(frozen=True)
 class Found:
@@ -105,6 +145,28 @@ def search(histogram: Histogram, group: int, quant: ActivationQuant, clipping: f
     errors = scores(centers, weights, scales, zeros, quant, clipping, histogram.least_weights(group))
     best = int(errors.argmin())
     return Found(float(scales[best]), int(zeros[best]), float(errors[best]))
+
+
+def search_shared(histogram: Histogram, quant: ActivationQuant, clipping: float, *, covers: bool = False) -> Found:
+    """The parameters of the least score for all timestep groups together; see `search`."""
+    groups = range(len(histogram.weights))
+    lows, highs = zip(*(histogram.limits(group) for group in groups), strict=True)
+    scales, zeros = (_regions if quant.shift else _steps)(min(lows), max(highs), quant)
+    if covers or not bool(histogram.weights.any()):
+        scales, zeros = scales[-1:], zeros[-1:]
+    errors = torch.zeros(len(scales), dtype=torch.float64)
+    for group in groups:
+        values = (histogram.centers(group), histogram.weights[group])
+        errors += scores(*values, scales, zeros, quant, clipping, histogram.least_weights(group))
+    best = int(errors.argmin())
+    return Found(float(scales[best]), int(zeros[best]), float(errors[best]))
+
+
+def score(histogram: Histogram, group: int, quant: ActivationQuant, clipping: float, found: Found) -> float:
+    """The score of given parameters; see `search`."""
+    centers, weights = histogram.centers(group), histogram.weights[group]
+    candidate = (torch.tensor([found.scale]).double(), torch.tensor([found.zero_point]).double())
+    return float(scores(centers, weights, *candidate, quant.at(group), clipping, histogram.least_weights(group)))
 
 
 def merged(quant: ActivationQuant, found: Sequence[tuple[float, int]]) -> ActivationQuant:

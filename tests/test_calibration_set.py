@@ -263,6 +263,17 @@ def test_the_seed_is_the_direction(guided: Program) -> None:
 
 
 @pytest.mark.parametrize("gradients", [True, False])
+def test_those_of_results_may_be_left_out(guided: Program, gradients: bool) -> None:
+    rows = Rows.of(guided)
+    whole = sensitivities_of(guided, rows, gradients=gradients)
+    for item in sensitivities(guided, rows, SITES, 0, Progress(), gradients=gradients, results=False):
+        assert torch.equal(item.value, whole[item.site].value)
+        assert torch.equal(item.weight, whole[item.site].weight)
+        assert not item.result_weight.numel()
+        assert whole[item.site].result_weight.numel()
+
+
+@pytest.mark.parametrize("gradients", [True, False])
 def test_many_rows_run_in_batches(guided: Program, monkeypatch: pytest.MonkeyPatch, gradients: bool) -> None:
     rows = Rows.of(guided)
     together = sensitivities_of(guided, rows, gradients=gradients)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -27,6 +28,7 @@ from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.serialize import load_program
 from qcgraph.models import LoadedModel, load_model
 from qcgraph.models.classifier import load_classifier
+from qcgraph.models.dit import initialize_random
 from qcgraph.models.eager import EagerRunner
 from qcgraph.noise import Noise
 from qcgraph.progress import Progress
@@ -86,21 +88,20 @@ def test_the_report_tells_what_happened(bundle: Bundle) -> None:
 
 
 @pytest.mark.slow
-def test_quantized_weights_are_forgotten_before_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a large model would need memory for its weights in float32 and, at the same time, for all of an export."""
-    weights: dict[str, StorageWeakRef] = {}
-    forgotten: dict[str, set[str]] = {}
+def test_weights_are_forgotten_when_others_stand_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a large model would need memory for weights that nothing reads, in passes and in an export that need it."""
+    loads: list[dict[str, StorageWeakRef]] = []
+    forgotten: dict[str, list[set[str]]] = {}
 
     def loading(name: str) -> LoadedModel:
         model = load_model(name)
-        weights.update(
-            {name: StorageWeakRef(value.untyped_storage()) for name, value in model.module.named_parameters()}
-        )
+        named = model.module.named_parameters()
+        loads.append({name: StorageWeakRef(value.untyped_storage()) for name, value in named})
         return model
 
     class AtExport(Progress):
         def stage(self, name: str) -> None:
-            forgotten[name] = {name for name, storage in weights.items() if storage.expired()}
+            forgotten[name] = [{name for name, storage in load.items() if storage.expired()} for load in loads]
             if name == "export":
                 raise InterruptedError
 
@@ -108,11 +109,35 @@ def test_quantized_weights_are_forgotten_before_the_export(tmp_path: Path, monke
     recipe = Recipe().override(steps=3, bits="w8a8", cache="interval=3")
     with pytest.raises(InterruptedError):
         compile_model("digits", recipe, tmp_path / "digits", progress=AtExport())
-    assert forgotten["insert-qdq"] == set()
-    linears = {name for name in weights if re.fullmatch(r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", name)}
-    assert len(linears) == 24
-    assert linears <= forgotten["export"]
-    assert "pos_embed" not in forgotten["export"]
+    linears = {name for name in loads[0] if re.fullmatch(r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", name)}
+    equalized = {name for name in linears if "fc2" not in name}
+    assert (len(linears), len(equalized)) == (24, 18)
+    assert forgotten["equalize"] == [set()]
+    for name in ("plan-cache", "insert-qdq"):
+        assert forgotten[name][0] & linears == equalized
+    first, again = forgotten["export"]
+    assert linears <= first
+    assert "pos_embed" not in first
+    assert again == set(loads[1])  # what was loaded to measure cached edges
+
+
+def test_a_model_that_changes_meanwhile_is_refused(
+    tiny_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is loaded again to measure cached edges, which are those of the model that was compiled."""
+    seeds = iter(range(2))
+
+    def loading(_: str) -> LoadedModel:
+        module = copy.deepcopy(tiny_model.module)
+        initialize_random(module, torch.Generator().manual_seed(next(seeds)))
+        return replace(tiny_model, module=module)
+
+    monkeypatch.setattr("qcgraph.compiler.load_model", loading)
+    recipe = Recipe().override(steps=3, bits="w8a8", cache="interval=3")
+    with pytest.raises(UsageError, match="other weights than when it was loaded first") as caught:
+        compile_model("somewhere:factory", recipe, tmp_path / "tiny")
+    assert "without a seed" in str(caught.value)
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_both_backends_draw_the_same_digits(bundle: Bundle) -> None:
@@ -138,7 +163,7 @@ def test_the_samples_are_close_to_full_precision(bundle: Bundle, exact: np.ndarr
     assert 10 * np.log10(4 / error) > 20  # dB; four computing steps of twelve
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("scheduler", ["ddim", pytest.param("ddpm", marks=pytest.mark.slow)])
 def test_neutral_settings_are_the_captured_model_bit_for_bit(tmp_path: Path, scheduler: str, exact: np.ndarray) -> None:
     recipe = Recipe().override(bits="off", cache="interval=1", compensate="off", steps=12, scheduler=scheduler)
     bundle = qcgraph.compile("digits", recipe.override(target="torch"), output=tmp_path / "neutral")

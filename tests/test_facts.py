@@ -10,6 +10,8 @@ from pydantic import ValidationError
 from qcgraph.facts import (
     FACT_TYPES,
     ActivationQuant,
+    AttentionPlan,
+    AttentionQuant,
     CachedValue,
     CachePlan,
     CalibrationSet,
@@ -21,6 +23,7 @@ from qcgraph.facts import (
     QuantPlan,
     Ranges,
     Reference,
+    RegionQuant,
     Rehearsed,
     Requantization,
     SchedulePlan,
@@ -36,7 +39,8 @@ from qcgraph.steps import Fingerprint, Step, StepPlan, Update
 
 THIRD = 1 / 3
 SITE = SiteRange((0, 2), (-THIRD, -1e-30), (0.1, 5e300), (THIRD, 0.0))
-QUANT = SiteQuant(ActivationQuant((THIRD, 0.1), (3, 4), 0, 255, "uint8"), WeightQuant(64))
+CODES = ActivationQuant((THIRD, 0.1), (3, 4), 0, 255, "uint8")
+QUANT = SiteQuant(CODES, WeightQuant(64))
 EXAMPLES = (
     ModelSpec("toy", (1, 8, 8), 10, 10, 1),
     StepPlan(
@@ -52,6 +56,12 @@ EXAMPLES = (
     TimestepGroups((THIRD, 0.0)),
     QuantPlan({"a": QUANT}),
     Requantization({"a": SiteCorrection((THIRD, 1.0), (0.0, -1e-30))}),
+    AttentionPlan(
+        {
+            "a": AttentionQuant(CODES, CODES, RegionQuant((0.25, 2.0**-19), 127, "uint8", 2), CODES),
+            "b": AttentionQuant(CODES, CODES, CODES, CODES),
+        }
+    ),
     ForecastFit("affine", (ForecastStep("cache_0", 1, THIRD, 1e-30),)),
     Compensation(((1.0, THIRD),), ((0.0, 0.1),), 1, ((1.0, 3.0),)),
 )

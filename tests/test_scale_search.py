@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +13,18 @@ from torch.nn import functional as F
 
 from qcgraph.facts import ActivationQuant
 from qcgraph.passes.plan_quant import affine_parameters
-from qcgraph.scale_search import BINS, FACTORS, Histogram, merged, score_of_planes, scores, search
+from qcgraph.scale_search import (
+    BINS,
+    FACTORS,
+    Halves,
+    Histogram,
+    merged,
+    score,
+    score_of_planes,
+    scores,
+    search,
+    search_shared,
+)
 
 ops = torch.ops.qcgraph
 UINT8 = ActivationQuant(scales=(1.0,), zero_points=(0,), low=0, high=255, dtype="uint8")
@@ -124,9 +136,9 @@ def test_scores_are_those_of_the_ops(quant: ActivationQuant) -> None:
     centers, weights = histogram.centers(0).float().double(), histogram.weights[0]
     scales, zeros = candidates(-4.0, 4.0, quant)
     found = scores(centers, weights, scales, zeros, quant, 1.0)
-    for score, scale, zero in zip(found, scales, zeros, strict=True):
+    for error, scale, zero in zip(found, scales, zeros, strict=True):
         back = rounded(centers.float(), float(scale), int(zero), quant).double()
-        torch.testing.assert_close(score, ((back - centers) ** 2) @ weights, rtol=1e-4, atol=0)
+        torch.testing.assert_close(error, ((back - centers) ** 2) @ weights, rtol=1e-4, atol=0)
 
 
 @every_kind
@@ -306,3 +318,51 @@ def test_two_planes_have_a_step_each() -> None:
     step = torch.where(values < 0, below, above)
     expected = ((values / step).round() * step - values).square().sum()
     assert score_of_planes(histogram, 0, UINT8) == pytest.approx(float(expected), rel=0.01)
+
+
+def test_halves_add_up() -> None:
+    limits = [(-1.0, 1.0), (0.0, 2.0)]
+    halves, whole = Halves(limits), Histogram(limits)
+    for part in halves.parts:
+        values, groups = torch.rand(6, 50, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 2
+        part.add(values, values + 1, groups)
+        whole.add(values, values + 1, groups)
+    assert torch.equal(halves.whole().weights, whole.weights)
+    assert torch.equal(halves.whole().least_weights(1), whole.least_weights(1))
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_what_is_found_on_one_half_is_judged_on_the_other(alike: bool) -> None:
+    """Clipping pays where few values are large on both halves, and not where those of the other half are."""
+    quant = ActivationQuant((), (), 0, 15, "uint8")
+    bulk = torch.rand(1, 5000, generator=torch.Generator().manual_seed(0)) * 0.4
+    halves = Halves([(0.0, 1.0)])
+    halves.parts[0].add(bulk, torch.ones_like(bulk), torch.zeros(1, dtype=torch.long))
+    other = bulk if alike else torch.cat([bulk, torch.ones(1, 2500)], dim=1)
+    halves.parts[1].add(other, torch.ones_like(other), torch.zeros(1, dtype=torch.long))
+    left = halves.held_out(quant, 1.0)
+    assert left < 0.5 if alike else left > 2
+
+
+def test_nothing_can_be_judged_on_a_half_without_samples() -> None:
+    halves = Halves([(0.0, 1.0)])
+    halves.parts[0].add(torch.rand(1, 9), torch.ones(1, 9), torch.zeros(1, dtype=torch.long))
+    assert halves.held_out(ActivationQuant((), (), 0, 15, "uint8"), 1.0) == math.inf
+
+
+def test_a_shared_scale_is_the_best_for_all_groups_together() -> None:
+    quant = ActivationQuant((), (), 0, 15, "uint8")
+    values = torch.cat([torch.rand(1, 500), 3 * torch.rand(1, 500)])
+    histogram = Histogram([(0.0, 1.0), (0.0, 3.0)])
+    histogram.add(values, torch.ones_like(values), torch.arange(2))
+    found = search_shared(histogram, quant, 1.0)
+    assert found.error == pytest.approx(sum(score(histogram, group, quant, 1.0, found) for group in range(2)))
+    for other in (search(histogram, group, quant, 1.0, covers=True) for group in range(2)):
+        assert found.error <= sum(score(histogram, group, quant, 1.0, other) for group in range(2))
+
+
+def test_a_shared_scale_that_covers_covers_all_groups() -> None:
+    histogram = Histogram([(-1.0, 0.5), (0.0, 3.0)])
+    found = search_shared(histogram, ActivationQuant((), (), 0, 255, "uint8"), 1.0, covers=True)
+    assert found.scale == pytest.approx(4 / 255)
+    assert found.zero_point == 64

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import attention_products
 import attribution
 import forecast_noise_report
 import pareto_report
@@ -230,9 +231,32 @@ def compilation(result: Result) -> str:
     return f"{first['steps']} steps, {first['trajectories']} trajectories.\n\n{table(columns, rows)}"
 
 
+def growth(result: Result) -> str:
+    """How calibration grows: its rows, and the lines through them."""
+    tables = []
+    for series in result["series"]:
+        rows = [
+            [
+                str(row[series["by"]]),
+                f"{row['seconds']:.1f}",
+                f"{row['peak_bytes'] / 1e6:.0f} MB",
+                f"{row['peak_bytes'] / row['weight_bytes']:.2f}x",
+            ]
+            for row in series["rows"]
+        ]
+        fits = [
+            f"{name} {series[of]['r_squared']:.3f}" for name, of in (("seconds", "seconds"), ("memory", "peak_bytes"))
+        ]
+        columns = [series["by"], "seconds", "peak memory", "of the weights"]
+        tables.append(f"{table(columns, rows)}\n\nR^2 of a line: {', '.join(fits)}.")
+    return "\n\n".join([f"{result['geometry']}, {result['bits']}, {result['steps']} steps.", *tables])
+
+
 KINDS: dict[str, Callable[[Result], str]] = {
+    "attention-products": attention_products.markdown,
     "attribution": attributions,
     "bench": benchmark,
+    "calibration-growth": growth,
     "compile": compilation,
     "eval": evaluation,
     "forecast-noise": forecast_noise_report.markdown,

@@ -3,7 +3,8 @@
     python tools/quantization_ablation.py digits tools/models/digits-b --bits w8a8 w6a6 w4a8 --json
 
 Every cell is compiled for ONNX Runtime and judged against full precision from the same noise, as `qcgraph eval` does:
-PSNR, which single images can carry, the PSNR of the median image, and FID-small. The parts are those of `--ablate`.
+PSNR, which single images can carry, the PSNR of the median image, and FID-small. The parts are those of `--ablate`;
+`--rows leave-out` leaves each out of the whole, `--rows attention` quantizes the products of attention as well.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,14 +65,29 @@ def main() -> int:
     return 0
 
 
-def settings(whole: Recipe, *, leave_out: bool) -> Iterator[tuple[str, Recipe]]:
-    """Recipes by title: nothing, then a part more each time; then the whole without each of its parts."""
+ROWS = ("ladder", "leave-out", "attention")
+
+
+def settings(whole: Recipe, rows: Sequence[str]) -> Iterator[tuple[str, Recipe]]:
+    """Recipes by title.
+
+    The ladder is nothing, then a part more each time; leave-out the whole without each of its parts; attention the
+    whole with products of attention quantized too, the probabilities in one region and in two.
+    """
     parts = list(LADDER)
-    yield "none", whole.ablated(parts)
-    for count, title in enumerate(LADDER.values(), 1):
-        yield title, whole.ablated(parts[count:])
-    for part in parts if leave_out else ():
-        yield f"all but {LADDER[part].removeprefix('+ ')}", whole.ablated([part])
+    if "ladder" in rows:
+        yield "none", whole.ablated(parts)
+        for count, title in enumerate(LADDER.values(), 1):
+            yield title, whole.ablated(parts[count:])
+    if "leave-out" in rows:
+        for part in parts:
+            yield f"all but {LADDER[part].removeprefix('+ ')}", whole.ablated([part])
+    if "attention" in rows:
+        quantization = whole.quantization.model_copy(update={"attention": True})
+        attended = whole.model_copy(update={"quantization": quantization})
+        yield "all", whole
+        yield "all, and attention in one region", attended.ablated(["mrq"])
+        yield "all, and attention", attended
 
 
 def measure(model: Model, options: argparse.Namespace, progress: Progress) -> Iterator[dict[str, Any]]:
@@ -80,7 +96,7 @@ def measure(model: Model, options: argparse.Namespace, progress: Progress) -> It
     for bits in options.bits:
         for cache in options.caches:
             whole = model.base(bits).override(cache=cache)
-            for title, recipe in settings(whole, leave_out=options.leave_out):
+            for title, recipe in settings(whole, options.rows):
                 bundle = model.bundle(recipe)
                 cell = judging.judge({title: model.subject(recipe)}, Progress())[title]
                 yield {
@@ -124,7 +140,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("models", nargs="*", default=["digits"], metavar="MODEL")
     parser.add_argument("--bits", nargs="+", default=["w8a8", "w6a6", "w4a8"])
     parser.add_argument("--caches", nargs="+", default=["off", "interval=3"])
-    parser.add_argument("--leave-out", action="store_true", help="also the whole without each of its parts")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=["ladder"], help="default %(default)s")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--scheduler", default="ddim")
     parser.add_argument("--guidance", type=float, default=1.5)

@@ -14,7 +14,8 @@ from qcgraph.cli.cache_view import cache_fields
 from qcgraph.cli.ir_text import op_changes, ops_text, read_program_text
 from qcgraph.cli.output import count_text, print_fields, print_heading, print_json, print_table, size_text
 from qcgraph.cli.program_view import pass_text
-from qcgraph.facts import ForecastFit, QuantPlan, SiteQuant
+from qcgraph.cli.scales_view import print_scales, scales
+from qcgraph.facts import AttentionPlan, ForecastFit, QuantPlan
 from qcgraph.plan_file import plan_data, plan_toml
 
 MOST_OPS = 5  # named in the overview
@@ -218,48 +219,6 @@ def _print_plan(data: dict[str, Any]) -> None:
     print(plan_toml(data), end="")
 
 
-def _scales(bundle: Bundle) -> list[dict[str, Any]]:
-    quantized = bundle.facts.get(QuantPlan)
-    return [_site_scales(name, site) for name, site in quantized.sites.items()] if quantized else []
-
-
-def _site_scales(name: str, site: SiteQuant) -> dict[str, Any]:
-    activation = site.activation
-    return {
-        "site": name,
-        "dtype": activation.dtype,
-        "codes": [activation.low, activation.high],
-        "shift": activation.shift,
-        "scales": list(activation.scales),
-        "zero_points": list(activation.zero_points),
-        "weight_codes": [-site.weight.high, site.weight.high],
-    }
-
-
-def _print_scales(rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        print("nothing is quantized")
-        return
-    print_table(
-        ("site", "activation", "scale of each timestep group", "zero points", "weight"),
-        [
-            (
-                row["site"],
-                f"{row['dtype']} {row['codes'][0]}..{row['codes'][1]}"
-                + (f", x{2 ** row['shift']} > 0" * bool(row["shift"])),
-                " ".join(f"{scale:.3g}" for scale in row["scales"]),
-                " ".join(map(str, row["zero_points"])),
-                f"int8 {row['weight_codes'][0]}..{row['weight_codes'][1]}, a scale a channel",
-            )
-            for row in rows
-        ],
-    )
-
-
-def _regions(shift: int) -> str:
-    return f", by {2**shift} above zero" if shift else ""
-
-
 def _refused(bundle: Bundle) -> list[dict[str, str]]:
     return [
         {"pass": record["text"].partition("{")[0], "where": refusal["where"], "reason": refusal["reason"]}
@@ -278,8 +237,9 @@ def _print_refused(rows: list[dict[str, str]]) -> None:
 
 def _sites(bundle: Bundle) -> list[dict[str, Any]]:
     """Quantized sites, then those left in floating point with the reason of `plan-quant`."""
-    quantized = [{"site": row["site"], "quantized": True, "reason": ""} for row in _scales(bundle)]
-    names = {row["site"] for row in quantized}
+    plans = [plan.sites for kind in (QuantPlan, AttentionPlan) if (plan := bundle.facts.get(kind))]
+    names = [name for plan in plans for name in plan]
+    quantized = [{"site": name, "quantized": True, "reason": ""} for name in names]
     refused = {row["where"]: row["reason"] for row in _refused(bundle) if row["pass"] == "plan-quant"}
     return quantized + [
         {"site": name, "quantized": False, "reason": reason} for name, reason in refused.items() if name not in names
@@ -309,7 +269,7 @@ VIEWS: dict[str, tuple[Callable[[Bundle], Any], Callable[[Any], None]]] = {
     "overview": (_overview, _print_overview),
     "schedule": (_schedule, _print_schedule),
     "plan": (_plan, _print_plan),
-    "scales": (_scales, _print_scales),
+    "scales": (scales, print_scales),
     "refused": (_refused, _print_refused),
     "sites": (_sites, _print_sites),
     "pipeline": (_pipeline, _print_pipeline),

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from qcgraph.errors import BundleError
-from qcgraph.export.quantized_sites import QuantizedSite, quantized_sites
+from qcgraph.export.quantized_sites import QuantizedSite, operands_of_attention, quantized_sites
 from qcgraph.facts import Equalization, Requantization, SiteCorrection
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.program import Program
@@ -46,6 +46,8 @@ def is_quantized(program: Program) -> bool:
 def without_quantization(program: Program, model: Program, keep: Collection[str] = ()) -> Program:
     """The program with its quantized linears back in floating point, caches and all else as they are.
 
+    Products of attention are in floating point then, too.
+
     Args:
         program: a compiled program.
         model: the captured model, which has the weights.
@@ -57,7 +59,8 @@ def without_quantization(program: Program, model: Program, keep: Collection[str]
     edits: dict[str, GraphEditor] = {}
     for name, variant in program.variants.items():
         sites = [site for site in quantized_sites(variant) if site.name not in keep]
-        if not sites:
+        attention = operands_of_attention(variant)
+        if not sites and not attention:
             continue
         editor = edits[name] = GraphEditor(variant, program.constants, "ablation")
         for site in sites:
@@ -67,6 +70,9 @@ def without_quantization(program: Program, model: Program, keep: Collection[str]
                 constant = editor.constant(f"{site.codes}_float", weight, product)
             product.args = (editor.node(site.entering), constant, *product.args[2:])
             _restore_bias(editor, site, product, program)
+        for operand in attention:
+            dequantize = editor.node(operand)
+            dequantize.replace_all_uses_with(_operand(_operand(dequantize, 0), 0))
     return with_edits(program, edits)
 
 

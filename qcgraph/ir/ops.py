@@ -5,6 +5,7 @@ Scales and zero points are tensors, so that a timestep group can select them at 
 * quantize:    q = clamp(round_half_even(x / scale) + zero_point, low, high)
 * quantize_regions:  the same below zero; above it, with c = 2^shift,
   q = clamp(round(x / (c * scale)), 0, (high - zero_point) / c) * c + zero_point
+* region:      x where x < split (or, of the upper one, where not), else 0
 * dequantize:  x = (q - zero_point) * scale
 * select:      table[index]
 * forecast:    D = sum_a gain[a, half] * value[a] + offset[half], per channel (see passes/insert_forecast)
@@ -69,6 +70,20 @@ def quantize_regions(
 @quantize_regions.register_fake
 def _(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, shift: int, axis: int) -> Tensor:
     return torch.empty_like(x, dtype=zero_point.dtype)
+
+
+@torch.library.custom_op("qcgraph::region", mutates_args=())
+def region(x: Tensor, split: Tensor, upper: bool) -> Tensor:
+    """The values below ``split``, a scalar, or those from it on, and zero for the others.
+
+    The two regions of a tensor have no element in common, and their sum is the tensor.
+    """
+    return torch.where((x < split) != upper, x, 0.0)
+
+
+@region.register_fake
+def _(x: Tensor, split: Tensor, upper: bool) -> Tensor:
+    return torch.empty_like(x)
 
 
 @torch.library.custom_op("qcgraph::dequantize", mutates_args=())
@@ -200,6 +215,13 @@ def _verify_regions(node: fx.Node) -> str | None:
     return _verify_codes(node, x, scale, zero_point, low, high, axis)
 
 
+def _verify_region(node: fx.Node) -> str | None:
+    value, split = (argument.meta["val"] for argument in node.args[:2])  # type: ignore[union-attr]
+    if value.dtype != split.dtype or not value.dtype.is_floating_point:
+        return f"splits {value.dtype} at {split.dtype}; one floating-point type is legal"
+    return f"splits at {tuple(split.shape)} values; a scalar is legal" if split.dim() else None
+
+
 def _verify_dequantize(node: fx.Node) -> str | None:
     q, scale, zero_point, axis = node.args
     value, scales, zeros = q.meta["val"], scale.meta["val"], zero_point.meta["val"]  # type: ignore[union-attr]
@@ -296,6 +318,13 @@ def _onnx_quantize_regions(x: Any, scale: Any, zero_point: Any, low: int, high: 
     return op.QuantizeLinear(op.Add(above, below), scale, zero_point, axis=axis)
 
 
+def _onnx_region(x: Any, split: Any, upper: bool) -> Any:
+    from onnxscript import opset21 as op
+
+    below, zero = op.Less(x, split), op.CastLike(op.Constant(value_float=0.0), x)
+    return op.Where(below, zero, x) if upper else op.Where(below, x, zero)
+
+
 def _onnx_dequantize(q: Any, scale: Any, zero_point: Any, axis: int) -> Any:
     from onnxscript import opset21 as op
 
@@ -377,6 +406,7 @@ class OpInfo:
 OPS: tuple[OpInfo, ...] = (
     OpInfo(torch.ops.qcgraph.quantize.default, _verify_quantize, _onnx_quantize),
     OpInfo(torch.ops.qcgraph.quantize_regions.default, _verify_regions, _onnx_quantize_regions),
+    OpInfo(torch.ops.qcgraph.region.default, _verify_region, _onnx_region),
     OpInfo(torch.ops.qcgraph.dequantize.default, _verify_dequantize, _onnx_dequantize),
     OpInfo(torch.ops.qcgraph.select.default, _verify_select, _onnx_select),
     OpInfo(torch.ops.qcgraph.forecast.default, _verify_forecast, _onnx_forecast),

@@ -19,6 +19,9 @@ import torch
 from torch import fx
 
 from qcgraph.facts import (
+    ActivationQuant,
+    AttentionPlan,
+    AttentionQuant,
     CachePlan,
     CalibrationSet,
     Compensation,
@@ -28,6 +31,7 @@ from qcgraph.facts import (
     QuantPlan,
     Ranges,
     Reference,
+    RegionQuant,
     Rehearsed,
     Requantization,
     SchedulePlan,
@@ -177,7 +181,10 @@ def _quant(plan: QuantPlan) -> list[str]:
 
 def describe_site(site: SiteQuant) -> str:
     """One line: the codes and scales of a site."""
-    activation = site.activation
+    return f"activation {_codes(site.activation)}; weight codes -{site.weight.high}..{site.weight.high} per channel"
+
+
+def _codes(activation: ActivationQuant) -> str:
     low, high = min(activation.scales), max(activation.scales)
     scales = (
         f"scale {low:.4g}" if low == high else f"scales {low:.4g} .. {high:.4g} over {len(activation.scales)} groups"
@@ -187,7 +194,27 @@ def describe_site(site: SiteQuant) -> str:
         codes += f" in two regions, above zero steps of {2**activation.shift}"
     if activation.bits:
         codes += f", bits {' '.join(map(str, activation.bits))}"
-    return f"activation {codes}, {scales}; weight codes -{site.weight.high}..{site.weight.high} per channel"
+    return f"{codes}, {scales}"
+
+
+def _attention(plan: AttentionPlan) -> list[str]:
+    return [f"quant {name}: {describe_attention(site)}" for name, site in plan.sites.items()]
+
+
+def describe_attention(site: AttentionQuant) -> str:
+    """One line: the codes and scales of the products of an attention."""
+    operands = {"query": site.query, "key": site.key, "probabilities": site.probabilities, "value": site.value}
+    texts = (
+        f"{name} {_regions(quant) if isinstance(quant, RegionQuant) else _codes(quant)}"
+        for name, quant in operands.items()
+    )
+    return "; ".join(texts)
+
+
+def _regions(quant: RegionQuant) -> str:
+    splits = " ".join(f"{split:g}" for split in quant.splits)
+    products = "two products" if quant.planes > 1 else "one tensor"
+    return f"{quant.dtype} codes 0..{quant.levels} in two regions, split at {splits}, {products}"
 
 
 def _requantization(fact: Requantization) -> list[str]:
@@ -223,6 +250,7 @@ _FACT_LINES: tuple[tuple[type, Callable[[Any], list[str]]], ...] = (
     (TimestepGroups, _groups),
     (QuantPlan, _quant),
     (Requantization, _requantization),
+    (AttentionPlan, _attention),
     (ForecastFit, _forecast),
     (Compensation, _compensation),
 )

@@ -55,7 +55,7 @@ def round_with_feedback(
         high: the largest code.
     """
     order = torch.argsort(second_moment.diagonal(), descending=True)
-    feedback = _feedback(second_moment[order][:, order])
+    feedback = _feedback(second_moment, order)
     left, codes = weight[:, order].clone(), torch.empty(weight.shape, dtype=torch.int8)
     for start in range(0, left.shape[1], COLUMNS):
         end = min(start + COLUMNS, left.shape[1])
@@ -70,15 +70,23 @@ def round_with_feedback(
     return codes
 
 
-def _feedback(second_moment: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of H, damped as much as it takes; no feedback where nothing helps."""
-    mean = second_moment.diagonal().mean().clamp(min=torch.finfo(second_moment.dtype).tiny)
-    identity = torch.eye(len(second_moment))
-    normal = second_moment / mean  # codes do not depend on the size of H, but float32 ends at 1e38
+def _feedback(second_moment: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse of H in an order, damped as much as it takes.
+
+    Without any feedback where nothing helps. Every matrix is as large as H, and let go as soon as it can be.
+    """
+    smallest = torch.finfo(second_moment.dtype).tiny
     for damping in DAMPINGS:
-        lower, failed = torch.linalg.cholesky_ex(normal + damping * identity)
+        damped = second_moment[order][:, order]
+        damped /= damped.diagonal().mean().clamp(min=smallest)  # codes do not depend on it, but float32 ends at 1e38
+        damped.diagonal().add_(damping)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
+        if failed:
+            continue
+        inverse = torch.cholesky_inverse(lower)
+        del lower
+        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper
-    return identity
+            return upper
+    return torch.eye(len(second_moment))

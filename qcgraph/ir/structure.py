@@ -222,7 +222,7 @@ def _weight(node: fx.Node) -> torch.Tensor | None:
 def _refusal(node: fx.Node, kind: str, on_latent: bool, in_block: bool) -> str:
     """Why a site stays in floating point, in the words of the report."""
     if kind == "attention":
-        return "attention products stay in floating point"
+        return "attention is not a linear layer (quantization.attention = true quantizes its products)"
     if kind != "linear" or node.target is not aten.linear.default:
         return f"{kind} is not a linear layer"
     if not on_latent:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,12 @@ class Export:
 def exported(program: Program, folder: Path, *, integer_products: bool = TARGET.integer_products) -> Export:
     emit_onnx(program, folder, TARGET.opset, Progress(), integer_products=integer_products)
     return Export(program, folder)
+
+
+@pytest.fixture(scope="session")
+def export_of() -> Callable[..., Export]:
+    """Exports a program to a folder."""
+    return exported
 
 
 @pytest.fixture(scope="session")

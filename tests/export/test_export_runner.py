@@ -52,7 +52,7 @@ def inputs(seed: int) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("name", ["unquantized", "forecasting"])
+@pytest.mark.parametrize("name", ["unquantized", pytest.param("forecasting", marks=pytest.mark.slow)])
 def test_trajectories_agree_with_torch(request: pytest.FixtureRequest, name: str) -> None:
     export = request.getfixturevalue(name)
     plan, spec = export.program.facts[StepPlan], export.program.facts[ModelSpec]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from qcgraph.calibration import sample_calibration
 from qcgraph.errors import ContractError, UsageError
 from qcgraph.facts import Equalization
 from qcgraph.ir.execute import TorchRunner
+from qcgraph.ir.graph import Variant, copy_graph
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
 from qcgraph.models import LoadedModel
@@ -41,6 +44,10 @@ def prediction(program: Program) -> Tensor:
         "class_label": torch.tensor([0, 1, 4, 5]),
     }
     return program.run("main", inputs)["noise_prediction"]
+
+
+def copied(variant: Variant) -> Variant:
+    return replace(variant, graph=copy_graph(variant.graph))
 
 
 def relative_error(program: Program, original: Program) -> float:
@@ -280,6 +287,21 @@ def test_the_tensors_of_the_model_are_not_written_to(captured: Program, run: Run
     assert captured.text == text
     for name, value in tiny_model.module.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_the_weights_that_it_replaces_are_not_held(captured: Program, run: Run) -> None:
+    """Else both would take memory as long as the result is compiled on."""
+    name = f"{EQUALIZED[0]}.weight"
+    copies = {name: value.clone() for name, value in captured.constants.items()}
+    original = Program({"main": copied(captured.variants["main"])}, copies, captured.facts)
+    prediction(original)  # its graph refers to a module then
+    held = StorageWeakRef(copies[name].untyped_storage())
+    result = equalized(original, run)
+    assert not held.expired()
+    del original, copies
+    gc.collect()
+    assert held.expired()
+    assert result.variants.keys() == {"main"}
 
 
 def test_the_same_twice(captured: Program, run: Run) -> None:

@@ -126,6 +126,7 @@ def test_a_plan_that_takes_it_is_followed(captured: Program, run: Run) -> None:
     assert "guidance for conditional" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 def test_quantized_in_onnx_runtime(captured: Program, run: Run, tmp_path: Path) -> None:
     program = run(
         "plan-cache{interval=2 blocks=guidance},insert-cache,calibrate{trajectories=4},group-timesteps{groups=2},"

@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from qcgraph.calibration_set import Rows, entering
+from qcgraph.calibration_set import Rows, encode_latents, entering
 from qcgraph.errors import ContractError, UsageError
 from qcgraph.facts import CalibrationSet, QuantPlan, Ranges
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import rounded_activation
 from qcgraph.scale_search import BINS
+from qcgraph.steps import StepPlan
 
 Run = Callable[[str, Program], Program]
 Planned = Searched = Callable[..., Program]
 LEANING, EVEN = "blocks.0.mlp.fc2", "blocks.1.mlp.fc2"  # two thirds of what enters the first one's GELU are negative
 SITES = ("blocks.0.attn.qkv", LEANING, EVEN)
-SYMMETRIC, ONE_REGION = " symmetric=true", "regions=false"
+SYMMETRIC, ONE_REGION = " symmetric=true", "regions=false share=false"
 COMPUTING = (0, 3, 6)  # steps; groups 0, 0 and 1
 
 
@@ -47,7 +48,9 @@ def planned(calibrated: Program, run: Run) -> Planned:
 @pytest.fixture(scope="module")
 def searched(planned: Planned, run: Run) -> Searched:
     """The plan of so many bits after search-scales with some options."""
-    return cache(lambda text="", bits=6, options="": run(f"search-scales{{{text}}}", planned(bits, options)))
+    return cache(
+        lambda text="", bits=6, options="": run(f"search-scales{{share=false {text}}}", planned(bits, options))
+    )
 
 
 def reasons(program: Program) -> dict[str, str]:
@@ -197,11 +200,51 @@ def test_groups_without_samples_are_covered_and_named(planned: Planned, run: Run
     assert set(few.steps) == set(COMPUTING)
     early = replace(few, steps=(COMPUTING[0],) * len(few.steps))
     found = run(f"search-scales{{{ONE_REGION}}}", program.with_facts(early))
-    told = reasons(found)
+    told = {(refusal.where, refusal.reason) for refusal in found.history[-1].refusals}
     for name, site in program.facts[QuantPlan].sites.items():
-        assert told[name] == "no sample tells in timestep groups 1: scales cover the range"
+        assert (name, "no sample tells in timestep groups 1: scales cover the range") in told
         scale = found.facts[QuantPlan].sites[name].activation.scales[1]
         assert scale == pytest.approx(site.activation.scales[1], rel=1.001 / BINS, abs=0)
+
+
+def test_scales_that_only_suit_the_samples_they_were_searched_on_are_not_taken(planned: Planned, run: Run) -> None:
+    """With few samples searched scales clip what the others hold; then scales cover the range, and it is said."""
+    program = planned(6)
+    found = run(f"search-scales{{clipping=1 {ONE_REGION}}}", with_samples(program, 3))
+    told = {refusal.where: refusal.reason for refusal in found.history[-1].refusals}
+    refused = [
+        name for name, reason in told.items() if reason.startswith("scales cover the range: searched ones leave")
+    ]
+    assert refused
+    for name in refused:
+        covering, site = (item.facts[QuantPlan].sites[name].activation for item in (program, found))
+        assert site.scales == pytest.approx(covering.scales, rel=1.001 / BINS, abs=0)
+
+
+def test_groups_share_a_scale_where_more_of_them_gain_nothing(planned: Planned, searched: Searched, run: Run) -> None:
+    """The decision is each site's own, and what it rests on is recorded."""
+    apart, found = searched("regions=false", 8), run("search-scales{regions=false}", planned(8))
+    told = {refusal.where: refusal.reason for refusal in found.history[-1].refusals}
+    sites = found.facts[QuantPlan].sites
+    alone = {name for name, reason in told.items() if reason.startswith("one scale for all timestep groups")}
+    assert alone == {name for name, site in sites.items() if len(site.activation.scales) == 1}
+    assert all(len(site.activation.scales) == 2 for site in apart.facts[QuantPlan].sites.values())
+
+
+def test_one_sample_can_not_be_searched_and_judged(planned: Planned, run: Run) -> None:
+    found = run(f"search-scales{{{ONE_REGION}}}", with_samples(planned(6), 1))
+    reasons = {refusal.reason for refusal in found.history[-1].refusals}
+    assert "scales cover the range: there are too few samples to search on some and to judge on others" in reasons
+
+
+def with_samples(program: Program, count: int) -> Program:
+    """The program with the first samples of its calibration set."""
+    whole = program.facts[CalibrationSet]
+    latents = Rows.of(program).latents[:: program.facts[StepPlan].halves][:count]
+    few = replace(
+        whole, steps=whole.steps[:count], labels=whole.labels[:count], latents=encode_latents(latents.numpy())
+    )
+    return program.with_facts(few)
 
 
 def test_clipping_that_weighs_much_keeps_the_range(planned: Planned, searched: Searched) -> None:
@@ -247,7 +290,7 @@ def test_what_it_needs(planned: Planned, run: Run, kind: type) -> None:
 
 
 def test_the_seed_decides(planned: Planned, searched: Searched, run: Run) -> None:
-    assert run("search-scales", planned()).digest == searched().digest
+    assert run("search-scales{share=false}", planned()).digest == searched().digest
     assert run("search-scales{seed=1}", planned()).digest != searched().digest
 
 

@@ -1,0 +1,47 @@
+"""Quantizers in a graph: pairs of quantize and dequantize, with the parameters of the step's timestep group."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from qcgraph.facts import ActivationQuant
+from qcgraph.ir.edit import GraphEditor
+from qcgraph.ir.quantize import clip_limits, parameters
+
+aten = torch.ops.aten
+ops = torch.ops.qcgraph
+
+
+def quantize_pair(editor: GraphEditor, value: fx.Node, quant: ActivationQuant, name: str, source: fx.Node) -> fx.Node:
+    """quantize -> dequantize of an activation, at the insertion point.
+
+    Args:
+        editor: of the graph.
+        value: the activation.
+        quant: its codes.
+        name: what the names of its parameters begin with.
+        source: the node that they count as made from.
+    """
+    scales, zeros = parameters(quant)
+    scale = parameter(editor, f"{name}_scale", scales, source)
+    zero_point = parameter(editor, f"{name}_zero_point", zeros, source)
+    if quant.bits:
+        limits = zip(("least", "largest"), clip_limits(quant), strict=True)
+        ends = [parameter(editor, f"{name}_{end}", table, source) for end, table in limits]
+        value = editor.call(aten.clamp.Tensor, value, *ends, source=source)
+    codes = (quant.low, quant.high)
+    if quant.shift:
+        regions = ops.quantize_regions.default
+        q = editor.call(regions, value, scale, zero_point, *codes, quant.shift, 0, source=source)
+    else:
+        q = editor.call(ops.quantize.default, value, scale, zero_point, *codes, 0, source=source)
+    return editor.call(ops.dequantize.default, q, scale, zero_point, 0, source=source)
+
+
+def parameter(editor: GraphEditor, name: str, values: torch.Tensor, source: fx.Node) -> fx.Node:
+    """A static parameter when there is one value, else the row of a table that the ``group`` input selects."""
+    if len(values) == 1:
+        return editor.constant(name, values.reshape(()), source)
+    table = editor.constant(name, values, source)
+    return editor.call(ops.select.default, table, editor.scalar_input("group", source), source=source)
