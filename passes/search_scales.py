@@ -73,7 +73,7 @@ class SearchScales(Pass):
                 covers = True
                 context.refuse(name, f"scales cover the range: {_left(left)}")
             site = _Activation(histogram, groups, clipping, covers)
-            best, reasons = site.best(planned), []
+            best, reasons = site.best(planned), list[str]()
             if self.regions and name in nonlinear:
                 best, *reasons = site.in_regions(planned, best)
             if self.share and self.objective == "fisher":

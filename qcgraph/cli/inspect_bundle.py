@@ -237,8 +237,8 @@ def _print_refused(rows: list[dict[str, str]]) -> None:
 
 def _sites(bundle: Bundle) -> list[dict[str, Any]]:
     """Quantized sites, then those left in floating point with the reason of `plan-quant`."""
-    plans = [plan.sites for kind in (QuantPlan, AttentionPlan) if (plan := bundle.facts.get(kind))]
-    names = [name for plan in plans for name in plan]
+    linears, attentions = bundle.facts.get(QuantPlan), bundle.facts.get(AttentionPlan)
+    names = [*(linears.sites if linears else ()), *(attentions.sites if attentions else ())]
     quantized = [{"site": name, "quantized": True, "reason": ""} for name in names]
     refused = {row["where"]: row["reason"] for row in _refused(bundle) if row["pass"] == "plan-quant"}
     return quantized + [
