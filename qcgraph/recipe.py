@@ -333,8 +333,12 @@ class Recipe(_Section):
             components: names in `COMPONENTS`.
 
         Raises:
-            UsageError: a component is unknown.
+            UsageError: a component is unknown, or the recipe brings its own pipeline.
         """
+        if components and self.pipeline.passes:
+            raise UsageError(
+                "the recipe has a pipeline of its own", where="--ablate", hint="take the passes out of pipeline.passes"
+            )
         data = self.model_dump()
         for name in components:
             if name not in self.COMPONENTS:

@@ -36,6 +36,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regenerate-golden", action="store_true", help="write the golden texts instead of comparing")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: those that run last should be short, or one core waits for the other."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)  # stable, so that a file stays in its order
+
+
 @pytest.fixture(autouse=True)
 def same_threads() -> Iterator[None]:
     """PyTorch has as many threads after a test as before it: commands set them for the whole process."""

@@ -180,3 +180,10 @@ def test_the_command_switches_them_off(capsys: pytest.CaptureFixture[str]) -> No
     expected = FULL.ablated(["equalize", "ho", "feedback"])
     assert report["recipe"] == expected.model_dump()
     assert report["pipeline"] == default_pipeline(expected, TARGETS["onnxruntime-cpu"]).text
+
+
+def test_a_pipeline_of_ones_own_has_no_components() -> None:
+    recipe = Recipe.from_toml('[pipeline]\npasses = "plan-cache{interval=2},insert-cache"')
+    assert recipe.ablated([]) == recipe
+    with pytest.raises(UsageError, match="a pipeline of its own"):
+        recipe.ablated(["tgq"])
