@@ -7,7 +7,6 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,19 +14,19 @@ from typing import Any, TextIO
 
 from qcgraph.admission import admit_edges, admit_quality, check_conditions, overrides
 from qcgraph.bundle import Bundle, check_output, write_plan, writing
-from qcgraph.cache_report import cache_report
 from qcgraph.capture import capture
+from qcgraph.compile_report import compile_report
 from qcgraph.costs import measure_costs
 from qcgraph.default_pipeline import default_pipeline
 from qcgraph.errors import UsageError, VerificationError, closest
 from qcgraph.evaluation.ablation import is_quantized
 from qcgraph.export.targets import Target, target_named
 from qcgraph.export.verify import Check, verify_export
-from qcgraph.facts import Compensation, QuantPlan, Ranges, Rehearsed
+from qcgraph.facts import Rehearsed
 from qcgraph.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
-from qcgraph.ir.structure import Site, find_sites, macs_by_variant, total_macs
+from qcgraph.ir.structure import find_sites
 from qcgraph.least_bits import compile_with_least, is_asked_for
 from qcgraph.memory import release_memory
 from qcgraph.models import LoadedModel, load_model
@@ -167,7 +166,7 @@ def _compile(
         program = part.run(program, instruments, progress, lambda program: measure_costs(program, target, progress))
         gc.collect()  # graphs and their modules refer to each other; with them go the weights that were replaced
         release_memory()
-    report = _report(sites, program, recipe, target, pipeline, timer)
+    report = compile_report(sites, program, recipe, target, pipeline, timer.seconds)
     report[SOURCE] = model if isinstance(model, str) else None
     report["followed_plan"] = _followed(recipe, plan, program)
     if not writes or output is None:
@@ -323,16 +322,6 @@ def _export(program: Program, folder: Path, target: Target, progress: Progress, 
     return checks
 
 
-def _range_change(program: Program) -> dict[str, Any] | None:
-    """The site whose range caching changes most, at the steps that compute: what calibrating without it would miss."""
-    ranges = program.facts.get(Ranges)
-    sites = [site for site, found in ranges.planned.items() if found.is_finite] if ranges else []
-    if ranges is None or not sites:
-        return None
-    site = max(sites, key=ranges.change)
-    return {"site": site, "relative": round(ranges.change(site), 4)}
-
-
 def _check_pass_names(pipeline: Pipeline, names: tuple[str, ...]) -> None:
     known = [pass_.name for pass_ in pipeline]
     for name in names:
@@ -371,31 +360,3 @@ def _reproducer_folder(output: Path | None) -> Path:
     if output is None:
         return Path(tempfile.mkdtemp(prefix="qcgraph-")) / "reproducer"
     return output.with_name(f"{output.name}.reproducer")
-
-
-def _report(
-    sites: Sequence[Site], program: Program, recipe: Recipe, target: Target, pipeline: Pipeline, timer: Timer
-) -> dict[str, Any]:
-    """The summary of a compilation, as JSON data; the sites are those of the model."""
-    plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
-    macs = macs_by_variant(program.variants)
-    quantized, compensation = program.facts.get(QuantPlan), program.facts.get(Compensation)
-    return {
-        "model": spec.name,
-        "target": target.name,
-        "recipe": recipe.model_dump(),
-        "plan": plan.describe(),
-        "pipeline": pipeline.text,
-        "variants": {name: {"steps": plan.uses(name), "macs": macs[name]} for name in program.variants},
-        "mac_ratio": sum(macs[name] * plan.uses(name) for name in macs) / (total_macs(sites) * len(plan)),
-        "cache": cache_report(program.facts),
-        "timestep_groups": plan.group_count,
-        "quantized_sites": len(quantized.sites) if quantized else 0,
-        "linear_sites": sum(site.kind == "linear" for site in sites),
-        "cached_range_change": _range_change(program),
-        "largest_variance_drift": round(compensation.largest_drift, 5) if compensation else None,
-        "passes": [
-            asdict(record) | {"seconds": round(seconds, 3)}
-            for record, seconds in zip(program.history, timer.seconds, strict=True)
-        ],
-    }

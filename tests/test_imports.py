@@ -42,8 +42,10 @@ LAYERS = {
             "qcgraph.cache_report",
             "qcgraph.cache_state",
             "qcgraph.calibration",
+            "qcgraph.denoiser",
             "qcgraph.errors",
             "qcgraph.facts",
+            "qcgraph.following",
             "qcgraph.gate",
             "qcgraph.images",
             "qcgraph.least_bits",
@@ -96,7 +98,13 @@ LAYERS = {
     ),
     # The composition root.
     "compile": Layer(
-        modules=("qcgraph.admission", "qcgraph.compiler", "qcgraph.costs", "qcgraph.default_pipeline"),
+        modules=(
+            "qcgraph.admission",
+            "qcgraph.compile_report",
+            "qcgraph.compiler",
+            "qcgraph.costs",
+            "qcgraph.default_pipeline",
+        ),
         sees=("core", "models", "ir", "framework", "passes", "export", "runtime", "origin", "evaluation"),
     ),
     # Latency of a bundle against baselines. A process that runs one of them holds that one's runtime alone.

@@ -177,7 +177,7 @@ def _summary(report: dict[str, Any], bundle: Bundle | None) -> list[tuple[str, s
         *([("schedule", report["cache"]["schedule"])] if report["cache"] else []),
         ("variants", f"{variants} (steps each)"),
         *cache_fields(report["cache"], report.get("cached_edges", ())),
-        ("quantized", f"{report['quantized_sites']} of {report['linear_sites']} linear layers"),
+        ("quantized", _quantized(report)),
         ("scales", f"{report['timestep_groups']} timestep groups"),
         ("work", f"{report['mac_ratio']:.1%} of the multiply-accumulates of the model"),
     ]
@@ -191,6 +191,11 @@ def _summary(report: dict[str, Any], bundle: Bundle | None) -> list[tuple[str, s
             ("bundle", str(bundle.path)),
         ]
     return fields
+
+
+def _quantized(report: dict[str, Any]) -> str:
+    text = f"{report['quantized_sites']} of {report['linear_sites']} linear layers"
+    return f"{text}, {report['quantized_attentions']} attentions" if report["quantized_attentions"] else text
 
 
 def _followed_text(followed: dict[str, Any], plan: str) -> str:
