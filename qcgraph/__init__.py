@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qcgraph.bundle import Bundle
+    from qcgraph.denoiser import Denoiser
     from qcgraph.models import LoadedModel
     from qcgraph.recipe import Recipe
-    from qcgraph.runtime import Denoiser
 
 __version__ = metadata.version("qcgraph")
 
@@ -50,22 +50,27 @@ def compile(  # noqa: A001 - the verb of the field, as in torch.compile
     return bundle
 
 
-def load(bundle: Path | str, *, backend: str | None = None, threads: int | None = None) -> Denoiser:
-    """The denoiser of a bundle, as a callable with the signature of a diffusers transformer.
+def load(
+    bundle: Path | str, *, backend: str | None = None, threads: int | None = None, own_updates: bool = False
+) -> Denoiser:
+    """The denoiser of a bundle, as a callable that takes the place of a diffusers transformer.
 
     Args:
         bundle: the folder.
         backend: ``onnxruntime`` or ``torch``; by default the one of the bundle's target.
         threads: how many threads it may use; by default all cores.
+        own_updates: whether the host changes latents in another way than the plan's sampler does, to fill in a part of
+            an image for example. Without it, another guidance weight or scheduler than the plan's is refused.
 
     Raises:
         BundleError: the bundle is damaged, or cannot run on this backend.
     """
     from qcgraph.bundle import Bundle
-    from qcgraph.runtime import Denoiser, open_runner
+    from qcgraph.denoiser import Denoiser
+    from qcgraph.runtime import open_runner
 
     opened = Bundle.open(bundle)
-    return Denoiser(open_runner(opened, backend, threads), opened.plan, opened.spec)
+    return Denoiser(open_runner(opened, backend, threads), opened.plan, opened.spec, own_updates=own_updates)
 
 
 __all__ = ["__version__", "compile", "load"]

@@ -92,9 +92,11 @@ class Request:
         if index != self._next:
             expected = self._plan.steps[self._next].timestep if self._next < len(self._plan) else None
             after = f"timestep {expected:g} comes next" if expected is not None else "the trajectory is complete"
+            same_plan = f"sample as the bundle was compiled for: {self._plan.describe()}"
+            apart = "one request per trajectory and per guidance half; start each with the first timestep of the plan"
             raise BundleError(
                 f"timestep {self._plan.steps[index].timestep:g} is out of order; {after}",
-                hint="one request per trajectory and per guidance half; start each with the first timestep of the plan",
+                hint=f"{same_plan}; {apart}" if index > self._next else apart,
             )
         if shape != self._shape:
             raise BundleError(
@@ -110,8 +112,8 @@ def _check_paired(latent: Array) -> None:
         raise BundleError(
             "some steps compute one half of guidance and restore the other; this batch of "
             f"{len(latent)} does not hold the same latents in both halves",
-            hint="give both halves of guidance in one batch, the conditional one first; or compile without the "
-            "guidance difference",
+            hint="give both halves of guidance in one batch, the conditional one first (guidance_scale > 1 in a "
+            "diffusers pipeline); or compile without the guidance difference",
         )
 
 
@@ -201,24 +203,22 @@ def sample(
     return np.concatenate(parts)
 
 
-class Sampler:
-    """The updates of one trajectory, with the latents and predictions that later ones look back to.
+class Updates:
+    """The updates of one trajectory but their noise, with the latents and predictions that later ones look back to.
 
     It holds as many of them as the plan needs, two tensors of the latent's size for each earlier step; for a plan
     without history none.
 
     Args:
         plan: the step plan.
-        noise: the noise of the trajectory, past its initial draw.
     """
 
-    def __init__(self, plan: StepPlan, noise: Noise) -> None:
-        self._noise = noise
+    def __init__(self, plan: StepPlan) -> None:
         depth = max(len(step.update.history) for step in plan.steps)
         self._earlier: deque[tuple[Array, Array]] = deque(maxlen=depth)  # the latest first
 
     def update(self, latent: Array, prediction: Array, step: Step) -> Array:
-        """The latent [B,C,H,W] after the next step of the plan (see `qcgraph.steps.Update`).
+        """The latent [B,C,H,W] after the next step of the plan, before its noise (see `qcgraph.steps.Update`).
 
         Args:
             latent: what the denoiser was given, [B,C,H,W]; it may be kept, and must not be written to any more.
@@ -241,7 +241,25 @@ class Sampler:
             past = np.float64(term.latent) * past_latent + np.float64(term.noise_prediction) * past_prediction
             result = result + past.astype(np.float32)
         self._earlier.appendleft((latent, prediction))
-        return result + np.float32(linear.noise) * self._noise.next() if linear.noise else result
+        return result
+
+
+class Sampler:
+    """The updates of one trajectory with their noise.
+
+    Args:
+        plan: the step plan.
+        noise: the noise of the trajectory, past its initial draw.
+    """
+
+    def __init__(self, plan: StepPlan, noise: Noise) -> None:
+        self._updates = Updates(plan)
+        self._noise = noise
+
+    def update(self, latent: Array, prediction: Array, step: Step) -> Array:
+        """The latent [B,C,H,W] after the next step of the plan; see `Updates.update`."""
+        result = self._updates.update(latent, prediction, step)
+        return result + np.float32(step.update.noise) * self._noise.next() if step.update.noise else result
 
 
 def check_labels(labels: Sequence[int], spec: ModelSpec) -> None:

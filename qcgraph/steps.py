@@ -151,8 +151,10 @@ class StepPlan:
             return self.timesteps.index(float(timestep))
         except ValueError:
             raise BundleError(
-                f"timestep {timestep:g} is not in the plan ({self.describe()})",
-                hint="sample with the scheduler and step count of the plan, or compile for the ones you use",
+                f"timestep {timestep:g} is not in the plan ({self.describe()}), which visits "
+                f"{', '.join(f'{value:g}' for value in self.timesteps[:3])}{' ..' * (len(self) > 3)}",
+                hint="sample with the scheduler and step count of the plan (make_scheduler of qcgraph.schedulers "
+                "makes it with its settings), or compile for the ones you use",
             ) from None
 
     def with_variants(self, variants: Sequence[str]) -> StepPlan:

@@ -13,7 +13,6 @@ from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.noise import Noise
 from qcgraph.pipeline import Pipeline
-from qcgraph.runtime import Denoiser
 from qcgraph.sampling import Request, Sampler, sample
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import Earlier, Fingerprint, Step, StepPlan, Update
@@ -130,31 +129,6 @@ def test_reuse_before_compute_is_an_error(cached: Program) -> None:
     inputs = {"latent": latents(0), "timestep": np.zeros(2, dtype=np.float32), "class_label": np.arange(2)}
     with pytest.raises(BundleError, match="reuses 'cache_0' before any step computed it"):
         TorchRunner(cached).run("reuse", inputs, {})
-
-
-def test_the_denoiser_has_the_call_of_a_diffusers_transformer(cached: Program) -> None:
-    import torch
-
-    runner, plan, spec = parts(cached)
-    expected = walk(Request(runner, plan), plan, latents(0))
-    denoiser = Denoiser(runner, plan, spec)
-    for step, values in zip(plan.steps, expected, strict=True):
-        result = denoiser(
-            torch.from_numpy(latents(0)), timestep=torch.tensor(step.timestep), class_labels=torch.arange(2)
-        )
-        assert torch.equal(result.sample, torch.from_numpy(values))
-    half = denoiser(torch.from_numpy(latents(0)).half(), plan.timesteps[0], torch.arange(2), return_dict=False)
-    assert isinstance(half, tuple)
-    assert half[0].dtype == torch.float16
-    assert isinstance(denoiser.request()(latents(0), plan.timesteps[0], np.arange(2)).sample, np.ndarray)
-
-
-def test_the_denoiser_refuses_what_it_was_not_made_for(cached: Program) -> None:
-    denoiser = Denoiser(*parts(cached))
-    with pytest.raises(UsageError, match="the latent has shape"):
-        denoiser(np.zeros((1, 3, 8, 8)), 888.0, np.array([0]))
-    with pytest.raises(UsageError, match="timesteps of a batch differ"):
-        denoiser(latents(0), np.array([888.0, 777.0]), np.arange(2))
 
 
 def test_a_runner_gets_what_the_plan_says(captured: Program) -> None:

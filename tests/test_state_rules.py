@@ -15,10 +15,11 @@ import qcgraph
 from qcgraph.bundle import Bundle
 from qcgraph.cache_state import State
 from qcgraph.compiler import compile_model
+from qcgraph.denoiser import Denoiser
 from qcgraph.errors import BundleError, UsageError
 from qcgraph.models import LoadedModel
 from qcgraph.recipe import Recipe
-from qcgraph.runtime import Denoiser, open_runner
+from qcgraph.runtime import open_runner
 from qcgraph.sampling import Array, Runner
 
 SCHEDULE = "FFRFRFFRR"  # values of three computing steps are there from step 3 on, and grow older

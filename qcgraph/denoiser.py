@@ -1,0 +1,277 @@
+"""A compiled denoiser in the place of a diffusers transformer. It runs on NumPy; torch only where a host uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcgraph.errors import UsageError
+from qcgraph.following import HALF_TOLERANCES, TOLERANCE, Following
+from qcgraph.sampling import Request, Runner
+from qcgraph.spec import ModelSpec
+from qcgraph.steps import StepPlan
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("torch.float32", "torch.float16", "torch.bfloat16")  # of the latents that a host may want to work with
+DIFFUSERS_NULL_CLASS = 1000  # what DiTPipeline gives for the unconditional half, whatever the model
+
+
+@dataclass(frozen=True)
+class DenoiserOutput:
+    """What a diffusers transformer returns.
+
+    Attributes:
+        sample: the noise prediction [B,C_out,H,W].
+    """
+
+    sample: Any
+
+    def __getitem__(self, index: int | str) -> Any:
+        return (self.sample,)[index] if isinstance(index, int) else {"sample": self.sample}[index]
+
+
+@dataclass(frozen=True)
+class DenoiserConfig(Mapping[str, Any]):
+    """What a diffusers pipeline asks of its transformer's configuration, as attributes and as a mapping.
+
+    Attributes:
+        in_channels: channels of a latent.
+        out_channels: channels of the prediction, the learned sigma among them.
+        sample_size: height and width of a latent; one number where they are the same.
+        num_embeds_ada_norm: number of classes.
+    """
+
+    in_channels: int
+    out_channels: int
+    sample_size: int | tuple[int, int]
+    num_embeds_ada_norm: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> DenoiserConfig:
+        """The configuration of a denoiser."""
+        channels, height, width = spec.latent_shape
+        return cls(channels, spec.output_channels, height if height == width else (height, width), spec.class_count)
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in set(self):
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return (field.name for field in fields(self))
+
+    def __len__(self) -> int:
+        return len(fields(self))
+
+
+class Denoiser:
+    """A compiled denoiser with the call of a diffusers transformer, holding the cache state of one request.
+
+    It takes the place of the transformer in a pipeline: ``pipe.transformer = qcgraph.load("out")``. The state follows
+    the rules of `qcgraph.sampling.Request`: the first timestep of the plan starts a new trajectory; trajectories that
+    interleave need a `request` each.
+
+    Args:
+        runner: the backend.
+        plan: the step plan the denoiser was compiled for.
+        spec: what the denoiser is.
+        own_updates: whether latents may change in another way than the plan's sampler changes them (see
+            `qcgraph.following`).
+    """
+
+    def __init__(self, runner: Runner, plan: StepPlan, spec: ModelSpec, *, own_updates: bool = False) -> None:
+        self._runner = runner
+        self._request = Request(runner, plan)
+        self._following = None if own_updates else Following(plan, spec)
+        self._dtype = "float32"
+        self.plan = plan
+        self.spec = spec
+        self.config = DenoiserConfig.of(spec)
+
+    def __repr__(self) -> str:
+        return f"Denoiser({self.spec.name}: {self.plan.describe()})"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that a pipeline draws its latents in. The denoiser computes in float32 whatever it is given."""
+        import torch
+
+        chosen: torch.dtype = getattr(torch, self._dtype)
+        return chosen
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU; tensors from elsewhere are copied, and the prediction goes back to where they came from."""
+        import torch
+
+        return torch.device("cpu")
+
+    def to(self, *args: Any, **kwargs: Any) -> Denoiser:
+        """Itself: on ``cpu``, and with latents of a dtype: float32, float16 or bfloat16.
+
+        Raises:
+            UsageError: another device or dtype.
+        """
+        for asked in map(str, (*args, *(kwargs[name] for name in ("device", "dtype") if name in kwargs))):
+            if asked in DTYPES:
+                self._dtype = asked.removeprefix("torch.")
+            elif asked not in ("None", "cpu", "cpu:0"):
+                raise UsageError(
+                    f"{self!r} runs on the CPU, not on {asked}",
+                    hint="leave it there: it takes tensors of any device and answers on the same; its latents may be "
+                    + " or ".join(DTYPES),
+                )
+        return self
+
+    def request(self) -> Denoiser:
+        """The same denoiser for another trajectory, with a state of its own; graphs and weights are shared."""
+        another = Denoiser(self._runner, self.plan, self.spec, own_updates=self._following is None)
+        another._dtype = self._dtype
+        return another
+
+    def __call__(
+        self,
+        hidden_states: Any,
+        timestep: Any = None,
+        class_labels: Any = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """The noise prediction at one timestep of the plan.
+
+        Args:
+            hidden_states: the latent [B,C,H,W], NumPy or torch.
+            timestep: a number, or one value a sample, all the same; of any dtype.
+            class_labels: integers [B]; with guidance the batch holds both halves.
+            cross_attention_kwargs: must be empty: the denoiser has no cross attention.
+            return_dict: whether to return an object with ``.sample``, or a tuple.
+
+        Returns:
+            the noise prediction, of the kind, dtype and device of ``hidden_states``.
+
+        Raises:
+            BundleError: the timestep is not the next one of the plan, the batch is not what the trajectory began with,
+                or the latents come from another sampler than the plan's.
+            UsageError: the latent does not have the model's shape, a class is out of range, or the timesteps of the
+                batch differ.
+        """
+        if cross_attention_kwargs:
+            raise UsageError(
+                f"cross_attention_kwargs {', '.join(cross_attention_kwargs)} have no effect on a compiled denoiser",
+                hint="leave them out; fuse a LoRA into the weights before compiling",
+            )
+        latent = self._latent(hidden_states)
+        labels = self._labels(class_labels, len(latent))
+        value = self._timestep(timestep)
+        prediction = self._denoise(latent, value, labels, _tolerance(hidden_states))
+        sample = _like(hidden_states, prediction)
+        return DenoiserOutput(sample) if return_dict else (sample,)
+
+    def _denoise(
+        self, latent: npt.NDArray[np.float32], timestep: float, labels: npt.NDArray[np.int64], tolerance: float
+    ) -> npt.NDArray[np.float32]:
+        if self._following is None:
+            return self._request.denoise(latent, timestep, labels)
+        index = self.plan.index_of(timestep)
+        self._following.check(index, latent, labels, tolerance)
+        prediction = self._request.denoise(latent, timestep, labels)
+        self._following.note(index, latent, labels, prediction)
+        return prediction
+
+    def _latent(self, hidden_states: Any) -> npt.NDArray[np.float32]:
+        """The latent as a copy: what the host does to its own later does not matter."""
+        latent = np.array(_array(hidden_states), dtype=np.float32, order="C")
+        if latent.ndim != 4 or latent.shape[1:] != self.spec.latent_shape or not len(latent):
+            shape = ", ".join(map(str, self.spec.latent_shape))
+            raise UsageError(f"the latent has shape {latent.shape}", hint=f"{self.spec.name} takes (batch, {shape})")
+        return latent
+
+    def _timestep(self, timestep: Any) -> float:
+        """The timestep of the plan that is meant; one of few digits stands for the one that rounds to it."""
+        if timestep is None:
+            raise UsageError("no timestep was given", hint=f"the plan starts at timestep {self.plan.timesteps[0]:g}")
+        given = _array(timestep)
+        values = np.unique(given)
+        if len(values) != 1:
+            raise UsageError("the timesteps of a batch differ", hint="all samples of a call are at the same timestep")
+        if given.dtype.kind != "f":
+            return float(values[0])
+        planned = list(self.plan.timesteps)
+        rounded = _array(timestep.new_tensor(planned)) if _is_tensor(timestep) else np.array(planned, given.dtype)
+        (meant,) = np.nonzero(rounded == values[0])
+        if len(meant) > 1:
+            between = " or ".join(f"{planned[index]:g}" for index in meant)
+            raise UsageError(
+                f"timestep {values[0]:g} may be {between}, which {getattr(timestep, 'dtype', given.dtype)} does not "
+                "tell apart",
+                hint="give timesteps as float32 or as integers",
+            )
+        return planned[meant[0]] if len(meant) else float(values[0])
+
+    def _labels(self, class_labels: Any, batch: int) -> npt.NDArray[np.int64]:
+        """One class a sample."""
+        if class_labels is None:
+            raise UsageError("no class labels were given", hint=f"{self.spec.name} takes one a sample, {self._known()}")
+        given = _array(class_labels)
+        labels = given.astype(np.int64)
+        if not np.array_equal(labels, given) or labels.shape not in ((), (1,), (batch,)):
+            raise UsageError(
+                f"class labels {given.dtype}{list(given.shape)} for a batch of {batch}", hint="one integer a sample"
+            )
+        wrong = labels[(labels < 0) | ((labels >= self.spec.class_count) & (labels != self.spec.null_class))]
+        if len(wrong):
+            first, hint = int(wrong.flat[0]), f"{self.spec.name} takes {self._known()}"
+            if first == DIFFUSERS_NULL_CLASS:
+                hint += f"; DiTPipeline gives {first} for that half, so it fits models of {first} classes"
+            raise UsageError(f"class {first} is out of range", hint=hint)
+        labels = np.broadcast_to(labels, (batch,)).copy()
+        self._check_order(labels)
+        return labels
+
+    def _check_order(self, labels: npt.NDArray[np.int64]) -> None:
+        """Refuse an unconditional half that comes first where the other one is restored from the first."""
+        if self.plan.paired and not np.all(labels[len(labels) // 2 :] == self.spec.null_class):
+            raise UsageError(
+                "some steps compute one half of guidance and restore the other; the second half of this batch is not "
+                f"unconditional: its classes are {labels[len(labels) // 2 :].tolist()}, not {self.spec.null_class}",
+                hint="give both halves of guidance in one batch, the conditional one first (guidance_scale > 1 in a "
+                "diffusers pipeline)",
+            )
+
+    def _known(self) -> str:
+        last = self.spec.class_count - 1
+        return f"the classes 0 to {last}, and {self.spec.null_class} for the unconditional half of guidance"
+
+
+def _is_tensor(value: Any) -> bool:
+    """Whether it is a torch tensor, without importing torch."""
+    return hasattr(value, "detach")
+
+
+def _array(value: Any) -> np.ndarray[Any, Any]:
+    """A NumPy array from NumPy, a number, or a torch tensor."""
+    if not _is_tensor(value):
+        return np.asarray(value)
+    tensor = value.detach().cpu()
+    return np.asarray(tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor)  # which NumPy does not have
+
+
+def _tolerance(hidden_states: Any) -> float:
+    """How far a host that computes in the dtype of its latents may be off (see `qcgraph.following`)."""
+    name = str(getattr(hidden_states, "dtype", "")).removeprefix("torch.")
+    return HALF_TOLERANCES.get(name, TOLERANCE)
+
+
+def _like(reference: Any, values: np.ndarray[Any, Any]) -> Any:
+    """The values as the reference is: a torch tensor of its dtype and device, or NumPy."""
+    if not _is_tensor(reference):
+        return values
+    import torch
+
+    return torch.from_numpy(values).to(device=reference.device, dtype=reference.dtype)

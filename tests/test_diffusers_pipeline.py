@@ -1,0 +1,319 @@
+"""A compiled denoiser in the place of the transformer of a real DiTPipeline, with random weights."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+import qcgraph
+from qcgraph.bundle import Bundle
+from qcgraph.capture import capture
+from qcgraph.denoiser import Denoiser
+from qcgraph.errors import BundleError, UsageError
+from qcgraph.ir.execute import TorchRunner
+from qcgraph.ir.program import Program
+from qcgraph.models import load_model
+from qcgraph.noise import Noise
+from qcgraph.recipe import Recipe
+from qcgraph.runtime import open_runner
+from qcgraph.sampling import Array, sample
+from qcgraph.schedulers import make_scheduler, make_step_plan
+from qcgraph.spec import ModelSpec
+from qcgraph.steps import StepPlan
+
+README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+NAME = "DiT-XL-2-256"  # as the README calls it
+STEPS, GUIDANCE, LABELS, SEED = 50, 4.0, [207, 360], 3
+ROUNDING = 1e-5  # of both loops, relative: NumPy updates latents there, diffusers here
+Run = Callable[[str, Program], Program]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline as diffusers saves it: 1000 classes, two blocks of 16 tokens, and an autoencoder of a block."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    sizes: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "sample_size": 8}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer: Any = DiTTransformer2DModel(**sizes, in_channels=4, out_channels=8, num_embeds_ada_norm=1000)
+        for parameter in transformer.parameters():
+            torch.nn.init.normal_(parameter, std=0.06)
+        autoencoder: Any = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8)
+    scheduler: Any = DDIMScheduler(clip_sample=False)
+    place = tmp_path_factory.mktemp("pipeline") / NAME
+    pipe: Any = DiTPipeline(transformer.eval(), autoencoder.eval(), scheduler)
+    pipe.save_pretrained(place)
+    return place
+
+
+@pytest.fixture
+def pipe(folder: Path) -> Any:
+    from diffusers import DiTPipeline
+
+    loaded: Any = DiTPipeline.from_pretrained(folder)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def program(folder: Path) -> Program:
+    """The transformer as captured, with a plan of nine steps."""
+    model = load_model(str(folder))
+    captured = capture(model.module, model.spec, model.input_names)
+    return captured.with_facts(make_step_plan("ddim", 9, GUIDANCE, model.spec.schedule, captured.constants_digest))
+
+
+@pytest.fixture(scope="module")
+def bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """With all that the graphs may hold: quantization, cache, compensation, and a modulation of its own."""
+    recipe = Recipe().override(
+        steps=STEPS, guidance=GUIDANCE, groups=1, cache="interval=3", compensate="vc", hoist_adaln=True
+    )
+    calibration = recipe.calibration.model_copy(update={"trajectories": 2, "selection": "random"})  # it is quicker
+    recipe = recipe.model_copy(update={"calibration": calibration})
+    return qcgraph.compile(str(folder), recipe, output=tmp_path_factory.mktemp("bundle") / "dit")
+
+
+def denoiser_of(program: Program) -> Denoiser:
+    return Denoiser(TorchRunner(program), program.facts[StepPlan], program.facts[ModelSpec])
+
+
+@contextmanager
+def initial_noise(dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """The pipeline starts from the noise of qcgraph's sampling; it takes no latents from outside."""
+    drawn = torch.from_numpy(Noise(SEED, range(len(LABELS)), (4, 8, 8)).initial()).to(dtype)
+    with patch("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda **_: drawn):
+        yield
+
+
+def draw(pipe: Any, steps: int, guidance: float = GUIDANCE) -> tuple[Array, Array]:
+    """The latents that the pipeline decodes, and its images [B,H,W,3] in 0 .. 1."""
+    decode = pipe.vae.decode
+    with initial_noise(), patch.object(pipe.vae, "decode", side_effect=decode) as decoded:
+        result = pipe(class_labels=LABELS, num_inference_steps=steps, guidance_scale=guidance, output_type="np")
+    latents: torch.Tensor = decoded.call_args.args[0] * pipe.vae.config.scaling_factor
+    return latents.numpy(), result.images
+
+
+def distance(one: Array, other: Array) -> float:
+    return float(np.linalg.norm(one - other) / np.linalg.norm(other))
+
+
+def interrupted_after(denoiser: Denoiser, calls: int) -> Any:
+    """The denoiser, for a pipeline that is stopped after some calls."""
+
+    class Stopping:
+        config, dtype, taken = denoiser.config, denoiser.dtype, 0
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            if self.taken == calls:
+                raise KeyboardInterrupt
+            self.taken += 1
+            return denoiser(*args, **kwargs)
+
+    return Stopping()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_the_pipeline_draws_what_qcgraph_draws(pipe: Any, bundle: Bundle, backend: str) -> None:
+    """With quantization, cache, compensation and hoisted modulation; images are near those of full precision."""
+    assert set(bundle.plan.prepared) == {"full", "reuse"}
+    latents, images = draw(pipe, STEPS)
+    pipe.transformer = qcgraph.load(bundle.path, backend=backend, threads=1)
+    compiled_latents, compiled_images = draw(pipe, STEPS)
+    own = sample(open_runner(bundle, backend, 1), bundle.plan, bundle.spec, LABELS, SEED)
+    assert distance(compiled_latents, own) < ROUNDING
+    assert ROUNDING < distance(compiled_latents, latents) < 0.02
+    assert np.abs(compiled_images - images).max() < 0.02
+
+
+@pytest.mark.slow
+def test_every_call_of_the_pipeline_is_a_trajectory_of_its_own(pipe: Any, bundle: Bundle) -> None:
+    denoiser = pipe.transformer = qcgraph.load(bundle.path, threads=1)
+    expected, _ = draw(pipe, STEPS)
+    assert np.array_equal(draw(pipe, STEPS)[0], expected)
+    pipe.transformer = interrupted_after(denoiser, 20)
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe, STEPS)
+    pipe.transformer = denoiser
+    assert np.array_equal(draw(pipe, STEPS)[0], expected)
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_runs(
+    folder: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder, tmp_path / NAME)
+    shutil.copytree(bundle.path, tmp_path / "out" / "dit")
+    monkeypatch.chdir(tmp_path)
+    (example,) = (text for text in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "DiTPipeline" in text)
+    assert f"qcgraph compile {NAME} -o out/dit --recipe balanced --steps {STEPS} --guidance 4\n" in README
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert [image.size for image in names["images"]] == [(8, 8)] * 2
+
+
+@pytest.mark.parametrize(
+    ("passes", "variants"),
+    [
+        ("plan-cache{interval=1},insert-cache", ("main",)),
+        (
+            "plan-cache{interval=3},insert-cache,calibrate{trajectories=2},insert-forecast,fit-forecast",
+            ("full", "reuse"),
+        ),
+        (
+            "plan-cache{interval=2 blocks=all+guidance},insert-cache,follow-plan{plan=888-111:FCRFRCFCR}",
+            ("full", "conditional", "reuse"),
+        ),
+    ],
+    ids=["exact", "forecast", "guidance-difference"],
+)
+def test_programs_of_every_kind(pipe: Any, program: Program, run: Run, passes: str, variants: tuple[str, ...]) -> None:
+    compiled = run(passes, program)
+    plan = compiled.facts[StepPlan]
+    assert set(plan.variants) == set(variants)
+    latents, _ = draw(pipe, 9)
+    pipe.transformer = denoiser_of(compiled)
+    drawn, _ = draw(pipe, 9)
+    own = sample(TorchRunner(compiled), plan, compiled.facts[ModelSpec], LABELS, SEED)
+    assert distance(drawn, own) < ROUNDING
+    assert distance(drawn, latents) < (ROUNDING if variants == ("main",) else 0.02)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpmsolver++"])
+@pytest.mark.parametrize("guidance", [1.0, GUIDANCE])
+def test_every_scheduler(pipe: Any, program: Program, scheduler: str, guidance: float) -> None:
+    """Noise comes from elsewhere in a pipeline, so DDPM draws other samples; it is accepted."""
+    spec = program.facts[ModelSpec]
+    plan = make_step_plan(scheduler, 9, guidance, spec.schedule, "model")
+    pipe.scheduler = make_scheduler(scheduler, spec.schedule)
+    pipe.transformer = denoiser_of(program.with_facts(plan))
+    drawn, _ = draw(pipe, 9, guidance)
+    if scheduler != "ddpm":
+        assert distance(drawn, sample(TorchRunner(program), plan, spec, LABELS, SEED)) < ROUNDING
+
+
+def test_what_a_pipeline_does_with_its_parts(pipe: Any, program: Program, tmp_path: Path) -> None:
+    from diffusers import DiTPipeline
+
+    denoiser = pipe.transformer = denoiser_of(program)
+    assert pipe.components["transformer"] is denoiser
+    assert pipe.to("cpu").transformer is denoiser
+    assert '"Denoiser"' in repr(pipe)
+    again: Any = DiTPipeline(denoiser, pipe.vae, pipe.scheduler)  # type: ignore[arg-type]
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(draw(again, 9)[0], draw(pipe, 9)[0])
+    pipe.save_pretrained(tmp_path)  # without it: a bundle is saved already
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model_index.json", "scheduler", "vae"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_pipeline_in_half_precision(pipe: Any, program: Program, dtype: torch.dtype) -> None:
+    exact, _ = draw(pipe, 9)
+    half = pipe.transformer = denoiser_of(program).to(dtype)
+    pipe.vae = pipe.vae.to(dtype)
+    with initial_noise(dtype), patch.object(pipe.vae, "decode", side_effect=pipe.vae.decode) as decoded:
+        pipe(class_labels=LABELS, num_inference_steps=9, guidance_scale=GUIDANCE, output_type="np")
+        latents = decoded.call_args.args[0] * pipe.vae.config.scaling_factor
+        assert latents.dtype == dtype
+        assert distance(latents.float().numpy(), exact) < 0.1
+        pipe.transformer = half.request()
+        with pytest.raises(BundleError, match="were sampled with guidance"):
+            pipe(class_labels=LABELS, num_inference_steps=9, guidance_scale=30.0, output_type="np")
+
+
+@pytest.mark.parametrize(
+    ("steps", "guidance", "said"),
+    [
+        (
+            20,
+            GUIDANCE,
+            r"timestep 950 is not in the plan \(ddim, 9 steps, guidance 4\), which visits 888, 777, 666 \.\.",
+        ),
+        (10, GUIDANCE, "timestep 900 is not in the plan"),
+        (9, 1.5, r"compiled for ddim, 9 steps, guidance 4; the latents that came were sampled with guidance 1\.5"),
+        (9, 1.0, "compiled for ddim, 9 steps, guidance 4; the latents that came were sampled without guidance"),
+    ],
+)
+def test_other_settings_are_refused(pipe: Any, program: Program, steps: int, guidance: float, said: str) -> None:
+    pipe.transformer = denoiser_of(program)
+    with pytest.raises(BundleError, match=said) as caught:
+        draw(pipe, steps, guidance)
+    assert caught.value.hint
+    draw(pipe, 9)
+
+
+def test_fewer_steps_that_are_all_in_the_plan_are_refused(pipe: Any, program: Program) -> None:
+    spec = program.facts[ModelSpec]
+    pipe.transformer = denoiser_of(program.with_facts(make_step_plan("ddim", 20, GUIDANCE, spec.schedule, "model")))
+    with pytest.raises(BundleError, match="timestep 900 is out of order; timestep 950 comes next") as caught:
+        draw(pipe, 10)
+    assert "ddim, 20 steps, guidance 4" in str(caught.value.hint)
+
+
+def test_guidance_where_none_was_planned_is_refused(pipe: Any, program: Program) -> None:
+    plan = program.facts[StepPlan]
+    plain = replace(plan, fingerprint=replace(plan.fingerprint, guidance=1.0))
+    pipe.transformer = denoiser_of(program.with_facts(plain))
+    with pytest.raises(BundleError, match=r"guidance 1, which is no guidance; this batch of 4 holds both halves"):
+        draw(pipe, 9)
+    draw(pipe, 9, guidance=1.0)
+
+
+def test_no_guidance_where_one_half_is_restored_is_refused(pipe: Any, program: Program, run: Run) -> None:
+    pipe.transformer = denoiser_of(run("plan-cache{interval=2 blocks=guidance},insert-cache", program))
+    with pytest.raises(UsageError, match="the second half of this batch is not unconditional"):
+        draw(pipe, 9, guidance=1.0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"clip_sample": True, "clip_sample_range": 0.5}, {"beta_end": 0.03}, {"prediction_type": "sample"}]
+)
+def test_another_scheduler_at_the_same_timesteps_is_refused(
+    pipe: Any, program: Program, settings: dict[str, Any]
+) -> None:
+    from diffusers import DDIMScheduler
+
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **settings)
+    pipe.transformer = denoiser_of(program)
+    with pytest.raises(BundleError, match=r"the latent that came after timestep 888 is \S+ off") as caught:
+        draw(pipe, 9)
+    assert "make_scheduler" in str(caught.value.hint)
+    pipe.transformer = Denoiser(
+        TorchRunner(program), program.facts[StepPlan], program.facts[ModelSpec], own_updates=True
+    )
+    draw(pipe, 9)
+
+
+def test_a_scheduler_that_adds_no_noise_is_refused_where_some_was_planned(pipe: Any, program: Program) -> None:
+    spec = program.facts[ModelSpec]
+    pipe.transformer = denoiser_of(program.with_facts(make_step_plan("ddpm", 9, GUIDANCE, spec.schedule, "model")))
+    with pytest.raises(BundleError, match=r"compiled for ddpm, 9 steps, guidance 4; the latent that came .* off"):
+        draw(pipe, 9)
+
+
+def test_a_class_out_of_range_is_refused(pipe: Any, program: Program) -> None:
+    pipe.transformer = denoiser_of(program)
+    with pytest.raises(UsageError, match="class 1001 is out of range"):
+        pipe(class_labels=[1001], num_inference_steps=9, guidance_scale=GUIDANCE)
+
+
+def test_a_model_of_few_classes_is_refused(pipe: Any, program: Program) -> None:
+    """The pipeline's unconditional class is 1000, whatever the model."""
+    few = replace(program.facts[ModelSpec], class_count=500, null_class=500)
+    pipe.transformer = denoiser_of(program.with_facts(few))
+    with pytest.raises(UsageError, match="class 1000 is out of range") as caught:
+        draw(pipe, 9)
+    assert "DiTPipeline gives 1000 for that half" in str(caught.value.hint)
