@@ -119,11 +119,32 @@ def _translate(program: Program, variant: str, opset: int, integer_products: boo
     keep_heads_in_place(model)
     if integer_products:
         multiply_integers(model)
+    else:
+        _omit_zero_points(model)
     values = (*model.graph.inputs, *model.graph.outputs)
     for value, spec in zip(values, (*interface.inputs, *interface.outputs), strict=True):
         value.shape = ir.Shape(spec.shape)
     model.graph.name = variant
     return model
+
+
+def _omit_zero_points(model: ir.Model) -> None:
+    """Leave out zero points of weights that are 0, as they are by default.
+
+    Weights of as many channels would share one, which ONNX Runtime then fails to convert where it has to multiply
+    exactly (see `qcgraph.export.run_onnxruntime.session_options`).
+    """
+    from onnxscript import ir
+    from onnxscript.optimizer import remove_unused_nodes
+
+    for node in model.graph:
+        if node.op_type != "DequantizeLinear" or len(node.inputs) < 3:
+            continue
+        codes, _, zero_point = node.inputs
+        zeros = ir.convenience.get_const_tensor(zero_point) if zero_point is not None else None
+        if codes is not None and codes.is_initializer() and zeros is not None and not zeros.numpy().any():
+            node.resize_inputs(2)
+    remove_unused_nodes(model)
 
 
 def _export(program: Program, variant: str) -> torch.export.ExportedProgram:
@@ -169,8 +190,13 @@ def _refusal(variant: str, error: Exception) -> QcgraphError:
 
 
 def _folds(node: ir.Node, constants: Mapping[str, torch.Tensor]) -> bool | None:
-    """Never fold what reads a tensor of the program: the result would be a second copy of it on disk."""
-    return False if any(value is not None and value.name in constants for value in node.inputs) else None
+    """Never fold what reads a tensor of the program: the result would be a second copy of it on disk.
+
+    Numbers may be folded. Limits of codes then are constants where the scale is, which not all consumers compute: in
+    TensorRT a zero point is nothing that can be converted to floating point.
+    """
+    read = (constants.get(value.name) for value in node.inputs if value is not None and value.name is not None)
+    return False if any(tensor is not None and tensor.dim() > 0 for tensor in read) else None
 
 
 def _names(decomposed: fx.Graph, graph: fx.Graph) -> dict[str, str]:

@@ -35,7 +35,8 @@ class QuantizedSite:
         name: the site.
         product: the node that multiplies.
         codes: the constant with its weight codes.
-        entering: the node whose floating-point value is quantized.
+        entering: the node whose floating-point value is quantized; what divides it by a ratio of scales comes after.
+        rescaled: the node that multiplies the product by that ratio, else the product.
         leaving: the node whose value is the result, bias included.
     """
 
@@ -43,12 +44,18 @@ class QuantizedSite:
     product: str
     codes: str
     entering: str
+    rescaled: str
     leaving: str
+
+    @property
+    def is_rescaled(self) -> bool:
+        """Whether it has a constant scale, and a ratio for each timestep group (see passes/reference_scales)."""
+        return self.rescaled != self.product
 
     @property
     def has_bias(self) -> bool:
         """Whether a bias is added to the product."""
-        return self.leaving != self.product
+        return self.leaving != self.rescaled
 
 
 def quantized_sites(variant: Variant) -> tuple[QuantizedSite, ...]:
@@ -63,9 +70,11 @@ def quantized_sites(variant: Variant) -> tuple[QuantizedSite, ...]:
             assert isinstance(quantize, fx.Node) and isinstance(codes, fx.Node)
             entering = quantize.args[0]
             assert isinstance(entering, fx.Node)
-            found.append(
-                QuantizedSite(site.name, site.node, str(codes.target), entering.name, _with_bias(product).name)
-            )
+            rescaled = _rescaled(product)
+            if rescaled is not product and _is_by_ratio(entering):
+                entering = entering.all_input_nodes[0]
+            names = (node.name for node in (entering, rescaled, _with_bias(rescaled)))
+            found.append(QuantizedSite(site.name, site.node, str(codes.target), *names))
     return tuple(found)
 
 
@@ -98,6 +107,17 @@ def _is_activation(node: fx.Node) -> bool:
 def _is_weight(node: fx.Node) -> bool:
     """Whether a node dequantizes a constant."""
     return node.target is ops.dequantize.default and not _is_activation(node)
+
+
+def _is_by_ratio(node: fx.Node) -> bool:
+    """Whether a node multiplies by a number that the timestep group selects."""
+    return node.target is aten.mul.Tensor and node.all_input_nodes[-1].target is ops.select.default
+
+
+def _rescaled(product: fx.Node) -> fx.Node:
+    """The multiplication by a ratio that follows a product, else the product."""
+    user = next(iter(product.users))
+    return user if len(product.users) == 1 and _is_by_ratio(user) else product
 
 
 def _with_bias(product: fx.Node) -> fx.Node:
@@ -140,6 +160,7 @@ class CutSites:
     Args:
         path: the exported graph.
         sites: what to cut out of it.
+        exact: see `qcgraph.export.run_onnxruntime.session_options`.
 
     Attributes:
         sites: the sites.
@@ -149,7 +170,7 @@ class CutSites:
         VerificationError: a site is not in the graph in the form that was emitted.
     """
 
-    def __init__(self, path: Path, sites: Sequence[QuantizedSite]) -> None:
+    def __init__(self, path: Path, sites: Sequence[QuantizedSite], *, exact: bool = False) -> None:
         from onnxscript import ir
 
         model = ir.load(path)
@@ -162,7 +183,7 @@ class CutSites:
         outputs: list[ir.Value] = []
         for index, site in enumerate(sites):
             product = products[site.codes].pop(0) if products.get(site.codes) else None
-            readers, last = (_readers(product), _last(product)) if product is not None else ((), None)
+            readers, last = (_readers(product, site), _last(product, site)) if product is not None else ((), None)
             if not readers or last is None:
                 raise VerificationError(
                     "the exported graph has no product of a quantized activation with its weight codes",
@@ -177,7 +198,9 @@ class CutSites:
             output.type = ir.TensorType(ir.DataType.FLOAT)
             outputs.append(output)
             self._leaving[site.name] = str(output.name)
-        self._session = _cut_session(model, list(inputs.values()), outputs, path.parent)
+        self._session = _cut_session(
+            model, list(inputs.values()), outputs, path.parent, session_options(None, exact=exact)
+        )
 
     def run(self, entering: Mapping[str, Array], selectors: Mapping[str, npt.NDArray[np.int64]]) -> dict[str, Array]:
         """What leaves every site.
@@ -208,17 +231,20 @@ def _products(graph: ir.Graph) -> dict[str, list[ir.Node]]:
     return found
 
 
-def _readers(product: ir.Node) -> tuple[ir.Node, ...]:
+def _readers(product: ir.Node, site: QuantizedSite) -> tuple[ir.Node, ...]:
     """The nodes that take the floating-point activation of a product, as their first input, to quantize it.
 
-    One reads it where there is one region: the quantize, or the clip before it. With two, each rounds its own values,
-    and they are added before the quantize.
+    One reads it where there is one region: the quantize, or the clip before it, or what divides by a ratio of scales
+    before these. With two, each rounds its own values, and they are added before the quantize.
     """
     maker = _maker(product.inputs[0])
     quantize = _maker(maker.inputs[0]) if maker is not None and maker.op_type == "DequantizeLinear" else maker
     if quantize is None or quantize.op_type != "QuantizeLinear":
         return ()
     before = _maker(quantize.inputs[0])
+    if site.is_rescaled:
+        before = _maker(before.inputs[0]) if before is not None and before.op_type == "Clip" else before
+        return (before,) if before is not None and before.op_type == "Mul" else ()
     if before is None or before.op_type not in ("Clip", "Add"):
         return (quantize,)
     if before.op_type == "Clip":
@@ -232,9 +258,16 @@ def _readers(product: ir.Node) -> tuple[ir.Node, ...]:
     return (first, below) if same and below is not None else (quantize,)
 
 
-def _last(product: ir.Node) -> ir.Node | None:
-    """The addition of an initializer that follows a product, else the product; None for integers without a scale."""
+def _last(product: ir.Node, site: QuantizedSite) -> ir.Node | None:
+    """The addition of an initializer that follows a product, else the product.
+
+    None for integers without a scale, and where a ratio should follow and does not.
+    """
     result = _scaled(product) if product.op_type == "MatMulInteger" else product
+    if site.is_rescaled and result is not None:
+        result = _only_user(result.outputs[0])
+        if result is None or result.op_type != "Mul":
+            return None
     add = _only_user(result.outputs[0]) if result is not None else None
     if add is None or add.op_type != "Add":
         return result
@@ -266,7 +299,7 @@ def multiplied_integers(path: Path) -> frozenset[str]:
     return frozenset(str(codes.name) for node in nodes if (codes := node.inputs[1]) is not None)
 
 
-def _cut_session(model: ir.Model, inputs: list[ir.Value], outputs: list[ir.Value], folder: Path) -> Any:
+def _cut_session(model: ir.Model, inputs: list[ir.Value], outputs: list[ir.Value], folder: Path, options: Any) -> Any:
     """A session of what computes these outputs; weights are read from where the whole graph has them."""
     from onnxscript import ir
     from onnxscript.optimizer import remove_unused_nodes
@@ -275,7 +308,6 @@ def _cut_session(model: ir.Model, inputs: list[ir.Value], outputs: list[ir.Value
     model.graph.inputs[:] = [*inputs, *selectors]
     model.graph.outputs[:] = outputs
     remove_unused_nodes(model)
-    options = session_options(None)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return load_session(ir.to_proto(model).SerializeToString(), options)
 
@@ -288,11 +320,13 @@ class Parameters:
         codes: weight codes by initializer.
         scales: scales by initializer.
         zero_points: zero points by initializer.
+        selected: the initializers that are tables, of which one row is selected at run time.
     """
 
     codes: dict[str, npt.NDArray[np.int8]]
     scales: dict[str, npt.NDArray[np.float32]]
     zero_points: dict[str, npt.NDArray[np.generic]]
+    selected: frozenset[str]
 
 
 def parameters(path: Path) -> Parameters:
@@ -300,13 +334,16 @@ def parameters(path: Path) -> Parameters:
     from onnxscript import ir
 
     found: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = ({}, {}, {})
+    selected = set()
     for node in ir.load(path).graph:
         for operand in _operands(node):
             for kind, value in zip(found, operand, strict=False):
                 source = _source(value)
                 if source is not None and source.const_value is not None:
                     kind[str(source.name)] = source.const_value.numpy()
-    return Parameters(*found)
+                if source is not None and source is not value:
+                    selected.add(str(source.name))
+    return Parameters(*found, frozenset(selected))
 
 
 def _operands(node: ir.Node) -> Iterator[Sequence[ir.Value | None]]:

@@ -30,6 +30,7 @@ class OnnxRuntimeRunner:
         interfaces: inputs and outputs by variant.
         threads: how many threads a graph may use; all cores when None.
         constants: values that take the place of those in the weights file, by name.
+        exact: see `session_options`.
     """
 
     def __init__(
@@ -38,10 +39,13 @@ class OnnxRuntimeRunner:
         interfaces: Mapping[str, Interface],
         threads: int | None = None,
         constants: Mapping[str, npt.NDArray[np.generic]] | None = None,
+        *,
+        exact: bool = False,
     ) -> None:
         self._folder = folder
         self._interfaces = interfaces
         self._threads = threads
+        self._exact = exact
         self._depths = depths(interfaces.values())
         # Sessions read them in place, so they have to live as long as the sessions do.
         self._constants = {name: _ort_value(value) for name, value in (constants or {}).items()}
@@ -80,7 +84,7 @@ class OnnxRuntimeRunner:
             known = closest(variant, self._interfaces)
             raise BundleError(f"no variant {variant!r}", where=str(self._folder), hint=known)
         if variant not in self._sessions:
-            options = session_options(self._threads)
+            options = session_options(self._threads, exact=self._exact)
             for name, value in self._constants.items():
                 options.add_initializer(name, value)
             self._sessions[variant] = load_session(self._folder / f"{variant}.onnx", options)
@@ -136,8 +140,14 @@ class OptimizedGraph:
         return sum(node.op == op for node in self.nodes)
 
 
-def session_options(threads: int | None) -> Any:
-    """The options every session is loaded with."""
+def session_options(threads: int | None, *, exact: bool = False) -> Any:
+    """The options every session is loaded with.
+
+    Args:
+        threads: how many threads a graph may use; all cores when None.
+        exact: whether codes of which two products exceed 16 bits are multiplied exactly on CPUs without VNNI, too (see
+            `qcgraph.export.targets.Target`). It takes about a sixth longer, on every CPU.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -147,6 +157,8 @@ def session_options(threads: int | None) -> Any:
     # The variants take turns: threads of one that spin while they wait for work would take the cores of the other (on
     # two cores, a computing step that takes turns with a reusing one then takes 1.7 times as long).
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qcgraph.errors import UsageError, closest
+
+LARGEST_UINT8 = 2**8 - 1
+LARGEST_INT16 = 2**15 - 1
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class Target:
         activation: ``asymmetric`` (uint8 codes with a zero point) or ``symmetric`` (int8 codes, zero point 0).
         weight_high: the largest weight code at 8 bits; codes are int8 in ``[-weight_high, weight_high]``.
         emits_onnx: whether a bundle holds an ONNX graph of every variant.
+        constant_scales: whether quantizers have to have constant scales. Activations then have neither two regions nor
+            other bits in other timestep groups.
         integer_products: whether ONNX graphs multiply integers and scale the result, which brings biases into ONNX
             Runtime's int8 kernel; else they multiply dequantized values.
         backend: what runs the bundle unless it is told otherwise.
@@ -33,8 +38,17 @@ class Target:
     activation: Literal["asymmetric", "symmetric"]
     weight_high: int
     emits_onnx: bool
+    constant_scales: bool
     integer_products: bool
     backend: str
+
+    @property
+    def may_saturate(self) -> bool:
+        """Whether CPUs without VNNI could add two products of codes that exceed their 16 bits.
+
+        ONNX Runtime multiplies int8 activations as uint8.
+        """
+        return 2 * LARGEST_UINT8 * self.weight_high > LARGEST_INT16
 
 
 _TORCH = Target(
@@ -45,6 +59,7 @@ _TORCH = Target(
     activation="asymmetric",
     weight_high=127,
     emits_onnx=False,
+    constant_scales=False,
     integer_products=False,
     backend="torch",
 )
@@ -59,11 +74,46 @@ _ONNXRUNTIME_CPU = Target(
     # largest sum, 2 * 255 * 64 = 32640, fits: the result is exact on every CPU, for one bit of the weights.
     weight_high=64,
     emits_onnx=True,
+    constant_scales=False,
     integer_products=True,
     backend="onnxruntime",
 )
 
-TARGETS: Mapping[str, Target] = {target.name: target for target in (_TORCH, _ONNXRUNTIME_CPU)}
+_ONNX = Target(
+    name="onnx",
+    description="portable ONNX: Q/DQ with constant scales, symmetric int8, opset 23",
+    opset=23,
+    legalize="lower-linear,reference-scales",
+    activation="symmetric",
+    weight_high=127,
+    emits_onnx=True,
+    constant_scales=True,
+    integer_products=False,
+    backend="onnxruntime",  # also of the targets below: running the same graphs on the CPU is how they are checked
+)
+
+_ONNX_OPSET21 = replace(
+    _ONNX,
+    name="onnx-opset21",
+    description="portable ONNX for older consumers: as onnx, without the Attention operator, opset 21",
+    opset=21,
+)
+
+_TENSORRT = replace(
+    _ONNX,
+    name="tensorrt",
+    description="TensorRT, strongly typed: Q/DQ with constant scales, symmetric int8, opset 23",
+)
+
+_TENSORRT_RTX = replace(
+    _TENSORRT,
+    name="tensorrt-rtx",
+    description="TensorRT-RTX, strongly typed: Q/DQ with constant scales, symmetric int8, opset 23",
+)
+
+TARGETS: Mapping[str, Target] = {
+    target.name: target for target in (_TORCH, _ONNXRUNTIME_CPU, _ONNX, _ONNX_OPSET21, _TENSORRT, _TENSORRT_RTX)
+}
 
 
 def target_named(name: str) -> Target:

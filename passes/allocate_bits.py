@@ -37,6 +37,7 @@ class AllocateBits(Pass):
     Attributes:
         budget: average bits; 6 allows as many bit operations as w6a6 takes.
         rounding: how weights will be rounded: ``feedback``, ``search`` or ``nearest``.
+        groups: whether an activation may have other bits in other timestep groups.
         seed: seeds the directions in which the prediction is differentiated.
     """
 
@@ -45,15 +46,19 @@ class AllocateBits(Pass):
 
     budget: float = 6.0
     rounding: Literal["feedback", "search", "nearest"] = "feedback"
+    groups: bool = True
     seed: int = 0
 
     def run(self, program: Program, context: PassContext) -> Program:
         sites = dict(program.facts[QuantPlan].sites)
         observed = _Observed(program, self.seed, context)
         layers = [observed.layer(name, REPEATED[self.rounding]) for name in observed.names]
+        if not self.groups:
+            layers = [layer.as_one_group() for layer in layers]
         for name, bits in zip(observed.names, allocate(layers, CHOICES, CHOICES, self.budget), strict=True):
             weight = WeightQuant(min(_high(bits.weight), sites[name].weight.high))
-            sites[name] = SiteQuant(observed.activation(name, bits.activation), weight)
+            activation = bits.activation if self.groups else bits.activation * program.facts[StepPlan].group_count
+            sites[name] = SiteQuant(observed.activation(name, activation), weight)
         return program.with_facts(QuantPlan(sites))
 
 

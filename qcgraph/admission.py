@@ -19,6 +19,7 @@ from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.models import LoadedModel
 from qcgraph.progress import Progress
+from qcgraph.sampling import Runner
 from qcgraph.steps import StepPlan
 
 UNSAFE = "unsafe-cache"  # the override that the manifest then records
@@ -90,7 +91,9 @@ def admit_quality(
         UsageError: a condition does not apply to the model.
         RefusedError: the gate is not met; says by which term.
     """
-    runner = OnnxRuntimeRunner(folder, program.interfaces) if target.emits_onnx else TorchRunner(program)
+    runner: Runner = TorchRunner(program)
+    if target.emits_onnx:
+        runner = OnnxRuntimeRunner(folder, program.interfaces, exact=target.may_saturate)
     subject = Subject(model, origin, program, program.facts[StepPlan], runner, folder, target)
     progress.note(f"measuring the gate {gate.text}")
     evaluation = evaluate(subject, Options(metrics=gate.metrics, attribution=False, gate=gate), progress)

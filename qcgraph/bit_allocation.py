@@ -8,7 +8,7 @@ are taken to add up.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,14 @@ class Layer:
     macs: Table
     weight_errors: Table
     activation_errors: Table
+
+    def as_one_group(self) -> Layer:
+        """The layer with all its timestep groups as one, whose activation has the same bits at every step."""
+        return replace(
+            self,
+            macs=self.macs.sum(keepdims=True),
+            activation_errors=self.activation_errors.sum(axis=0, keepdims=True),
+        )
 
 
 @dataclass(frozen=True)

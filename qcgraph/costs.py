@@ -40,7 +40,7 @@ def measure_costs(program: Program, target: Target, progress: Progress) -> dict[
     legal = Pipeline.parse(target.legalize).run(program) if target.legalize else program
     with tempfile.TemporaryDirectory(prefix="qcgraph-") as folder:
         emit_onnx(legal, Path(folder), target.opset, progress, integer_products=target.integer_products)
-        return _turns(OnnxRuntimeRunner(Path(folder), legal.interfaces), legal)
+        return _turns(OnnxRuntimeRunner(Path(folder), legal.interfaces, exact=target.may_saturate), legal)
 
 
 def _turns(runner: Runner, program: Program) -> dict[str, float]:

@@ -71,6 +71,7 @@ def _calibrate(recipe: Recipe, *, quantized: bool) -> Pass:
 def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
     """What is quantized and how, then the quantizers."""
     asked, seed = recipe.quantization, recipe.calibration.seed
+    regions = asked.regions and not target.constant_scales
     # Groups before scales: a scale belongs to a group.
     yield _pass("group-timesteps", groups=asked.groups, strategy=asked.grouping)
     yield _pass(
@@ -82,9 +83,15 @@ def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
     )
     if recipe.bit_budget is not None:
         # Before scales are searched, which depend on the bits.
-        yield _pass("allocate-bits", budget=recipe.bit_budget, rounding=asked.rounding, seed=seed)
-    if asked.scales == "fisher" or asked.regions:
-        yield _pass("search-scales", objective=asked.scales, regions=asked.regions, seed=seed)
+        yield _pass(
+            "allocate-bits",
+            budget=recipe.bit_budget,
+            rounding=asked.rounding,
+            groups=not target.constant_scales,
+            seed=seed,
+        )
+    if asked.scales == "fisher" or regions:
+        yield _pass("search-scales", objective=asked.scales, regions=regions, seed=seed)
     if asked.rounding != "nearest":
         # After the scales: weights are rounded for activations as they will be.
         yield _pass("round-weights", method=asked.rounding)
@@ -100,7 +107,7 @@ def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
             symmetric=target.activation == "symmetric",
             high=target.weight_high,
             objective=asked.scales,
-            regions=asked.regions,
+            regions=regions,
             seed=seed,
         )
     yield _pass("insert-qdq")

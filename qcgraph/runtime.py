@@ -38,7 +38,8 @@ def open_runner(bundle: Bundle, backend: str | None = None, threads: int | None 
         )
     from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
 
-    return OnnxRuntimeRunner(bundle.path, bundle.interfaces, threads)
+    exact = target_named(bundle.manifest.target).may_saturate
+    return OnnxRuntimeRunner(bundle.path, bundle.interfaces, threads, exact=exact)
 
 
 def _torch_runner(bundle: Bundle, threads: int | None) -> Runner:

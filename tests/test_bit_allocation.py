@@ -59,6 +59,21 @@ def test_nothing_of_the_same_cost_has_less_error(seed: int, budget: float) -> No
     assert error(layers, found) <= min(error(layers, bits) for bits in rivals) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("budget", [4.5, 6.0, 7.3])
+def test_as_one_group_nothing_with_the_same_bits_in_all_groups_has_less_error(budget: float) -> None:
+    layers = random_layers(seed=0, groups=3)
+    found = [Bits(bits.weight, bits.activation * 3) for bits in _as_one_group(layers, budget)]
+    spent = cost(layers, found)
+    assert spent <= budget**2 * sum(layer.macs.sum() for layer in layers) * (1 + 1e-12)
+    rivals = [bits for bits in every_allocation(layers) if all(len(set(one.activation)) == 1 for one in bits)]
+    affordable = [bits for bits in rivals if cost(layers, bits) <= spent * (1 + 1e-12)]
+    assert error(layers, found) <= min(error(layers, bits) for bits in affordable) * (1 + 1e-9)
+
+
+def _as_one_group(layers: list[Layer], budget: float) -> list[Bits]:
+    return allocate([layer.as_one_group() for layer in layers], CHOICES, CHOICES, budget)
+
+
 def test_budgets_at_both_ends() -> None:
     layers = random_layers(0)
     assert set(allocate(layers, CHOICES, CHOICES, 8.0)) == {Bits(8, (8, 8))}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qcgraph import atomic
+from qcgraph.bundle.engines import ENGINES, engine_files
 from qcgraph.bundle.manifest import MANIFEST, PLAN, has_manifest, write_manifest
 from qcgraph.bundle.read import PLAN_FORMAT
 from qcgraph.errors import UsageError
@@ -102,6 +103,7 @@ def _check_replaceable(place: Path, path: Path, *, force: bool) -> None:
     if not force:
         raise UsageError("exists", where=str(path), hint="give --force to replace it, or choose another place")
     known = {MANIFEST, *json.loads((place / MANIFEST).read_text("utf-8"))["files"]}
+    known |= {f"{ENGINES}/{name}" for name in engine_files(place / ENGINES)}  # of the old bundle: they go with it
     files = (file.relative_to(place) for file in sorted(place.rglob("*")) if not file.is_dir())
     for file in files:
         if file.as_posix() not in known and not any(part.startswith(".") for part in file.parts):

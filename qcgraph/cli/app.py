@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qcgraph.cli.bench import bench_command
+from qcgraph.cli.build import build_command
 from qcgraph.cli.compile import compile_command
 from qcgraph.cli.diff import diff_command
 from qcgraph.cli.evaluate import eval_command
@@ -70,6 +71,7 @@ def qcgraph(
 app.command("compile")(compile_command)
 app.command("sample")(sample_command)
 app.command("bench")(bench_command)
+app.command("build")(build_command)
 app.command("verify")(verify_command)
 app.command("eval")(eval_command)
 app.command("inspect")(inspect_command)

@@ -69,6 +69,8 @@ def without_quantization(program: Program, model: Program, keep: Collection[str]
             with editor.before(product):
                 constant = editor.constant(f"{site.codes}_float", weight, product)
             product.args = (editor.node(site.entering), constant, *product.args[2:])
+            if site.is_rescaled:
+                editor.node(site.rescaled).replace_all_uses_with(product)
             _restore_bias(editor, site, product, program)
         for operand in attention:
             dequantize = editor.node(operand)
@@ -130,7 +132,7 @@ class Quantizer:
 
     Attributes:
         variant: the graph it is in.
-        node: its quantize node.
+        node: its quantize node, or the one before that divides by a ratio of scales: the activation enters there.
         sites: the sites that it feeds; q, k and v may share one.
         scale: f32[G], or f32[1] for all timestep groups.
         zero_point: as many.
@@ -159,15 +161,20 @@ def activation_quantizers(program: Program) -> tuple[Quantizer, ...]:
     found = []
     for name, variant in program.variants.items():
         nodes = {node.name: node for node in variant.graph.nodes}
-        fed: dict[fx.Node, list[str]] = {}
+        fed: dict[fx.Node, list[QuantizedSite]] = {}
         for site in quantized_sites(variant):
-            fed.setdefault(_operand(_operand(nodes[site.product], 0), 0), []).append(site.name)
+            fed.setdefault(_operand(_operand(nodes[site.product], 0), 0), []).append(site)
         for quantize, sites in fed.items():
             low, high, *rest = quantize.args[3:]
             shift = rest[0] if quantize.target is ops.quantize_regions.default else 0
             assert isinstance(low, int) and isinstance(high, int) and isinstance(shift, int)
             scale, zero_point = (_selected(_operand(quantize, index), program) for index in (1, 2))
-            found.append(Quantizer(name, quantize.name, tuple(sites), scale, zero_point, low, high, shift))
+            names, first = tuple(site.name for site in sites), quantize
+            if sites[0].is_rescaled:
+                first = _operand(quantize, 0)
+                scale = scale / _selected(_operand(first, 1), program)
+            zero_point = zero_point.expand(len(scale))
+            found.append(Quantizer(name, first.name, names, scale, zero_point, low, high, shift))
     return tuple(found)
 
 

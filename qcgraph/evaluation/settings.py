@@ -244,7 +244,8 @@ def _uncompensated(subject: Subject) -> Runner:
     from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
 
     tables = {name: program.constants[name].numpy() for name in compensation_tables(program)}
-    return OnnxRuntimeRunner(subject.folder, program.interfaces, subject.threads, tables)
+    exact = subject.target.may_saturate
+    return OnnxRuntimeRunner(subject.folder, program.interfaces, subject.threads, tables, exact=exact)
 
 
 def _exported(subject: Subject, program: Program, folder: Path, progress: Progress) -> Runner:
@@ -256,7 +257,7 @@ def _exported(subject: Subject, program: Program, folder: Path, progress: Progre
 
     target = subject.target
     emit_onnx(program, folder, target.opset, progress, integer_products=target.integer_products)
-    return OnnxRuntimeRunner(folder, program.interfaces, subject.threads)
+    return OnnxRuntimeRunner(folder, program.interfaces, subject.threads, exact=target.may_saturate)
 
 
 def pin_threads(threads: int | None) -> None:

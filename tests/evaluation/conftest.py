@@ -18,7 +18,7 @@ def recipe() -> Recipe:
     )
 
 
-@pytest.fixture(scope="session", params=["torch", "onnxruntime-cpu"])
+@pytest.fixture(scope="session", params=["torch", "onnxruntime-cpu", "onnx"])
 def compiled(request: pytest.FixtureRequest, captured: Program, recipe: Recipe) -> Program:
-    """The tiny denoiser, compiled for a target: with linears as they are, and lowered."""
+    """The tiny denoiser, compiled for a target: with linears as they are, lowered, and with constant scales."""
     return default_pipeline(recipe, TARGETS[request.param]).run(captured)

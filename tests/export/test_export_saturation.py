@@ -35,6 +35,33 @@ def product(code):
 
 print(json.dumps([product(int(code)) for code in sys.argv[1:]]))
 """
+DEQUANTIZING = f"""
+import json
+import numpy as np, onnx
+from onnx import TensorProto as T, helper, numpy_helper
+from qcgraph.export.run_onnxruntime import load_session, session_options
+
+initializers = [
+    numpy_helper.from_array(np.full(({DEPTH}, 32), 127, np.int8), "w"),
+    numpy_helper.from_array(np.ones(32, np.float32), "sw"),
+    numpy_helper.from_array(np.float32(1), "s"),
+    numpy_helper.from_array(np.int8(0), "z"),
+]
+nodes = [
+    helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+    helper.make_node("DequantizeLinear", ["q", "s", "z"], ["a"]),
+    helper.make_node("DequantizeLinear", ["w", "sw"], ["b"], axis=1),
+    helper.make_node("MatMul", ["a", "b"], ["y"]),
+]
+inputs, outputs = (
+    [helper.make_tensor_value_info(name, T.FLOAT, shape)] for name, shape in (("x", [8, {DEPTH}]), ("y", [8, 32]))
+)
+graph = helper.make_graph(nodes, "g", inputs, outputs, initializers)
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10).SerializeToString()
+sessions = [load_session(model, session_options(1, exact=exact)) for exact in (False, True)]
+x = np.full((8, {DEPTH}), 127, np.float32)
+print(json.dumps([int(session.run(None, {{"x": x}})[0].min()) for session in sessions]))
+"""
 HIGH = TARGETS["onnxruntime-cpu"].weight_high
 EMULATOR = shutil.which("qemu-x86_64")
 
@@ -52,6 +79,22 @@ PATHS = os.pathsep.join(path for path in sys.path if path)
 @pytest.mark.parametrize("code", [HIGH, -HIGH])
 def test_the_largest_code_is_exact_on_this_cpu(code: int) -> None:
     assert products([code], []) == [[255 * code * DEPTH] * 2]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_targets_know_whether_they_may_saturate(name: str) -> None:
+    assert TARGETS[name].may_saturate == (TARGETS[name].weight_high > HIGH)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(EMULATOR is None, reason="qemu-user is not installed")
+def test_int8_activations_saturate_without_vnni_unless_they_are_multiplied_exactly() -> None:
+    """As `qcgraph.export.run_onnxruntime.session_options` promises, in the form that targets with such codes have."""
+    command = [str(EMULATOR), "-cpu", "Haswell", sys.executable, "-c", DEQUANTIZING]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    saturated, exact = json.loads(done.stdout)
+    assert exact == 127 * 127 * DEPTH
+    assert saturated < exact
 
 
 @pytest.mark.slow

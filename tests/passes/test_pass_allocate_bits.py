@@ -70,6 +70,16 @@ def test_the_budget_is_kept_and_used(planned: Program, run: Run, budget: float) 
     assert budget - 0.5 < spent <= budget + 1e-9
 
 
+@pytest.mark.parametrize("budget", [4.5, 5.5, 6.5])
+def test_without_groups_an_activation_has_the_same_bits_at_every_step(
+    planned: Program, run: Run, budget: float
+) -> None:
+    program = run(f"allocate-bits{{budget={budget} groups=false}}", planned)
+    activations = [site.activation for site in program.facts[QuantPlan].sites.values()]
+    assert all(not activation.bits and len(activation.scales) == 3 for activation in activations)
+    assert budget - 0.7 < average_bits(program) <= budget + 1e-9
+
+
 def test_more_bits_are_closer_to_full_precision(planned: Program, captured: Program, run: Run) -> None:
     exact = latents(captured)
     texts = [f"allocate-bits{{budget={budget}}},insert-qdq" for budget in (4, 5.5, 8)]

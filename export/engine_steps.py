@@ -1,0 +1,155 @@
+r"""What a network was fused to, read out of the bytes of an engine: a probe, and never an API.
+
+TensorRT does not say, without the GPU that an engine is for, whether a product stayed int8. But an engine of
+TensorRT-RTX holds its program as text, between other things::
+
+    header {                          inputs, outputs, regions of memory
+    descriptors {                     tensor={ ... name="q.1" ... type=int8 }
+    main {                            what runs on the GPU, a step a line
+      function={ name=__myl_MulAdd ... layers="[ONNX Layer: mul]\x1f[ONNX Layer: add]" }
+      fully_connected={ name="linear" ... input={"q.1" "weight" ...} ... }
+      runtime_fusion={ name=__myl_FcAdd ... binary=1 ... }
+    shape_main {                      arithmetic of shapes on the host
+
+and after it, for every ``runtime_fusion`` and in the order of their ``binary``, a program of the same form whose header
+names ``runtime-fusion-consts``. This was found by looking (TensorRT-RTX 1.7.1), is documented nowhere, and may change
+with every version: use it for counts in a report and in tests that are pinned to a version, for nothing that decides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+PROBED_VERSIONS = ("1.7",)  # of TensorRT-RTX: where the probe was compared with what was built
+
+_PROGRAM = b"header {\n  version = "
+_SECTION = re.compile(r"^(\w+) \{\n(.*?)^\}$", re.MULTILINE | re.DOTALL)
+_STEP = re.compile(r"^ +(\w+)=\{ (.*)$", re.MULTILINE)
+_NAME = re.compile(r'\bname=(?:"([^"]*)"|(\S+))')
+_TENSOR = re.compile(r'^ +(?:sub_)?tensor=\{.* name="([^"]*)".* type=(\w+) \}$', re.MULTILINE)
+_OPERANDS = re.compile(r"\binput=\{([^}]*)\}")
+_BINARY = re.compile(r"\bbinary=(\d+)")
+_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+_FUSION = "runtime-fusion"
+_CONTROL = ("cjmp", "jmp", "shape_call")  # jumps, and calls of the host
+_PRODUCT = "fully_connected"
+_ATTENTION = "_gemm_mha"
+_JUMP = "cjmp"
+
+
+@dataclass(frozen=True)
+class FusedStep:
+    """One step of an engine.
+
+    Attributes:
+        kind: ``function`` (a generated kernel), ``fully_connected`` (a product of matrices), ``runtime_fusion`` (a
+            product with what is before and after it), ``corrltn`` (a convolution) and others.
+        name: how TensorRT calls it.
+        layers: the ONNX nodes that it computes, or a part of which.
+        int8_gemms: products of two int8 matrices in it.
+    """
+
+    kind: str
+    name: str
+    layers: tuple[str, ...]
+    int8_gemms: int = 0
+
+
+@dataclass(frozen=True)
+class FusedSteps:
+    """The steps of an engine, in order.
+
+    Attributes:
+        steps: what runs on the GPU.
+        conditional_jumps: jumps that depend on a value.
+    """
+
+    steps: tuple[FusedStep, ...]
+    conditional_jumps: int
+
+    @property
+    def int8_gemms(self) -> int:
+        """Products of two int8 matrices; those that share an activation may have been merged into one."""
+        return sum(step.int8_gemms for step in self.steps)
+
+    @property
+    def fused_attention(self) -> int:
+        """Attentions that one kernel computes."""
+        return sum(step.name.startswith(_ATTENTION) for step in self.steps)
+
+
+@dataclass(frozen=True)
+class _Program:
+    """A program in an engine: its sections by name."""
+
+    sections: Mapping[str, str]
+
+    @property
+    def is_fusion(self) -> bool:
+        return _FUSION in self.sections.get("header", "")
+
+    @property
+    def main(self) -> str:
+        return self.sections.get("main", "")
+
+    @property
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Kind and text of every step."""
+        return ((match[1], match[2]) for match in _STEP.finditer(self.main))
+
+    @cached_property
+    def types(self) -> Mapping[str, str]:
+        """The element type of every tensor."""
+        return {match[1]: match[2] for match in _TENSOR.finditer(self.sections.get("descriptors", ""))}
+
+    def is_int8_product(self, kind: str, text: str) -> bool:
+        operands = _OPERANDS.search(text) if kind == _PRODUCT else None
+        names = re.findall(r'"([^"]*)"', operands[1])[:2] if operands else []
+        return len(names) == 2 and all(self.types.get(name) == "int8" for name in names)
+
+    @property
+    def int8_products(self) -> int:
+        return sum(self.is_int8_product(kind, text) for kind, text in self.lines)
+
+
+def fused_steps(engine: bytes | memoryview) -> FusedSteps | None:
+    """The steps of an engine of TensorRT-RTX, as far as its bytes tell.
+
+    Args:
+        engine: the serialized engine.
+
+    Returns:
+        The steps, or None where no program was found: another version may write engines in another way.
+    """
+    programs = list(_programs(bytes(engine)))
+    steps: list[FusedStep] = []
+    for index, program in enumerate(programs):
+        if not program.is_fusion:
+            steps += _steps(program, programs[index + 1 :])
+    jumps = sum(len(re.findall(rf"\b{_JUMP}\b", program.main)) for program in programs)
+    return FusedSteps(tuple(steps), jumps) if steps else None
+
+
+def _programs(engine: bytes) -> Iterator[_Program]:
+    start = engine.find(_PROGRAM)
+    while start >= 0:
+        end = engine.find(b"\0", start)
+        text = engine[start : end if end >= 0 else None].decode("utf-8", "replace")
+        yield _Program({match[1]: match[2] for match in _SECTION.finditer(text)})
+        start = engine.find(_PROGRAM, start + len(_PROGRAM))
+
+
+def _steps(program: _Program, following: Sequence[_Program]) -> Iterator[FusedStep]:
+    for kind, text in program.lines:
+        if kind in _CONTROL:
+            continue
+        name = _NAME.search(text)
+        int8 = int(program.is_int8_product(kind, text))
+        binary = _BINARY.search(text)
+        if kind == "runtime_fusion" and binary and int(binary[1]) < len(following):
+            int8 = following[int(binary[1])].int8_products
+        layers = tuple(dict.fromkeys(_LAYER.findall(text)))
+        yield FusedStep(kind, (name[1] or name[2]) if name else "", layers, int8)

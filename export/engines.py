@@ -1,0 +1,200 @@
+"""From a bundle to a folder of engines: one of every variant for every compute capability, written in one piece."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qcgraph.bundle import Bundle
+from qcgraph.bundle.engines import (
+    ENGINES,
+    Batch,
+    Engine,
+    EngineRecord,
+    check_engines_output,
+    read_engines,
+    source_of,
+    write_record,
+    writing_engines,
+)
+from qcgraph.errors import UsageError
+from qcgraph.export import tensorrt
+from qcgraph.export.engine_steps import PROBED_VERSIONS, FusedSteps, fused_steps
+from qcgraph.modulation import TOGETHER
+from qcgraph.progress import Progress
+from qcgraph.spec import is_preparation
+from qcgraph.steps import StepPlan
+
+SAMPLES_AT_MOST = 8  # that an engine takes at once, unless it is told otherwise
+
+
+def build_engines(
+    bundle: Bundle,
+    capabilities: Sequence[str],
+    output: Path | None = None,
+    batch: Batch | None = None,
+    *,
+    provider: str = "tensorrt-rtx",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> EngineRecord:
+    """Build an engine of every variant of a bundle for every compute capability.
+
+    Nothing is written before all of them are built.
+
+    Args:
+        bundle: a bundle with ONNX graphs.
+        capabilities: compute capabilities of GPUs, such as ``8.9``.
+        output: the folder to write; ``engines`` in the bundle unless it is given.
+        batch: the batches that the engines are to take (see `batch_for`); by default one to eight samples.
+        provider: see `qcgraph.export.tensorrt.PROVIDERS`.
+        force: whether engines that are there are replaced.
+        progress: reports the engines.
+
+    Raises:
+        UsageError: the bundle has no ONNX graphs, TensorRT is not installed or cannot hold a graph, or an option is
+            wrong; says which.
+        BundleError: a graph is not what the plan says.
+    """
+    progress, place = progress or Progress(), output or bundle.path / ENGINES
+    graphs = _graphs(bundle)
+    batches = {variant: batch_for(variant, batch or default_batch(bundle.plan), bundle.plan) for variant in graphs}
+    module = tensorrt.load_provider(provider)
+    wanted = _check_capabilities(module, capabilities, provider)
+    check_engines_output(place, force=force)
+    _refuse_problems(module, graphs)
+    with writing_engines(place, force=force) as folder:
+        engines = []
+        for variant, capability in [(variant, capability) for variant in graphs for capability in wanted]:
+            progress.note(f"building {variant} for {capability}")
+            interface = bundle.interfaces[variant]
+            built = tensorrt.build(module, graphs[variant], interface, batches[variant], capability, progress)
+            fused = fused_steps(built.engine) if module.__version__.startswith(PROBED_VERSIONS) else None
+            engine = _written(built, folder, variant, capability, batches[variant])
+            if fused is not None:
+                engine = engine.model_copy(update=_counts(fused, quantized_products(graphs[variant])))
+            if engine.not_int8:
+                progress.note(f"  not multiplied as int8: {', '.join(engine.not_int8)}")
+            engines.append(engine)
+        write_record(folder, provider, module.__version__, source_of(bundle), tuple(engines))
+    return read_engines(place)
+
+
+def parse_batch(text: str) -> Batch:
+    """The batches of ``MIN,OPT,MAX``.
+
+    Raises:
+        UsageError: these are not three whole numbers, 1 <= MIN <= OPT <= MAX.
+    """
+    hint = "for example --batch 2,2,16: MIN, OPT and MAX, each at least the one before"
+    try:
+        minimum, optimum, maximum = (int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{text!r} is not three whole numbers", where="--batch", hint=hint) from None
+    if minimum < 1:
+        raise UsageError(f"the smallest batch is 1, not {minimum}", where="--batch", hint=hint)
+    if not minimum <= optimum <= maximum:
+        raise UsageError(f"{text!r} does not rise", where="--batch", hint=hint)
+    return Batch(minimum=minimum, optimum=optimum, maximum=maximum)
+
+
+def default_batch(plan: StepPlan) -> Batch:
+    """One sample to `SAMPLES_AT_MOST`, tuned for one; the denoiser sees each twice under guidance."""
+    return Batch(minimum=plan.halves, optimum=plan.halves, maximum=plan.halves * SAMPLES_AT_MOST)
+
+
+def batch_for(variant: str, batch: Batch, plan: StepPlan) -> Batch:
+    """The batches of one variant.
+
+    A variant that prepares others sees many steps at once, see `qcgraph.modulation.Modulation`.
+
+    Raises:
+        UsageError: the variant takes both halves of guidance, and a batch is odd.
+    """
+    odd = [size for size in (batch.minimum, batch.optimum, batch.maximum) if size % 2]
+    if odd and variant in plan.paired:
+        raise UsageError(
+            f"{variant} takes both halves of guidance in one batch, and {odd[0]} is odd",
+            where="--batch",
+            hint="give even numbers: two a sample",
+        )
+    if is_preparation(variant):
+        most = max(TOGETHER, batch.maximum)
+        return Batch(minimum=batch.minimum, optimum=max(batch.optimum, min(TOGETHER, most)), maximum=most)
+    return batch
+
+
+def _graphs(bundle: Bundle) -> dict[str, Path]:
+    names = {variant: f"{variant}.onnx" for variant in bundle.interfaces}
+    if missing := [name for name in names.values() if name not in bundle.manifest.files]:
+        raise UsageError(
+            f"has no {missing[0]}: it was compiled for {bundle.manifest.target}",
+            where=str(bundle.path),
+            hint="compile it for a target with ONNX graphs (see qcgraph targets)",
+        )
+    return {variant: bundle.file(name) for variant, name in names.items()}
+
+
+def _check_capabilities(module: Any, capabilities: Sequence[str], provider: str) -> tuple[str, ...]:
+    offered = tensorrt.compute_capabilities(module)
+    where, hint = "--compute-capability", f"known: {', '.join(offered)}"
+    if not capabilities:
+        raise UsageError("no compute capability is given", where=where, hint=hint)
+    for capability in capabilities:
+        if capability not in offered:
+            title = tensorrt.PROVIDERS[provider].title
+            raise UsageError(f"{title} {module.__version__} does not build for {capability!r}", where=where, hint=hint)
+    return tuple(dict.fromkeys(capabilities))
+
+
+def _refuse_problems(module: Any, graphs: dict[str, Path]) -> None:
+    """Refuse graphs that cannot be built, all at once and before the first is built."""
+    found = {path.name: tensorrt.problems(module, path) for path in graphs.values()}
+    refused = {name: problems for name, problems in found.items() if problems}
+    if refused:
+        raise tensorrt.refusal(refused)
+
+
+def quantized_products(graph: Path) -> tuple[str, ...]:
+    """The nodes of an ONNX graph that multiply two dequantized matrices."""
+    import onnx
+
+    nodes = onnx.load(graph, load_external_data=False).graph.node
+    dequantized = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
+    products = (node for node in nodes if node.op_type in ("MatMul", "Gemm"))
+    return tuple(node.name for node in products if dequantized.issuperset(node.input[:2]))
+
+
+def _written(built: tensorrt.Built, folder: Path, variant: str, capability: str, batch: Batch) -> Engine:
+    """The record of an engine that is now in the folder; nothing is known of its steps."""
+    name = f"{variant}.sm{capability.replace('.', '')}.engine"
+    (folder / name).write_bytes(built.engine)
+    return Engine(
+        variant=variant,
+        file=name,
+        sha256=hashlib.sha256(built.engine).hexdigest(),
+        bytes=built.engine.nbytes,
+        compute_capability=capability,
+        batch=batch,
+        seconds=round(built.seconds, 2),
+        layers=built.layers,
+        steps=None,
+        int8_gemms=None,
+        not_int8=None,
+        fused_attention=None,
+        conditional_jumps=None,
+    )
+
+
+def _counts(fused: FusedSteps, quantized: Sequence[str]) -> dict[str, object]:
+    """What the probe tells, as fields of `Engine`."""
+    int8 = {layer for step in fused.steps if step.int8_gemms for layer in step.layers}
+    return {
+        "steps": len(fused.steps),
+        "int8_gemms": fused.int8_gemms,
+        "not_int8": tuple(name for name in quantized if name not in int8),
+        "fused_attention": fused.fused_attention,
+        "conditional_jumps": fused.conditional_jumps,
+    }

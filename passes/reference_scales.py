@@ -1,0 +1,154 @@
+"""reference-scales: scales that a timestep group selects, as a constant scale between two multiplications."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from qcgraph.errors import ContractError
+from qcgraph.ir.edit import GraphEditor, with_edits
+from qcgraph.ir.graph import Variant, module_path
+from qcgraph.ir.program import Program
+from qcgraph.pipeline import Pass, PassContext
+
+aten = torch.ops.aten
+ops = torch.ops.qcgraph
+QUANTIZES = (ops.quantize.default, ops.quantize_regions.default)
+# Why an activation cannot have a constant scale, and what plans one that can.
+ASYMMETRIC = ("its zero points are not 0", "plan-quant{symmetric=true}")
+REGIONS = ("it has two regions", "search-scales{regions=false}")
+GROUP_BITS = ("it has other bits in other timestep groups", "allocate-bits{groups=false}")
+NOT_LOWERED = ("its linear layer is not lowered", "lower-linear before")
+NO_PRODUCT = ("it enters what is not a product", "quantize-attention{regions=false}")
+
+
+@dataclass(frozen=True)
+class ReferenceScales(Pass):
+    """Give quantizers constant scales, and multiply by what the scale of a timestep group differs from them by.
+
+    With the scale s_g of a group, one constant s0 of the activation and r_g = s_g / s0, a product is
+    dequantize(quantize(x * (1 / r_g), s0), s0) W * r_g: 1 / r_g and r_g are selected by the group, and what is between
+    is the same at every step, the form that TensorRT runs in int8. s0 is the geometric mean of the scales, so that
+    r_g stays near 1. An activation with one scale for all groups is left as it is.
+
+    One that has a zero point, two regions or other bits in other groups does not have this form; all such are named in
+    the error.
+    """
+
+    name: ClassVar[str] = "reference-scales"
+
+    def run(self, program: Program, context: PassContext) -> Program:
+        found = {name: list(_quantized_activations(variant)) for name, variant in program.variants.items()}
+        _check([node for nodes in found.values() for node in nodes], program)
+        edits: dict[str, GraphEditor] = {}
+        for name, nodes in found.items():
+            selected = [node.name for node in nodes if _scale(node).target is ops.select.default]
+            if selected:
+                editor = edits[name] = GraphEditor(program.variants[name], program.constants, self.name)
+                _rescale_products(
+                    editor, dict(_with_reference(editor, editor.node(node), program) for node in selected)
+                )
+        return with_edits(program, edits)
+
+
+def reference_scale(scales: torch.Tensor) -> torch.Tensor:
+    """The geometric mean f32[] of scales f32[G]; exactly that scale where all are equal."""
+    wide = scales.double()
+    return (wide[0] * (wide / wide[0]).log().mean().exp()).float()
+
+
+def _quantized_activations(variant: Variant) -> Iterator[fx.Node]:
+    """The nodes that dequantize what was quantized in the graph, in order."""
+    for node in variant.graph.nodes:
+        if node.target is ops.dequantize.default and getattr(node.args[0], "target", None) in QUANTIZES:
+            yield node
+
+
+def _check(dequantized: list[fx.Node], program: Program) -> None:
+    """Refuse activations that cannot have a constant scale.
+
+    Raises:
+        ContractError: names all of them, each with its reason.
+    """
+    reasons = {module_path(node) or node.name: reason for node in dequantized if (reason := _reason(node, program))}
+    if not reasons:
+        return
+    remedies = dict.fromkeys(remedy for _, remedy in reasons.values())
+    raise ContractError(
+        "cannot have constant scales: " + ", ".join(f"{name} ({reason})" for name, (reason, _) in reasons.items()),
+        hint=f"plan them with {', '.join(remedies)}",
+    )
+
+
+def _reason(dequantize: fx.Node, program: Program) -> tuple[str, str] | None:
+    """Why an activation cannot have a constant scale, and what would help; None when it can."""
+    quantize, zero_point = (_operand(dequantize, index) for index in (0, 2))
+    if quantize.target is ops.quantize_regions.default:
+        return REGIONS
+    if bool(program.constants[_table(zero_point)].any()):
+        return ASYMMETRIC
+    value = _operand(quantize, 0)
+    if value.target is aten.clamp.Tensor and any(node.target is ops.select.default for node in value.all_input_nodes):
+        return GROUP_BITS
+    users = {user.target for user in dequantize.users}
+    if _scale(dequantize).target is not ops.select.default or users <= {aten.matmul.default}:
+        return None
+    return NOT_LOWERED if aten.linear.default in users else NO_PRODUCT
+
+
+def _with_reference(editor: GraphEditor, dequantize: fx.Node, program: Program) -> tuple[fx.Node, fx.Node]:
+    """Quantize and dequantize with the constant scale; what now dequantizes, and its r_g."""
+    quantize, scale, zero_point = (_operand(dequantize, index) for index in range(3))
+    table, zeros, group = _table(scale), _table(zero_point), _operand(scale, 1)
+    scales = program.constants[table]
+    reference = reference_scale(scales)
+    with editor.before(quantize):
+        constants = (
+            editor.constant(f"{table}_reference", reference, quantize),
+            editor.constant(f"{zeros}_reference", program.constants[zeros][0].clone(), quantize),
+        )
+        ratio, inverse = (
+            editor.call(
+                ops.select.default, editor.constant(f"{table}_{name}", values, quantize), group, source=quantize
+            )
+            for name, values in (("ratio", scales / reference), ("inverse", reference / scales))
+        )
+        divided = editor.call(aten.mul.Tensor, _operand(quantize, 0), inverse, source=quantize)
+        codes = editor.call(ops.quantize.default, divided, *constants, *quantize.args[3:], source=quantize)
+        result = editor.call(ops.dequantize.default, codes, *constants, dequantize.args[3], source=dequantize)
+    dequantize.replace_all_uses_with(result)
+    return result, ratio
+
+
+def _rescale_products(editor: GraphEditor, ratios: dict[fx.Node, fx.Node]) -> None:
+    """Multiply every product by the r_g of its factors."""
+    products = dict.fromkeys(product for dequantized in ratios for product in dequantized.users)
+    for product in products:
+        factors = [ratios[node] for node in product.args if isinstance(node, fx.Node) and node in ratios]
+        users = list(product.users)
+        with editor.before(product.next):
+            factor = factors[0]
+            for other in factors[1:]:
+                factor = editor.call(aten.mul.Tensor, factor, other, source=product)
+            rescaled = editor.call(aten.mul.Tensor, product, factor, source=product)
+        for user in users:
+            user.replace_input_with(product, rescaled)
+
+
+def _scale(dequantize: fx.Node) -> fx.Node:
+    return _operand(dequantize, 1)
+
+
+def _operand(node: fx.Node, index: int) -> fx.Node:
+    operand = node.args[index]
+    assert isinstance(operand, fx.Node)
+    return operand
+
+
+def _table(parameter: fx.Node) -> str:
+    """The constant that a parameter is, or is selected from."""
+    return str((parameter if parameter.op == "get_attr" else _operand(parameter, 0)).target)

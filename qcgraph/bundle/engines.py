@@ -1,0 +1,215 @@
+"""A folder of engines that were built of a bundle: ``engines.json`` and one file an engine. Plain data, no TensorRT."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from qcgraph import atomic
+from qcgraph.bundle.manifest import MANIFEST, parsed
+from qcgraph.bundle.read import Bundle
+from qcgraph.errors import BundleError, UsageError
+
+ENGINES = "engines"  # the folder in a bundle, unless another place is asked for
+RECORD = "engines.json"
+RECORD_FORMAT = 1
+
+
+class Batch(BaseModel):
+    """The batches that an engine takes, counted as its graph counts them: under guidance two a sample.
+
+    Attributes:
+        minimum: the smallest.
+        optimum: the one that the engine is tuned for.
+        maximum: the largest; an engine reserves memory for it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    minimum: int
+    optimum: int
+    maximum: int
+
+    def __str__(self) -> str:
+        return f"{self.minimum},{self.optimum},{self.maximum}"
+
+
+class Engine(BaseModel):
+    """One engine.
+
+    Attributes:
+        variant: the variant that it runs.
+        file: its name in the folder.
+        sha256: of the file.
+        bytes: of the file.
+        compute_capability: of the GPUs that it runs on, such as ``8.9``.
+        batch: the batches that it takes.
+        seconds: what building it took.
+        layers: layers of the network before fusion.
+        steps: what the network was fused to; None where that cannot be seen, as in the next four.
+        int8_gemms: products of int8 matrices among them; products that share an activation may be merged into one.
+        not_int8: nodes of the graph that multiply quantized values and became no part of an int8 product.
+        fused_attention: fused attention kernels among them.
+        conditional_jumps: jumps in the engine that depend on a value.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    variant: str
+    file: str
+    sha256: str
+    bytes: int
+    compute_capability: str
+    batch: Batch
+    seconds: float
+    layers: int
+    steps: int | None
+    int8_gemms: int | None
+    not_int8: tuple[str, ...] | None
+    fused_attention: int | None
+    conditional_jumps: int | None
+
+
+class Source(BaseModel):
+    """What engines were built of.
+
+    Attributes:
+        model: the model of the bundle.
+        target: its target.
+        manifest: sha256 of its manifest, and thereby of all in it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    target: str
+    manifest: str
+
+
+class EngineRecord(BaseModel):
+    """What ``engines.json`` holds.
+
+    Attributes:
+        format: the layout of the record.
+        qcgraph: the version of qcgraph that wrote it.
+        provider: what built the engines, such as ``tensorrt-rtx``.
+        version: its version; an engine runs with that one.
+        source: the bundle.
+        engines: the engines, by variant and then by compute capability.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int
+    qcgraph: str
+    provider: str
+    version: str
+    source: Source
+    engines: tuple[Engine, ...]
+
+
+def source_of(bundle: Bundle) -> Source:
+    """The identity of a bundle, for the record of its engines."""
+    manifest = (bundle.path / MANIFEST).read_bytes()
+    return Source(
+        model=bundle.manifest.model, target=bundle.manifest.target, manifest=hashlib.sha256(manifest).hexdigest()
+    )
+
+
+def read_engines(folder: Path) -> EngineRecord:
+    """The record of a folder of engines.
+
+    Raises:
+        BundleError: there is none, or it is malformed or of another format.
+    """
+    path = folder / RECORD
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"cannot be read: {error}", where=str(path), hint="build the engines again") from None
+    record = parsed(str(path), text, EngineRecord.model_validate)
+    if record.format != RECORD_FORMAT:
+        raise BundleError(
+            f"has format {record.format}, not {RECORD_FORMAT}", where=str(path), hint="build the engines again"
+        )
+    return record
+
+
+def has_engines(folder: Path) -> bool:
+    """Whether a folder holds engines that qcgraph built, of any format and in whatever state."""
+    return bool(engine_files(folder))
+
+
+def engine_files(folder: Path) -> frozenset[str]:
+    """The names of the files of a folder of engines; empty where it is none."""
+    try:
+        data = json.loads((folder / RECORD).read_text("utf-8"))
+        return frozenset({RECORD, *(str(engine["file"]) for engine in data["engines"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return frozenset()
+
+
+def check_engines_output(path: Path, *, force: bool) -> None:
+    """Refuse a place that engines cannot be written to; call it before any work begins.
+
+    Raises:
+        UsageError: something is there (with ``force``: something else than engines), the folder around it cannot be
+            written, or another process writes there now.
+    """
+    place = atomic.resolved(path)
+    if not place.parent.is_dir():
+        atomic.check_creatable(place)
+        return
+    with atomic.locked(place):
+        atomic.clear(place, has_engines)
+        _check_replaceable(place, path, force=force)
+
+
+@contextmanager
+def writing_engines(path: Path, *, force: bool) -> Iterator[Path]:
+    """Write a folder of engines in one piece: the body fills the one that it is given.
+
+    Raises:
+        UsageError: see `check_engines_output`.
+    """
+    check_engines_output(path, force=force)
+    place = atomic.resolved(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.locked(place):
+        _check_replaceable(place, path, force=force)
+        with atomic.replacing_folder(place, has_engines) as folder:
+            yield folder
+
+
+def write_record(folder: Path, provider: str, version: str, source: Source, engines: tuple[Engine, ...]) -> None:
+    """Write ``engines.json`` into a folder that holds the engines."""
+    record = EngineRecord(
+        format=RECORD_FORMAT,
+        qcgraph=metadata.version("qcgraph"),
+        provider=provider,
+        version=version,
+        source=source,
+        engines=engines,
+    )
+    (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n", "utf-8")
+
+
+def _check_replaceable(place: Path, path: Path, *, force: bool) -> None:
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        return
+    files = engine_files(place)
+    if not files:
+        raise UsageError("exists and holds no engines", where=str(path), hint="choose another place, or move it away")
+    if not force:
+        raise UsageError("exists", where=str(path), hint="give --force to replace it, or choose another place")
+    strangers = sorted({item.name for item in place.iterdir() if not item.name.startswith(".")} - files)
+    if strangers:
+        raise UsageError(
+            f"holds {strangers[0]}, which qcgraph did not write", where=str(path), hint="move that file away first"
+        )
