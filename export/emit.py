@@ -37,7 +37,13 @@ _NODE = re.compile(r"%(\w+) :")
 
 
 def emit_onnx(
-    program: Program, folder: Path, opset: int, progress: Progress, *, integer_products: bool
+    program: Program,
+    folder: Path,
+    opset: int,
+    progress: Progress,
+    *,
+    integer_products: bool,
+    heads_in_place: bool = True,
 ) -> tuple[str, ...]:
     """Write the program, its weights, and an ONNX graph of every variant into a folder that exists.
 
@@ -51,6 +57,7 @@ def emit_onnx(
         opset: the ONNX opset.
         progress: reports the variants.
         integer_products: whether quantized products multiply integers (see `qcgraph.export.targets.Target`).
+        heads_in_place: whether attention takes its heads where the projection puts them (see there).
 
     Returns:
         The names of the graph files.
@@ -61,7 +68,9 @@ def emit_onnx(
     models = {}
     for variant in program.variants:
         progress.note(f"exporting {variant} to ONNX")
-        models[variant] = _translate(program, variant, opset, integer_products)
+        models[variant] = _translate(
+            program, variant, opset, integer_products=integer_products, heads_in_place=heads_in_place
+        )
     tensors = _Tensors(program)
     names = {variant: tensors.place(model, variant) for variant, model in models.items()}
     save_program(program, folder, tensors.exported)
@@ -89,7 +98,7 @@ def tensor_places(path: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def _translate(program: Program, variant: str, opset: int, integer_products: bool) -> ir.Model:
+def _translate(program: Program, variant: str, opset: int, *, integer_products: bool, heads_in_place: bool) -> ir.Model:
     """One variant as an ONNX model whose initializers are, in memory, the tensors of the program."""
     from onnxscript import ir
     from onnxscript.optimizer import optimize_ir
@@ -116,7 +125,8 @@ def _translate(program: Program, variant: str, opset: int, integer_products: boo
     except Exception as error:  # the exporter raises many types; each means that this variant cannot be exported
         raise _refusal(variant, error) from error
     _rename(model, _names(decomposed.graph, program.variants[variant].graph), program.constants)
-    keep_heads_in_place(model)
+    if heads_in_place:
+        keep_heads_in_place(model)
     if integer_products:
         multiply_integers(model)
     else:

@@ -28,6 +28,8 @@ class Target:
             other bits in other timestep groups.
         integer_products: whether ONNX graphs multiply integers and scale the result, which brings biases into ONNX
             Runtime's int8 kernel; else they multiply dequantized values.
+        heads_in_place: whether attention takes its heads where the projection puts them, without transposes. ONNX
+            Runtime is faster so; TensorRT-RTX then splits the weight of q, k and v, and multiplies in floating point.
         backend: what runs the bundle unless it is told otherwise.
     """
 
@@ -40,7 +42,13 @@ class Target:
     emits_onnx: bool
     constant_scales: bool
     integer_products: bool
+    heads_in_place: bool
     backend: str
+
+    @property
+    def forms(self) -> dict[str, bool]:
+        """What `qcgraph.export.emit.emit_onnx` is told of it."""
+        return {"integer_products": self.integer_products, "heads_in_place": self.heads_in_place}
 
     @property
     def may_saturate(self) -> bool:
@@ -61,6 +69,7 @@ _TORCH = Target(
     emits_onnx=False,
     constant_scales=False,
     integer_products=False,
+    heads_in_place=False,
     backend="torch",
 )
 
@@ -76,6 +85,7 @@ _ONNXRUNTIME_CPU = Target(
     emits_onnx=True,
     constant_scales=False,
     integer_products=True,
+    heads_in_place=True,
     backend="onnxruntime",
 )
 
@@ -89,6 +99,7 @@ _ONNX = Target(
     emits_onnx=True,
     constant_scales=True,
     integer_products=False,
+    heads_in_place=False,
     backend="onnxruntime",  # also of the targets below: running the same graphs on the CPU is how they are checked
 )
 

@@ -308,7 +308,7 @@ def _export(program: Program, folder: Path, target: Target, progress: Progress, 
     from qcgraph.export.emit import emit_onnx
 
     with timer.stage("export"):
-        emit_onnx(program, folder, target.opset, progress, integer_products=target.integer_products)
+        emit_onnx(program, folder, target.opset, progress, **target.forms)
     progress.note("verifying the exported graphs")
     with timer.stage("verify"):
         checks = verify_export(program, folder, target, program.interfaces, progress)

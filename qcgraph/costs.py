@@ -39,7 +39,7 @@ def measure_costs(program: Program, target: Target, progress: Progress) -> dict[
         return _turns(TorchRunner(program), program)
     legal = Pipeline.parse(target.legalize).run(program) if target.legalize else program
     with tempfile.TemporaryDirectory(prefix="qcgraph-") as folder:
-        emit_onnx(legal, Path(folder), target.opset, progress, integer_products=target.integer_products)
+        emit_onnx(legal, Path(folder), target.opset, progress, **target.forms)
         return _turns(OnnxRuntimeRunner(Path(folder), legal.interfaces, exact=target.may_saturate), legal)
 
 

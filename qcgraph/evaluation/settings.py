@@ -256,7 +256,7 @@ def _exported(subject: Subject, program: Program, folder: Path, progress: Progre
     from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
 
     target = subject.target
-    emit_onnx(program, folder, target.opset, progress, integer_products=target.integer_products)
+    emit_onnx(program, folder, target.opset, progress, **target.forms)
     return OnnxRuntimeRunner(folder, program.interfaces, subject.threads, exact=target.may_saturate)
 
 
