@@ -18,7 +18,7 @@ demo: $(VENV)/installed
 	@echo "the compiled model and its report: out/demo/"
 
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 # The stamps: an installation is repeated only when pyproject.toml changes. The code itself is used in place.
 $(VENV)/created:

@@ -23,7 +23,7 @@ from qcgraph.facts import ActivationQuant
 SMALLEST = torch.finfo(torch.float32).tiny
 BINS = 4096  # 16 for each code at 8 bits
 TOGETHER = 16  # candidates
-FACTORS = torch.linspace(0.45, 1.0, 23, dtype=torch.float64)  # of the observed range, at either end
+FACTORS = torch.linspace(0.45, 1.0, 12, dtype=torch.float64)  # of the observed range, at either end
 
 
 class Histogram:

@@ -20,7 +20,6 @@ LABELS = list(range(10)) * 2
 CASES = [  # each part of the form once; a compilation takes seconds
     ("tensorrt-rtx", "w8a8", ""),
     ("onnx-opset21", "w6a6", "[quantization]\nattention = true\n"),
-    ("onnx", "auto=6", ""),
 ]
 
 
