@@ -29,7 +29,7 @@ from qcgraph.ir.quantizers import parameter, quantize_pair
 from qcgraph.ir.structure import find_sites
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.region_search import ProbabilityScores, region_codes
-from qcgraph.scale_search import Histogram, merged, search
+from qcgraph.scale_search import Histogram, search_groups
 from qcgraph.steps import StepPlan
 
 aten = torch.ops.aten
@@ -112,9 +112,7 @@ class QuantizeAttention(Pass):
         covers = self.objective == "range"
         found = {}
         for operand, histogram in statistics.histograms.items():
-            quant, groups = self._codes(operand), range(len(histogram.weights))
-            results = [search(histogram, group, quant, clipping, covers=covers) for group in groups]
-            found[operand] = merged(quant, [(result.scale, result.zero_point) for result in results])
+            found[operand], _ = search_groups(histogram, self._codes(operand), clipping, covers=covers)
         probabilities, reason = statistics.probabilities.best(regions=self.regions)
         if reason:
             context.refuse(f"{name}.{PROBABILITIES}", reason)

@@ -15,7 +15,7 @@ from qcgraph.facts import ActivationQuant, CalibrationSet, QuantPlan, Ranges
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
 from qcgraph.pipeline import Pass, PassContext
-from qcgraph.scale_search import Halves, Histogram, merged, score_of_planes, search, search_shared
+from qcgraph.scale_search import Halves, Histogram, merged, score_of_planes, search_groups, search_shared
 from qcgraph.steps import StepPlan
 
 aten = torch.ops.aten
@@ -139,10 +139,8 @@ class _Activation:
 
     def best(self, quant: ActivationQuant) -> _Choice:
         """The best scale for each timestep group."""
-        every = range(len(self.histogram.weights))
-        found = [search(self.histogram, group, quant, self.clipping, covers=self.covers) for group in every]
-        error = sum(found[group].error for group in self.groups)
-        return _Choice(merged(quant, [(item.scale, item.zero_point) for item in found]), error)
+        best, found = search_groups(self.histogram, quant, self.clipping, covers=self.covers)
+        return _Choice(best, sum(found[group].error for group in self.groups))
 
     def in_regions(self, planned: ActivationQuant, one: _Choice) -> tuple[_Choice, str]:
         """Two regions where they leave enough less error than one, else that one and the reason (TQ-DiT's MRQ)."""

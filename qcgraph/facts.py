@@ -312,6 +312,11 @@ class AttentionQuant:
     probabilities: ActivationQuant | RegionQuant
     value: ActivationQuant
 
+    @property
+    def operands(self) -> dict[str, ActivationQuant | RegionQuant]:
+        """The codes of each operand, by name."""
+        return {"query": self.query, "key": self.key, "probabilities": self.probabilities, "value": self.value}
+
 
 @dataclass(frozen=True)
 class AttentionPlan:

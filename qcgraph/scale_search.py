@@ -147,6 +147,15 @@ def search(histogram: Histogram, group: int, quant: ActivationQuant, clipping: f
     return Found(float(scales[best]), int(zeros[best]), float(errors[best]))
 
 
+def search_groups(
+    histogram: Histogram, quant: ActivationQuant, clipping: float, *, covers: bool = False
+) -> tuple[ActivationQuant, list[Found]]:
+    """The codes with the parameters of the least score for each timestep group, and what was found; see `search`."""
+    groups = range(len(histogram.weights))
+    found = [search(histogram, group, quant, clipping, covers=covers) for group in groups]
+    return merged(quant, [(item.scale, item.zero_point) for item in found]), found
+
+
 def search_shared(histogram: Histogram, quant: ActivationQuant, clipping: float, *, covers: bool = False) -> Found:
     """The parameters of the least score for all timestep groups together; see `search`."""
     groups = range(len(histogram.weights))

@@ -7,7 +7,7 @@ from typing import Any
 
 from qcgraph.bundle import Bundle
 from qcgraph.cli.output import print_table
-from qcgraph.facts import ActivationQuant, AttentionPlan, AttentionQuant, QuantPlan, RegionQuant
+from qcgraph.facts import ActivationQuant, AttentionPlan, QuantPlan, RegionQuant
 
 
 def scales(bundle: Bundle) -> list[dict[str, Any]]:
@@ -18,13 +18,8 @@ def scales(bundle: Bundle) -> list[dict[str, Any]]:
         for name, site in (linears.sites if linears else {}).items()
     ]
     for name, attention in (attentions.sites if attentions else {}).items():
-        rows += _operands(name, attention)
+        rows += [_activation(f"{name}.{operand}", quant) for operand, quant in attention.operands.items()]
     return rows
-
-
-def _operands(name: str, quant: AttentionQuant) -> list[dict[str, Any]]:
-    operands = {"query": quant.query, "key": quant.key, "probabilities": quant.probabilities, "value": quant.value}
-    return [_activation(f"{name}.{operand}", found) for operand, found in operands.items()]
 
 
 def _activation(name: str, quant: ActivationQuant | RegionQuant) -> dict[str, Any]:

@@ -203,10 +203,9 @@ def _attention(plan: AttentionPlan) -> list[str]:
 
 def describe_attention(site: AttentionQuant) -> str:
     """One line: the codes and scales of the products of an attention."""
-    operands = {"query": site.query, "key": site.key, "probabilities": site.probabilities, "value": site.value}
     texts = (
         f"{name} {_regions(quant) if isinstance(quant, RegionQuant) else _codes(quant)}"
-        for name, quant in operands.items()
+        for name, quant in site.operands.items()
     )
     return "; ".join(texts)
 
