@@ -9,15 +9,14 @@ from typing import Any
 
 from qcgraph.bundle import Bundle
 from qcgraph.bundle.engines import (
+    ENGINE_FOLDER,
     ENGINES,
     Batch,
     Engine,
     EngineRecord,
-    check_engines_output,
     read_engines,
     source_of,
     write_record,
-    writing_engines,
 )
 from qcgraph.errors import UsageError
 from qcgraph.export import tensorrt
@@ -63,9 +62,9 @@ def build_engines(
     batches = {variant: batch_for(variant, batch or default_batch(bundle.plan), bundle.plan) for variant in graphs}
     module = tensorrt.load_provider(provider)
     wanted = _check_capabilities(module, capabilities, provider)
-    check_engines_output(place, force=force)
+    ENGINE_FOLDER.check(place, force=force)
     _refuse_problems(module, graphs)
-    with writing_engines(place, force=force) as folder:
+    with ENGINE_FOLDER.writing(place, force=force) as folder:
         engines = []
         for variant, capability in [(variant, capability) for variant in graphs for capability in wanted]:
             progress.note(f"building {variant} for {capability}")

@@ -16,7 +16,6 @@ from qcgraph.ir.quantizers import quantize_pair
 from qcgraph.ir.structure import Site, find_sites
 from qcgraph.pipeline import Pass, PassContext
 
-aten = torch.ops.aten
 ops = torch.ops.qcgraph
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from qcgraph.errors import UsageError
@@ -19,6 +20,64 @@ from qcgraph.errors import UsageError
 _ELSEWHERE = "choose another place"
 
 IsOurs = Callable[[Path], bool]
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """A kind of folder that is written in one piece, and never over anybody's data.
+
+    Attributes:
+        is_ours: tells a folder of this kind from others.
+        refusal: what is said of a place that holds something else.
+        stranger: a file in a folder of this kind that was not written with it, if there is one.
+    """
+
+    is_ours: IsOurs
+    refusal: str
+    stranger: Callable[[Path], str | None]
+
+    def check(self, path: Path, *, force: bool) -> None:
+        """Refuse a place that cannot be written to; call it before any work begins.
+
+        Raises:
+            UsageError: something is there (with ``force``: something else than a folder of this kind), the folder
+                around it cannot be written, or another process writes there now.
+        """
+        place = resolved(path)
+        if not place.parent.is_dir():
+            check_creatable(place)
+            return
+        with locked(place):
+            clear(place, self.is_ours)
+            self._check_replaceable(place, path, force=force)
+
+    @contextmanager
+    def writing(self, path: Path, *, force: bool) -> Iterator[Path]:
+        """Write a folder: the body fills the one that it is given, which takes its place after it.
+
+        Raises:
+            UsageError: see `check`.
+        """
+        self.check(path, force=force)
+        place = resolved(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with locked(place):
+            self._check_replaceable(place, path, force=force)
+            with replacing_folder(place, self.is_ours) as folder:
+                yield folder
+
+    def _check_replaceable(self, place: Path, path: Path, *, force: bool) -> None:
+        if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+            return
+        if not self.is_ours(place):
+            raise UsageError(self.refusal, where=str(path), hint="choose another place, or move it away")
+        if not force:
+            raise UsageError("exists", where=str(path), hint="give --force to replace it, or choose another place")
+        stranger = self.stranger(place)
+        if stranger is not None:
+            raise UsageError(
+                f"holds {stranger}, which qcgraph did not write", where=str(path), hint="move that file away first"
+            )
 
 
 def check_file(path: Path) -> None:

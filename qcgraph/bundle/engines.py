@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from qcgraph import atomic
 from qcgraph.bundle.manifest import MANIFEST, parsed
 from qcgraph.bundle.read import Bundle
-from qcgraph.errors import BundleError, UsageError
+from qcgraph.errors import BundleError
 
 ENGINES = "engines"  # the folder in a bundle, unless another place is asked for
 RECORD = "engines.json"
@@ -155,38 +153,6 @@ def engine_files(folder: Path) -> frozenset[str]:
         return frozenset()
 
 
-def check_engines_output(path: Path, *, force: bool) -> None:
-    """Refuse a place that engines cannot be written to; call it before any work begins.
-
-    Raises:
-        UsageError: something is there (with ``force``: something else than engines), the folder around it cannot be
-            written, or another process writes there now.
-    """
-    place = atomic.resolved(path)
-    if not place.parent.is_dir():
-        atomic.check_creatable(place)
-        return
-    with atomic.locked(place):
-        atomic.clear(place, has_engines)
-        _check_replaceable(place, path, force=force)
-
-
-@contextmanager
-def writing_engines(path: Path, *, force: bool) -> Iterator[Path]:
-    """Write a folder of engines in one piece: the body fills the one that it is given.
-
-    Raises:
-        UsageError: see `check_engines_output`.
-    """
-    check_engines_output(path, force=force)
-    place = atomic.resolved(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.locked(place):
-        _check_replaceable(place, path, force=force)
-        with atomic.replacing_folder(place, has_engines) as folder:
-            yield folder
-
-
 def write_record(folder: Path, provider: str, version: str, source: Source, engines: tuple[Engine, ...]) -> None:
     """Write ``engines.json`` into a folder that holds the engines."""
     record = EngineRecord(
@@ -200,16 +166,9 @@ def write_record(folder: Path, provider: str, version: str, source: Source, engi
     (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n", "utf-8")
 
 
-def _check_replaceable(place: Path, path: Path, *, force: bool) -> None:
-    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
-        return
-    files = engine_files(place)
-    if not files:
-        raise UsageError("exists and holds no engines", where=str(path), hint="choose another place, or move it away")
-    if not force:
-        raise UsageError("exists", where=str(path), hint="give --force to replace it, or choose another place")
-    strangers = sorted({item.name for item in place.iterdir() if not item.name.startswith(".")} - files)
-    if strangers:
-        raise UsageError(
-            f"holds {strangers[0]}, which qcgraph did not write", where=str(path), hint="move that file away first"
-        )
+def _stranger(place: Path) -> str | None:
+    names = {item.name for item in place.iterdir() if not item.name.startswith(".")}
+    return min(names - engine_files(place), default=None)
+
+
+ENGINE_FOLDER = atomic.FolderKind(has_engines, "exists and holds no engines", _stranger)

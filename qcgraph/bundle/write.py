@@ -12,7 +12,6 @@ from qcgraph import atomic
 from qcgraph.bundle.engines import ENGINES, engine_files
 from qcgraph.bundle.manifest import MANIFEST, PLAN, has_manifest, write_manifest
 from qcgraph.bundle.read import PLAN_FORMAT
-from qcgraph.errors import UsageError
 from qcgraph.facts import encode
 from qcgraph.spec import Interface, ModelSpec
 from qcgraph.steps import StepPlan
@@ -52,13 +51,7 @@ def check_output(path: Path, *, force: bool) -> None:
         UsageError: something is there (with ``force``: something else than a bundle), the folder around it cannot be
             written, or another process writes there now.
     """
-    place = atomic.resolved(path)
-    if not place.parent.is_dir():
-        atomic.check_creatable(place)
-        return
-    with atomic.locked(place):
-        atomic.clear(place, has_manifest)
-        _check_replaceable(place, path, force=force)
+    _BUNDLE.check(path, force=force)
 
 
 @contextmanager
@@ -84,29 +77,19 @@ def writing(
         UsageError: see `check_output`.
         BundleError: the body left out a file that every bundle has.
     """
-    check_output(path, force=force)
-    place = atomic.resolved(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.locked(place):
-        _check_replaceable(place, path, force=force)
-        with atomic.replacing_folder(place, has_manifest) as folder:
-            yield folder
-            write_manifest(folder, model, target, overrides)
+    with _BUNDLE.writing(path, force=force) as folder:
+        yield folder
+        write_manifest(folder, model, target, overrides)
 
 
-def _check_replaceable(place: Path, path: Path, *, force: bool) -> None:
-    """Refuse to replace anything that is not wholly a bundle of ours: nobody's data is lost."""
-    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
-        return
-    if not has_manifest(place):
-        raise UsageError("exists and is not a bundle", where=str(path), hint="choose another place, or move it away")
-    if not force:
-        raise UsageError("exists", where=str(path), hint="give --force to replace it, or choose another place")
+def _stranger(place: Path) -> str | None:
+    """A file that is not of the bundle: nobody's data is lost."""
     known = {MANIFEST, *json.loads((place / MANIFEST).read_text("utf-8"))["files"]}
     known |= {f"{ENGINES}/{name}" for name in engine_files(place / ENGINES)}  # of the old bundle: they go with it
-    files = (file.relative_to(place) for file in sorted(place.rglob("*")) if not file.is_dir())
-    for file in files:
+    for file in (file.relative_to(place) for file in sorted(place.rglob("*")) if not file.is_dir()):
         if file.as_posix() not in known and not any(part.startswith(".") for part in file.parts):
-            raise UsageError(
-                f"holds {file}, which qcgraph did not write", where=str(path), hint="move that file away first"
-            )
+            return str(file)
+    return None
+
+
+_BUNDLE = atomic.FolderKind(has_manifest, "exists and is not a bundle", _stranger)
