@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 
 from qcgraph.calibration_set import Rows, computing_variant, entering, rows_together
-from qcgraph.facts import ActivationQuant, CalibrationSet, QuantPlan
+from qcgraph.facts import CalibrationSet, QuantPlan
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import rounded_activation, rounded_names
 from qcgraph.ir.rounding import nearest, round_with_feedback, search_scales
@@ -19,7 +19,6 @@ from qcgraph.memory import release_memory
 from qcgraph.pipeline import Pass, PassContext
 
 TOKENS = 32768  # of the calibration set that a second moment is taken over
-PARTS = 16  # in which an activation is quantized
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class RoundWeights(Pass):
             weight = weights[site.name]
             codes_name, scale_name = rounded_names(weight)
             high = plan[site.name].weight.high
-            moment = _second_moment(_rounded(value, rows.groups, plan[site.name].activation))
+            moment = _second_moment(rounded_activation(value, rows.groups, plan[site.name].activation))
             if not (_is_finite(value) and _is_finite(moment)):
                 context.refuse(site.name, "rounded to nearest: its activation is not finite on the calibration set")
                 continue
@@ -67,14 +66,6 @@ class RoundWeights(Pass):
             constants[codes_name], constants[scale_name] = codes, scale
             release_memory()  # that those took, before the next layer runs
         return replace(program, constants=constants)
-
-
-def _rounded(value: torch.Tensor, groups: torch.Tensor, quant: ActivationQuant) -> torch.Tensor:
-    """See `rounded_activation`; part by part, because it takes several times the memory of what it quantizes."""
-    result, size = torch.empty_like(value), -(-len(value) // PARTS)
-    for rows, members, found in zip(*(tensor.split(size) for tensor in (value, groups, result)), strict=True):
-        found.copy_(rounded_activation(rows, members, quant))
-    return result
 
 
 def _second_moment(value: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from qcgraph.ir.ops import CODE_TYPES
 ops = torch.ops.qcgraph
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODE_TYPES}
 
+PARTS = 16  # in which an activation is quantized
 ROWS = 64  # of a weight that are quantized together: temporaries as large as a weight, freed between its codes and the
 # next one's, leave holes that the allocator does not fill again, at DiT-XL/2 of more memory than the model
 
@@ -61,11 +62,20 @@ def parameters(quant: ActivationQuant) -> tuple[torch.Tensor, torch.Tensor]:
 def rounded_activation(value: torch.Tensor, groups: torch.Tensor, quant: ActivationQuant) -> torch.Tensor:
     """What an activation f32[R,...] becomes when it is quantized and dequantized.
 
+    Part by part, because it takes several times the memory of what it quantizes.
+
     Args:
         value: the activation.
         groups: i64[R], the timestep group of each row.
         quant: how it is quantized.
     """
+    result, size = torch.empty_like(value), max(1, -(-len(value) // PARTS))
+    for rows, members, found in zip(*(tensor.split(size) for tensor in (value, groups, result)), strict=True):
+        found.copy_(_rounded_rows(rows, members, quant))
+    return result
+
+
+def _rounded_rows(value: torch.Tensor, groups: torch.Tensor, quant: ActivationQuant) -> torch.Tensor:
     scales, zeros = (table.expand(int(groups.max()) + 1) if len(table) == 1 else table for table in parameters(quant))
     scale, zero = scales[groups], zeros[groups]
     if quant.bits:
