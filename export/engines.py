@@ -11,9 +11,11 @@ from qcgraph.bundle import Bundle
 from qcgraph.bundle.engines import (
     ENGINE_FOLDER,
     ENGINES,
+    TIMING_CACHE,
     Batch,
     Engine,
     EngineRecord,
+    device_tag,
     read_engines,
     source_of,
     write_record,
@@ -35,7 +37,7 @@ def build_engines(
     output: Path | None = None,
     batch: Batch | None = None,
     *,
-    provider: str = "tensorrt-rtx",
+    provider: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> EngineRecord:
@@ -45,40 +47,54 @@ def build_engines(
 
     Args:
         bundle: a bundle with ONNX graphs.
-        capabilities: compute capabilities of GPUs, such as ``8.9``.
+        capabilities: compute capabilities of GPUs, such as ``8.9``; by default that of the GPU that is here.
         output: the folder to write; ``engines`` in the bundle unless it is given.
         batch: the batches that the engines are to take (see `batch_for`); by default one to eight samples.
-        provider: see `qcgraph.export.tensorrt.PROVIDERS`.
+        provider: see `qcgraph.export.tensorrt.PROVIDERS`; by default the target of the bundle where that is one, else
+            ``tensorrt-rtx``.
         force: whether engines that are there are replaced.
         progress: reports the engines.
 
     Raises:
-        UsageError: the bundle has no ONNX graphs, TensorRT is not installed or cannot hold a graph, or an option is
-            wrong; says which.
+        UsageError: the bundle has no ONNX graphs, TensorRT is not installed or cannot hold a graph, there is no GPU
+            where one is needed, or an option is wrong; says which.
         BundleError: a graph is not what the plan says.
     """
     progress, place = progress or Progress(), output or bundle.path / ENGINES
     graphs = _graphs(bundle)
+    provider = provider or default_provider(bundle)
     batches = {variant: batch_for(variant, batch or default_batch(bundle.plan), bundle.plan) for variant in graphs}
     module = tensorrt.load_provider(provider)
     wanted = _check_capabilities(module, capabilities, provider)
     ENGINE_FOLDER.check(place, force=force)
     _refuse_problems(module, graphs)
+    ahead, timings = tensorrt.PROVIDERS[provider].builds_ahead, _earlier_timings(place)
     with ENGINE_FOLDER.writing(place, force=force) as folder:
         engines = []
         for variant, capability in [(variant, capability) for variant in graphs for capability in wanted]:
             progress.note(f"building {variant} for {capability}")
             interface = bundle.interfaces[variant]
-            built = tensorrt.build(module, graphs[variant], interface, batches[variant], capability, progress)
-            fused = fused_steps(built.engine) if module.__version__.startswith(PROBED_VERSIONS) else None
+            settings = (batches[variant], capability, progress, timings)
+            built = tensorrt.build(module, graphs[variant], interface, *settings)
+            timings = built.timing_cache or timings
+            is_probed = ahead and module.__version__.startswith(PROBED_VERSIONS)
+            fused = fused_steps(built.engine) if is_probed else None
             engine = _written(built, folder, variant, capability, batches[variant])
             if fused is not None:
                 engine = engine.model_copy(update=_counts(fused, quantized_products(graphs[variant])))
-            if engine.not_int8:
-                progress.note(f"  not multiplied as int8: {', '.join(engine.not_int8)}")
+            if engine.not_quantized:
+                progress.note(f"  not multiplied in 8 bits: {', '.join(engine.not_quantized)}")
             engines.append(engine)
+        if not ahead and timings:
+            (folder / TIMING_CACHE).write_bytes(timings)
         write_record(folder, provider, module.__version__, source_of(bundle), tuple(engines))
     return read_engines(place)
+
+
+def default_provider(bundle: Bundle) -> str:
+    """What builds the engines of a bundle: what it was compiled for, else TensorRT-RTX."""
+    target = bundle.manifest.target
+    return target if target in tensorrt.PROVIDERS else "tensorrt-rtx"
 
 
 def parse_batch(text: str) -> Batch:
@@ -121,7 +137,7 @@ def batch_for(variant: str, batch: Batch, plan: StepPlan) -> Batch:
         )
     if is_preparation(variant):
         most = max(TOGETHER, batch.maximum)
-        return Batch(minimum=batch.minimum, optimum=max(batch.optimum, min(TOGETHER, most)), maximum=most)
+        return Batch(minimum=1, optimum=max(batch.optimum, min(TOGETHER, most)), maximum=most)
     return batch
 
 
@@ -137,15 +153,36 @@ def _graphs(bundle: Bundle) -> dict[str, Path]:
 
 
 def _check_capabilities(module: Any, capabilities: Sequence[str], provider: str) -> tuple[str, ...]:
-    offered = tensorrt.compute_capabilities(module)
-    where, hint = "--compute-capability", f"known: {', '.join(offered)}"
-    if not capabilities:
-        raise UsageError("no compute capability is given", where=where, hint=hint)
-    for capability in capabilities:
+    """The compute capabilities to build for, each once."""
+    title = tensorrt.PROVIDERS[provider].title
+    offered = tuple(tensorrt.compute_capabilities(module))
+    hint = f"known: {', '.join(offered)}"
+    if not tensorrt.PROVIDERS[provider].builds_ahead:
+        present = _present_capability(f"{title} builds for the GPU that is here", "build with --target tensorrt-rtx")
+        offered, hint = (present,), f"{title} builds for the GPU that is here alone, {present}"
+    wanted = capabilities or (_present_capability("none is given", hint),)
+    for capability in wanted:
         if capability not in offered:
-            title = tensorrt.PROVIDERS[provider].title
-            raise UsageError(f"{title} {module.__version__} does not build for {capability!r}", where=where, hint=hint)
-    return tuple(dict.fromkeys(capabilities))
+            said = f"{title} {module.__version__} does not build for {capability!r}"
+            raise UsageError(said, where="--compute-capability", hint=hint)
+    return tuple(dict.fromkeys(wanted))
+
+
+def _present_capability(reason: str, hint: str) -> str:
+    """The compute capability of the GPU that is here, which is wanted for a reason."""
+    from qcgraph.export.device import capability_of, device_problem, require_device
+
+    if problem := device_problem():
+        raise UsageError(f"{reason}, and {problem}", where="--compute-capability", hint=hint)
+    return capability_of(require_device())
+
+
+def _earlier_timings(place: Path) -> bytes:
+    """What was measured for the engines that are there; they are built faster again with it."""
+    try:
+        return (place / TIMING_CACHE).read_bytes()
+    except OSError:
+        return b""
 
 
 def _refuse_problems(module: Any, graphs: dict[str, Path]) -> None:
@@ -168,7 +205,7 @@ def quantized_products(graph: Path) -> tuple[str, ...]:
 
 def _written(built: tensorrt.Built, folder: Path, variant: str, capability: str, batch: Batch) -> Engine:
     """The record of an engine that is now in the folder; nothing is known of its steps."""
-    name = f"{variant}.sm{capability.replace('.', '')}.engine"
+    name = f"{variant}.{device_tag(capability)}.engine"
     (folder / name).write_bytes(built.engine)
     return Engine(
         variant=variant,
@@ -180,8 +217,8 @@ def _written(built: tensorrt.Built, folder: Path, variant: str, capability: str,
         seconds=round(built.seconds, 2),
         layers=built.layers,
         steps=None,
-        int8_gemms=None,
-        not_int8=None,
+        quantized_gemms=None,
+        not_quantized=None,
         fused_attention=None,
         conditional_jumps=None,
     )
@@ -189,11 +226,10 @@ def _written(built: tensorrt.Built, folder: Path, variant: str, capability: str,
 
 def _counts(fused: FusedSteps, quantized: Sequence[str]) -> dict[str, object]:
     """What the probe tells, as fields of `Engine`."""
-    int8 = {layer for step in fused.steps if step.int8_gemms for layer in step.layers}
     return {
         "steps": len(fused.steps),
-        "int8_gemms": fused.int8_gemms,
-        "not_int8": tuple(name for name in quantized if name not in int8),
+        "quantized_gemms": fused.quantized_gemms,
+        "not_quantized": tuple(name for name in quantized if name not in fused.quantized_layers),
         "fused_attention": fused.fused_attention,
         "conditional_jumps": fused.conditional_jumps,
     }

@@ -1,10 +1,11 @@
-"""Engines with TensorRT-RTX: reading an ONNX graph, and building an engine for a GPU that need not be there.
+"""Engines with TensorRT and TensorRT-RTX: reading an ONNX graph, and building an engine of it.
 
-TensorRT and TensorRT-RTX have the same API under different module names; which is used is one row of `PROVIDERS`. The
-module is imported when it is needed, so nothing else of qcgraph asks for it.
+Both have the same API under different module names; which is used is one row of `PROVIDERS`. The module is imported
+when it is needed, so nothing else of qcgraph asks for it.
 
-Engines are built for a compute capability ahead of time and without measuring, so there is no timing cache to keep:
-kernels are chosen, and compiled, on the GPU when an engine is first run, which has a runtime cache of its own.
+TensorRT-RTX builds for a compute capability ahead of time, without such a GPU and without measuring: kernels are
+chosen, and compiled, on the GPU when an engine is first run, which has a runtime cache of its own. TensorRT builds for
+the GPU that is there and measures kernels on it; what it measured is a timing cache, which later builds start from.
 """
 
 from __future__ import annotations
@@ -36,16 +37,22 @@ class Provider:
         title: how people call it.
         module: the Python module.
         install: what installs it.
+        builds_ahead: whether it builds for GPUs that are not there; else it measures on the one that is.
     """
 
     name: str
     title: str
     module: str
     install: str
+    builds_ahead: bool
 
 
 PROVIDERS: Mapping[str, Provider] = {
-    "tensorrt-rtx": Provider("tensorrt-rtx", "TensorRT-RTX", "tensorrt_rtx", "pip install qcgraph[tensorrt-rtx]"),
+    provider.name: provider
+    for provider in (
+        Provider("tensorrt", "TensorRT", "tensorrt", "pip install tensorrt", False),
+        Provider("tensorrt-rtx", "TensorRT-RTX", "tensorrt_rtx", "pip install qcgraph[tensorrt-rtx]", True),
+    )
 }
 
 
@@ -66,11 +73,19 @@ class NodeProblem:
 
 @dataclass(frozen=True)
 class Built:
-    """A serialized engine, what building it took in seconds, and the layers of its network before fusion."""
+    """A serialized engine.
+
+    Attributes:
+        engine: its bytes.
+        seconds: what building it took.
+        layers: layers of the network before fusion.
+        timing_cache: what was measured, and what was known before; None where nothing is measured.
+    """
 
     engine: memoryview = field(repr=False)
     seconds: float
     layers: int
+    timing_cache: bytes | None = field(default=None, repr=False)
 
 
 def load_provider(name: str) -> Any:
@@ -94,6 +109,8 @@ def load_provider(name: str) -> Any:
 
 def compute_capabilities(module: Any) -> dict[str, Any]:
     """The compute capabilities that a provider builds for without such a GPU: ``8.9`` and its constant, rising."""
+    if not hasattr(module, "ComputeCapability"):
+        return {}
     members = module.ComputeCapability.__members__
     found = [(match, members[name]) for name in members if (match := _CAPABILITY.fullmatch(name))]
     found.sort(key=lambda item: (int(item[0][1]), int(item[0][2])))
@@ -106,7 +123,13 @@ def problems(module: Any, graph: Path) -> tuple[NodeProblem, ...]:
 
 
 def build(
-    module: Any, graph: Path, interface: Interface, batch: Batch, capability: str, progress: Progress | None = None
+    module: Any,
+    graph: Path,
+    interface: Interface,
+    batch: Batch,
+    capability: str,
+    progress: Progress | None = None,
+    timing_cache: bytes = b"",
 ) -> Built:
     """Build an engine of an ONNX graph.
 
@@ -118,8 +141,9 @@ def build(
         graph: the ONNX file.
         interface: the inputs and outputs that it has to have.
         batch: the batches that the engine is to take.
-        capability: one of `compute_capabilities`.
+        capability: one of `compute_capabilities`; of the GPU that is there, where the provider does not build ahead.
         progress: reports what takes long.
+        timing_cache: of an earlier build; of another GPU or version, it is not used.
 
     Raises:
         UsageError: TensorRT cannot hold the graph, or cannot build it; says which nodes and why.
@@ -133,8 +157,13 @@ def build(
     builder, watch = reading.builder, _watch(module, f"{graph.stem} for {capability}", progress or Progress())
     config = builder.create_builder_config()
     config.add_optimization_profile(_profile(builder, interface, batch))
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(compute_capabilities(module)[capability], 0)
+    ahead = compute_capabilities(module)
+    if ahead:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(ahead[capability], 0)
+    if hasattr(module.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # without it, running cannot be captured as a CUDA graph
+        config.set_flag(module.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    timings = None if ahead else timings_of(config, timing_cache)
     if hasattr(config, "progress_monitor"):
         config.progress_monitor = watch
     layers, start = reading.network.num_layers, time.perf_counter()
@@ -142,7 +171,7 @@ def build(
     seconds = time.perf_counter() - start
     if engine is None:
         raise _build_error(graph, capability, reading.log.errors)
-    return Built(memoryview(engine), seconds, layers)
+    return Built(memoryview(engine), seconds, layers, None if timings is None else bytes(timings.serialize()))
 
 
 def refusal(found: Mapping[str, tuple[NodeProblem, ...]]) -> UsageError:
@@ -166,9 +195,10 @@ class _Reading:
     """A graph as TensorRT reads it. The parser owns the weights, so it has to live as long as the network."""
 
     def __init__(self, module: Any, graph: Path) -> None:
-        self.log = _log(module)
+        self.log = quiet_log(module)
         self.builder = module.Builder(self.log)
-        strong = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # later versions know no other
+        flags = getattr(module, "NetworkDefinitionCreationFlag", None)
+        strong = getattr(flags, "STRONGLY_TYPED", None)  # later versions know no other
         self.network = self.builder.create_network(0 if strong is None else 1 << int(strong))
         self._parser = module.OnnxParser(self.network, self.log)
         self.problems = () if self._parser.parse_from_file(str(graph)) else tuple(self._errors())
@@ -190,6 +220,15 @@ def _check_interface(network: Any, interface: Interface, graph: Path) -> None:
             where=str(graph),
             hint="compile the bundle again",
         )
+
+
+def timings_of(config: Any, earlier: bytes) -> Any:
+    """The timing cache of a build, which must live as long as that: the earlier one, or an empty one if it is unfit."""
+    for content in (earlier, b""):
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return cache
+    return None
 
 
 def _profile(builder: Any, interface: Interface, batch: Batch) -> Any:
@@ -214,7 +253,7 @@ def _let_attention_decompose(module: Any, network: Any) -> None:
             layer.attention.decomposable = True
 
 
-def _log(module: Any) -> Any:
+def quiet_log(module: Any) -> Any:
     """A logger that keeps errors and prints nothing: TensorRT's own writes to stdout, which is for data."""
     serious = (module.ILogger.Severity.ERROR, module.ILogger.Severity.INTERNAL_ERROR)
 

@@ -57,13 +57,15 @@ def load(
 
     Args:
         bundle: the folder.
-        backend: ``onnxruntime`` or ``torch``; by default the one of the bundle's target.
+        backend: ``onnxruntime`` or ``torch``; on a GPU ``tensorrt-rtx`` or ``tensorrt``, once engines were built. By
+            default the one of the bundle's target.
         threads: how many threads it may use; by default all cores.
         own_updates: whether the host changes latents in another way than the plan's sampler does, to fill in a part of
             an image for example. Without it, another guidance weight or scheduler than the plan's is refused.
 
     Raises:
         BundleError: the bundle is damaged, or cannot run on this backend.
+        UsageError: the backend is unknown, not installed, or needs a GPU that is not there.
     """
     from qcgraph.bundle import Bundle
     from qcgraph.denoiser import Denoiser

@@ -1,4 +1,7 @@
-"""A compiled denoiser in the place of a diffusers transformer. It runs on NumPy; torch only where a host uses it."""
+"""A compiled denoiser in the place of a diffusers transformer.
+
+It runs on NumPy, and imports torch only where a host uses it. Engines take tensors of their device as they are.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from qcgraph.device_sampling import DeviceRunner, LateFollowing, OnDevice
 from qcgraph.errors import UsageError
 from qcgraph.following import HALF_TOLERANCES, TOLERANCE, Following
 from qcgraph.sampling import Request, Runner
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
+from qcgraph.tensors import Fetched, as_array, is_tensor, like, on_device
 
 if TYPE_CHECKING:
     import torch
@@ -87,8 +92,11 @@ class Denoiser:
 
     def __init__(self, runner: Runner, plan: StepPlan, spec: ModelSpec, *, own_updates: bool = False) -> None:
         self._runner = runner
-        self._request = Request(runner, plan)
+        self._device_runner = runner if isinstance(runner, DeviceRunner) else None
+        self._request = Request(runner if self._device_runner is None else OnDevice(self._device_runner), plan)
         self._following = None if own_updates else Following(plan, spec)
+        self._late = LateFollowing(Following(plan, spec), len(plan)) if self._device_runner is not None else None
+        self._labels_fetched = Fetched()
         self._dtype = "float32"
         self.plan = plan
         self.spec = spec
@@ -107,23 +115,24 @@ class Denoiser:
 
     @property
     def device(self) -> torch.device:
-        """The CPU; tensors from elsewhere are copied, and the prediction goes back to where they came from."""
+        """Where it runs; tensors from elsewhere are copied, and the prediction goes back to where they came from."""
         import torch
 
-        return torch.device("cpu")
+        return torch.device("cpu") if self._device_runner is None else self._device_runner.device
 
     def to(self, *args: Any, **kwargs: Any) -> Denoiser:
-        """Itself: on ``cpu``, and with latents of a dtype: float32, float16 or bfloat16.
+        """Itself: where it runs, and with latents of a dtype: float32, float16 or bfloat16.
 
         Raises:
             UsageError: another device or dtype.
         """
+        place = "cpu" if self._device_runner is None else str(self._device_runner.device)
         for asked in map(str, (*args, *(kwargs[name] for name in ("device", "dtype") if name in kwargs))):
             if asked in DTYPES:
                 self._dtype = asked.removeprefix("torch.")
-            elif asked not in ("None", "cpu", "cpu:0"):
+            elif asked != "None" and asked.removesuffix(":0") != place.removesuffix(":0"):
                 raise UsageError(
-                    f"{self!r} runs on the CPU, not on {asked}",
+                    f"{self!r} runs on {'the CPU' if place == 'cpu' else place}, not on {asked}",
                     hint="leave it there: it takes tensors of any device and answers on the same; its latents may be "
                     + " or ".join(DTYPES),
                 )
@@ -170,40 +179,47 @@ class Denoiser:
         labels = self._labels(class_labels, len(latent))
         value = self._timestep(timestep)
         prediction = self._denoise(latent, value, labels, _tolerance(hidden_states))
-        sample = _like(hidden_states, prediction)
+        sample = like(hidden_states, prediction)
         return DenoiserOutput(sample) if return_dict else (sample,)
 
-    def _denoise(
-        self, latent: npt.NDArray[np.float32], timestep: float, labels: npt.NDArray[np.int64], tolerance: float
-    ) -> npt.NDArray[np.float32]:
+    def _denoise(self, latent: Any, timestep: float, labels: npt.NDArray[np.int64], tolerance: float) -> Any:
         if self._following is None:
             return self._request.denoise(latent, timestep, labels)
         index = self.plan.index_of(timestep)
+        if self._late is not None:
+            prediction: Any = self._request.denoise(latent, timestep, labels)
+            self._late.took(index, latent, labels, prediction, tolerance)
+            return prediction
         self._following.check(index, latent, labels, tolerance)
         prediction = self._request.denoise(latent, timestep, labels)
         self._following.note(index, latent, labels, prediction)
         return prediction
 
-    def _latent(self, hidden_states: Any) -> npt.NDArray[np.float32]:
-        """The latent as a copy: what the host does to its own later does not matter."""
-        latent = np.array(_array(hidden_states), dtype=np.float32, order="C")
+    def _latent(self, hidden_states: Any) -> Any:
+        """The latent as a copy: what the host does to its own later does not matter. On a device, it comes later."""
+        if self._device_runner is not None:
+            latent: Any = on_device(hidden_states, self._device_runner.device)
+        else:
+            latent = np.array(as_array(hidden_states), dtype=np.float32, order="C")
         if latent.ndim != 4 or latent.shape[1:] != self.spec.latent_shape or not len(latent):
             shape = ", ".join(map(str, self.spec.latent_shape))
-            raise UsageError(f"the latent has shape {latent.shape}", hint=f"{self.spec.name} takes (batch, {shape})")
+            raise UsageError(
+                f"the latent has shape {tuple(latent.shape)}", hint=f"{self.spec.name} takes (batch, {shape})"
+            )
         return latent
 
     def _timestep(self, timestep: Any) -> float:
         """The timestep of the plan that is meant; one of few digits stands for the one that rounds to it."""
         if timestep is None:
             raise UsageError("no timestep was given", hint=f"the plan starts at timestep {self.plan.timesteps[0]:g}")
-        given = _array(timestep)
+        given = as_array(timestep)
         values = np.unique(given)
         if len(values) != 1:
             raise UsageError("the timesteps of a batch differ", hint="all samples of a call are at the same timestep")
         if given.dtype.kind != "f":
             return float(values[0])
         planned = list(self.plan.timesteps)
-        rounded = _array(timestep.new_tensor(planned)) if _is_tensor(timestep) else np.array(planned, given.dtype)
+        rounded = as_array(timestep.new_tensor(planned)) if is_tensor(timestep) else np.array(planned, given.dtype)
         (meant,) = np.nonzero(rounded == values[0])
         if len(meant) > 1:
             between = " or ".join(f"{planned[index]:g}" for index in meant)
@@ -218,7 +234,7 @@ class Denoiser:
         """One class a sample."""
         if class_labels is None:
             raise UsageError("no class labels were given", hint=f"{self.spec.name} takes one a sample, {self._known()}")
-        given = _array(class_labels)
+        given = self._labels_fetched.array(class_labels)
         labels = given.astype(np.int64)
         if not np.array_equal(labels, given) or labels.shape not in ((), (1,), (batch,)):
             raise UsageError(
@@ -249,29 +265,7 @@ class Denoiser:
         return f"the classes 0 to {last}, and {self.spec.null_class} for the unconditional half of guidance"
 
 
-def _is_tensor(value: Any) -> bool:
-    """Whether it is a torch tensor, without importing torch."""
-    return hasattr(value, "detach")
-
-
-def _array(value: Any) -> np.ndarray[Any, Any]:
-    """A NumPy array from NumPy, a number, or a torch tensor."""
-    if not _is_tensor(value):
-        return np.asarray(value)
-    tensor = value.detach().cpu()
-    return np.asarray(tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor)  # which NumPy does not have
-
-
 def _tolerance(hidden_states: Any) -> float:
     """How far a host that computes in the dtype of its latents may be off (see `qcgraph.following`)."""
     name = str(getattr(hidden_states, "dtype", "")).removeprefix("torch.")
     return HALF_TOLERANCES.get(name, TOLERANCE)
-
-
-def _like(reference: Any, values: np.ndarray[Any, Any]) -> Any:
-    """The values as the reference is: a torch tensor of its dtype and device, or NumPy."""
-    if not _is_tensor(reference):
-        return values
-    import torch
-
-    return torch.from_numpy(values).to(device=reference.device, dtype=reference.dtype)

@@ -7,12 +7,14 @@ The timesteps of a plan are known, and so are the classes from the first step on
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qcgraph.spec import preparation
 from qcgraph.steps import StepPlan
+from qcgraph.tensors import index_of
 
 Array = npt.NDArray[np.float32]
 Prepare = Callable[[str, Mapping[str, npt.NDArray[np.generic]]], Array]
@@ -28,13 +30,16 @@ class Modulation:
 
     Args:
         plan: the step plan.
-        prepare: runs a preparing variant on ``timestep`` f32[N] and ``class_label`` i64[N], which gives f32[N,M].
+        prepare: runs a preparing variant on ``timestep`` f32[N] and ``class_label`` i64[N], which gives f32[N,M], or a
+            tensor of a device; then rows are such tensors.
     """
 
     def __init__(self, plan: StepPlan, prepare: Prepare) -> None:
         self._plan = plan
         self._prepare = prepare
+        self._labels = np.empty(0, dtype=np.int64)
         self._classes = np.empty(0, dtype=np.int64)
+        self._places: Any = self._labels  # of the labels among the classes
         self._rows: dict[int, Array] = {}  # a step that is still to come -> f32[number of classes,M]
 
     def clear(self) -> None:
@@ -47,13 +52,17 @@ class Modulation:
         Samples of one class share their rows, as the unconditional halves of guidance do. When the classes are others
         than at the step before, all that was prepared is prepared anew.
         """
-        classes, places = np.unique(class_label, return_inverse=True)
-        if not np.array_equal(classes, self._classes):
-            self._classes = classes
-            self._rows.clear()
+        if not np.array_equal(class_label, self._labels):
+            self._labels = class_label.copy()
+            classes, self._places = np.unique(class_label, return_inverse=True)
+            if not np.array_equal(classes, self._classes):
+                self._classes = classes
+                self._rows.clear()
         if index not in self._rows:
             self._rows |= self._prepared(index)
-        return self._rows.pop(index)[places]
+        rows = self._rows.pop(index)
+        self._places = index_of(self._places, rows)
+        return rows[self._places]
 
     def _prepared(self, index: int) -> dict[int, Array]:
         """The rows of this step and of the next ones that run its variant, as many as are worth a call."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 from qcgraph.bundle import Bundle
 from qcgraph.errors import BundleError, UsageError, closest
 from qcgraph.export.targets import target_named
+from qcgraph.export.tensorrt import PROVIDERS
 from qcgraph.sampling import Runner
+from qcgraph.steps import StepPlan
 
-BACKENDS = ("onnxruntime", "torch")
+BACKENDS = ("onnxruntime", "torch", *PROVIDERS)
+SAMPLES_AT_ONCE = 64
 
 
 def open_runner(bundle: Bundle, backend: str | None = None, threads: int | None = None) -> Runner:
@@ -16,17 +19,20 @@ def open_runner(bundle: Bundle, backend: str | None = None, threads: int | None 
     Args:
         bundle: what to run.
         backend: one of `BACKENDS`; by default the one of the bundle's target.
-        threads: how many threads it may use; by default all cores.
+        threads: how many threads it may use; by default all cores. Engines run on a GPU and take none.
 
     Raises:
-        UsageError: the backend is unknown, or the number of threads is not positive.
-        BundleError: the bundle was not exported for it.
+        UsageError: the backend is unknown or not installed, there is no GPU where it needs one, or the number of
+            threads is not positive or of no use.
+        BundleError: the bundle was not exported for it, or has no engines that run here.
     """
-    name = backend or target_named(bundle.manifest.target).backend
+    name = backend or target_named(bundle.manifest.target).backend_for(bundle.manifest.precision)
     if name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}", hint=closest(name, BACKENDS))
     if threads is not None and threads < 1:
         raise UsageError(f"{threads} threads", hint="1 or more")
+    if name in PROVIDERS:
+        return _engine_runner(bundle, name, threads)
     if name == "torch":
         return _torch_runner(bundle, threads)
     missing = [f"{variant}.onnx" for variant in bundle.interfaces if f"{variant}.onnx" not in bundle.manifest.files]
@@ -40,6 +46,20 @@ def open_runner(bundle: Bundle, backend: str | None = None, threads: int | None 
 
     exact = target_named(bundle.manifest.target).may_saturate
     return OnnxRuntimeRunner(bundle.path, bundle.interfaces, threads, exact=exact)
+
+
+def samples_at_once(runner: Runner, plan: StepPlan) -> int:
+    """How many samples to draw together: `SAMPLES_AT_ONCE`, or as many as engines were built for."""
+    largest: int | None = getattr(runner, "largest_batch", None)
+    return SAMPLES_AT_ONCE if largest is None else max(1, min(SAMPLES_AT_ONCE, largest // plan.halves))
+
+
+def _engine_runner(bundle: Bundle, provider: str, threads: int | None) -> Runner:
+    from qcgraph.export.open_engines import open_engines
+
+    if threads is not None:
+        raise UsageError(f"{threads} threads have no effect on engines", hint="leave the number of threads out")
+    return open_engines(bundle, provider)
 
 
 def _torch_runner(bundle: Bundle, threads: int | None) -> Runner:

@@ -70,9 +70,9 @@ class Request:
         """
         index = self._plan.index_of(timestep)
         if index == 0:
-            self._begin(latent.shape)
+            self._begin(tuple(latent.shape))
         else:
-            self._check(index, latent.shape)
+            self._check(index, tuple(latent.shape))
         step = self._plan.steps[index]
         if self._plan.paired:
             _check_paired(latent)
@@ -108,7 +108,7 @@ class Request:
 def _check_paired(latent: Array) -> None:
     """Refuse a batch that is not both halves of guidance, one after the other."""
     first, second = latent[: len(latent) // 2], latent[len(latent) // 2 :]
-    if not np.array_equal(first, second):
+    if first.shape != second.shape or not bool((first == second).all()):  # on a device, too
         raise BundleError(
             "some steps compute one half of guidance and restore the other; this batch of "
             f"{len(latent)} does not hold the same latents in both halves",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from qcgraph.errors import BundleError
 ENGINES = "engines"  # the folder in a bundle, unless another place is asked for
 RECORD = "engines.json"
 RECORD_FORMAT = 1
+TIMING_CACHE = "timing.cache"  # of TensorRT's builder: how fast which kernel was here
+_CACHE = re.compile(r"timing\.cache|runtime\.sm\d+\.cache")
 
 
 class Batch(BaseModel):
@@ -51,8 +54,8 @@ class Engine(BaseModel):
         seconds: what building it took.
         layers: layers of the network before fusion.
         steps: what the network was fused to; None where that cannot be seen, as in the next four.
-        int8_gemms: products of int8 matrices among them; products that share an activation may be merged into one.
-        not_int8: nodes of the graph that multiply quantized values and became no part of an int8 product.
+        quantized_gemms: products of matrices of 8 bits among them; those that share an activation may be merged.
+        not_quantized: nodes of the graph that multiply quantized values and became no part of a product of 8 bits.
         fused_attention: fused attention kernels among them.
         conditional_jumps: jumps in the engine that depend on a value.
     """
@@ -68,8 +71,8 @@ class Engine(BaseModel):
     seconds: float
     layers: int
     steps: int | None
-    int8_gemms: int | None
-    not_int8: tuple[str, ...] | None
+    quantized_gemms: int | None
+    not_quantized: tuple[str, ...] | None
     fused_attention: int | None
     conditional_jumps: int | None
 
@@ -145,12 +148,23 @@ def has_engines(folder: Path) -> bool:
 
 
 def engine_files(folder: Path) -> frozenset[str]:
-    """The names of the files of a folder of engines; empty where it is none."""
+    """The names of the files of a folder of engines, caches among them; empty where it is none."""
     try:
         data = json.loads((folder / RECORD).read_text("utf-8"))
-        return frozenset({RECORD, *(str(engine["file"]) for engine in data["engines"])})
+        caches = {item.name for item in folder.iterdir() if _CACHE.fullmatch(item.name)}
+        return frozenset({RECORD, *caches, *(str(engine["file"]) for engine in data["engines"])})
     except (OSError, ValueError, TypeError, KeyError):
         return frozenset()
+
+
+def runtime_cache(capability: str) -> str:
+    """The file beside the engines that keeps the kernels which were compiled for a compute capability."""
+    return f"runtime.{device_tag(capability)}.cache"
+
+
+def device_tag(capability: str) -> str:
+    """A compute capability as file names have it: ``sm89`` for ``8.9``."""
+    return f"sm{capability.replace('.', '')}"
 
 
 def write_record(folder: Path, provider: str, version: str, source: Source, engines: tuple[Engine, ...]) -> None:

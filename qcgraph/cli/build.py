@@ -16,10 +16,17 @@ if TYPE_CHECKING:
 
 def build_command(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that qcgraph compile wrote.")],
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="tensorrt-rtx or tensorrt; by default what the bundle was compiled for."),
+    ] = None,
     compute_capability: Annotated[
-        list[str],
-        typer.Option(metavar="N.N", help="The GPUs to build for, such as 8.9 or 12.0; give it once for each."),
-    ],
+        list[str] | None,
+        typer.Option(
+            metavar="N.N",
+            help="The GPUs to build for, such as 8.9 or 12.0; give it once for each. By default the one that is here.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write; by default engines in the bundle."),
@@ -34,10 +41,11 @@ def build_command(
     force: Annotated[bool, typer.Option("--force", help="Replace engines that are there.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Build TensorRT-RTX engines of a bundle.
+    """Build TensorRT engines of a bundle.
 
-    No GPU is needed: engines are built ahead of time for the compute capabilities that are given, one of every variant
-    for each, and run only there. Exits with 2 when TensorRT cannot hold a graph, and names every node that it refuses.
+    TensorRT-RTX needs no GPU for that: engines are built ahead of time for the compute capabilities that are given,
+    one of every variant for each, and run only there. TensorRT builds for the GPU that is here. Exits with 2 when a
+    graph cannot be held, and names every node that is refused.
     """
     from qcgraph.bundle import Bundle
     from qcgraph.export.engines import build_engines, parse_batch
@@ -45,20 +53,22 @@ def build_command(
 
     profile = parse_batch(batch) if batch is not None else None
     opened, progress = Bundle.open(bundle), progress_for(sys.stderr)
-    record = build_engines(opened, compute_capability, output, profile, force=force, progress=progress)
+    record = build_engines(
+        opened, compute_capability or (), output, profile, provider=target, force=force, progress=progress
+    )
     if json:
         print_json(record.model_dump(mode="json"))
         return
     print_table(
-        ("engine", "size", "seconds", "batch", "layers", "steps", "int8 GEMMs", "not int8", "fused attention"),
+        ("engine", "size", "seconds", "batch", "layers", "steps", "8-bit GEMMs", "not in 8 bits", "fused attention"),
         [_row(engine) for engine in record.engines],
-        right=("size", "seconds", "layers", "steps", "int8 GEMMs", "not int8", "fused attention"),
+        right=("size", "seconds", "layers", "steps", "8-bit GEMMs", "not in 8 bits", "fused attention"),
     )
 
 
 def _row(engine: Engine) -> tuple[object, ...]:
-    not_int8 = None if engine.not_int8 is None else len(engine.not_int8)
-    probed = (engine.steps, engine.int8_gemms, not_int8, engine.fused_attention)
+    not_quantized = None if engine.not_quantized is None else len(engine.not_quantized)
+    probed = (engine.steps, engine.quantized_gemms, not_quantized, engine.fused_attention)
     return (
         engine.file,
         size_text(engine.bytes),

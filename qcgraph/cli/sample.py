@@ -36,7 +36,8 @@ def sample_command(
         "grid.png"
     ),
     backend: Annotated[
-        str | None, typer.Option(metavar="NAME", help="onnxruntime or torch; by default the one of the target.")
+        str | None,
+        typer.Option(metavar="NAME", help="onnxruntime, torch, tensorrt-rtx or tensorrt; by default the target's."),
     ] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", help="How many threads; by default all cores.")] = None,
     steps: Annotated[
@@ -63,7 +64,7 @@ def sample_command(
     from qcgraph.bundle import Bundle
     from qcgraph.images import save_grid
     from qcgraph.progress import progress_for
-    from qcgraph.runtime import open_runner
+    from qcgraph.runtime import open_runner, samples_at_once
     from qcgraph.sampling import check_labels, sample
 
     opened = Bundle.open(bundle)
@@ -74,7 +75,8 @@ def sample_command(
     progress = progress_for(sys.stderr)
     runner = open_runner(opened, backend, threads)
     progress.note(f"{spec.name}: {plan.describe()}, seed {seed}")
-    latents = sample(runner, plan, spec, labels, seed, progress=progress)
+    together = samples_at_once(runner, plan)
+    latents = sample(runner, plan, spec, labels, seed, batch=together, progress=progress)
     _check_finite(latents, bundle)
     if not spec.is_image:
         progress.note(_latents_note(spec))

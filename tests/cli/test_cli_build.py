@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qcgraph.bundle import Bundle, write_plan, writing
 from qcgraph.cli import run
@@ -40,7 +41,7 @@ def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ([], "Missing option"),
+        (["--target", "tensorrt-xl"], "has no full.onnx"),
         (["--compute-capability", "8.9", "--batch", "4,2,8"], "--batch: '4,2,8' does not rise"),
         (["--compute-capability", "8.9", "--batch", "two"], "--batch: 'two' is not three whole numbers"),
         (["--compute-capability", "8.9", "--batch", "0,2,4"], "--batch: the smallest batch is 1, not 0"),
@@ -58,6 +59,21 @@ def test_no_such_bundle(qcgraph: Command, tmp_path: Path) -> None:
     done = qcgraph("build", tmp_path / "nothing", "--compute-capability", "8.9")
     assert (done.code, done.out) == (2, "")
     assert "there is no such bundle" in done.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_compute_capability_and_no_gpu(qcgraph: Command, with_graphs: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    done = qcgraph("build", with_graphs)
+    assert (done.code, done.out) == (2, "")
+    assert "--compute-capability: none is given, and " in done.err
+    assert "\n\nhint: known: 7.5, 8.0" in done.err
+
+
+def test_an_unknown_target(qcgraph: Command, with_graphs: Path) -> None:
+    done = qcgraph("build", with_graphs, "--target", "tensorrt-rt")
+    assert done.code == 2
+    assert done.err.startswith("error: unknown provider 'tensorrt-rt'\n\nhint: did you mean 'tensorrt-rtx'")
 
 
 @pytest.mark.usefixtures("not_installed")

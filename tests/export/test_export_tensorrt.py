@@ -7,15 +7,17 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from qcgraph.bundle import Bundle, write_plan, writing
 from qcgraph.bundle.engines import Batch, EngineRecord, engine_files, has_engines, read_engines
 from qcgraph.errors import BundleError, UsageError
-from qcgraph.export import tensorrt
-from qcgraph.export.engines import batch_for, build_engines, default_batch, parse_batch
+from qcgraph.export import engines, tensorrt
+from qcgraph.export.engines import batch_for, build_engines, default_batch, default_provider, parse_batch
 from qcgraph.export.tensorrt import NodeProblem, compute_capabilities, load_provider, refusal
 from qcgraph.facts import Facts
 from qcgraph.ir.program import Program
@@ -93,8 +95,8 @@ def test_a_variant_of_both_halves_takes_even_batches() -> None:
 def test_a_preparing_variant_sees_many_steps_at_once() -> None:
     prepared = replace(GUIDED, prepared=("full",))
     assert batch_for("full", batch(2, 2, 16), prepared) == batch(2, 2, 16)
-    assert batch_for("prepare_full", batch(2, 2, 16), prepared) == batch(2, TOGETHER, TOGETHER)
-    assert batch_for("prepare_full", batch(2, 2, 256), prepared) == batch(2, TOGETHER, 256)
+    assert batch_for("prepare_full", batch(2, 2, 16), prepared) == batch(1, TOGETHER, TOGETHER)
+    assert batch_for("prepare_full", batch(2, 2, 256), prepared) == batch(1, TOGETHER, 256)
 
 
 def test_every_node_is_named_and_every_reason_once() -> None:
@@ -120,6 +122,22 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     assert raised.value.hint == "pip install qcgraph[tensorrt-rtx]"
     with pytest.raises(UsageError, match="unknown provider 'tensorrt-rt'"):
         load_provider("tensorrt-rt")
+
+
+def test_a_bundle_is_built_by_what_it_was_compiled_for(bundle: Bundle) -> None:
+    assert default_provider(bundle) == "tensorrt-rtx"
+    compiled = replace(bundle, manifest=bundle.manifest.model_copy(update={"target": "tensorrt"}))
+    assert default_provider(compiled) == "tensorrt"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tensorrt_builds_for_the_gpu_that_is_here(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "load_provider", lambda _: SimpleNamespace(__version__="10.13.0"))
+    for capabilities in ([], ["8.9"]):
+        with pytest.raises(UsageError, match="TensorRT builds for the GPU that is here, and ") as raised:
+            build_engines(bundle, capabilities, provider="tensorrt")
+        assert raised.value.where == "--compute-capability"
+        assert raised.value.hint == "build with --target tensorrt-rtx"
 
 
 def test_a_library_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +207,7 @@ def test_engines_of_a_bundle(module: Any, bundle: Bundle) -> None:
         content = (folder / engine.file).read_bytes()
         assert (engine.bytes, engine.sha256) == (len(content), hashlib.sha256(content).hexdigest())
         assert engine.layers > (engine.steps or 0) > 0
-        assert (engine.int8_gemms, engine.conditional_jumps) == (0, 0)
+        assert (engine.quantized_gemms, engine.conditional_jumps) == (0, 0)
     assert engine_files(folder) == {path.name for path in folder.iterdir()}
     assert Bundle.open(bundle.path).manifest == bundle.manifest
 
@@ -217,6 +235,30 @@ def test_forecasts_take_their_row_as_a_scalar(
     assert {engine.batch for engine in record.engines} == {batch(1, 2, 3)}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorRT-RTX has the calls, and measures nothing
+def test_timings_go_into_the_next_build(
+    module: Any, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = module.Builder(tensorrt.quiet_log(module)).create_builder_config()
+    for earlier in (b"", b"of something else"):
+        assert bytes(tensorrt.timings_of(config, earlier).serialize())
+
+    given = []
+
+    def build(*arguments: Any) -> tensorrt.Built:
+        given.append(arguments[-1])
+        return tensorrt.Built(memoryview(b"engine"), 1.0, 7, b"timings")
+
+    provider = replace(tensorrt.PROVIDERS["tensorrt-rtx"], builds_ahead=False)
+    monkeypatch.setattr(tensorrt, "PROVIDERS", {"tensorrt-rtx": provider})
+    monkeypatch.setattr(tensorrt, "build", build)
+    monkeypatch.setattr(engines, "_present_capability", lambda *_: "8.9")
+    for _ in range(2):
+        build_engines(bundle, [], tmp_path / "engines", force=True)
+    assert (tmp_path / "engines" / "timing.cache").read_bytes() == b"timings"
+    assert given == [b"", b"timings", b"timings", b"timings"]
+
+
 def test_a_failure_leaves_nothing(module: Any, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = tensorrt.build
 
@@ -238,4 +280,4 @@ def test_engines_are_json(module: Any, bundle: Bundle, monkeypatch: pytest.Monke
     data = json.loads((bundle.path / "engines" / "engines.json").read_text())
     assert data["format"] == 1
     (first, _) = data["engines"]
-    assert (first["seconds"], first["layers"], first["steps"], first["int8_gemms"]) == (1.23, 7, None, None)
+    assert (first["seconds"], first["layers"], first["steps"], first["quantized_gemms"]) == (1.23, 7, None, None)
