@@ -1,0 +1,80 @@
+"""A folder that was exported from a bundle: ``export.json`` and the files of the format. Plain data, no ONNX."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import metadata
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from qcgraph import atomic
+from qcgraph.bundle.engines import Source, source_of
+from qcgraph.bundle.manifest import FileEntry
+from qcgraph.bundle.read import Bundle
+
+RECORD = "export.json"
+RECORD_FORMAT = 1
+
+
+class ExportRecord(BaseModel):
+    """What ``export.json`` holds.
+
+    Attributes:
+        format: the layout of the record.
+        qcgraph: the version of qcgraph that wrote it.
+        kind: what was exported, such as ``onnx-single``.
+        source: the bundle.
+        files: every other file, by its path with ``/``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int
+    qcgraph: str
+    kind: str
+    source: Source
+    files: dict[str, FileEntry]
+
+
+def write_record(folder: Path, kind: str, bundle: Bundle) -> ExportRecord:
+    """Write ``export.json`` into a folder that holds all other files."""
+    record = ExportRecord(
+        format=RECORD_FORMAT,
+        qcgraph=metadata.version("qcgraph"),
+        kind=kind,
+        source=source_of(bundle),
+        files={path.relative_to(folder).as_posix(): _entry(path) for path in _files(folder)},
+    )
+    (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n", "utf-8")
+    return record
+
+
+def _entry(path: Path) -> FileEntry:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return FileEntry(sha256=digest, bytes=path.stat().st_size)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _known(folder: Path) -> frozenset[str]:
+    """The files of an exported folder; empty where it is none."""
+    try:
+        data = json.loads((folder / RECORD).read_text("utf-8"))
+        return frozenset({RECORD, *map(str, data["files"])}) if "kind" in data else frozenset()
+    except (OSError, ValueError, TypeError, KeyError):
+        return frozenset()
+
+
+def _stranger(place: Path) -> str | None:
+    names = {path.relative_to(place).as_posix() for path in _files(place)}
+    return min((name for name in names - _known(place) if not name.startswith(".")), default=None)
+
+
+EXPORT_FOLDER = atomic.FolderKind(
+    lambda place: bool(_known(place)), "exists and was not written by qcgraph export", _stranger
+)
