@@ -1,6 +1,6 @@
 r"""What a network was fused to, read out of the bytes of an engine: a probe, and never an API.
 
-TensorRT does not say, without the GPU that an engine is for, whether a product stayed int8. But an engine of
+TensorRT does not say, without the GPU that an engine is for, whether a product stayed in 8 bits. But an engine of
 TensorRT-RTX holds its program as text, between other things::
 
     header {                          inputs, outputs, regions of memory
@@ -38,6 +38,7 @@ _CONTROL = ("cjmp", "jmp", "shape_call")  # jumps, and calls of the host
 _PRODUCT = "fully_connected"
 _ATTENTION = "_gemm_mha"
 _JUMP = "cjmp"
+_QUANTIZED = ("int8", "fp8_e4m3")  # element types
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class FusedStep:
             product with what is before and after it), ``corrltn`` (a convolution) and others.
         name: how TensorRT calls it.
         layers: the ONNX nodes that it computes, or a part of which.
-        int8_gemms: products of two int8 matrices in it.
+        quantized_gemms: products of two matrices of 8 bits in it.
     """
 
     kind: str
     name: str
     layers: tuple[str, ...]
-    int8_gemms: int = 0
+    quantized_gemms: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,24 @@ class FusedSteps:
     conditional_jumps: int
 
     @property
-    def int8_gemms(self) -> int:
-        """Products of two int8 matrices; those that share an activation may have been merged into one."""
-        return sum(step.int8_gemms for step in self.steps)
+    def quantized_gemms(self) -> int:
+        """Products of two matrices of 8 bits; those that share an activation may have been merged into one."""
+        return sum(step.quantized_gemms for step in self.steps)
 
     @property
     def fused_attention(self) -> int:
         """Attentions that one kernel computes."""
         return sum(step.name.startswith(_ATTENTION) for step in self.steps)
+
+    @property
+    def quantized_layers(self) -> frozenset[str]:
+        """The ONNX nodes that became part of a product of two matrices of 8 bits."""
+        return frozenset(layer for step in self.steps if step.quantized_gemms for layer in step.layers)
+
+    @property
+    def attention_layers(self) -> frozenset[str]:
+        """The ONNX nodes that became part of an attention that one kernel computes."""
+        return frozenset(layer for step in self.steps if step.name.startswith(_ATTENTION) for layer in step.layers)
 
 
 @dataclass(frozen=True)
@@ -105,14 +116,14 @@ class _Program:
         """The element type of every tensor."""
         return {match[1]: match[2] for match in _TENSOR.finditer(self.sections.get("descriptors", ""))}
 
-    def is_int8_product(self, kind: str, text: str) -> bool:
+    def is_quantized_product(self, kind: str, text: str) -> bool:
         operands = _OPERANDS.search(text) if kind == _PRODUCT else None
         names = re.findall(r'"([^"]*)"', operands[1])[:2] if operands else []
-        return len(names) == 2 and all(self.types.get(name) == "int8" for name in names)
+        return len(names) == 2 and all(self.types.get(name) in _QUANTIZED for name in names)
 
     @property
-    def int8_products(self) -> int:
-        return sum(self.is_int8_product(kind, text) for kind, text in self.lines)
+    def quantized_products(self) -> int:
+        return sum(self.is_quantized_product(kind, text) for kind, text in self.lines)
 
 
 def fused_steps(engine: bytes | memoryview) -> FusedSteps | None:
@@ -147,9 +158,9 @@ def _steps(program: _Program, following: Sequence[_Program]) -> Iterator[FusedSt
         if kind in _CONTROL:
             continue
         name = _NAME.search(text)
-        int8 = int(program.is_int8_product(kind, text))
+        products = int(program.is_quantized_product(kind, text))
         binary = _BINARY.search(text)
         if kind == "runtime_fusion" and binary and int(binary[1]) < len(following):
-            int8 = following[int(binary[1])].int8_products
+            products = following[int(binary[1])].quantized_products
         layers = tuple(dict.fromkeys(_LAYER.findall(text)))
-        yield FusedStep(kind, (name[1] or name[2]) if name else "", layers, int8)
+        yield FusedStep(kind, (name[1] or name[2]) if name else "", layers, products)

@@ -6,22 +6,35 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qcgraph.cli.output import JsonOption, count_text, print_json, print_table
 from qcgraph.errors import VerificationError
 
+if TYPE_CHECKING:
+    from qcgraph.export.check import Check
+
+MARKS = {True: "ok", False: "FAILED", None: "-"}  # None: not looked at, or it makes no sense
+
 
 def verify_command(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that qcgraph compile wrote.")],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Also check that the graphs are what this target takes; see `qcgraph targets`."
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Check a bundle.
 
-    Every file must be unchanged, and every exported graph must do what its program does. Exits with 1 when a graph
-    does not, and with 2 when a file is missing or was changed: then there is nothing to check.
+    Every file must be unchanged, and every exported graph must do what its program does. With a target they must also
+    be what it takes, whichever the bundle was compiled for: for tensorrt-rtx engines are built, which needs no GPU, and
+    looked into. Exits with 1 when a graph does not, and with 2 when a file is missing or was changed, or there is
+    nothing that could check it.
     """
     from qcgraph.bundle import Bundle
 
@@ -32,8 +45,8 @@ def verify_command(
     count = count_text(len(opened.manifest.files), "file")
     integrity = {"name": "integrity", "variant": "", "passed": True, "value": None, "limit": None}
     checks: list[dict[str, Any]] = [integrity | {"detail": f"{count} are there and unchanged"}]
-    checks += [asdict(check) for check in verify_bundle(opened, progress_for(sys.stderr))]
-    failed = [check for check in checks if not check["passed"]]
+    checks += [_as_data(check) for check in verify_bundle(opened, progress_for(sys.stderr), target)]
+    failed = [check for check in checks if check["passed"] is False]
     if json:
         print_json({"bundle": str(bundle), "passed": not failed, "checks": checks})
     else:
@@ -42,14 +55,21 @@ def verify_command(
         raise VerificationError(
             f"{len(failed)} of {count_text(len(checks), 'check')} failed: {failed[0]['name']}",
             where=str(bundle),
-            hint="compile the bundle again; report it if that does not help",
+            hint=f"compile the model for it: --target {target}"
+            if target not in (None, opened.manifest.target)
+            else "compile the bundle again; report it if that does not help",
         )
+
+
+def _as_data(check: Check) -> dict[str, Any]:
+    """A check as JSON data; what was not looked at has no figures."""
+    return asdict(check) | ({"value": None, "limit": None} if check.passed is None else {})
 
 
 def _print_checks(checks: Sequence[dict[str, Any]]) -> None:
     rows = [
         (
-            "ok" if check["passed"] else "FAILED",
+            MARKS[check["passed"]],
             check["name"],
             check["variant"] or "-",
             _number(check["value"]),

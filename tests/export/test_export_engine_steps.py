@@ -21,7 +21,7 @@ def test_an_int8_product_and_fused_attention() -> None:
     """A linear in reference-scale form, split into q, k and v."""
     found = steps_of("int8_and_attention")
     assert [step.kind for step in found.steps] == ["function", "fully_connected", "function", "function", "function"]
-    assert (found.int8_gemms, found.fused_attention, found.conditional_jumps) == (1, 1, 0)
+    assert (found.quantized_gemms, found.fused_attention, found.conditional_jumps) == (1, 1, 0)
     assert found.steps[1] == FusedStep("fully_connected", "node_of_m", ("node_of_m", "node_of_d", "node_of_wd"), 1)
     assert {"node_of_mr", "node_of_a", "node_of_q1"} <= set(found.steps[2].layers)
 
@@ -31,7 +31,7 @@ def test_a_product_of_dequantized_values_is_not_int8() -> None:
     found = steps_of("fused_product")
     (product,) = (step for step in found.steps if step.kind == "runtime_fusion")
     assert product == FusedStep("runtime_fusion", "__myl_CastMulFc", ("node_of_m", "node_of_d"), 0)
-    assert (len(found.steps), found.int8_gemms, found.fused_attention) == (8, 0, 1)
+    assert (len(found.steps), found.quantized_gemms, found.fused_attention) == (8, 0, 1)
 
 
 def test_a_fused_product_of_int8() -> None:
@@ -41,7 +41,7 @@ def test_a_fused_product_of_int8() -> None:
     whole = whole.replace(b"strides={ 49152 384 1 } type=half", b"strides={ 49152 384 1 } type=int8")
     found = fused_steps(whole.replace(b"----\n", b"\x00"))
     assert found is not None
-    assert found.int8_gemms == 1
+    assert found.quantized_gemms == 1
 
 
 def test_a_conditional_jumps() -> None:
@@ -54,3 +54,10 @@ def test_bytes_without_a_program() -> None:
     assert fused_steps(b"") is None
     assert fused_steps(b"an engine of another version, header {}") is None
     assert fused_steps(memoryview(b"header {\n  version = 5\n")) is None
+
+
+def test_the_nodes_of_int8_products_and_of_fused_attention() -> None:
+    found = steps_of("int8_and_attention")
+    assert found.quantized_layers == {"node_of_m", "node_of_d", "node_of_wd"}
+    assert found.attention_layers == {"node_of_y"}
+    assert steps_of("fused_product").quantized_layers == set()
