@@ -3,12 +3,12 @@
     python tools/calibration_growth.py
     python tools/calibration_growth.py dit-s-4 --samples 64 128 256 --depths 3 6 12 --json
 
-A DiT geometry with random weights is compiled up to insert-qdq: once for each number of samples, at its own depth; and
-once for each depth, which is what sets the number of sites, with the fewest samples. A compilation has a process of its
-own. The seconds are those of the passes after calibrate, which work on the samples; calibrate depends on trajectories,
-and equalize samples as many as a fixed amount of arithmetic allows. The memory is the largest of all stages, with
-Python and its libraries, measured as in `bench_compile.py`. Below each table is a line fitted to it by least squares,
-and the share of the variance that it explains, R^2. Linux only.
+A DiT geometry with random weights is compiled up to insert-qdq: once for each number of samples, at the largest depth;
+and once for each depth, which is what sets the number of sites, with the fewest samples. A compilation has a process of
+its own. The seconds are those of the passes after calibrate, which work on the samples; calibrate depends on
+trajectories, and equalize samples as many as a fixed amount of arithmetic allows. The memory is the largest of all
+stages, with Python and its libraries, measured as in `bench_compile.py`. Below each table is a line fitted to it by
+least squares, and the share of the variance that it explains, R^2. Linux only.
 """
 
 from __future__ import annotations
@@ -124,8 +124,7 @@ def planned(options: argparse.Namespace) -> Iterator[tuple[str, list[tuple[int, 
     Trajectories are the same throughout a series, and enough for its samples.
     """
     fewest, most = min(options.samples), max(options.samples)
-    own = GEOMETRIES[options.geometry].depth
-    yield "samples", [(samples, own, -(-most // options.steps)) for samples in options.samples]
+    yield "samples", [(samples, max(options.depths), -(-most // options.steps)) for samples in options.samples]
     yield "sites", [(fewest, depth, -(-fewest // options.steps)) for depth in options.depths]
 
 

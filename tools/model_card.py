@@ -45,6 +45,38 @@ def command(name: str, settings: Mapping[str, Any], defaults: Mapping[str, Any],
     return " ".join(["python tools/train_digits.py", *place, *words, *options])
 
 
+def render_images(card: Card, train: str) -> str:
+    """The text of CARD.md for a model of images.
+
+    Args:
+        card: with all its sections.
+        train: the command that trained and judged it.
+    """
+    classes = card.classifier["classes"]
+    few = ", ".join(classes[:20]) + (f" and {len(classes) - 20} more" if len(classes) > 20 else "")
+    return IMAGES_TEXT.format(
+        name=card.name,
+        data=card.training["data"],
+        train=train,
+        model=table(images_rows(card)),
+        classes=textwrap.fill(f"Classes, in the order of their labels: {few}.", 120),
+        curve=table(
+            [("step", "mean loss until there"), *((f"{step}", f"{loss:.4f}") for step, loss in curve_of(card))]
+        ),
+        conditions="{samples} samples, DDIM with {sampling_steps} steps, guidance {guidance}, noise seed {seed}".format(
+            **card.evaluation
+        ),
+        measured=table(images_measured_rows(card)),
+        reading=textwrap.fill(IMAGES_READING, 120),
+    )
+
+
+def curve_of(card: Card) -> list[tuple[int, float]]:
+    """At most ten points of the loss curve, the last among them."""
+    curve = card.training["loss_curve"]
+    return list(curve[::-1][:: -(-len(curve) // 10)][::-1])
+
+
 def model_rows(card: Card) -> list[tuple[str, str]]:
     """What the model is and how it was trained."""
     config, training, schedule = card.config, card.training, card.schedule
@@ -78,6 +110,39 @@ def measured_rows(card: Card) -> list[tuple[str, str]]:
         ("distance of samples to the nearest training image", f"{judged['nearest_training_image']:.3f}"),
         ("the same of held-out digits", f"{judged['nearest_training_image_of_held_out']:.3f}"),
         (f"classifier accuracy, {judge['held_out_images']} held-out digits", f"{judge['held_out_accuracy']:.1%}"),
+    ]
+
+
+def images_rows(card: Card) -> list[tuple[str, str]]:
+    """What a model of images is and how it was trained."""
+    config, trained, schedule = card.config, card.training, card.schedule
+    shape = f"patch {config.patch_size}, width {config.width}, depth {config.depth}, {config.heads} heads"
+    kind = "RGB" if config.channels == 3 else "grey"
+    optimizer = f"AdamW at {trained['learning_rate']:g}, average decay {trained['ema_decay']}"
+    betas = f"{schedule.beta_schedule} betas {schedule.beta_start:g} to {schedule.beta_end:g}"
+    mirrors = ", every second one mirrored" if trained["mirrors"] else ""
+    return [
+        ("architecture", f"DiT, {config.input_size}x{config.input_size} {kind} images, {shape}, no learned sigma"),
+        ("parameters", f"{trained['parameters']:,}, stored as bfloat16, loaded as float32"),
+        ("classes", f"{config.class_count}; the null class is {config.null_class}"),
+        ("noise schedule", f"DDPM, {betas}, {schedule.train_steps} timesteps; the network predicts the noise"),
+        ("data", f"{trained['train_images']} images of `{trained['data']}`, scaled to [-1, 1]{mirrors}"),
+        ("training", f"{trained['steps']} steps, batch {trained['batch_size']}, {optimizer}, seed {trained['seed']}"),
+        ("label dropout", f"{trained['label_dropout']:.0%}"),
+        ("final loss", f"{trained['final_loss']:.4f}"),
+        ("training time", f"{trained['seconds'] / 60:.0f} minutes, {card.environment['machine']}"),
+    ]
+
+
+def images_measured_rows(card: Card) -> list[tuple[str, str]]:
+    """How good the samples of a model of images and their judge are."""
+    judged, judge = card.evaluation, card.classifier
+    floor = f"FID-small between two disjoint halves of the held-out images, {judged['floor_images']} each"
+    return [
+        ("class accuracy of samples", f"{judged['class_accuracy']:.1%}"),
+        (f"FID-small to the {judge['held_out_images']} held-out images", f"{judged['fid_small']:.3f}"),
+        (floor, f"{judged['fid_small_real_floor']:.3f}"),
+        (f"classifier accuracy, {judge['held_out_images']} held-out images", f"{judge['held_out_accuracy']:.1%}"),
     ]
 
 
@@ -115,3 +180,33 @@ samples grow, and every model has a classifier of its own, so compare it only wi
 count. Distances are root mean squares per pixel; where samples are closer to the training images than held-out digits
 are, guidance made them typical or the model remembers some. It is a test bed for transformations, not a generator to
 learn about digits from."""
+
+IMAGES_TEXT = """# {name}
+
+A Diffusion Transformer of the images in `{data}`, so that quality can be measured on a trained model. `card.json` holds
+the same figures for programs. This trains and judges it again:
+
+```sh
+{train}
+```
+
+{model}
+
+{classes}
+
+## Loss
+
+{curve}
+
+## Measured
+
+On {conditions}:
+
+{measured}
+
+{reading}
+"""
+
+IMAGES_READING = """FID-small is the Frechet distance of features of `classifier.safetensors`, not of Inception. It
+falls as samples grow, and every model has a classifier of its own, so compare it only with figures of the same model
+and sample count. It is a test bed for transformations, not a generator to show."""

@@ -59,7 +59,7 @@ def list_models() -> tuple[ModelInfo, ...]:
         ModelInfo(EMBEDDED, "trained on handwritten digits, ships with qcgraph", digits.parameter_count, digits),
         *checkpoints,
         ModelInfo("DIFFUSERS_FOLDER", "a diffusers DiTTransformer2DModel, or a pipeline with one", None, None),
-        ModelInfo("TRAINED_FOLDER", "what tools/train_digits.py wrote: card, weights, classifier", None, None),
+        ModelInfo("TRAINED_FOLDER", "what tools/train_digits.py or tools/train_dit.py wrote", None, None),
         ModelInfo("PACKAGE.MODULE:FACTORY", "your function that returns a qcgraph.models.LoadedModel", None, None),
     )
 
@@ -117,7 +117,7 @@ def _load_folder(folder: Path) -> LoadedModel:
     if is_trained_folder(folder):
         return load_trained_folder(folder)
     raise UsageError(
-        "the folder holds no model: neither one that diffusers saved nor one that tools/train_digits.py wrote",
+        "the folder holds no model: neither one that diffusers saved nor one that a training tool wrote",
         where=str(folder),
         hint="the first has a config.json, or a transformer/ with one; the second a card.json",
     )

@@ -1,10 +1,13 @@
-"""Folders that ``tools/train_digits.py`` wrote: a DiT of digits, its judge and its card. One ships as ``digits``."""
+"""Folders that the training tools wrote: a DiT, its judge and its card. One ships as ``digits``.
+
+``tools/train_digits.py`` trains models of digits, ``tools/train_dit.py`` models of any images.
+"""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,8 +20,11 @@ from qcgraph.spec import NoiseSchedule
 DIGITS_FOLDER = Path(__file__).parent / "digits"
 CARD_FILE = "card.json"
 WEIGHTS_FILE = "digits.safetensors"
+IMAGES_WEIGHTS_FILE = "model.safetensors"
 CLASSIFIER_FILE = "classifier.safetensors"
-_HINT = "the folder must be as tools/train_digits.py wrote it: card and weights of one training, complete"
+REAL_FILE = "real.safetensors"
+_TOOL = "tools/train_digits.py or tools/train_dit.py"
+_HINT = f"the folder must be as {_TOOL} wrote it: card and weights of one training, complete"
 
 
 class Card(BaseModel):
@@ -28,6 +34,7 @@ class Card(BaseModel):
         name: how the model is called.
         config: the sizes of the network.
         schedule: the noise schedule that it was trained on.
+        data: what it draws: ``digits``, which scikit-learn has, or ``images``, of which the folder has some.
         training: settings, loss curve and wall time of the training.
         classifier: settings and accuracies of the classifier.
         environment: what the weights depend on besides the settings.
@@ -39,6 +46,7 @@ class Card(BaseModel):
     name: str = Field(min_length=1)
     config: DiTConfig
     schedule: NoiseSchedule
+    data: Literal["digits", "images"] = "digits"
     training: dict[str, Any] = {}
     classifier: dict[str, Any] = {}
     environment: dict[str, Any] = {}
@@ -47,7 +55,7 @@ class Card(BaseModel):
 
 def is_trained_folder(folder: Path) -> bool:
     """Whether the folder was written by the training tool, be it complete or not."""
-    return any((folder / name).is_file() for name in (CARD_FILE, WEIGHTS_FILE))
+    return any((folder / name).is_file() for name in (CARD_FILE, WEIGHTS_FILE, IMAGES_WEIGHTS_FILE))
 
 
 def read_card(folder: Path = DIGITS_FOLDER) -> Card:
@@ -69,7 +77,8 @@ def load_trained_folder(folder: Path = DIGITS_FOLDER) -> LoadedModel:
     """Loads the weight average that the training stored, as float32, with the judge of the folder.
 
     Args:
-        folder: has ``card.json`` and ``digits.safetensors``; the judge also needs ``classifier.safetensors``.
+        folder: has ``card.json`` and ``digits.safetensors``, of images ``model.safetensors``; the judge also needs
+            ``classifier.safetensors``, and of images ``real.safetensors``.
 
     Raises:
         UsageError: a file is missing or damaged, or the weights are not of the sizes on the card.
@@ -78,15 +87,22 @@ def load_trained_folder(folder: Path = DIGITS_FOLDER) -> LoadedModel:
     from qcgraph.models.dit import INPUT_NAMES
 
     card = read_card(folder)
-    module = load_dit(card.config, _file(folder, WEIGHTS_FILE), hint=_HINT)
+    weights = WEIGHTS_FILE if card.data == "digits" else IMAGES_WEIGHTS_FILE
+    module = load_dit(card.config, _file(folder, weights), hint=_HINT)
     spec = card.config.model_spec(card.name, schedule=card.schedule, is_image=True)
-    return LoadedModel(module, spec, INPUT_NAMES, judge=partial(_load_judge, folder.resolve()))
+    return LoadedModel(module, spec, INPUT_NAMES, judge=partial(_load_judge, folder.resolve(), card))
 
 
-def _load_judge(folder: Path) -> Judge:
-    from qcgraph.models.classifier import digits_judge
+def _load_judge(folder: Path, card: Card) -> Judge:
+    classifier, config = _file(folder, CLASSIFIER_FILE), card.config
+    if card.data == "digits":
+        from qcgraph.models.classifier import digits_judge
 
-    return digits_judge(_file(folder, CLASSIFIER_FILE))
+        return digits_judge(classifier)
+    from qcgraph.models.image_classifier import image_judge
+
+    shape = (config.channels, config.input_size, config.input_size)
+    return image_judge(classifier, _file(folder, REAL_FILE), shape, config.class_count)
 
 
 def _file(folder: Path, name: str) -> Path:

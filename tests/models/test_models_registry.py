@@ -233,7 +233,7 @@ def test_loaded_model_is_frozen() -> None:
 
 def test_folder_without_a_model(tmp_path: Path) -> None:
     refusal = refusal_of(str(tmp_path))
-    assert "neither one that diffusers saved nor one that tools/train_digits.py wrote" in refusal.message
+    assert "neither one that diffusers saved nor one that a training tool wrote" in refusal.message
     assert "config.json" in str(refusal.hint)
     assert "card.json" in str(refusal.hint)
 

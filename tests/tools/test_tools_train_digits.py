@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from qcgraph.errors import UsageError
 from qcgraph.models import load_model
 from qcgraph.models.geometry import DiTConfig
 from qcgraph.models.trained_folder import DIGITS_FOLDER, WEIGHTS_FILE, read_card
@@ -29,8 +30,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def short_training(tool: Any) -> Any:
-    """One step more than the first snapshot."""
-    options = vars(tool.option_parser().parse_args(["--steps", "501", "--batch-size", "4", "--warmup-steps", "5"]))
+    options = vars(tool.option_parser().parse_args(["--steps", "40", "--batch-size", "4", "--warmup-steps", "5"]))
     return tool.Training(**{name: options[name] for name in tool.Training.__dataclass_fields__})
 
 
@@ -43,18 +43,19 @@ def test_interrupted_training_resumes_to_the_same_weights(
     training = short_training(tool)
     expected = tool.train_denoiser(whole, SMALL, training)
 
-    update_average = tool.update_average
+    update_average = tool.training.update_average
 
     def interrupt(average: Any, model: Any, decay: float, step: int) -> None:
-        if step == 500:
+        if step == 20:
             raise KeyboardInterrupt
         update_average(average, model, decay, step)
 
     with monkeypatch.context() as patched:
-        patched.setattr(tool, "update_average", interrupt)
+        patched.setattr(tool.training, "update_average", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            tool.train_denoiser(halves, SMALL, training)
-    with pytest.raises(SystemExit, match="other options"):
+            tool.train_denoiser(halves, SMALL, training, save_seconds=0)
+    assert (halves / "training.pt").is_file()
+    with pytest.raises(UsageError, match="other options"):
         tool.train_denoiser(halves, SMALL, replace(training, seed=1))
     resumed = tool.train_denoiser(halves, SMALL, training)
 

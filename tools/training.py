@@ -1,0 +1,300 @@
+"""What training a denoiser takes, whatever the images: the loop, the loss, its average, sampling, FID-small."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from qcgraph.atomic import writing_file
+from qcgraph.errors import UsageError
+from qcgraph.models.dit import DiT, DiTConfig, initialize_zero
+from qcgraph.models.image_classifier import scaled
+from qcgraph.spec import NoiseSchedule
+
+SAVE_SECONDS = 180.0  # between two snapshots
+REPORTED_STEPS = 100
+SAMPLED_AT_ONCE = 500
+CURVE_POINTS = 20
+
+
+@dataclass(frozen=True)
+class Training:
+    """The settings of a denoiser's training; they go into the card as they are.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: images per step.
+        learning_rate: peak of the cosine.
+        warmup_steps: steps of the linear warm-up.
+        weight_decay: of AdamW.
+        ema_decay: decay of the weight average that is kept.
+        label_dropout: share of labels replaced by the null class, for guidance.
+        seed: of initialisation, batches, timesteps and noise.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    ema_decay: float
+    label_dropout: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on, on the device that trains.
+
+    Attributes:
+        images: f32[N,C,S,S] in [-1, 1], or pixels u8[N,C,S,S].
+        labels: i64[N].
+        mirrors: whether every second image is mirrored, by chance.
+    """
+
+    images: Tensor
+    labels: Tensor
+    mirrors: bool = False
+
+    def batch(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random images f32[B,C,S,S] in [-1, 1] and their labels [B]."""
+        picked = torch.randint(len(self.images), (count,), generator=generator, device=generator.device)
+        images = self.images[picked]
+        if images.dtype == torch.uint8:
+            images = scaled(images)
+        if self.mirrors:
+            mirrored = torch.rand(count, generator=generator, device=generator.device) < 0.5
+            images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+        return images, self.labels[picked]
+
+
+class Denoising:
+    """A denoiser in training (DDPM, epsilon loss) with all that a snapshot needs to go on where it was.
+
+    On a GPU products are in bfloat16; weights, their average and the loss are in float32.
+
+    Args:
+        config: the sizes of the network.
+        training: the settings.
+        data: what it is trained on; its device trains.
+        snapshot: the file that an interrupted training goes on from. It is removed by `finish`.
+    """
+
+    def __init__(self, config: DiTConfig, training: Training, data: Data, snapshot: Path) -> None:
+        self._training, self._data, self._snapshot = training, data, snapshot
+        images = {"images": list(data.images.shape), "mirrors": data.mirrors}
+        self._settings = {"config": asdict(config), "training": asdict(training), "data": images}
+        device = data.images.device
+        model = DiT(config)
+        generator = torch.Generator().manual_seed(training.seed)
+        initialize_zero(model, generator)  # on the CPU: the same start on every device
+        on_cpu = device.type == "cpu"
+        self._generator = generator if on_cpu else torch.Generator(device).manual_seed(training.seed)
+        self.model = model.to(device)
+        self.average = DiT(config).to(device).requires_grad_(False)
+        self.average.load_state_dict(model.state_dict())
+        self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            self._trainable, lr=training.learning_rate, weight_decay=training.weight_decay, betas=(0.9, 0.99)
+        )
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, training))
+        self._optimizer, self._rate = optimizer, rate
+        self._parts: dict[str, Any] = {"model": model, "average": self.average, "optimizer": optimizer, "rate": rate}
+        self._levels = tuple(level.to(device) for level in noise_levels(NoiseSchedule()))
+        self._losses = torch.zeros(training.steps, device=device)
+        self._step, self._seconds = 0, 0.0
+
+    def run(self, *, save_seconds: float = SAVE_SECONDS) -> None:
+        """Train to the last step, from the snapshot where there is one.
+
+        Raises:
+            UsageError: the snapshot is of other settings.
+        """
+        self._resume()
+        started = time.perf_counter() - self._seconds
+        saved, steps = time.perf_counter(), self._training.steps
+        for step in range(self._step, steps):
+            self._losses[step] = self._advance(step)
+            self._step, self._seconds = step + 1, time.perf_counter() - started
+            if self._step % REPORTED_STEPS == 0:
+                loss = self._losses[self._step - REPORTED_STEPS : self._step].mean()
+                print(f"step {self._step}/{steps}  loss {loss:.4f}  {self._seconds:.0f} s", flush=True)
+            if self._step < steps and time.perf_counter() - saved >= save_seconds:
+                self._save()
+                saved = time.perf_counter()
+
+    def finish(self) -> None:
+        """Remove the snapshot: what came of it is stored."""
+        self._snapshot.unlink(missing_ok=True)
+
+    def summary(self) -> dict[str, Any]:
+        """The settings, the loss curve, and the wall time in seconds, for the card."""
+        losses = self._losses.double().tolist()
+        window = max(1, len(losses) // CURVE_POINTS)
+        ends = range(window, len(losses) + 1, window)
+        curve = [[end, round(sum(losses[end - window : end]) / window, 5)] for end in ends]
+        return asdict(self._training) | {
+            "train_images": len(self._data.images),
+            "optimizer": "AdamW, betas 0.9 and 0.99, gradient norm clipped at 1, cosine after a linear warm-up",
+            "parameters": self.average.config.parameter_count,
+            "final_loss": curve[-1][1],
+            "loss_curve": curve,
+            "seconds": round(self._seconds),
+        }
+
+    def _advance(self, step: int) -> Tensor:
+        loss = self._loss()
+        self._optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._trainable, 1.0)
+        self._optimizer.step()
+        self._rate.step()
+        update_average(self.average, self.model, self._training.ema_decay, step)
+        return loss.detach()
+
+    def _loss(self) -> Tensor:
+        """The epsilon loss of a random batch (Ho et al. 2020, equation 14), with labels dropped for guidance."""
+        count, generator, (signal, noise_level) = self._training.batch_size, self._generator, self._levels
+        device = generator.device
+        images, labels = self._data.batch(count, generator)
+        # One timestep per stratum instead of independent ones: the same expectation, a much quieter loss.
+        strata = (torch.arange(count, device=device) + torch.rand(count, generator=generator, device=device)) / count
+        timesteps = (strata * len(signal)).long().clamp(max=len(signal) - 1)
+        noise = torch.randn(images.shape, generator=generator, device=device)
+        dropped = torch.rand(count, generator=generator, device=device) < self._training.label_dropout
+        classes = torch.where(dropped, self.model.config.null_class, labels)
+        noisy = signal[timesteps].view(-1, 1, 1, 1) * images + noise_level[timesteps].view(-1, 1, 1, 1) * noise
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            predicted = self.model(noisy, timesteps, classes)
+        return F.mse_loss(predicted.float(), noise)
+
+    def _save(self) -> None:
+        progress = {"settings": self._settings, "step": self._step, "losses": self._losses, "seconds": self._seconds}
+        states = {name: part.state_dict() for name, part in self._parts.items()}
+        with writing_file(self._snapshot) as path:
+            torch.save(progress | states | {"generator": self._generator.get_state()}, path)
+
+    def _resume(self) -> None:
+        if not self._snapshot.is_file():
+            return
+        state = torch.load(self._snapshot, map_location="cpu", weights_only=True)  # parts take it where they are
+        if state["settings"] != self._settings:
+            raise UsageError(
+                "it belongs to a training with other options",
+                where=str(self._snapshot),
+                hint="finish that, or delete it",
+            )
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        self._generator.set_state(state["generator"])
+        self._losses.copy_(state["losses"])
+        self._step, self._seconds = state["step"], state["seconds"]
+        print(f"resuming at step {self._step}", flush=True)
+
+
+def learning_rate_factor(step: int, training: Training) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then a cosine to zero."""
+    if step < training.warmup_steps:
+        return (step + 1) / training.warmup_steps
+    progress = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def noise_levels(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of every training timestep (Ho et al. 2020, equation 4)."""
+    betas = torch.linspace(schedule.beta_start, schedule.beta_end, schedule.train_steps, dtype=torch.float64)
+    alpha_bar = torch.cumprod(1 - betas, dim=0)
+    return alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+
+
+@torch.no_grad()
+def update_average(average: DiT, model: DiT, decay: float, step: int) -> None:
+    """Moves the weight average; early on it forgets faster, so that it does not remember the start."""
+    effective = min(decay, (1 + step) / (10 + step))
+    for kept, current in zip(average.parameters(), model.parameters(), strict=True):
+        kept.lerp_(current, 1 - effective)
+
+
+def save_weights(state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> None:
+    """Writes weights in 16 bits, which halves the file; they are loaded as float32."""
+    content = save({name: tensor.to("cpu", dtype).contiguous() for name, tensor in state.items()})
+    with writing_file(path) as partial:
+        partial.write_bytes(content)
+
+
+@torch.no_grad()
+def sample(model: DiT, labels: Tensor, steps: int, guidance: float, seed: int) -> Tensor:
+    """Plain DDIM (Song et al. 2021, equation 12, eta 0) with classifier-free guidance.
+
+    Args:
+        model: the denoiser; its device draws.
+        labels: classes [N].
+        steps: DDIM steps.
+        guidance: classifier-free guidance scale; 1 is none.
+        seed: of the initial noise, which is the same on every device.
+
+    Returns:
+        Images [N, C, S, S], on the CPU.
+    """
+    config = model.config
+    shape = (config.channels, config.input_size, config.input_size)
+    noise = torch.randn(len(labels), *shape, generator=torch.Generator().manual_seed(seed))
+    parts = zip(noise.split(SAMPLED_AT_ONCE), labels.split(SAMPLED_AT_ONCE), strict=True)
+    return torch.cat([_sample(model, latent, classes, steps, guidance).cpu() for latent, classes in parts])
+
+
+def _sample(model: DiT, latent: Tensor, labels: Tensor, steps: int, guidance: float) -> Tensor:
+    device = next(model.parameters()).device
+    schedule = NoiseSchedule()
+    signal, noise_level = (level.tolist() for level in noise_levels(schedule))
+    stride = schedule.train_steps // steps
+    latent = latent.to(device)
+    classes = torch.cat([labels, torch.full_like(labels, model.config.null_class)]).to(device)
+    for timestep in range((steps - 1) * stride, -1, -stride):
+        times = torch.full((len(classes),), timestep, device=device)
+        conditional, unconditional = model(latent.repeat(2, 1, 1, 1), times, classes).chunk(2)
+        noise = unconditional + guidance * (conditional - unconditional)
+        clean = (latent - noise_level[timestep] * noise) / signal[timestep]
+        after = timestep - stride
+        latent = signal[after] * clean + noise_level[after] * noise if after >= 0 else clean
+    return latent
+
+
+@torch.no_grad()
+def frechet_distance(features: Callable[[Tensor], Tensor], real: Tensor, generated: Tensor) -> float:
+    """FID-small: the Frechet distance of features of two sets of images (Heusel et al. 2017, equation 6).
+
+    Args:
+        features: images [N, C, S, S] -> features [N, F].
+        real: images [N, C, S, S].
+        generated: images [M, C, S, S].
+    """
+    found = [features(images).double() for images in (real, generated)]
+    means = [values.mean(0) for values in found]
+    covariances = [values.T.cov() for values in found]
+    mixed = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()
+    distance = (means[0] - means[1]).square().sum() + sum(each.trace() for each in covariances) - 2 * mixed
+    return float(distance)
+
+
+def write_grid(images: Tensor, path: Path, *, enlarged: int) -> None:
+    """Writes images [rows, columns, C, S, S] in [-1, 1], grey or RGB, as one PNG."""
+    from PIL import Image
+
+    framed = F.pad(images.clamp(-1, 1), (1, 1, 1, 1), value=0.0)  # [rows, columns, C, S + 2, S + 2]
+    rows, columns, channels, height, width = framed.shape
+    tiled = framed.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, channels)
+    pixels = ((tiled + 1) * 127.5).byte().numpy()
+    picture = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+    picture = picture.resize((columns * width * enlarged, rows * height * enlarged), Image.Resampling.NEAREST)
+    with writing_file(path) as partial:
+        picture.save(partial, format="PNG")
