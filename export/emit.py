@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import json
-import logging
-import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import fx
 
-from qcgraph.capture import MAX_BATCH
 from qcgraph.errors import QcgraphError
 from qcgraph.export.attention import keep_heads_in_place
 from qcgraph.export.integer_products import multiply_integers
-from qcgraph.ir.graph import DTYPES
-from qcgraph.ir.ops import HALVES, OPS
+from qcgraph.export.to_onnx import to_onnx
 from qcgraph.ir.program import Program, tensor_digest
 from qcgraph.ir.serialize import EXPORTED, WEIGHTS, save_program
 from qcgraph.progress import Progress
-from qcgraph.spec import BATCH
-from qcgraph.steps import StepPlan
 
 if TYPE_CHECKING:
     import onnx
     from onnxscript import ir
 
 INLINE_BYTES = 1024  # what the exporter made and is larger than this goes into the weights file
-EXAMPLE_BATCH = 4  # even, and neither it nor its half is 1, which torch.export would take for a constant
-_NODE = re.compile(r"%(\w+) :")
 
 
 def emit_onnx(
@@ -101,36 +90,16 @@ def tensor_places(path: Path) -> dict[str, tuple[int, int]]:
 def _translate(program: Program, variant: str, opset: int, *, integer_products: bool, heads_in_place: bool) -> ir.Model:
     """One variant as an ONNX model whose initializers are, in memory, the tensors of the program."""
     from onnxscript import ir
-    from onnxscript.optimizer import optimize_ir
 
     interface = program.variants[variant].interface
-    try:
-        with _quiet():
-            exported = _export(program, variant)
-            result = torch.onnx.export(
-                exported,
-                dynamo=True,
-                opset_version=opset,
-                custom_translation_table={op.target: op.to_onnx for op in OPS},
-                input_names=list(interface.input_names),
-                output_names=list(interface.output_names),
-                optimize=False,  # below, without the folding of weights
-                verbose=False,
-            )
-            assert result is not None
-            decomposed = result.exported_program
-            assert decomposed is not None
-            model: ir.Model = result.model
-            optimize_ir(model, onnx_shape_inference=False, should_fold=lambda node: _folds(node, program.constants))
-    except Exception as error:  # the exporter raises many types; each means that this variant cannot be exported
-        raise _refusal(variant, error) from error
-    _rename(model, _names(decomposed.graph, program.variants[variant].graph), program.constants)
+    model, names = to_onnx(program, variant, opset)
+    _rename(model, names, program.constants)
     if heads_in_place:
         keep_heads_in_place(model)
     if integer_products:
         multiply_integers(model)
     else:
-        _omit_zero_points(model)
+        _part_zero_points(model)
     values = (*model.graph.inputs, *model.graph.outputs)
     for value, spec in zip(values, (*interface.inputs, *interface.outputs), strict=True):
         value.shape = ir.Shape(spec.shape)
@@ -138,11 +107,12 @@ def _translate(program: Program, variant: str, opset: int, *, integer_products: 
     return model
 
 
-def _omit_zero_points(model: ir.Model) -> None:
-    """Leave out zero points of weights that are 0, as they are by default.
+def _part_zero_points(model: ir.Model) -> None:
+    """Let no two weights share a zero point: ONNX Runtime, told to multiply exactly, cannot convert a shared one.
 
-    Weights of as many channels would share one, which ONNX Runtime then fails to convert where it has to multiply
-    exactly (see `qcgraph.export.run_onnxruntime.session_options`).
+    In float32 they are left out, as they are 0 by default. In 16 bits, where ONNX Runtime has no integer kernel and
+    dequantizes what it has converted, it then needs as many as there are channels: each gets its own (see
+    `qcgraph.export.run_onnxruntime.session_options`).
     """
     from onnxscript import ir
     from onnxscript.optimizer import remove_unused_nodes
@@ -150,83 +120,18 @@ def _omit_zero_points(model: ir.Model) -> None:
     for node in model.graph:
         if node.op_type != "DequantizeLinear" or len(node.inputs) < 3:
             continue
-        codes, _, zero_point = node.inputs
+        codes, scale, zero_point = node.inputs
         zeros = ir.convenience.get_const_tensor(zero_point) if zero_point is not None else None
-        if codes is not None and codes.is_initializer() and zeros is not None and not zeros.numpy().any():
+        if codes is None or not codes.is_initializer() or zeros is None or zeros.numpy().any():
+            continue
+        if scale is not None and scale.dtype == ir.DataType.FLOAT:
             node.resize_inputs(2)
+            continue
+        name = f"{codes.name}_zero_point"
+        own = ir.Value(name=name, const_value=ir.tensor(zeros.numpy(), name=name))
+        model.graph.register_initializer(own)
+        node.replace_input_with(2, own)
     remove_unused_nodes(model)
-
-
-def _export(program: Program, variant: str) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim(BATCH, min=1, max=MAX_BATCH)
-    plan = program.facts.get(StepPlan)
-    if plan and variant in plan.paired:
-        batch = HALVES * torch.export.Dim(f"half_{BATCH}", min=1, max=MAX_BATCH // HALVES)
-    inputs = program.variants[variant].interface.inputs
-    shapes = [[EXAMPLE_BATCH if dim == BATCH else int(dim) for dim in spec.shape] for spec in inputs]
-    arguments = tuple(torch.zeros(shape, dtype=DTYPES[spec.dtype]) for shape, spec in zip(shapes, inputs, strict=True))
-    dynamic = tuple({index: batch for index, dim in enumerate(spec.shape) if dim == BATCH} for spec in inputs)
-    return torch.export.export(program.module(variant), arguments, dynamic_shapes=dynamic, strict=False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter from warning about what is not there and what it will change; errors are raised anyway."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _refusal(variant: str, error: Exception) -> QcgraphError:
-    """The innermost reason of an exporter's error, and the node that it is about."""
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__) is not None:
-        chain.append(cause)
-    nodes = [match[1] for item in chain if (match := _NODE.search(str(item)))]
-    lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()]
-    return QcgraphError(
-        f"cannot be exported to ONNX: {lines[0] if lines else type(chain[-1]).__name__}",
-        where=f"graph {variant}" + (f", %{nodes[-1]}" if nodes else ""),
-        hint="the target torch runs any program",
-    )
-
-
-def _folds(node: ir.Node, constants: Mapping[str, torch.Tensor]) -> bool | None:
-    """Never fold what reads a tensor of the program: the result would be a second copy of it on disk.
-
-    Numbers may be folded. Limits of codes then are constants where the scale is, which not all consumers compute: in
-    TensorRT a zero point is nothing that can be converted to floating point.
-    """
-    read = (constants.get(value.name) for value in node.inputs if value is not None and value.name is not None)
-    return False if any(tensor is not None and tensor.dim() > 0 for tensor in read) else None
-
-
-def _names(decomposed: fx.Graph, graph: fx.Graph) -> dict[str, str]:
-    """Name of a decomposed node -> name of the program's node whose value it computes."""
-    own = {node.name for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)}
-    last: dict[str, str] = {}  # an op that was decomposed has the value of the last of its parts
-    for node in decomposed.nodes:
-        source = _source(node)
-        if node.op == "call_function" and source in own and isinstance(node.meta.get("val"), torch.Tensor):
-            last[source] = node.name
-    return {name: source for source, name in last.items()}
-
-
-def _source(node: fx.Node) -> str:
-    """The name of the program's node that a node was made from, as torch.export remembers it."""
-    sources: Any = node.meta.get("from_node")
-    name = ""
-    while sources:
-        name, sources = sources[-1].name, sources[-1].from_node
-    return name
 
 
 def _rename(model: ir.Model, names: Mapping[str, str], constants: Mapping[str, torch.Tensor]) -> None:

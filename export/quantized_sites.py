@@ -15,7 +15,7 @@ from torch import fx
 from qcgraph.errors import VerificationError
 from qcgraph.export.run_onnxruntime import load_session, session_options
 from qcgraph.ir.execute import walk
-from qcgraph.ir.graph import Variant
+from qcgraph.ir.graph import DTYPE_NAMES, Variant
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
 from qcgraph.sampling import Array
@@ -38,6 +38,7 @@ class QuantizedSite:
         entering: the node whose floating-point value is quantized; what divides it by a ratio of scales comes after.
         rescaled: the node that multiplies the product by that ratio, else the product.
         leaving: the node whose value is the result, bias included.
+        dtype: the type of what enters and leaves, ``f32`` or one of 16 bits.
     """
 
     name: str
@@ -46,6 +47,7 @@ class QuantizedSite:
     entering: str
     rescaled: str
     leaving: str
+    dtype: str
 
     @property
     def is_rescaled(self) -> bool:
@@ -73,8 +75,17 @@ def quantized_sites(variant: Variant) -> tuple[QuantizedSite, ...]:
             rescaled = _rescaled(product)
             if rescaled is not product and _is_by_ratio(entering):
                 entering = entering.all_input_nodes[0]
-            names = (node.name for node in (entering, rescaled, _with_bias(rescaled)))
-            found.append(QuantizedSite(site.name, site.node, str(codes.target), *names))
+            found.append(
+                QuantizedSite(
+                    site.name,
+                    product=site.node,
+                    codes=str(codes.target),
+                    entering=entering.name,
+                    rescaled=rescaled.name,
+                    leaving=_with_bias(rescaled).name,
+                    dtype=DTYPE_NAMES[product.meta["val"].dtype],
+                )
+            )
     return tuple(found)
 
 
@@ -190,12 +201,12 @@ class CutSites:
                     where=f"{path.name}, {site.name}",
                 )
             if readers not in inputs:
-                inputs[readers] = ir.Value(name=f"entering_{index}", type=ir.TensorType(ir.DataType.FLOAT))
+                inputs[readers] = ir.Value(name=f"entering_{index}", type=_type(site))
                 for reader in readers:
                     reader.replace_input_with(0, inputs[readers])
             self._entering[site.entering] = str(inputs[readers].name)
             output = last.outputs[0]
-            output.type = ir.TensorType(ir.DataType.FLOAT)
+            output.type = _type(site)
             outputs.append(output)
             self._leaving[site.name] = str(output.name)
         self._session = _cut_session(
@@ -214,6 +225,15 @@ class CutSites:
         feeds |= {name: value for name, value in selectors.items() if name in wanted}
         values = self._session.run(list(self._leaving.values()), feeds)
         return dict(zip(self._leaving, values, strict=True))
+
+
+def _type(site: QuantizedSite) -> ir.TensorType:
+    """The ONNX type of what enters and leaves a site."""
+    from onnxscript import ir
+
+    return ir.TensorType(
+        {"f32": ir.DataType.FLOAT, "f16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[site.dtype]
+    )
 
 
 def _products(graph: ir.Graph) -> dict[str, list[ir.Node]]:
@@ -320,7 +340,8 @@ class Parameters:
         codes: weight codes by initializer.
         scales: scales by initializer.
         zero_points: zero points by initializer.
-        selected: the initializers that are tables, of which one row is selected at run time.
+        selected: scales and zero points that are no constants: the tables, by initializer, of which one row is selected
+            at run time, and values that are computed.
     """
 
     codes: dict[str, npt.NDArray[np.int8]]
@@ -337,11 +358,12 @@ def parameters(path: Path) -> Parameters:
     selected = set()
     for node in ir.load(path).graph:
         for operand in _operands(node):
-            for kind, value in zip(found, operand, strict=False):
+            for position, value in enumerate(operand):
                 source = _source(value)
-                if source is not None and source.const_value is not None:
-                    kind[str(source.name)] = source.const_value.numpy()
-                if source is not None and source is not value:
+                content = ir.convenience.get_const_tensor(source) if source is not None else None
+                if source is not None and content is not None:
+                    found[position][str(source.name)] = content.numpy()
+                if source is not None and (source is not value or (position and content is None)):
                     selected.add(str(source.name))
     return Parameters(*found, frozenset(selected))
 

@@ -10,6 +10,7 @@ from qcgraph.errors import UsageError, closest
 
 LARGEST_UINT8 = 2**8 - 1
 LARGEST_INT16 = 2**15 - 1
+RUN_BY_ONNXRUNTIME = ("f32", "f16")  # on the CPU; it has no kernels for bfloat16
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Target:
             Runtime's int8 kernel; else they multiply dequantized values.
         heads_in_place: whether attention takes its heads where the projection puts them, without transposes. ONNX
             Runtime is faster so; TensorRT-RTX then splits the weight of q, k and v, and multiplies in floating point.
+        multiplies_float8: whether it runs products of 8-bit floating point.
+        precision: ``float32``, or ``auto`` where what is not quantized is faster in 16 bits; unless it is told
+            otherwise.
         backend: what runs the bundle unless it is told otherwise.
     """
 
@@ -43,12 +47,18 @@ class Target:
     constant_scales: bool
     integer_products: bool
     heads_in_place: bool
+    multiplies_float8: bool
+    precision: Literal["float32", "auto"]
     backend: str
 
     @property
     def forms(self) -> dict[str, bool]:
         """What `qcgraph.export.emit.emit_onnx` is told of it."""
         return {"integer_products": self.integer_products, "heads_in_place": self.heads_in_place}
+
+    def backend_for(self, precision: str) -> str:
+        """What runs a bundle whose floating-point type is this, unless it is told otherwise."""
+        return "torch" if precision not in RUN_BY_ONNXRUNTIME else self.backend
 
     @property
     def may_saturate(self) -> bool:
@@ -70,6 +80,8 @@ _TORCH = Target(
     constant_scales=False,
     integer_products=False,
     heads_in_place=False,
+    multiplies_float8=True,
+    precision="float32",
     backend="torch",
 )
 
@@ -86,6 +98,8 @@ _ONNXRUNTIME_CPU = Target(
     constant_scales=False,
     integer_products=True,
     heads_in_place=True,
+    multiplies_float8=False,
+    precision="float32",
     backend="onnxruntime",
 )
 
@@ -100,6 +114,8 @@ _ONNX = Target(
     constant_scales=True,
     integer_products=False,
     heads_in_place=False,
+    multiplies_float8=False,  # ONNX Runtime takes it for int8 in float32 graphs, and then refuses them
+    precision="float32",
     backend="onnxruntime",  # also of the targets below: running the same graphs on the CPU is how they are checked
 )
 
@@ -113,13 +129,15 @@ _ONNX_OPSET21 = replace(
 _TENSORRT = replace(
     _ONNX,
     name="tensorrt",
-    description="TensorRT, strongly typed: Q/DQ with constant scales, symmetric int8, opset 23",
+    description="TensorRT, strongly typed: Q/DQ with constant scales, symmetric int8, the rest in 16 bits",
+    multiplies_float8=True,
+    precision="auto",
 )
 
 _TENSORRT_RTX = replace(
     _TENSORRT,
     name="tensorrt-rtx",
-    description="TensorRT-RTX, strongly typed: Q/DQ with constant scales, symmetric int8, opset 23",
+    description="TensorRT-RTX, strongly typed: Q/DQ with constant scales, symmetric int8, the rest in 16 bits",
 )
 
 TARGETS: Mapping[str, Target] = {

@@ -52,7 +52,7 @@ class FitRequantization(Pass):
                 codes, scale = weight_codes(program.constants, weight, quant.weight)
                 rounded = rounded_activation(value, batch.groups, quant.activation)
                 exact = value @ program.constants[weight].t()
-                found[site.name].add(exact, rounded @ (codes * scale[:, None]).t())
+                found[site.name].add(exact, rounded @ (codes.float() * scale[:, None]).t())
             release_memory()  # of these rows, before the next ones run
         return program.with_facts(Requantization({name: fit.correction() for name, fit in found.items()}))
 

@@ -7,14 +7,25 @@ from typing import ClassVar
 
 import numpy as np
 
-from qcgraph.errors import UsageError
-from qcgraph.facts import ActivationQuant, QuantPlan, Ranges, SiteQuant, SiteRange, WeightQuant, codes
+from qcgraph.errors import UsageError, closest
+from qcgraph.facts import (
+    FLOAT8,
+    LARGEST_FLOAT8,
+    ActivationQuant,
+    QuantPlan,
+    Ranges,
+    SiteQuant,
+    SiteRange,
+    WeightQuant,
+    codes,
+)
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.steps import StepPlan
 
 BITS = range(2, 9)
+INTEGER, FLOAT = "int", "fp8"
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,7 @@ class PlanQuant(Pass):
         weight_bits: 2 to 8.
         activation_bits: 2 to 8.
         symmetric: int8 activations with zero point 0 instead of uint8 with a zero point.
+        format: ``int``, or ``fp8`` for 8-bit floating point (E4M3) of weights and activations, whatever their bits.
         weight_high: the largest weight code; by default 2^(bits-1) - 1. Targets that accumulate in 16 bits need 64.
     """
 
@@ -39,14 +51,19 @@ class PlanQuant(Pass):
     activation_bits: int = 8
     symmetric: bool = False
     weight_high: int | None = None
+    format: str = INTEGER
 
     def run(self, program: Program, context: PassContext) -> Program:
         for label, bits in (("weight", self.weight_bits), ("activation", self.activation_bits)):
             if bits not in BITS:
                 raise UsageError(f"{bits} {label} bits", hint=f"{BITS[0]} to {BITS[-1]} bits are possible")
+        if self.format not in (INTEGER, FLOAT):
+            raise UsageError(f"no format {self.format!r}", hint=closest(self.format, (INTEGER, FLOAT)))
         ranges, plan = program.facts[Ranges], program.facts[StepPlan]
         widest = 2 ** (self.weight_bits - 1) - 1
         weight = WeightQuant(min(widest, self.weight_high or widest))
+        if self.format == FLOAT:
+            weight = WeightQuant(LARGEST_FLOAT8, FLOAT8)
         sites: dict[str, SiteQuant] = {}
         for variant in program.variants.values():
             for site in find_sites(variant):
@@ -60,8 +77,11 @@ class PlanQuant(Pass):
 
     def _activation(self, observed: SiteRange, plan: StepPlan) -> ActivationQuant:
         low, high = codes(self.activation_bits, symmetric=self.symmetric)
+        dtype, symmetric = "int8" if self.symmetric else "uint8", self.symmetric
+        if self.format == FLOAT:
+            low, high, dtype, symmetric = -LARGEST_FLOAT8, LARGEST_FLOAT8, FLOAT8, True
         limits = [observed.over(members) for members in plan.groups]
-        parameters = [affine_parameters(*ends, low, high, symmetric=self.symmetric) for ends in limits]
+        parameters = [affine_parameters(*ends, low, high, symmetric=symmetric) for ends in limits]
         if len(set(parameters)) == 1:
             parameters = parameters[:1]
         return ActivationQuant(
@@ -69,7 +89,7 @@ class PlanQuant(Pass):
             zero_points=tuple(zero for _, zero in parameters),
             low=low,
             high=high,
-            dtype="int8" if self.symmetric else "uint8",
+            dtype=dtype,
         )
 
 

@@ -89,7 +89,7 @@ def _reason(dequantize: fx.Node, program: Program) -> tuple[str, str] | None:
     quantize, zero_point = (_operand(dequantize, index) for index in (0, 2))
     if quantize.target is ops.quantize_regions.default:
         return REGIONS
-    if bool(program.constants[_table(zero_point)].any()):
+    if bool(program.constants[_table(zero_point)].float().any()):
         return ASYMMETRIC
     value = _operand(quantize, 0)
     if value.target is aten.clamp.Tensor and any(node.target is ops.select.default for node in value.all_input_nodes):

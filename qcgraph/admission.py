@@ -14,6 +14,7 @@ from qcgraph.evaluation.metrics import check_installed, choose_metrics
 from qcgraph.evaluation.settings import Subject
 from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
 from qcgraph.export.targets import Target
+from qcgraph.facts import precision_of
 from qcgraph.gate import Gate, Verdict, require
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
@@ -92,7 +93,7 @@ def admit_quality(
         RefusedError: the gate is not met; says by which term.
     """
     runner: Runner = TorchRunner(program)
-    if target.emits_onnx:
+    if target.backend_for(precision_of(program.facts)) == "onnxruntime":
         runner = OnnxRuntimeRunner(folder, program.interfaces, exact=target.may_saturate)
     subject = Subject(model, origin, program, program.facts[StepPlan], runner, folder, target)
     progress.note(f"measuring the gate {gate.text}")

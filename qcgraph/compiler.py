@@ -17,12 +17,13 @@ from qcgraph.bundle import Bundle, check_output, write_plan, writing
 from qcgraph.capture import capture
 from qcgraph.compile_report import compile_report
 from qcgraph.costs import measure_costs
-from qcgraph.default_pipeline import default_pipeline
+from qcgraph.default_pipeline import default_pipeline, target_notes
 from qcgraph.errors import UsageError, VerificationError, closest
 from qcgraph.evaluation.ablation import is_quantized
+from qcgraph.export.check import Check
 from qcgraph.export.targets import Target, target_named
-from qcgraph.export.verify import Check, verify_export
-from qcgraph.facts import Rehearsed
+from qcgraph.export.verify import verify_export
+from qcgraph.facts import Rehearsed, precision_of
 from qcgraph.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
@@ -143,6 +144,9 @@ def _compile(
         raise UsageError("no output folder", hint="say where the bundle goes: -o FOLDER")
     if writes and output is not None:
         check_output(output, force=force)
+    notes = target_notes(recipe, target)
+    for note in notes:
+        progress.note(f"note: {note}")
     started = time.perf_counter()
     timer = Timer(progress)
     loaded, captured = _captured(model, recipe, progress, timer)
@@ -169,13 +173,15 @@ def _compile(
     report = compile_report(sites, program, recipe, target, pipeline, timer.seconds)
     report[SOURCE] = model if isinstance(model, str) else None
     report["followed_plan"] = _followed(recipe, plan, program)
+    report["notes"] = notes
     if not writes or output is None:
         return CompileResult(None, report, program.text)
     edges, original = _admitted_edges(model, recipe, program, progress, timer)
     report["cached_edges"] = edges
     gc.collect()  # with what was measured goes the model
     name = program.facts[ModelSpec].name
-    with writing(output, model=name, target=target.name, overrides=overrides(edges), force=force) as folder:
+    precision, allowed = precision_of(program.facts), overrides(edges)
+    with writing(output, model=name, target=target.name, precision=precision, overrides=allowed, force=force) as folder:
         report["checks"] = [asdict(check) for check in _export(program, folder, target, progress, timer)]
         if recipe.conditions is not None and original is not None:
             with timer.stage("gate"):
@@ -231,15 +237,28 @@ def _write(folder: Path, program: Program, recipe: Recipe, report: dict[str, Any
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
 
 
-def verify_bundle(bundle: Bundle, progress: Progress | None = None) -> tuple[Check, ...]:
+def verify_bundle(bundle: Bundle, progress: Progress | None = None, target: str | None = None) -> tuple[Check, ...]:
     """Check legality and parity of every exported variant of a bundle against its program in PyTorch.
 
+    Args:
+        bundle: the bundle.
+        progress: reports what takes long.
+        target: a target that the graphs are to conform to as well (see `qcgraph.export.conformance`).
+
     Raises:
-        BundleError: the bundle's files are not those that were written.
+        BundleError: the bundle's files are not those that were written, or it has no graphs to conform.
+        UsageError: there is no such target, it takes no graphs, or what has to judge is not installed.
     """
-    target = target_named(bundle.manifest.target)
-    program = load_program(bundle.path)
-    return verify_export(program, bundle.path, target, bundle.interfaces, progress or Progress())
+    progress, compiled_for = progress or Progress(), target_named(bundle.manifest.target)
+    if target is None:
+        return verify_export(load_program(bundle.path), bundle.path, compiled_for, bundle.interfaces, progress)
+    from qcgraph.export.conformance import check_conformance, judge_of
+
+    asked = target_named(target)
+    judge_of(asked)  # before the program is loaded, which may take long
+    for variant in bundle.interfaces:
+        bundle.file(f"{variant}.onnx")
+    return check_conformance(load_program(bundle.path), bundle.path, asked, bundle.interfaces, progress)
 
 
 def _captured(
@@ -312,7 +331,7 @@ def _export(program: Program, folder: Path, target: Target, progress: Progress, 
     progress.note("verifying the exported graphs")
     with timer.stage("verify"):
         checks = verify_export(program, folder, target, program.interfaces, progress)
-    failed = [check for check in checks if not check.passed]
+    failed = [check for check in checks if check.failed]
     if failed:
         raise VerificationError(
             f"{failed[0].name}: {failed[0].detail}",

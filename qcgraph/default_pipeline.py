@@ -5,30 +5,62 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from qcgraph.export.targets import Target
+from qcgraph.errors import UsageError
+from qcgraph.export.targets import TARGETS, Target
+from qcgraph.export.tensorrt import PROVIDERS
 from qcgraph.pipeline import Pass, Pipeline, make_pass
-from qcgraph.recipe import Recipe
+from qcgraph.recipe import MOST_BITS, Recipe
 
 HISTORY = {"reuse": 1, "dec": 1, "taylor": 2, "affine": 3}  # computed values that each forecast looks back to
 
 
 def default_pipeline(recipe: Recipe, target: Target) -> Pipeline:
-    """The passes a recipe asks for, then the legalization of its target.
+    """The passes a recipe asks for, its own or the default ones, then what its target asks for and they lack.
 
     Raises:
-        UsageError: the recipe's own pipeline text is wrong.
+        UsageError: the recipe's own pipeline text is wrong, or it asks for what the target cannot hold.
     """
     if recipe.pipeline.passes:
-        return Pipeline.parse(recipe.pipeline.passes)
+        chosen = Pipeline.parse(recipe.pipeline.passes)
+    else:
+        chosen = Pipeline(tuple(_passes(recipe, target)))
+    return Pipeline((*chosen, *_lacking(chosen, recipe, target)))
+
+
+def target_notes(recipe: Recipe, target: Target) -> tuple[str, ...]:
+    """What a target means for what a recipe asks for or leaves open, in words for the report.
+
+    Raises:
+        UsageError: see `default_pipeline`.
+    """
+    if recipe.pipeline.passes:
+        added = ", ".join(pass_.name for pass_ in _lacking(Pipeline.parse(recipe.pipeline.passes), recipe, target))
+        return (f"after the passes of the recipe come those that {target.name} asks for: {added}",) if added else ()
+    if not recipe.is_quantized:
+        return ()
+    asked, notes = recipe.quantization, []
+    could_have_regions = recipe.activation_bits < MOST_BITS or recipe.bit_budget is not None or asked.attention
+    if asked.regions == "auto" and target.constant_scales and could_have_regions:
+        notes.append(f"{target.name} takes constant scales: no activation has two regions")
+    if recipe.bit_budget is not None and target.constant_scales:
+        notes.append(f"{target.name} takes constant scales: an activation has the same bits in all timestep groups")
+    if asked.attention and target.name in PROVIDERS:
+        notes.append("attention of quantized products is not fused: TensorRT has kernels for all of it in 16 bits only")
+    return tuple(notes)
+
+
+def _lacking(chosen: Pipeline, recipe: Recipe, target: Target) -> Iterator[Pass]:
+    """What a target asks for at the end of a pipeline, as far as that does not have it."""
+    names = {pass_.name for pass_ in chosen}
     legalization = Pipeline.parse(target.legalize) if target.legalize else Pipeline(())
-    return Pipeline((*_passes(recipe, target), *legalization))
+    yield from (pass_ for pass_ in (*legalization, *_reduced(recipe, target)) if pass_.name not in names)
 
 
 def _passes(recipe: Recipe, target: Target) -> Iterator[Pass]:
     quantized = recipe.is_quantized
     compensated = recipe.compensation.mode != "off"
 
-    if quantized and recipe.quantization.equalize:
+    if quantized and recipe.quantization.equalize and not recipe.is_float8:
         # Before there are variants: it changes the constants that all of them will share.
         yield _pass(
             "equalize",
@@ -57,6 +89,21 @@ def _passes(recipe: Recipe, target: Target) -> Iterator[Pass]:
         yield _pass("hoist-adaln")
 
 
+def _reduced(recipe: Recipe, target: Target) -> Iterator[Pass]:
+    """The type of what is not quantized, last of all: what is fitted and searched before is so in float32."""
+    asked = recipe.target.precision
+    if asked != "float32" and target.integer_products:
+        if asked != "auto":
+            raise UsageError(
+                f"{target.name} computes what is not quantized in float32, not in {asked}",
+                hint="leave precision out, or choose another target (see qcgraph targets)",
+            )
+        return
+    dtype = target.precision if asked == "auto" else asked
+    if dtype != "float32":
+        yield _pass("reduce-precision", dtype=dtype, seed=recipe.calibration.seed)
+
+
 def _calibrate(recipe: Recipe, *, quantized: bool) -> Pass:
     calibration = recipe.calibration
     counts = {"trajectories": calibration.trajectories, "samples": calibration.samples}
@@ -71,7 +118,10 @@ def _calibrate(recipe: Recipe, *, quantized: bool) -> Pass:
 def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
     """What is quantized and how, then the quantizers."""
     asked, seed = recipe.quantization, recipe.calibration.seed
-    regions = asked.regions and not target.constant_scales
+    if recipe.is_float8:
+        yield from _quantizing_to_float8(recipe, target)
+        return
+    regions = _has_regions(recipe, target)
     # Groups before scales: a scale belongs to a group.
     yield _pass("group-timesteps", groups=asked.groups, strategy=asked.grouping)
     yield _pass(
@@ -111,6 +161,33 @@ def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
             seed=seed,
         )
     yield _pass("insert-qdq")
+
+
+def _quantizing_to_float8(recipe: Recipe, target: Target) -> Iterator[Pass]:
+    """Fewer passes: numbers whose precision is relative gain nothing from scales that clip or that channels share."""
+    asked = recipe.quantization
+    if not target.multiplies_float8 or (target.emits_onnx and recipe.target.precision == "float32"):
+        takers = ", ".join(name for name, known in TARGETS.items() if known.multiplies_float8)
+        raise UsageError(f"{target.name} does not multiply fp8", hint=f"targets that do, in 16 bits: {takers}")
+    if asked.attention:
+        raise UsageError("products of attention are not quantized to fp8", hint="leave quantization.attention out")
+    yield _pass("group-timesteps", groups=asked.groups, strategy=asked.grouping)
+    yield _pass("plan-quant", format="fp8")
+    if asked.correction != "off":
+        yield _pass("fit-requantization", sites=asked.correction)
+    yield _pass("insert-qdq")
+
+
+def _has_regions(recipe: Recipe, target: Target) -> bool:
+    """Whether activations may have two regions: as asked for, else where the target can hold them."""
+    asked = recipe.quantization.regions
+    if asked is True and target.constant_scales:
+        raise UsageError(
+            f"{target.name} takes constant scales, and an activation with two regions has none",
+            where="quantization.regions",
+            hint="leave regions out, or choose another target (see qcgraph targets)",
+        )
+    return not target.constant_scales if asked == "auto" else asked
 
 
 def _caching(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:

@@ -220,6 +220,10 @@ class TimestepGroups:
     lower_timesteps: tuple[float, ...]
 
 
+FLOAT8 = "float8_e4m3fn"
+LARGEST_FLOAT8 = 448
+
+
 def codes(bits: int, *, symmetric: bool) -> tuple[int, int]:
     """Smallest and largest code: ``-2^(b-1) .. 2^(b-1)-1`` when symmetric, else ``0 .. 2^b-1``."""
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
@@ -234,7 +238,7 @@ class ActivationQuant:
         zero_points: as many as there are scales.
         low: smallest code.
         high: largest code.
-        dtype: ``uint8`` or ``int8``.
+        dtype: ``uint8``, ``int8`` or ``float8_e4m3fn``; codes of the last are floating point and have no zero point.
         shift: with two regions (TQ-DiT's MRQ), codes above the zero point are multiples of 2 to this power, so that
             positive values have a coarser step than negative ones; 0 for one step.
         bits: the bits of each timestep group, where they differ; ``low`` and ``high`` are those of the most.
@@ -258,9 +262,15 @@ class ActivationQuant:
 
 @dataclass(frozen=True)
 class WeightQuant:
-    """Symmetric quantization of a weight, one scale an output channel, codes in ``[-high, high]``, held as int8."""
+    """Symmetric quantization of a weight, one scale an output channel.
+
+    Attributes:
+        high: codes are in ``[-high, high]``.
+        dtype: what holds them, ``int8`` or ``float8_e4m3fn``.
+    """
 
     high: int
+    dtype: str = "int8"
 
 
 @dataclass(frozen=True)
@@ -393,6 +403,19 @@ class ForecastFit:
     steps: tuple[ForecastStep, ...]
 
 
+@dataclass(frozen=True)
+class Precision:
+    """The floating-point type of what is not quantized, where it is not float32.
+
+    Attributes:
+        dtype: ``f16`` or ``bf16``.
+        largest: the largest magnitude that was seen on calibration trajectories.
+    """
+
+    dtype: str
+    largest: float
+
+
 FACT_TYPES: tuple[type, ...] = (
     ModelSpec,
     StepPlan,
@@ -409,6 +432,7 @@ FACT_TYPES: tuple[type, ...] = (
     AttentionPlan,
     ForecastFit,
     Compensation,
+    Precision,
 )
 
 
@@ -450,6 +474,12 @@ class Facts:
         """The inverse of `encode`; raises pydantic's ValidationError on data of another shape."""
         kinds = {kind.__name__: kind for kind in FACT_TYPES}
         return cls(decode(kinds[name], value) for name, value in data.items())
+
+
+def precision_of(facts: Facts) -> str:
+    """The floating-point type of what is not quantized, ``f32`` unless it was reduced."""
+    precision = facts.get(Precision)
+    return precision.dtype if precision else "f32"
 
 
 def encode(fact: Any) -> Any:

@@ -24,6 +24,7 @@ MOST_BITS = 8
 AUTO_BITS = "auto"
 _MIXED = re.compile(r"auto=([4-7](?:\.[0-9]+)?|8(?:\.0+)?)")
 _AUTO = re.compile(AUTO_BITS)
+_FLOAT8 = re.compile("fp8")
 _INTERVAL = re.compile(r"(interval|dps)=([1-9][0-9]*)")
 _BUDGET = re.compile(r"budget=(1(?:\.0*)?|0?\.[0-9]*[1-9][0-9]*)")
 _PLAN = re.compile(r"plan=(\S+)")
@@ -88,12 +89,13 @@ class Calibration(_Section):
 
 
 class Quantization(_Section):
-    """Integer arithmetic in the linear layers of the blocks."""
+    """Arithmetic of 8 bits and fewer in the linear layers of the blocks."""
 
-    bits: Annotated[str, _fits(_BITS, _MIXED, _AUTO, word="off")] = Field(
+    bits: Annotated[str, _fits(_BITS, _MIXED, _AUTO, _FLOAT8, word="off")] = Field(
         "w8a8",
         description="off; w{2..8}a{2..8}: the bits of weights and activations, for example w8a8; auto=B: 4, 6 or 8 for "
-        "each layer and timestep group, B (4 to 8) on average; or auto: as few as meet the gate",
+        "each layer and timestep group, B (4 to 8) on average; auto: as few as meet the gate; or fp8: 8-bit floating "
+        "point (E4M3), whose scales cover the range and whose weights are rounded to the nearest",
     )
     groups: int = Field(8, ge=1, description="the number of timestep groups with activation scales of their own")
     grouping: Literal["optimal", "uniform"] = Field("optimal", description="optimal or uniform")
@@ -103,10 +105,10 @@ class Quantization(_Section):
     scales: Literal["fisher", "range"] = Field(
         "fisher", description="fisher (searched by what errors do to the prediction) or range (covering the range)"
     )
-    regions: bool = Field(
-        True,
-        description="true or false: whether an activation after a GELU, and probabilities of quantized attention, "
-        "may have two steps, where that pays",
+    regions: Literal["auto"] | bool = Field(
+        "auto",
+        description="auto, true or false: whether an activation after a GELU, and probabilities of quantized "
+        "attention, may have two steps, where that pays; auto is where the target can hold that",
     )
     attention: bool = Field(
         False,
@@ -178,12 +180,19 @@ class TargetChoice(_Section):
     """What the graphs are exported for."""
 
     name: str = Field("onnxruntime-cpu", min_length=1, description="the name of a target; `qcgraph targets` lists them")
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="type of what is not quantized; auto is what the target is fastest with and can hold"
+    )
 
 
 class PipelineChoice(_Section):
     """Another pipeline than the default one."""
 
-    passes: str = Field("", description="the text of a whole pipeline, or nothing for the default one")
+    passes: str = Field(
+        "",
+        description="the text of a pipeline in place of the default one, or nothing; what the target asks for and it "
+        "lacks comes after it",
+    )
 
 
 def _readable(value: str) -> str:
@@ -231,6 +240,7 @@ class Recipe(_Section):
         "hoist_adaln": ("modulation", "hoist"),
         "compensate": ("compensation", "mode"),
         "target": ("target", "name"),
+        "precision": ("target", "precision"),
         "seed": ("calibration", "seed"),
         "gate": ("gate", "terms"),
         "allow_unsafe": ("gate", "allow_unsafe"),
@@ -357,8 +367,13 @@ class Recipe(_Section):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether layers multiply integers."""
+        """Whether layers multiply numbers of 8 bits and fewer."""
         return self.quantization.bits != "off"
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether these are floating point."""
+        return bool(_FLOAT8.fullmatch(self.quantization.bits))
 
     @property
     def weight_bits(self) -> int:

@@ -20,6 +20,7 @@ from qcgraph.facts import (
     Facts,
     ForecastFit,
     ForecastStep,
+    Precision,
     QuantPlan,
     Ranges,
     Reference,
@@ -64,6 +65,7 @@ EXAMPLES = (
     ),
     ForecastFit("affine", (ForecastStep("cache_0", 1, THIRD, 1e-30),)),
     Compensation(((1.0, THIRD),), ((0.0, 0.1),), 1, ((1.0, 3.0),)),
+    Precision("f16", THIRD),
 )
 
 

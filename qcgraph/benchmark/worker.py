@@ -173,7 +173,9 @@ def _alone(request: dict[str, Any]) -> dict[str, Any]:
 
 def _runtime(candidate: str, bundle: Bundle | None) -> str:
     """The module that runs a candidate."""
-    return BASELINES[candidate].runtime if bundle is None else target_named(bundle.manifest.target).backend
+    if bundle is None:
+        return BASELINES[candidate].runtime
+    return target_named(bundle.manifest.target).backend_for(bundle.manifest.precision)
 
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Manifest(BaseModel):
         qcgraph: the version of qcgraph that wrote it.
         model: the name of the model.
         target: the name of the target.
+        precision: the floating-point type of what is not quantized.
         packages: the versions of the libraries that it was compiled with.
         files: every other file, by its path with ``/``.
         overrides: what was let through on demand although a check of the compilation refuses it.
@@ -52,12 +53,15 @@ class Manifest(BaseModel):
     qcgraph: str
     model: str
     target: str
+    precision: str = "f32"
     packages: dict[str, str]
     files: dict[str, FileEntry]
     overrides: tuple[str, ...] = ()
 
 
-def write_manifest(folder: Path, model: str, target: str, overrides: tuple[str, ...] = ()) -> None:
+def write_manifest(
+    folder: Path, model: str, target: str, precision: str = "f32", overrides: tuple[str, ...] = ()
+) -> None:
     """Write the manifest of a folder that holds all other files.
 
     Raises:
@@ -75,6 +79,7 @@ def write_manifest(folder: Path, model: str, target: str, overrides: tuple[str, 
         qcgraph=metadata.version("qcgraph"),
         model=model,
         target=target,
+        precision=precision,
         packages=_package_versions(),
         files=entries,
         overrides=overrides,

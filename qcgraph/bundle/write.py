@@ -56,7 +56,13 @@ def check_output(path: Path, *, force: bool) -> None:
 
 @contextmanager
 def writing(
-    path: Path, *, model: str, target: str, overrides: tuple[str, ...] = (), force: bool = False
+    path: Path,
+    *,
+    model: str,
+    target: str,
+    precision: str = "f32",
+    overrides: tuple[str, ...] = (),
+    force: bool = False,
 ) -> Iterator[Path]:
     """Write a bundle in one piece.
 
@@ -67,6 +73,7 @@ def writing(
         path: where the bundle is to be.
         model: the name of the model.
         target: the name of the target.
+        precision: the floating-point type of what is not quantized.
         overrides: what was let through on demand, see `Manifest`.
         force: whether a bundle that is there is replaced.
 
@@ -79,7 +86,7 @@ def writing(
     """
     with _BUNDLE.writing(path, force=force) as folder:
         yield folder
-        write_manifest(folder, model, target, overrides)
+        write_manifest(folder, model, target, precision, overrides)
 
 
 def _stranger(place: Path) -> str | None:

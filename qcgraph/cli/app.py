@@ -18,6 +18,7 @@ from qcgraph.cli.build import build_command
 from qcgraph.cli.compile import compile_command
 from qcgraph.cli.diff import diff_command
 from qcgraph.cli.evaluate import eval_command
+from qcgraph.cli.export import export_command
 from qcgraph.cli.inspect import inspect_command
 from qcgraph.cli.listing import models_command, passes_command, targets_command
 from qcgraph.cli.sample import sample_command
@@ -72,6 +73,7 @@ app.command("compile")(compile_command)
 app.command("sample")(sample_command)
 app.command("bench")(bench_command)
 app.command("build")(build_command)
+app.command("export")(export_command)
 app.command("verify")(verify_command)
 app.command("eval")(eval_command)
 app.command("inspect")(inspect_command)

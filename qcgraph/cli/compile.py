@@ -34,7 +34,7 @@ def compile_command(
     bits: Annotated[
         str | None,
         typer.Option(
-            metavar="wNaM|auto=B|auto|off",
+            metavar="wNaM|fp8|auto=B|auto|off",
             help="Bits of weights and activations, such as w8a8; on average; or the fewest that meet the gate.",
         ),
     ] = None,
@@ -65,6 +65,10 @@ def compile_command(
     ] = None,
     compensate: Annotated[str | None, typer.Option(metavar="vc|off", help="Variance compensation.")] = None,
     target: Annotated[str | None, typer.Option(metavar="NAME", help="What to export for; see qcgraph targets.")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(metavar="float32|float16|bfloat16", help="Type of what is not quantized; the target decides."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(metavar="S", help="Seed of the calibration.")] = None,
     gate: Annotated[
         str | None,
@@ -110,6 +114,7 @@ def compile_command(
         hoist_adaln=hoist_adaln,
         compensate=compensate,
         target=target,
+        precision=precision,
         seed=seed,
         gate=gate,
         allow_unsafe=allow_unsafe or None,

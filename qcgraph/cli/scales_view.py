@@ -70,4 +70,4 @@ def _two_steps(row: Mapping[str, Any]) -> str:
 
 
 def _weight(codes: tuple[int, int] | None) -> str:
-    return f"int8 {codes[0]}..{codes[1]}, a scale a channel" if codes else "-"
+    return f"{codes[0]}..{codes[1]}, a scale a channel" if codes else "-"

@@ -65,7 +65,7 @@ def without_quantization(program: Program, model: Program, keep: Collection[str]
         editor = edits[name] = GraphEditor(variant, program.constants, "ablation")
         for site in sites:
             product = editor.node(site.product)
-            weight = float_weight(site, model, program)
+            weight = float_weight(site, model, program).to(product.meta["val"].dtype)
             with editor.before(product):
                 constant = editor.constant(f"{site.codes}_float", weight, product)
             product.args = (editor.node(site.entering), constant, *product.args[2:])
@@ -87,7 +87,7 @@ def _restore_bias(editor: GraphEditor, site: QuantizedSite, product: fx.Node, pr
     bias = next(node for node in adding.all_input_nodes[-1:] if node.op == "get_attr")
     values = program.constants[str(bias.target)]
     gains, offsets = (torch.tensor(part, dtype=torch.float64) for part in (correction.gains, correction.offsets))
-    plain = ((values.double() - offsets) / gains).float()
+    plain = ((values.double() - offsets) / gains).to(values.dtype)
     with editor.before(adding):
         adding.replace_input_with(bias, editor.constant(f"{bias.target}_plain", plain, product))
 

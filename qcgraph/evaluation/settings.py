@@ -239,7 +239,7 @@ def _solving(subject: Subject, scheduler: str, steps: int) -> Draw:
 def _uncompensated(subject: Subject) -> Runner:
     """The compilation with its compensation at neutral: the same graphs, other tables."""
     program = without_compensation(subject.program)
-    if not subject.target.emits_onnx:
+    if isinstance(subject.runner, TorchRunner):
         return TorchRunner(program)
     from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
 
@@ -250,7 +250,7 @@ def _uncompensated(subject: Subject) -> Runner:
 
 def _exported(subject: Subject, program: Program, folder: Path, progress: Progress) -> Runner:
     """Another program on the backend of the subject's target."""
-    if not subject.target.emits_onnx:
+    if isinstance(subject.runner, TorchRunner):
         return TorchRunner(program)
     from qcgraph.export.emit import emit_onnx
     from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner

@@ -16,6 +16,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float32: "f32",
     torch.float16: "f16",
     torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "f8",
     torch.int64: "i64",
     torch.int32: "i32",
     torch.int8: "i8",

@@ -2,7 +2,8 @@
 
 Scales and zero points are tensors, so that a timestep group can select them at run time. Formulas:
 
-* quantize:    q = clamp(round_half_even(x / scale) + zero_point, low, high)
+* quantize:    q = clamp(round_half_even(x / scale) + zero_point, low, high); codes of 8-bit floating point are the
+  nearest such number of clamp(x / scale, low, high) instead
 * quantize_regions:  the same below zero; above it, with c = 2^shift,
   q = clamp(round(x / (c * scale)), 0, (high - zero_point) / c) * c + zero_point
 * region:      x where x < split (or, of the upper one, where not), else 0
@@ -25,7 +26,7 @@ from torch import Tensor, fx
 from qcgraph.ir.graph import spec_of
 from qcgraph.spec import BATCH
 
-CODE_TYPES = (torch.int8, torch.uint8)
+CODE_TYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn)
 HALVES = 2  # of guidance: conditional, unconditional
 
 
@@ -41,8 +42,12 @@ def _along(axis: int, values: Tensor, rank: int) -> Tensor:
 @torch.library.custom_op("qcgraph::quantize", mutates_args=())
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int) -> Tensor:
     """Affine quantization; ``scale`` and ``zero_point`` are scalars or one value along ``axis``."""
-    codes = (x / _along(axis, scale, x.dim())).round_()
-    codes += _along(axis, zero_point, x.dim()).to(x.dtype)
+    # In float32: codes do not depend on how a quotient would be rounded to 16 bits.
+    codes = x.float() / _along(axis, scale.float(), x.dim())
+    if zero_point.is_floating_point():
+        return codes.clamp_(low, high).to(zero_point.dtype)
+    codes.round_()
+    codes += _along(axis, zero_point, x.dim()).float()
     return codes.clamp_(low, high).to(zero_point.dtype)
 
 
@@ -201,7 +206,7 @@ def _verify_codes(node: fx.Node, x: Any, scale: Any, zero_point: Any, low: Any, 
         return f"quantizes {value.dtype}, which is not floating point"
     if reason := _verify_parameters(value, scales, zeros, axis):
         return reason
-    limits = torch.iinfo(zeros.dtype)
+    limits = torch.finfo(zeros.dtype) if zeros.dtype.is_floating_point else torch.iinfo(zeros.dtype)
     if not limits.min <= low < high <= limits.max:
         return f"codes {low}..{high} do not fit {zeros.dtype}"
     strangers = [user.name for user in node.users if user.target is not torch.ops.qcgraph.dequantize.default]
@@ -232,7 +237,7 @@ def _verify_dequantize(node: fx.Node) -> str | None:
 
 def _verify_parameters(value: Tensor, scale: Tensor, zero_point: Tensor, axis: Any) -> str | None:
     if zero_point.dtype not in CODE_TYPES:
-        return f"zero point is {zero_point.dtype}; int8 and uint8 are legal"
+        return f"zero point is {zero_point.dtype}; {', '.join(map(str, CODE_TYPES))} are legal"
     if scale.shape != zero_point.shape:
         return f"scale {tuple(scale.shape)} and zero point {tuple(zero_point.shape)} differ in shape"
     if scale.dim() > 1:
@@ -297,11 +302,8 @@ def _onnx_quantize(x: Any, scale: Any, zero_point: Any, low: int, high: int, axi
         # QuantizeLinear saturates at the limits of its type only. Narrower codes are clipped before it, in floating
         # point: an integer Clip after it would keep the int8 kernels from matching.
         zero = op.CastLike(zero_point, x)
-        x = op.Clip(
-            x,
-            (op.Constant(value_float=float(low)) - zero) * scale,
-            (op.Constant(value_float=float(high)) - zero) * scale,
-        )
+        limits = ((op.CastLike(op.Constant(value_float=float(limit)), x) - zero) * scale for limit in (low, high))
+        x = op.Clip(x, *limits)
     return op.QuantizeLinear(x, scale, zero_point, axis=axis)
 
 

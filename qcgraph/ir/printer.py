@@ -28,6 +28,7 @@ from qcgraph.facts import (
     Equalization,
     Facts,
     ForecastFit,
+    Precision,
     QuantPlan,
     Ranges,
     Reference,
@@ -236,6 +237,10 @@ def _compensation(fact: Compensation) -> list[str]:
     ]
 
 
+def _precision(fact: Precision) -> list[str]:
+    return [f"computed in {fact.dtype}, values up to {fact.largest:.3g}"]
+
+
 _FACT_LINES: tuple[tuple[type, Callable[[Any], list[str]]], ...] = (
     (ModelSpec, _model),
     (StepPlan, _steps),
@@ -252,4 +257,5 @@ _FACT_LINES: tuple[tuple[type, Callable[[Any], list[str]]], ...] = (
     (AttentionPlan, _attention),
     (ForecastFit, _forecast),
     (Compensation, _compensation),
+    (Precision, _precision),
 )

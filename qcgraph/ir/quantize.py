@@ -19,7 +19,7 @@ ROWS = 64  # of a weight that are quantized together: temporaries as large as a 
 
 
 def quantize_weight(weight: torch.Tensor, quant: WeightQuant) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes [out, in] and scales f32[out] of a weight; a channel of zeros keeps the scale 1.
+    """Codes [out, in] and scales f32[out] of a weight; a channel of zeros keeps the scale 1.
 
     Raises:
         ContractError: the weight is not a matrix.
@@ -27,9 +27,12 @@ def quantize_weight(weight: torch.Tensor, quant: WeightQuant) -> tuple[torch.Ten
     if weight.dim() != 2:
         raise ContractError(f"weight of rank {weight.dim()}; a linear layer has a matrix")
     scale = covering_scale(weight, quant.high)
-    codes = torch.empty(weight.shape, dtype=torch.int8)
+    codes = torch.empty(weight.shape, dtype=DTYPES[quant.dtype])
     for values, scales, part in zip(*(tensor.split(ROWS) for tensor in (weight, scale, codes)), strict=True):
-        part.copy_((values / scales[:, None]).round_().clamp_(-quant.high, quant.high))
+        divided = values / scales[:, None]
+        if not codes.is_floating_point():
+            divided.round_()
+        part.copy_(divided.clamp_(-quant.high, quant.high))
     return codes, scale
 
 
@@ -47,7 +50,7 @@ def rounded_names(weight: str) -> tuple[str, str]:
 def weight_codes(
     constants: Mapping[str, torch.Tensor], weight: str, quant: WeightQuant
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes [out, in] and scales f32[out] of a weight: those that were chosen for it, else the nearest ones."""
+    """Codes [out, in] and scales f32[out] of a weight: those that were chosen for it, else the nearest ones."""
     codes, scale = (constants.get(name) for name in rounded_names(weight))
     if codes is not None and scale is not None:
         return codes, scale

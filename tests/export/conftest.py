@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from qcgraph.bundle import Bundle, write_plan, writing
 from qcgraph.export.emit import emit_onnx
 from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
 from qcgraph.export.targets import TARGETS
 from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pipeline
 from qcgraph.progress import Progress
-from qcgraph.spec import Interface
+from qcgraph.recipe import Recipe
+from qcgraph.spec import Interface, ModelSpec
 from qcgraph.steps import StepPlan
 
 TARGET = TARGETS["onnxruntime-cpu"]
@@ -84,3 +87,19 @@ def dequantizing(compiled: Export, tmp_path_factory: pytest.TempPathFactory) -> 
 def not_lowered(captured: Program, tmp_path: Path) -> Export:
     """Quantized, without the legalization of the target."""
     return exported(Pipeline.parse(QUANTIZE).run(captured), tmp_path)
+
+
+@pytest.fixture
+def bundle_of(tmp_path: Path) -> Callable[[Export], Bundle]:
+    """Makes a bundle of what was exported, as far as running it needs."""
+
+    def made(export: Export) -> Bundle:
+        path, facts = tmp_path / "bundle", export.program.facts
+        with writing(path, model="tiny", target=TARGET.name) as folder:
+            write_plan(folder, facts[ModelSpec], facts[StepPlan], export.interfaces)
+            (folder / "recipe.lock.toml").write_text(Recipe().to_toml())
+            for name in ("weights.safetensors", *(f"{variant}.onnx" for variant in export.interfaces)):
+                shutil.copyfile(export.folder / name, folder / name)
+        return Bundle.open(path)
+
+    return made

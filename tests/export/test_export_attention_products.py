@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,25 @@ from qcgraph.pipeline import Pipeline
 from qcgraph.progress import Progress
 
 TARGET = TARGETS["onnxruntime-cpu"]
+CALIBRATE = (
+    "calibrate{trajectories=4 selection=uniform samples=24},group-timesteps{groups=3},"
+    f"plan-quant{{weight-high={TARGET.weight_high}}}"
+)
 FORMS = {"two planes": ("", 3), "one tensor": (" bits=6", 2), "one region": (" regions=false", 2)}  # products of each
 
 
 @pytest.fixture(scope="module")
-def sharp(captured: Program) -> Program:
-    """The tiny denoiser with queries six times as long, so that some probabilities are large."""
-    constants = dict(captured.constants)
-    for name in [name for name in constants if name.endswith("attn.qkv.weight")]:
-        weight = constants[name].clone()
-        weight[: len(weight) // 3] *= 6
-        constants[name] = weight
-    return replace(captured, constants=constants)
+def sharp(captured: Program, sharpened: Callable[[Program], Program]) -> Program:
+    return sharpened(captured)
+
+
+@pytest.fixture(scope="module")
+def in_float(sharp: Program, tmp_path_factory: pytest.TempPathFactory, export_of: Callable[..., Any]) -> Path:
+    """Graphs whose linear layers are quantized, and the products of whose attention are not."""
+    text = f"{CALIBRATE},split-attention,insert-qdq,{TARGET.legalize}"
+    folder = tmp_path_factory.mktemp("in_float")
+    export_of(Pipeline.parse(text).run(sharp), folder)
+    return folder
 
 
 @pytest.fixture(
@@ -45,11 +51,8 @@ def form(
 ) -> tuple[Any, int]:
     """An export of each form, and how many products an attention has in it."""
     options, products = FORMS[request.param]
-    text = (
-        "calibrate{trajectories=4 selection=uniform samples=24},group-timesteps{groups=3},"
-        f"plan-quant{{weight-high={TARGET.weight_high}}},split-attention,"
-        f"quantize-attention{{high={TARGET.weight_high}{options}}},insert-qdq,{TARGET.legalize}"
-    )
+    quantize = f"quantize-attention{{high={TARGET.weight_high}{options}}}"
+    text = f"{CALIBRATE},split-attention,{quantize},insert-qdq,{TARGET.legalize}"
     program = Pipeline.parse(text).run(sharp)
     return export_of(program, tmp_path_factory.mktemp("attention")), products
 
@@ -70,17 +73,10 @@ def test_all_products_are_integer_kernels(form: tuple[Any, int]) -> None:
 
 
 @pytest.mark.slow
-def test_a_product_in_floating_point_is_found(
-    form: tuple[Any, int], sharp: Program, tmp_path: Path, export_of: Callable[..., Any]
-) -> None:
+def test_a_product_in_floating_point_is_found(form: tuple[Any, int], in_float: Path) -> None:
     """The graphs of a program whose attention was not quantized do not pass for those of one whose was."""
     export, products = form
-    text = (
-        "calibrate{trajectories=4 selection=uniform samples=24},group-timesteps{groups=3},"
-        f"plan-quant{{weight-high={TARGET.weight_high}}},split-attention,insert-qdq,{TARGET.legalize}"
-    )
-    other = export_of(Pipeline.parse(text).run(sharp), tmp_path)
-    checks = verify_export(export.program, other.folder, TARGET, export.interfaces, Progress())
+    checks = verify_export(export.program, in_float, TARGET, export.interfaces, Progress())
     kernels = next(check for check in checks if check.name == "int8 kernels")
     assert not kernels.passed
     assert f"{2 * products} products of attention" in kernels.detail

@@ -13,10 +13,12 @@ import numpy as np
 import onnx
 import pytest
 
+from qcgraph.export.check import Check
 from qcgraph.export.emit import tensor_places
+from qcgraph.export.parity import ARITHMETIC, SAMPLES
 from qcgraph.export.quantized_sites import parameters
 from qcgraph.export.targets import TARGETS, Target
-from qcgraph.export.verify import EXACT, SAMPLES, Check, verify_export
+from qcgraph.export.verify import verify_export
 from qcgraph.facts import QuantPlan
 from qcgraph.ir.serialize import WEIGHTS
 from qcgraph.progress import Progress
@@ -28,7 +30,7 @@ TOKENS = 16
 
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qcgraph.export.verify.SAMPLES", 8)
+    monkeypatch.setattr("qcgraph.export.parity.SAMPLES", 8)
 
 
 def verify(export: Any, folder: Path | None = None, target: Target = TARGET) -> dict[tuple[str, str], Check]:
@@ -79,17 +81,17 @@ def test_unquantized_graphs_are_exact(unquantized: Any) -> None:
         ("full", "parity of cache_0"),
         ("reuse", "parity of noise_prediction"),
     }
-    assert all(check.value <= check.limit == EXACT for check in parity.values())
+    assert all(check.value <= check.limit == ARITHMETIC["f32"].exact for check in parity.values())
 
 
 def test_quantized_graphs_pass(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qcgraph.export.verify.SAMPLES", SAMPLES)
+    monkeypatch.setattr("qcgraph.export.parity.SAMPLES", SAMPLES)
     checks = verify(compiled)
     assert failed(checks) == []
     assert checks["full", "int8 kernels"].detail == "8 linears in int8, none of them left in float"
     assert checks["full", "site exactness"].value < 1e-6
     assert checks["full", "weight codes"].value == TARGET.weight_high
-    assert checks["reuse", "parity of noise_prediction"].limit == EXACT  # nothing is quantized in it
+    assert checks["reuse", "parity of noise_prediction"].limit == ARITHMETIC["f32"].exact  # nothing is quantized in it
     assert ("reuse", "site exactness") not in checks
 
 
@@ -141,7 +143,7 @@ def test_altered_scale_is_found_at_its_site(
     compiled: Any, copy: Path, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The graph alone is altered: one scale, by a thousandth. However many sites are compared at once."""
-    monkeypatch.setattr("qcgraph.export.verify.TOGETHER", together)
+    monkeypatch.setattr("qcgraph.export.parity.TOGETHER", together)
     with altered(copy) as graph:
         tensor = next(item for item in graph.initializer if item.name == f"{SITE}.weight_scale")
         scale = onnx.numpy_helper.to_array(tensor, str(copy)) * np.float32(1.001)
@@ -224,7 +226,7 @@ def test_forecasts_pass(forecasting: Any) -> None:
     checks = verify(forecasting)
     assert failed(checks) == []
     assert {variant for variant, _ in checks} == {"full", "reuse", "reuse_1"}
-    assert checks["reuse", "parity of noise_prediction"].value < EXACT
+    assert checks["reuse", "parity of noise_prediction"].value < ARITHMETIC["f32"].exact
 
 
 def test_a_forecast_of_another_step_is_found(forecasting: Any, tmp_path: Path) -> None:

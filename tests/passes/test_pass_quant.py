@@ -130,6 +130,18 @@ def test_bad_bits(ranged: Program, run: Run, options: str) -> None:
     assert caught.value.hint
 
 
+def test_float8_covers_the_range_of_each_group(ranged: Program, run: Run) -> None:
+    plan = run("group-timesteps{groups=3},plan-quant{format=fp8}", ranged).facts[QuantPlan]
+    site = plan.sites["blocks.0.attn.qkv"]
+    assert (site.weight.dtype, site.weight.high) == (site.activation.dtype, site.activation.high)
+    assert site.activation.dtype == "float8_e4m3fn"
+    assert site.activation.zero_points == (0, 0, 0)
+    largest = [scale * 448 for scale in site.activation.scales]
+    assert largest == pytest.approx([1.0, 2.0, 3.0])
+    with pytest.raises(UsageError, match="no format 'fp4'"):
+        run("plan-quant{format=fp4}", ranged)
+
+
 def test_weight_codes_are_within_half_a_step() -> None:
     weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     weight[2] = 0

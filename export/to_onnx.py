@@ -1,0 +1,163 @@
+"""One variant as an ONNX model in memory, by PyTorch's exporter."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from qcgraph.capture import MAX_BATCH
+from qcgraph.errors import QcgraphError
+from qcgraph.ir.graph import DTYPES
+from qcgraph.ir.ops import HALVES, OPS
+from qcgraph.ir.program import Program
+from qcgraph.spec import BATCH
+from qcgraph.steps import StepPlan
+
+if TYPE_CHECKING:
+    from onnxscript import ir
+
+EXAMPLE_BATCH = 4  # even, and neither it nor its half is 1, which torch.export would take for a constant
+_NODE = re.compile(r"%(\w+) :")
+
+
+def to_onnx(program: Program, variant: str, opset: int) -> tuple[ir.Model, dict[str, str]]:
+    """Translate a variant.
+
+    Args:
+        program: what is exported.
+        variant: which of its variants.
+        opset: the ONNX opset.
+
+    Returns:
+        The model, whose initializers are the tensors of the program, and the names of the program's nodes by the names
+        that their values have in the model.
+
+    Raises:
+        QcgraphError: it cannot be exported; says which node and why.
+    """
+    from onnxscript.optimizer import optimize_ir
+
+    interface = program.variants[variant].interface
+    try:
+        with _quiet():
+            exported = _traced_once(_export(program, variant))
+            result = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=opset,
+                custom_translation_table={op.target: op.to_onnx for op in OPS},
+                input_names=list(interface.input_names),
+                output_names=list(interface.output_names),
+                optimize=False,  # below, without the folding of weights
+                verbose=False,
+            )
+            assert result is not None
+            decomposed = result.exported_program
+            assert decomposed is not None
+            model: ir.Model = result.model
+            optimize_ir(model, onnx_shape_inference=False, should_fold=lambda node: _folds(node, program.constants))
+    except Exception as error:  # the exporter raises many types; each means that this variant cannot be exported
+        raise _refusal(variant, error) from error
+    return model, _names(decomposed.graph, program.variants[variant].graph)
+
+
+def _export(program: Program, variant: str) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim(BATCH, min=1, max=MAX_BATCH)
+    plan = program.facts.get(StepPlan)
+    if plan and variant in plan.paired:
+        batch = HALVES * torch.export.Dim(f"half_{BATCH}", min=1, max=MAX_BATCH // HALVES)
+    inputs = program.variants[variant].interface.inputs
+    shapes = [[EXAMPLE_BATCH if dim == BATCH else int(dim) for dim in spec.shape] for spec in inputs]
+    arguments = tuple(torch.zeros(shape, dtype=DTYPES[spec.dtype]) for shape, spec in zip(shapes, inputs, strict=True))
+    dynamic = tuple({index: batch for index, dim in enumerate(spec.shape) if dim == BATCH} for spec in inputs)
+    return torch.export.export(program.module(variant), arguments, dynamic_shapes=dynamic, strict=False)
+
+
+def _traced_once(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same, not traced again by the exporter where it has no op to decompose: that is half of its time."""
+    decompose = exported.run_decompositions
+
+    def decompose_if_needed(table: Any = None, **options: Any) -> torch.export.ExportedProgram:
+        targets = {node.target for node in exported.graph.nodes if node.op == "call_function"} - {operator.getitem}
+        names = {target.name() if isinstance(target, torch._ops.OpOverload) else "" for target in targets}
+        return exported if names <= _with_onnx_form() else decompose(table, **options)
+
+    exported.run_decompositions = decompose_if_needed
+    return exported
+
+
+@cache
+def _with_onnx_form() -> frozenset[str]:
+    """The names of ops that are translated as they are."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    return frozenset({*map(str, ONNXRegistry.from_torchlib().functions), *(op.target.name() for op in OPS)})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter from warning about what is not there and what it will change; errors are raised anyway."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _refusal(variant: str, error: Exception) -> QcgraphError:
+    """The innermost reason of an exporter's error, and the node that it is about."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    nodes = [match[1] for item in chain if (match := _NODE.search(str(item)))]
+    lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()]
+    return QcgraphError(
+        f"cannot be exported to ONNX: {lines[0] if lines else type(chain[-1]).__name__}",
+        where=f"graph {variant}" + (f", %{nodes[-1]}" if nodes else ""),
+        hint="the target torch runs any program",
+    )
+
+
+def _folds(node: ir.Node, constants: Mapping[str, torch.Tensor]) -> bool | None:
+    """Never fold what reads a tensor of the program: the result would be a second copy of it on disk.
+
+    Numbers may be folded. Limits of codes then are constants where the scale is, which not all consumers compute: in
+    TensorRT a zero point is nothing that can be converted to floating point.
+    """
+    read = (constants.get(value.name) for value in node.inputs if value is not None and value.name is not None)
+    return False if any(tensor is not None and tensor.dim() > 0 for tensor in read) else None
+
+
+def _names(decomposed: fx.Graph, graph: fx.Graph) -> dict[str, str]:
+    """Name of a decomposed node -> name of the program's node whose value it computes."""
+    own = {node.name for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)}
+    last: dict[str, str] = {}  # an op that was decomposed has the value of the last of its parts
+    for node in decomposed.nodes:
+        source = _source(node)
+        if node.op == "call_function" and source in own and isinstance(node.meta.get("val"), torch.Tensor):
+            last[source] = node.name
+    return {name: source for source, name in last.items()}
+
+
+def _source(node: fx.Node) -> str:
+    """The name of the program's node that a node was made from, as torch.export remembers it."""
+    sources: Any = node.meta.get("from_node")
+    name = ""
+    while sources:
+        name, sources = sources[-1].name, sources[-1].from_node
+    return name

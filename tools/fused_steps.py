@@ -1,0 +1,181 @@
+"""What TensorRT-RTX fuses a denoiser to: our form of scales against others, without a GPU.
+
+    python tools/fused_steps.py digits dit-s-2:random dit-xl-2:random
+
+Every form is the same model as graphs, built ahead of time for each compute capability. Steps are kernels that a
+forward pass of the computing variant launches, and those of them that compute a part of a block, by block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from qcgraph.bundle.engines import Batch
+from qcgraph.capture import capture
+from qcgraph.cli.output import print_table
+from qcgraph.export import tensorrt
+from qcgraph.export.emit import emit_onnx
+from qcgraph.export.engine_steps import PROBED_VERSIONS, fused_steps
+from qcgraph.export.engines import quantized_products
+from qcgraph.export.targets import TARGETS
+from qcgraph.ir.graph import module_path
+from qcgraph.ir.program import Program
+from qcgraph.ir.structure import find_blocks
+from qcgraph.models import load_model
+from qcgraph.pipeline import Pipeline
+from qcgraph.progress import Progress
+from qcgraph.schedulers import make_step_plan
+
+TARGET = TARGETS["tensorrt-rtx"]
+VARIANT = "full"
+STEPS, GUIDANCE, GROUPS = 4, 1.5, 3
+CACHED = "plan-cache{interval=2},insert-cache"
+QUANTIZED = (
+    "calibrate{trajectories=2 samples=8},group-timesteps{groups=%d},plan-quant{symmetric=true},insert-qdq,lower-linear"
+)
+REDUCED = "reduce-precision{dtype=float16 samples=1}"
+RUNTIME = "runtime scales"
+BATCH = Batch(minimum=2, optimum=2, maximum=16)
+COLUMNS = ("model", "form", "device", "steps", "a block", "8-bit GEMMs", "of", "fused attention", "of", "MB", "seconds")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to write scales, and the passes that make it."""
+
+    name: str
+    passes: tuple[str, ...]
+
+
+FORMS = (
+    Form("float32", (CACHED,)),
+    Form("float16", (CACHED, REDUCED)),
+    Form("ours in float32", (CACHED, QUANTIZED % GROUPS, "reference-scales")),
+    Form("ours", (CACHED, QUANTIZED % GROUPS, "reference-scales", REDUCED)),
+    Form("constant scales", (CACHED, QUANTIZED % 1, "reference-scales", REDUCED)),
+    Form(RUNTIME, (CACHED, QUANTIZED % GROUPS, REDUCED)),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one form was fused to; ``problem`` where it was not."""
+
+    model: str
+    form: str
+    device: str
+    blocks: int
+    steps: int | None = None
+    block_steps: int | None = None
+    quantized_gemms: int | None = None
+    planned: int | None = None
+    fused_attention: int | None = None
+    attentions: int | None = None
+    megabytes: float | None = None
+    seconds: float | None = None
+    problem: str | None = None
+
+
+def main() -> int:
+    """Build and print."""
+    options = parse()
+    module = tensorrt.load_provider("tensorrt-rtx")
+    if not module.__version__.startswith(PROBED_VERSIONS):
+        print(f"steps are only known of TensorRT-RTX {', '.join(PROBED_VERSIONS)}", file=sys.stderr)
+        return 2
+    rows = [row for model in options.models for row in rows_of(model, options, module)]
+    if options.json:
+        built_with = f"TensorRT-RTX {module.__version__}"
+        document = {"kind": "fused-steps", "format": 1, "built_with": built_with, "rows": [asdict(row) for row in rows]}
+        print(json.dumps(document, indent=2))
+    else:
+        print_table(COLUMNS, [texts(row) for row in rows], right=COLUMNS[3:])
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("models", nargs="+", help="see qcgraph models")
+    parser.add_argument("--devices", nargs="+", default=["8.9", "12.0"], help="compute capabilities")
+    parser.add_argument("--forms", nargs="+", default=[form.name for form in FORMS], help="by default all")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+def rows_of(name: str, options: argparse.Namespace, module: Any) -> Iterator[Row]:
+    loaded = load_model(name)
+    captured = capture(loaded.module, loaded.spec, loaded.input_names)
+    plan = make_step_plan("ddim", STEPS, GUIDANCE, loaded.spec.schedule, captured.constants_digest)
+    captured = captured.with_facts(plan)
+    for form in (form for form in FORMS if form.name in options.forms):
+        print(f"{name}: {form.name}", file=sys.stderr, flush=True)
+        program = Pipeline.parse(",".join(form.passes)).run(captured)
+        with TemporaryDirectory(prefix="qcgraph-") as folder:
+            emit_onnx(program, Path(folder), TARGET.opset, Progress(), **TARGET.forms)
+            graph = Path(folder) / f"{VARIANT}.onnx"
+            if form.name == RUNTIME:
+                drop_zero_points(graph)
+            for device in options.devices:
+                yield row_of(name, form, device, program, graph, module)
+
+
+def drop_zero_points(graph: Path) -> None:
+    """Leave out zero points, which are all 0 here: TensorRT refuses those that are selected, not such scales."""
+    import onnx
+    import onnx_graphsurgeon as gs
+
+    imported = gs.import_onnx(onnx.load(graph, load_external_data=False))
+    for node in imported.nodes:
+        if node.op in ("QuantizeLinear", "DequantizeLinear"):
+            node.inputs = node.inputs[:2]
+    onnx.save(gs.export_onnx(imported.cleanup()), graph)
+
+
+def row_of(name: str, form: Form, device: str, program: Program, graph: Path, module: Any) -> Row:
+    """One engine."""
+    nodes = program.variants[VARIANT].graph.nodes
+    paths = [block.path for block in find_blocks(program.variants[VARIANT])]
+    inside = {node.name for node in nodes if any(f"{module_path(node)}.".startswith(f"{path}.") for path in paths)}
+    count, attentions = len(paths), sum("attention" in str(node.target) for node in nodes)
+    start = time.perf_counter()
+    try:
+        built = tensorrt.build(module, graph, program.variants[VARIANT].interface, BATCH, device)
+    except Exception as error:  # noqa: BLE001 - a form that cannot be built is a result
+        return Row(name, form.name, device, count, problem=str(error).split(": ")[-1])
+    fused = fused_steps(built.engine)
+    assert fused is not None
+    return Row(
+        name,
+        form.name,
+        device,
+        count,
+        steps=len(fused.steps),
+        block_steps=sum(not inside.isdisjoint(step.layers) for step in fused.steps),
+        quantized_gemms=fused.quantized_gemms,
+        planned=len(quantized_products(graph)),
+        fused_attention=fused.fused_attention,
+        attentions=attentions,
+        megabytes=round(built.engine.nbytes / 1e6, 1),
+        seconds=round(time.perf_counter() - start, 1),
+    )
+
+
+def texts(row: Row) -> tuple[object, ...]:
+    first = (row.model, row.form, f"SM{row.device.replace('.', '')}")
+    if row.problem is not None:
+        return (*first, row.problem, *[""] * (len(COLUMNS) - 4))
+    assert row.block_steps is not None
+    figures = (row.quantized_gemms, row.planned, row.fused_attention, row.attentions, row.megabytes, row.seconds)
+    return (*first, row.steps, f"{row.block_steps / row.blocks:.1f}", *figures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
