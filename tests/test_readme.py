@@ -8,10 +8,16 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from qcgraph.bundle import Bundle
+from qcgraph.noise import Noise
 from qcgraph.pipeline import registry
+from qcgraph.runtime import open_runner
+from qcgraph.sampling import sample
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -22,6 +28,11 @@ def console_commands(text: str) -> list[str]:
     """The lines after ``$`` in the blocks marked ``console``; blocks marked ``sh`` install or measure."""
     blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
     return [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+
+
+def python_examples(word: str) -> list[str]:
+    """The blocks of Python that hold a word."""
+    return [text for text in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if word in text]
 
 
 def test_the_pass_table_is_the_registry() -> None:
@@ -43,7 +54,7 @@ def test_there_are_commands_to_run() -> None:
 
 
 @pytest.mark.slow
-def test_every_command_runs(tmp_path: Path) -> None:
+def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the README, in an empty folder, as a reader would type them."""
     environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     for command in console_commands(README):
@@ -53,13 +64,21 @@ def test_every_command_runs(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         assert done.stdout.strip(), command
     assert (tmp_path / "out" / "grid.png").is_file()
+    monkeypatch.chdir(tmp_path)
+    (example,) = python_examples("onnxruntime")  # of the model that a command exported
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    bundle = Bundle.open("out/digits")
+    plan, spec = bundle.plan, bundle.spec
+    noise = np.random.default_rng(0).standard_normal((2, *spec.latent_shape), np.float32)
+    monkeypatch.setattr(Noise, "initial", lambda self: noise)
+    np.testing.assert_allclose(names["latent"], sample(open_runner(bundle), plan, spec, [3, 7], seed=0), atol=1e-5)
 
 
 @pytest.mark.slow
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (example,) = (text for text in examples if "DiTPipeline" not in text)  # that: tests/test_diffusers_pipeline.py
+    (example,) = python_examples("qcgraph.compile")  # the one with diffusers: tests/test_diffusers_pipeline.py
     names: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), names)
     assert getattr(names["prediction"], "shape", None) == (2, 1, 8, 8)
