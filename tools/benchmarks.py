@@ -23,6 +23,7 @@ from typing import Any
 import attention_products
 import attribution
 import forecast_noise_report
+import fused_steps
 import pareto_report
 import quantization_ablation
 
@@ -260,6 +261,7 @@ KINDS: dict[str, Callable[[Result], str]] = {
     "compile": compilation,
     "eval": evaluation,
     "forecast-noise": forecast_noise_report.markdown,
+    "fused-steps": fused_steps.markdown,
     "pareto": pareto_report.markdown,
     "quantization-ablation": quantization_ablation.markdown,
     "peers": peers,

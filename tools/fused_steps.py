@@ -18,9 +18,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from qcgraph.benchmark.machine import read_machine, versions
 from qcgraph.bundle.engines import Batch
+from qcgraph.bundle.manifest import PACKAGES
 from qcgraph.capture import capture
-from qcgraph.cli.output import print_table
 from qcgraph.export import tensorrt
 from qcgraph.export.emit import emit_onnx
 from qcgraph.export.engine_steps import PROBED_VERSIONS, fused_steps
@@ -41,6 +42,7 @@ CACHED = "plan-cache{interval=2},insert-cache"
 QUANTIZED = (
     "calibrate{trajectories=2 samples=8},group-timesteps{groups=%d},plan-quant{symmetric=true},insert-qdq,lower-linear"
 )
+FLOAT8 = (QUANTIZED % GROUPS).replace("symmetric=true", "format=fp8")
 REDUCED = "reduce-precision{dtype=float16 samples=1}"
 RUNTIME = "runtime scales"
 BATCH = Batch(minimum=2, optimum=2, maximum=16)
@@ -60,6 +62,7 @@ FORMS = (
     Form("float16", (CACHED, REDUCED)),
     Form("ours in float32", (CACHED, QUANTIZED % GROUPS, "reference-scales")),
     Form("ours", (CACHED, QUANTIZED % GROUPS, "reference-scales", REDUCED)),
+    Form("ours in fp8", (CACHED, FLOAT8, "reference-scales", REDUCED)),
     Form("constant scales", (CACHED, QUANTIZED % 1, "reference-scales", REDUCED)),
     Form(RUNTIME, (CACHED, QUANTIZED % GROUPS, REDUCED)),
 )
@@ -92,12 +95,14 @@ def main() -> int:
         print(f"steps are only known of TensorRT-RTX {', '.join(PROBED_VERSIONS)}", file=sys.stderr)
         return 2
     rows = [row for model in options.models for row in rows_of(model, options, module)]
-    if options.json:
-        built_with = f"TensorRT-RTX {module.__version__}"
-        document = {"kind": "fused-steps", "format": 1, "built_with": built_with, "rows": [asdict(row) for row in rows]}
-        print(json.dumps(document, indent=2))
-    else:
-        print_table(COLUMNS, [texts(row) for row in rows], right=COLUMNS[3:])
+    document = {
+        "kind": "fused-steps",
+        "format": 1,
+        "machine": asdict(read_machine()),
+        "versions": versions((*PACKAGES, "tensorrt-rtx")),
+        "rows": [asdict(row) for row in rows],
+    }
+    print(json.dumps(document, indent=2) if options.json else markdown(document))
     return 0
 
 
@@ -166,6 +171,18 @@ def row_of(name: str, form: Form, device: str, program: Program, graph: Path, mo
         megabytes=round(built.engine.nbytes / 1e6, 1),
         seconds=round(time.perf_counter() - start, 1),
     )
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The rows as a table."""
+    rows = [texts(Row(**row)) for row in result["rows"]]
+    lines = [" | ".join(map(str, cells)) for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
+    what = (
+        "Kernels of a pass of the computing variant with the cache of all blocks, in all and for each block; products "
+        "that stay in 8 bits, of those that are quantized; attentions that are one kernel. Engines are built without a "
+        "GPU: this says nothing about time."
+    )
+    return "\n".join([what, "", *(f"| {line} |" for line in lines)])
 
 
 def texts(row: Row) -> tuple[object, ...]:
