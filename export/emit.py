@@ -163,7 +163,7 @@ class _Tensors:
             if name in self._constants:
                 names[name] = name
             elif content.nbytes > INLINE_BYTES:
-                names[name] = self._add(torch.from_numpy(content.numpy().copy()), f"{EXPORTED}{variant}/{name}")
+                names[name] = self._add(_as_torch(content), f"{EXPORTED}{variant}/{name}")
         return names
 
     def _add(self, tensor: torch.Tensor, name: str) -> str:
@@ -171,6 +171,15 @@ class _Tensors:
         known = self._by_digest.setdefault(tensor_digest(tensor), name)
         self.exported.setdefault(known, tensor)
         return known
+
+
+def _as_torch(content: ir.TensorProtocol) -> torch.Tensor:
+    """A copy as a tensor, also of types that NumPy itself does not have."""
+    from onnxscript import ir
+
+    array = content.numpy().copy()
+    own = {ir.DataType.BFLOAT16: torch.bfloat16, ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn}.get(content.dtype)
+    return torch.from_numpy(array) if own is None else torch.from_numpy(array.view(f"u{array.itemsize}")).view(own)
 
 
 def _refer(model: ir.Model, names: Mapping[str, str], places: Mapping[str, tuple[int, int]]) -> None:

@@ -12,9 +12,9 @@ from qcgraph.export import tensorrt
 from qcgraph.export.check import NO_NUMBER, Check
 from qcgraph.export.engine_steps import PROBED_VERSIONS, FusedSteps, fused_steps
 from qcgraph.export.engines import batch_for, default_batch, quantized_products
-from qcgraph.export.quantized_sites import quantized_sites
 from qcgraph.facts import QuantPlan
 from qcgraph.ir.program import Program
+from qcgraph.ir.quantized_sites import quantized_sites
 from qcgraph.ir.structure import find_sites
 from qcgraph.progress import Progress
 from qcgraph.spec import Interface

@@ -13,11 +13,12 @@ import torch
 from qcgraph.cache_state import depths, remember
 from qcgraph.errors import VerificationError
 from qcgraph.export.check import NO_NUMBER, Check
-from qcgraph.export.quantized_sites import CutSites, QuantizedSite, record
+from qcgraph.export.exported_sites import CutSites
 from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
 from qcgraph.facts import Precision, precision_of
 from qcgraph.ir.ops import HALVES
 from qcgraph.ir.program import Program
+from qcgraph.ir.quantized_sites import QuantizedSite, record
 from qcgraph.ir.structure import macs_by_variant
 from qcgraph.spec import ModelSpec, preparation
 from qcgraph.steps import Step, StepPlan

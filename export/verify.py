@@ -8,19 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from qcgraph.export.check import NO_NUMBER, Check
+from qcgraph.export.exported_sites import Parameters, multiplied_integers, parameters
 from qcgraph.export.parity import check_outputs, check_sites
-from qcgraph.export.quantized_sites import (
-    Parameters,
-    QuantizedSite,
-    multiplied_integers,
-    parameters,
-    quantized_products,
-    quantized_sites,
-)
 from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner, OptimizedGraph
 from qcgraph.export.targets import RUN_BY_ONNXRUNTIME, Target
 from qcgraph.facts import QuantPlan, precision_of
 from qcgraph.ir.program import Program
+from qcgraph.ir.quantized_sites import QuantizedSite, quantized_products, quantized_sites
 from qcgraph.ir.structure import find_sites
 from qcgraph.progress import Progress
 from qcgraph.spec import Interface

@@ -32,14 +32,8 @@ from qcgraph.errors import QcgraphError
 from qcgraph.models.classifier import DigitsClassifier, load_classifier
 from qcgraph.models.digits_data import CLASS_COUNT, IMAGE_SHAPE, load_digits, split_indices
 from qcgraph.models.dit import DiT, DiTConfig
-from qcgraph.models.trained_folder import (
-    CARD_FILE,
-    CLASSIFIER_FILE,
-    DIGITS_FOLDER,
-    WEIGHTS_FILE,
-    load_trained_folder,
-    read_card,
-)
+from qcgraph.models.files import CARD_FILE, CLASSIFIER_FILE, DIGITS_FOLDER, WEIGHTS_FILE
+from qcgraph.models.trained_folder import load_trained_folder, read_card
 from qcgraph.spec import NoiseSchedule
 
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from qcgraph.atomic import writing_file
 from qcgraph.errors import QcgraphError, UsageError
 from qcgraph.models.dit import DiT
+from qcgraph.models.files import CARD_FILE, CLASSIFIER_FILE, IMAGES_WEIGHTS_FILE, REAL_FILE
 from qcgraph.models.geometry import DiTConfig
 from qcgraph.models.image_classifier import (
     REAL_IMAGES,
@@ -41,14 +42,7 @@ from qcgraph.models.image_classifier import (
     load_image_classifier,
     scaled,
 )
-from qcgraph.models.trained_folder import (
-    CARD_FILE,
-    CLASSIFIER_FILE,
-    IMAGES_WEIGHTS_FILE,
-    REAL_FILE,
-    load_trained_folder,
-    read_card,
-)
+from qcgraph.models.trained_folder import load_trained_folder, read_card
 from qcgraph.spec import NoiseSchedule
 
 SIZES = {"tiny": (32, 2, 2), "small": (128, 6, 4), "base": (256, 12, 4)}

@@ -9,10 +9,10 @@ import torch
 from torch import fx
 
 from qcgraph.errors import BundleError
-from qcgraph.export.quantized_sites import QuantizedSite, operands_of_attention, quantized_sites
 from qcgraph.facts import Equalization, Requantization, SiteCorrection
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.program import Program
+from qcgraph.ir.quantized_sites import QuantizedSite, operands_of_attention, quantized_sites
 from qcgraph.steps import StepPlan
 
 ops = torch.ops.qcgraph

@@ -18,8 +18,8 @@ from qcgraph.evaluation.ablation import (
 from qcgraph.evaluation.scales import decibels
 from qcgraph.evaluation.settings import Subject
 from qcgraph.evaluation.tally import Trajectory
-from qcgraph.export.quantized_sites import QuantizedSite, quantized_sites, record
 from qcgraph.ir.program import Program
+from qcgraph.ir.quantized_sites import QuantizedSite, quantized_sites, record
 from qcgraph.ir.structure import find_sites, total_macs
 from qcgraph.noise import Noise
 from qcgraph.progress import Progress

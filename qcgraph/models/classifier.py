@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from qcgraph.models.checkpoint import load_weights
 from qcgraph.models.digits_data import CLASS_COUNT, load_digits
+from qcgraph.models.files import CLASSIFIER_FILE, DIGITS_FOLDER
 from qcgraph.models.judge import Judge
-from qcgraph.models.trained_folder import CLASSIFIER_FILE, DIGITS_FOLDER
 
 
 class DigitsClassifier(nn.Module):

@@ -12,17 +12,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qcgraph.errors import UsageError
+from qcgraph.models.files import CARD_FILE, CLASSIFIER_FILE, DIGITS_FOLDER, IMAGES_WEIGHTS_FILE, REAL_FILE, WEIGHTS_FILE
 from qcgraph.models.geometry import DiTConfig
 from qcgraph.models.judge import Judge
 from qcgraph.models.loaded import LoadedModel
 from qcgraph.spec import NoiseSchedule
 
-DIGITS_FOLDER = Path(__file__).parent / "digits"
-CARD_FILE = "card.json"
-WEIGHTS_FILE = "digits.safetensors"
-IMAGES_WEIGHTS_FILE = "model.safetensors"
-CLASSIFIER_FILE = "classifier.safetensors"
-REAL_FILE = "real.safetensors"
 _TOOL = "tools/train_digits.py or tools/train_dit.py"
 _HINT = f"the folder must be as {_TOOL} wrote it: card and weights of one training, complete"
 

@@ -10,7 +10,7 @@ import pytest
 
 from qcgraph.cli.ir_text import read_program_text
 from qcgraph.ir.program import Program
-from qcgraph.models.trained_folder import DIGITS_FOLDER
+from qcgraph.models.files import DIGITS_FOLDER
 from qcgraph.steps import Earlier
 
 Command = Callable[..., Any]

@@ -19,12 +19,12 @@ from qcgraph.evaluation.ablation import (
     without_compensation,
     without_quantization,
 )
-from qcgraph.export.quantized_sites import quantized_sites
 from qcgraph.export.targets import TARGETS
 from qcgraph.facts import QuantPlan
 from qcgraph.ir import legality
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
+from qcgraph.ir.quantized_sites import quantized_sites
 from qcgraph.recipe import Recipe
 from qcgraph.sampling import sample
 from qcgraph.spec import ModelSpec

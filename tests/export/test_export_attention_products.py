@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from qcgraph.export.quantized_sites import operands_of_attention, quantized_products, quantized_sites
 from qcgraph.export.run_onnxruntime import OptimizedGraph
 from qcgraph.export.targets import TARGETS
 from qcgraph.export.verify import KERNEL, verify_export
 from qcgraph.ir.program import Program
+from qcgraph.ir.quantized_sites import operands_of_attention, quantized_products, quantized_sites
 from qcgraph.pipeline import Pipeline
 from qcgraph.progress import Progress
 

@@ -15,8 +15,8 @@ import pytest
 
 from qcgraph.export.check import Check
 from qcgraph.export.emit import tensor_places
+from qcgraph.export.exported_sites import parameters
 from qcgraph.export.parity import ARITHMETIC, SAMPLES
-from qcgraph.export.quantized_sites import parameters
 from qcgraph.export.targets import TARGETS, Target
 from qcgraph.export.verify import verify_export
 from qcgraph.facts import QuantPlan

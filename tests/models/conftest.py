@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qcgraph.models.trained_folder import DIGITS_FOLDER
+from qcgraph.models.files import DIGITS_FOLDER
 
 SECOND_FOLDER = Path(__file__).resolve().parents[2] / "tools" / "models" / "digits-b"
 

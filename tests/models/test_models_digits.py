@@ -10,7 +10,8 @@ import torch
 from qcgraph.models import load_model
 from qcgraph.models.classifier import DigitsClassifier, load_classifier
 from qcgraph.models.digits_data import load_digits, split_indices
-from qcgraph.models.trained_folder import CLASSIFIER_FILE, DIGITS_FOLDER, WEIGHTS_FILE, read_card
+from qcgraph.models.files import CLASSIFIER_FILE, DIGITS_FOLDER, WEIGHTS_FILE
+from qcgraph.models.trained_folder import read_card
 
 
 @torch.no_grad()

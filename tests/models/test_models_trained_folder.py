@@ -21,15 +21,9 @@ from qcgraph.models import list_models, load_model
 from qcgraph.models.classifier import DigitsClassifier, load_classifier
 from qcgraph.models.digits_data import load_digits, split_indices
 from qcgraph.models.dit import DiT, initialize_random
+from qcgraph.models.files import CARD_FILE, CLASSIFIER_FILE, DIGITS_FOLDER, WEIGHTS_FILE
 from qcgraph.models.geometry import DiTConfig
-from qcgraph.models.trained_folder import (
-    CARD_FILE,
-    CLASSIFIER_FILE,
-    DIGITS_FOLDER,
-    WEIGHTS_FILE,
-    load_trained_folder,
-    read_card,
-)
+from qcgraph.models.trained_folder import load_trained_folder, read_card
 from qcgraph.spec import NoiseSchedule
 
 SMALL = DiTConfig(input_size=8, patch_size=4, channels=1, width=16, depth=1, heads=2, class_count=10, learn_sigma=False)

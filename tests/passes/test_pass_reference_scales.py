@@ -9,9 +9,9 @@ import torch
 
 from qcgraph.errors import ContractError
 from qcgraph.evaluation.ablation import without_quantization
-from qcgraph.export.quantized_sites import quantized_products, quantized_sites
 from qcgraph.facts import ActivationQuant, QuantPlan, SiteQuant, WeightQuant
 from qcgraph.ir.program import Program
+from qcgraph.ir.quantized_sites import quantized_products, quantized_sites
 from qcgraph.passes.reference_scales import reference_scale
 from qcgraph.steps import StepPlan
 

@@ -14,8 +14,9 @@ import pytest
 
 from qcgraph.errors import UsageError
 from qcgraph.models import load_model
+from qcgraph.models.files import DIGITS_FOLDER, WEIGHTS_FILE
 from qcgraph.models.geometry import DiTConfig
-from qcgraph.models.trained_folder import DIGITS_FOLDER, WEIGHTS_FILE, read_card
+from qcgraph.models.trained_folder import read_card
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SMALL = DiTConfig(input_size=8, patch_size=4, channels=1, width=16, depth=1, heads=2, class_count=10, learn_sigma=False)

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 import qcgraph
 from qcgraph.errors import UsageError
 from qcgraph.models import load_model
+from qcgraph.models.files import IMAGES_WEIGHTS_FILE
 from qcgraph.models.geometry import DiTConfig
-from qcgraph.models.trained_folder import IMAGES_WEIGHTS_FILE
 from qcgraph.recipe import Recipe
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
