@@ -120,6 +120,10 @@ def test_forecast_in_onnx_runtime(count: int, middle: tuple[int, ...]) -> None:
     [
         ("quantize", (torch.randn(2, 3), scalar(0.1, torch.float32), scalar(0, torch.int8), -128, 127, 0)),
         ("dequantize", (torch.ones(2, 3, dtype=torch.int8), torch.ones(3), torch.zeros(3, dtype=torch.int8), 1)),
+        (
+            "dequantize",
+            (torch.ones(2, 3, dtype=torch.int8), torch.ones(3).half(), torch.zeros(3, dtype=torch.int8), 1),
+        ),
         ("select", (torch.randn(4, 2), torch.tensor(2))),
         ("forecast", forecast_inputs(1, 3)),
         ("forecast", forecast_inputs(3, 2, 3)),
