@@ -14,6 +14,7 @@ import torch
 
 from qcgraph.benchmark.machine import usable_cores
 from qcgraph.capture import capture
+from qcgraph.export import parity
 from qcgraph.ir.program import Program
 from qcgraph.models import LoadedModel
 from qcgraph.models.dit import DiT, initialize_random
@@ -46,6 +47,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: those that run last should be short, or one core waits for the other."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)  # stable, so that a file stays in its order
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_samples() -> Iterator[None]:
+    """Compilations compare their graphs with their programs on an eighth of the samples, unless a test says more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qcgraph.export.parity.SAMPLES", parity.SAMPLES // 8)
+        yield
 
 
 @pytest.fixture(autouse=True)
