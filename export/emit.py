@@ -14,6 +14,7 @@ from qcgraph.errors import QcgraphError
 from qcgraph.export.attention import keep_heads_in_place
 from qcgraph.export.integer_products import multiply_integers
 from qcgraph.export.to_onnx import to_onnx
+from qcgraph.export.valid import problem_of
 from qcgraph.ir.program import Program, tensor_digest
 from qcgraph.ir.serialize import EXPORTED, WEIGHTS, save_program
 from qcgraph.progress import Progress
@@ -209,13 +210,11 @@ def _write(model: ir.Model, path: Path) -> None:
     proto = ir.to_proto(model)
     _tidy(proto)
     onnx.save(proto, str(path))
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        reason = str(error).splitlines()[0]
+    if problem := problem_of(path):
+        reason = problem.splitlines()[0]
         raise QcgraphError(
             f"the exported graph is not valid ONNX: {reason}", where=path.name, hint="this is a bug of qcgraph"
-        ) from error
+        )
 
 
 def _tidy(proto: onnx.ModelProto) -> None:

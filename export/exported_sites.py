@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from qcgraph.errors import VerificationError
 from qcgraph.export.run_onnxruntime import load_session, session_options
+from qcgraph.export.valid import tensor_type
 from qcgraph.ir.quantized_sites import QuantizedSite
 from qcgraph.sampling import Array
 
@@ -55,12 +56,12 @@ class CutSites:
                     where=f"{path.name}, {site.name}",
                 )
             if readers not in inputs:
-                inputs[readers] = ir.Value(name=f"entering_{index}", type=_type(site))
+                inputs[readers] = ir.Value(name=f"entering_{index}", type=tensor_type(site.dtype))
                 for reader in readers:
                     reader.replace_input_with(0, inputs[readers])
             self._entering[site.entering] = str(inputs[readers].name)
             output = last.outputs[0]
-            output.type = _type(site)
+            output.type = tensor_type(site.dtype)
             outputs.append(output)
             self._leaving[site.name] = str(output.name)
         self._session = _cut_session(
@@ -79,15 +80,6 @@ class CutSites:
         feeds |= {name: value for name, value in selectors.items() if name in wanted}
         values = self._session.run(list(self._leaving.values()), feeds)
         return dict(zip(self._leaving, values, strict=True))
-
-
-def _type(site: QuantizedSite) -> ir.TensorType:
-    """The ONNX type of what enters and leaves a site."""
-    from onnxscript import ir
-
-    return ir.TensorType(
-        {"f32": ir.DataType.FLOAT, "f16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[site.dtype]
-    )
 
 
 def _products(graph: ir.Graph) -> dict[str, list[ir.Node]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from qcgraph.bundle import Bundle
 from qcgraph.export.single_model import START, VARIANT, CacheTensor, SingleModel
+from qcgraph.export.valid import tensor_type
 from qcgraph.spec import MODULATION, TensorSpec, preparation
 
 if TYPE_CHECKING:
@@ -190,6 +191,4 @@ def _node(
 def _value(spec: TensorSpec) -> ir.Value:
     from onnxscript import ir
 
-    dtypes = {"bf16": ir.DataType.BFLOAT16, "bool": ir.DataType.BOOL, "f16": ir.DataType.FLOAT16}
-    dtypes |= {"f32": ir.DataType.FLOAT, "i64": ir.DataType.INT64}
-    return ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=ir.TensorType(dtypes[spec.dtype]))
+    return ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=tensor_type(spec.dtype))

@@ -15,6 +15,7 @@ from qcgraph.bundle import Bundle
 from qcgraph.errors import QcgraphError
 from qcgraph.export.join import join
 from qcgraph.export.single_model import SingleModel, host_plan
+from qcgraph.export.valid import problem_of
 
 if TYPE_CHECKING:
     from onnxscript import ir
@@ -53,14 +54,11 @@ def write_single_file(bundle: Bundle, folder: Path, *, largest: int = LARGEST_FI
 
 
 def _write(model: ir.Model, path: Path) -> None:
-    import onnx
     from onnxscript import ir
 
     ir.save(model, path)
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        reason = str(error).splitlines()[0]
+    if problem := problem_of(path):
+        reason = problem.splitlines()[0]
         raise QcgraphError(
             f"the joined graph is not valid ONNX: {reason}", where=path.name, hint="this is a bug of qcgraph"
-        ) from error
+        )

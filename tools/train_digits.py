@@ -28,7 +28,6 @@ import training
 from model_card import render
 from torch import Tensor
 
-from qcgraph.errors import QcgraphError
 from qcgraph.models.classifier import DigitsClassifier, load_classifier
 from qcgraph.models.digits_data import CLASS_COUNT, IMAGE_SHAPE, load_digits, split_indices
 from qcgraph.models.dit import DiT, DiTConfig
@@ -68,13 +67,7 @@ class Judgement:
 
 
 def main() -> int:
-    options = option_parser().parse_args()
-    try:
-        train(options)
-    except QcgraphError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return training.exit_code_of(train, option_parser().parse_args())
 
 
 def train(options: argparse.Namespace) -> None:

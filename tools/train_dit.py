@@ -31,7 +31,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from qcgraph.atomic import writing_file
-from qcgraph.errors import QcgraphError, UsageError
+from qcgraph.errors import UsageError
 from qcgraph.models.dit import DiT
 from qcgraph.models.files import CARD_FILE, CLASSIFIER_FILE, IMAGES_WEIGHTS_FILE, REAL_FILE
 from qcgraph.models.geometry import DiTConfig
@@ -55,13 +55,7 @@ CLASSIFIER_RATE = 2e-3
 
 
 def main() -> int:
-    options = option_parser().parse_args()
-    try:
-        train(options)
-    except QcgraphError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return training.exit_code_of(train, option_parser().parse_args())
 
 
 def train(options: argparse.Namespace) -> None:

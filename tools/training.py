@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from qcgraph.atomic import writing_file
-from qcgraph.errors import UsageError
+from qcgraph.errors import QcgraphError, UsageError
 from qcgraph.models.dit import DiT, DiTConfig, initialize_zero
 from qcgraph.models.image_classifier import scaled
 from qcgraph.spec import NoiseSchedule
@@ -24,6 +26,16 @@ SAVE_SECONDS = 180.0  # between two snapshots
 REPORTED_STEPS = 100
 SAMPLED_AT_ONCE = 500
 CURVE_POINTS = 20
+
+
+def exit_code_of(train: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
+    """What a training tool exits with; an error is printed."""
+    try:
+        train(options)
+    except QcgraphError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from importlib import metadata
 from pathlib import Path
@@ -11,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qcgraph import atomic
 from qcgraph.bundle.engines import Source, source_of
-from qcgraph.bundle.manifest import FileEntry
+from qcgraph.bundle.manifest import FileEntry, entry_of
 from qcgraph.bundle.read import Bundle
 
 RECORD = "export.json"
@@ -45,16 +44,10 @@ def write_record(folder: Path, kind: str, bundle: Bundle) -> ExportRecord:
         qcgraph=metadata.version("qcgraph"),
         kind=kind,
         source=source_of(bundle),
-        files={path.relative_to(folder).as_posix(): _entry(path) for path in _files(folder)},
+        files={path.relative_to(folder).as_posix(): entry_of(path) for path in _files(folder)},
     )
     (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n", "utf-8")
     return record
-
-
-def _entry(path: Path) -> FileEntry:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return FileEntry(sha256=digest, bytes=path.stat().st_size)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -59,6 +59,11 @@ class Manifest(BaseModel):
     overrides: tuple[str, ...] = ()
 
 
+def entry_of(path: Path) -> FileEntry:
+    """The entry of a file as it is now."""
+    return FileEntry(sha256=_sha256(path), bytes=path.stat().st_size)
+
+
 def write_manifest(
     folder: Path, model: str, target: str, precision: str = "f32", overrides: tuple[str, ...] = ()
 ) -> None:
@@ -68,10 +73,7 @@ def write_manifest(
         BundleError: a file that every bundle has is missing.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    entries = {
-        path.relative_to(folder).as_posix(): FileEntry(sha256=_sha256(path), bytes=path.stat().st_size)
-        for path in files
-    }
+    entries = {path.relative_to(folder).as_posix(): entry_of(path) for path in files}
     if missing := set(REQUIRED) - set(entries):
         raise BundleError(f"the bundle has no {' and no '.join(sorted(missing))}", hint="this is a bug of qcgraph")
     manifest = Manifest(
