@@ -57,6 +57,7 @@ class Calibrate(Pass):
     name: ClassVar[str] = "calibrate"
     requires: ClassVar[tuple[type, ...]] = (ModelSpec, StepPlan)
     provides: ClassVar[tuple[type, ...]] = (Ranges, Reference)
+    is_sampling: ClassVar[bool] = True
 
     trajectories: int | None = None
     seed: int = 0

@@ -49,6 +49,7 @@ class Equalize(Pass):
     name: ClassVar[str] = "equalize"
     requires: ClassVar[tuple[type, ...]] = (ModelSpec, StepPlan)
     provides: ClassVar[tuple[type, ...]] = (Equalization,)
+    is_sampling: ClassVar[bool] = True
 
     strength: float | None = None
     weight_bits: int = 8

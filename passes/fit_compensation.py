@@ -43,6 +43,7 @@ class FitCompensation(Pass):
     name: ClassVar[str] = "fit-compensation"
     requires: ClassVar[tuple[type, ...]] = (ModelSpec, StepPlan, Reference)
     provides: ClassVar[tuple[type, ...]] = (Compensation,)
+    is_sampling: ClassVar[bool] = True
 
     clamp: float = 0.1
     form: Literal["ratio", "masked"] = "ratio"

@@ -42,6 +42,7 @@ class FitForecast(Pass):
     name: ClassVar[str] = "fit-forecast"
     requires: ClassVar[tuple[type, ...]] = (CachePlan, ModelSpec, Reference, StepPlan)
     provides: ClassVar[tuple[type, ...]] = (ForecastFit,)
+    is_sampling: ClassVar[bool] = True
 
     kind: Literal["affine", "taylor", "dec", "reuse"] = "affine"
 

@@ -55,6 +55,7 @@ class PlanSteps(Pass):
     name: ClassVar[str] = "plan-steps"
     requires: ClassVar[tuple[type, ...]] = (CachePlan, ModelSpec, StepPlan)
     provides: ClassVar[tuple[type, ...]] = (SchedulePlan,)
+    is_sampling: ClassVar[bool] = True
 
     strategy: Literal["joint", "dps"] = "joint"
     budget: float = 0.3

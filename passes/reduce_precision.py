@@ -51,6 +51,7 @@ class ReducePrecision(Pass):
     name: ClassVar[str] = "reduce-precision"
     requires: ClassVar[tuple[type, ...]] = (StepPlan, ModelSpec)
     provides: ClassVar[tuple[type, ...]] = (Precision,)
+    is_sampling: ClassVar[bool] = True
     dtype: str = AUTO
     samples: int = 2
     seed: int = 0

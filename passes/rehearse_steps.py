@@ -35,6 +35,7 @@ class RehearseSteps(Pass):
     name: ClassVar[str] = "rehearse-steps"
     requires: ClassVar[tuple[type, ...]] = (CachePlan, ModelSpec, StepPlan)
     provides: ClassVar[tuple[type, ...]] = (Rehearsed,)
+    is_sampling: ClassVar[bool] = True
 
     forecast: Literal["affine", "taylor", "dec", "reuse"] = "affine"
     trajectories: int | None = None

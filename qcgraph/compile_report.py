@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -49,6 +50,7 @@ def compile_report(
         "mac_ratio": sum(macs[name] * plan.uses(name) for name in macs) / (total_macs(sites) * len(plan)),
         "cache": cache_report(program.facts),
         "timestep_groups": plan.group_count,
+        "planned_sites": len(quantizable(sites)) if recipe.is_quantized else 0,
         "quantized_sites": len(quantized.sites) if quantized else 0,
         "quantized_attentions": len(attention.sites) if attention else 0,
         "linear_sites": sum(site.kind == "linear" for site in sites),
@@ -69,3 +71,15 @@ def _range_change(program: Program) -> dict[str, Any] | None:
         return None
     site = max(sites, key=ranges.change)
     return {"site": site, "relative": round(ranges.change(site), 4)}
+
+
+def quantizable(sites: Sequence[Site]) -> list[Site]:
+    """Return the sites that a quantized compilation plans to quantize, as far as the graph alone decides."""
+    return [site for site in sites if not site.refusal]
+
+
+def nothing_quantized(sites: Sequence[Site], bits: str) -> str:
+    """Return the note that asking for bits quantized nothing, with the reasons that the sites give."""
+    reasons = Counter(site.refusal or "its calibrated ranges are unusable" for site in sites)
+    shown = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+    return f"{bits} was asked for and no layer is quantized: {shown or 'the model holds no products of matrices'}"

@@ -7,18 +7,18 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from qcgraph.admission import admit_edges, admit_quality, check_conditions, overrides
 from qcgraph.bundle import Bundle, check_output, write_plan, writing
 from qcgraph.capture import capture
-from qcgraph.compile_report import compile_report
+from qcgraph.compile_report import compile_report, nothing_quantized
 from qcgraph.costs import measure_costs
 from qcgraph.default_pipeline import default_pipeline, target_notes
-from qcgraph.errors import UsageError, VerificationError, closest
+from qcgraph.errors import UsageError, closest
 from qcgraph.evaluation.ablation import is_quantized
 from qcgraph.export.check import Check
 from qcgraph.export.targets import Target, target_named
@@ -27,8 +27,8 @@ from qcgraph.facts import Rehearsed, precision_of
 from qcgraph.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
-from qcgraph.ir.structure import find_sites
-from qcgraph.least_bits import compile_with_least, is_asked_for
+from qcgraph.ir.structure import Site, find_sites
+from qcgraph.least_bits import compile_with_least, is_asked_for, most_bits
 from qcgraph.memory import release_memory
 from qcgraph.models import LoadedModel, load_model
 from qcgraph.origin import SOURCE
@@ -36,13 +36,13 @@ from qcgraph.pipeline import Instrument, Pass, Pipeline
 from qcgraph.plan_file import PlanFile
 from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
+from qcgraph.rejection import reject
 from qcgraph.schedule import FULL, TimedSchedule
 from qcgraph.schedulers import check_compensable, make_step_plan
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
-OBSERVING = ("plan-steps", "calibrate", "rehearse-steps")  # the passes that sample first; a dry run stops before them
-EQUALIZING = "equalize"  # samples as well, but nothing needs it: a dry run leaves it out
+EQUALIZING = "equalize"  # where it comes first, the weights that it replaced are let go before the other passes run
 COMPENSATING = "fit-compensation"  # does not fit every plan, which is better said before anything is sampled
 
 
@@ -99,99 +99,155 @@ def compile_model(
 
     Raises:
         UsageError: the input is wrong; nothing was written.
-        VerificationError: the exported graphs do not do what the program does, a cache is unsafe, or the gate of the
-            recipe is not met; nothing was written.
+        VerificationError: the exported graphs do not do what the program does (what was exported is kept beside the
+            output), a cache is unsafe, or the gate of the recipe is not met; nothing was written to the output.
     """
-    progress = progress or Progress()
-    compile_ = partial(
-        _compile,
+    compilation = _Compilation(
         model,
-        output=output,
-        plan=plan,
-        stop_after=stop_after,
-        verify_each=verify_each,
-        print_after=print_after,
-        dry_run=dry_run,
-        progress=progress,
-        out=out or sys.stdout,
+        output,
+        plan,
+        force,
+        stop_after,
+        verify_each,
+        print_after,
+        dry_run,
+        progress or Progress(),
+        out or sys.stdout,
     )
     if not is_asked_for(recipe):
-        return compile_(recipe, force=force)
-    return compile_with_least(recipe, lambda fixed, again: compile_(fixed, force=force or again), progress)
+        return compilation.run(recipe)
+    if dry_run:
+        return compilation.run(recipe.override(bits=most_bits()))
+    return compile_with_least(
+        recipe, lambda fixed, again: replace(compilation, force=force or again).run(fixed), compilation.progress
+    )
 
 
-def _compile(
-    model: str | LoadedModel,
-    recipe: Recipe,
-    *,
-    output: Path | None,
-    plan: PlanFile | None,
-    force: bool,
-    stop_after: str | None,
-    verify_each: bool,
-    print_after: tuple[str, ...],
-    dry_run: bool,
-    progress: Progress,
-    out: TextIO,
-) -> CompileResult:
-    """See `compile_model`; the bits are known."""
-    recipe = following(recipe, plan)
-    target = target_named(recipe.target.name)
-    pipeline = default_pipeline(recipe, target)
-    _check_pass_names(pipeline, (*print_after, *([stop_after] if stop_after else [])))
-    writes = not dry_run and stop_after is None
-    if writes and output is None:
-        raise UsageError("no output folder", hint="say where the bundle goes: -o FOLDER")
-    if writes and output is not None:
-        check_output(output, force=force)
-    notes = target_notes(recipe, target)
-    for note in notes:
-        progress.note(f"note: {note}")
-    started = time.perf_counter()
-    timer = Timer(progress)
-    loaded, captured = _captured(model, recipe, progress, timer)
-    if plan is not None:
-        plan.check_model(captured.facts[StepPlan].fingerprint.model)
-    _check_applicable(recipe, pipeline, loaded, captured)
-    dump = Dump(captured)
-    instruments: list[Instrument] = [
-        timer,
-        dump,
-        Reproduce(lambda: _reproducer_folder(output), progress),
-        _ReleaseMemory(),
-    ]
-    if verify_each:
-        instruments.append(VerifyEach(captured, progress))
-    if print_after:
-        instruments.append(PrintAfter(print_after, out))
-    sites, program = find_sites(captured.variants["main"]), captured
-    del loaded, captured  # whose weights are not held while the passes run, once they have others
-    for part in _parts(_prefix(pipeline, stop_after, dry_run)):
-        program = part.run(program, instruments, progress, lambda program: measure_costs(program, target, progress))
-        gc.collect()  # graphs and their modules refer to each other; with them go the weights that were replaced
-        release_memory()
-    report = compile_report(sites, program, recipe, target, pipeline, timer.seconds)
-    report[SOURCE] = model if isinstance(model, str) else None
-    report["followed_plan"] = _followed(recipe, plan, program)
-    report["notes"] = notes
-    if not writes or output is None:
+@dataclass(frozen=True)
+class _Compilation:
+    """What `compile_model` was given, but the recipe, whose bits may have to be found."""
+
+    model: str | LoadedModel
+    output: Path | None
+    plan: PlanFile | None
+    force: bool
+    stop_after: str | None
+    verify_each: bool
+    print_after: tuple[str, ...]
+    dry_run: bool
+    progress: Progress
+    out: TextIO
+
+    def run(self, recipe: Recipe) -> CompileResult:
+        """Compile by a recipe whose bits are known."""
+        recipe = following(recipe, self.plan)
+        target = target_named(recipe.target.name)
+        pipeline = default_pipeline(recipe, target)
+        _check_pass_names(pipeline, (*self.print_after, *([self.stop_after] if self.stop_after else [])))
+        output = self._place()
+        notes = target_notes(recipe, target)
+        for note in notes:
+            self.progress.note(f"note: {note}")
+        started, timer = time.perf_counter(), Timer(self.progress)
+        loaded, captured = _captured(self.model, recipe, self.progress, timer)
+        if self.plan is not None:
+            self.plan.check_model(captured.facts[StepPlan].fingerprint.model)
+        _check_applicable(recipe, pipeline, loaded, captured)
+        sites, dump = find_sites(captured.variants["main"]), Dump(captured)
+        instruments = (*self._instruments(captured), timer, dump)
+        start = [captured]
+        del loaded, captured  # whose weights are not held while the passes run, once they have others
+        program = self._transformed(start, _prefix(pipeline, self.stop_after, self.dry_run), instruments, target)
+        report = compile_report(sites, program, recipe, target, pipeline, timer.seconds)
+        report[SOURCE] = self.model if isinstance(self.model, str) else None
+        report["followed_plan"] = _followed(recipe, self.plan, program)
+        report["notes"] = (*notes, *self._bits_notes(recipe, sites, report))
+        report["estimate"] = None
+        if output is not None:
+            self._write(output, program, recipe, target, report, dump, timer, started)
+            return CompileResult(Bundle.open(output, check=False), report, program.text)
         return CompileResult(None, report, program.text)
-    edges, original = _admitted_edges(model, recipe, program, progress, timer)
-    report["cached_edges"] = edges
-    gc.collect()  # with what was measured goes the model
-    name = program.facts[ModelSpec].name
-    precision, allowed = precision_of(program.facts), overrides(edges)
-    with writing(output, model=name, target=target.name, precision=precision, overrides=allowed, force=force) as folder:
-        report["checks"] = [asdict(check) for check in _export(program, folder, target, progress, timer)]
-        if recipe.conditions is not None and original is not None:
-            with timer.stage("gate"):
-                verdicts = admit_quality(recipe.conditions, *original, program, folder, target, progress)
-            report["gate"] = [asdict(verdict) for verdict in verdicts]
-        progress.stage("write")
-        report["seconds"] = round(time.perf_counter() - started, 2)
-        report["stages"] = {name: round(seconds, 3) for name, seconds in timer.stages.items()}
-        _write(folder, program, recipe, report, dump)
-    return CompileResult(Bundle.open(output, check=False), report, program.text)
+
+    def _place(self) -> Path | None:
+        """Return where the bundle goes, None where nothing is to be written.
+
+        Raises:
+            UsageError: no place was given, or nothing can be written there.
+        """
+        if self.dry_run or self.stop_after is not None:
+            return None
+        if self.output is None:
+            raise UsageError("no output folder", hint="say where the bundle goes: -o FOLDER")
+        check_output(self.output, force=self.force)
+        return self.output
+
+    def _instruments(self, captured: Program) -> Iterator[Instrument]:
+        """Return what watches the passes besides time and text."""
+        yield Reproduce(lambda: _reproducer_folder(self.output), self.progress)
+        yield _ReleaseMemory()
+        if self.verify_each:
+            yield VerifyEach(captured, self.progress)
+        if self.print_after:
+            yield PrintAfter(self.print_after, self.out)
+
+    def _transformed(
+        self, start: list[Program], pipeline: Pipeline, instruments: Sequence[Instrument], target: Target
+    ) -> Program:
+        """Return what the passes make of the program in ``start``, which is taken out so that nothing else holds it."""
+        program = start.pop()
+        for part in _parts(pipeline):
+            program = part.run(
+                program, instruments, self.progress, lambda program: measure_costs(program, target, self.progress)
+            )
+            gc.collect()  # graphs and their modules refer to each other; with them go the weights that were replaced
+            release_memory()
+        return program
+
+    def _bits_notes(self, recipe: Recipe, sites: Sequence[Site], report: Mapping[str, Any]) -> Iterator[str]:
+        """Return the note that bits were asked for and nothing has them, if that is so."""
+        if recipe.is_quantized and not report["planned_sites" if self.dry_run else "quantized_sites"]:
+            note = nothing_quantized(sites, recipe.quantization.bits)
+            self.progress.note(f"note: {note}")
+            yield note
+
+    def _write(
+        self,
+        output: Path,
+        program: Program,
+        recipe: Recipe,
+        target: Target,
+        report: dict[str, Any],
+        dump: Dump,
+        timer: Timer,
+        started: float,
+    ) -> None:
+        """Export, check and judge the program, and write the bundle.
+
+        Raises:
+            VerificationError: see `compile_model`.
+        """
+        edges, original = _admitted_edges(self.model, recipe, program, self.progress, timer)
+        report["cached_edges"] = edges
+        gc.collect()  # with what was measured goes the model
+
+        def fill(folder: Path) -> None:
+            """Write all of a bundle but its graphs and weights."""
+            self.progress.stage("write")
+            report["seconds"] = round(time.perf_counter() - started, 2)
+            report["stages"] = {name: round(seconds, 3) for name, seconds in timer.stages.items()}
+            _write(folder, program, recipe, report, dump)
+
+        made = {"model": program.facts[ModelSpec].name, "target": target.name, "precision": precision_of(program.facts)}
+        with writing(output, **made, overrides=overrides(edges), force=self.force) as folder:
+            checks = _export(program, folder, target, self.progress, timer)
+            report["checks"] = [asdict(check) for check in checks]
+            if any(check.failed for check in checks):
+                raise reject(checks, folder, output, fill, **made)
+            if recipe.conditions is not None and original is not None:
+                with timer.stage("gate"):
+                    verdicts = admit_quality(recipe.conditions, *original, program, folder, target, self.progress)
+                report["gate"] = [asdict(verdict) for verdict in verdicts]
+            fill(folder)
 
 
 def following(recipe: Recipe, plan: PlanFile | None) -> Recipe:
@@ -315,11 +371,7 @@ def _admitted_edges(
 
 
 def _export(program: Program, folder: Path, target: Target, progress: Progress, timer: Timer) -> tuple[Check, ...]:
-    """Write the program, and its graphs for the target; check them.
-
-    Raises:
-        VerificationError: a check failed.
-    """
+    """Write the program and its graphs for the target, and return what was checked of them."""
     if not target.emits_onnx:
         with timer.stage("export"):
             save_program(program, folder)
@@ -330,15 +382,7 @@ def _export(program: Program, folder: Path, target: Target, progress: Progress, 
         emit_onnx(program, folder, target.opset, progress, **target.forms)
     progress.note("verifying the exported graphs")
     with timer.stage("verify"):
-        checks = verify_export(program, folder, target, program.interfaces, progress)
-    failed = [check for check in checks if check.failed]
-    if failed:
-        raise VerificationError(
-            f"{failed[0].name}: {failed[0].detail}",
-            where=f"variant {failed[0].variant}",
-            hint=f"{len(failed)} of {len(checks)} checks failed; nothing was written",
-        )
-    return checks
+        return verify_export(program, folder, target, program.interfaces, progress)
 
 
 def _check_pass_names(pipeline: Pipeline, names: tuple[str, ...]) -> None:
@@ -357,12 +401,10 @@ def _check_applicable(recipe: Recipe, pipeline: Pipeline, loaded: LoadedModel, c
 
 
 def _prefix(pipeline: Pipeline, stop_after: str | None, dry_run: bool) -> Pipeline:
+    """Return the passes that run: up to the one to stop after, and in a dry run only those that need no samples."""
     names = [pass_.name for pass_ in pipeline]
-    end = names.index(stop_after) + 1 if stop_after else len(names)
-    if not dry_run:
-        return Pipeline(pipeline.passes[:end])
-    end = next((index for index, name in enumerate(names[:end]) if name in OBSERVING), end)
-    return Pipeline(tuple(pass_ for pass_ in pipeline.passes[:end] if pass_.name != EQUALIZING))
+    chosen = Pipeline(pipeline.passes[: names.index(stop_after) + 1] if stop_after else pipeline.passes)
+    return chosen.without_sampling() if dry_run else chosen
 
 
 def _parts(pipeline: Pipeline) -> tuple[Pipeline, ...]:

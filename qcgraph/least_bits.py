@@ -30,6 +30,11 @@ def is_asked_for(recipe: Recipe) -> bool:
     return True
 
 
+def most_bits() -> str:
+    """Return the bits that the search may need at most, as the recipe spells them: what a dry run assumes."""
+    return f"{AUTO_BITS}={BUDGETS[-1]:g}"
+
+
 def compile_with_least(recipe: Recipe, compile_: Callable[[Recipe, bool], Result], progress: Progress) -> Result:
     """Compile with the fewest bits that meet the gate, by bisection over `BUDGETS`.
 

@@ -61,11 +61,13 @@ class Pass(ABC):
         name: the spelling in pipelines; also the file's name.
         requires: the facts that must be there before.
         provides: the facts that are there after.
+        is_sampling: whether the pass samples trajectories; a dry run leaves it out.
     """
 
     name: ClassVar[str]
     requires: ClassVar[tuple[type, ...]] = ()
     provides: ClassVar[tuple[type, ...]] = ()
+    is_sampling: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, program: Program, context: PassContext) -> Program:
@@ -109,6 +111,22 @@ class Pipeline:
 
     def __iter__(self) -> Iterator[Pass]:
         return iter(self.passes)
+
+    def without_sampling(self) -> Pipeline:
+        """Return the passes that can run where nothing is sampled, in their order.
+
+        A pass that samples is left out, and so is every pass after it that requires a fact which only a pass that was
+        left out would have provided.
+        """
+        kept: list[Pass] = []
+        missing: set[type] = set()
+        for pass_ in self.passes:
+            if pass_.is_sampling or missing.intersection(pass_.requires):
+                missing.update(pass_.provides)
+            else:
+                missing.difference_update(pass_.provides)
+                kept.append(pass_)
+        return Pipeline(tuple(kept))
 
     @property
     def text(self) -> str:

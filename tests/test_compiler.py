@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -23,8 +24,8 @@ from qcgraph.cli import run
 from qcgraph.compiler import compile_model, verify_bundle
 from qcgraph.errors import UsageError, VerificationError
 from qcgraph.evaluation.solvers import sample_with
-from qcgraph.export.check import Check
 from qcgraph.ir.execute import TorchRunner
+from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program
 from qcgraph.models import LoadedModel, load_model
 from qcgraph.models.classifier import load_classifier
@@ -36,6 +37,7 @@ from qcgraph.recipe import Recipe
 from qcgraph.runtime import open_runner
 from qcgraph.sampling import Runner, sample
 from qcgraph.schedulers import make_step_plan
+from qcgraph.spec import OUTPUT
 
 OPTIONS = "--steps 12 --guidance 1.5 --bits w8a8 --groups 4 --cache interval=3 --compensate vc --target onnxruntime-cpu"
 JUDGING = "--samples 16 --seeds 1 --metrics psnr --no-sites"
@@ -308,16 +310,57 @@ def test_your_own_model(
     assert Bundle.open(tmp_path / "out").spec.output_channels == 4
 
 
-@pytest.mark.slow
-def test_a_failed_check_writes_nothing(
+def spoil(variant: str) -> Callable[..., None]:
+    """An exporter that shifts the prediction of one variant by a hundredth, as a wrong translation of an op would."""
+    from qcgraph.export.emit import emit_onnx
+
+    def emit(program: Program, folder: Path, *rest: object, **options: object) -> None:
+        emit_onnx(program, folder, *rest, **options)  # type: ignore[arg-type]
+        model = onnx.load(str(folder / f"{variant}.onnx"), load_external_data=False)
+        (maker,) = (node for node in model.graph.node if OUTPUT in node.output)
+        maker.output[list(maker.output).index(OUTPUT)] = "unshifted"
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(0.01), "shift"))
+        model.graph.node.append(onnx.helper.make_node("Add", ["unshifted", "shift"], [OUTPUT]))
+        onnx.save(model, str(folder / f"{variant}.onnx"))
+
+    return emit
+
+
+def test_a_bundle_that_fails_its_checks_is_kept_beside(
     tiny_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failed = Check("parity of noise_prediction", "main", False, 1.0, 1e-5, "relative L2 1.0")
-    monkeypatch.setattr("qcgraph.compiler.verify_export", lambda *_: (failed,))
-    with pytest.raises(VerificationError, match=r"relative L2 1\.0") as caught:
-        qcgraph.compile(tiny_model, Recipe().override(bits="off", steps=2), output=tmp_path / "out")
+    output, recipe = tmp_path / "out", Recipe().override(bits="off", steps=2)
+    qcgraph.compile(tiny_model, recipe, output=output)
+    before = (output / "manifest.json").read_bytes()
+    monkeypatch.setattr("qcgraph.export.emit.emit_onnx", spoil("main"))
+    for _ in range(2):  # the second takes the place of what the first left
+        with pytest.raises(
+            VerificationError, match="1 of 2 checks of the exported graphs failed: variant main"
+        ) as caught:
+            compile_model(tiny_model, recipe, output, force=True)
     assert caught.value.exit_code == 1
-    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+    assert re.search(r"variant main, parity of noise_prediction: .*found .*, limit 1e-05", caught.value.message)
+    assert str(tmp_path / "out.rejected") in str(caught.value.hint)
+    assert (output / "manifest.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.rejected"]
+    rejected = Bundle.open(tmp_path / "out.rejected")
+    assert rejected.manifest.overrides == ("failed-checks",)
+    assert [check.passed for check in verify_bundle(rejected)] == [True, False]
+    monkeypatch.undo()
+    compile_model(tiny_model, recipe, output, force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_what_was_rejected_never_replaces_anybodys_files(
+    tiny_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out.rejected").mkdir()
+    (tmp_path / "out.rejected" / "thesis.tex").touch()
+    monkeypatch.setattr("qcgraph.export.emit.emit_onnx", spoil("main"))
+    with pytest.raises(VerificationError, match="checks of the exported graphs failed") as caught:
+        compile_model(tiny_model, Recipe().override(bits="off", steps=2), tmp_path / "out")
+    assert "is not kept, because" in str(caught.value.hint)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out.rejected", "thesis.tex"]
 
 
 @pytest.mark.parametrize("options", [{"stop_after": "insert-qdd"}, {"print_after": ("calibrat",)}])

@@ -106,6 +106,7 @@ LAYERS = {
             "qcgraph.compiler",
             "qcgraph.costs",
             "qcgraph.default_pipeline",
+            "qcgraph.rejection",
         ),
         sees=("core", "models", "ir", "framework", "passes", "export", "runtime", "origin", "evaluation"),
     ),

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qcgraph.cli.cache_view import cache_fields
-from qcgraph.cli.output import JsonOption, print_fields, print_heading, print_json, print_table, size_text
+from qcgraph.cli.output import (
+    JsonOption,
+    duration_text,
+    print_fields,
+    print_heading,
+    print_json,
+    print_table,
+    size_text,
+)
 from qcgraph.errors import UsageError
 
 if TYPE_CHECKING:
@@ -152,7 +160,7 @@ def _print_summary(result: CompileResult) -> None:
     print_fields(_summary(report, bundle))
     if bundle is None:
         print_heading("pipeline (a dry run: nothing was sampled, nothing was written)")
-        _print_pipeline(report["pipeline"])
+        _print_pipeline(report)
         return
     from qcgraph.cli.inspect_bundle import refused_count
 
@@ -166,11 +174,15 @@ def _print_summary(result: CompileResult) -> None:
     print(f"\nnext: qcgraph sample {place} -o grid.png")
 
 
-def _print_pipeline(text: str) -> None:
+def _print_pipeline(report: dict[str, Any]) -> None:
+    """Print every pass of the pipeline, and whether this dry run ran it."""
     from qcgraph.pipeline import Pipeline
 
-    for pass_ in Pipeline.parse(text):
-        print(pass_.text)
+    ran = {row["text"] for row in report["passes"]}
+    rows = [
+        (pass_.text, "ran" if pass_.text in ran else "needs samples") for pass_ in Pipeline.parse(report["pipeline"])
+    ]
+    print_table(("pass", "in this dry run"), rows)
 
 
 def _summary(report: dict[str, Any], bundle: Bundle | None) -> list[tuple[str, str]]:
@@ -179,15 +191,17 @@ def _summary(report: dict[str, Any], bundle: Bundle | None) -> list[tuple[str, s
         ("model", report["model"]),
         ("target", report["target"]),
         ("sampling", report["plan"]),
-        *([("schedule", report["cache"]["schedule"])] if report["cache"] else []),
+        *([("schedule", _schedule(report, bundle))] if report["cache"] else []),
         ("variants", f"{variants} (steps each)"),
         *cache_fields(report["cache"], report.get("cached_edges", ())),
-        ("quantized", _quantized(report)),
-        ("scales", f"{report['timestep_groups']} timestep groups"),
+        ("quantized", _quantized(report) if bundle else f"{_sites_text(report, 'planned_sites')} planned"),
+        ("scales", f"{_groups(report, bundle)} timestep groups"),
         ("work", f"{report['mac_ratio']:.1%} of the multiply-accumulates of the model"),
     ]
     if report["followed_plan"] is not None:
         fields.append(("plan", _followed_text(report["followed_plan"], report["plan"])))
+    if report["estimate"] is not None:
+        fields += [(name, f"about {text}") for name, text in _estimate(report["estimate"])]
     if bundle is not None:
         fields += [
             ("checks", f"{len(report['checks'])} passed" if report["checks"] else "none: nothing was exported"),
@@ -198,8 +212,34 @@ def _summary(report: dict[str, Any], bundle: Bundle | None) -> list[tuple[str, s
     return fields
 
 
+def _schedule(report: dict[str, Any], bundle: Bundle | None) -> str:
+    """Return the schedule, and whether it is a draft that sampling will replace."""
+    text = str(report["cache"]["schedule"])
+    is_draft = bundle is None and "plan-steps" in report["pipeline"]
+    return f"{text}; a draft, the one that is compiled follows from samples" if is_draft else text
+
+
+def _estimate(estimate: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what compiling will take, by name."""
+    return [
+        ("time", duration_text(estimate["seconds"])),
+        ("memory", size_text(estimate["memory_bytes"])),
+        ("size", size_text(estimate["bundle_bytes"])),
+    ]
+
+
+def _groups(report: dict[str, Any], bundle: Bundle | None) -> int:
+    """Return the number of timestep groups; in a dry run, of those that are asked for."""
+    planned = report["recipe"]["quantization"]["groups"] if report["planned_sites"] else 1
+    return int(report["timestep_groups"] if bundle else planned)
+
+
+def _sites_text(report: dict[str, Any], key: str) -> str:
+    return f"{report[key]} of {report['linear_sites']} linear layers"
+
+
 def _quantized(report: dict[str, Any]) -> str:
-    text = f"{report['quantized_sites']} of {report['linear_sites']} linear layers"
+    text = _sites_text(report, "quantized_sites")
     return f"{text}, {report['quantized_attentions']} attentions" if report["quantized_attentions"] else text
 
 

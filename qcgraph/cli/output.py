@@ -96,6 +96,13 @@ def size_text(count: int) -> str:
     return f"{count} bytes"
 
 
+def duration_text(seconds: float) -> str:
+    """Return a number of seconds for people: ``40 s``, ``3 min``, ``2.5 h``."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
+
+
 def count_text(count: int, word: str) -> str:
     """A number and a word: ``1 step``, ``50 steps``."""
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
