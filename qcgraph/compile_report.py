@@ -80,6 +80,6 @@ def quantizable(sites: Sequence[Site]) -> list[Site]:
 
 def nothing_quantized(sites: Sequence[Site], bits: str) -> str:
     """Return the note that asking for bits quantized nothing, with the reasons that the sites give."""
-    reasons = Counter(site.refusal or "its calibrated ranges are unusable" for site in sites)
+    reasons = Counter(site.refusal or "no pass quantized it" for site in sites)
     shown = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
     return f"{bits} was asked for and no layer is quantized: {shown or 'the model holds no products of matrices'}"
