@@ -11,7 +11,16 @@ import torch
 from torch import fx
 
 from qcgraph.errors import ContractError
-from qcgraph.ir.graph import Origin, Variant, copy_graph, eliminate_dead_code, fake_mode_of, output_node, spec_of
+from qcgraph.ir.graph import (
+    Origin,
+    Variant,
+    copy_graph,
+    eliminate_dead_code,
+    fake_mode_of,
+    fake_value,
+    output_node,
+    spec_of,
+)
 from qcgraph.ir.program import Program, used_constants
 from qcgraph.spec import Interface, TensorSpec
 
@@ -52,8 +61,7 @@ class GraphEditor:
         short = schema.name.split("::")[-1] if schema else target.__name__
         node = self.graph.create_node("call_function", target, args, {}, name=name or short)
         fakes = fx.node.map_arg(args, lambda argument: argument.meta["val"])
-        with self._fake_mode:
-            value = target(*fakes)
+        value = fake_value(self._fake_mode, target, *fakes)
         self._stamp(node, value, source, top_level=top_level)
         return node
 

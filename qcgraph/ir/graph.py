@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qcgraph.errors import ContractError
@@ -102,6 +105,17 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     for node in graph.nodes:
         mapping[node] = copy.node_copy(node, lambda argument: mapping[argument])
     return copy
+
+
+def fake_value(mode: FakeTensorMode, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run an op on fake tensors.
+
+    PyTorch's dispatcher in Python keeps the batch a symbol in ops that are made of others, as `torch.export` does it:
+    that in C++ reads sizes as numbers, in PyTorch 2.11 those of a product of two stacks of matrices, and from then on
+    the batch is one number in all graphs that share its symbol.
+    """
+    with enable_python_dispatcher(), mode:
+        return target(*args, **kwargs)
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:

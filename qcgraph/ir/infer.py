@@ -10,7 +10,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from qcgraph.ir.graph import DTYPES
+from qcgraph.ir.graph import DTYPES, fake_value
 from qcgraph.spec import BATCH, Interface, TensorSpec
 
 BATCH_HINT = 97  # a batch that no other dimension of a denoiser is likely to equal, so that sizes are not confused
@@ -31,8 +31,8 @@ def infer_types(graph: fx.Graph, interface: Interface, constants: Mapping[str, t
         elif node.op == "get_attr":
             values[node] = mode.from_tensor(constants[str(node.target)], static_shapes=True)
         elif node.op == "call_function":
-            with mode:
-                values[node] = node.target(*fx.map_arg(node.args, value_of), **fx.map_arg(node.kwargs, value_of))
+            args, kwargs = fx.map_arg(node.args, value_of), fx.map_arg(node.kwargs, value_of)
+            values[node] = fake_value(mode, node.target, *args, **kwargs)
         if node in values:
             node.meta["val"] = values[node]
 

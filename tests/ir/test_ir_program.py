@@ -13,7 +13,7 @@ import torch
 
 from qcgraph.errors import BundleError, ContractError
 from qcgraph.ir.edit import GraphEditor, with_edits
-from qcgraph.ir.graph import output_node
+from qcgraph.ir.graph import output_node, spec_of
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, program_from_json, program_to_json, save_program
 
@@ -46,6 +46,17 @@ def test_the_digest_sees_a_single_changed_weight(captured: Program) -> None:
     changed = replace(captured, constants={**captured.constants, name: weight})
     assert changed.text == captured.text
     assert changed.digest != captured.digest
+
+
+def test_a_product_of_stacks_leaves_the_batch_a_symbol(captured: Program) -> None:
+    """In the graph and in all that share its symbol; PyTorch 2.11 would read the sizes of this product as numbers."""
+    editor = GraphEditor(captured.variants["main"], captured.constants, "test")
+    heads = editor.node("scaled_dot_product_attention")
+    with editor.after(heads):
+        across = editor.call(aten.transpose.int, heads, -2, -1, source=heads)
+        product = editor.call(aten.matmul.default, heads, across, source=heads)
+    assert spec_of("", product.meta["val"]).shape == ("B", 2, 16, 16)
+    assert spec_of("", heads.meta["val"]).shape == ("B", 2, 16, 16)
 
 
 def double_the_output(program: Program) -> Program:
