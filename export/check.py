@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,23 @@ class Check:
     limit: float
     detail: str
 
+    def __str__(self) -> str:
+        """Return it in one line: what was checked where, what came, what was expected, and the detail."""
+        where = f"{self.name} of {self.variant}" if self.variant else self.name
+        if self.passed is None:
+            return f"{where}: {self.detail}"
+        return f"{where}: {_figure(self.value)}, at most {_figure(self.limit)} expected: {self.detail}"
+
     @property
     def failed(self) -> bool:
         """Whether it was looked at and does not hold."""
         return self.passed is not None and not self.passed
+
+
+def failure_text(checks: Iterable[Check]) -> str:
+    """Return what failed of some checks, a line each with its figure and its limit; empty when nothing did."""
+    return "\n".join(str(check) for check in checks if check.failed)
+
+
+def _figure(value: float) -> str:
+    return "no number" if value >= NO_NUMBER else f"{value:.3g}"

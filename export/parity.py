@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,9 @@ from qcgraph.cache_state import depths, remember
 from qcgraph.errors import VerificationError
 from qcgraph.export.check import NO_NUMBER, Check
 from qcgraph.export.exported_sites import CutSites
+from qcgraph.export.reference import Perturbed, Shadowed, SiteReference
 from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
-from qcgraph.facts import Precision, precision_of
+from qcgraph.facts import precision_of
 from qcgraph.ir.ops import HALVES
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantized_sites import QuantizedSite, record
@@ -23,44 +25,46 @@ from qcgraph.ir.structure import macs_by_variant
 from qcgraph.spec import ModelSpec, preparation
 from qcgraph.steps import Step, StepPlan
 
-ROUNDING_FACTOR = 1.5  # how far above its rounding floor a graph may be
-STANDARD_ERRORS = 3.0  # how far above that it must be for certain, over the samples that were compared
+FLIPS = 1.5  # how far above the distance that flipped codes make in the program they may take a graph
+# How many times the program's own rounding another evaluation may be off. One that leaves roundings out is at most as far
+# from float64 as the program, one that makes more of them perhaps twice as far; the two are that far apart together.
+ROUNDINGS = 3.0
+# Exponentials, tangents and error functions of a runtime, and products of integers that are scaled, are right to this,
+# relatively: a few units in the last place of float32, in which they are computed whatever the type around them.
+FUNCTIONS = 16 * 2.0**-24
+NEAR = 0.5  # part of its limit from which on a result is also compared with what other legal roundings give
+STANDARD_ERRORS = 3.0  # how far above its limit a root mean square must be for certain, over the samples compared
 STEPS = 4  # steps of the plan that a variant is compared at, two for large models
 SAMPLES = 256  # samples a step, fewer for large models; in a small one a rounding flips in few of them
 MACS = 10e9  # multiply-accumulates that running the samples of a step once may cost
 TOGETHER = 16  # sites whose values are held at once to compare them
+SLOWNESS = {"f16": 8}  # of PyTorch on a CPU, about; where it is slow, fewer samples are compared
 
 
 @dataclass(frozen=True)
-class Arithmetic:
-    """What may differ where the same is computed in another order.
+class _Margin:
+    """A distance and what it may be, both relative L2."""
 
-    Attributes:
-        exact: relative L2 that a few operators stay below.
-        perturbation: relative noise on the latent, about what one operator makes.
-        speed: of PyTorch on a CPU, about; where it is slow, fewer samples are compared.
-    """
+    distance: float
+    limit: float
 
-    exact: float
-    perturbation: float
-    speed: float = 1.0
+    @property
+    def used(self) -> float:
+        """The part of the limit that the distance takes."""
+        return self.distance / self.limit
 
-    @classmethod
-    def of(cls, program: Program) -> Arithmetic:
-        """That of a program's floating-point type."""
-        return ARITHMETIC[precision_of(program.facts)]
-
-
-# In 16 bits a rounding between two operators may be left out, which is half of the spacing of numbers.
-ARITHMETIC = {
-    "f32": Arithmetic(1e-5, 1e-6),
-    "f16": Arithmetic(2 * 2.0**-10, 2.0**-10, speed=0.125),
-    "bf16": Arithmetic(2 * 2.0**-7, 2.0**-7),
-}
+    @property
+    def exceeded(self) -> bool:
+        return not self.distance <= self.limit
 
 
 def check_sites(program: Program, variant: str, sites: Sequence[QuantizedSite], path: Path, *, exact: bool) -> Check:
     """Each site on its own computes what it computes in the program, given the same values.
+
+    What the graph makes of them is compared with the site in float64. Where 16-bit values may be rounded or not before
+    they become codes, each choice is legal, and the nearest result counts (see `qcgraph.export.reference`). The limit
+    is `ROUNDINGS` times the distance of the program from float64, and what may be added by codes that lie on the edge
+    between two and by sums in 16 bits.
 
     Args:
         program: what was exported.
@@ -69,73 +73,112 @@ def check_sites(program: Program, variant: str, sites: Sequence[QuantizedSite], 
         path: the exported graph.
         exact: see `qcgraph.export.run_onnxruntime.session_options`.
     """
-    limit = Arithmetic.of(program).exact
     try:
         parts = [sites[start : start + TOGETHER] for start in range(0, len(sites), TOGETHER)]
         cuts = [CutSites(path, part, exact=exact) for part in parts]
     except VerificationError as missing:
-        return Check("site exactness", variant, passed=False, value=NO_NUMBER, limit=limit, detail=str(missing))
-    worst = dict.fromkeys((site.name for site in sites), 0.0)
+        return Check("site exactness", variant, passed=False, value=NO_NUMBER, limit=FUNCTIONS, detail=str(missing))
+    references = {site.name: SiteReference(program, variant, site) for site in sites}
+    worst = {site.name: _Margin(0.0, FUNCTIONS) for site in sites}
     for index, step in enumerate(_steps(program, variant)):
         inputs = _inputs(program, variant, step, 1, np.random.default_rng(index))
         selectors = {name: inputs[name].numpy() for name in ("group", "row")}
         for position, values in record(program, variant, inputs, [cut.nodes for cut in cuts]):
             found = cuts[position].run(values, selectors)
             for site in cuts[position].sites:
-                distances = _distances(found[site.name], values[site.leaving])
-                worst[site.name] = max(*distances, worst[site.name])
-    value = max(worst.values())
-    over = [f"{name} {distance:.1e}" for name, distance in worst.items() if distance > limit]
-    detail = f"relative L2 up to {value:.1e} over {len(sites)} sites"
+                reference = references[site.name]
+                entering, leaving = (torch.from_numpy(values[name]) for name in (site.entering, site.leaving))
+                margin = _site_margin(reference, inputs, entering, leaving, torch.from_numpy(found[site.name]))
+                worst[site.name] = max(worst[site.name], margin, key=lambda item: item.used)
+    closest = max(worst, key=lambda name: worst[name].used)
+    value, limit = worst[closest].distance, worst[closest].limit
+    over = [f"{name} {margin.distance:.1e}" for name, margin in worst.items() if margin.exceeded]
+    detail = (
+        f"relative L2 {value:.1e} at {closest}, of {len(sites)} sites the closest to its limit; expected up to "
+        f"{limit:.1e}: {ROUNDINGS:g} times what the program rounds there (against float64), codes on an edge, and sums"
+    )
     if over:
         detail += f"; too far: {', '.join(over)}"
     return Check("site exactness", variant, passed=not over, value=value, limit=limit, detail=detail)
 
 
-def check_outputs(program: Program, variant: str, quantized: bool, runner: OnnxRuntimeRunner) -> Iterator[Check]:
+def _site_margin(
+    reference: SiteReference,
+    inputs: Mapping[str, torch.Tensor],
+    entering: torch.Tensor,
+    leaving: torch.Tensor,
+    found: torch.Tensor,
+) -> _Margin:
+    """Return how near a result is to the nearest legal one, in the sample where that is closest to its limit."""
+    rounding: torch.Tensor | None = None
+    best = _Margin(NO_NUMBER, FUNCTIONS)
+    for legal in reference.legal_results(entering, inputs):
+        norm = _norm(legal.result).clamp(min=torch.finfo(torch.float32).tiny)
+        if rounding is None:
+            rounding = _norm(leaving.double() - legal.result)
+        allowed = ROUNDINGS * rounding + FLIPS * _norm(legal.edges) + _norm(legal.sums)
+        limits = allowed / norm + FUNCTIONS
+        distances = (_norm(found.double() - legal.result) / norm).nan_to_num(NO_NUMBER, posinf=NO_NUMBER)
+        sample = int((distances / limits).argmax())
+        best = min(best, _Margin(float(distances[sample]), float(limits[sample])), key=lambda item: item.used)
+        if best.used < NEAR:
+            break
+    return best
+
+
+def _norm(values: torch.Tensor) -> torch.Tensor:
+    """Return the L2 norm of each sample."""
+    return values.reshape(len(values), -1).norm(dim=1)
+
+
+def check_outputs(program: Program, variant: str, runner: OnnxRuntimeRunner) -> Iterator[Check]:
     """The whole graph computes what the program computes, up to the roundings that quantization amplifies.
 
-    A difference of one part in a million flips roundings, in block after block, and so does a rounding to 16 bits; what
-    a program so differs from *itself*, when its latent is perturbed by that much, is the floor that no backend can be
-    expected to be below. In a small model few samples see a flip; the limit allows for what the root mean square of so
+    Given the same codes, the two may be `ROUNDINGS` times as far apart as the program is from float64. But a difference
+    of one part in a million flips codes, in block after block, until the difference is what flips make of any: so the
+    program is run once more with its quantizers' inputs off by as much as such roundings, and the distance that makes
+    is what flips may add. In a small model few samples see a flip; the limit allows for what the root mean square of so
     few may be off by chance.
 
     Args:
         program: what was exported.
         variant: which of its variants.
-        quantized: whether it has quantized sites.
         runner: runs the exported graphs.
     """
-    arithmetic, rounds = Arithmetic.of(program), quantized or Precision in program.facts
-    errors: dict[str, list[float]] = {}
-    floors: dict[str, list[float]] = {}
-    samples = int(np.clip(MACS * arithmetic.speed // _macs(program), 1, SAMPLES * arithmetic.speed))
+    found_at: dict[str, list[float]] = {}
+    roundings: dict[str, list[float]] = {}
+    flips: dict[str, list[float]] = {}
+    slowness = SLOWNESS.get(precision_of(program.facts), 1)
+    samples = int(np.clip(MACS // slowness // _macs(program), 1, SAMPLES // slowness))
     for index, step in enumerate(_steps(program, variant)):
-        generator = np.random.default_rng(1000 + index)
-        inputs = _inputs(program, variant, step, samples, generator)
-        expected = program.run(variant, inputs)
+        inputs = _inputs(program, variant, step, samples, np.random.default_rng(1000 + index))
+        shadowed = Shadowed(program, variant)
+        expected, exact = shadowed.outputs(inputs)
         found = runner.run_outputs(variant, {name: value.numpy() for name, value in inputs.items()}, {})
-        nearby = program.run(variant, _perturbed(inputs, arithmetic, generator)) if rounds else {}
+        off = {name: ROUNDINGS * rounding for name, rounding in shadowed.rounding.items()}
+        nearby = Perturbed(program, variant, off, torch.Generator().manual_seed(index)).outputs(inputs) if off else {}
         for name, tensor in expected.items():
-            errors.setdefault(name, []).extend(_distances(found[name].numpy(), tensor.numpy()))
-            if rounds:
-                floors.setdefault(name, []).extend(_distances(nearby[name].numpy(), tensor.numpy()))
-    for name, distances in errors.items():
-        limit = _limit(distances, floors.get(name, []), arithmetic.exact)
-        value = _root_mean_square(distances)
-        text = f"relative L2 {value:.1e} over {len(distances)} samples"
-        if rounds:
-            text += f", rounding floor {_root_mean_square(floors[name]):.1e}"
+            found_at.setdefault(name, []).extend(_distances(found[name].numpy(), tensor.numpy()))
+            roundings.setdefault(name, []).extend(_distances(exact[name].numpy(), tensor.numpy()))
+            flips.setdefault(name, []).extend(
+                _distances(nearby[name].numpy(), tensor.numpy()) if off else [0.0] * len(tensor)
+            )
+    for name, distances in found_at.items():
+        value, limit = _root_mean_square(distances), _limit(distances, roundings[name], flips[name])
+        text = (
+            f"relative L2 {value:.1e} over {len(distances)} samples, expected up to {limit:.1e}: {ROUNDINGS:g} times "
+            f"what the program rounds, {_root_mean_square(roundings[name]):.1e} (against float64)"
+        )
+        if any(flips[name]):
+            text += f", and flipped codes, {_root_mean_square(flips[name]):.1e}"
         yield Check(f"parity of {name}", variant, passed=value <= limit, value=value, limit=limit, detail=text)
 
 
-def _limit(distances: Sequence[float], floors: Sequence[float], exact: float) -> float:
-    """What the root mean square of the distances must not exceed."""
-    if not floors:
-        return exact
-    squares, floor_squares = np.square(distances), ROUNDING_FACTOR**2 * np.square(floors)
-    chance = np.sqrt((np.var(squares) + np.var(floor_squares)) / len(squares))
-    return float(np.sqrt(max(exact**2, floor_squares.mean()) + STANDARD_ERRORS * chance))
+def _limit(distances: Sequence[float], roundings: Sequence[float], flips: Sequence[float]) -> float:
+    """Return what the root mean square of the distances must not exceed."""
+    allowed = np.square(ROUNDINGS) * np.square(roundings) + np.square(FLIPS) * np.square(flips)
+    chance = np.sqrt((np.var(np.square(distances)) + np.var(allowed)) / len(distances))
+    return float(np.sqrt(allowed.mean() + STANDARD_ERRORS * chance)) + FUNCTIONS
 
 
 def _steps(program: Program, variant: str) -> list[Step]:
@@ -194,19 +237,7 @@ def _caches(program: Program, step: Step, latent: torch.Tensor) -> dict[str, tor
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def _perturbed(
-    inputs: Mapping[str, torch.Tensor], arithmetic: Arithmetic, generator: np.random.Generator
-) -> dict[str, torch.Tensor]:
-    """The inputs of a step, with the latent and the cache tensors a little different."""
-    found = dict(inputs)
-    for name, value in inputs.items():
-        if value.is_floating_point() and name != "timestep":
-            noise = torch.from_numpy(generator.standard_normal(tuple(value.shape), dtype=np.float32))
-            found[name] = (value * (1 + arithmetic.perturbation * noise)).to(value.dtype)
-    return found
-
-
-def _distances(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> list[float]:
+def _distances(found: npt.NDArray[np.floating[Any]], expected: npt.NDArray[np.floating[Any]]) -> list[float]:
     """Relative L2 distance per sample."""
     wide = [values.astype(np.float64).reshape(len(values), -1) for values in (found, expected)]
     norms = np.maximum(np.linalg.norm(wide[1], axis=1), np.finfo(np.float32).tiny)

@@ -64,7 +64,7 @@ def verify_export(
             continue
         if sites:
             checks.append(check_sites(program, variant, sites, path, exact=target.may_saturate))
-        checks += check_outputs(program, variant, bool(sites), runner)
+        checks += check_outputs(program, variant, runner)
     return tuple(checks)
 
 

@@ -30,7 +30,7 @@ CODE_TYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn)
 HALVES = 2  # of guidance: conditional, unconditional
 
 
-def _along(axis: int, values: Tensor, rank: int) -> Tensor:
+def along(axis: int, values: Tensor, rank: int) -> Tensor:
     """Per-axis values shaped for broadcasting; scalars are left alone."""
     if values.dim() == 0:
         return values
@@ -43,11 +43,11 @@ def _along(axis: int, values: Tensor, rank: int) -> Tensor:
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int) -> Tensor:
     """Affine quantization; ``scale`` and ``zero_point`` are scalars or one value along ``axis``."""
     # In float32: codes do not depend on how a quotient would be rounded to 16 bits.
-    codes = x.float() / _along(axis, scale.float(), x.dim())
+    codes = x.float() / along(axis, scale.float(), x.dim())
     if zero_point.is_floating_point():
         return codes.clamp_(low, high).to(zero_point.dtype)
     codes.round_()
-    codes += _along(axis, zero_point, x.dim()).float()
+    codes += along(axis, zero_point, x.dim()).float()
     return codes.clamp_(low, high).to(zero_point.dtype)
 
 
@@ -65,7 +65,7 @@ def quantize_regions(
     Each region has a bit less than the codes ``low..high`` would allow; with a shift of 0 it is `quantize`.
     ``scale`` and ``zero_point`` are scalars or one value along ``axis``.
     """
-    scale, zero = _along(axis, scale, x.dim()), _along(axis, zero_point, x.dim()).to(x.dtype)
+    scale, zero = along(axis, scale, x.dim()), along(axis, zero_point, x.dim()).to(x.dtype)
     coarse = 2.0**shift
     above = (x / (scale * coarse)).round_().clamp_(min=0).minimum((high - zero) / coarse) * coarse
     below = (x / scale).round_().clamp_(max=0)
@@ -97,7 +97,7 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tenso
     if _is_16_bit_factor(q, scale, axis):
         # On CPUs PyTorch multiplies 16 bits by columns that lie together, fifteen times as fast as by rows.
         return dequantize(q.t().contiguous(), scale, zero_point, 0).t()
-    scale, zero_point = _along(axis, scale, q.dim()), _along(axis, zero_point, q.dim())
+    scale, zero_point = along(axis, scale, q.dim()), along(axis, zero_point, q.dim())
     return q.to(scale.dtype).sub_(zero_point.to(scale.dtype)).mul_(scale)
 
 
@@ -196,7 +196,7 @@ def compensate(prediction: Tensor, latent: Tensor, gain: Tensor, slope: Tensor, 
     """
     channels = latent.shape[1]
     noise = prediction[:, :channels]
-    fixed = _along(1, gain, 4) * noise + (_along(1, slope, 4) * latent + _along(1, offset, 4))
+    fixed = along(1, gain, 4) * noise + (along(1, slope, 4) * latent + along(1, offset, 4))
     return fixed if prediction.shape[1] == channels else torch.cat([fixed, prediction[:, channels:]], dim=1)
 
 
