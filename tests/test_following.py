@@ -147,6 +147,9 @@ def test_forms() -> None:
     assert form_of(latent, np.array([1, 2]), SPEC) is Form.CONDITIONAL
     assert form_of(same, np.array([1, 5]), SPEC) is Form.PAIRED
     assert form_of(latent, np.array([1, 5]), SPEC) is Form.OTHER  # not the same latents
-    assert form_of(same, np.array([5, 1]), SPEC) is Form.OTHER
+    assert form_of(same, np.array([5, 1]), SPEC) is Form.PAIRED  # in the other order
+    assert form_of(latent[[0, 0, 1, 1]], np.array([1, 5, 2, 5]), SPEC) is Form.PAIRED  # sample by sample
+    assert form_of(latent[[0, 0, 1, 1]], np.array([1, 5, 5, 2]), SPEC) is Form.PAIRED
+    assert form_of(latent[[0, 1, 0, 1]], np.array([1, 5, 5, 2]), SPEC) is Form.OTHER
     assert form_of(same, np.array([5, 5]), SPEC) is Form.OTHER
     assert form_of(drawn(0, 3), np.array([1, 2, 5]), SPEC) is Form.OTHER
