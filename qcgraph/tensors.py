@@ -55,10 +55,18 @@ def checked_values(value: Any, kinds: str, what: str, hint: str) -> Any:
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # ragged lists, objects of other libraries
         raise UsageError(f"{what} is not an array: {str(error).splitlines()[0]}", hint=hint) from None
     if array.dtype.kind not in kinds:
-        shown = repr(value) if isinstance(value, (str, bytes, bool, complex)) else type(value).__name__
-        given = f"is {shown[:_SHOWN]}" if array.ndim == 0 else f"has dtype {array.dtype}"
-        raise UsageError(f"{what} {given}", hint=hint)
+        raise UsageError(f"{what} {_described(value, array)}", hint=hint)
     return array
+
+
+def _described(value: Any, array: np.ndarray[Any, Any]) -> str:
+    """In what way something is not made of the numbers that are wanted."""
+    if array.ndim:
+        return f"has dtype {array.dtype}"
+    if isinstance(value, int) and array.dtype == object:
+        return "is an integer that 64 bits do not hold"  # and of too many digits to show
+    shown = f"is {value!r}" if isinstance(value, (str, bytes, bool, complex)) else f"is of type {type(value).__name__}"
+    return shown[:_SHOWN]
 
 
 def _kind_of(tensor: torch.Tensor) -> str:
