@@ -112,7 +112,7 @@ def test_labels_of_every_kind(denoiser: Denoiser) -> None:
         ([1j, 0], "class_labels has dtype complex128", "one integer a sample"),
         ([[0], [0, 1]], "class_labels is not an array", "one integer a sample"),
         ([None, 0], "class_labels has dtype object", "one integer a sample"),
-        (10**5000, "class_labels is an integer that 64 bits do not hold", "one integer a sample"),
+        (2**64, "class_labels is an integer that 64 bits do not hold", "one integer a sample"),
         (torch.tensor([True, False]), r"class_labels has dtype torch\.bool", "one integer a sample"),
         (torch.zeros(2, device="meta"), "class_labels is on the device meta", "a dense tensor"),
         (None, "no class labels were given", "tiny takes one a sample"),
@@ -140,6 +140,7 @@ def test_what_it_was_not_made_for(denoiser: Denoiser) -> None:
     assert denoiser(latents(), 888, [0, 1], {}).sample.shape == (2, 4, 8, 8)
 
 
+@pytest.mark.filterwarnings("error:::qcgraph")
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -164,9 +165,9 @@ def test_what_it_was_not_made_for(denoiser: Denoiser) -> None:
 def test_latents_that_are_refused(denoiser: Denoiser, change: Callable[[Array], Any], said: str) -> None:
     expected = walk(denoiser.request())
     for index, timestep in enumerate(denoiser.plan.timesteps):
-        with warnings.catch_warnings(), pytest.raises(UsageError, match=said) as caught:
-            warnings.simplefilter("error")
-            denoiser(change(latents()), timestep, [0, 1])
+        wrong = change(latents())
+        with pytest.raises(UsageError, match=said) as caught:
+            denoiser(wrong, timestep, [0, 1])
         assert caught.value.hint
         assert np.array_equal(denoiser(latents(), timestep, [0, 1]).sample, expected[index])  # it was not taken
 
@@ -219,13 +220,14 @@ def test_a_host_that_cannot_be_checked_is_told_once(cached: Program) -> None:
     """A batch of one half is combined with the other one out of sight."""
     denoiser = Denoiser(*parts(cached))
     changed = [latents(seed) for seed in range(3)]
+    denoiser(changed[0], denoiser.plan.timesteps[0], [0, 1])
     with pytest.warns(UncheckedLatentsWarning, match="batches come without both halves of guidance") as caught:
-        for latent, timestep in zip(changed, denoiser.plan.timesteps, strict=False):
-            denoiser(latent, timestep, [0, 1])
+        denoiser(changed[1], denoiser.plan.timesteps[1], [0, 1])
     assert [warning.filename for warning in caught] == [__file__]
     free = Denoiser(*parts(cached), own_updates=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        denoiser(changed[2], denoiser.plan.timesteps[2], [0, 1])
         for latent, timestep in zip(changed, free.plan.timesteps, strict=False):
             free(latent, timestep, [0, 1])
 
