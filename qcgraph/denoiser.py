@@ -221,8 +221,14 @@ class Denoiser:
             latent = self._latent(hidden_states)
             labels = self._labels(class_labels, len(latent))
             value = self._timestep(timestep)
-            prediction = self._denoise(latent, value, labels, _precision(hidden_states))
-            sample = like(hidden_states, prediction)
+            precision = _precision(hidden_states)
+            prediction = self._denoise(latent, value, labels, precision)
+            try:
+                self._note(latent, value, labels, prediction, precision)
+                sample = like(hidden_states, prediction)
+            except BaseException:
+                self._request.interrupt()  # the host has no prediction to go on with
+                raise
             unchecked = "" if self._following is None or self._warned else self._following.unchecked
             self._warned |= bool(unchecked)
         if unchecked:
@@ -239,17 +245,19 @@ class Denoiser:
                 f"the latent is {precision}, this trajectory began with {self._precision}",
                 hint="keep the dtype of latents within a trajectory",
             )
-        tolerance = HALF_TOLERANCES.get(precision, TOLERANCE)
+        if self._late is None and self._following is not None:
+            self._following.check(index, latent, labels, HALF_TOLERANCES.get(precision, TOLERANCE))
+        return self._request.denoise(latent, timestep, labels)
+
+    def _note(
+        self, latent: Any, timestep: float, labels: npt.NDArray[np.int64], prediction: Any, precision: str
+    ) -> None:
+        """Remember a step that was taken, or judge the one before it."""
+        index = self.plan.index_of(timestep)
         if self._late is not None:
-            prediction: Any = self._request.denoise(latent, timestep, labels)
-            self._late.took(index, latent, labels, prediction, tolerance)
-            return prediction
-        if self._following is None:
-            return self._request.denoise(latent, timestep, labels)
-        self._following.check(index, latent, labels, tolerance)
-        prediction = self._request.denoise(latent, timestep, labels)
-        self._following.note(index, latent, labels, prediction)
-        return prediction
+            self._late.took(index, latent, labels, prediction, HALF_TOLERANCES.get(precision, TOLERANCE))
+        elif self._following is not None:
+            self._following.note(index, latent, labels, prediction)
 
     def _begin(self, latent: Any, labels: npt.NDArray[np.int64], precision: str) -> None:
         """Begin a trajectory, unless another one may go on that its latents do not tell from this one."""

@@ -73,6 +73,10 @@ class Request:
         """Whether the trajectory has these classes."""
         return np.array_equal(class_label, self._labels)
 
+    def interrupt(self) -> None:
+        """Say that the last step was taken in vain: what it gave did not reach the host."""
+        self._interrupted = True
+
     def restart(self) -> None:
         """Give up the trajectory that is under way, and let go of its tensors."""
         self._begin((), np.empty(0, dtype=np.int64))
@@ -130,7 +134,7 @@ class Request:
         except Exception:
             raise  # the backend left the state as it was
         except BaseException:
-            self._interrupted = True  # between any two instructions
+            self.interrupt()  # between any two instructions
             raise
         return prediction
 

@@ -57,6 +57,8 @@ def test_another_weight_is_refused_one_step_late(denoiser: Denoiser) -> None:
     follow(denoiser, 4.0, 2)
     with pytest.raises(BundleError, match="were sampled with guidance 4"):
         follow(denoiser, 4.0, 3)
+    with pytest.raises(BundleError, match="the trajectory was interrupted in a step"):  # it does not go on
+        denoiser(torch.zeros(2, 2, 8, 8), denoiser.plan.timesteps[3], torch.tensor([1, denoiser.spec.null_class]))
     follow(denoiser, 1.5, len(denoiser.plan))
 
 

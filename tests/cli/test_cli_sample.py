@@ -32,7 +32,6 @@ def backend(use_backend: Callable[..., None]) -> None:
         (["--seed", "-1"], "seed -1 is negative"),
         (["--seed", str(2**64)], "the seed is too large"),
         (["-n", str(10**12)], "too many samples for one picture"),
-        (["--threads", "100000"], "100000 threads"),
         (["--steps", "4"], "the plan was made for steps = 3, not 4"),
         (["--scheduler", "ddpm"], "the plan was made for scheduler = ddim, not ddpm"),
         (["--guidance", "2"], "the plan was made for guidance = 1.5, not 2.0"),
