@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qcgraph.bundle import Bundle
 from qcgraph.bundle.exports import EXPORT_FOLDER, ExportRecord, write_record
+from qcgraph.bundle.watch import reading
 from qcgraph.errors import UsageError, closest
 from qcgraph.export.single_file import write_single_file
 from qcgraph.export.single_model import SingleModel
@@ -58,6 +59,6 @@ def export_bundle(bundle: Bundle, output: Path, name: str, *, force: bool = Fals
         raise UsageError(f"unknown format {name!r}", where="--format", hint=closest(name, FORMATS))
     for variant in bundle.interfaces:
         bundle.file(f"{variant}.onnx")
-    with EXPORT_FOLDER.writing(output, force=force) as folder:
+    with EXPORT_FOLDER.writing(output, force=force) as folder, reading(bundle, done="exported"):
         FORMATS[name].write(bundle, folder)
         return write_record(folder, name, bundle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -64,8 +65,8 @@ class EngineRunner:
     """Runs engines (see `qcgraph.sampling.Runner`), on NumPy arrays or on tensors of the device.
 
     Inputs and the result of a variant have one place each. A cache tensor that a step computes is written where no
-    request holds one, and never again while a request does; steps that reuse read it there. Not for several threads at
-    once.
+    request holds one, and never again while a request does; steps that reuse read it there. Threads take turns: the
+    device does what one of them puts in order before what the next one does.
 
     Args:
         engines: what runs the variants.
@@ -80,6 +81,7 @@ class EngineRunner:
         self._results: dict[tuple[str, int], torch.Tensor] = {}
         self._buffers: dict[tuple[str, tuple[int, ...]], Buffers] = {}
         self._calls: OrderedDict[tuple[object, ...], Call] = OrderedDict()
+        self._turn = threading.RLock()
 
     @property
     def engines(self) -> Engines:
@@ -123,7 +125,7 @@ class EngineRunner:
         """
         interface = self._interface(variant)
         batch = self._batch(variant, interface, inputs)
-        with device_memory(f"{variant} at a batch of {batch}"), self._engines.stream():
+        with self._turn, device_memory(f"{variant} at a batch of {batch}"), self._engines.stream():
             tensors = self._filled(variant, interface, batch, inputs, state)
             self._forget(interface, tensors, state)
             first, *others = interface.outputs
@@ -132,9 +134,9 @@ class EngineRunner:
             tensors |= {name: value.tensor for name, value in computed.items()}
             self._call(variant, tensors).run()
             answer = result.clone()
+            remember(state, computed, self._depths)
         if answer.is_cuda:
             answer.record_stream(torch.cuda.current_stream(answer.device))
-        remember(state, computed, self._depths)
         return answer
 
     def _interface(self, variant: str) -> Interface:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ PROVIDERS = ["CPUExecutionProvider"]
 class OnnxRuntimeRunner:
     """Runs the exported graphs of a folder (see `qcgraph.sampling.Runner`).
 
-    A graph is loaded when it is first run. Cache tensors in a request's state are OrtValues: a computing step makes
-    new ones, a reusing step reads them in place, and nothing ever writes to them again.
+    A graph is loaded by `load`, or when it is first run. Cache tensors in a request's state are OrtValues: a computing
+    step makes new ones, a reusing step reads them in place, and nothing ever writes to them again. Several threads may
+    run graphs at once, each with a state of its own.
 
     Args:
         folder: where ``<variant>.onnx`` and its weights are.
@@ -31,6 +33,8 @@ class OnnxRuntimeRunner:
         threads: how many threads a graph may use; all cores when None.
         constants: values that take the place of those in the weights file, by name.
         exact: see `session_options`.
+        check: called before every run; raises where the weights file, which sessions map into memory, is not what it
+            was.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class OnnxRuntimeRunner:
         constants: Mapping[str, npt.NDArray[np.generic]] | None = None,
         *,
         exact: bool = False,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder = folder
         self._interfaces = interfaces
@@ -49,7 +54,18 @@ class OnnxRuntimeRunner:
         self._depths = depths(interfaces.values())
         # Sessions read them in place, so they have to live as long as the sessions do.
         self._constants = {name: _ort_value(value) for name, value in (constants or {}).items()}
+        self._check = check
         self._sessions: dict[str, Any] = {}
+        self._loading = threading.Lock()
+
+    def load(self) -> None:
+        """Load every graph now, so that what becomes of their files later does not matter.
+
+        Raises:
+            BundleError: a graph cannot be loaded.
+        """
+        for variant in self._interfaces:
+            self._session(variant)
 
     def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
         """Run one variant.
@@ -67,11 +83,13 @@ class OnnxRuntimeRunner:
     ) -> dict[str, Any]:
         """All outputs of one variant by name, as OrtValues; what ``inputs`` lacks is taken from ``state``."""
         session = self._session(variant)
+        self._check()
         interface = self._interfaces[variant]
         binding = session.io_binding()
+        given = {name: np.asarray(inputs[name], order="C") for name in interface.input_names if name in inputs}
         for name in interface.input_names:
-            if name in inputs:
-                binding.bind_cpu_input(name, np.asarray(inputs[name], order="C"))
+            if name in given:
+                binding.bind_cpu_input(name, given[name])  # it reads the array in place, and does not keep it alive
             else:
                 binding.bind_ortvalue_input(name, cached(name, variant, state))
         for name in interface.output_names:
@@ -83,12 +101,13 @@ class OnnxRuntimeRunner:
         if variant not in self._interfaces:
             known = closest(variant, self._interfaces)
             raise BundleError(f"no variant {variant!r}", where=str(self._folder), hint=known)
-        if variant not in self._sessions:
-            options = session_options(self._threads, exact=self._exact)
-            for name, value in self._constants.items():
-                options.add_initializer(name, value)
-            self._sessions[variant] = load_session(self._folder / f"{variant}.onnx", options)
-        return self._sessions[variant]
+        with self._loading:
+            if variant not in self._sessions:
+                options = session_options(self._threads, exact=self._exact)
+                for name, value in self._constants.items():
+                    options.add_initializer(name, value)
+                self._sessions[variant] = load_session(self._folder / f"{variant}.onnx", options)
+            return self._sessions[variant]
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ def load(
 ) -> Denoiser:
     """The denoiser of a bundle, as a callable that takes the place of a diffusers transformer.
 
+    All of it is read now: what becomes of the folder afterwards does not matter, whether it is replaced or deleted.
+
     Args:
         bundle: the folder.
         backend: ``onnxruntime`` or ``torch``; on a GPU ``tensorrt-rtx`` or ``tensorrt``, once engines were built. By
@@ -65,12 +67,20 @@ def load(
 
     Raises:
         BundleError: the bundle is damaged, or cannot run on this backend.
-        UsageError: the backend is unknown, not installed, or needs a GPU that is not there.
+        UsageError: the backend is unknown, not installed, or needs a GPU that is not there; or an argument has the
+            wrong type.
     """
     from qcgraph.bundle import Bundle
     from qcgraph.denoiser import Denoiser
+    from qcgraph.errors import UsageError
     from qcgraph.runtime import open_runner
 
+    if not isinstance(bundle, (str, Path)) or "\0" in str(bundle):
+        raise UsageError(
+            f"{bundle!r:.80} is not the path of a bundle", hint="give the folder that qcgraph compile wrote"
+        )
+    if not isinstance(own_updates, bool):
+        raise UsageError(f"own_updates is {own_updates!r:.60}", hint="True or False")
     opened = Bundle.open(bundle)
     return Denoiser(open_runner(opened, backend, threads), opened.plan, opened.spec, own_updates=own_updates)
 

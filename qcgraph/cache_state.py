@@ -35,17 +35,20 @@ def depths(interfaces: Iterable[Interface]) -> dict[str, int]:
 def remember(state: State, outputs: Mapping[str, object], depth: Mapping[str, int]) -> None:
     """Store what a step computed; what was there grows older by one, and the oldest is forgotten.
 
-    The first value of a trajectory stands for those before it, of which there are none.
+    The first value of a trajectory stands for those before it, of which there are none. The state changes at once or
+    not at all, so that a step which is interrupted leaves it as it was.
 
     Args:
         state: the cache tensors of the request by name.
         outputs: the new ones.
         depth: the ages that are wanted (see `depths`).
     """
+    changed: dict[str, object] = {}
     for name, value in outputs.items():
         for age in range(depth.get(name, 0), 0, -1):
-            state[aged(name, age)] = state.get(aged(name, age - 1), value)
-        state[name] = value
+            changed[aged(name, age)] = state.get(aged(name, age - 1), value)
+        changed[name] = value
+    state.update(changed)
 
 
 def cached(name: str, variant: str, state: Mapping[str, object]) -> object:

@@ -5,26 +5,33 @@ It runs on NumPy, and imports torch only where a host uses it. Engines take tens
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from qcgraph.device_sampling import DeviceRunner, LateFollowing, OnDevice
-from qcgraph.errors import UsageError
+from qcgraph.device_sampling import NOT_FINITE, NOT_FINITE_HINT, DeviceRunner, LateFollowing, OnDevice
+from qcgraph.errors import BundleError, UsageError
 from qcgraph.following import HALF_TOLERANCES, TOLERANCE, Following
 from qcgraph.sampling import Request, Runner
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
-from qcgraph.tensors import Fetched, as_array, is_tensor, like, on_device
+from qcgraph.tensors import FLOATS, INTEGERS, Fetched, as_array, checked_values, is_tensor, like, on_device
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("torch.float32", "torch.float16", "torch.bfloat16")  # of the latents that a host may want to work with
 DIFFUSERS_NULL_CLASS = 1000  # what DiTPipeline gives for the unconditional half, whatever the model
+LARGEST_CLASS = 2**53  # of those that floating-point numbers hold exactly
+
+
+class UncheckedLatentsWarning(UserWarning):
+    """A denoiser cannot tell whether the latents it is given are updated as its plan says."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,11 @@ class Denoiser:
 
     It takes the place of the transformer in a pipeline: ``pipe.transformer = qcgraph.load("out")``. The state follows
     the rules of `qcgraph.sampling.Request`: the first timestep of the plan starts a new trajectory; trajectories that
-    interleave need a `request` each.
+    interleave, in threads or in turns, need a `request` each. Those that share one are told apart by their latents, and
+    refused; where the latents may be any (``own_updates``), a trajectory that has not ended has to be given up with
+    `restart` before another one begins. Calls may come from any thread; those that come at once wait for each other.
+
+    A copy (``copy.copy``, ``copy.deepcopy``) is a `request`. It cannot be pickled.
 
     Args:
         runner: the backend.
@@ -95,8 +106,12 @@ class Denoiser:
         self._device_runner = runner if isinstance(runner, DeviceRunner) else None
         self._request = Request(runner if self._device_runner is None else OnDevice(self._device_runner), plan)
         self._following = None if own_updates else Following(plan, spec)
-        self._late = LateFollowing(Following(plan, spec), len(plan)) if self._device_runner is not None else None
+        self._late = None if self._device_runner is None else LateFollowing(self._following, len(plan))
+        self._first: Any = None  # the first latent of the trajectory, where the latents do not identify it
+        self._precision = ""  # of the latents of the trajectory
         self._labels_fetched = Fetched()
+        self._warned = False
+        self._lock = threading.Lock()
         self._dtype = "float32"
         self.plan = plan
         self.spec = spec
@@ -144,6 +159,28 @@ class Denoiser:
         another._dtype = self._dtype
         return another
 
+    def restart(self) -> None:
+        """Give up the trajectory that is under way; the next one begins with the first timestep of the plan."""
+        with self._lock:
+            self._request.restart()
+            self._first = None
+            if self._late is not None:
+                self._late.forget()
+            if self._following is not None:
+                self._following.restart()
+
+    def __copy__(self) -> Denoiser:
+        return self.request()
+
+    def __deepcopy__(self, memo: object) -> Denoiser:
+        return self.request()
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            f"{self!r} cannot be pickled: it holds what runs its graphs",
+            hint="give the other process the path of the bundle, and call qcgraph.load there",
+        )
+
     def __call__(
         self,
         hidden_states: Any,
@@ -165,54 +202,105 @@ class Denoiser:
             the noise prediction, of the kind, dtype and device of ``hidden_states``.
 
         Raises:
-            BundleError: the timestep is not the next one of the plan, the batch is not what the trajectory began with,
-                or the latents come from another sampler than the plan's.
-            UsageError: the latent does not have the model's shape, a class is out of range, or the timesteps of the
-                batch differ.
+            BundleError: the timestep is not the next one of the plan, the batch or its classes are not what the
+                trajectory began with, the latents come from another sampler than the plan's or from another
+                trajectory, or ``own_updates`` is set and another trajectory has not ended.
+            UsageError: the latent does not have the model's shape or is not finite, a class is out of range, the
+                timesteps of the batch differ, or something is not made of numbers.
+
+        Warns:
+            UncheckedLatentsWarning: once, when latents come in a form in which they cannot be checked.
         """
         if cross_attention_kwargs:
+            names = cross_attention_kwargs if isinstance(cross_attention_kwargs, Mapping) else ["given"]
             raise UsageError(
-                f"cross_attention_kwargs {', '.join(cross_attention_kwargs)} have no effect on a compiled denoiser",
+                f"cross_attention_kwargs {', '.join(map(str, names))} have no effect on a compiled denoiser",
                 hint="leave them out; fuse a LoRA into the weights before compiling",
             )
-        latent = self._latent(hidden_states)
-        labels = self._labels(class_labels, len(latent))
-        value = self._timestep(timestep)
-        prediction = self._denoise(latent, value, labels, _tolerance(hidden_states))
-        sample = like(hidden_states, prediction)
+        with self._lock:
+            latent = self._latent(hidden_states)
+            labels = self._labels(class_labels, len(latent))
+            value = self._timestep(timestep)
+            precision = _precision(hidden_states)
+            prediction = self._denoise(latent, value, labels, precision)
+            try:
+                self._note(latent, value, labels, prediction, precision)
+                sample = like(hidden_states, prediction)
+            except BaseException:
+                self._request.interrupt()  # the host has no prediction to go on with
+                raise
+            unchecked = "" if self._following is None or self._warned else self._following.unchecked
+            self._warned |= bool(unchecked)
+        if unchecked:
+            warnings.warn(unchecked, UncheckedLatentsWarning, stacklevel=2)
         return DenoiserOutput(sample) if return_dict else (sample,)
 
-    def _denoise(self, latent: Any, timestep: float, labels: npt.NDArray[np.int64], tolerance: float) -> Any:
-        if self._following is None:
-            return self._request.denoise(latent, timestep, labels)
+    def _denoise(self, latent: Any, timestep: float, labels: npt.NDArray[np.int64], precision: str) -> Any:
+        index = self.plan.index_of(timestep)
+        self._request.check(index, tuple(latent.shape), labels)
+        if index == 0:
+            self._begin(latent, labels, precision)
+        elif precision != self._precision:
+            raise BundleError(
+                f"the latent is {precision}, this trajectory began with {self._precision}",
+                hint="keep the dtype of latents within a trajectory",
+            )
+        if self._late is None and self._following is not None:
+            self._following.check(index, latent, labels, HALF_TOLERANCES.get(precision, TOLERANCE))
+        return self._request.denoise(latent, timestep, labels)
+
+    def _note(
+        self, latent: Any, timestep: float, labels: npt.NDArray[np.int64], prediction: Any, precision: str
+    ) -> None:
+        """Remember a step that was taken, or judge the one before it."""
         index = self.plan.index_of(timestep)
         if self._late is not None:
-            prediction: Any = self._request.denoise(latent, timestep, labels)
-            self._late.took(index, latent, labels, prediction, tolerance)
-            return prediction
-        self._following.check(index, latent, labels, tolerance)
-        prediction = self._request.denoise(latent, timestep, labels)
-        self._following.note(index, latent, labels, prediction)
-        return prediction
+            self._late.took(index, latent, labels, prediction, HALF_TOLERANCES.get(precision, TOLERANCE))
+        elif self._following is not None:
+            self._following.note(index, latent, labels, prediction)
+
+    def _begin(self, latent: Any, labels: npt.NDArray[np.int64], precision: str) -> None:
+        """Begin a trajectory, unless another one may go on that its latents do not tell from this one."""
+        if self._following is None:
+            taken = self._request.taken
+            is_again = taken == 1 and self._request.began_with(labels) and _same(latent, self._first)
+            if taken and not is_again:
+                raise BundleError(
+                    f"a trajectory is under way, of which timestep {self.plan.timesteps[taken]:g} comes next; where "
+                    "latents may be any, nothing tells it from another one",
+                    hint="use denoiser.request() for each trajectory, in threads or in turns; or give this one up with "
+                    "denoiser.restart()",
+                )
+            self._first = latent if self._device_runner is None else latent.clone()
+        self._precision = precision
 
     def _latent(self, hidden_states: Any) -> Any:
         """The latent as a copy: what the host does to its own later does not matter. On a device, it comes later."""
-        if self._device_runner is not None:
-            latent: Any = on_device(hidden_states, self._device_runner.device)
-        else:
-            latent = np.array(as_array(hidden_states), dtype=np.float32, order="C")
-        if latent.ndim != 4 or latent.shape[1:] != self.spec.latent_shape or not len(latent):
+        hint = f"{self.spec.name} takes floating-point numbers (batch, {', '.join(map(str, self.spec.latent_shape))})"
+        given = checked_values(hidden_states, FLOATS, "the latent", hint)
+        if given.ndim != 4 or tuple(given.shape[1:]) != self.spec.latent_shape or not len(given):
             shape = ", ".join(map(str, self.spec.latent_shape))
             raise UsageError(
-                f"the latent has shape {tuple(latent.shape)}", hint=f"{self.spec.name} takes (batch, {shape})"
+                f"the latent has shape {tuple(given.shape)}", hint=f"{self.spec.name} takes (batch, {shape})"
             )
+        if self._device_runner is not None:
+            return on_device(given, self._device_runner.device)
+        with np.errstate(over="ignore", invalid="ignore"):  # what float32 does not hold becomes infinity
+            latent = np.array(as_array(given), dtype=np.float32, order="C")
+            if not np.isfinite(latent.sum()) and not np.isfinite(latent).all():
+                raise UsageError(NOT_FINITE, hint=NOT_FINITE_HINT)
         return latent
 
     def _timestep(self, timestep: Any) -> float:
         """The timestep of the plan that is meant; one of few digits stands for the one that rounds to it."""
+        first = f"the plan starts at timestep {self.plan.timesteps[0]:g}"
         if timestep is None:
-            raise UsageError("no timestep was given", hint=f"the plan starts at timestep {self.plan.timesteps[0]:g}")
-        given = as_array(timestep)
+            raise UsageError("no timestep was given", hint=first)
+        given = as_array(checked_values(timestep, FLOATS + INTEGERS, "the timestep", f"give a number; {first}"))
+        if not given.size:
+            raise UsageError("no timestep was given", hint=first)
+        if not np.isfinite(given).all():
+            raise UsageError("the timestep is NaN or infinite", hint=first)
         values = np.unique(given)
         if len(values) != 1:
             raise UsageError("the timesteps of a batch differ", hint="all samples of a call are at the same timestep")
@@ -234,9 +322,11 @@ class Denoiser:
         """One class a sample."""
         if class_labels is None:
             raise UsageError("no class labels were given", hint=f"{self.spec.name} takes one a sample, {self._known()}")
-        given = self._labels_fetched.array(class_labels)
-        labels = given.astype(np.int64)
-        if not np.array_equal(labels, given) or labels.shape not in ((), (1,), (batch,)):
+        hint = f"one integer a sample: {self.spec.name} takes {self._known()}"
+        given = self._labels_fetched.array(checked_values(class_labels, FLOATS + INTEGERS, "class_labels", hint))
+        whole = given.dtype.kind != "f" or bool((np.abs(given) < LARGEST_CLASS).all())  # NaN is not
+        labels = given.astype(np.int64) if whole else np.zeros(given.shape, dtype=np.int64)
+        if not (whole and np.array_equal(labels, given)) or labels.shape not in ((), (1,), (batch,)):
             raise UsageError(
                 f"class labels {given.dtype}{list(given.shape)} for a batch of {batch}", hint="one integer a sample"
             )
@@ -265,7 +355,12 @@ class Denoiser:
         return f"the classes 0 to {last}, and {self.spec.null_class} for the unconditional half of guidance"
 
 
-def _tolerance(hidden_states: Any) -> float:
-    """How far a host that computes in the dtype of its latents may be off (see `qcgraph.following`)."""
+def _precision(hidden_states: Any) -> str:
+    """The floating-point type that a host computes in, as `qcgraph.following` tells them apart."""
     name = str(getattr(hidden_states, "dtype", "")).removeprefix("torch.")
-    return HALF_TOLERANCES.get(name, TOLERANCE)
+    return name if name in HALF_TOLERANCES else "float32"
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two latents are the same, on a device, too."""
+    return other is not None and one.shape == other.shape and bool((one == other).all())

@@ -10,7 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from qcgraph.cache_state import State
+from qcgraph.errors import UsageError
 from qcgraph.following import Following
+
+NOT_FINITE = "the latent holds NaN or infinity"
+NOT_FINITE_HINT = (
+    "check what made it: the initial noise, the update of the step before, or half precision, which overflows where "
+    "coefficients are large"
+)
 
 if TYPE_CHECKING:
     import torch
@@ -47,9 +54,9 @@ class _Taken:
 
     Attributes:
         index: the step.
-        latent: [B,C,H,W] on the host, once the device got there.
+        latent: [B,C,H,W] on the host, once the device got there; its largest value where it is not to be judged.
         labels: [B].
-        prediction: [B,C_out,H,W], likewise.
+        prediction: [B,C_out,H,W], likewise; of no use where it is not to be judged.
         tolerance: of rounding in the host.
         arrive: waits for both.
     """
@@ -65,14 +72,15 @@ class _Taken:
 class LateFollowing:
     """Judges each step when the next one is under way: the device computes that while the host looks at this one.
 
-    A host that does not follow is therefore refused one step late; at the last step of the plan at once.
+    A host that does not follow, or gives latents that are not finite, is therefore refused one step late; at the last
+    step of the plan at once.
 
     Args:
-        following: what judges.
+        following: what judges; without it latents have to be finite, and nothing else.
         steps: of the plan.
     """
 
-    def __init__(self, following: Following, steps: int) -> None:
+    def __init__(self, following: Following | None, steps: int) -> None:
         self._following = following
         self._last = steps - 1
         self._waiting: _Taken | None = None
@@ -89,22 +97,37 @@ class LateFollowing:
 
         Raises:
             BundleError: the host does not sample as the plan does.
+            UsageError: its latents are not finite.
         """
-        earlier = self._waiting if index > 0 else None  # of a trajectory that was given up nothing is left to say
-        self._waiting = None
-        taken = _sent(index, latent, labels, prediction, tolerance)
-        if earlier is not None:
+        earlier, self._waiting = self._waiting, None
+        judged = (latent, prediction) if self._following is not None else (latent.abs().amax(),) * 2
+        taken = _sent(index, judged[0], labels, judged[1], tolerance)
+        if earlier is not None and index > 0:
             self._judge(earlier)
+        elif earlier is not None:
+            self._note(earlier)  # of a trajectory that was given up; whether it was right does not matter any more
         if index == self._last:
             self._judge(taken)
         else:
             self._waiting = taken
 
+    def forget(self) -> None:
+        """Drop the step that waits: its trajectory was given up."""
+        self._waiting = None
+
     def _judge(self, taken: _Taken) -> None:
         taken.arrive()
         latent = taken.latent.numpy()
-        self._following.check(taken.index, latent, taken.labels, taken.tolerance)
-        self._following.note(taken.index, latent, taken.labels, taken.prediction.numpy())
+        if not np.isfinite(latent).all():
+            raise UsageError(NOT_FINITE, hint=NOT_FINITE_HINT)
+        if self._following is not None:
+            self._following.check(taken.index, latent, taken.labels, taken.tolerance)
+        self._note(taken)
+
+    def _note(self, taken: _Taken) -> None:
+        taken.arrive()
+        if self._following is not None:
+            self._following.note(taken.index, taken.latent.numpy(), taken.labels, taken.prediction.numpy())
 
 
 def _sent(

@@ -28,24 +28,59 @@ HALF_TOLERANCES = {"float16": 1e-2, "bfloat16": 5e-2}
 NOISE_DEVIATIONS = 5
 NOISE_SLACK = 0.05
 OWN_UPDATES = "if it is meant, qcgraph.load(..., own_updates=True) takes any latents"
+MOST_GIVEN_UP = 64  # trajectories that were begun and not ended, of which the last latent is kept
+# Where the next latent is not known, it has to be clearly nearer to the last one of its trajectory than to another's:
+# independent latents are about as far from both.
+CLEARLY_NEARER = 0.8
 
 
 class Form(Enum):
     """What a batch holds."""
 
-    PAIRED = "both halves of guidance, the conditional one first"
+    PAIRED = "both halves of guidance"
     CONDITIONAL = "no unconditional half"
     OTHER = "something else"
 
 
+@dataclass(frozen=True)
+class Batch:
+    """The form of a batch, and where its halves are.
+
+    Attributes:
+        form: what it holds.
+        conditional: places of the samples, i64[N]; all of the batch unless it is paired.
+        unconditional: places of their unconditional halves in the same order, i64[N]; empty unless it is paired.
+    """
+
+    form: Form
+    conditional: npt.NDArray[np.int64]
+    unconditional: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, latent: Array, labels: npt.NDArray[np.int64], spec: ModelSpec) -> Batch:
+        """Read latents [B,C,H,W] and labels [B]: the halves may come in either order, or sample by sample."""
+        null, everything, count = labels == spec.null_class, np.arange(len(labels)), len(labels) // 2
+        if not null.any():
+            return cls(Form.CONDITIONAL, everything, everything[:0])
+        first, second = everything[:count], everything[count:]
+        halves = first, second
+        if null[:count].all() and not null[count:].all():
+            halves = second, first
+        elif not null[count:].all():
+            halves = everything[~null], everything[null]
+        conditional, unconditional = halves
+        if (
+            len(conditional) == len(unconditional)
+            and not null[conditional].all()
+            and np.array_equal(latent[conditional], latent[unconditional])
+        ):
+            return cls(Form.PAIRED, conditional, unconditional)
+        return cls(Form.OTHER, everything, everything[:0])
+
+
 def form_of(latent: Array, labels: npt.NDArray[np.int64], spec: ModelSpec) -> Form:
     """What a batch of latents [B,C,H,W] with labels [B] holds."""
-    null = labels == spec.null_class
-    if not null.any():
-        return Form.CONDITIONAL
-    count = len(labels) // 2
-    second_is_null = len(labels) % 2 == 0 and null[count:].all() and not null[:count].all()
-    return Form.PAIRED if second_is_null and np.array_equal(latent[:count], latent[count:]) else Form.OTHER
+    return Batch.of(latent, labels, spec).form
 
 
 @dataclass(frozen=True)
@@ -55,9 +90,9 @@ class _Expectation:
     Attributes:
         index: the step that was taken.
         form: what its batch held.
-        batch: how many samples that had.
-        before: its latent, [B,C,H,W] of one half.
-        latent: the next latent, [B,C,H,W] of one half.
+        labels: its classes, [B] of the whole batch.
+        before: its latent, [N,C,H,W] of one half.
+        latent: the next latent, [N,C,H,W] of one half; without guidance where its other half is not there.
         per_weight: what each 1 of guidance weight adds, of the same shape; None without guidance.
         noise: the standard deviation of the noise that is added.
         terms: the length of what it is made of: where large terms cancel, rounding leaves more.
@@ -65,7 +100,7 @@ class _Expectation:
 
     index: int
     form: Form
-    batch: int
+    labels: npt.NDArray[np.int64]
     before: Array
     latent: Array
     per_weight: Array | None
@@ -78,12 +113,24 @@ class _Expectation:
         slack = NOISE_SLACK + NOISE_DEVIATIONS / (2 * difference.size) ** 0.5
         return abs(_norm(difference) - noise) <= slack * noise + allowed
 
+    def is_at(self, other: _Expectation) -> bool:
+        """Whether the next batch of another trajectory may look like the one of this one."""
+        return (
+            self.index == other.index
+            and np.array_equal(self.labels, other.labels)
+            and self.before.shape == other.before.shape
+        )
+
 
 class Following:
     """Holds a host that samples in the form of the plan to the updates of the plan.
 
-    With guidance that form is a batch of both halves, else a batch without an unconditional half. A host that calls
-    for the halves apart combines them out of sight; one that leaves the latents alone does not sample. Both pass.
+    With guidance that form is a batch of both halves, in whatever order, else a batch of samples. A host that calls for
+    the halves apart combines them out of sight, so that only a host without guidance is told; `unchecked` says so. One
+    that leaves the latents alone does not sample, and passes.
+
+    A trajectory that is begun before the last one ended may be the end of that, or run beside it. Therefore the last
+    ones are remembered, and a latent that goes on from one of them is refused.
 
     Args:
         plan: the step plan.
@@ -95,9 +142,15 @@ class Following:
         self._spec = spec
         self._updates = Updates(plan)
         self._expected: _Expectation | None = None
+        self._given_up: deque[_Expectation] = deque(maxlen=MOST_GIVEN_UP)
         self._lengths: deque[tuple[float, float]] = deque(
             maxlen=1 + max(len(step.update.history) for step in plan.steps)
         )  # of latents and predictions, the latest first
+        self.unchecked = ""  # why the latents of a batch could not be checked; empty as long as all could
+
+    def restart(self) -> None:
+        """Forget the trajectory that is under way: its host gives it up."""
+        self._expected = None
 
     def check(self, index: int, latent: Array, labels: npt.NDArray[np.int64], tolerance: float) -> None:
         """Refuse a batch that another sampler made of the last prediction; nothing else changes.
@@ -109,32 +162,72 @@ class Following:
             tolerance: of rounding in the host, relative to the terms of an update.
 
         Raises:
-            BundleError: the host samples without guidance, with another weight, or with other updates.
+            BundleError: the host samples without guidance, with another weight, or with other updates; or the batch
+                goes on from another trajectory.
         """
-        form = form_of(latent, labels, self._spec)
-        if form is Form.PAIRED and self._plan.halves == 1:
+        batch = Batch.of(latent, labels, self._spec)
+        if batch.form is Form.PAIRED and self._plan.halves == 1:
             raise BundleError(
                 f"the bundle was compiled for {self._plan.describe()}, which is no guidance; this batch of "
-                f"{len(latent)} holds {form.value}",
+                f"{len(latent)} holds {batch.form.value}",
                 hint="sample without guidance (guidance_scale=1), or compile with the guidance that you use",
             )
         expected = self._expected
-        if expected is None or (index, form, len(latent)) != (expected.index + 1, expected.form, expected.batch):
+        if expected is None or index != expected.index + 1 or len(labels) != len(expected.labels):
             return
-        latent = latent[: len(expected.latent)]
+        if expected.form is Form.PAIRED:
+            if batch.form is not Form.PAIRED:
+                raise self._refused(
+                    f"the latents of the two halves of guidance differ after timestep "
+                    f"{self._plan.timesteps[expected.index]:g}, and were the same before",
+                    f"update both halves alike; {OWN_UPDATES}",
+                )
+            latent = latent[batch.conditional]
         if not np.array_equal(latent, expected.before):
+            self._check_trajectory(expected, latent)
             self._judge(expected, latent, tolerance * expected.terms)
+
+    def _is_known(self, expected: _Expectation) -> bool:
+        """Whether the next latent is known but for its noise."""
+        return expected.form is Form.PAIRED or self._plan.halves == 1
+
+    def _check_trajectory(self, expected: _Expectation, latent: Array) -> None:
+        """Refuse a latent that goes on from a trajectory which was begun before this one, and is not ended."""
+        others = [other for other in self._given_up if other.is_at(expected)]
+        if not others:
+            return
+        if self._is_known(expected):
+            own = _norm(latent - expected.latent)
+            is_others = any(_norm(latent - other.latent) < own for other in others)
+        else:
+            own = _norm(latent - expected.before)
+            is_others = any(CLEARLY_NEARER * _norm(latent - other.before) < own for other in others)
+        if is_others:
+            raise BundleError(
+                f"the latent that came after timestep {self._plan.timesteps[expected.index]:g} does not go on from the "
+                "trajectory that was begun last",
+                hint="one denoiser holds the state of one trajectory: use denoiser.request() for each one that runs at "
+                "the same time, in threads or in turns; or begin anew with the first timestep of the plan",
+            )
 
     def _judge(self, expected: _Expectation, latent: Array, allowed: float) -> None:
         """Refuse a latent that differs from what was expected by more than rounding."""
         difference = latent - expected.latent
         if not np.isfinite(_norm(difference)):
             return  # half precision overflows where coefficients are large, with any denoiser
-        if expected.form is Form.CONDITIONAL and self._plan.halves == 2:
-            # A prediction of one half alone: with guidance, the host would have moved the latent elsewhere.
+        if not self._is_known(expected):
+            # A prediction of one half alone: with guidance, the host would have moved the latent elsewhere; unless all
+            # of it is unconditional, where guidance changes nothing.
             moved = _norm(latent - expected.before)
-            if not expected.noise and _norm(difference) <= allowed < moved / 10:
+            if (
+                not (expected.noise or np.all(expected.labels == self._spec.null_class))
+                and _norm(difference) <= allowed < moved / 10
+            ):
                 raise self._refused("the latents that came were sampled without guidance", self._guidance_hint())
+            self.unchecked = (
+                f"the bundle was compiled for {self._plan.describe()}, and batches come without both halves of "
+                "guidance: whether their latents are updated as planned is not checked"
+            )
             return
         if expected.explains(difference, allowed):
             return
@@ -170,29 +263,32 @@ class Following:
             labels: [B].
             prediction: what it gave, [B,C_out,H,W].
         """
-        form = form_of(latent, labels, self._spec)
+        expected = self._expected
         if index == 0:
+            if expected is not None and expected.index + 1 < len(self._plan):
+                self._given_up.append(expected)
             self._updates = Updates(self._plan)
-        elif self._expected is None or form is not self._expected.form:
+        batch = Batch.of(latent, labels, self._spec)
+        if index > 0 and (expected is None or (index, batch.form) != (expected.index + 1, expected.form)):
             self._expected = None  # what comes next cannot be told, up to the end of the trajectory
+            self.unchecked = "the form of the batches changed within a trajectory: its latents are not checked any more"
             return
-        self._expected = self._expectation(index, latent, form, prediction)
+        self._expected = self._expectation(index, latent, labels, batch, prediction)
 
-    def _expectation(self, index: int, latent: Array, form: Form, prediction: Array) -> _Expectation | None:
-        """What comes next; None where that cannot be told, because the halves come apart."""
-        step = self._plan.steps[index]
-        batch, per_weight = len(latent), None
+    def _expectation(
+        self, index: int, latent: Array, labels: npt.NDArray[np.int64], batch: Batch, prediction: Array
+    ) -> _Expectation:
+        """What comes next."""
+        step, per_weight = self._plan.steps[index], None
         eps = prediction[:, : self._spec.latent_shape[0]].copy()  # the host may change its own
-        if form is Form.PAIRED:
-            latent = latent[: len(latent) // 2]
-            conditional, null = np.split(eps, 2)
+        if batch.form is Form.PAIRED:
+            latent = latent[batch.conditional]
+            conditional, null = eps[batch.conditional], eps[batch.unconditional]
             eps = null + np.float32(self._plan.fingerprint.guidance) * (conditional - null)
             per_weight = np.float32(step.update.noise_prediction) * (conditional - null)
-        if form is Form.OTHER:
-            return None
         after = self._updates.update(latent, eps, step)
         return _Expectation(
-            index, form, batch, latent, after, per_weight, step.update.noise, self._terms(step, latent, eps)
+            index, batch.form, labels, latent, after, per_weight, step.update.noise, self._terms(step, latent, eps)
         )
 
     def _terms(self, step: Step, latent: Array, eps: Array) -> float:

@@ -47,20 +47,21 @@ class Modulation:
         self._rows.clear()
 
     def at(self, index: int, class_label: npt.NDArray[np.int64]) -> Array:
-        """The modulation f32[B,M] of a step, which is asked for once.
+        """The modulation f32[B,M] of a step; those before it are forgotten, this one stays in case the step is retried.
 
         Samples of one class share their rows, as the unconditional halves of guidance do. When the classes are others
         than at the step before, all that was prepared is prepared anew.
         """
         if not np.array_equal(class_label, self._labels):
-            self._labels = class_label.copy()
-            classes, self._places = np.unique(class_label, return_inverse=True)
+            classes, places = np.unique(class_label, return_inverse=True)
             if not np.array_equal(classes, self._classes):
-                self._classes = classes
                 self._rows.clear()
+            self._labels, self._classes, self._places = class_label.copy(), classes, places
+        for earlier in [step for step in self._rows if step < index]:
+            del self._rows[earlier]
         if index not in self._rows:
             self._rows |= self._prepared(index)
-        rows = self._rows.pop(index)
+        rows = self._rows[index]
         self._places = index_of(self._places, rows)
         return rows[self._places]
 

@@ -1,8 +1,15 @@
-"""Running a bundle: its backends. No torch, unless a backend is."""
+"""Running a bundle: its backends. No torch, unless a backend is.
+
+A runner is of the bundle that was opened, and stays what it is: everything is read when it is made (see
+`qcgraph.bundle.watch`).
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qcgraph.bundle import Bundle
+from qcgraph.bundle.watch import reading
 from qcgraph.errors import BundleError, UsageError, closest
 from qcgraph.export.targets import target_named
 from qcgraph.export.tensorrt import PROVIDERS
@@ -10,7 +17,9 @@ from qcgraph.sampling import Runner
 from qcgraph.steps import StepPlan
 
 BACKENDS = ("onnxruntime", "torch", *PROVIDERS)
+WEIGHTS = "weights.safetensors"  # of the graphs and of the program
 SAMPLES_AT_ONCE = 64
+MOST_THREADS = 1024  # more cores than that one computer has none, and a thread each is made at once
 
 
 def open_runner(bundle: Bundle, backend: str | None = None, threads: int | None = None) -> Runner:
@@ -24,13 +33,12 @@ def open_runner(bundle: Bundle, backend: str | None = None, threads: int | None 
     Raises:
         UsageError: the backend is unknown or not installed, there is no GPU where it needs one, or the number of
             threads is not positive or of no use.
-        BundleError: the bundle was not exported for it, or has no engines that run here.
+        BundleError: the bundle was not exported for it, has no engines that run here, or was replaced meanwhile.
     """
     name = backend or target_named(bundle.manifest.target).backend_for(bundle.manifest.precision)
     if name not in BACKENDS:
-        raise UsageError(f"unknown backend {name!r}", hint=closest(name, BACKENDS))
-    if threads is not None and threads < 1:
-        raise UsageError(f"{threads} threads", hint="1 or more")
+        raise UsageError(f"unknown backend {name!r}", hint=closest(str(name), BACKENDS))
+    _check_threads(threads)
     if name in PROVIDERS:
         return _engine_runner(bundle, name, threads)
     if name == "torch":
@@ -42,10 +50,7 @@ def open_runner(bundle: Bundle, backend: str | None = None, threads: int | None 
             where=str(bundle.path),
             hint="use --backend torch, or compile with --target onnxruntime-cpu",
         )
-    from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
-
-    exact = target_named(bundle.manifest.target).may_saturate
-    return OnnxRuntimeRunner(bundle.path, bundle.interfaces, threads, exact=exact)
+    return _onnxruntime_runner(bundle, threads)
 
 
 def samples_at_once(runner: Runner, plan: StepPlan) -> int:
@@ -54,20 +59,49 @@ def samples_at_once(runner: Runner, plan: StepPlan) -> int:
     return SAMPLES_AT_ONCE if largest is None else max(1, min(SAMPLES_AT_ONCE, largest // plan.halves))
 
 
+def _check_threads(threads: object) -> None:
+    if threads is None:
+        return
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS:
+        is_shown = isinstance(threads, float) or (isinstance(threads, int) and abs(threads) < 10**9)
+        shown = f"{threads}" if is_shown else f"that number of ({type(threads).__name__})"
+        raise UsageError(f"{shown} threads", hint=f"a whole number, 1 to {MOST_THREADS}")
+
+
+def _onnxruntime_runner(bundle: Bundle, threads: int | None) -> Runner:
+    from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
+
+    exact = target_named(bundle.manifest.target).may_saturate
+    graphs = [f"{variant}.onnx" for variant in bundle.interfaces]
+    with reading(bundle, [*graphs, WEIGHTS]) as files:
+        weights = files.get(WEIGHTS)
+        check = {} if weights is None else {"check": weights.check}
+        runner = OnnxRuntimeRunner(bundle.path, bundle.interfaces, threads, exact=exact, **check)
+        runner.load()
+    return runner
+
+
 def _engine_runner(bundle: Bundle, provider: str, threads: int | None) -> Runner:
     from qcgraph.export.open_engines import open_engines
 
     if threads is not None:
         raise UsageError(f"{threads} threads have no effect on engines", hint="leave the number of threads out")
-    return open_engines(bundle, provider)
+    with reading(bundle):
+        return open_engines(bundle, provider)
 
 
 def _torch_runner(bundle: Bundle, threads: int | None) -> Runner:
     import torch
 
     from qcgraph.ir.execute import TorchRunner
-    from qcgraph.ir.serialize import load_program
+    from qcgraph.ir.serialize import PROGRAM, load_program
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return TorchRunner(load_program(bundle.path))
+    with reading(bundle, [PROGRAM, WEIGHTS]):
+        stored = load_program(bundle.path)
+        # Copies, because safetensors maps the file into memory.
+        program = replace(stored, constants={name: value.clone() for name, value in stored.constants.items()})
+        for variant in program.variants:
+            program.module(variant)  # made once, before several threads ask for it
+    return TorchRunner(program)

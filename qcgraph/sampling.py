@@ -45,8 +45,9 @@ class Request:
     """One trajectory through a step plan, with the cache and the modulation that belong to it and to nothing else.
 
     The first timestep of the plan starts the trajectory anew (an aborted one is forgotten); after it, the steps must
-    come in the order of the plan, each once, with one batch shape. A step that was refused, or that failed, was not
-    taken: it is the one that comes next.
+    come in the order of the plan, each once, with one batch shape and the same classes. A step that was refused, or
+    that failed, was not taken: it is the one that comes next. After a step that was interrupted (KeyboardInterrupt),
+    the trajectory has to be started anew.
 
     Args:
         runner: the backend.
@@ -60,49 +61,99 @@ class Request:
         self._modulation = Modulation(plan, lambda variant, inputs: runner.run(variant, inputs, {}))
         self._next = 0
         self._shape: tuple[int, ...] = ()
+        self._labels: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._interrupted = False
 
-    def denoise(self, latent: Array, timestep: float, class_label: npt.NDArray[np.int64]) -> Array:
-        """The noise prediction [B,C_out,H,W] for a latent [B,C,H,W] at the next timestep of the plan.
+    @property
+    def taken(self) -> int:
+        """How many steps of a trajectory were taken that can go on; 0 where none is under way."""
+        return self._next if self._next < len(self._plan) and not self._interrupted else 0
+
+    def began_with(self, class_label: npt.NDArray[np.int64]) -> bool:
+        """Whether the trajectory has these classes."""
+        return np.array_equal(class_label, self._labels)
+
+    def interrupt(self) -> None:
+        """Say that the last step was taken in vain: what it gave did not reach the host."""
+        self._interrupted = True
+
+    def restart(self) -> None:
+        """Give up the trajectory that is under way, and let go of its tensors."""
+        self._begin((), np.empty(0, dtype=np.int64))
+
+    def check(self, index: int, shape: tuple[int, ...], class_label: npt.NDArray[np.int64]) -> None:
+        """Refuse a step that is not the next one, or that is of another batch; the first one is always taken.
 
         Raises:
-            BundleError: the timestep is not in the plan, is not the next one, the batch shape changed midway, or the
-                plan restores one half of guidance from the other and this batch does not hold both.
+            BundleError: see `denoise`.
         """
-        index = self._plan.index_of(timestep)
         if index == 0:
-            self._begin(tuple(latent.shape))
-        else:
-            self._check(index, tuple(latent.shape))
-        step = self._plan.steps[index]
-        if self._plan.paired:
-            _check_paired(latent)
-        inputs = step_inputs(step, latent, class_label)
-        if step.variant in self._plan.prepared:
-            inputs[MODULATION] = self._modulation.at(index, class_label)
-        prediction = self._runner.run(step.variant, inputs, self._state)
-        self._next = index + 1
-        return prediction
-
-    def _begin(self, shape: tuple[int, ...]) -> None:
-        self._state.clear()
-        self._modulation.clear()
-        self._next, self._shape = 0, shape
-
-    def _check(self, index: int, shape: tuple[int, ...]) -> None:
-        if index != self._next:
-            expected = self._plan.steps[self._next].timestep if self._next < len(self._plan) else None
-            after = f"timestep {expected:g} comes next" if expected is not None else "the trajectory is complete"
-            same_plan = f"sample as the bundle was compiled for: {self._plan.describe()}"
-            apart = "one request per trajectory and per guidance half; start each with the first timestep of the plan"
+            return
+        if self._interrupted:
             raise BundleError(
-                f"timestep {self._plan.steps[index].timestep:g} is out of order; {after}",
-                hint=f"{same_plan}; {apart}" if index > self._next else apart,
+                f"the trajectory was interrupted in a step, so that timestep {self._plan.steps[index].timestep:g} "
+                "cannot go on from it",
+                hint=f"start it anew with the first timestep of the plan, {self._plan.timesteps[0]:g}",
             )
+        self._check_order(index)
         if shape != self._shape:
             raise BundleError(
                 f"the latent is {shape}, this trajectory began with {self._shape}",
                 hint="start a new request for another batch; cached tensors belong to one shape",
             )
+        if not np.array_equal(class_label, self._labels):
+            sample = int(np.flatnonzero(class_label != self._labels)[0])
+            raise BundleError(
+                f"sample {sample} has class {class_label[sample]}, this trajectory began with class "
+                f"{self._labels[sample]} there",
+                hint="classes, and the order of a batch, stay the same in a trajectory, because cached tensors belong "
+                "to them; start with the first timestep of the plan, or use one request per trajectory",
+            )
+
+    def denoise(self, latent: Array, timestep: float, class_label: npt.NDArray[np.int64]) -> Array:
+        """The noise prediction [B,C_out,H,W] for a latent [B,C,H,W] at the next timestep of the plan.
+
+        Raises:
+            BundleError: the timestep is not in the plan, is not the next one, the batch shape or a class changed
+                midway, a step was interrupted before, or the plan restores one half of guidance from the other and
+                this batch does not hold both.
+        """
+        index = self._plan.index_of(timestep)
+        self.check(index, tuple(latent.shape), class_label)
+        step = self._plan.steps[index]
+        if self._plan.paired:
+            _check_paired(latent)
+        if index == 0:
+            self._begin(tuple(latent.shape), class_label.copy())
+        inputs = step_inputs(step, latent, class_label)
+        try:
+            if step.variant in self._plan.prepared:
+                inputs[MODULATION] = self._modulation.at(index, class_label)
+            prediction = self._runner.run(step.variant, inputs, self._state)
+            self._next = index + 1
+        except Exception:
+            raise  # the backend left the state as it was
+        except BaseException:
+            self.interrupt()  # between any two instructions
+            raise
+        return prediction
+
+    def _begin(self, shape: tuple[int, ...], labels: npt.NDArray[np.int64]) -> None:
+        self._state.clear()
+        self._modulation.clear()
+        self._next, self._shape, self._labels, self._interrupted = 0, shape, labels, False
+
+    def _check_order(self, index: int) -> None:
+        if index == self._next:
+            return
+        expected = self._plan.steps[self._next].timestep if self._next < len(self._plan) else None
+        after = f"timestep {expected:g} comes next" if expected is not None else "the trajectory is complete"
+        same_plan = f"sample as the bundle was compiled for: {self._plan.describe()}"
+        apart = "one request per trajectory and per guidance half; start each with the first timestep of the plan"
+        raise BundleError(
+            f"timestep {self._plan.steps[index].timestep:g} is out of order; {after}",
+            hint=f"{same_plan}; {apart}" if index > self._next else apart,
+        )
 
 
 def _check_paired(latent: Array) -> None:

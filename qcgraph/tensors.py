@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qcgraph.errors import UsageError
+
 if TYPE_CHECKING:
     import torch
+
+INTEGERS, FLOATS = "iu", "f"  # kinds of NumPy's dtypes
+_SHOWN = 60  # characters of a value in a message
 
 
 def is_tensor(value: Any) -> bool:
     """Whether it is a torch tensor."""
-    return hasattr(value, "detach")
+    torch_module = sys.modules.get("torch")  # who has a tensor has imported it
+    return torch_module is not None and isinstance(value, torch_module.Tensor)
 
 
 def as_array(value: Any) -> np.ndarray[Any, Any]:
@@ -21,6 +28,66 @@ def as_array(value: Any) -> np.ndarray[Any, Any]:
         return np.asarray(value)
     tensor = value.detach().cpu()
     return np.asarray(tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor)
+
+
+def checked_values(value: Any, kinds: str, what: str, hint: str) -> Any:
+    """What a host gave, once it is known to hold real numbers: a torch tensor as it is, anything else as an array.
+
+    Args:
+        value: a number, nested lists, a NumPy array, or a torch tensor.
+        kinds: the kinds of NumPy's dtypes that are taken, of `INTEGERS` and `FLOATS`.
+        what: the name of the value in a message.
+        hint: what to give instead.
+
+    Raises:
+        UsageError: it is no dense array, or its numbers are of another kind: booleans, complex numbers, text, objects.
+    """
+    if is_tensor(value):
+        _check_dense(value, what)
+        kind = _kind_of(value)
+        if kind not in kinds:
+            raise UsageError(f"{what} has dtype {value.dtype}", hint=hint)
+        return value
+    if np.ma.isMaskedArray(value):
+        raise UsageError(f"{what} is a masked array", hint="fill it in: compiled graphs know no masks")
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # ragged lists, objects of other libraries
+        raise UsageError(f"{what} is not an array: {str(error).splitlines()[0]}", hint=hint) from None
+    if array.dtype.kind not in kinds:
+        raise UsageError(f"{what} {_described(value, array)}", hint=hint)
+    return array
+
+
+def _described(value: Any, array: np.ndarray[Any, Any]) -> str:
+    """In what way something is not made of the numbers that are wanted."""
+    if array.ndim:
+        return f"has dtype {array.dtype}"
+    if isinstance(value, int) and array.dtype == object:
+        return "is an integer that 64 bits do not hold"  # and of too many digits to show
+    shown = f"is {value!r}" if isinstance(value, (str, bytes, bool, complex)) else f"is of type {type(value).__name__}"
+    return shown[:_SHOWN]
+
+
+def _kind_of(tensor: torch.Tensor) -> str:
+    """The kind of NumPy's dtypes that a tensor's dtype is of; ``?`` where NumPy has no such kind."""
+    if tensor.dtype.is_floating_point:
+        return "f"
+    name = str(tensor.dtype).removeprefix("torch.")
+    return next((kind for kind, prefix in (("i", "int"), ("u", "uint")) if name.startswith(prefix)), "?")
+
+
+def _check_dense(tensor: torch.Tensor, what: str) -> None:
+    """Refuse a tensor whose values are not there one by one."""
+    forms = {
+        "a nested tensor": tensor.is_nested,
+        "on the device meta, which holds no values": tensor.is_meta,
+        "a quantized tensor": tensor.is_quantized,
+        f"a tensor of layout {tensor.layout}": str(tensor.layout) != "torch.strided",
+    }
+    for form, is_so in forms.items():
+        if is_so:
+            raise UsageError(f"{what} is {form}", hint="give a dense tensor that holds its values")
 
 
 class Fetched:

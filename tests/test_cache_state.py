@@ -38,3 +38,20 @@ def test_the_first_value_stands_for_those_before_it() -> None:
 def test_reuse_before_any_computing_step_is_an_error() -> None:
     with pytest.raises(BundleError, match="reuses 'cache_0_age1' before any step computed it"):
         cached("cache_0_age1", "reuse", {})
+
+
+class Interrupted(dict[str, object]):
+    """A state of which no single entry can be written."""
+
+    def __setitem__(self, name: str, value: object) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_state_changes_at_once_or_not_at_all() -> None:
+    state: dict[str, object] = {}
+    for value in (1, 2, 3):
+        remember(state, {"cache_0": value, "cache_1": -value}, {"cache_0": 2, "cache_1": 1})
+    assert state == {"cache_0": 3, "cache_0_age1": 2, "cache_0_age2": 1, "cache_1": -3, "cache_1_age1": -2}
+    whole = Interrupted(state)
+    remember(whole, {"cache_0": 4}, {"cache_0": 2})
+    assert (whole["cache_0"], whole["cache_0_age1"], whole["cache_0_age2"]) == (4, 3, 2)

@@ -57,6 +57,8 @@ def test_another_weight_is_refused_one_step_late(denoiser: Denoiser) -> None:
     follow(denoiser, 4.0, 2)
     with pytest.raises(BundleError, match="were sampled with guidance 4"):
         follow(denoiser, 4.0, 3)
+    with pytest.raises(BundleError, match="the trajectory was interrupted in a step"):  # it does not go on
+        denoiser(torch.zeros(2, 2, 8, 8), denoiser.plan.timesteps[3], torch.tensor([1, denoiser.spec.null_class]))
     follow(denoiser, 1.5, len(denoiser.plan))
 
 
@@ -76,6 +78,25 @@ def test_a_trajectory_that_was_given_up_is_not_judged(denoiser: Denoiser) -> Non
 def test_a_host_of_its_own_is_not_judged(cached: Program) -> None:
     runner = TensorRunner(cached)
     follow(Denoiser(runner, cached.facts[StepPlan], cached.facts[ModelSpec], own_updates=True), 4.0, 9)
+
+
+@pytest.mark.parametrize("own_updates", [False, True])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_are_refused_one_step_late(
+    cached: Program, own_updates: bool, wrong: float
+) -> None:
+    denoiser = Denoiser(TensorRunner(cached), cached.facts[StepPlan], cached.facts[ModelSpec], own_updates=own_updates)
+    labels, timesteps = torch.tensor([1, 2]), denoiser.plan.timesteps
+    latent = torch.zeros(2, 2, 8, 8)
+    broken = latent.index_fill(0, torch.tensor([1]), wrong)
+    denoiser(broken, timesteps[0], labels)
+    with pytest.raises(UsageError, match="the latent holds NaN or infinity"):
+        denoiser(latent, timesteps[1], labels)
+    denoiser.restart()
+    for timestep in timesteps[:-1]:
+        denoiser(latent, timestep, labels)
+    with pytest.raises(UsageError, match="the latent holds NaN or infinity"):
+        denoiser(broken, timesteps[-1], labels)
 
 
 def test_it_is_where_its_engines_are(cached: Program) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,9 +73,13 @@ def test_bad_labels(captured: Program, labels: list[int], message: str) -> None:
     assert caught.value.hint
 
 
-def test_a_negative_seed_is_refused(captured: Program) -> None:
-    with pytest.raises(UsageError, match="seed -1"):
-        sample(*parts(captured), [0], seed=-1)
+@pytest.mark.parametrize(
+    "seed", [-1, 2**64, 10**5000, -(10**5000), 1.0, True, "1", None], ids=lambda seed: str(type(seed))
+)
+def test_a_seed_that_is_none_is_refused(captured: Program, seed: Any) -> None:
+    with pytest.raises(UsageError, match="seed") as caught:
+        sample(*parts(captured), [0], seed=seed)
+    assert "smaller than 2^64" in str(caught.value.hint)
 
 
 def walk(request: Request, plan: StepPlan, latent: np.ndarray, steps: int | None = None) -> list[np.ndarray]:
@@ -123,6 +128,78 @@ def test_the_shape_stays_the_same_within_a_trajectory(cached: Program) -> None:
     walk(request, plan, latents(0), steps=1)
     with pytest.raises(BundleError, match="this trajectory began with"):
         request.denoise(latents(0, batch=4), plan.timesteps[1], np.arange(4))
+
+
+@pytest.mark.parametrize("classes", [[7, 1], [1, 0], [0, 0]])
+def test_the_classes_stay_the_same_within_a_trajectory(cached: Program, classes: list[int]) -> None:
+    runner, plan, _ = parts(cached)
+    expected = walk(Request(runner, plan), plan, latents(0))
+    request = Request(runner, plan)
+    found = walk(request, plan, latents(0), steps=1)
+    with pytest.raises(
+        BundleError, match=r"sample \d has class \d, this trajectory began with class \d there"
+    ) as caught:
+        request.denoise(latents(0), plan.timesteps[1], np.array(classes))
+    assert "the order of a batch" in str(caught.value.hint)
+    found += [request.denoise(latents(0), step.timestep, np.arange(2)) for step in plan.steps[1:]]
+    assert all(map(np.array_equal, found, expected))
+
+
+class Breaking(TorchRunner):
+    """A backend that breaks off once, after it has remembered what it computed."""
+
+    breaks: BaseException | None = None
+
+    def run(self, variant: str, inputs: Mapping[str, np.ndarray], state: MutableMapping[str, object]) -> np.ndarray:
+        result = super().run(variant, inputs, state)
+        if self.breaks is not None:
+            error, self.breaks = self.breaks, None
+            raise error
+        return result
+
+
+def test_an_interrupted_trajectory_is_started_anew(cached: Program) -> None:
+    runner, plan = Breaking(cached), cached.facts[StepPlan]
+    expected = walk(Request(runner, plan), plan, latents(0))
+    request = Request(runner, plan)
+    walk(request, plan, latents(0), steps=3)
+    runner.breaks = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        request.denoise(latents(0), plan.timesteps[3], np.arange(2))
+    assert request.taken == 0
+    for index in (3, 4):
+        with pytest.raises(BundleError, match="the trajectory was interrupted in a step") as caught:
+            request.denoise(latents(0), plan.timesteps[index], np.arange(2))
+        assert "anew with the first timestep of the plan, 888" in str(caught.value.hint)
+    assert all(map(np.array_equal, walk(request, plan, latents(0)), expected))
+
+
+def test_a_step_that_failed_is_retried_to_the_last_bit(captured: Program) -> None:
+    """Also where its modulation was prepared together with that of the steps after it."""
+    program = Pipeline.parse("plan-cache{interval=3},insert-cache,hoist-adaln").run(captured)
+    plan = program.facts[StepPlan]
+    assert plan.prepared
+    expected = walk(Request(TorchRunner(program), plan), plan, latents(0))
+    runner, found = Failing(program), []
+    request = Request(runner, plan)
+    for step in plan.steps:
+        runner.fails = step.variant
+        with pytest.raises(MemoryError):
+            request.denoise(latents(0), step.timestep, np.arange(2))
+        found.append(request.denoise(latents(0), step.timestep, np.arange(2)))
+    assert all(map(np.array_equal, found, expected))
+
+
+class Failing(TorchRunner):
+    """A backend that fails at the next run of a variant."""
+
+    fails = ""
+
+    def run(self, variant: str, inputs: Mapping[str, np.ndarray], state: MutableMapping[str, object]) -> np.ndarray:
+        if variant == self.fails:
+            self.fails = ""
+            raise MemoryError
+        return super().run(variant, inputs, state)
 
 
 def test_reuse_before_compute_is_an_error(cached: Program) -> None:

@@ -71,9 +71,12 @@ def bench_command(
         forward_only=forward_only,
     )
     from qcgraph.bundle import Bundle
+    from qcgraph.bundle.watch import reading
     from qcgraph.progress import progress_for
 
-    report = bench({OURS: Bundle.open(bundle)}, options, model, progress_for(sys.stderr))
+    opened = Bundle.open(bundle)
+    with reading(opened, done="measured"):
+        report = bench({OURS: opened}, options, model, progress_for(sys.stderr))
     if json:
         print_json(report.to_json())
     else:

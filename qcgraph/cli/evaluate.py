@@ -59,6 +59,7 @@ def eval_command(
     fault, or the gate is not met.
     """
     from qcgraph.bundle import Bundle
+    from qcgraph.bundle.watch import reading
     from qcgraph.gate import Gate
 
     conditions = Gate.parse(gate) if gate is not None else None
@@ -71,8 +72,9 @@ def eval_command(
     options = Options(samples, seeds, seed, names, attribution, sites, conditions)
     if output is not None:
         _check_output(output)
-    subject = Subject.of_bundle(opened, model, threads)
-    evaluation = evaluate(subject, options, progress_for(sys.stderr))
+    with reading(opened, done="evaluated"):
+        subject = Subject.of_bundle(opened, model, threads)
+        evaluation = evaluate(subject, options, progress_for(sys.stderr))
     document = _document(evaluation, opened, bundle, threads)
     if output is not None:
         _write(evaluation, opened, output, document)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qcgraph.spec import ModelSpec
 
 MOST_BY_DEFAULT = 16
+MOST_BYTES = 2**32  # of latents, which are all in memory until the picture is drawn
 
 
 def sample_command(
@@ -63,6 +64,7 @@ def sample_command(
 
     from qcgraph.bundle import Bundle
     from qcgraph.images import save_grid
+    from qcgraph.noise import check_seed
     from qcgraph.progress import progress_for
     from qcgraph.runtime import open_runner, samples_at_once
     from qcgraph.sampling import check_labels, sample
@@ -70,8 +72,10 @@ def sample_command(
     opened = Bundle.open(bundle)
     plan, spec = opened.plan, opened.spec
     plan.require(steps=steps, scheduler=scheduler, guidance=guidance)
+    _check_amount(count or 0, spec)
     labels = choose_labels(count, classes or [], spec.class_count)
     check_labels(labels, spec)
+    check_seed(seed)
     progress = progress_for(sys.stderr)
     runner = open_runner(opened, backend, threads)
     progress.note(f"{spec.name}: {plan.describe()}, seed {seed}")
@@ -94,6 +98,16 @@ def choose_labels(count: int | None, classes: Sequence[int], class_count: int) -
     if count is None:
         count = len(classes) or min(class_count, MOST_BY_DEFAULT)
     return [cycle[index % len(cycle)] for index in range(count)]
+
+
+def _check_amount(count: int, spec: ModelSpec) -> None:
+    most = MOST_BYTES // (4 * math.prod(spec.latent_shape))
+    if count > most:
+        raise UsageError(
+            f"{count} samples do not fit into one picture" if count < 10**12 else "too many samples for one picture",
+            where="--count",
+            hint=f"at most {most} at once; draw more in runs with other seeds",
+        )
 
 
 def columns_for(count: int, cycle: int) -> int:

@@ -37,6 +37,7 @@ def verify_command(
     nothing that could check it.
     """
     from qcgraph.bundle import Bundle
+    from qcgraph.bundle.watch import reading
 
     opened = Bundle.open(bundle)
     from qcgraph.compiler import verify_bundle
@@ -45,7 +46,8 @@ def verify_command(
     count = count_text(len(opened.manifest.files), "file")
     integrity = {"name": "integrity", "variant": "", "passed": True, "value": None, "limit": None}
     checks: list[dict[str, Any]] = [integrity | {"detail": f"{count} are there and unchanged"}]
-    checks += [_as_data(check) for check in verify_bundle(opened, progress_for(sys.stderr), target)]
+    with reading(opened, done="verified"):
+        checks += [_as_data(check) for check in verify_bundle(opened, progress_for(sys.stderr), target)]
     failed = [check for check in checks if check["passed"] is False]
     if json:
         print_json({"bundle": str(bundle), "passed": not failed, "checks": checks})

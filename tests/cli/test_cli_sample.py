@@ -30,6 +30,8 @@ def backend(use_backend: Callable[..., None]) -> None:
         (["--class", "10"], "class 10 is out of range"),
         (["--class", "1", "--class", "-1"], "class -1 is out of range"),
         (["--seed", "-1"], "seed -1 is negative"),
+        (["--seed", str(2**64)], "the seed is too large"),
+        (["-n", str(10**12)], "too many samples for one picture"),
         (["--steps", "4"], "the plan was made for steps = 3, not 4"),
         (["--scheduler", "ddpm"], "the plan was made for scheduler = ddim, not ddpm"),
         (["--guidance", "2"], "the plan was made for guidance = 1.5, not 2.0"),

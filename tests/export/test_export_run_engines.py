@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,6 +114,19 @@ def test_requests_that_interleave_stay_apart(request: pytest.FixtureRequest, nam
     interleaved = run([(which, timestep) for timestep in plan.timesteps for which in (0, 1)])
     for key, prediction in separate.items():
         np.testing.assert_array_equal(prediction, interleaved[key])
+
+
+def test_threads_take_turns(unquantized: Any) -> None:
+    plan, runner, labels = unquantized.program.facts[StepPlan], engine_runner(unquantized), np.array([0, 3])
+
+    def walk(seed: int) -> list[np.ndarray]:
+        request, latent = Request(runner, plan), inputs(seed)["latent"]
+        return [request.denoise(latent, timestep, labels) for timestep in plan.timesteps]
+
+    alone = [walk(seed) for seed in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        for found, expected in zip(pool.map(walk, range(6)), alone, strict=True):
+            assert all(map(np.array_equal, found, expected))
 
 
 def test_one_buffer_is_enough_for_one_request(unquantized: Any) -> None:

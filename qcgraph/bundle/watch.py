@@ -1,0 +1,128 @@
+"""Files that stay what they were when a bundle was opened, however long ago that is.
+
+A bundle is replaced as one folder, so what was opened before keeps its files, and what is opened after would be of
+another bundle. Weights are mapped into memory: who writes into the file itself changes what was loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from qcgraph.bundle.manifest import AGAIN, FileEntry, read_manifest
+from qcgraph.bundle.read import Bundle
+from qcgraph.errors import BundleError
+
+_Place = tuple[int, int]  # the device and the inode of a file
+_State = tuple[int, int]  # its size in bytes, and when it was last written to, in nanoseconds
+
+
+class Watched:
+    """A file that is held open, so that it can be told whether anything was written to it since.
+
+    Args:
+        path: the file.
+        entry: what the manifest says of it.
+
+    Raises:
+        BundleError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path, entry: FileEntry) -> None:
+        self._path = path
+        self._entry = entry
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise BundleError(f"cannot be read: {error.strerror}", where=str(path), hint=AGAIN) from None
+        weakref.finalize(self, os.close, self._descriptor)
+        self._lock = threading.Lock()
+        self._state = self._now()[1]
+
+    def check(self) -> None:
+        """Refuse a file that was written to; whether another one is at its path by now does not matter.
+
+        Raises:
+            BundleError: its content is not that of the manifest any more.
+        """
+        if self._now()[1] == self._state:
+            return
+        with self._lock:
+            state = self._now()[1]
+            if state[0] != self._entry.bytes or self._sha256() != self._entry.sha256:
+                raise BundleError(
+                    "the file was written to after the bundle was loaded, and what was loaded reads it in place",
+                    where=str(self._path),
+                    hint="load the bundle again; qcgraph compile --force replaces one that is in use without "
+                    "touching it",
+                )
+            self._state = state
+
+    def is_at_its_path(self) -> bool:
+        """Whether its path still leads to it, as it was when it was opened."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return False
+        return self._now() == ((found.st_dev, found.st_ino), self._state)
+
+    def _sha256(self) -> str:
+        with os.fdopen(os.dup(self._descriptor), "rb") as stream:
+            stream.seek(0)  # of all who share the descriptor, which is why there is a lock
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    def _now(self) -> tuple[_Place, _State]:
+        found = os.fstat(self._descriptor)
+        return (found.st_dev, found.st_ino), (found.st_size, found.st_mtime_ns)
+
+
+@contextmanager
+def reading(bundle: Bundle, names: Iterable[str] = (), done: str = "loaded") -> Iterator[Mapping[str, Watched]]:
+    """Read files of a bundle by their paths: when the body has read them, they all were of this one bundle.
+
+    Args:
+        bundle: an opened bundle.
+        names: files to hold open, as they are now; those that the bundle does not have are left out.
+        done: what is done with the bundle, for the message: loaded, verified.
+
+    Yields:
+        The files that are held open, by name.
+
+    Raises:
+        BundleError: the bundle was replaced, changed or deleted in the meantime, whatever the body made of it.
+    """
+    files = {}
+    for name in dict.fromkeys(names):
+        if name in bundle.manifest.files:
+            try:
+                files[name] = Watched(bundle.path / name, bundle.manifest.files[name])
+            except BundleError:
+                _require_same(bundle, done)
+                raise
+    try:
+        yield files
+    except BundleError:
+        _require_same(bundle, done)
+        raise
+    _require_same(bundle, done)
+    if not all(file.is_at_its_path() for file in files.values()):
+        raise _replaced(bundle, done)
+
+
+def _require_same(bundle: Bundle, done: str) -> None:
+    """Refuse a bundle that another one has taken the place of, or none."""
+    with suppress(BundleError):
+        if read_manifest(bundle.path) == bundle.manifest:
+            return
+    raise _replaced(bundle, done)
+
+
+def _replaced(bundle: Bundle, done: str) -> BundleError:
+    return BundleError(
+        f"the bundle was replaced, changed or deleted while it was {done}", where=str(bundle.path), hint="do it again"
+    )

@@ -1,0 +1,287 @@
+"""Whether one loaded denoiser is ever wrong: threads, turns, and thousands of trajectories.
+
+    python tools/stress_denoiser.py out/digits --tries 1000 --workers 8
+    python tools/stress_denoiser.py out/digits --trajectories 2000
+
+Every try runs some trajectories at once on one denoiser and compares what each of them got with what it gets alone, to
+the last bit. A trajectory is right, refused (with an error of qcgraph) or wrong; some give up on the way. The ways to
+run at once:
+
+* threads: in threads that share the denoiser, sampling as the plan does;
+* own-updates: the same with latents of their own, on a denoiser that takes any;
+* turns: in turns on one thread, in random order, half of the tries with latents of their own;
+* requests: in threads, each with a request of its own: none may be refused;
+* moving: one trajectory after the other, every step in another thread: none may be refused.
+
+With --trajectories, as many run one after the other on one denoiser; results have to stay those of the first to the
+last bit, and the growth of memory is printed. Exits with 1 when something is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import qcgraph
+from qcgraph.benchmark.machine import resident_bytes
+from qcgraph.denoiser import Denoiser
+from qcgraph.errors import QcgraphError
+from qcgraph.noise import Noise
+from qcgraph.sampling import Array, Sampler
+
+RIGHT, REFUSED, WRONG, GIVEN_UP = "right", "refused", "wrong", "given up"
+COUNTED = (RIGHT, REFUSED, WRONG, GIVEN_UP)
+
+
+@dataclass(frozen=True)
+class Host:
+    """A trajectory of one sample, as someone draws it.
+
+    Attributes:
+        seed: of its noise.
+        label: its class.
+        null_first: whether the unconditional half of a batch comes first.
+        own: whether its latents are drawn anew at every step, and follow from nothing.
+        gives_up: the step at which it stops; None for one that ends.
+    """
+
+    seed: int
+    label: int
+    null_first: bool = False
+    own: bool = False
+    gives_up: int | None = None
+
+    def walk(self, denoiser: Denoiser) -> Generator[None, None, Array]:
+        """Take a step, pause, and go on; returns the latent after the last one."""
+        plan, spec = denoiser.plan, denoiser.spec
+        noise, weight = Noise(self.seed, [0], spec.latent_shape), np.float32(plan.fingerprint.guidance)
+        sampler, latent = Sampler(plan, noise), noise.initial()
+        drawn = np.random.default_rng(self.seed)
+        for index, step in enumerate(plan.steps):
+            if index == self.gives_up:
+                return latent
+            prediction = self._predict(denoiser, latent, step.timestep, weight)
+            latent = sampler.update(latent, prediction, step)
+            if self.own:
+                latent = latent * 0 + drawn.standard_normal(latent.shape, dtype=np.float32) + 0.01 * prediction
+            yield
+        return latent
+
+    def _predict(self, denoiser: Denoiser, latent: Array, timestep: float, weight: np.float32) -> Array:
+        channels = denoiser.spec.latent_shape[0]
+        if weight == 1:
+            return np.asarray(denoiser(latent, timestep, [self.label]).sample[:, :channels])
+        labels = [self.label, denoiser.spec.null_class]
+        if self.null_first:
+            labels.reverse()
+        halves = np.split(denoiser(np.concatenate([latent, latent]), timestep, labels).sample[:, :channels], 2)
+        conditional, null = reversed(halves) if self.null_first else halves
+        return np.asarray(null + weight * (conditional - null))
+
+
+def ended(walk: Generator[None, None, Array]) -> Array:
+    """The result of a trajectory that nobody else interrupts."""
+    while True:
+        try:
+            next(walk)
+        except StopIteration as end:
+            return np.asarray(end.value)
+
+
+class Judge:
+    """Tells the outcome of a trajectory by what it comes to alone.
+
+    Args:
+        denoiser: of which a request draws what is right.
+        own_updates: the same, which takes any latents.
+    """
+
+    def __init__(self, denoiser: Denoiser, own_updates: Denoiser) -> None:
+        self._denoisers = {False: denoiser, True: own_updates}
+        self._right: dict[Host, Array] = {}
+
+    def right(self, host: Host) -> Array:
+        """What a trajectory comes to alone."""
+        if host not in self._right:
+            self._right[host] = ended(host.walk(self._denoisers[host.own].request()))
+        return self._right[host]
+
+    def outcome(self, host: Host, walk: Callable[[], Array]) -> str:
+        """What became of it."""
+        try:
+            result = walk()
+        except QcgraphError:
+            return REFUSED
+        if host.gives_up is not None:
+            return GIVEN_UP
+        return RIGHT if np.array_equal(result, self.right(host)) else WRONG
+
+
+def draw_hosts(generator: random.Random, denoiser: Denoiser, count: int, *, own: bool, all_end: bool) -> list[Host]:
+    """Trajectories that are easily mistaken for each other: few seeds, two classes."""
+    hosts = []
+    for _ in range(count):
+        gives_up = generator.randrange(1, len(denoiser.plan)) if generator.random() < 0.1 and not all_end else None
+        null_first = not denoiser.plan.paired and generator.random() < 0.3
+        label = generator.randrange(min(2, denoiser.spec.class_count))
+        hosts.append(Host(generator.randrange(50), label, null_first, own, gives_up))
+    return hosts
+
+
+def in_threads(judge: Judge, hosts: Sequence[Host], denoisers: Sequence[Denoiser]) -> list[str]:
+    """Run trajectories in a thread each, which all start at once."""
+    start = threading.Barrier(len(hosts))
+
+    def run(host: Host, denoiser: Denoiser) -> str:
+        start.wait()
+        return judge.outcome(host, lambda: ended(host.walk(denoiser)))
+
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        return list(pool.map(run, hosts, denoisers))
+
+
+def in_turns(judge: Judge, hosts: Sequence[Host], denoiser: Denoiser, generator: random.Random) -> list[str]:
+    """Run trajectories on one thread, a step of one or the other at a time."""
+    walks = {host: host.walk(denoiser) for host in hosts}
+    found = []
+    while walks:
+        host = generator.choice(list(walks))
+        try:
+            next(walks[host])
+        except StopIteration as end:
+            result = np.asarray(end.value)
+            found.append(judge.outcome(host, lambda result=result: result))  # type: ignore[misc]
+            del walks[host]
+        except QcgraphError:
+            found.append(REFUSED)
+            del walks[host]
+    return found
+
+
+def moving(judge: Judge, host: Host, denoiser: Denoiser, pool: ThreadPoolExecutor) -> str:
+    """Run a trajectory whose steps are in whatever thread is free."""
+    walk = host.walk(denoiser)
+
+    def step() -> Array | None:
+        try:
+            next(walk)
+        except StopIteration as end:
+            return np.asarray(end.value)
+        return None
+
+    def run() -> Array:
+        while (result := pool.submit(step).result()) is None:
+            pass
+        return result
+
+    return judge.outcome(host, run)
+
+
+def stress(
+    denoiser: Denoiser, own_updates: Denoiser, tries: int, workers: int, seed: int, ways: Sequence[str]
+) -> dict[str, Counter[str]]:
+    """Run trajectories at once in several ways.
+
+    Args:
+        denoiser: of a bundle.
+        own_updates: of the same bundle, loaded with ``own_updates=True``.
+        tries: how often.
+        workers: how many trajectories a try has.
+        seed: of what is drawn.
+        ways: which (see the module).
+
+    Returns:
+        how many trajectories came to what, by way.
+    """
+    generator, judge = random.Random(seed), Judge(denoiser, own_updates)
+    found: dict[str, Counter[str]] = {way: Counter() for way in ways}
+    with ThreadPoolExecutor(workers) as pool:
+        for number in range(tries):
+            for way in ways:
+                own = way == "own-updates" or (way == "turns" and number % 2 == 1)
+                shared = own_updates if own else denoiser
+                all_end = way in ("requests", "moving")
+                hosts = draw_hosts(generator, shared, workers, own=own, all_end=all_end)
+                if own:
+                    shared.restart()  # of the try before, somebody gave up
+                if way == "turns":
+                    found[way].update(in_turns(judge, list(dict.fromkeys(hosts)), shared, generator))
+                elif way == "moving":
+                    found[way].update(moving(judge, host, shared, pool) for host in hosts[:2])
+                else:
+                    each = [shared.request() if way == "requests" else shared for _ in hosts]
+                    found[way].update(in_threads(judge, hosts, each))
+    return found
+
+
+WAYS = ("threads", "own-updates", "turns", "requests", "moving")
+
+
+def repeat(denoiser: Denoiser, trajectories: int) -> dict[str, int]:
+    """Draw the same samples again and again on one denoiser, and watch the memory.
+
+    Returns:
+        ``right`` and ``wrong`` trajectories; resident bytes after the first tenth and at the end.
+    """
+    hosts = [Host(seed, seed % denoiser.spec.class_count) for seed in range(4)]
+    first = [ended(host.walk(denoiser)) for host in hosts]
+    counts: Counter[str] = Counter()
+    settled = 0
+    for number in range(trajectories):
+        which = number % len(hosts)
+        same = np.array_equal(ended(hosts[which].walk(denoiser)), first[which])
+        counts[RIGHT if same else WRONG] += 1
+        if number == trajectories // 10:
+            settled = resident_bytes() or 0
+    return {RIGHT: counts[RIGHT], WRONG: counts[WRONG], "settled_bytes": settled, "end_bytes": resident_bytes() or 0}
+
+
+def main() -> int:
+    """Run, print."""
+    options = parse()
+    sys.setswitchinterval(1e-5)  # threads take turns as often as they can
+    denoiser = qcgraph.load(options.bundle, backend=options.backend, threads=1)
+    if options.trajectories:
+        found = repeat(denoiser, options.trajectories)
+        growth = found["end_bytes"] - found["settled_bytes"]
+        print(f"{options.trajectories} trajectories on one load: {found[RIGHT]} as the first, {found[WRONG]} not")
+        print(f"resident memory: {found['settled_bytes']} bytes after a tenth, {growth:+d} bytes since then")
+        return int(found[WRONG] > 0)
+    own_updates = qcgraph.load(options.bundle, backend=options.backend, threads=1, own_updates=True)
+    counts = stress(denoiser, own_updates, options.tries, options.workers, options.seed, options.ways or WAYS)
+    if options.json:
+        print(json.dumps(counts))
+    else:
+        print(f"{'':12}" + "".join(f"{name:>10}" for name in COUNTED))
+        for way, counted in counts.items():
+            print(f"{way:12}" + "".join(f"{counted[name]:10}" for name in COUNTED))
+    refused = sum(counts[way][REFUSED] for way in ("requests", "moving") if way in counts)
+    return int(refused > 0 or any(counted[WRONG] for counted in counts.values()))
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--tries", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=8, help="trajectories at once")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--way", dest="ways", action="append", choices=WAYS, help="by default all; can be repeated")
+    parser.add_argument("--backend", default=None)
+    parser.add_argument("--trajectories", type=int, default=0, help="draw as many one after the other instead")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
