@@ -182,7 +182,7 @@ def _unnested(content: Any, path: Path, note: Callable[[str], None]) -> dict[str
 
 
 def wrapper_prefix(names: Iterable[str]) -> str:
-    """Return the prefix of wrappers that all names have, for example ``module._orig_mod.``; empty where there is none."""
+    """Return the prefix of wrappers that all names have, ``module._orig_mod.`` for example; empty where none has it."""
     rest, prefix = list(names), ""
     while rest and (wrapper := next((one for one in _WRAPPERS if all(name.startswith(one) for name in rest)), None)):
         rest = [name.removeprefix(wrapper) for name in rest]

@@ -123,7 +123,7 @@ def try_forward(model: LoadedModel, where: str, *, is_guided: bool = False) -> N
                 hint="sample with --guidance 1, or give the embedding of classes one row more than there are classes",
             ) from error
         raise UsageError(
-            f"the module fails on latents {list(shape)}, which its spec says it takes: {_said(error)}{_at(error, None)}",
+            f"the module fails on latents {list(shape)}, the shape in its spec: {_said(error)}{_at(error, None)}",
             where=where,
             hint="is latent_shape (channels, height, width) of one latent, and does forward take float32?",
         ) from error

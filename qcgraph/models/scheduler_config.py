@@ -227,9 +227,9 @@ class _Reader:
         changed = {
             key: value
             for key, value in settings.items()
-            if key not in _TRAINED
+            if key not in (*_TRAINED, *_SWITCHED)
             and not _same(value, defaults[key])
-            and settings.get(_OWNERS.get(key, key)) is not False
+            and (key not in _OWNERS or settings.get(_OWNERS[key]))
         }
         changed |= {key: True for key in _SWITCHED if settings.get(key)}  # which is the default of some
         if not is_followed:
@@ -279,7 +279,7 @@ class _Reader:
         for key in unknown:
             if key in _SPEAKING and not _same(self.config[key], _SPEAKING[key]):
                 raise self._refusal(
-                    f"{key} = {self.config[key]!r} is no setting of {name}, and says what the model was trained on",
+                    f"{key} = {_short(self.config[key])} is no setting of {name}, and says what the model was trained on",
                     "take it out if it means nothing, or name the class that it belongs to",
                 )
             near = difflib.get_close_matches(key, _TRAINED, n=1, cutoff=0.85)
@@ -287,11 +287,9 @@ class _Reader:
                 raise self._refusal(f"unknown setting {key!r} of {name}", f"did you mean {near[0]!r}?")
         if not unknown:
             return []
+        release = f"diffusers {diffusers.__version__}"
         return [
-            (
-                f"{self.path.name}: {', '.join(unknown)} is no setting of {name} in diffusers {diffusers.__version__}, and "
-                "ignored, as it is by diffusers"
-            )
+            f"{self.path.name}: {', '.join(unknown)} is no setting of {name} in {release}, which ignores it as well"
         ]
 
     def _check_type(self, key: str, value: Any) -> None:

@@ -81,7 +81,7 @@ def _check_kind(config: dict[str, Any], folder: Path) -> None:
     # The released DiT folders were saved under the older name, which diffusers still maps to the newer class.
     if kind != _SUPPORTED and not (kind == _OLDER and config.get("norm_type") == "ada_norm_zero"):
         raise UsageError(
-            f"{kind} is not supported: only class-conditional transformers are, and this one is conditioned differently",
+            f"{kind} is not supported: only class-conditional transformers are, and it is conditioned differently",
             where=str(folder),
             hint=f"supported: {_SUPPORTED}; for your own class-conditional model use package.module:factory",
         )
