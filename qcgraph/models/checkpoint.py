@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qcgraph.errors import UsageError
 from qcgraph.models.dit import DiT
+from qcgraph.models.files import is_there
 from qcgraph.models.geometry import DiTConfig
 
 _NESTED = ("ema", "model")  # where the original's training keeps weights; the average is what it samples from
@@ -108,8 +109,8 @@ def read_weights(path: Path, *, note: Callable[[str], None] = _ignore) -> dict[s
         UsageError: the file is missing, unreadable, needs code to be read, is not a checkpoint, or holds a tensor that
             is not dense floating point.
     """
-    if not path.is_file():
-        what = "is a folder, not a checkpoint file" if path.is_dir() else "no such checkpoint file"
+    if not is_there(path):
+        what = "is a folder, not a checkpoint file" if is_there(path, Path.is_dir) else "no such checkpoint file"
         raise UsageError(what, where=str(path), hint="name a .pt or .safetensors file")
     weights = _read_safetensors(path) if path.suffix == ".safetensors" else _unnested(_read_torch(path), path, note)
     for name, tensor in weights.items():
@@ -127,7 +128,7 @@ def read_names(path: Path) -> tuple[str, ...]:
     Raises:
         UsageError: as for :func:`read_weights`.
     """
-    if path.suffix != ".safetensors" or not path.is_file():
+    if path.suffix != ".safetensors" or not is_there(path):
         return tuple(read_weights(path))
     try:
         with safe_open(path, framework="pt") as file:
@@ -149,6 +150,8 @@ def unusual(tensor: object) -> str | None:
         return f"a {type(tensor).__name__}, which holds its values in a form of its own"
     if tensor.is_meta:
         return "without values (it is on the meta device)"
+    if tensor.is_nested:
+        return "nested, of rows of differing lengths"
     if tensor.layout != torch.strided:
         return f"sparse ({str(tensor.layout).removeprefix('torch.')})"
     if tensor.is_quantized:
@@ -237,6 +240,8 @@ def _check_expansion(path: Path) -> None:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
+    if isinstance(error, LookupError):  # whose text is no sentence
+        return f"{type(error).__name__} {lines[0] if lines else ''}"
     return lines[0] if lines else type(error).__name__
 
 

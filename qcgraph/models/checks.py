@@ -115,7 +115,13 @@ def check_weights(module: nn.Module, where: str) -> None:
     for path, tensor in module.state_dict().items():
         if path.endswith("_extra_state"):
             continue
-        is_index = path not in parameters and isinstance(tensor, torch.Tensor) and _is_index(tensor)
+        is_index = path not in parameters and _is_index(tensor)
+        if not isinstance(tensor, torch.Tensor):
+            raise UsageError(
+                f"the module holds {path}, a {type(tensor).__name__}: its layers are packed, as quantized ones are",
+                where=where,
+                hint="give the model in floating point: qcgraph quantizes it itself",
+            )
         if not is_index and (reason := unusual(tensor)):
             raise UsageError(
                 f"parameter {path} is {reason}",
@@ -131,7 +137,8 @@ def check_weights(module: nn.Module, where: str) -> None:
 
 
 def _is_index(tensor: object) -> bool:
+    """Whether a buffer is dense whole numbers or truth values."""
     import torch
 
     whole = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    return type(tensor) in (torch.Tensor, torch.nn.Buffer) and tensor.layout == torch.strided and tensor.dtype in whole
+    return isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.dtype in whole

@@ -47,16 +47,26 @@ def call_factory(name: str) -> LoadedModel:
     except QcgraphError:
         raise  # the factory used qcgraph, which says itself what is wrong
     except (Exception, SystemExit) as error:  # whatever code of the user's raises
-        raise _raised(f"your factory {factory_name}", error, name, module) from error
+        raise _raised(f"your factory {factory_name}()", error, name, module) from error
     if not isinstance(model, LoadedModel):
         raise UsageError(f"the factory returned {type(model).__name__}", where=name, hint=_EXPECTED)
     return model
 
 
-def unwrapped(model: LoadedModel) -> LoadedModel:
-    """Return the model without what torch.compile or data parallelism wrapped around it, which cannot be captured."""
+def unwrapped(model: LoadedModel, where: str) -> LoadedModel:
+    """Return the model without what torch.compile or data parallelism wrapped around it, which cannot be captured.
+
+    Args:
+        model: the model.
+        where: what an error calls it.
+
+    Raises:
+        UsageError: its module is none.
+    """
     import torch
 
+    if not isinstance(model.module, torch.nn.Module):
+        raise UsageError(f"the module is a {type(model.module).__name__}", where=where, hint="give a torch.nn.Module")
     module: nn.Module = model.module
     notes = []
     while True:

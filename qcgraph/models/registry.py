@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from qcgraph.errors import UsageError, closest
 from qcgraph.models.checks import check_spec, check_weights
 from qcgraph.models.factory import call_factory, check_parameters, try_forward, unwrapped
+from qcgraph.models.files import is_there
 from qcgraph.models.geometry import GEOMETRIES, DiTConfig
 from qcgraph.models.loaded import LoadedModel
 from qcgraph.models.trained_folder import is_trained_folder, load_trained_folder, read_card
@@ -94,13 +94,9 @@ def check_loaded(model: LoadedModel) -> LoadedModel:
     Raises:
         UsageError: it is not a model as `LoadedModel` describes it: its spec, its weights, its precision or its mode.
     """
-    from torch import nn
-
     where = getattr(model.spec, "name", None) or "the model"
-    if not isinstance(model.module, nn.Module):
-        raise UsageError(f"the module is a {type(model.module).__name__}", where=where, hint="give a torch.nn.Module")
+    model = unwrapped(model, where)
     check_spec(model.spec, where)
-    model = unwrapped(model)
     check_parameters(model, where)
     check_weights(model.module, where)
     if model.module.training:
@@ -118,9 +114,9 @@ def _load(name: str, seed: int) -> LoadedModel:
     geometry, separator, source = name.partition(":")
     if geometry in GEOMETRIES:
         return _load_geometry(geometry, source, seed)
-    if name and _is(Path.is_dir, name):  # an empty path would be the current folder
+    if name and is_there(Path(name), Path.is_dir):  # an empty path would be the current folder
         return _load_folder(Path(name))
-    if _is(Path.is_file, name):
+    if is_there(Path(name)):
         raise UsageError(
             "a checkpoint file alone does not say which geometry it has",
             where=name,
@@ -133,14 +129,6 @@ def _load(name: str, seed: int) -> LoadedModel:
     raise UsageError(
         "unknown model: neither a name nor a folder", where=repr(name), hint=closest(name, [EMBEDDED, *GEOMETRIES])
     )
-
-
-def _is(kind: Callable[[Path], bool], name: str) -> bool:
-    """Whether there is a file or folder of a name, which may be none of the file system's."""
-    try:
-        return kind(Path(name))
-    except OSError:  # too long, or in a folder that may not be read
-        return False
 
 
 def _load_folder(folder: Path) -> LoadedModel:
@@ -189,7 +177,7 @@ def _random_dit(config: DiTConfig, seed: int) -> DiT:
 
 def _from_factory(name: str) -> LoadedModel:
     """What a factory makes, without wrappers; a module in half precision is noted."""
-    model = unwrapped(call_factory(name))
+    model = unwrapped(call_factory(name), name)
     check_spec(model.spec, name)
     check_parameters(model, name)
     kinds = sorted({str(value.dtype).removeprefix("torch.") for value in model.module.parameters()} - {"float32"})

@@ -279,7 +279,7 @@ class _Reader:
         for key in unknown:
             if key in _SPEAKING and not _same(self.config[key], _SPEAKING[key]):
                 raise self._refusal(
-                    f"{key} = {_short(self.config[key])} is no setting of {name}, and says what the model was trained on",
+                    f"{key} = {_short(self.config[key])} is no setting of {name}, and says what it was trained on",
                     "take it out if it means nothing, or name the class that it belongs to",
                 )
             near = difflib.get_close_matches(key, _TRAINED, n=1, cutoff=0.85)
