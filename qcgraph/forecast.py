@@ -33,12 +33,14 @@ ONE_FOLD_RIDGE = 1e-2  # towards reuse, where there are no other samples to choo
 def log_signal_to_noise(schedule: NoiseSchedule, timesteps: Sequence[float]) -> list[float]:
     """Half the log of abar / (1 - abar) at timestep values: the time in which solvers step (Lu et al., 2022).
 
-    Of a flow, the log of (1 - s) / s. Its ends, at which that is infinite, are taken half a training step inside.
+    Of a flow, the log of (1 - s) / s. Its ends, at which that is infinite, are taken half a training step inside; so is
+    the last timestep of betas that are rescaled to leave no signal there, by half the least signal of the others.
     """
     if schedule.is_flow:
         levels = np.clip(np.asarray(timesteps), 0.5, schedule.train_steps - 0.5) / schedule.train_steps
         return [float(value) for value in np.log((1 - levels) / levels)]
     cumulative = np.asarray(make_scheduler("ddim", schedule).alphas_cumprod, dtype=np.float64)
+    cumulative = np.maximum(cumulative, cumulative[cumulative > 0].min() / 2)
     values = np.interp(timesteps, np.arange(len(cumulative)), cumulative)
     return [float(value) for value in 0.5 * np.log(values / (1 - values))]
 

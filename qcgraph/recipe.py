@@ -66,7 +66,12 @@ class _Section(BaseModel):
 class Sampling(_Section):
     """How images are sampled; a bundle is compiled for exactly this."""
 
-    scheduler: str = Field("ddim", min_length=1, description="the name of a scheduler, for example ddim or ddpm")
+    scheduler: str = Field(
+        "auto",
+        min_length=1,
+        description="the name of a scheduler, for example ddim or ddpm; or auto: that of the model's folder, where it "
+        "has one whose steps can be planned, else ddim, or flow-euler for flows",
+    )
     steps: int = Field(50, ge=1, description="the number of sampling steps, 1 or more")
     guidance: float = Field(1.5, ge=0, description="the weight of classifier-free guidance, 0 or more; 1 means none")
 

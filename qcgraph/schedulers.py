@@ -17,36 +17,45 @@ reason.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from qcgraph.errors import UsageError, closest
 from qcgraph.spec import NoiseSchedule
 from qcgraph.steps import Earlier, Fingerprint, Step, StepPlan, Update
 
+AUTO = "auto"  # the scheduler that the folder of the model samples with, or the first-order solver of its process
 FLOW_SOLVER = "flow-euler"  # the first-order solver of flows, as DDIM is of diffusions
+DIFFUSION_SOLVER = "ddim"
 # How a scheduler is called here -> the diffusers class, and the settings without which its update is not linear.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    DIFFUSION_SOLVER: ("DDIMScheduler", {"clip_sample": False}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
     "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
     FLOW_SOLVER: ("FlowMatchEulerDiscreteScheduler", {}),
 }
-FLOWS: dict[str, dict[str, Any]] = {FLOW_SOLVER: {}, "dpmsolver++": {"use_flow_sigmas": True}}  # those that solve flows
+# Schedulers that have no linear update: who asks for one is told why, but none is offered.
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "euler": ("EulerDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+}
+# Schedulers that solve flows, with the settings that make them do so.
+FLOWS: dict[str, dict[str, Any]] = {FLOW_SOLVER: {}, "dpmsolver++": {"use_flow_sigmas": True}}
+_SHIFT = {FLOW_SOLVER: "shift", "dpmsolver++": "flow_shift"}  # what diffusers calls the shift of a flow
 LINEAR_HINT = "ddim, ddpm and dpmsolver++ have linear updates, flow-euler for flow matching"
 LONGEST_HISTORY = 3  # earlier steps that an update may look back to; each costs two tensors of the latent's size
 TOLERANCE = 1e-6  # relative; probing runs in float64 on coefficients that diffusers keeps in float32
 PROBE_SHAPE = (1, 1, 4, 4)
+_SLOTS = LONGEST_HISTORY + 2  # impulses that are followed at once: one step beyond the longest history
 
 
 def make_step_plan(name: str, steps: int, guidance: float, schedule: NoiseSchedule, model_digest: str) -> StepPlan:
-    """The plan of a full sampling run: every step computes, in one timestep group.
+    """Plan a full sampling run: every step computes, in one timestep group.
 
     Args:
-        name: a key of `SCHEDULERS`.
+        name: a key of `SCHEDULERS`, or `AUTO`.
         steps: number of sampling steps.
         guidance: weight of classifier-free guidance; 1 means none.
         schedule: the noise schedule the model was trained on.
@@ -59,18 +68,9 @@ def make_step_plan(name: str, steps: int, guidance: float, schedule: NoiseSchedu
         raise UsageError(
             f"{steps} steps", hint=f"the model knows {schedule.train_steps} timesteps: 1 to that many steps"
         )
+    name = resolve(name, schedule)
     scheduler = make_scheduler(name, schedule)
-    try:
-        scheduler.set_timesteps(steps)
-        timesteps = [float(value) for value in scheduler.timesteps]
-    except ValueError as error:
-        raise UsageError(f"{name} cannot make {steps} steps: {error}", hint="choose another number of steps") from None
-    if len(set(timesteps)) < len(timesteps):
-        if len(timesteps) == steps:
-            raise UsageError(
-                f"{name} cannot make {steps} steps: two of them round to one timestep", hint="choose fewer steps"
-            )
-        raise _refused(name, "it calls the denoiser twice at one timestep")
+    timesteps = _timesteps(name, scheduler, steps, schedule)
     updates = _probe(name, scheduler)
     _check_linear(name, scheduler, updates)
     fingerprint = Fingerprint(model_digest, name, steps, guidance)
@@ -83,29 +83,113 @@ def make_step_plan(name: str, steps: int, guidance: float, schedule: NoiseSchedu
     )
 
 
-def make_scheduler(name: str, schedule: NoiseSchedule) -> Any:
-    """The diffusers scheduler of a name in `SCHEDULERS`, made for a noise schedule.
+def resolve(name: str, schedule: NoiseSchedule) -> str:
+    """Return the name of the scheduler that `AUTO` means for a model; any other name means itself."""
+    if name != AUTO:
+        return name
+    if schedule.sampler is not None:
+        return schedule.sampler.scheduler
+    return FLOW_SOLVER if schedule.is_flow else DIFFUSION_SOLVER
+
+
+def check_name(name: str) -> None:
+    """Refuse the name of a scheduler that is unknown for every model, before any model is loaded.
 
     Raises:
-        UsageError: the name is unknown, or the scheduler does not solve what the model predicts.
+        UsageError: there is no such scheduler.
     """
-    if name not in SCHEDULERS:
-        raise UsageError(f"unknown scheduler {name!r}", hint=closest(name, SCHEDULERS))
+    if name != AUTO and name not in SCHEDULERS and name not in REFUSED:
+        raise UsageError(f"unknown scheduler {name!r}", hint=closest(name, [AUTO, *SCHEDULERS]))
+
+
+def make_scheduler(name: str, schedule: NoiseSchedule) -> Any:
+    """Make the diffusers scheduler that a name means for a model, with the settings of the model's folder.
+
+    Args:
+        name: a key of `SCHEDULERS`, or `AUTO`.
+        schedule: the noise schedule the model was trained on; where its folder samples with the scheduler of this
+            name, that takes the folder's settings.
+
+    Raises:
+        UsageError: the name is unknown, the scheduler does not solve what the model predicts, or diffusers refuses the
+            settings.
+    """
+    name = resolve(name, schedule)
+    if name not in SCHEDULERS and name not in REFUSED:
+        raise UsageError(f"unknown scheduler {name!r}", hint=closest(name, _solvers(schedule)))
     import diffusers
 
-    class_name, settings = SCHEDULERS[name]
+    class_name, settings = (SCHEDULERS | REFUSED)[name]
+    settings = settings | _process(name, schedule)
+    if schedule.sampler is not None and schedule.sampler.scheduler == name:
+        settings |= dict(schedule.sampler.settings)
+    try:
+        return getattr(diffusers, class_name)(**settings)
+    except (TypeError, ValueError, NotImplementedError, ImportError) as error:
+        raise UsageError(
+            f"diffusers cannot make the scheduler {name}: {error}",
+            hint="its settings come from the folder of the model; another --scheduler does not take them",
+        ) from error
+
+
+def _solvers(schedule: NoiseSchedule) -> Iterable[str]:
+    """The names of the schedulers that solve what a model was trained on."""
+    return FLOWS if schedule.is_flow else [name for name in SCHEDULERS if name != FLOW_SOLVER]
+
+
+def _process(name: str, schedule: NoiseSchedule) -> dict[str, Any]:
+    """The settings of a diffusers scheduler that say what the model was trained on."""
     process: dict[str, Any] = {"num_train_timesteps": schedule.train_steps}
+    if name != FLOW_SOLVER:
+        process["prediction_type"] = schedule.prediction
     if schedule.is_flow:
         if name not in FLOWS:
             raise UsageError(f"{name} does not solve flows, which this model is", hint=f"take {' or '.join(FLOWS)}")
-        settings = settings | FLOWS[name]
-    else:
-        if name == FLOW_SOLVER:
-            raise UsageError(f"{name} solves flows; this model predicts {schedule.prediction}", hint="take ddim")
-        process |= {key: getattr(schedule, key) for key in ("beta_start", "beta_end", "beta_schedule")}
-    if name != FLOW_SOLVER:
-        process["prediction_type"] = schedule.prediction
-    return getattr(diffusers, class_name)(**process, **settings)
+        return process | FLOWS[name] | ({_SHIFT[name]: schedule.shift} if schedule.shift != 1 else {})
+    if name == FLOW_SOLVER:
+        raise UsageError(f"{name} solves flows; this model predicts {schedule.prediction}", hint="take ddim")
+    process |= {key: getattr(schedule, key) for key in ("beta_start", "beta_end", "beta_schedule")}
+    return process | ({"rescale_betas_zero_snr": True} if schedule.rescale_zero_snr else {})
+
+
+def _timesteps(name: str, scheduler: Any, steps: int, schedule: NoiseSchedule) -> list[float]:
+    """Set the timesteps of a scheduler and return them.
+
+    Raises:
+        UsageError: it does not make that many steps, or not at timesteps that the model was trained on.
+    """
+    try:
+        scheduler.set_timesteps(steps)
+        timesteps = [float(value) for value in scheduler.timesteps]
+    except (ValueError, IndexError, ArithmeticError) as error:
+        raise UsageError(f"{name} cannot make {steps} steps: {error}", hint="choose another number of steps") from None
+    if len(set(timesteps)) < len(timesteps):
+        if len(timesteps) == steps:
+            raise UsageError(
+                f"{name} cannot make {steps} steps: two of them round to one timestep", hint="choose fewer steps"
+            )
+        raise _refused(name, "it calls the denoiser twice at one timestep")
+    if len(timesteps) != steps:
+        raise UsageError(
+            f"{name} cannot make {steps} steps: diffusers makes {len(timesteps)} of them with the settings of the "
+            "model's folder",
+            hint="choose a number of steps that divides the training timesteps, or another scheduler",
+        )
+    last = schedule.train_steps - (0 if schedule.is_flow else 1)
+    outside = [timestep for timestep in timesteps if not 0 <= timestep <= last]
+    if outside:
+        raise UsageError(
+            f"{name} cannot make {steps} steps: one of them is at timestep {outside[0]:g}, and the model knows 0 to "
+            f"{last}",
+            hint="choose fewer steps: the folder of the model moves all of them (steps_offset)",
+        )
+    if schedule.rescale_zero_snr and schedule.prediction == "epsilon" and timesteps[0] == last:
+        raise UsageError(
+            f"{name} cannot start at timestep {last}: rescale_betas_zero_snr leaves no signal there, so that the noise "
+            "which the model predicts says nothing of the image, and the update divides by zero",
+            hint="a scheduler or number of steps that starts earlier, ddim with 50 steps for example",
+        )
+    return timesteps
 
 
 def check_compensable(plan: StepPlan) -> None:
@@ -133,23 +217,37 @@ def _refused(name: str, reason: str) -> UsageError:
 
 
 def _probe(name: str, scheduler: Any) -> tuple[Update, ...]:
-    """The coefficients of every step: what a one at a single input of one step adds to that step and to later ones."""
+    """Find the coefficients of every step: what a one at a single input of one step adds to that step and later ones.
+
+    All of them come from one walk over the steps. Its batch has a row whose inputs are all zero, and two rows for each
+    of the last few steps, one with a one in place of the latent of that step, one in place of its prediction. After as
+    many steps as an update may look back to, a step's rows are those of a later step.
+    """
     import torch
 
-    zero, one = torch.zeros(PROBE_SHAPE, dtype=torch.float64), torch.ones(PROBE_SHAPE, dtype=torch.float64)
-    for timestep in scheduler.timesteps:
-        scale = getattr(copy.deepcopy(scheduler), "scale_model_input", None)
-        if scale is not None and not torch.equal(scale(one, timestep), one):
-            raise _refused(name, "it scales the input of the denoiser")
-    count = len(scheduler.timesteps)
-    walker = copy.deepcopy(scheduler)
-    noises = [_step(walker, index, zero, zero) for index in range(count)]
-    walker = copy.deepcopy(scheduler)
-    latents, predictions = [], []  # per step, what its input adds to that step and to each of the later ones
+    one = torch.ones(PROBE_SHAPE, dtype=torch.float64)
+    walker, count = copy.deepcopy(scheduler), len(scheduler.timesteps)
+    scale = getattr(walker, "scale_model_input", None)
+    step = _stepper(walker, rows=1 + 2 * _SLOTS)
+    latents: list[list[float]] = []  # for each step, what a one there adds to it and to each of the later steps
+    predictions: list[list[float]] = []
+    noises = []
     for index in range(count):
-        latents.append(_impulse(walker, index, one, zero, noises))
-        predictions.append(_impulse(walker, index, zero, one, noises))
-        _step(walker, index, zero, zero)
+        if scale is not None and not torch.equal(scale(one, scheduler.timesteps[index]), one):
+            raise _refused(name, "it scales the input of the denoiser")
+        latent, prediction = (torch.zeros(1 + 2 * _SLOTS, *PROBE_SHAPE[1:], dtype=torch.float64) for _ in range(2))
+        row = _row(index)
+        latent[row], prediction[row + 1] = 1, 1
+        result = step(index, latent, prediction)
+        if not result.isfinite().all():
+            raise _refused(name, f"at timestep {float(scheduler.timesteps[index]):g} it is not finite")
+        noises.append(result[:1])
+        latents.append([])
+        predictions.append([])
+        for source in range(max(0, index - _SLOTS + 1), index + 1):
+            row = _row(source)
+            latents[source].append((result[row] - result[0]).mean().item())
+            predictions[source].append((result[row + 1] - result[0]).mean().item())
     updates = []
     for index in range(count):
         looks_back = range(min(index, LONGEST_HISTORY + 1) + 1)
@@ -163,26 +261,9 @@ def _probe(name: str, scheduler: Any) -> tuple[Update, ...]:
     return tuple(updates)
 
 
-def _impulse(scheduler: Any, start: int, latent: Any, prediction: Any, noises: Sequence[Any]) -> list[float]:
-    """What the inputs of step ``start`` add to it and to the steps after it, all other inputs being zero.
-
-    Args:
-        scheduler: one that was given zeros at all steps before; it stays as it is.
-        start: the index of the step.
-        latent: its latent, and ..
-        prediction: .. its prediction, ones or zeros.
-        noises: what every step gives when all inputs are zero.
-
-    Returns:
-        The weight in the step, in the next one, and so on to one step beyond the longest history.
-    """
-    import torch
-
-    walker, found = copy.deepcopy(scheduler), []
-    for index in range(start, min(start + LONGEST_HISTORY + 2, len(noises))):
-        found.append((_step(walker, index, latent, prediction) - noises[index]).mean().item())
-        latent = prediction = torch.zeros(PROBE_SHAPE, dtype=torch.float64)
-    return found
+def _row(index: int) -> int:
+    """The first of the two rows of the probe's batch that follow a step."""
+    return 1 + 2 * (index % _SLOTS)
 
 
 def _noise_weight(name: str, noise: Any) -> float:
@@ -202,7 +283,7 @@ def _check_linear(name: str, scheduler: Any, updates: Sequence[Update]) -> None:
 
     generator = torch.Generator().manual_seed(1)
     drawn = torch.randn(PROBE_SHAPE, generator=_noise_generator(), dtype=torch.float64)
-    walker = copy.deepcopy(scheduler)
+    step = _stepper(copy.deepcopy(scheduler), rows=1)
     inputs: list[tuple[Any, Any]] = []  # the latest first
     for index, update in enumerate(updates):
         x, eps = (100 * torch.randn(PROBE_SHAPE, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -211,7 +292,7 @@ def _check_linear(name: str, scheduler: Any, updates: Sequence[Update]) -> None:
         expected = update.noise * drawn
         for term, (latent, prediction) in zip(terms, inputs, strict=False):
             expected = expected + term.latent * latent + term.noise_prediction * prediction
-        if not torch.allclose(_step(walker, index, x, eps), expected, rtol=TOLERANCE, atol=TOLERANCE * 100):
+        if not torch.allclose(step(index, x, eps), expected, rtol=TOLERANCE, atol=TOLERANCE * 100):
             raise _refused(name, "it clips or thresholds")
 
 
@@ -221,10 +302,12 @@ def _noise_generator() -> Any:
     return torch.Generator().manual_seed(0)
 
 
-def _step(scheduler: Any, index: int, latent: Any, prediction: Any) -> Any:
-    """One call of diffusers' ``step``, its noise drawn from a fixed seed."""
-    import inspect
+def _stepper(scheduler: Any, rows: int) -> Callable[[int, Any, Any], Any]:
+    """Return a function (index, latent, prediction) of diffusers' ``step``, whose noise is the same in every row."""
+    draws = "generator" in inspect.signature(scheduler.step).parameters
 
-    parameters = inspect.signature(scheduler.step).parameters
-    extra = {"generator": _noise_generator()} if "generator" in parameters else {}
-    return scheduler.step(prediction, scheduler.timesteps[index], latent, **extra).prev_sample
+    def step(index: int, latent: Any, prediction: Any) -> Any:
+        extra = {"generator": [_noise_generator() for _ in range(rows)]} if draws else {}
+        return scheduler.step(prediction, scheduler.timesteps[index], latent, **extra).prev_sample
+
+    return step

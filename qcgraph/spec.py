@@ -21,9 +21,27 @@ def is_preparation(variant: str) -> bool:
     return variant.startswith(_PREPARATION)
 
 
+Setting = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class FolderSampler:
+    """How the folder of a model samples, as far as a step plan can hold that.
+
+    Attributes:
+        scheduler: the name of the scheduler (see `qcgraph.schedulers.SCHEDULERS`), which is taken where none is asked
+            for.
+        settings: settings of its diffusers class that choose the steps, by name, where they differ from its defaults.
+            They belong to this scheduler: another one that is asked for does not take them.
+    """
+
+    scheduler: str
+    settings: tuple[tuple[str, Setting], ...] = ()
+
+
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The diffusion process a denoiser was trained on, in diffusers' terms.
+    """The diffusion process a denoiser was trained on, in diffusers' terms, and how its folder samples it.
 
     Attributes:
         train_steps: number of training timesteps.
@@ -32,6 +50,11 @@ class NoiseSchedule:
         beta_schedule: ``linear``, ``scaled_linear`` or ``squaredcos_cap_v2``.
         prediction: what the network predicts: ``epsilon``, ``v_prediction``, or ``flow_prediction``, the velocity
             noise - x0 of a flow x = (1 - s) * x0 + s * noise at timestep s * train_steps, which has no betas.
+        rescale_zero_snr: whether the betas are rescaled until no signal is left at the last timestep (Lin et al., 2023,
+            arXiv 2305.08891, algorithm 1).
+        shift: how far the steps of a flow are shifted to its noisy end, s' = shift * s / (1 + (shift - 1) * s) (Esser
+            et al., 2024, arXiv 2403.03206, equation 23); 1 is not at all.
+        sampler: how the folder of the model samples, or None where nothing says.
     """
 
     train_steps: int = 1000
@@ -39,6 +62,9 @@ class NoiseSchedule:
     beta_end: float = 2e-2
     beta_schedule: str = "linear"
     prediction: str = "epsilon"
+    rescale_zero_snr: bool = False
+    shift: float = 1.0
+    sampler: FolderSampler | None = None
 
     @property
     def is_flow(self) -> bool:

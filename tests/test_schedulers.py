@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 
 from qcgraph.errors import BundleError, UsageError
 from qcgraph.facts import decode, encode
-from qcgraph.schedulers import SCHEDULERS, check_compensable, make_scheduler, make_step_plan
-from qcgraph.spec import NoiseSchedule
+from qcgraph.schedulers import SCHEDULERS, check_compensable, check_name, make_scheduler, make_step_plan, resolve
+from qcgraph.spec import FolderSampler, NoiseSchedule
 from qcgraph.steps import Fingerprint, Step, StepPlan, Update
 
 
@@ -232,3 +233,92 @@ def test_only_updates_without_history_can_be_compensated() -> None:
     with pytest.raises(UsageError, match=r"does not fit dpmsolver\+\+: the update of step 1 also takes") as caught:
         check_compensable(make_step_plan("dpmsolver++", 10, 1.5, NoiseSchedule(), "model"))
     assert "--compensate off" in str(caught.value.hint)
+
+
+def test_a_thousand_steps_are_probed_in_one_walk() -> None:
+    """Each step of diffusers is called twice: once by the probe for all impulses, and once by the check."""
+    calls = 0
+
+    class Counting(diffusers.DDIMScheduler):  # type: ignore[misc]
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return super().step(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusers, "DDIMScheduler", Counting)
+        plan = make_step_plan("ddim", 1000, 1.5, NoiseSchedule(), "model")
+    assert len(plan) == 1000
+    assert calls == 2000
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "flow_prediction"])
+def test_only_what_works_is_offered(prediction: str) -> None:
+    schedule = NoiseSchedule(prediction=prediction)
+    with pytest.raises(UsageError) as caught:
+        make_step_plan("eular", 10, 1.5, schedule, "model")
+    offered = str(caught.value.hint).partition("known: ")[2].split(", ")
+    assert offered
+    for name in offered:
+        make_step_plan(name, 10, 1.5, schedule, "model")
+    with pytest.raises(UsageError, match="unknown scheduler 'eular'"):
+        check_name("eular")
+    for name in ("auto", "ddim", "euler"):
+        check_name(name)
+
+
+def test_what_auto_means() -> None:
+    assert resolve("auto", NoiseSchedule()) == "ddim"
+    assert resolve("auto", NoiseSchedule(prediction="flow_prediction")) == "flow-euler"
+    own = NoiseSchedule(sampler=FolderSampler("dpmsolver++"))
+    assert (resolve("auto", own), resolve("ddpm", own)) == ("dpmsolver++", "ddpm")
+    assert make_step_plan("auto", 5, 1.5, own, "model").fingerprint.scheduler == "dpmsolver++"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "settings", "steps", "reason"),
+    [
+        ("ddim", {"steps_offset": 1}, 1000, "one of them is at timestep 1000, and the model knows 0 to 999"),
+        ("ddim", {"no_such_setting": 1}, 10, "diffusers cannot make the scheduler ddim"),
+        (
+            "dpmsolver++",
+            {"use_karras_sigmas": True, "use_lu_lambdas": True, "use_beta_sigmas": True},
+            10,
+            "Only one of",
+        ),
+        ("dpmsolver++", {"algorithm_type": "dpmsolver"}, 10, "final_sigmas_type` zero is not supported"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_settings_of_a_folder_that_do_not_work(
+    scheduler: str, settings: dict[str, Any], steps: int, reason: str
+) -> None:
+    schedule = NoiseSchedule(sampler=FolderSampler(scheduler, tuple(settings.items())))
+    with pytest.raises(UsageError) as caught:
+        make_step_plan("auto", steps, 1.5, schedule, "model")
+    assert reason in caught.value.message
+    assert caught.value.hint
+
+
+def test_no_signal_is_left_for_a_prediction_of_noise() -> None:
+    """The update divides by the signal, which the rescaled betas leave none of at the last timestep."""
+    sampler = FolderSampler("ddim", (("timestep_spacing", "trailing"),))
+    schedule = NoiseSchedule(rescale_zero_snr=True, sampler=sampler)
+    with pytest.raises(UsageError, match="rescale_betas_zero_snr leaves no signal there"):
+        make_step_plan("ddim", 10, 1.5, schedule, "model")
+    make_step_plan("ddim", 10, 1.5, replace(schedule, prediction="v_prediction"), "model")
+    make_step_plan("ddim", 10, 1.5, replace(schedule, sampler=None), "model")  # which starts at timestep 900
+
+
+def test_an_update_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    betas = np.linspace(1e-4, 1.0, 1000)
+    monkeypatch.setitem(
+        SCHEDULERS, "blind", ("DDIMScheduler", {"trained_betas": betas, "timestep_spacing": "trailing"})
+    )
+    with pytest.raises(UsageError, match="at timestep 999 it is not finite"):
+        make_step_plan("blind", 10, 1.5, NoiseSchedule(), "model")
+
+
+def test_a_schedule_that_was_written_without_a_sampler_is_read() -> None:
+    data = {"train_steps": 10, "beta_start": 0.1, "beta_end": 0.2, "beta_schedule": "linear", "prediction": "epsilon"}
+    assert decode(NoiseSchedule, data) == NoiseSchedule(10, 0.1, 0.2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from qcgraph.errors import UsageError
+from qcgraph.models.diffusers_weights import check_prefix, find_weights
 from qcgraph.models.loaded import LoadedModel
-from qcgraph.spec import FLOW, ModelSpec, NoiseSchedule
+from qcgraph.models.scheduler_config import CONFIG_FILE as SCHEDULER_FILE
+from qcgraph.models.scheduler_config import read_schedule
+from qcgraph.models.transformer_config import CONFIG_FILE, TransformerConfig, read_transformer_config
+from qcgraph.spec import ModelSpec, NoiseSchedule
 
+_HINT = "is the download complete, and are config.json and weights of the same model?"
 INPUT_NAMES = ("hidden_states", "timestep", "class_labels")
 
 
@@ -44,93 +49,79 @@ def load_diffusers_folder(folder: Path) -> LoadedModel:
         The denoiser, in the float32 and evaluation mode that diffusers loads it in.
 
     Raises:
-        UsageError: the model is of another kind, or its configuration or weights are damaged.
+        UsageError: the model is of another kind or process, or its configuration or weights are damaged or do not fit
+            each other.
     """
-    is_pipeline = (folder / "transformer" / "config.json").is_file()
+    is_pipeline = (folder / "transformer" / CONFIG_FILE).is_file()
     model_folder = folder / "transformer" if is_pipeline else folder
-    config = _read_json(model_folder / "config.json")
-    _check_supported(config, model_folder)
-    transformer = _load_transformer(model_folder)
-    loaded = transformer.config  # with the defaults of whatever the file leaves out
-    schedule_file = folder / "scheduler" / "scheduler_config.json"
+    config, notes = read_transformer_config(model_folder)
+    schedule, said = read_schedule(folder) if is_pipeline else _no_schedule(folder)
+    transformer, found = _load_transformer(model_folder, config)
     spec = ModelSpec(
         name=folder.resolve().name,
-        latent_shape=(loaded.in_channels, loaded.sample_size, loaded.sample_size),
-        class_count=loaded.num_embeds_ada_norm,
-        null_class=loaded.num_embeds_ada_norm,  # diffusers, too, puts the null class in the row after the last
-        output_channels=loaded.out_channels or loaded.in_channels,
-        schedule=_read_schedule(schedule_file) if schedule_file.is_file() else NoiseSchedule(),
+        latent_shape=(config.in_channels, config.sample_size, config.sample_size),
+        class_count=config.num_embeds_ada_norm,
+        null_class=config.num_embeds_ada_norm,  # diffusers, too, puts the null class in the row after the last
+        output_channels=config.out_channels or config.in_channels,
+        schedule=schedule,
     )
-    return LoadedModel(DiffusersDenoiser(transformer), spec, INPUT_NAMES)
+    return LoadedModel(DiffusersDenoiser(transformer), spec, INPUT_NAMES, notes=(*notes, *said, *found))
 
 
-def _check_supported(config: dict[str, Any], folder: Path) -> None:
-    """Refuses models that are not conditioned on a class label through adaLN."""
-    kind = config.get("_class_name")
-    if kind == "DiTTransformer2DModel":
-        return
-    # The released DiT folders were saved under this older name, which diffusers still maps to the newer class.
-    if kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
-        return
-    if kind is None:
-        raise UsageError(
-            "config.json names no _class_name, so it is not a diffusers model",
-            where=str(folder),
-            hint="save the model with diffusers' save_pretrained",
-        )
-    raise UsageError(
-        f"{kind} is not supported: only class-conditional transformers are, and this one is conditioned differently",
-        where=str(folder),
-        hint="supported: DiTTransformer2DModel; for your own class-conditional model use package.module:factory",
-    )
+def _no_schedule(folder: Path) -> tuple[NoiseSchedule, tuple[str, ...]]:
+    """The original DiT's noise schedule, for the folder of a model alone, which states none."""
+    note = "a model folder states no noise schedule: it is taken to be that of the original DiT"
+    if (folder.resolve().parent / "scheduler" / SCHEDULER_FILE).is_file():
+        note += "; name the folder above it to have that of the pipeline"
+    return NoiseSchedule(), (note,)
 
 
-def _load_transformer(folder: Path) -> Any:
-    """Loads the weights, and refuses what diffusers would only warn of: parameters left at random."""
+def _load_transformer(folder: Path, config: TransformerConfig) -> tuple[Any, tuple[str, ...]]:
+    """Loads the weights, and refuses what diffusers would only warn of: names or shapes of another network."""
     from diffusers import DiTTransformer2DModel
 
+    files = find_weights(folder)
+    check_prefix(files, folder)
+    if config.num_layers > len(files.names):  # before as many blocks are built
+        raise UsageError(
+            f"num_layers = {config.num_layers}, and the weights are {len(files.names)} tensors in all",
+            where=str(folder / CONFIG_FILE),
+            hint=_HINT,
+        )
     try:
         transformer, report = DiTTransformer2DModel.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, torch_dtype=torch.float32
+            folder,
+            local_files_only=True,
+            output_loading_info=True,
+            torch_dtype=torch.float32,
+            use_safetensors=files.is_safetensors,
+            variant=files.variant,
         )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError) as error:
+        raise UsageError(f"diffusers cannot load the model: {error}", where=str(folder), hint=_HINT) from error
+    _check_loaded(report, folder)
+    note = f"the folder has the weights as variant {files.variant} only: they are converted to float32"
+    return transformer, (note,) if files.variant else ()
+
+
+def _check_loaded(report: Mapping[str, Any], folder: Path) -> None:
+    """Refuses a network whose parameters are not exactly those of the weight files."""
+    complaints = [
+        f"{len(names)} {what}, the first is {min(names)}"
+        for names, what in (
+            (report["missing_keys"], "parameters are not in the weight file"),
+            (report["unexpected_keys"], "tensors of the weight file are no parameters of it"),
+            (
+                [str(entry[0]) for entry in report["mismatched_keys"]],
+                "parameters have another shape in the weight file",
+            ),
+            ([str(entry) for entry in report["error_msgs"]], "messages of diffusers"),
+        )
+        if names
+    ]
+    if complaints:
         raise UsageError(
-            f"diffusers cannot load the model: {error}", where=str(folder), hint="is the download complete?"
-        ) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UsageError(
-            f"{len(missing)} parameters are not in the weight file, the first is {missing[0]}",
+            f"the weights are not those of the network that config.json describes: {'; '.join(complaints)}",
             where=str(folder),
-            hint="is the download complete?",
+            hint=_HINT,
         )
-    return transformer
-
-
-def _read_schedule(path: Path) -> NoiseSchedule:
-    """The training noise schedule that a scheduler configuration states."""
-    config = _read_json(path)
-    default = NoiseSchedule()
-    if config.get("trained_betas") is not None:
-        raise UsageError("trained_betas are not supported", where=str(path), hint="use a schedule that has a name")
-    if str(config.get("_class_name", "")).startswith("FlowMatch"):
-        if config.get("shift", 1.0) != 1.0 or config.get("use_dynamic_shifting"):
-            raise UsageError("flows with shifted timesteps are not supported", where=str(path), hint="shift must be 1")
-        return NoiseSchedule(config.get("num_train_timesteps", default.train_steps), prediction=FLOW)
-    return NoiseSchedule(
-        train_steps=config.get("num_train_timesteps", default.train_steps),
-        beta_start=config.get("beta_start", default.beta_start),
-        beta_end=config.get("beta_end", default.beta_end),
-        beta_schedule=config.get("beta_schedule", default.beta_schedule),
-        prediction=config.get("prediction_type", default.prediction),
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"not JSON: {error}", where=str(path), hint="is the download complete?") from error
-    if not isinstance(content, dict):
-        raise UsageError("not a configuration: expected a JSON object", where=str(path), hint="save it with diffusers")
-    return content

@@ -9,6 +9,9 @@ from qcgraph.spec import ModelSpec, NoiseSchedule
 TIMESTEP_FREQUENCIES = 256
 """Sinusoidal features of a timestep before its MLP; the original fixes it."""
 
+LARGEST_SIZE = 2**20
+"""No known model has a size near it; a damaged file may claim more, which would take for ever to build."""
+
 
 @dataclass(frozen=True)
 class DiTConfig:
@@ -26,7 +29,8 @@ class DiTConfig:
         mlp_ratio: hidden width of the MLP over ``width``.
 
     Raises:
-        ValueError: a size is not positive, or the sizes do not divide as the architecture needs.
+        ValueError: a size is not positive or is beyond `LARGEST_SIZE`, or the sizes do not divide as the
+            architecture needs.
     """
 
     input_size: int = 32
@@ -43,6 +47,8 @@ class DiTConfig:
         for field in fields(self):
             if field.name != "learn_sigma" and getattr(self, field.name) <= 0:
                 raise ValueError(f"{field.name} {getattr(self, field.name)} is not positive")
+            if getattr(self, field.name) > LARGEST_SIZE:
+                raise ValueError(f"{field.name} {getattr(self, field.name)} is more than {LARGEST_SIZE}")
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:

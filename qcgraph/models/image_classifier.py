@@ -118,7 +118,7 @@ def in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 def _real_images(path: Path, shape: tuple[int, int, int]) -> Tensor:
     try:
         images = load_file(path).get(REAL_IMAGES)
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"cannot read safetensors: {error}", where=str(path), hint="is the file complete?") from error
     if images is None or images.dtype != torch.uint8 or tuple(images.shape[1:]) != shape or not len(images):
         raise UsageError(f"it has no {REAL_IMAGES} u8[M,{','.join(map(str, shape))}]", where=str(path), hint=_HINT)

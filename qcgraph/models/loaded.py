@@ -25,9 +25,11 @@ class LoadedModel:
         judge: makes what samples are judged with (class accuracy, FID-small), or None where nothing can judge them. It
             is called on demand, because a judge may need data and libraries that compiling does not; a factory of
             your own may supply one for its model.
+        notes: what the user should know of how the model was read: settings that are not followed, prefixes taken off.
     """
 
     module: nn.Module
     spec: ModelSpec
     input_names: tuple[str, str, str]
     judge: Callable[[], Judge] | None = None
+    notes: tuple[str, ...] = ()

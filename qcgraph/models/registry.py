@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcgraph.errors import UsageError, closest
+from qcgraph.models.checks import check_spec, check_weights
+from qcgraph.models.factory import call_factory, check_parameters, try_forward, unwrapped
+from qcgraph.models.files import is_there
 from qcgraph.models.geometry import GEOMETRIES, DiTConfig
 from qcgraph.models.loaded import LoadedModel
 from qcgraph.models.trained_folder import is_trained_folder, load_trained_folder, read_card
-from qcgraph.spec import FLOW, NoiseSchedule
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from qcgraph.models.dit import DiT
 
 EMBEDDED = "digits"
-_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-_PREDICTIONS = ("epsilon", "v_prediction", FLOW)
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -75,12 +71,39 @@ def load_model(name: str, *, seed: int = 0) -> LoadedModel:
 
     Raises:
         UsageError: the name is unknown, or what it names cannot be read, does not fit, was trained on an unsupported
-            noise schedule, or holds NaN or infinity.
+            noise schedule, or holds NaN, infinity or what is not floating point; or a factory raises.
     """
     model = _load(name, seed)
-    _check_schedule(model.spec.schedule, name)
+    check_spec(model.spec, name)
+    check_weights(model.module, name)
     model.module.eval().requires_grad_(False).float()
-    _check_finite(model.module, name)
+    if _FACTORY.fullmatch(name):
+        try_forward(model, name)
+    return model
+
+
+def check_loaded(model: LoadedModel) -> LoadedModel:
+    """Check a model that was made in Python, and take it out of the wrappers that cannot be captured.
+
+    Args:
+        model: the model, which stays as it is.
+
+    Returns:
+        The model without wrappers.
+
+    Raises:
+        UsageError: it is not a model as `LoadedModel` describes it: its spec, its weights, its precision or its mode.
+    """
+    where = getattr(model.spec, "name", None) or "the model"
+    model = unwrapped(model, where)
+    check_spec(model.spec, where)
+    check_parameters(model, where)
+    check_weights(model.module, where)
+    if model.module.training:
+        raise UsageError("the model is in training mode", where=where, hint="call model.eval() first")
+    kinds = sorted({str(value.dtype).removeprefix("torch.") for value in model.module.parameters()} - {"float32"})
+    if kinds:
+        raise UsageError(f"the model computes in {kinds[0]}", where=where, hint="call model.float() first")
     return model
 
 
@@ -91,16 +114,16 @@ def _load(name: str, seed: int) -> LoadedModel:
     geometry, separator, source = name.partition(":")
     if geometry in GEOMETRIES:
         return _load_geometry(geometry, source, seed)
-    if name and Path(name).is_dir():  # an empty path would be the current folder
+    if name and is_there(Path(name), Path.is_dir):  # an empty path would be the current folder
         return _load_folder(Path(name))
-    if Path(name).is_file():
+    if is_there(Path(name)):
         raise UsageError(
             "a checkpoint file alone does not say which geometry it has",
             where=name,
             hint=f"put the geometry in front, for example dit-xl-2:{name}",
         )
     if _FACTORY.fullmatch(name):
-        return _call_factory(name)
+        return _from_factory(name)
     if separator and geometry.startswith("dit-"):
         raise UsageError(f"unknown geometry {geometry!r}", where=name, hint=closest(geometry, GEOMETRIES))
     raise UsageError(
@@ -133,8 +156,9 @@ def _load_geometry(geometry: str, source: str, seed: int) -> LoadedModel:
             "a geometry needs weights", where=geometry, hint=f"use {geometry}:FILE.pt, or {geometry}:random to try it"
         )
     config = GEOMETRIES[geometry]
-    module = _random_dit(config, seed) if source == "random" else load_dit(config, Path(source))
-    return LoadedModel(module, config.model_spec(geometry), INPUT_NAMES)
+    notes: list[str] = []
+    module = _random_dit(config, seed) if source == "random" else load_dit(config, Path(source), note=notes.append)
+    return LoadedModel(module, config.model_spec(geometry), INPUT_NAMES, notes=tuple(notes))
 
 
 def _random_dit(config: DiTConfig, seed: int) -> DiT:
@@ -151,51 +175,11 @@ def _random_dit(config: DiTConfig, seed: int) -> DiT:
     return model
 
 
-def _call_factory(name: str) -> LoadedModel:
-    """Imports ``package.module`` and calls its ``factory``."""
-    module_name, _, factory_name = name.partition(":")
-    expected = "a factory takes no arguments and returns a qcgraph.models.LoadedModel"
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError) as error:
-        raise UsageError(
-            f"cannot import {module_name}: {error}",
-            where=name,
-            hint="install the package, or put its folder on PYTHONPATH; `qcgraph models` lists the built-in names",
-        ) from error
-    factory = getattr(module, factory_name, None)
-    if not callable(factory):
-        raise UsageError(f"{module_name} has no function {factory_name!r}", where=name, hint=expected)
-    model = factory()
-    if not isinstance(model, LoadedModel):
-        raise UsageError(f"the factory returned {type(model).__name__}", where=name, hint=expected)
-    parameters = inspect.signature(model.module.forward).parameters
-    absent = [parameter for parameter in model.input_names if parameter not in parameters]
-    if absent:
-        raise UsageError(
-            f"the module's forward has no parameter {absent[0]!r}; it has {', '.join(parameters)}",
-            where=name,
-            hint="input_names are the forward parameters for latent, timestep and class label, in this order",
-        )
-    return model
-
-
-def _check_schedule(schedule: NoiseSchedule, name: str) -> None:
-    """Refuses noise schedules that the schedulers do not know."""
-    for field, value, known in (
-        ("beta_schedule", schedule.beta_schedule, _BETA_SCHEDULES),
-        ("prediction", schedule.prediction, _PREDICTIONS),
-    ):
-        if value not in known:
-            raise UsageError(f"{field} {value!r} is not supported", where=name, hint=f"known: {', '.join(known)}")
-
-
-def _check_finite(module: nn.Module, name: str) -> None:
-    """Refuses weights that would turn every output into NaN."""
-    for path, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UsageError(
-                f"parameter {path} is not finite: it holds NaN or infinity",
-                where=name,
-                hint="the training diverged or the file is damaged; use an earlier checkpoint",
-            )
+def _from_factory(name: str) -> LoadedModel:
+    """What a factory makes, without wrappers; a module in half precision is noted."""
+    model = unwrapped(call_factory(name), name)
+    check_spec(model.spec, name)
+    check_parameters(model, name)
+    kinds = sorted({str(value.dtype).removeprefix("torch.") for value in model.module.parameters()} - {"float32"})
+    note = f"the weights are converted from {' and '.join(kinds)} to float32"
+    return replace(model, notes=(*model.notes, note)) if kinds else model

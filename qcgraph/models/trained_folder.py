@@ -62,6 +62,8 @@ def read_card(folder: Path = DIGITS_FOLDER) -> Card:
     path = _file(folder, CARD_FILE)
     try:
         return Card.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", where=str(path), hint=_HINT) from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -83,9 +85,12 @@ def load_trained_folder(folder: Path = DIGITS_FOLDER) -> LoadedModel:
 
     card = read_card(folder)
     weights = WEIGHTS_FILE if card.data == "digits" else IMAGES_WEIGHTS_FILE
-    module = load_dit(card.config, _file(folder, weights), hint=_HINT)
+    notes: list[str] = []
+    module = load_dit(card.config, _file(folder, weights), hint=_HINT, note=notes.append)
     spec = card.config.model_spec(card.name, schedule=card.schedule, is_image=True)
-    return LoadedModel(module, spec, INPUT_NAMES, judge=partial(_load_judge, folder.resolve(), card))
+    return LoadedModel(
+        module, spec, INPUT_NAMES, judge=partial(_load_judge, folder.resolve(), card), notes=tuple(notes)
+    )
 
 
 def _load_judge(folder: Path, card: Card) -> Judge:

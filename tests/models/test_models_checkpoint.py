@@ -1,8 +1,11 @@
 """Checkpoints of the original load unchanged, and no code that a file carries is run."""
 
 import argparse
+import json
 import os
 import pickle
+import random
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from qcgraph.errors import UsageError
-from qcgraph.models.checkpoint import load_dit, read_weights
+from qcgraph.models.checkpoint import load_dit, read_names, read_weights
 from qcgraph.models.dit import DiT, initialize_random
 from qcgraph.models.geometry import DiTConfig
 
@@ -131,3 +134,116 @@ def test_wrong_shapes_are_named(weights: dict[str, torch.Tensor], tmp_path: Path
     with pytest.raises(UsageError, match=r"pos_embed is \[1, 64, 32\], expected \[1, 16, 32\]") as refusal:
         load_dit(SMALL, path)
     assert refusal.value.hint
+
+
+@pytest.mark.parametrize(
+    ("convert", "reason"),
+    [
+        (lambda tensor: tensor.to(torch.int8), "int8, and not floating point"),
+        (lambda tensor: tensor > 0, "bool, and not floating point"),
+        (lambda tensor: tensor.to(torch.complex64), "complex64, and not floating point"),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), "float8_e4m3fn, and not floating point"),
+        (lambda tensor: tensor.to_sparse(), "sparse (sparse_coo)"),
+        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "quantized (qint8)"),
+        (lambda tensor: torch.nested.nested_tensor([tensor, tensor[1:]]), "nested"),
+        (lambda tensor: tensor.to("meta"), "without values"),
+    ],
+    ids=["int8", "bool", "complex", "float8", "sparse", "quantized", "nested", "meta"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_only_dense_floating_point_is_read(
+    convert: Callable[[torch.Tensor], torch.Tensor], reason: str, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    name, path = "blocks.1.mlp.fc1.bias", tmp_path / "dit.pt"
+    torch.save(weights | {name: convert(weights[name])}, path)
+    with pytest.raises(UsageError) as refusal:
+        load_dit(SMALL, path)
+    assert f"{name} is {reason}" in refusal.value.message
+    assert refusal.value.hint
+
+
+def test_integers_in_safetensors(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "dit.safetensors"
+    save_file(weights | {"blocks.1.mlp.fc1.bias": torch.ones(128, dtype=torch.int8)}, path)
+    with pytest.raises(UsageError, match=r"blocks\.1\.mlp\.fc1\.bias is int8, and not floating point"):
+        load_dit(SMALL, path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers_are_taken_off(prefix: str, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    path, notes = tmp_path / "dit.pt", []
+    torch.save({"model": {f"{prefix}{name}": tensor for name, tensor in weights.items()}}, path)
+    loaded = load_dit(SMALL, path, note=notes.append).state_dict()
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+    assert [prefix in note for note in notes] == [True]
+
+
+@pytest.mark.parametrize(("prefix", "count"), [("net.", 32), ("module.", 31)])
+def test_other_prefixes_are_named(prefix: str, count: int, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    path, names = tmp_path / "dit.pt", list(weights)
+    first = names[0] if count < len(names) else None
+    torch.save({name if name == first else f"{prefix}{name}": tensor for name, tensor in weights.items()}, path)
+    with pytest.raises(UsageError, match="the parameters are not those") as refusal:
+        load_dit(SMALL, path)
+    assert f"{count} of 32 names begin with '{prefix}'" in str(refusal.value.hint)
+
+
+@pytest.mark.parametrize("content", [{1: torch.zeros(1)}, {"a": torch.zeros(1), (1, 2): torch.zeros(1)}])
+def test_names_are_texts(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "dit.pt")
+    with pytest.raises(UsageError, match="is not the name of a parameter"):
+        load_dit(SMALL, tmp_path / "dit.pt")
+
+
+def test_which_of_two_is_read_is_noted(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    notes: list[str] = []
+    torch.save({"ema": weights, "model": weights}, tmp_path / "dit.pt")
+    load_dit(SMALL, tmp_path / "dit.pt", note=notes.append)
+    assert notes == ["dit.pt: the weights are those under 'ema', not those under 'model'"]
+
+
+@pytest.mark.parametrize("is_legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_bytes_are_refused_in_words(is_legacy: bool, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    path, generator = tmp_path / "dit.pt", random.Random(5)
+    torch.save(weights, path, _use_new_zipfile_serialization=not is_legacy)
+    whole, hints = path.read_bytes(), []
+    for _ in range(120):
+        damaged = bytearray(whole)
+        for _ in range(generator.choice((1, 3, 20))):
+            damaged[generator.randrange(4000)] = generator.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            load_dit(SMALL, path)
+        except UsageError as error:
+            hints.append(error.hint)
+    assert len(hints) > 20
+    assert all(hints)
+
+
+def test_a_file_that_would_expand(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    path, bomb = tmp_path / "dit.pt", tmp_path / "bomb.pt"
+    torch.save(weights, path)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, bytes(10**6) if entry.filename.endswith("/0") else source.read(entry))
+    with pytest.raises(UsageError, match="it would expand to"):
+        read_weights(bomb)
+
+
+def test_headers_that_lie(tmp_path: Path) -> None:
+    path, part = tmp_path / "dit.safetensors", {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    for header in (b"[1]", json.dumps({"a": part, "b": part}).encode(), b'{"a": {"dtype": "F32", "shape": [-1]}}'):
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+        for read in (read_weights, read_names):
+            with pytest.raises(UsageError, match="cannot read safetensors"):
+                read(path)
+    path.write_bytes((1 << 62).to_bytes(8, "little"))
+    with pytest.raises(UsageError, match="cannot read safetensors"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("name", ["", "a" * 5000, "a\0b"])
+def test_what_is_no_file(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no such checkpoint file|is a folder"):
+        read_weights(tmp_path / name)

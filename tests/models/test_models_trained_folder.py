@@ -232,3 +232,33 @@ def test_damaged_classifier_is_refused_when_something_is_judged(
         judge()
     assert complaint in refusal.value.message
     assert refusal.value.hint
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        (("schedule", "beta_start"), None, "schedule.beta_start"),
+        (("schedule", "beta_start"), -1.0, "schedule.beta_start = -1.0"),
+        (("schedule", "train_steps"), "1000", "schedule.train_steps"),
+        (("schedule", "train_steps"), 0, "schedule.train_steps = 0"),
+        (("schedule", "zero_snr"), True, "schedule.zero_snr"),
+        (("config", "depht"), 1, "config.depht"),
+        (("config", "depth"), 1000, "a network of 1000 blocks has more than the"),
+        (("config", "width"), 10**12, "is more than 1048576"),
+    ],
+)
+def test_values_of_the_card_are_typed(path: tuple[str, ...], value: object, complaint: str, small: Path) -> None:
+    edit_card(small, *path, value=value)
+    assert complaint in refusal_of(small).message
+
+
+def test_integers_as_weights(small: Path) -> None:
+    weights = load_file(small / WEIGHTS_FILE)
+    save_file({name: tensor.to(torch.int8) for name, tensor in weights.items()}, small / WEIGHTS_FILE)
+    assert "is int8, and not floating point" in refusal_of(small).message
+
+
+def test_prefixes_of_wrappers_are_noted(small: Path) -> None:
+    weights = load_file(small / WEIGHTS_FILE)
+    save_file({f"module.{name}": tensor for name, tensor in weights.items()}, small / WEIGHTS_FILE)
+    assert "'module.'" in load_model(str(small)).notes[0]

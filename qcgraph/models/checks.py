@@ -1,0 +1,144 @@
+"""Checks of a loaded model that hold whatever it was loaded from: its spec, its noise schedule, its weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qcgraph.errors import UsageError
+from qcgraph.spec import FLOW, ModelSpec, NoiseSchedule
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+_PREDICTIONS = ("epsilon", "v_prediction", FLOW)
+
+_Size = Annotated[int, Field(ge=1, le=2**20)]
+_Beta = Annotated[float, Field(gt=0, lt=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+
+
+class _Sampler(_Strict):
+    scheduler: Annotated[str, Field(min_length=1)]
+    settings: tuple[tuple[str, bool | int | float | str | None], ...]
+
+
+class _Schedule(_Strict):
+    """The values that a `NoiseSchedule` may have."""
+
+    train_steps: Annotated[int, Field(ge=1, le=100_000)]
+    beta_start: _Beta
+    beta_end: _Beta
+    beta_schedule: str
+    prediction: str
+    rescale_zero_snr: bool
+    shift: Annotated[float, Field(gt=0)]
+    sampler: _Sampler | None
+
+
+class _Spec(_Strict):
+    """The values that a `ModelSpec` may have."""
+
+    name: Annotated[str, Field(min_length=1)]
+    latent_shape: tuple[_Size, _Size, _Size]
+    class_count: _Size
+    null_class: Annotated[int, Field(ge=0)]
+    output_channels: _Size
+    schedule: _Schedule
+    is_image: bool
+
+
+def check_spec(spec: ModelSpec, where: str) -> None:
+    """Refuse a spec with values that no model has.
+
+    Args:
+        spec: the spec, which may come from a factory.
+        where: what errors call the model.
+
+    Raises:
+        UsageError: names the first wrong value.
+    """
+    if not isinstance(spec, ModelSpec) or not isinstance(spec.schedule, NoiseSchedule):
+        raise UsageError(
+            f"the spec is a {type(spec).__name__} with the schedule {getattr(spec, 'schedule', None)!r}",
+            where=where,
+            hint="give qcgraph.spec.ModelSpec, and in it a qcgraph.spec.NoiseSchedule",
+        )
+    _check_schedule(spec.schedule, where)
+    try:
+        _Spec.model_validate(asdict(spec))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UsageError(
+            f"{place} = {first['input']!r} of its spec does not fit: {first['msg']}",
+            where=where,
+            hint="see qcgraph.spec.ModelSpec",
+        ) from None
+    if spec.output_channels < spec.latent_shape[0]:
+        raise UsageError(
+            f"output_channels {spec.output_channels} are fewer than the {spec.latent_shape[0]} of the latent",
+            where=where,
+            hint="the first output channels are the prediction, one for each channel of the latent",
+        )
+
+
+def _check_schedule(schedule: NoiseSchedule, where: str) -> None:
+    """Refuse noise schedules that the schedulers do not know."""
+    for field, value, known in (
+        ("beta_schedule", schedule.beta_schedule, _BETA_SCHEDULES),
+        ("prediction", schedule.prediction, _PREDICTIONS),
+    ):
+        if value not in known:
+            raise UsageError(f"{field} {value!r} is not supported", where=where, hint=f"known: {', '.join(known)}")
+
+
+def check_weights(module: nn.Module, where: str) -> None:
+    """Refuse weights that are not dense floating point, or that would turn every output into NaN.
+
+    Buffers may also be whole numbers and truth values, which index and mask.
+
+    Raises:
+        UsageError: names the first such tensor.
+    """
+    import torch
+
+    from qcgraph.models.checkpoint import unusual
+
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    for path, tensor in module.state_dict().items():
+        if path.endswith("_extra_state"):
+            continue
+        is_index = path not in parameters and _is_index(tensor)
+        if not isinstance(tensor, torch.Tensor):
+            raise UsageError(
+                f"the module holds {path}, a {type(tensor).__name__}: its layers are packed, as quantized ones are",
+                where=where,
+                hint="give the model in floating point: qcgraph quantizes it itself",
+            )
+        if not is_index and (reason := unusual(tensor)):
+            raise UsageError(
+                f"parameter {path} is {reason}",
+                where=where,
+                hint="give the model in floating point: qcgraph quantizes it itself",
+            )
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UsageError(
+                f"parameter {path} is not finite: it holds NaN or infinity",
+                where=where,
+                hint="the training diverged or the file is damaged; use an earlier checkpoint",
+            )
+
+
+def _is_index(tensor: object) -> bool:
+    """Whether a buffer is dense whole numbers or truth values."""
+    import torch
+
+    whole = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    return isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.dtype in whole

@@ -1,0 +1,172 @@
+"""Calls a factory of the user's and unwraps what it returns; what the factory raises is told apart from our errors."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from qcgraph.errors import QcgraphError, UsageError
+from qcgraph.models.loaded import LoadedModel
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_EXPECTED = "a factory takes no arguments and returns a qcgraph.models.LoadedModel"
+
+
+def call_factory(name: str) -> LoadedModel:
+    """Import ``package.module`` and call its ``factory``.
+
+    Args:
+        name: ``package.module:factory``.
+
+    Raises:
+        UsageError: the module or the factory is not there or raises, or the factory returns something else.
+    """
+    module_name, _, factory_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, SyntaxError) as error:
+        raise UsageError(
+            f"cannot import {module_name}: {error}",
+            where=name,
+            hint="install the package, or put its folder on PYTHONPATH; `qcgraph models` lists the built-in names",
+        ) from error
+    except (Exception, SystemExit) as error:  # whatever code of the user's raises
+        raise _raised(f"importing {module_name}", error, name, None) from error
+    factory = getattr(module, factory_name, None)
+    if not callable(factory):
+        raise UsageError(f"{module_name} has no function {factory_name!r}", where=name, hint=_EXPECTED)
+    try:
+        model = factory()
+    except QcgraphError:
+        raise  # the factory used qcgraph, which says itself what is wrong
+    except (Exception, SystemExit) as error:  # whatever code of the user's raises
+        raise _raised(f"your factory {factory_name}()", error, name, module) from error
+    if not isinstance(model, LoadedModel):
+        raise UsageError(f"the factory returned {type(model).__name__}", where=name, hint=_EXPECTED)
+    return model
+
+
+def unwrapped(model: LoadedModel, where: str) -> LoadedModel:
+    """Return the model without what torch.compile or data parallelism wrapped around it, which cannot be captured.
+
+    Args:
+        model: the model.
+        where: what an error calls it.
+
+    Raises:
+        UsageError: its module is none.
+    """
+    import torch
+
+    if not isinstance(model.module, torch.nn.Module):
+        raise UsageError(f"the module is a {type(model.module).__name__}", where=where, hint="give a torch.nn.Module")
+    module: nn.Module = model.module
+    notes = []
+    while True:
+        inner = None
+        if isinstance(module, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+            inner = module.module
+        elif isinstance(module, torch._dynamo.OptimizedModule):
+            inner = module._orig_mod
+        if inner is None:
+            return replace(model, module=module, notes=(*model.notes, *notes)) if notes else model
+        notes.append(f"the model is taken out of its wrapper {type(module).__name__}")
+        module = inner
+
+
+def check_parameters(model: LoadedModel, where: str) -> None:
+    """Refuse a module whose ``forward`` does not have the parameters that the model names.
+
+    Raises:
+        UsageError: names the first one.
+    """
+    if not isinstance(model.input_names, (tuple, list)) or len(model.input_names) != 3:
+        raise UsageError(
+            f"input_names are {model.input_names!r}, not three names",
+            where=where,
+            hint="input_names are the forward parameters for latent, timestep and class label, in this order",
+        )
+    parameters = inspect.signature(model.module.forward).parameters
+    absent = [name for name in model.input_names if name not in parameters]
+    if absent:
+        raise UsageError(
+            f"the module's forward has no parameter {absent[0]!r}; it has {', '.join(parameters)}",
+            where=where,
+            hint="input_names are the forward parameters for latent, timestep and class label, in this order",
+        )
+
+
+def try_forward(model: LoadedModel, where: str, *, is_guided: bool = False) -> None:
+    """Call a model once with what its spec says, so that what it cannot take is said in its own words.
+
+    Args:
+        model: the model.
+        where: what an error calls it.
+        is_guided: whether it also has to take the null class.
+
+    Raises:
+        UsageError: the module raises, or returns something else than one tensor [B, C_out, H, W].
+    """
+    import torch
+
+    spec = model.spec
+    shape = (2, *spec.latent_shape)
+    labels = [0, spec.null_class if is_guided else 0]
+    inputs = (torch.zeros(shape), torch.ones(2), torch.tensor(labels))
+    try:
+        with torch.inference_mode():
+            output: Any = model.module(**dict(zip(model.input_names, inputs, strict=True)))
+    except QcgraphError:
+        raise
+    except Exception as error:  # whatever code of the user's raises
+        if is_guided and isinstance(error, IndexError):
+            raise UsageError(
+                f"the module has no row for the null class {spec.null_class}, which guidance needs: {_said(error)}",
+                where=where,
+                hint="sample with --guidance 1, or give the embedding of classes one row more than there are classes",
+            ) from error
+        raise UsageError(
+            f"the module fails on latents {list(shape)}, the shape in its spec: {_said(error)}{_at(error, None)}",
+            where=where,
+            hint="is latent_shape (channels, height, width) of one latent, and does forward take float32?",
+        ) from error
+    expected = (2, spec.output_channels, *spec.latent_shape[1:])
+    found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    if found != expected:
+        raise UsageError(
+            f"the module returns {found}, and its spec says {expected}",
+            where=where,
+            hint="forward returns one tensor [B, output_channels, height, width]",
+        )
+
+
+def _raised(what: str, error: BaseException, name: str, module: ModuleType | None) -> UsageError:
+    return UsageError(
+        f"{what} raised {_said(error)}{_at(error, module)}",
+        where=name,
+        hint="this is raised by your code, not by qcgraph; call the factory from Python to see the whole traceback",
+    )
+
+
+def _said(error: BaseException) -> str:
+    """The type of an error and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _at(error: BaseException, module: ModuleType | None) -> str:
+    """Where an error was raised: in the file of the module, or else at the innermost place."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = Path(__file__).name
+    file = getattr(module, "__file__", None)
+    places = [frame for frame in frames if frame.filename == file] or [
+        frame for frame in frames if Path(frame.filename).name != ours and not frame.filename.startswith("<")
+    ]
+    return f" ({places[-1].filename}:{places[-1].lineno})" if places else ""
