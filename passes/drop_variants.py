@@ -40,5 +40,5 @@ class DropVariants(Pass):
         plan = replace(cache, values=tuple(value for value in cache.values if value.name in taken), modes=modes)
         steps = program.facts[StepPlan]
         steps = replace(steps, paired=tuple(name for name in steps.paired if name in used))
-        constants = used_constants(variants.values(), program.constants)
+        constants = used_constants(variants.values(), program.constants, program.facts)
         return replace(program.with_facts(plan, steps), variants=variants, constants=constants)

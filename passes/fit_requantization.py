@@ -49,7 +49,7 @@ class FitRequantization(Pass):
         for batch in context.progress.track(batches, "requantization"):
             for site, value in entering(program, batch, set(chosen)):
                 quant, weight = chosen[site.name], weights[site.name]
-                codes, scale = weight_codes(program.constants, weight, quant.weight)
+                codes, scale = weight_codes(program, site.name, weight)
                 rounded = rounded_activation(value, batch.groups, quant.activation)
                 exact = value @ program.constants[weight].t()
                 found[site.name].add(exact, rounded @ (codes.float() * scale[:, None]).t())

@@ -59,7 +59,7 @@ class HoistAdaln(Pass):
             preparing[name] = self._prepare(variant, program, cut)
             variants[name] = self._hoisted(variant, program, cut, preparing[name])
         variants |= {preparation(name): variant for name, variant in preparing.items()}
-        constants = used_constants(variants.values(), program.constants)
+        constants = used_constants(variants.values(), program.constants, program.facts)
         facts = program.facts.with_(replace(plan, prepared=tuple(preparing)))
         return Program(variants, constants, facts, program.history)
 

@@ -57,7 +57,7 @@ class InsertCache(Pass):
             else:
                 variants[mode] = self._reuse(main, program, blocks, reused)
         steps = replace(program.facts[StepPlan].with_variants(plan.draft), paired=tuple(paired))
-        constants = used_constants(variants.values(), program.constants)
+        constants = used_constants(variants.values(), program.constants, program.facts)
         return Program(variants, constants, program.facts.with_(steps), program.history)
 
     def _full(self, main: Variant, program: Program, blocks: Sequence[Block], values: Sequence[CachedValue]) -> Variant:

@@ -8,12 +8,14 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from qcgraph.facts import ActivationQuant, CalibrationSet, QuantPlan, Requantization, SiteCorrection
+from qcgraph.errors import ContractError
+from qcgraph.facts import ActivationQuant, CalibrationSet, QuantPlan, Requantization, RoundedWeights, SiteCorrection
 from qcgraph.ir.edit import GraphEditor, with_edits
+from qcgraph.ir.graph import Variant
 from qcgraph.ir.program import Program
-from qcgraph.ir.quantize import weight_codes
+from qcgraph.ir.quantize import names_of_codes, weight_codes
 from qcgraph.ir.quantizers import quantize_pair
-from qcgraph.ir.structure import Site, find_sites
+from qcgraph.ir.structure import Site, find_sites, weight_names
 from qcgraph.pipeline import Pass, PassContext
 
 ops = torch.ops.qcgraph
@@ -35,44 +37,64 @@ class InsertQDQ(Pass):
     def run(self, program: Program, context: PassContext) -> Program:
         plan = program.facts[QuantPlan]
         edits: dict[str, GraphEditor] = {}
-        weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # quantized once, shared by the variants
-        for name, variant in program.variants.items():
-            sites = [site for site in find_sites(variant) if site.name in plan.sites]
+        planned = {name: _planned(variant, plan) for name, variant in program.variants.items()}
+        weights: dict[str, str] = {}
+        for name, sites in planned.items():
+            weights |= weight_names(program.variants[name], sites)
+        called = names_of_codes(weights)
+        quantized: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # once for each site, shared by the variants
+        for name, sites in planned.items():
             if not sites:
                 continue
-            editor = edits[name] = GraphEditor(variant, program.constants, self.name)
+            editor = edits[name] = GraphEditor(program.variants[name], program.constants, self.name)
             pairs: dict[tuple[fx.Node, ActivationQuant], fx.Node] = {}
             for site in sites:
-                self._quantize_site(editor, site, plan, pairs, weights, program)
-        quantized = with_edits(program, edits)
-        return replace(quantized, facts=quantized.facts.without(CalibrationSet))  # has served
+                self._quantize_site(editor, site, called[site.name], pairs, quantized, program)
+        served = program.facts.without(CalibrationSet).without(RoundedWeights)
+        return with_edits(replace(program, facts=served), edits)
 
     def _quantize_site(
         self,
         editor: GraphEditor,
         site: Site,
-        plan: QuantPlan,
+        called: str,
         pairs: dict[tuple[fx.Node, ActivationQuant], fx.Node],
-        weights: dict[str, tuple[torch.Tensor, torch.Tensor]],
+        quantized: dict[str, tuple[torch.Tensor, torch.Tensor]],
         program: Program,
     ) -> None:
         linear = editor.node(site.node)
         activation, weight = linear.args[0], linear.args[1]
         assert isinstance(activation, fx.Node) and isinstance(weight, fx.Node)
-        quant = plan.sites[site.name]
+        quant = program.facts[QuantPlan].sites[site.name]
         corrections = program.facts.get(Requantization)
         correction = corrections.sites.get(site.name) if corrections else None
         with editor.before(linear):
             key = (activation, quant.activation)
             if key not in pairs:
                 pairs[key] = quantize_pair(editor, activation, quant.activation, f"{site.name}.input", linear)
-            name = str(weight.target)
-            if name not in weights:
-                codes, scale = weight_codes(program.constants, name, quant.weight)
-                weights[name] = codes, scale * torch.tensor(correction.gains) if correction else scale
-            dequantized = _weight(editor, name, weights[name], linear)
+            if site.name not in quantized:
+                codes, scale = weight_codes(program, site.name, str(weight.target))
+                quantized[site.name] = codes, scale * torch.tensor(correction.gains) if correction else scale
+            dequantized = _weight(editor, called, quantized[site.name], linear)
             bias = _corrected_bias(editor, linear, site.name, correction, program) if correction else linear.args[2:]
         linear.args = (pairs[key], dequantized, *bias)
+
+
+def _planned(variant: Variant, plan: QuantPlan) -> list[Site]:
+    """The sites of a variant that are to be quantized.
+
+    Raises:
+        ContractError: one of them cannot be.
+    """
+    sites = [site for site in find_sites(variant) if site.name in plan.sites]
+    for site in sites:
+        if site.refusal:
+            raise ContractError(
+                f"is planned to be quantized and cannot be: {site.refusal}",
+                where=site.name,
+                hint="run plan-quant on the program as it is, and insert-qdq once",
+            )
+    return sites
 
 
 def _weight(editor: GraphEditor, name: str, quantized: tuple[torch.Tensor, torch.Tensor], linear: fx.Node) -> fx.Node:

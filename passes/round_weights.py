@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar, Literal
@@ -10,9 +10,10 @@ from typing import ClassVar, Literal
 import torch
 
 from qcgraph.calibration_set import Rows, computing_variant, entering, rows_together
-from qcgraph.facts import CalibrationSet, QuantPlan
-from qcgraph.ir.program import Program
-from qcgraph.ir.quantize import rounded_activation, rounded_names
+from qcgraph.errors import ContractError
+from qcgraph.facts import FLOAT8, CalibrationSet, QuantPlan, RoundedWeight, RoundedWeights, SiteQuant
+from qcgraph.ir.program import Program, tensor_digest, used_constants
+from qcgraph.ir.quantize import names_of_codes, rounded_activation
 from qcgraph.ir.rounding import nearest, round_with_feedback, search_scales
 from qcgraph.ir.structure import Site, find_sites, weight_names
 from qcgraph.memory import release_memory
@@ -28,8 +29,9 @@ class RoundWeights(Pass):
     Over the calibration set, whose activations are quantized as planned, H = E[x x^T] of each layer's input is
     observed. ``search`` finds the scale of each output channel by d H d^T, d its rounding error (the weight half of
     TQ-DiT's Hessian-guided search), and rounds to nearest; ``feedback`` rounds column after column, so that later
-    columns make up for the errors of earlier ones (GPTQ, arXiv 2210.17323). Codes and scales become constants, which
-    insert-qdq takes; without this pass it takes the nearest codes of scales that cover the largest weight.
+    columns make up for the errors of earlier ones (GPTQ, arXiv 2210.17323). Codes and scales become constants that
+    the fact RoundedWeights holds until insert-qdq takes them; without this pass it takes the nearest codes of scales
+    that cover the largest weight.
 
     Attributes:
         method: ``feedback`` or ``search``.
@@ -37,6 +39,7 @@ class RoundWeights(Pass):
 
     name: ClassVar[str] = "round-weights"
     requires: ClassVar[tuple[type, ...]] = (CalibrationSet, QuantPlan)
+    provides: ClassVar[tuple[type, ...]] = (RoundedWeights,)
 
     method: Literal["feedback", "search"] = "feedback"
 
@@ -44,28 +47,50 @@ class RoundWeights(Pass):
         plan = program.facts[QuantPlan].sites
         variant = program.variants[computing_variant(program)]
         sites = [site for site in find_sites(variant) if site.name in plan]
+        _check_integers(plan)
         weights = weight_names(variant, sites)
+        names = names_of_codes(weights)
+        rounded: dict[str, RoundedWeight | None] = {}
         rows = Rows.of(program)
         rows = rows.spread(min(rows_together(sites), max(2, TOKENS // _tokens(sites))))
         context.progress.note(f"  round-weights: {len(rows)} rows, {len(sites)} sites")
-        constants = dict(program.constants)
+        # Without the codes that an earlier run of this pass chose.
+        earlier = program.facts.without(RoundedWeights)
+        constants = used_constants(program.variants.values(), program.constants, earlier)
         for site, value in entering(program, rows, set(plan)):
-            weight = weights[site.name]
-            codes_name, scale_name = rounded_names(weight)
-            high = plan[site.name].weight.high
+            weight, quant = constants[weights[site.name]], plan[site.name].weight
             moment = _second_moment(rounded_activation(value, rows.groups, plan[site.name].activation))
             if not (_is_finite(value) and _is_finite(moment)):
                 context.refuse(site.name, "rounded to nearest: its activation is not finite on the calibration set")
+                rounded[site.name] = None
                 continue
-            scale = search_scales(constants[weight], moment, high)
+            scale = search_scales(weight, moment, quant.high)
             release_memory()  # that scales and activations took, before feedback takes matrices as large as H
             if self.method == "feedback":
-                codes = round_with_feedback(constants[weight], moment, scale, high)
+                codes = round_with_feedback(weight, moment, scale, quant.high)
             else:
-                codes = nearest(constants[weight], scale, high).to(torch.int8)
-            constants[codes_name], constants[scale_name] = codes, scale
+                codes = nearest(weight, scale, quant.high).to(torch.int8)
+            name = f"{names[site.name]}_rounded"
+            chosen = RoundedWeight(name, f"{name}_scale", tensor_digest(weight), quant)
+            constants[chosen.codes], constants[chosen.scale] = codes, scale
+            rounded[site.name] = chosen
             release_memory()  # that those took, before the next layer runs
-        return replace(program, constants=constants)
+        return replace(program, constants=constants).with_facts(RoundedWeights(self.method, rounded))
+
+
+def _check_integers(plan: Mapping[str, SiteQuant]) -> None:
+    """Refuse weights that are planned to be floating point, whose codes this pass could not hold.
+
+    Raises:
+        ContractError: names the first one.
+    """
+    floating = [site for site, quant in plan.items() if quant.weight.dtype == FLOAT8]
+    if floating:
+        raise ContractError(
+            "its weight is planned to be fp8, and this pass chooses integers",
+            where=floating[0],
+            hint="leave round-weights out, or plan integers: plan-quant{format=int}",
+        )
 
 
 def _second_moment(value: torch.Tensor) -> torch.Tensor:

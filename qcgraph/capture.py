@@ -55,7 +55,7 @@ def capture(module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, str
         ) from error
     graph, constants = _own_graph(exported, input_names)
     variant = Variant(graph, _interface(graph, spec))
-    program = Program({"main": variant}, used_constants([variant], constants), Facts([spec]))
+    program = Program({"main": variant}, used_constants([variant], constants, Facts()), Facts([spec]))
     legality.verify(program)
     return program
 

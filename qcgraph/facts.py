@@ -289,6 +289,41 @@ class QuantPlan:
 
 
 @dataclass(frozen=True)
+class RoundedWeight:
+    """The codes that were chosen for the weight of one site, and what they were chosen for.
+
+    Attributes:
+        codes: the constant that holds the codes, i8[out,in].
+        scale: the constant that holds their scales, f32[out].
+        weight: the digest of the weight (see `qcgraph.ir.program.tensor_digest`).
+        quant: the codes that were allowed.
+    """
+
+    codes: str
+    scale: str
+    weight: str
+    quant: WeightQuant
+
+
+@dataclass(frozen=True)
+class RoundedWeights:
+    """The codes of weights that were chosen, which the program holds until they are inserted.
+
+    Attributes:
+        method: how they were chosen, ``feedback`` or ``search``.
+        sites: per site (by name), its codes; None where none could be chosen, and the nearest ones are to be taken.
+    """
+
+    method: str
+    sites: dict[str, RoundedWeight | None]
+
+    @property
+    def held_constants(self) -> tuple[str, ...]:
+        """The constants that a program must hold for this fact."""
+        return tuple(name for found in self.sites.values() if found for name in (found.codes, found.scale))
+
+
+@dataclass(frozen=True)
 class RegionQuant:
     """Probabilities in two regions, each with a step and ``levels`` codes besides zero (TQ-DiT's MRQ, after a softmax).
 
@@ -428,6 +463,7 @@ FACT_TYPES: tuple[type, ...] = (
     CalibrationSet,
     TimestepGroups,
     QuantPlan,
+    RoundedWeights,
     Requantization,
     AttentionPlan,
     ForecastFit,
@@ -462,6 +498,12 @@ class Facts:
     def without(self, kind: type) -> Facts:
         """These facts but the one of this type."""
         return Facts(fact for fact in self._facts.values() if type(fact) is not kind)
+
+    @property
+    def held_constants(self) -> frozenset[str]:
+        """The constants that a program must hold for its facts, whether or not a graph refers to them."""
+        rounded = self.get(RoundedWeights)
+        return frozenset(rounded.held_constants if rounded else ())
 
     def encode(self) -> dict[str, Any]:
         """Plain JSON data, by type name."""

@@ -27,6 +27,8 @@ from qcgraph.facts import (
     RegionQuant,
     Rehearsed,
     Requantization,
+    RoundedWeight,
+    RoundedWeights,
     SchedulePlan,
     SiteCorrection,
     SiteQuant,
@@ -56,6 +58,9 @@ EXAMPLES = (
     CalibrationSet("tap", 9, (0, 1), (3, 10), "AAAA"),
     TimestepGroups((THIRD, 0.0)),
     QuantPlan({"a": QUANT}),
+    RoundedWeights(
+        "feedback", {"a": RoundedWeight("a.weight_rounded", "a.weight_rounded_scale", "0f", WeightQuant(7)), "b": None}
+    ),
     Requantization({"a": SiteCorrection((THIRD, 1.0), (0.0, -1e-30))}),
     AttentionPlan(
         {

@@ -141,14 +141,14 @@ class GraphEditor:
 
 
 def with_edits(program: Program, edits: Mapping[str, GraphEditor]) -> Program:
-    """The program with edited variants and their new constants; constants nobody refers to any more are dropped."""
+    """The program with edited variants and their new constants; constants that nothing refers to any more are dropped."""
     variants = dict(program.variants) | {name: editor.finish() for name, editor in edits.items()}
     constants = dict(program.constants)
     for editor in edits.values():
         for name, value in editor.new_constants.items():
             _check_same(name, value, constants)
             constants[name] = value
-    return replace(program, variants=variants, constants=used_constants(variants.values(), constants))
+    return replace(program, variants=variants, constants=used_constants(variants.values(), constants, program.facts))
 
 
 def _check_same(name: str, value: torch.Tensor, constants: Mapping[str, torch.Tensor]) -> None:

@@ -73,6 +73,11 @@ def _plan_names_prepared(program: Program) -> Iterator[str]:
             yield f"the step plan prepares variant {name!r}, and there is no {preparation(name)!r}"
 
 
+def _facts_hold_constants(program: Program) -> Iterator[str]:
+    for name in sorted(program.facts.held_constants - set(program.constants)):
+        yield f"a fact holds constant {name!r}, which the program does not"
+
+
 def _inputs_match(variant: Variant) -> Iterator[str]:
     actual = [str(node.target) for node in variant.graph.nodes if node.op == "placeholder"]
     if actual != list(variant.interface.input_names):
@@ -144,7 +149,11 @@ def _table_covers_plan(node: fx.Node, program: Program) -> str | None:
     return f"table {table.target} has {rows} rows, the plan needs {needed}" if rows < needed else None
 
 
-PROGRAM_RULES: tuple[Callable[[Program], Iterator[str]], ...] = (_plan_names_variants, _plan_names_prepared)
+PROGRAM_RULES: tuple[Callable[[Program], Iterator[str]], ...] = (
+    _plan_names_variants,
+    _plan_names_prepared,
+    _facts_hold_constants,
+)
 VARIANT_RULES: tuple[Callable[[Variant], Iterator[str]], ...] = (_inputs_match, _outputs_match)
 NODE_RULES: tuple[Callable[[fx.Node, Program], str | None], ...] = (
     _typed,

@@ -130,7 +130,9 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     return str(known)
 
 
-def used_constants(variants: Iterable[Variant], constants: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The constants that some graph refers to, in their order."""
+def used_constants(
+    variants: Iterable[Variant], constants: Mapping[str, torch.Tensor], facts: Facts
+) -> dict[str, torch.Tensor]:
+    """The constants that some graph refers to or some fact holds, in their order."""
     used = {str(node.target) for variant in variants for node in variant.graph.nodes if node.op == "get_attr"}
-    return {name: value for name, value in constants.items() if name in used}
+    return {name: value for name, value in constants.items() if name in used | facts.held_constants}

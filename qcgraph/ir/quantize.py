@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
 
 from qcgraph.errors import ContractError
-from qcgraph.facts import ActivationQuant, WeightQuant
+from qcgraph.facts import ActivationQuant, QuantPlan, RoundedWeights, WeightQuant
 from qcgraph.ir.ops import CODE_TYPES
+from qcgraph.ir.program import Program, tensor_digest
 
 ops = torch.ops.qcgraph
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODE_TYPES}
@@ -42,19 +44,62 @@ def covering_scale(weight: torch.Tensor, high: int) -> torch.Tensor:
     return torch.where(largest > 0, largest / high, torch.ones_like(largest))
 
 
-def rounded_names(weight: str) -> tuple[str, str]:
-    """The constants in which round-weights leaves the codes and scales that it chose for a weight."""
-    return f"{weight}_rounded", f"{weight}_rounded_scale"
+def weight_codes(program: Program, site: str, weight: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [out, in] and scales f32[out] of a site's weight, as it is planned to be quantized.
+
+    Those that were chosen for it; the nearest ones where no pass chose any, or could for this site.
+
+    Args:
+        program: with a plan of the site.
+        site: its name.
+        weight: the constant that it multiplies with.
+
+    Raises:
+        ContractError: codes were chosen, but not for this site, or for another weight or other codes than it has now.
+    """
+    quant, rounded = program.facts[QuantPlan].sites[site].weight, program.facts.get(RoundedWeights)
+    if rounded is None:
+        return quantize_weight(program.constants[weight], quant)
+    if site not in rounded.sites:
+        raise ContractError(
+            "no codes were chosen for its weight, and for others there were",
+            where=site,
+            hint="run round-weights after the pass that last changes which sites are quantized",
+        )
+    chosen = rounded.sites[site]
+    if chosen is None:
+        return quantize_weight(program.constants[weight], quant)
+    if chosen.quant != quant:
+        raise ContractError(
+            f"the codes of its weight were chosen up to {chosen.quant.high}, and {quant.high} is planned",
+            where=site,
+            hint="run round-weights after the passes that plan how weights are quantized",
+        )
+    if chosen.weight != tensor_digest(program.constants[weight]):
+        raise ContractError(
+            "its weight has changed since codes were chosen for it",
+            where=site,
+            hint="run passes that change weights, such as equalize, before round-weights",
+        )
+    if missing := {chosen.codes, chosen.scale} - set(program.constants):
+        raise ContractError(
+            f"the codes that were chosen for its weight are gone: there is no constant {sorted(missing)[0]!r}",
+            where=site,
+            hint="run round-weights again, or drop the fact RoundedWeights to take the nearest codes",
+        )
+    return program.constants[chosen.codes], program.constants[chosen.scale]
 
 
-def weight_codes(
-    constants: Mapping[str, torch.Tensor], weight: str, quant: WeightQuant
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [out, in] and scales f32[out] of a weight: those that were chosen for it, else the nearest ones."""
-    codes, scale = (constants.get(name) for name in rounded_names(weight))
-    if codes is not None and scale is not None:
-        return codes, scale
-    return quantize_weight(constants[weight], quant)
+def names_of_codes(weights: Mapping[str, str]) -> dict[str, str]:
+    """What the codes of each site's weight are called after: the weight, and the site too where several share it.
+
+    Each of these quantizes it in its own way: with other bits, other activations, other corrections.
+
+    Args:
+        weights: by site, the constant that it multiplies with.
+    """
+    readers = Counter(weights.values())
+    return {site: weight if readers[weight] == 1 else f"{site}.{weight}" for site, weight in weights.items()}
 
 
 def parameters(quant: ActivationQuant) -> tuple[torch.Tensor, torch.Tensor]:

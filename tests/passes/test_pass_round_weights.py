@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from qcgraph.calibration_set import Rows, encode_latents, entering
 from qcgraph.errors import ContractError, UsageError
-from qcgraph.facts import CalibrationSet, QuantPlan
+from qcgraph.facts import CalibrationSet, Facts, QuantPlan, RoundedWeight, RoundedWeights, WeightQuant
+from qcgraph.ir import legality
 from qcgraph.ir.execute import TorchRunner
-from qcgraph.ir.graph import spec_of
+from qcgraph.ir.graph import copy_graph, spec_of
 from qcgraph.ir.program import Program
-from qcgraph.ir.quantize import quantize_weight, rounded_activation, rounded_names, weight_codes
+from qcgraph.ir.quantize import quantize_weight, rounded_activation, weight_codes
+from qcgraph.ir.quantized_sites import quantized_sites
 from qcgraph.ir.rounding import nearest, search_scales
 from qcgraph.sampling import sample
 from qcgraph.spec import ModelSpec
@@ -36,8 +39,14 @@ def coarse(cached: Program, run: Run) -> Program:
 
 def weights_of(program: Program) -> dict[str, tuple[Tensor, Tensor]]:
     """Codes and scales of every weight, by site."""
-    plan = program.facts[QuantPlan].sites
-    return {name: weight_codes(program.constants, f"{name}.weight", plan[name].weight) for name in SITES}
+    return {name: weight_codes(program, name, f"{name}.weight") for name in SITES}
+
+
+def chosen(program: Program, site: str) -> RoundedWeight:
+    """What round-weights says of a site's weight."""
+    found = program.facts[RoundedWeights].sites[site]
+    assert found is not None
+    return found
 
 
 def result_errors(program: Program, coarse: Program) -> dict[str, float]:
@@ -56,7 +65,7 @@ def test_the_graphs_stay_as_they_are_until_insert_qdq(coarse: Program, run: Run)
     program = run("round-weights", coarse)
     assert program.text == coarse.text
     assert program.history[-1].changed
-    new = {name for weight in SITES for name in rounded_names(f"{weight}.weight")}
+    new = {name for site in SITES for name in (chosen(program, site).codes, chosen(program, site).scale)}
     assert set(program.constants) - set(coarse.constants) == new
     assert all(program.constants[name] is value for name, value in coarse.constants.items())
 
@@ -77,11 +86,12 @@ def test_insert_qdq_takes_them(coarse: Program, run: Run, method: str) -> None:
     program = run(f"round-weights{{method={method}}}", coarse)
     inserted = run("insert-qdq", program)
     for site in SITES:
-        codes, scale = rounded_names(f"{site}.weight")
-        assert torch.equal(inserted.constants[f"{site}.weight_codes"], program.constants[codes])
-        assert torch.equal(inserted.constants[f"{site}.weight_scale"], program.constants[scale])
-        assert codes not in inserted.constants
-        assert scale not in inserted.constants
+        found = chosen(program, site)
+        assert torch.equal(inserted.constants[f"{site}.weight_codes"], program.constants[found.codes])
+        assert torch.equal(inserted.constants[f"{site}.weight_scale"], program.constants[found.scale])
+        assert found.codes not in inserted.constants
+        assert found.scale not in inserted.constants
+    assert RoundedWeights not in inserted.facts
 
 
 @pytest.mark.parametrize("method", ["feedback", "search"])
@@ -150,10 +160,11 @@ def test_a_weight_that_is_on_a_grid_stays_on_it(coarse: Program, run: Run, metho
 def test_a_layer_without_a_plan_is_left_alone(coarse: Program, run: Run) -> None:
     sites = {name: site for name, site in coarse.facts[QuantPlan].sites.items() if name != SITES[3]}
     program = run("round-weights", coarse.with_facts(QuantPlan(sites)))
-    assert rounded_names(f"{SITES[3]}.weight")[0] not in program.constants
-    assert rounded_names(f"{SITES[2]}.weight")[0] in program.constants
+    assert set(program.facts[RoundedWeights].sites) == set(SITES) - {SITES[3]}
+    assert chosen(program, SITES[2]).codes in program.constants
     empty = run("round-weights", coarse.with_facts(QuantPlan({})))
-    assert not empty.history[-1].changed
+    assert empty.constants_digest == coarse.constants_digest
+    assert empty.facts[RoundedWeights].sites == {}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -165,6 +176,7 @@ def test_an_activation_that_is_not_finite(coarse: Program, run: Run, value: floa
     assert set(refusals) == set(SITES)
     assert all(reason.startswith("rounded to nearest: its activation is not finite") for reason in refusals.values())
     plan = coarse.facts[QuantPlan].sites
+    assert program.facts[RoundedWeights].sites == dict.fromkeys(SITES)  # said, not left to be noticed
     for site, (codes, _) in weights_of(program).items():
         assert torch.equal(codes, quantize_weight(coarse.constants[f"{site}.weight"], plan[site].weight)[0])
 
@@ -183,3 +195,98 @@ def test_a_bad_method(coarse: Program, run: Run) -> None:
 
 def test_the_same_twice(coarse: Program, run: Run) -> None:
     assert run("round-weights", coarse).digest == run("round-weights", coarse).digest
+
+
+def test_an_edit_in_between_leaves_them(coarse: Program, run: Run) -> None:
+    """No graph refers to the codes until insert-qdq takes them; the fact holds them through edits before that."""
+    program = run("round-weights", coarse)
+    edited = run("split-attention", program)
+    assert edited.facts[RoundedWeights] == program.facts[RoundedWeights]
+    inserted = run("insert-qdq", edited)
+    for site in SITES:
+        assert torch.equal(inserted.constants[f"{site}.weight_codes"], program.constants[chosen(program, site).codes])
+
+
+def test_the_fact_survives_being_written(coarse: Program, run: Run) -> None:
+    facts = run("round-weights", coarse).facts
+    assert Facts.decode(json.loads(json.dumps(facts.encode())))[RoundedWeights] == facts[RoundedWeights]
+
+
+def without_codes(program: Program) -> Program:
+    name = chosen(program, SITES[1]).codes
+    return replace(program, constants={key: value for key, value in program.constants.items() if key != name})
+
+
+def without_choice(program: Program) -> Program:
+    found = program.facts[RoundedWeights]
+    sites = {site: choice for site, choice in found.sites.items() if site != SITES[1]}
+    return program.with_facts(replace(found, sites=sites))
+
+
+def of_other_codes(program: Program) -> Program:
+    plan = dict(program.facts[QuantPlan].sites)
+    plan[SITES[1]] = replace(plan[SITES[1]], weight=WeightQuant(HIGH // 2))
+    return program.with_facts(QuantPlan(plan))
+
+
+def of_another_weight(program: Program) -> Program:
+    name = f"{SITES[1]}.weight"
+    return replace(program, constants={**program.constants, name: program.constants[name] * 2})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (without_codes, "are gone"),
+        (without_choice, "no codes were chosen"),
+        (of_other_codes, "chosen up to 7, and 3 is planned"),
+        (of_another_weight, "its weight has changed"),
+    ],
+)
+@pytest.mark.parametrize("taker", ["insert-qdq", "fit-requantization"])
+def test_codes_are_not_guessed(
+    coarse: Program, run: Run, change: Callable[[Program], Program], says: str, taker: str
+) -> None:
+    with pytest.raises(ContractError, match=says) as caught:
+        run(taker, change(run("round-weights", coarse)))
+    assert SITES[1] in str(caught.value.where)
+    assert caught.value.hint
+
+
+def test_a_pass_that_drops_them_is_caught(coarse: Program, run: Run) -> None:
+    broken = without_codes(run("round-weights", coarse))
+    with pytest.raises(ContractError, match="a fact holds constant"):
+        legality.verify(broken)
+
+
+def test_weights_that_are_floating_point_are_refused(coarse: Program, run: Run) -> None:
+    with pytest.raises(ContractError, match="fp8") as caught:
+        run("plan-quant{format=fp8},round-weights", coarse)
+    assert caught.value.hint
+
+
+def test_layers_that_share_a_weight_have_codes_of_their_own(coarse: Program, run: Run) -> None:
+    """Each for its own activations and bits; a correction is that of its own layer too."""
+    one, other = "blocks.0.mlp.fc1", "blocks.1.mlp.fc1"
+    program = shared(coarse, one, other)
+    plan = dict(program.facts[QuantPlan].sites)
+    plan[other] = replace(plan[other], weight=WeightQuant(127))
+    rounded = run("round-weights", program.with_facts(QuantPlan(plan)))
+    codes = {site: rounded.constants[chosen(rounded, site).codes] for site in (one, other)}
+    assert codes[one].abs().max() == HIGH
+    assert codes[other].abs().max() == 127
+    inserted = run("fit-requantization,insert-qdq", rounded)
+    held = {site.name: site.codes for site in quantized_sites(inserted.variants["full"])}
+    assert torch.equal(inserted.constants[held[one]], codes[one])
+    assert torch.equal(inserted.constants[held[other]], codes[other])
+
+
+def shared(program: Program, one: str, other: str) -> Program:
+    """The program with the weight of one layer in the place of another's."""
+    variants = {name: replace(found, graph=copy_graph(found.graph)) for name, found in program.variants.items()}
+    for variant in variants.values():
+        nodes = {str(node.target): node for node in variant.graph.nodes if node.op == "get_attr"}
+        if f"{other}.weight" in nodes:
+            nodes[f"{other}.weight"].replace_all_uses_with(nodes[f"{one}.weight"])
+            variant.graph.erase_node(nodes[f"{other}.weight"])
+    return replace(program, variants=variants)
