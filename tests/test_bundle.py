@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -249,12 +250,71 @@ def test_force_replaces_bundles_only(tmp_path: Path, content: str) -> None:
     assert (tmp_path / "mine" / MANIFEST).read_text() == content
 
 
-def test_force_keeps_files_that_are_not_ours(tmp_path: Path) -> None:
-    (make(tmp_path / "toy").path / "grid.png").touch()
-    with pytest.raises(UsageError, match=r"holds grid\.png, which qcgraph did not write"):
+def add_link(folder: Path) -> None:
+    (folder / "link").symlink_to(folder / "ir")
+
+
+STRANGERS = {
+    "file": (lambda folder: (folder / "grid.png").touch(), "grid.png, which qcgraph did not write"),
+    "hidden file": (lambda folder: (folder / ".env").touch(), ".env, which qcgraph did not write"),
+    "hidden folder": (lambda folder: (folder / ".git" / "refs").mkdir(parents=True), ".git/, which qcgraph did not"),
+    "nested": (lambda folder: (folder / "ir" / "note.txt").touch(), "ir/note.txt, which qcgraph did not write"),
+    "nested folder": (lambda folder: (folder / "ir" / "mine").mkdir(), "ir/mine/, which qcgraph did not write"),
+    "link to a folder": (add_link, "link/, which qcgraph did not write"),
+    "in the engines": (
+        lambda folder: [(folder / "engines").mkdir(), (folder / "engines" / "my.engine").touch()],
+        "engines/, which qcgraph did not write",
+    ),
+    "edited": (
+        lambda folder: (folder / "recipe.lock.toml").write_text("# mine\n"),
+        "recipe.lock.toml, which was changed after qcgraph wrote it",
+    ),
+    "linked": (
+        lambda folder: [
+            (folder / "full.onnx").rename(folder.parent / "full.onnx"),
+            (folder / "full.onnx").symlink_to(folder.parent / "full.onnx"),
+        ],
+        "full.onnx, which qcgraph did not write",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_force_keeps_what_is_not_ours(tmp_path: Path, name: str) -> None:
+    change, said = STRANGERS[name]
+    folder = make(tmp_path / "toy").path
+    change(folder)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UsageError, match=re.escape(f"holds {said}")) as caught:
         check_output(tmp_path / "toy", force=True)
-    (tmp_path / "toy" / "grid.png").rename(tmp_path / "toy" / ".DS_Store")
-    check_output(tmp_path / "toy", force=True)
+    assert "move what you want to keep away" in (caught.value.hint or "")
+    with pytest.raises(UsageError, match="holds"):
+        make(tmp_path / "toy", "second", force=True)
+    assert sorted(folder.rglob("*")) == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_stranger_that_came_while_it_was_written_is_kept(tmp_path: Path) -> None:
+    folder = make(tmp_path / "toy").path
+
+    def write() -> None:
+        with writing(folder, model="toy", target="torch", force=True) as partial:
+            fill(partial, "second")
+            (folder / "note.txt").write_text("mine")
+
+    with pytest.raises(UsageError, match=r"holds note\.txt, which qcgraph did not write"):
+        write()
+    assert (folder / "note.txt").read_text() == "mine"
+    assert Bundle.open(folder).file("full.onnx").read_text() == "first"
+    assert hidden(tmp_path) == []
+
+
+def test_many_strangers_are_counted(tmp_path: Path) -> None:
+    folder = make(tmp_path / "toy").path
+    for name in "abcdef":
+        (folder / name).touch()
+    with pytest.raises(UsageError, match=r"holds a, which qcgraph did not write, b, .*, and 3 more"):
+        check_output(tmp_path / "toy", force=True)
 
 
 def test_a_file_is_not_replaced(tmp_path: Path) -> None:
