@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from qcgraph.bundle import Bundle
 from qcgraph.export.single_model import START, VARIANT, CacheTensor, SingleModel
-from qcgraph.export.valid import tensor_type
+from qcgraph.export.valid import load_graph, tensor_type
 from qcgraph.spec import MODULATION, TensorSpec, preparation
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class _Joining:
         """The graph of a variant as a branch: without inputs and weights, all names its own."""
         from onnxscript import ir
 
-        model = ir.load(self._bundle.file(f"{variant}.onnx"))
+        model = load_graph(self._bundle.file(f"{variant}.onnx"))
         graph = model.graph
         self._ir_version = max(self._ir_version, model.ir_version)
         self._opsets |= graph.opset_imports
@@ -128,6 +128,7 @@ class _Joining:
 
         content = value.const_value
         assert isinstance(content, ir.ExternalTensor)
+        self._bundle.file(str(content.location))  # weights that the manifest does not vouch for are not taken
         place = (content.location, content.offset, content.length, content.dtype, tuple(content.shape))
         if place not in self._weights:
             taken = {known.name for known in self._weights.values()}

@@ -8,6 +8,7 @@ process left is cleared by the next one that writes there.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -41,6 +42,8 @@ _PLACE_ERRORS = frozenset(
     )
 )
 _NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what file systems say that cannot sync a folder
+_HERE = -100  # AT_FDCWD: relative names are relative to the current folder
+_EXCHANGE = 2  # RENAME_EXCHANGE
 _NEIGHBOUR_PART = ".qcgraph-"
 _NEIGHBOUR = re.compile(r"\..+\.qcgraph-(partial|old|gone|lock)(\..+)?")
 
@@ -340,12 +343,27 @@ def _parents(place: Path) -> Iterator[None]:
 
 
 def _swap(partial: Path, place: Path) -> None:
-    """Put a folder into its place; what was there waits beside until the new one is on the disk."""
-    old = beside(place, "old")
-    if place.exists() and any(place.iterdir()):
-        place.rename(old)
-    partial.rename(place)
+    """Put a folder into its place; what was there waits beside until the new one is on the disk.
+
+    Where the system can exchange two names, the place is never empty; elsewhere it is for a moment, and a reader that
+    comes then puts back what was there (see `restore_interrupted`).
+    """
+    if not place.exists() or not any(place.iterdir()):
+        partial.rename(place)
+    elif not _exchanged(partial, place):
+        place.rename(beside(place, "old"))
+        partial.rename(place)
     _sync(place.parent)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two names in one step with renameat2 of Linux; False where that is not to be had."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    return rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
 
 
 def _sync_tree(folder: Path) -> None:

@@ -66,8 +66,10 @@ def _torch_runner(bundle: Bundle, threads: int | None) -> Runner:
     import torch
 
     from qcgraph.ir.execute import TorchRunner
-    from qcgraph.ir.serialize import load_program
+    from qcgraph.ir.serialize import PROGRAM, WEIGHTS, load_program
 
+    for name in (PROGRAM, WEIGHTS):
+        bundle.file(name)  # other files than those that the manifest vouches for are not run
     if threads is not None:
         torch.set_num_threads(threads)
     return TorchRunner(load_program(bundle.path))

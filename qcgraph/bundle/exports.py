@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qcgraph import atomic
 from qcgraph.bundle.engines import Source, source_of
-from qcgraph.bundle.files import is_sha256, record_of
+from qcgraph.bundle.files import record_of, recorded_hashes
 from qcgraph.bundle.manifest import FileEntry, entry_of
 from qcgraph.bundle.read import Bundle
 
@@ -57,14 +57,8 @@ def _files(folder: Path) -> list[Path]:
 def written_export(folder: Path) -> atomic.Written | None:
     """Return the files of an exported folder and their sha256; None of another folder."""
     data = record_of(folder, RECORD)
-    files = data.get("files")
-    is_known = isinstance(data.get("qcgraph"), str) and isinstance(data.get("kind"), str)
-    if not is_known or not isinstance(files, dict):
-        return None
-    hashes = {name: entry.get("sha256") if isinstance(entry, dict) else None for name, entry in files.items()}
-    if not all(is_sha256(value) for value in hashes.values()):
-        return None
-    return {RECORD: None, **hashes}
+    hashes = recorded_hashes(data)
+    return {RECORD: None, **hashes} if hashes is not None and isinstance(data.get("kind"), str) else None
 
 
 EXPORT_FOLDER = atomic.FolderKind(written_export, "exists and was not written by qcgraph export")

@@ -129,6 +129,15 @@ def record_of(folder: Path, name: str) -> Mapping[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
+def recorded_hashes(data: Mapping[str, Any]) -> dict[str, str] | None:
+    """Return the sha256 of every file that a record of qcgraph lists; None where it is no such record."""
+    files = data.get("files")
+    if not isinstance(data.get("qcgraph"), str) or not isinstance(files, dict):
+        return None
+    hashes = {name: entry.get("sha256") if isinstance(entry, dict) else None for name, entry in files.items()}
+    return hashes if all(is_sha256(value) for value in hashes.values()) else None
+
+
 def is_sha256(value: object) -> bool:
     """Tell a sha256 as hexadecimal digits."""
     return isinstance(value, str) and len(value) == 64 and set(value) <= _SHA256_DIGITS

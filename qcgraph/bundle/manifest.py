@@ -8,7 +8,16 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from qcgraph.atomic import Written, sha256_of
-from qcgraph.bundle.files import AGAIN, is_sha256, name_problem, parsed, path_problem, read_file, record_of, text_of
+from qcgraph.bundle.files import (
+    AGAIN,
+    name_problem,
+    parsed,
+    path_problem,
+    read_file,
+    record_of,
+    recorded_hashes,
+    text_of,
+)
 from qcgraph.errors import BundleError
 
 SCHEMA_VERSION = 1
@@ -114,14 +123,8 @@ def read_manifest(path: Path) -> Manifest:
 def written_files(folder: Path) -> Written | None:
     """Return the files of a bundle of any schema version and in whatever state, and their sha256; None of another."""
     data = record_of(folder, MANIFEST)
-    files = data.get("files")
-    is_known = isinstance(data.get("qcgraph"), str) and isinstance(data.get("schema_version"), int)
-    if not is_known or not isinstance(files, dict):
-        return None
-    hashes = {name: entry.get("sha256") if isinstance(entry, dict) else None for name, entry in files.items()}
-    if not all(is_sha256(value) for value in hashes.values()):
-        return None
-    return {MANIFEST: None, **hashes}
+    hashes = recorded_hashes(data)
+    return {MANIFEST: None, **hashes} if hashes is not None and isinstance(data.get("schema_version"), int) else None
 
 
 def has_manifest(folder: Path) -> bool:
