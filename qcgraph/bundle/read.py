@@ -145,6 +145,9 @@ class Bundle:
             return Recipe.from_toml(self._text(RECIPE), where=str(self.path / RECIPE))
         except UsageError as error:
             raise BundleError(error.message, where=error.where, hint=AGAIN) from None
+        except (ValueError, RecursionError) as error:  # of tomllib: a number or nesting that it does not take
+            where = str(self.path / RECIPE)
+            raise BundleError(f"is not valid TOML ({str(error)[:100]})", where=where, hint=AGAIN) from None
 
     @property
     def spec(self) -> ModelSpec:
@@ -178,7 +181,7 @@ class Bundle:
     @property
     def report(self) -> dict[str, Any]:
         """The summary of the compilation, as JSON data; empty where the bundle has none."""
-        return self._parsed(REPORT, dict) if REPORT in self.manifest.files else {}
+        return self._parsed(REPORT, _fields) if REPORT in self.manifest.files else {}
 
     @cached_property
     def ir_texts(self) -> tuple[IrText, ...]:
@@ -234,6 +237,13 @@ class Bundle:
             return self._stamp != atomic.stamp(self.path) and read_manifest(self.path) != self.manifest
         except BundleError:
             return True
+
+
+def _fields(data: Any) -> dict[str, Any]:
+    """Return a JSON object."""
+    if not isinstance(data, dict):
+        raise TypeError("no object")
+    return data
 
 
 def _appears(path: Path) -> bool:
