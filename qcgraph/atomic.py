@@ -16,6 +16,8 @@ import re
 import shutil
 import stat
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -44,6 +46,9 @@ _PLACE_ERRORS = frozenset(
 _NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what file systems say that cannot sync a folder
 _HERE = -100  # AT_FDCWD: relative names are relative to the current folder
 _EXCHANGE = 2  # RENAME_EXCHANGE
+_SCRATCH = "qcgraph-scratch-"
+_USED = "used"  # whose lock a process holds as long as it uses a temporary folder
+_YOUNG = 60.0  # seconds in which a new temporary folder may not be locked yet
 _NEIGHBOUR_PART = ".qcgraph-"
 _NEIGHBOUR = re.compile(r"\..+\.qcgraph-(partial|old|gone|lock)(\..+)?")
 
@@ -162,6 +167,25 @@ def writing_file(path: Path) -> Iterator[Path]:
             _sync(place.parent)
         finally:
             _remove(partial)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Make a temporary folder for the time of the body, and remove those that killed processes left."""
+    _sweep(Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH) as name, locked(Path(name, _USED)):
+        yield Path(name)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the temporary folders of this user that no process holds any more."""
+    for folder in parent.glob(f"{_SCRATCH}*"):
+        with suppress(OSError, UsageError):  # it is in use, or goes at this moment
+            found = folder.lstat()
+            is_own = stat.S_ISDIR(found.st_mode) and (not hasattr(os, "getuid") or found.st_uid == os.getuid())
+            if sys.platform != "win32" and is_own and time.time() - found.st_mtime > _YOUNG:
+                with locked(folder / _USED):
+                    _remove(folder)
 
 
 def clear(place: Path, is_ours: IsOurs) -> None:
