@@ -10,6 +10,8 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from qcgraph.bundle import Bundle
+from qcgraph.bundle.files import AGAIN
+from qcgraph.errors import BundleError
 from qcgraph.export.single_model import START, VARIANT, CacheTensor, SingleModel
 from qcgraph.export.valid import load_graph, tensor_type
 from qcgraph.spec import MODULATION, TensorSpec, preparation
@@ -104,6 +106,7 @@ class _Joining:
 
         model = load_graph(self._bundle.file(f"{variant}.onnx"))
         graph = model.graph
+        self._check_interface(variant, graph, outer)
         self._ir_version = max(self._ir_version, model.ir_version)
         self._opsets |= graph.opset_imports
         for value in graph.inputs:
@@ -121,6 +124,13 @@ class _Joining:
             for value in node.outputs:
                 value.name = f"{variant}/{value.name}"
         return graph
+
+    def _check_interface(self, variant: str, graph: ir.Graph, outer: Mapping[str, ir.Value]) -> None:
+        """Refuse a graph that does not take and leave what the plan says."""
+        taken, left = ([str(value.name) for value in values] for values in (graph.inputs, graph.outputs))
+        if not set(taken) <= set(outer) or left != list(self._bundle.interfaces[variant].output_names):
+            where = str(self._bundle.path / f"{variant}.onnx")
+            raise BundleError("has other inputs or outputs than the plan says", where=where, hint=AGAIN)
 
     def _weight(self, value: ir.Value, variant: str) -> ir.Value:
         """The one value for a weight, whichever variants read it."""

@@ -2,7 +2,7 @@
 
     python tools/kill_test.py [COMMAND ...] [--cuts N] [--json FILE]
 
-For ``compile``, ``export``, ``sample``, ``eval`` and (where TensorRT-RTX is installed) ``build``: the real command
+For ``compile`` (also as on systems that cannot exchange two folders), ``export``, ``sample``, ``eval`` and (where TensorRT-RTX is installed) ``build``: the real command
 replaces what it wrote before, and is killed with SIGKILL before its k-th operation (open to write, mkdir, rename,
 remove, fsync, chmod), or while a file grows over a number of bytes. What is in its place then has to be the old or the
 new, whole; and the command, run again, has to succeed and to leave nothing beside it. ``--cuts`` takes so many points
@@ -34,7 +34,8 @@ from typing import Any
 
 import torch
 
-from qcgraph.bundle import Bundle
+from qcgraph import atomic
+from qcgraph.bundle import Bundle, is_bundle
 from qcgraph.bundle.engines import ENGINE_FOLDER
 from qcgraph.bundle.exports import EXPORT_FOLDER
 from qcgraph.cli import run
@@ -45,11 +46,22 @@ from qcgraph.spec import ModelSpec
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 EVENTS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink")
-SIZES = (0, 1, 100, 1000)  # bytes that a file may have when the process is killed for it
+SIZES = (
+    0,
+    1,
+    10,
+    100,
+    500,
+    1000,
+    2000,
+    5000,
+    10000,
+    30000,
+)  # bytes that a file may have when the process is killed for it
 VOLATILE = ("manifest.json", "report.json", "engines.json", "export.json")  # hold times; they are checked otherwise
 TINY = "kill_test:tiny"
 COMPILE = ("--bits", "off", "--guidance", "1.5")
-MEASURE = ("--metrics", "latent_error", "--no-attribution", "--seeds", "2", "--threads", "1")
+MEASURE = ("--model", TINY, "--metrics", "latent_error", "--no-attribution", "--seeds", "2", "--threads", "1")
 BUNDLE = "bundle"
 
 
@@ -102,11 +114,24 @@ class Command:
     old: tuple[str, ...]
     new: tuple[str, ...]
     whole: Callable[[Path], None]
+    exchanges: bool = True  # else as on a system that cannot exchange two folders: a reader may have to put one back
 
 
 COMPILING = ("compile", TINY, "-o", "toy", "--target", "torch", "--force", "--cache", "interval=2", *COMPILE)
 EXPORTING = ("export", BUNDLE, "-o", "repository", "--force", "--format")
-SAMPLING = ("sample", BUNDLE, "-o", "grid.png", "-n", "2", "--threads", "1", "--seed")
+SAMPLING = (
+    "sample",
+    BUNDLE,
+    "-o",
+    "grid.png",
+    "--save-latents",
+    "../latents.npz",
+    "-n",
+    "2",
+    "--threads",
+    "1",
+    "--seed",
+)
 BUILDING = ("build", BUNDLE, "-o", "engines", "--force", "--compute-capability")
 COMMANDS = {
     "compile": Command("toy", (*COMPILING, "--steps", "4"), (*COMPILING, "--steps", "3"), whole_bundle),
@@ -119,6 +144,9 @@ COMMANDS = {
         whole_evaluation,
     ),
     "build": Command("engines", (*BUILDING, "8.6"), (*BUILDING, "8.9"), whole_engines),
+    "compile-renaming": Command(
+        "toy", (*COMPILING, "--steps", "4"), (*COMPILING, "--steps", "3"), whole_bundle, exchanges=False
+    ),
 }
 
 
@@ -226,6 +254,8 @@ class Killing:
 
     def run(self) -> Tally:
         """All points."""
+        if not self._command.exchanges:
+            atomic._exchanged = lambda one, other: False
         self._need(forked(lambda: quietly(self._command.old)) == 0, "the old")
         self._old = signature(self._place)
         self._keep()
@@ -308,6 +338,8 @@ class Killing:
     def _look(self, name: str, *, killed: bool) -> None:
         """Look at the place: the old or the new, whole; after a run that was not killed, nothing beside it."""
         beside = sorted({path.name for path in self._folder.iterdir()} - self._around)
+        if not self._command.exchanges:
+            is_bundle(self._place)  # every reader puts back what was moved aside
         found = signature(self._place)
         self.tally.old += killed and found == self._old
         self.tally.new += killed and found == self._new
