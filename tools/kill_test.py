@@ -2,11 +2,12 @@
 
     python tools/kill_test.py [COMMAND ...] [--cuts N] [--json FILE]
 
-For ``compile`` (also as on systems that cannot exchange two folders), ``export``, ``sample``, ``eval`` and (where TensorRT-RTX is installed) ``build``: the real command
-replaces what it wrote before, and is killed with SIGKILL before its k-th operation (open to write, mkdir, rename,
-remove, fsync, chmod), or while a file grows over a number of bytes. What is in its place then has to be the old or the
-new, whole; and the command, run again, has to succeed and to leave nothing beside it. ``--cuts`` takes so many points
-of each command, evenly; by default all. Prints counts; exits with 1 where one failed.
+For ``compile`` (also as on systems that cannot exchange two folders), ``export``, ``sample``, ``eval`` and, where
+TensorRT-RTX is installed, ``build``: the real command replaces what it wrote before, and is killed with SIGKILL before
+its k-th operation (open to write, mkdir, rename, remove, fsync, chmod), or while a file grows over a number of bytes.
+What is in its place then has to be the old or the new, whole; and the command, run again, has to succeed and to leave
+nothing beside it. ``--cuts`` takes so many points of each command, evenly; by default all. Prints counts; exits with 1
+where one failed.
 
 The command is run once up to where it begins to write, and forked there for every point: a point takes as long as
 writing does. It needs a system with fork, and one thread: set OMP_NUM_THREADS=1.
@@ -139,8 +140,8 @@ COMMANDS = {
     "sample": Command("grid.png", (*SAMPLING, "0"), (*SAMPLING, "1"), whole_picture),
     "eval": Command(
         "evaluation",
-        ("eval", BUNDLE, "-o", "evaluation", *MEASURE, "--samples", "3"),
         ("eval", BUNDLE, "-o", "evaluation", *MEASURE, "--samples", "4"),
+        ("eval", BUNDLE, "-o", "evaluation", *MEASURE, "--samples", "5"),
         whole_evaluation,
     ),
     "build": Command("engines", (*BUILDING, "8.6"), (*BUILDING, "8.9"), whole_engines),
