@@ -12,7 +12,7 @@ from qcgraph.export.check import Check
 from qcgraph.export.engine_gates import Library, check_engine
 from qcgraph.export.targets import TARGETS, Target
 from qcgraph.export.tensorrt import PROVIDERS
-from qcgraph.export.valid import problem_of
+from qcgraph.export.valid import load_graph, problem_of
 from qcgraph.export.verify import verify_export
 from qcgraph.ir.program import Program
 from qcgraph.progress import Progress
@@ -113,9 +113,7 @@ def check_cache_tensors(interfaces: Mapping[str, Interface], paths: Mapping[str,
 
 def _differences(interface: Interface, path: Path) -> Iterator[str]:
     """Where a graph has other inputs or outputs than the plan says."""
-    from onnxscript import ir
-
-    graph = ir.load(path).graph
+    graph = load_graph(path).graph
     for kind, values, specs in (
         ("takes", graph.inputs, interface.inputs),
         ("leaves", graph.outputs, interface.outputs),
@@ -141,9 +139,8 @@ def _check_valid(variant: str, path: Path) -> Check:
 
 
 def _check_operators(variant: str, path: Path, target: Target) -> Check:
-    from onnxscript import ir
 
-    model = ir.load(path)
+    model = load_graph(path)
     foreign = [
         f"{node.domain}.{node.op_type} ({node.name})" for node in model.graph.all_nodes() if node.domain not in STANDARD
     ]

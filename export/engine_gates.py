@@ -12,6 +12,7 @@ from qcgraph.export import tensorrt
 from qcgraph.export.check import NO_NUMBER, Check
 from qcgraph.export.engine_steps import PROBED_VERSIONS, FusedSteps, fused_steps
 from qcgraph.export.engines import batch_for, default_batch, quantized_products
+from qcgraph.export.valid import load_graph
 from qcgraph.facts import QuantPlan
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantized_sites import quantized_sites
@@ -163,7 +164,7 @@ def expected_of(program: Program, variant: str, path: Path) -> Expected:
     """What the engines of an exported graph should be fused to; sites are called by their names in the program."""
     from onnxscript import ir
 
-    model = ir.load(path)
+    model = load_graph(path)
     graph, nodes = program.variants[variant], list(model.graph.all_nodes())
     quantized, plan = quantized_sites(graph), program.facts.get(QuantPlan)
     names = {site.node: site.name for site in find_sites(graph)}

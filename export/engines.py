@@ -20,7 +20,8 @@ from qcgraph.bundle.engines import (
     source_of,
     write_record,
 )
-from qcgraph.errors import UsageError
+from qcgraph.bundle.files import read_file
+from qcgraph.errors import BundleError, UsageError
 from qcgraph.export import tensorrt
 from qcgraph.export.engine_steps import PROBED_VERSIONS, FusedSteps, fused_steps
 from qcgraph.modulation import TOGETHER
@@ -180,8 +181,8 @@ def _present_capability(reason: str, hint: str) -> str:
 def _earlier_timings(place: Path) -> bytes:
     """What was measured for the engines that are there; they are built faster again with it."""
     try:
-        return (place / TIMING_CACHE).read_bytes()
-    except OSError:
+        return read_file(place, TIMING_CACHE)
+    except BundleError:
         return b""
 
 

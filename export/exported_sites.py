@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from qcgraph.errors import VerificationError
 from qcgraph.export.run_onnxruntime import load_session, session_options
-from qcgraph.export.valid import tensor_type
+from qcgraph.export.valid import load_graph, tensor_type
 from qcgraph.ir.quantized_sites import QuantizedSite
 from qcgraph.sampling import Array
 
@@ -39,7 +39,7 @@ class CutSites:
     def __init__(self, path: Path, sites: Sequence[QuantizedSite], *, exact: bool = False) -> None:
         from onnxscript import ir
 
-        model = ir.load(path)
+        model = load_graph(path)
         self.sites = tuple(sites)
         self.nodes = frozenset(name for site in sites for name in (site.entering, site.leaving))
         self._leaving: dict[str, str] = {}  # site -> output of the cut graph
@@ -159,9 +159,7 @@ def _only_user(value: ir.Value) -> ir.Node | None:
 
 def multiplied_integers(path: Path) -> frozenset[str]:
     """The weight codes that an exported graph multiplies as integers, and whose biases the kernels take in."""
-    from onnxscript import ir
-
-    nodes = [node for node in ir.load(path).graph if node.op_type == "MatMulInteger"]
+    nodes = [node for node in load_graph(path).graph if node.op_type == "MatMulInteger"]
     return frozenset(str(codes.name) for node in nodes if (codes := node.inputs[1]) is not None)
 
 
@@ -202,7 +200,7 @@ def parameters(path: Path) -> Parameters:
 
     found: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = ({}, {}, {})
     selected = set()
-    for node in ir.load(path).graph:
+    for node in load_graph(path).graph:
         for operand in _operands(node):
             for position, value in enumerate(operand):
                 source = _source(value)

@@ -10,8 +10,10 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from qcgraph.bundle import Bundle
+from qcgraph.bundle.files import AGAIN
+from qcgraph.errors import BundleError
 from qcgraph.export.single_model import START, VARIANT, CacheTensor, SingleModel
-from qcgraph.export.valid import tensor_type
+from qcgraph.export.valid import load_graph, tensor_type
 from qcgraph.spec import MODULATION, TensorSpec, preparation
 
 if TYPE_CHECKING:
@@ -102,8 +104,9 @@ class _Joining:
         """The graph of a variant as a branch: without inputs and weights, all names its own."""
         from onnxscript import ir
 
-        model = ir.load(self._bundle.file(f"{variant}.onnx"))
+        model = load_graph(self._bundle.file(f"{variant}.onnx"))
         graph = model.graph
+        self._check_interface(variant, graph, outer)
         self._ir_version = max(self._ir_version, model.ir_version)
         self._opsets |= graph.opset_imports
         for value in graph.inputs:
@@ -122,12 +125,20 @@ class _Joining:
                 value.name = f"{variant}/{value.name}"
         return graph
 
+    def _check_interface(self, variant: str, graph: ir.Graph, outer: Mapping[str, ir.Value]) -> None:
+        """Refuse a graph that does not take and leave what the plan says."""
+        taken, left = ([str(value.name) for value in values] for values in (graph.inputs, graph.outputs))
+        if not set(taken) <= set(outer) or left != list(self._bundle.interfaces[variant].output_names):
+            where = str(self._bundle.path / f"{variant}.onnx")
+            raise BundleError("has other inputs or outputs than the plan says", where=where, hint=AGAIN)
+
     def _weight(self, value: ir.Value, variant: str) -> ir.Value:
         """The one value for a weight, whichever variants read it."""
         from onnxscript import ir
 
         content = value.const_value
         assert isinstance(content, ir.ExternalTensor)
+        self._bundle.file(str(content.location))  # weights that the manifest does not vouch for are not taken
         place = (content.location, content.offset, content.length, content.dtype, tuple(content.shape))
         if place not in self._weights:
             taken = {known.name for known in self._weights.values()}

@@ -15,6 +15,7 @@ from qcgraph.bundle.engines import (
     runtime_cache,
     source_of,
 )
+from qcgraph.bundle.files import read_file
 from qcgraph.errors import BundleError
 from qcgraph.export.device import capability_of, require_device
 from qcgraph.export.run_engines import EngineRunner
@@ -83,11 +84,8 @@ def read_engine(folder: Path, engine: Engine) -> bytes:
     Raises:
         BundleError: it is missing or changed.
     """
-    path = folder / engine.file
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"cannot be read: {error.strerror}", where=str(path), hint=BUILD_AGAIN) from None
+    content = read_file(folder, engine.file, largest=engine.bytes, hint=BUILD_AGAIN)
     if hashlib.sha256(content).hexdigest() != engine.sha256:
-        raise BundleError("is not the file that was built", where=str(path), hint=BUILD_AGAIN)
+        where = str(folder / engine.file)
+        raise BundleError("is not the file that was built", where=where, hint=BUILD_AGAIN)
     return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qcgraph.atomic import scratch_folder
 from qcgraph.cache_state import State, cached, depths, remember
 from qcgraph.errors import BundleError, closest
 from qcgraph.sampling import Array
@@ -139,8 +139,8 @@ class OptimizedGraph:
         """
         import onnx
 
-        with tempfile.TemporaryDirectory(prefix="qcgraph-") as folder:
-            optimized = Path(folder) / "optimized.onnx"
+        with scratch_folder() as folder:
+            optimized = folder / "optimized.onnx"
             options = session_options(None)
             options.optimized_model_filepath = str(optimized)
             options.add_session_config_entry("session.disable_prepacking", "1")  # it is never run

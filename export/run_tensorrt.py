@@ -17,6 +17,7 @@ import torch
 
 from qcgraph.atomic import writing_file
 from qcgraph.bundle.engines import Batch, Engine
+from qcgraph.bundle.files import read_file
 from qcgraph.errors import BundleError, QcgraphError, UsageError
 from qcgraph.export.device import device_memory, out_of_memory
 from qcgraph.export.tensorrt import quiet_log
@@ -222,8 +223,8 @@ class _Contexts:
                 module.DynamicShapesKernelSpecializationStrategy.EAGER
             )
             config.cuda_graph_strategy = module.CudaGraphStrategy.DISABLED
-        with suppress(OSError):  # there is none yet
-            content = self._file.read_bytes()
+        with suppress(BundleError):  # there is none yet
+            content = read_file(self._file.parent, self._file.name)
             self._kept = len(content) if self._kernels.deserialize(content) else 0  # of another driver: compiled anew
         for config in self._configs.values():
             config.set_runtime_cache(self._kernels)

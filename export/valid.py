@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qcgraph.bundle.files import AGAIN, name_problem, path_problem
+from qcgraph.errors import BundleError
+
 if TYPE_CHECKING:
     from onnxscript import ir
 
@@ -18,6 +21,39 @@ def problem_of(path: Path) -> str | None:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         return str(error)
     return None
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Read a graph file; its weights stay in the files beside it until they are asked for.
+
+    Raises:
+        BundleError: it is no ONNX graph, or takes weights from a file that is not in its folder.
+    """
+    from google.protobuf.message import DecodeError
+    from onnxscript import ir
+
+    try:
+        model = ir.load(path)
+        outside = _outside(model, path.parent)
+    except (DecodeError, ValueError, TypeError, LookupError, AttributeError, RecursionError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BundleError(f"is no graph that can be read: {reason}", where=str(path), hint=AGAIN) from error
+    if outside:
+        raise BundleError(f"takes weights from {outside}", where=str(path), hint=AGAIN)
+    return model
+
+
+def _outside(model: ir.Model, folder: Path) -> str:
+    """Name a file that a graph takes weights from and that is none of its folder; empty where there is none."""
+    from onnxscript import ir
+
+    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    for node in model.graph.all_nodes():
+        tensors += [item.value for item in node.attributes.values() if item.type == ir.AttributeType.TENSOR]
+    for name in {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}:
+        if problem := name_problem(name) or path_problem(folder, name):
+            return f"{name!r}, which {problem}"
+    return ""
 
 
 def tensor_type(dtype: str) -> ir.TensorType:

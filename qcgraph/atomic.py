@@ -1,25 +1,59 @@
 """Files and folders that are written in one piece: complete in their place, or not there at all.
 
-A folder is filled as a hidden neighbour of its place and renamed into it, under a lock. A process that is killed at
-any moment leaves the old folder or none; what else it left is cleared by the next one that writes to the same place.
+What is written is filled as a hidden neighbour of its place, under a lock, brought to the disk, and renamed into its
+place; only then what was there before is removed. A process that is killed, or a power cut, at any moment leaves the
+old or the new, whole. The names of the neighbours follow from the name of the place, so that whatever an interrupted
+process left is cleared by the next one that writes there.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import hashlib
 import os
+import re
 import shutil
+import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from qcgraph.errors import UsageError
 
 _ELSEWHERE = "choose another place"
+_KEPT = "make room or choose another place; what was there before is as it was"
+_NAMED = 3  # strangers that an error names before it counts the rest
+_LONGEST_NAME = 200  # bytes of a name that its neighbours repeat; file systems end at 255
+# What a place can be wrong in. Any other error of the system is not the user's to mend.
+_PLACE_ERRORS = frozenset(
+    (
+        errno.EACCES,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EIO,
+        errno.ENAMETOOLONG,
+        errno.ENOSPC,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    )
+)
+_NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what file systems say that cannot sync a folder
+_HERE = -100  # AT_FDCWD: relative names are relative to the current folder
+_EXCHANGE = 2  # RENAME_EXCHANGE
+_SCRATCH = "qcgraph-scratch-"
+_USED = "used"  # whose lock a process holds as long as it uses a temporary folder
+_YOUNG = 60.0  # seconds in which a new temporary folder may not be locked yet
+_NEIGHBOUR_PART = ".qcgraph-"
+_NEIGHBOUR = re.compile(r"\..+\.qcgraph-(partial|old|gone|lock)(\..+)?")
 
 IsOurs = Callable[[Path], bool]
+Written = Mapping[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -27,56 +61,74 @@ class FolderKind:
     """A kind of folder that is written in one piece, and never over anybody's data.
 
     Attributes:
-        is_ours: tells a folder of this kind from others.
+        written: gives the files that qcgraph wrote into a folder, by their paths with ``/``, and the sha256 of each
+            where one was recorded; None of a folder that is not of this kind.
         refusal: what is said of a place that holds something else.
-        stranger: a file in a folder of this kind that was not written with it, if there is one.
     """
 
-    is_ours: IsOurs
+    written: Callable[[Path], Written | None]
     refusal: str
-    stranger: Callable[[Path], str | None]
+
+    def is_ours(self, folder: Path) -> bool:
+        """Tell a folder of this kind from any other."""
+        return self.written(folder) is not None
 
     def check(self, path: Path, *, force: bool) -> None:
         """Refuse a place that cannot be written to; call it before any work begins.
 
         Raises:
-            UsageError: something is there (with ``force``: something else than a folder of this kind), the folder
-                around it cannot be written, or another process writes there now.
+            UsageError: something is there (with ``force``: something else than a folder of this kind, or one that
+                holds what qcgraph did not write), the folder around it cannot be written, or another process writes
+                there now.
         """
         place = resolved(path)
-        if not place.parent.is_dir():
-            check_creatable(place)
-            return
-        with locked(place):
-            clear(place, self.is_ours)
-            self._check_replaceable(place, path, force=force)
+        with _in_words(path):
+            if not place.parent.is_dir():
+                check_creatable(place)
+                return
+            with locked(place):
+                clear(place, self.is_ours)
+                self._check_replaceable(place, path, force=force)
 
     @contextmanager
     def writing(self, path: Path, *, force: bool) -> Iterator[Path]:
         """Write a folder: the body fills the one that it is given, which takes its place after it.
 
         Raises:
-            UsageError: see `check`.
+            UsageError: see `check`; or the disk is full or fails, and what was there before is as it was.
         """
-        self.check(path, force=force)
         place = resolved(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with locked(place):
-            self._check_replaceable(place, path, force=force)
-            with replacing_folder(place, self.is_ours) as folder:
-                yield folder
+        with _in_words(path):
+            if not place.parent.is_dir():
+                check_creatable(place)
+            with _parents(place), locked(place):
+                clear(place, self.is_ours)
+                self._check_replaceable(place, path, force=force)
+                partial = beside(place, "partial")
+                partial.mkdir()
+                try:
+                    yield partial
+                    _sync_tree(partial)
+                    self._check_replaceable(place, path, force=force)  # again: the body may have taken hours
+                    _swap(partial, place)
+                finally:
+                    clear(place, self.is_ours)
 
     def _check_replaceable(self, place: Path, path: Path, *, force: bool) -> None:
-        if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        if not os.path.lexists(place) or (place.is_dir() and not any(place.iterdir())):
             return
-        if not self.is_ours(place):
+        written = self.written(place) if place.is_dir() else None
+        if written is None:
             raise UsageError(self.refusal, where=str(path), hint="choose another place, or move it away")
         if not force:
             raise UsageError("exists", where=str(path), hint="give --force to replace it, or choose another place")
-        stranger = self.stranger(place)
-        if stranger is not None:
+        if found := list(_strangers(place, written)):
+            more = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
             raise UsageError(
-                f"holds {stranger}, which qcgraph did not write", where=str(path), hint="move that file away first"
+                f"holds {', '.join(found[:_NAMED])}{more}",
+                where=str(path),
+                hint="move what you want to keep away, or choose another place; nothing is replaced but what qcgraph "
+                "wrote, as it wrote it",
             )
 
 
@@ -84,83 +136,122 @@ def check_file(path: Path) -> None:
     """Refuse a place that a file cannot be written to; call it before any work begins.
 
     Raises:
-        UsageError: the path is a folder, or the folder around it is missing or cannot be written.
+        UsageError: something else than a file is there, or the folder around it is missing or cannot be written.
     """
-    if path.is_dir():
-        raise UsageError("is a folder", where=str(path), hint="give the path of a file")
-    if path.parent.is_file():
-        raise UsageError(f"cannot be made, because {path.parent} is a file", where=str(path), hint=_ELSEWHERE)
-    if not path.parent.is_dir():
-        raise UsageError("the folder around it does not exist", where=str(path), hint=f"make {path.parent} first")
-    _check_writable(path.parent, path)
+    place = _place_of_file(path)
+    with _in_words(path), locked(place, wait=True):
+        _remove(_beside_file(place))
 
 
 @contextmanager
 def writing_file(path: Path) -> Iterator[Path]:
     """Write a file: the body writes the one that it is given, which takes its place after it.
 
+    Two processes that write to one place take turns.
+
     Raises:
-        UsageError: see `check_file`.
+        UsageError: see `check_file`; or the disk is full or fails, and what was there before is as it was.
     """
-    check_file(path)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(descriptor)
-    partial = Path(name)
-    try:
-        yield partial
-        partial.chmod(0o666 & ~_umask())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    place = _place_of_file(path)
+    partial = _beside_file(place)
+    with _in_words(path), locked(place, wait=True):
+        _remove(partial)
+        descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
+        try:
+            yield partial
+            partial.chmod(mode)  # which libraries that make the file anew may have set otherwise
+            _sync(partial)
+            partial.replace(place)
+            _sync(place.parent)
+        finally:
+            _remove(partial)
 
 
 @contextmanager
-def replacing_folder(place: Path, is_ours: IsOurs) -> Iterator[Path]:
-    """Write a folder: the body fills the one that it is given, which takes its place after it.
+def scratch_folder() -> Iterator[Path]:
+    """Make a temporary folder for the time of the body, and remove those that killed processes left."""
+    _sweep(Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH) as name, locked(Path(name, _USED)):
+        yield Path(name)
 
-    Call it with the lock of the place held.
 
-    Args:
-        place: a resolved path; what is there, a folder, is replaced.
-        is_ours: tells a folder that this function wrote from others.
-    """
-    clear(place, is_ours)
-    partial = _beside(place, "partial")
-    partial.mkdir()
-    try:
-        yield partial
-        if place.exists() and any(place.iterdir()):
-            place.rename(_beside(place, "old"))
-        partial.rename(place)
-    finally:
-        clear(place, is_ours)
+def _sweep(parent: Path) -> None:
+    """Remove the temporary folders of this user that no process holds any more."""
+    for folder in parent.glob(f"{_SCRATCH}*"):
+        with suppress(OSError, UsageError):  # it is in use, or goes at this moment
+            found = folder.lstat()
+            is_own = stat.S_ISDIR(found.st_mode) and (not hasattr(os, "getuid") or found.st_uid == os.getuid())
+            if sys.platform != "win32" and is_own and time.time() - found.st_mtime > _YOUNG:
+                with locked(folder / _USED):
+                    _remove(folder)
 
 
 def clear(place: Path, is_ours: IsOurs) -> None:
-    """Take away what an interrupted process left, and put back what it had moved aside. Needs the lock."""
-    old = _beside(place, "old")
-    if old.exists() and not place.exists():
-        old.rename(place)
-    if old.exists() and is_ours(place):
-        shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(_beside(place, "partial"), ignore_errors=True)
+    """Take away what an interrupted process left, and put back what it had moved aside. Needs the lock.
+
+    Args:
+        place: a resolved path.
+        is_ours: tells a folder that was written there from any other; what was moved aside is kept beside another.
+    """
+    old, gone = beside(place, "old"), beside(place, "gone")
+    if old.exists():
+        if place.is_dir() and not place.is_symlink() and not any(place.iterdir()):
+            place.rmdir()
+        if not os.path.lexists(place):
+            old.rename(place)
+        elif is_ours(place):
+            _remove(gone)
+            old.rename(gone)  # so that it is never put back half removed
+    _remove(gone)
+    _remove(beside(place, "partial"))
 
 
 def restore_interrupted(path: Path, is_ours: IsOurs) -> None:
     """Put back a folder whose replacement was killed between its two renames; does nothing otherwise."""
+    if not is_interrupted(path):
+        return
     place = path.resolve()
-    if place.name and not place.exists() and _beside(place, "old").exists():
-        with locked(place, wait=True):
+    with _in_words(path), locked(place, wait=True):
+        if is_interrupted(path):
             clear(place, is_ours)
 
 
+def is_interrupted(path: Path) -> bool:
+    """Tell whether a folder is moved aside at this moment, by a process that replaces it or was killed then."""
+    try:
+        place = path.resolve()
+        return bool(place.name) and not os.path.lexists(place) and beside(place, "old").exists()
+    except (OSError, RuntimeError, ValueError):  # of a path that is none
+        return False
+
+
+def stamp(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a folder is replaced; None where there is none."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino, found.st_ctime_ns, found.st_mtime_ns
+
+
 def resolved(path: Path) -> Path:
-    """The place itself where the path is a link, so that what is renamed is on the same file system.
+    """Return the place itself where the path is a link, so that what is renamed is on the same file system.
 
     Raises:
-        UsageError: the path has no name of its own.
+        UsageError: the path has no name of its own, is a link that leads in a circle, or cannot be a path.
     """
-    place = path.resolve()
+    try:
+        place = path.resolve()
+        circle = place.is_symlink()  # Python 3.13 returns such a link, earlier versions raise RuntimeError
+    except RuntimeError:
+        circle = True
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"is no path: {reason}", where=repr(str(path)), hint=_ELSEWHERE) from None
+    if circle:
+        raise UsageError("is a link that leads in a circle", where=str(path), hint=_ELSEWHERE)
     if not place.name:
         raise UsageError("is no place for a new folder", where=str(path), hint="give the path of a new folder")
     return place
@@ -172,23 +263,13 @@ def check_creatable(place: Path) -> None:
     Raises:
         UsageError: says why.
     """
-    existing = next(folder for folder in place.parents if folder.exists())
-    if not existing.is_dir():
-        raise UsageError(f"cannot be made, because {existing} is a file", where=str(place), hint=_ELSEWHERE)
-    _check_writable(existing, place)
-
-
-def _check_writable(folder: Path, path: Path) -> None:
-    """Refuse a folder in which nothing can be made; tried, because permissions alone do not tell."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return
-    except OSError as error:
-        raise UsageError(
-            f"cannot be made, because nothing can be written in {folder}: {error.strerror}",
-            where=str(path),
-            hint=_ELSEWHERE,
-        ) from None
+    first = next(folder for folder in (place, *place.parents) if folder.parent.exists())
+    if not first.parent.is_dir():
+        raise UsageError(f"cannot be made, because {first.parent} is a file", where=str(place), hint=_ELSEWHERE)
+    if os.path.lexists(first):
+        raise UsageError(f"cannot be made, because {first} is a file", where=str(place), hint=_ELSEWHERE)
+    with locked(first, wait=True):  # tried, because permissions alone do not tell
+        pass
 
 
 @contextmanager
@@ -205,13 +286,189 @@ def locked(place: Path, *, wait: bool = False) -> Iterator[None]:
     if sys.platform == "win32":  # no flock: two processes that write to the same place are not kept apart
         yield
         return
-    lock = _beside(place, "lock")
+    lock = beside(place, "lock")
     descriptor = _acquire(lock, place, wait=wait)
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder around it may be gone by now
+            lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def beside(place: Path, what: str) -> Path:
+    """Return a hidden neighbour: ``partial`` (being written), ``old`` (being replaced), ``gone`` or ``lock``."""
+    return place.with_name(f".{_short(place.name)}.qcgraph-{what}")
+
+
+def _beside_file(place: Path) -> Path:
+    """Return the neighbour of a file that is being written; libraries choose the format by its ending."""
+    return place.with_name(f".{_short(place.stem)}.qcgraph-partial{place.suffix}")
+
+
+def _short(name: str) -> str:
+    """Return a name, or of a long one its begin and digest: a neighbour's name must not be too long."""
+    data = os.fsencode(name)
+    if len(data) <= _LONGEST_NAME:
+        return name
+    return f"{data[: _LONGEST_NAME // 2].decode('utf-8', 'ignore')}-{hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def _place_of_file(path: Path) -> Path:
+    """Return where a file is to be.
+
+    Raises:
+        UsageError: see `check_file`.
+    """
+    place = resolved(path)
+    with _in_words(path):
+        if place.is_dir():
+            raise UsageError("is a folder", where=str(path), hint="give the path of a file")
+        if place.exists() and not place.is_file():
+            raise UsageError("is no regular file", where=str(path), hint=_ELSEWHERE)
+        if place.parent.is_file():
+            raise UsageError(f"cannot be made, because {path.parent} is a file", where=str(path), hint=_ELSEWHERE)
+        if not place.parent.is_dir():
+            hint = f"make {path.parent} first"
+            raise UsageError("the folder around it does not exist", where=str(path), hint=hint)
+    return place
+
+
+@contextmanager
+def _in_words(path: Path) -> Iterator[None]:
+    """Say what the system has against a place.
+
+    Raises:
+        UsageError: the place cannot be written, or the disk is full or fails.
+    """
+    try:
+        yield
+    except OSError as error:
+        about = str(error.filename or path.name)
+        if error.errno not in _PLACE_ERRORS or not (path.name in about or _NEIGHBOUR_PART in about):
+            raise
+        raise UsageError(f"cannot be written: {error.strerror}", where=str(path), hint=_KEPT) from error
+
+
+@contextmanager
+def _parents(place: Path) -> Iterator[None]:
+    """Make the folders around a place; they go again when the body raises, unless something is in them by then."""
+    made = [folder for folder in place.parents if not folder.exists()]
+    try:
+        for folder in reversed(made):
+            folder.mkdir(exist_ok=True)
+            _sync(folder.parent)
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
+def _swap(partial: Path, place: Path) -> None:
+    """Put a folder into its place; what was there waits beside until the new one is on the disk.
+
+    Where the system can exchange two names, the place is never empty; elsewhere it is for a moment, and a reader that
+    comes then puts back what was there (see `restore_interrupted`).
+    """
+    if not place.exists() or not any(place.iterdir()):
+        partial.rename(place)
+    elif not _exchanged(partial, place):
+        place.rename(beside(place, "old"))
+        partial.rename(place)
+    _sync(place.parent)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two names in one step with renameat2 of Linux; False where that is not to be had."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    return rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+
+
+def _sync_tree(folder: Path) -> None:
+    """Bring all files of a folder to the disk, and the folders that name them."""
+    for root, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            _sync(Path(root, name))
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    is_folder = path.is_dir()
+    if sys.platform == "win32" and is_folder:
+        return  # which cannot be opened there
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in _NOT_SYNCED:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _strangers(place: Path, written: Written) -> Iterator[str]:
+    """Name what is in a folder and was not written there, or not so; hidden or not, files, folders and links."""
+    ours = {parent for name in written for parent in PurePosixPath(name).parents}
+    for root, folders, files in os.walk(place, onerror=_raise):
+        here = PurePosixPath(Path(root).relative_to(place).as_posix())
+        for name in sorted(folders):
+            if _is_left_over(Path(root, name)):
+                folders.remove(name)
+            elif here / name not in ours or Path(root, name).is_symlink():
+                folders.remove(name)
+                yield f"{here / name}{os.sep}, which qcgraph did not write"
+        for name in sorted(files):
+            if not _is_left_over(Path(root, name)):
+                yield from _foreign(Path(root, name), (here / name).as_posix(), written)
+
+
+def _foreign(path: Path, name: str, written: Written) -> Iterator[str]:
+    """Say in which way a file is not as it was written, where it is not."""
+    if name not in written or not stat.S_ISREG(path.lstat().st_mode):
+        yield f"{name}, which qcgraph did not write"
+        return
+    expected = written[name]
+    if expected is not None and sha256_of(path) != expected:
+        yield f"{name}, which was changed after qcgraph wrote it"
+
+
+def _is_left_over(path: Path) -> bool:
+    """Tell what an interrupted process left in a folder, such as a build of engines in a bundle.
+
+    Raises:
+        UsageError: the process is at work.
+    """
+    found = _NEIGHBOUR.fullmatch(path.name)
+    if found is None:
+        return False
+    if found[1] == "lock" and sys.platform != "win32" and path.is_file() and not path.is_symlink():
+        os.close(_acquire(path, path.parent, wait=False))
+    return True
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file as it is now."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """Remove a neighbour, whatever it is; what cannot be removed now is tried again by the next process."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _acquire(lock: Path, place: Path, *, wait: bool) -> int:
@@ -219,9 +476,10 @@ def _acquire(lock: Path, place: Path, *, wait: bool) -> int:
 
     while True:
         try:
-            descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+            descriptor = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         except OSError as error:
-            raise UsageError(f"cannot be written: {error.strerror}", where=str(place), hint=_ELSEWHERE) from None
+            reason = f"nothing can be written in {lock.parent}: {error.strerror}"
+            raise UsageError(f"cannot be made, because {reason}", where=str(place), hint=_ELSEWHERE) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -229,6 +487,18 @@ def _acquire(lock: Path, place: Path, *, wait: bool) -> int:
             raise UsageError(
                 "another process is writing there", where=str(place), hint="wait for it, or choose another place"
             ) from None
+        except OSError as error:
+            os.close(descriptor)
+            with suppress(OSError):
+                lock.unlink()
+            raise UsageError(
+                f"cannot be locked: {error.strerror}",
+                where=str(place),
+                hint="choose a place on a file system that knows locks, such as a local disk, and copy it from there",
+            ) from None
+        except BaseException:  # interrupted while it waits
+            os.close(descriptor)
+            raise
         if _is_file_of(lock, descriptor):
             return descriptor
         os.close(descriptor)  # its holder has removed the file meanwhile: this lock is worth nothing
@@ -239,14 +509,3 @@ def _is_file_of(path: Path, descriptor: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
-
-
-def _beside(place: Path, what: str) -> Path:
-    """A hidden neighbour: ``partial`` (being written), ``old`` (being replaced) or ``lock``."""
-    return place.with_name(f".{place.name}.qcgraph-{what}")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import tempfile
 import time
@@ -419,5 +420,6 @@ def _parts(pipeline: Pipeline) -> tuple[Pipeline, ...]:
 
 def _reproducer_folder(output: Path | None) -> Path:
     if output is None:
-        return Path(tempfile.mkdtemp(prefix="qcgraph-")) / "reproducer"
+        user = os.getuid() if hasattr(os, "getuid") else 0
+        return Path(tempfile.gettempdir()) / f"qcgraph-{user}.reproducer"  # the last one of a user: they are large
     return output.with_name(f"{output.name}.reproducer")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from qcgraph.atomic import scratch_folder
 from qcgraph.export.emit import emit_onnx
 from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
 from qcgraph.export.targets import Target
@@ -38,9 +37,9 @@ def measure_costs(program: Program, target: Target, progress: Progress) -> dict[
     if not target.emits_onnx:
         return _turns(TorchRunner(program), program)
     legal = Pipeline.parse(target.legalize).run(program) if target.legalize else program
-    with tempfile.TemporaryDirectory(prefix="qcgraph-") as folder:
-        emit_onnx(legal, Path(folder), target.opset, progress, **target.forms)
-        return _turns(OnnxRuntimeRunner(Path(folder), legal.interfaces, exact=target.may_saturate), legal)
+    with scratch_folder() as folder:
+        emit_onnx(legal, folder, target.opset, progress, **target.forms)
+        return _turns(OnnxRuntimeRunner(folder, legal.interfaces, exact=target.may_saturate), legal)
 
 
 def _turns(runner: Runner, program: Program) -> dict[str, float]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import shutil
+import json
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TextIO
 
 import torch
 
+from qcgraph.atomic import FolderKind, Written
+from qcgraph.bundle.files import record_of, recorded_hashes
+from qcgraph.bundle.manifest import entry_of
 from qcgraph.errors import ContractError, UsageError
 from qcgraph.ir.graph import DTYPES
 from qcgraph.ir.program import Program
@@ -20,6 +24,8 @@ from qcgraph.ir.serialize import program_from_json, program_to_json, save_progra
 from qcgraph.pipeline import Instrument, Pass, Pipeline
 from qcgraph.progress import Progress
 from qcgraph.spec import BATCH, OUTPUT, ModelSpec, TensorSpec, is_preparation
+
+RECORD = "reproducer.json"
 
 
 class Timer(Instrument):
@@ -135,12 +141,33 @@ class Reproduce(Instrument):
         if isinstance(error, UsageError):
             return
         folder = self._folder()
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        save_program(program, folder)
-        (folder / "pipeline.txt").write_text(rest.text + "\n", "utf-8")
-        (folder / "error.txt").write_text("".join(traceback.format_exception(error)), "utf-8")
+        try:
+            with REPRODUCER_FOLDER.writing(folder, force=True) as partial:
+                save_program(program, partial)
+                (partial / "pipeline.txt").write_text(rest.text + "\n", "utf-8")
+                (partial / "error.txt").write_text("".join(traceback.format_exception(error)), "utf-8")
+                _write_record(partial)
+        except UsageError as problem:  # what the pass did wrong is still to be told
+            self._progress.note(f"  saved no reproducer: {problem.where} {problem.message}")
+            return
         self._progress.note(f"  saved the program before {pass_.name} and the rest of the pipeline in {folder}")
+
+
+def _write_record(folder: Path) -> None:
+    """Write ``reproducer.json`` into a folder that holds all other files."""
+    entries = {path.name: entry_of(path).model_dump() for path in sorted(folder.iterdir())}
+    record = {"qcgraph": metadata.version("qcgraph"), "kind": "reproducer", "files": entries}
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
+
+def written_reproducer(folder: Path) -> Written | None:
+    """Return the files of a reproducer and their sha256; None of another folder."""
+    data = record_of(folder, RECORD)
+    hashes = recorded_hashes(data)
+    return {RECORD: None, **hashes} if hashes is not None and data.get("kind") == "reproducer" else None
+
+
+REPRODUCER_FOLDER = FolderKind(written_reproducer, "exists and is not a reproducer")
 
 
 def example_inputs(program: Program, batch: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:

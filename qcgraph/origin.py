@@ -6,7 +6,7 @@ from qcgraph.bundle import Bundle
 from qcgraph.capture import capture
 from qcgraph.errors import UsageError
 from qcgraph.ir.program import Program
-from qcgraph.models import LoadedModel, load_model
+from qcgraph.models import CodeError, LoadedModel, load_model
 
 SOURCE = "source"  # the field of the report that holds what was typed where the model was asked for
 
@@ -14,7 +14,8 @@ SOURCE = "source"  # the field of the report that holds what was typed where the
 def find_model(bundle: Bundle, name: str | None = None) -> LoadedModel:
     """Load the model that a bundle was compiled from.
 
-    It is loaded, not recognised: `captured_origin` tells whether it is the one.
+    It is loaded, not recognised: `captured_origin` tells whether it is the one. A bundle is data: a file or folder of
+    weights that it names is read, a function that it names is never imported.
 
     Args:
         bundle: the bundle.
@@ -22,13 +23,19 @@ def find_model(bundle: Bundle, name: str | None = None) -> LoadedModel:
             compiled, with relative paths relative to the current folder.
 
     Raises:
-        UsageError: it cannot be found or loaded.
+        UsageError: it cannot be found or loaded, or the bundle names a function.
     """
     if name is not None:
         return load_model(name)
     recorded = _recorded_source(bundle)
     try:
-        return load_model(recorded)
+        return load_model(recorded, calls=False)
+    except CodeError as error:
+        raise UsageError(
+            f"was compiled from {recorded!r}, and what a bundle names is not called: it may come from a stranger",
+            where=str(bundle.path),
+            hint="name the model's function yourself, if you trust it: --model PACKAGE.MODULE:FACTORY",
+        ) from error
     except UsageError as error:
         raise UsageError(
             f"cannot load the model that the bundle was compiled from, {recorded!r}: {error.message}",
@@ -60,6 +67,6 @@ def captured_origin(bundle: Bundle, model: LoadedModel) -> Program:
 
 
 def _recorded_source(bundle: Bundle) -> str:
-    """What was typed when the bundle was compiled; the model's own name where it came as an object."""
+    """Return what was typed when the bundle was compiled; the model's own name where it came as an object."""
     source = bundle.report.get(SOURCE)
     return source if isinstance(source, str) else bundle.spec.name

@@ -25,7 +25,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qcgraph.bundle import Bundle
-from qcgraph.bundle.manifest import PLAN, parsed
+from qcgraph.bundle.files import parsed
+from qcgraph.bundle.manifest import PLAN
 from qcgraph.bundle.read import decode_plan
 from qcgraph.errors import BundleError, UsageError, closest
 from qcgraph.schedule import FULL, TimedSchedule

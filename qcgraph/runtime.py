@@ -96,6 +96,8 @@ def _torch_runner(bundle: Bundle, threads: int | None) -> Runner:
     from qcgraph.ir.execute import TorchRunner
     from qcgraph.ir.serialize import PROGRAM, load_program
 
+    for name in (PROGRAM, WEIGHTS):
+        bundle.file(name)  # other files than those that the manifest vouches for are not run
     if threads is not None:
         torch.set_num_threads(threads)
     with reading(bundle, [PROGRAM, WEIGHTS]):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qcgraph import atomic
 from qcgraph.bundle import MANIFEST, Bundle, check_output, is_bundle, readable_json, write_plan, writing
 from qcgraph.bundle import manifest as manifest_module
 from qcgraph.errors import BundleError, UsageError
@@ -249,12 +254,71 @@ def test_force_replaces_bundles_only(tmp_path: Path, content: str) -> None:
     assert (tmp_path / "mine" / MANIFEST).read_text() == content
 
 
-def test_force_keeps_files_that_are_not_ours(tmp_path: Path) -> None:
-    (make(tmp_path / "toy").path / "grid.png").touch()
-    with pytest.raises(UsageError, match=r"holds grid\.png, which qcgraph did not write"):
+def add_link(folder: Path) -> None:
+    (folder / "link").symlink_to(folder / "ir")
+
+
+STRANGERS = {
+    "file": (lambda folder: (folder / "grid.png").touch(), "grid.png, which qcgraph did not write"),
+    "hidden file": (lambda folder: (folder / ".env").touch(), ".env, which qcgraph did not write"),
+    "hidden folder": (lambda folder: (folder / ".git" / "refs").mkdir(parents=True), ".git/, which qcgraph did not"),
+    "nested": (lambda folder: (folder / "ir" / "note.txt").touch(), "ir/note.txt, which qcgraph did not write"),
+    "nested folder": (lambda folder: (folder / "ir" / "mine").mkdir(), "ir/mine/, which qcgraph did not write"),
+    "link to a folder": (add_link, "link/, which qcgraph did not write"),
+    "in the engines": (
+        lambda folder: [(folder / "engines").mkdir(), (folder / "engines" / "my.engine").touch()],
+        "engines/, which qcgraph did not write",
+    ),
+    "edited": (
+        lambda folder: (folder / "recipe.lock.toml").write_text("# mine\n"),
+        "recipe.lock.toml, which was changed after qcgraph wrote it",
+    ),
+    "linked": (
+        lambda folder: [
+            (folder / "full.onnx").rename(folder.parent / "full.onnx"),
+            (folder / "full.onnx").symlink_to(folder.parent / "full.onnx"),
+        ],
+        "full.onnx, which qcgraph did not write",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_force_keeps_what_is_not_ours(tmp_path: Path, name: str) -> None:
+    change, said = STRANGERS[name]
+    folder = make(tmp_path / "toy").path
+    change(folder)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UsageError, match=re.escape(f"holds {said}")) as caught:
         check_output(tmp_path / "toy", force=True)
-    (tmp_path / "toy" / "grid.png").rename(tmp_path / "toy" / ".DS_Store")
-    check_output(tmp_path / "toy", force=True)
+    assert "move what you want to keep away" in (caught.value.hint or "")
+    with pytest.raises(UsageError, match="holds"):
+        make(tmp_path / "toy", "second", force=True)
+    assert sorted(folder.rglob("*")) == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_stranger_that_came_while_it_was_written_is_kept(tmp_path: Path) -> None:
+    folder = make(tmp_path / "toy").path
+
+    def write() -> None:
+        with writing(folder, model="toy", target="torch", force=True) as partial:
+            fill(partial, "second")
+            (folder / "note.txt").write_text("mine")
+
+    with pytest.raises(UsageError, match=r"holds note\.txt, which qcgraph did not write"):
+        write()
+    assert (folder / "note.txt").read_text() == "mine"
+    assert Bundle.open(folder).file("full.onnx").read_text() == "first"
+    assert hidden(tmp_path) == []
+
+
+def test_many_strangers_are_counted(tmp_path: Path) -> None:
+    folder = make(tmp_path / "toy").path
+    for name in "abcdef":
+        (folder / name).touch()
+    with pytest.raises(UsageError, match=r"holds a, which qcgraph did not write, b, .*, and 3 more"):
+        check_output(tmp_path / "toy", force=True)
 
 
 def test_a_file_is_not_replaced(tmp_path: Path) -> None:
@@ -346,6 +410,8 @@ with writing(Path({place!r}), model="toy", target="torch", force=True) as folder
 SAY_AND_SLEEP = "print('now', flush=True); time.sleep(60)"
 # Sleeps before the second of the two renames of a replacement, when nothing is in place.
 BETWEEN_RENAMES = """
+from qcgraph import atomic
+atomic._exchanged = lambda one, other: False
 rename = Path.rename
 def slow(self, other):
     if self.name.endswith("-partial"):
@@ -400,3 +466,251 @@ def test_old_bundle_is_kept_where_something_else_took_its_place(tmp_path: Path) 
 def test_versions_come_from_what_is_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(manifest_module, "PACKAGES", ("numpy", "no-such-package"))
     assert list(make(tmp_path / "toy").manifest.packages) == ["numpy"]
+
+
+# Readers beside a writer.
+
+REPLACER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_bundle
+from qcgraph import atomic
+if {two_renames}:
+    atomic._exchanged = lambda one, other: False
+print("now", flush=True)
+for number in range(100000):
+    test_bundle.make(Path({place!r}), f"content {{number}}", force=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be replaced there")
+@pytest.mark.parametrize("two_renames", [False, True], ids=["exchange", "two renames"])
+def test_a_reader_beside_a_writer_sees_the_old_or_the_new(tmp_path: Path, two_renames: bool) -> None:
+    make(tmp_path / "toy", "content")
+    code = REPLACER.format(tests=str(Path(__file__).parent), place=str(tmp_path / "toy"), two_renames=two_renames)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"now\n"
+        hashes = set()
+        for index in range(150):
+            opened = Bundle.open(tmp_path / "toy", check=bool(index % 2))
+            hashes.add(opened.manifest.files["full.onnx"].sha256)
+            assert (opened.plan, opened.recipe) == (PLAN, Recipe())
+            assert is_bundle(tmp_path / "toy")
+        assert process.poll() is None
+        process.kill()
+    assert len(hashes) > 3
+    assert make(tmp_path / "toy", "last", force=True).plan == PLAN
+    assert hidden(tmp_path) == []
+
+
+def test_a_bundle_that_was_replaced_after_it_was_opened_says_so(tmp_path: Path) -> None:
+    opened = make(tmp_path / "toy")
+    make(tmp_path / "toy", "second", force=True)
+    assert opened.plan == PLAN  # read when it was opened
+    (tmp_path / "toy" / "ir" / "000_capture.txt").write_text("another\n")
+    with pytest.raises(BundleError, match="was replaced while it was read"):
+        _ = opened.ir_texts
+
+
+# What a stranger may put into the files of a bundle.
+
+
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+def leading_out(path: Path) -> None:
+    copied = path.parent.parent / path.name
+    path.rename(copied)
+    path.symlink_to(copied)
+
+
+def as_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links and pipes")
+@pytest.mark.parametrize("name", [MANIFEST, "plan.json", "recipe.lock.toml", "full.onnx"])
+@pytest.mark.parametrize("harm", [fifo, loop, leading_out, as_folder, device])
+def test_only_regular_files_of_the_bundle_are_read(tmp_path: Path, name: str, harm: Callable[[Path], None]) -> None:
+    harm(make(tmp_path / "toy").path / name)
+    with pytest.raises(BundleError) as caught:
+        read_all(tmp_path / "toy")
+    assert caught.value.hint
+    assert not list((tmp_path / "toy").glob(".*"))
+    with pytest.raises(UsageError):
+        check_output(tmp_path / "toy", force=True)
+
+
+DIGEST = "0" * 64
+DEEP = '{"schema_version": 1, "qcgraph": "1", "files": ' + '{"a": ' * 100000
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (MANIFEST, DEEP),
+        (MANIFEST, "[" * 500),
+        (MANIFEST, '{"schema_version": ' + "1" * 5000 + "}"),
+        (MANIFEST, '{"schema_version": NaN}'),
+        (MANIFEST, '{"schema_version": true}'),
+        (MANIFEST, '{"schema_version": [1]}'),
+        (MANIFEST, '{"schema_version": 1, "schema_version": 1}'),
+        ("plan.json", '{"format": 1, "model": {}, "plan": [[[]]], "variants": 7}'),
+        ("plan.json", "null"),
+        ("plan.json", '{"format": 1e400}'),
+        ("report.json", "[]"),
+        ("report.json", '{"source": ' * 5000),
+        ("recipe.lock.toml", "steps = " + "1" * 5000),
+        ("recipe.lock.toml", "a = " + "[" * 5000),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_odd_files_are_refused_in_words(tmp_path: Path, name: str, text: str) -> None:
+    path = make(tmp_path / "toy").path
+    rewrite(path, name, text)
+    with pytest.raises(BundleError) as caught:
+        _ = (read_all(path), Bundle.open(path).report)
+    assert caught.value.hint
+    assert len(str(caught.value)) < 1000
+    if name == MANIFEST:
+        with pytest.raises(UsageError, match="is not a bundle"):
+            check_output(path, force=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda data: data["files"].update({"../../etc/passwd": data["files"]["plan.json"]}), "outside the bundle"),
+        (lambda data: data["files"].update({"/etc/passwd": data["files"]["plan.json"]}), "outside the bundle"),
+        (lambda data: data["files"].update({"": data["files"]["plan.json"]}), "not the plain path"),
+        (lambda data: data["files"].update({"a\0b": data["files"]["plan.json"]}), "is no name"),
+        (lambda data: data["files"].update({"\ud800": data["files"]["plan.json"]}), "is no name"),
+        (lambda data: data["files"].update({"x" * 5000: data["files"]["plan.json"]}), "File name too long"),
+        (lambda data: data["files"].update({"ir/./a": data["files"]["plan.json"]}), "not the plain path"),
+        (lambda data: data["files"].pop("plan.json"), r"names no plan\.json"),
+        (lambda data: data["files"]["plan.json"].update(bytes=-1), "greater than or equal to 0"),
+        (lambda data: data["files"]["plan.json"].update(bytes=10**400), "less than"),
+        (lambda data: data["files"]["plan.json"].update(sha256="../x"), "pattern"),
+    ],
+)
+def test_odd_manifests(tmp_path: Path, change: Callable[[dict[str, Any]], object], problem: str) -> None:
+    path = make(tmp_path / "toy").path / MANIFEST
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(BundleError, match=problem):
+        Bundle.open(path.parent)
+
+
+def test_a_manifest_of_a_million_entries_is_refused_at_once(tmp_path: Path) -> None:
+    path = make(tmp_path / "toy").path / MANIFEST
+    with path.open("w") as stream:
+        stream.write('{"files": {')
+        stream.writelines(f'"{index:0100}": 1,' for index in range(10**6))
+    with pytest.raises(BundleError, match="has more than"):
+        Bundle.open(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ('"class_count": 10', '"class_count": 1000000000000', "1000000000000 classes"),
+        ('"class_count": 10', '"class_count": -1', "-1 classes"),
+        ("[1, 8, 8]", "[1, 1000000, 1000000]", "a latent of"),
+        ("[1, 8, 8]", "[0, 8, 8]", "a latent of"),
+        ('"group": 1', '"group": 1000000000000', "a group or a row"),
+        ('"row": 2', '"row": -1', "a group or a row"),
+        ("-0.1", "NaN", "holds nan"),
+        ("-0.1", "1e999", "holds inf"),
+        ('"variant": "reuse"', '"variant": "other"', "a step runs 'other', which is no variant"),
+        ('"reuse": {"inputs"', '"../../x": {"inputs"', "no name of a variant"),
+    ],
+)
+def test_numbers_that_no_plan_has(tmp_path: Path, old: str, new: str, problem: str) -> None:
+    path = make(tmp_path / "toy").path / "plan.json"
+    assert old in path.read_text()
+    rewrite(path.parent, path.name, path.read_text().replace(old, new, 1))
+    with pytest.raises(BundleError, match=problem):
+        read_all(tmp_path / "toy")
+
+
+# What is on the disk when.
+
+
+def test_all_is_on_the_disk_before_the_old_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "toy", "first")
+    events: list[str] = []
+
+    def noting(name: str, path_of: Callable[..., Path]) -> None:
+        call = getattr(atomic, name)
+
+        def noted(*arguments: Any) -> Any:
+            events.append(f"{name} {path_of(*arguments).relative_to(tmp_path)}")
+            return call(*arguments)
+
+        monkeypatch.setattr(atomic, name, noted)
+
+    noting("_sync", lambda path: path)
+    noting("_exchanged", lambda one, other: one)
+    noting("_remove", lambda path: path)
+    monkeypatch.setattr(Path, "rename", _noted_rename(events, tmp_path))
+    make(tmp_path / "toy", "second", force=True)
+    partial = ".toy.qcgraph-partial"
+    synced = {event for event in events[: events.index(f"_exchanged {partial}")] if event.startswith("_sync")}
+    files = {path.relative_to(tmp_path / "toy") for path in (tmp_path / "toy").rglob("*")}
+    assert {f"_sync {partial}/{name}" for name in files} | {f"_sync {partial}"} <= synced
+    after = events[events.index(f"_exchanged {partial}") :]
+    assert after.index("_sync .") < after.index(f"_remove {partial}")
+
+
+def _noted_rename(events: list[str], root: Path) -> Callable[[Path, Path], Path]:
+    rename = Path.rename
+
+    def noted(self: Path, target: Path) -> Path:
+        events.append(f"rename {self.relative_to(root)} {target.relative_to(root)}")
+        return rename(self, target)
+
+    return noted
+
+
+def test_without_exchange_the_old_waits_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "toy", "first")
+    events: list[str] = []
+    monkeypatch.setattr(atomic, "_exchanged", lambda one, other: False)
+    monkeypatch.setattr(Path, "rename", _noted_rename(events, tmp_path))
+    make(tmp_path / "toy", "second", force=True)
+    assert [event.replace("qcgraph-", "") for event in events] == [
+        "rename toy .toy.old",
+        "rename .toy.partial toy",
+        "rename .toy.old .toy.gone",
+    ]
+    assert hidden(tmp_path) == []
+
+
+def test_a_place_that_was_emptied_gets_back_what_was_moved_aside(tmp_path: Path) -> None:
+    make(tmp_path / "toy", "first").path.rename(tmp_path / ".toy.qcgraph-old")
+    (tmp_path / "toy").mkdir()
+    with pytest.raises(UsageError, match="exists"):
+        check_output(tmp_path / "toy", force=False)
+    assert Bundle.open(tmp_path / "toy").file("full.onnx").read_text() == "first"
+
+
+def test_what_is_half_removed_is_never_put_back(tmp_path: Path) -> None:
+    make(tmp_path / "toy", "first").path.rename(tmp_path / ".toy.qcgraph-gone")
+    check_output(tmp_path / "toy", force=False)
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from qcgraph.bundle import Bundle
+from qcgraph.cli import run
 from qcgraph.compiler import compile_model
 from qcgraph.errors import UsageError
 from qcgraph.models import LoadedModel, load_model
@@ -70,16 +72,68 @@ def test_a_path_that_is_gone_asks_for_the_model(
 
 
 @pytest.fixture
+def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module that can be imported, and the file that it makes when it is."""
+    (tmp_path / "trap_module.py").write_text(
+        "from pathlib import Path\n"
+        f"Path({str(tmp_path / 'imported')!r}).touch()\n"
+        "def factory():\n    raise AssertionError('called')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path / "imported"
+
+
+@pytest.mark.parametrize("source", ["trap_module:factory", "os:abort", "trap_module:missing"])
+def test_a_recorded_function_is_never_called(
+    bundle: Bundle,
+    tmp_path: Path,
+    trap: Path,
+    source: str,
+    rewrite_report: Callable[[Path, dict[str, object]], None],
+) -> None:
+    shutil.copytree(bundle.path, tmp_path / "copied")
+    rewrite_report(tmp_path / "copied", {"source": source})
+    opened = Bundle.open(tmp_path / "copied")
+    with pytest.raises(UsageError, match=f"was compiled from '{source}', and what a bundle names is not") as caught:
+        find_model(opened)
+    assert "--model PACKAGE.MODULE:FACTORY" in (caught.value.hint or "")
+    for command in (["eval"], ["bench", "--no-baselines"], ["verify"], ["inspect"]):
+        run([command[0], str(opened.path)])
+    assert not trap.exists()
+
+
+def test_the_name_of_a_model_is_not_called_either(
+    bundle: Bundle, tmp_path: Path, trap: Path, rewrite_report: Callable[[Path, dict[str, object]], None]
+) -> None:
+    shutil.copytree(bundle.path, tmp_path / "copied")
+    rewrite_report(tmp_path / "copied", {"source": None})
+    rewrite(tmp_path / "copied", "plan.json", lambda text: text.replace('"digits"', '"trap_module:factory"'))
+    with pytest.raises(UsageError, match="what a bundle names is not called"):
+        find_model(Bundle.open(tmp_path / "copied"))
+    assert not trap.exists()
+
+
+def test_a_function_that_the_user_names_is_called(bundle: Bundle, tmp_path: Path, trap: Path) -> None:
+    with pytest.raises(AssertionError, match="called"):
+        find_model(bundle, "trap_module:factory")
+    assert trap.exists()
+
+
+def rewrite(folder: Path, name: str, change: Callable[[str], str]) -> None:
+    """Change a file of a bundle, and its entry in the manifest."""
+    path, manifest = folder / name, folder / "manifest.json"
+    content = change(path.read_text()).encode()
+    path.write_bytes(content)
+    data = json.loads(manifest.read_text())
+    data["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    manifest.write_text(json.dumps(data))
+
+
+@pytest.fixture
 def rewrite_report() -> Callable[[Path, dict[str, object]], None]:
     """Change fields of a bundle's report, and its entry in the manifest."""
-    import hashlib
 
-    def rewrite(folder: Path, fields: dict[str, object]) -> None:
-        path, manifest = folder / "report.json", folder / "manifest.json"
-        text = json.dumps(json.loads(path.read_text()) | fields)
-        path.write_text(text)
-        data = json.loads(manifest.read_text())
-        data["files"]["report.json"] = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "bytes": len(text)}
-        manifest.write_text(json.dumps(data))
+    def change(folder: Path, fields: dict[str, object]) -> None:
+        rewrite(folder, "report.json", lambda text: json.dumps(json.loads(text) | fields))
 
-    return rewrite
+    return change

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -143,6 +144,28 @@ def test_failure_leaves_a_reproducer_that_fails_alike(captured: Program, tmp_pat
     assert CachePlan in saved.facts
     with pytest.raises(QcgraphError, match="out of luck"):
         Pipeline(pipeline.passes[1:]).run(saved)
+
+
+def test_a_reproducer_replaces_an_earlier_one_alone(captured: Program, tmp_path: Path) -> None:
+    notes = Notes()
+
+    def fail() -> None:
+        with pytest.raises(QcgraphError, match="out of luck"):
+            Pipeline((Breaks(),)).run(captured, [Reproduce(lambda: tmp_path / "out.reproducer", notes)])
+
+    fail()
+    fail()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.reproducer"]
+    (tmp_path / "out.reproducer" / "notes.txt").write_text("mine")
+    fail()
+    assert (tmp_path / "out.reproducer" / "notes.txt").read_text() == "mine"
+    assert "saved no reproducer" in notes.lines[-1]
+    assert "holds notes.txt, which qcgraph did not write" in notes.lines[-1]
+    shutil.rmtree(tmp_path / "out.reproducer")
+    (tmp_path / "out.reproducer").mkdir()
+    (tmp_path / "out.reproducer" / "mine.txt").touch()
+    fail()
+    assert [path.name for path in (tmp_path / "out.reproducer").iterdir()] == ["mine.txt"]
 
 
 def test_wrong_input_leaves_no_reproducer(captured: Program, tmp_path: Path) -> None:

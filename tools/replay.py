@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from qcgraph.bundle.files import read_file
 from qcgraph.instruments import PrintAfter, Timer
 from qcgraph.ir.serialize import load_program
 from qcgraph.pipeline import Pipeline
@@ -25,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     progress = progress_for(sys.stderr)
     program = load_program(options.folder)
-    pipeline = Pipeline.parse((options.folder / "pipeline.txt").read_text().strip())
+    pipeline = Pipeline.parse(read_file(options.folder, "pipeline.txt").decode().strip())
     progress.note(f"replaying {pipeline.text}")
     pipeline.run(program, [Timer(progress), PrintAfter(tuple(options.print_after), sys.stdout)], progress)
     progress.note("it did not fail")

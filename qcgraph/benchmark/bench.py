@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
+from qcgraph.atomic import scratch_folder
 from qcgraph.benchmark.baselines import BASELINES, DEFAULT, REFERENCE, Baseline
 from qcgraph.benchmark.candidates import Candidate, build, check_all, make_candidates, open_all, try_alone
 from qcgraph.benchmark.machine import read_machine, usable_cores, versions
@@ -88,8 +87,8 @@ def bench(
     machine = read_machine()
     first = _check_together(bundles)
     threads = options.threads or usable_cores()
-    with tempfile.TemporaryDirectory(prefix="qcgraph-") as folder:
-        workspace = Workspace(Path(folder), first.path, model, threads)
+    with scratch_folder() as folder:
+        workspace = Workspace(folder, first.path, model, threads)
         _check_origin(workspace, progress)
         candidates = make_candidates(bundles, options.baselines)
         build(candidates, workspace, progress)

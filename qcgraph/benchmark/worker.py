@@ -14,12 +14,12 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qcgraph.atomic import scratch_folder
 from qcgraph.benchmark.baselines import BASELINES, BUILDERS
 from qcgraph.benchmark.machine import peak_resident_bytes, resident_bytes
 from qcgraph.benchmark.timing import Call, TimedRunner, timed
@@ -184,8 +184,8 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
     Raises:
         TaskError: the task raised, or the process died.
     """
-    with tempfile.TemporaryDirectory(prefix="qcgraph-") as folder:
-        question, answer = Path(folder) / "request.json", Path(folder) / "result.json"
+    with scratch_folder() as folder:
+        question, answer = folder / "request.json", folder / "result.json"
         question.write_text(json.dumps(request), "utf-8")
         command = [sys.executable, "-P", "-m", __name__, str(question), str(answer)]
         # What this process can import, a factory of the user for example, the other one can.

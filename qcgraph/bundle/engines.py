@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from importlib import metadata
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from qcgraph import atomic
-from qcgraph.bundle.manifest import MANIFEST, parsed
+from qcgraph.bundle.files import is_sha256, name_problem, parsed, read_file, record_of, text_of
+from qcgraph.bundle.manifest import MANIFEST
 from qcgraph.bundle.read import Bundle
 from qcgraph.errors import BundleError
 
@@ -19,6 +19,8 @@ ENGINES = "engines"  # the folder in a bundle, unless another place is asked for
 RECORD = "engines.json"
 RECORD_FORMAT = 1
 TIMING_CACHE = "timing.cache"  # of TensorRT's builder: how fast which kernel was here
+BUILD_AGAIN = "build the engines again"
+_FILE = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"  # the name of an engine, which leads into no other folder
 _CACHE = re.compile(r"timing\.cache|runtime\.sm\d+\.cache")
 
 
@@ -63,10 +65,10 @@ class Engine(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     variant: str
-    file: str
-    sha256: str
-    bytes: int
-    compute_capability: str
+    file: str = Field(pattern=_FILE)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+    compute_capability: str = Field(pattern=r"^[0-9]+\.[0-9]+$")
     batch: Batch
     seconds: float
     layers: int
@@ -129,32 +131,38 @@ def read_engines(folder: Path) -> EngineRecord:
     Raises:
         BundleError: there is none, or it is malformed or of another format.
     """
-    path = folder / RECORD
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"cannot be read: {error}", where=str(path), hint="build the engines again") from None
-    record = parsed(str(path), text, EngineRecord.model_validate)
+    where = str(folder / RECORD)
+    text = text_of(read_file(folder, RECORD, hint=BUILD_AGAIN), where, hint=BUILD_AGAIN)
+    record = parsed(where, text, EngineRecord.model_validate, hint=BUILD_AGAIN)
     if record.format != RECORD_FORMAT:
-        raise BundleError(
-            f"has format {record.format}, not {RECORD_FORMAT}", where=str(path), hint="build the engines again"
-        )
+        raise BundleError(f"has format {record.format}, not {RECORD_FORMAT}", where=where, hint=BUILD_AGAIN)
     return record
 
 
 def has_engines(folder: Path) -> bool:
-    """Whether a folder holds engines that qcgraph built, of any format and in whatever state."""
-    return bool(engine_files(folder))
+    """Tell whether a folder holds engines that qcgraph built, of any format and in whatever state."""
+    return written_engines(folder) is not None
 
 
 def engine_files(folder: Path) -> frozenset[str]:
-    """The names of the files of a folder of engines, caches among them; empty where it is none."""
-    try:
-        data = json.loads((folder / RECORD).read_text("utf-8"))
-        caches = {item.name for item in folder.iterdir() if _CACHE.fullmatch(item.name)}
-        return frozenset({RECORD, *caches, *(str(engine["file"]) for engine in data["engines"])})
-    except (OSError, ValueError, TypeError, KeyError):
-        return frozenset()
+    """Return the names of the files of a folder of engines, caches among them; empty where it is none."""
+    return frozenset(written_engines(folder) or ())
+
+
+def written_engines(folder: Path) -> atomic.Written | None:
+    """Return the files of a folder of engines and their sha256, where one is known; None of another folder."""
+    data = record_of(folder, RECORD)
+    engines = data.get("engines")
+    if not isinstance(data.get("qcgraph"), str) or not isinstance(engines, list):
+        return None
+    files: dict[str, str | None] = {RECORD: None}
+    for engine in engines:
+        name, digest = (engine.get(key) if isinstance(engine, dict) else None for key in ("file", "sha256"))
+        if not isinstance(name, str) or name_problem(name) or not is_sha256(digest):
+            return None
+        files[name] = digest
+    # Caches are written to after the record.
+    return files | {item.name: None for item in folder.iterdir() if _CACHE.fullmatch(item.name)}
 
 
 def runtime_cache(capability: str) -> str:
@@ -180,9 +188,4 @@ def write_record(folder: Path, provider: str, version: str, source: Source, engi
     (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n", "utf-8")
 
 
-def _stranger(place: Path) -> str | None:
-    names = {item.name for item in place.iterdir() if not item.name.startswith(".")}
-    return min(names - engine_files(place), default=None)
-
-
-ENGINE_FOLDER = atomic.FolderKind(has_engines, "exists and holds no engines", _stranger)
+ENGINE_FOLDER = atomic.FolderKind(written_engines, "exists and holds no engines")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import metadata
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qcgraph import atomic
 from qcgraph.bundle.engines import Source, source_of
+from qcgraph.bundle.files import record_of, recorded_hashes
 from qcgraph.bundle.manifest import FileEntry, entry_of
 from qcgraph.bundle.read import Bundle
 
@@ -54,20 +54,11 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _known(folder: Path) -> frozenset[str]:
-    """The files of an exported folder; empty where it is none."""
-    try:
-        data = json.loads((folder / RECORD).read_text("utf-8"))
-        return frozenset({RECORD, *map(str, data["files"])}) if "kind" in data else frozenset()
-    except (OSError, ValueError, TypeError, KeyError):
-        return frozenset()
+def written_export(folder: Path) -> atomic.Written | None:
+    """Return the files of an exported folder and their sha256; None of another folder."""
+    data = record_of(folder, RECORD)
+    hashes = recorded_hashes(data)
+    return {RECORD: None, **hashes} if hashes is not None and isinstance(data.get("kind"), str) else None
 
 
-def _stranger(place: Path) -> str | None:
-    names = {path.relative_to(place).as_posix() for path in _files(place)}
-    return min((name for name in names - _known(place) if not name.startswith(".")), default=None)
-
-
-EXPORT_FOLDER = atomic.FolderKind(
-    lambda place: bool(_known(place)), "exists and was not written by qcgraph export", _stranger
-)
+EXPORT_FOLDER = atomic.FolderKind(written_export, "exists and was not written by qcgraph export")

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from qcgraph.errors import BundleError, QcgraphError
+from qcgraph.atomic import Written, sha256_of
+from qcgraph.bundle.files import (
+    AGAIN,
+    name_problem,
+    parsed,
+    path_problem,
+    read_file,
+    record_of,
+    recorded_hashes,
+    text_of,
+)
+from qcgraph.errors import BundleError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -20,8 +27,8 @@ PLAN = "plan.json"
 REQUIRED = (PLAN, RECIPE)
 PACKAGES = ("diffusers", "numpy", "onnx", "onnxruntime", "onnxscript", "torch")  # what decides what a compilation gives
 
-AGAIN = "copy or compile the bundle again"
-_Value = TypeVar("_Value")
+CHANGED = "the file was changed after it was written"
+_COMPILED = "give the folder that qcgraph compile wrote"
 
 
 class FileEntry(BaseModel):
@@ -29,8 +36,8 @@ class FileEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sha256: str
-    bytes: int
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0, lt=2**63)
 
 
 class Manifest(BaseModel):
@@ -61,7 +68,7 @@ class Manifest(BaseModel):
 
 def entry_of(path: Path) -> FileEntry:
     """The entry of a file as it is now."""
-    return FileEntry(sha256=_sha256(path), bytes=path.stat().st_size)
+    return FileEntry(sha256=sha256_of(path), bytes=path.stat().st_size)
 
 
 def write_manifest(
@@ -98,75 +105,52 @@ def read_manifest(path: Path) -> Manifest:
     where = str(path / MANIFEST)
     if not path.is_dir():
         raise BundleError(
-            "is a file, not a bundle" if path.exists() else "there is no such bundle",
-            where=str(path),
-            hint="give the folder that qcgraph compile wrote",
+            "is a file, not a bundle" if path.exists() else "there is no such bundle", where=str(path), hint=_COMPILED
         )
     if not (path / MANIFEST).is_file():
-        raise BundleError(
-            f"is not a bundle: it has no {MANIFEST}", where=str(path), hint="give the folder that qcgraph compile wrote"
-        )
-    try:
-        text = (path / MANIFEST).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"cannot be read: {error}", where=where, hint=AGAIN) from None
+        raise BundleError(f"is not a bundle: it has no {MANIFEST}", where=str(path), hint=_COMPILED)
+    text = text_of(read_file(path, MANIFEST), where)
     parsed(where, text, lambda data: _check_schema(data["schema_version"], where))
     manifest = parsed(where, text, Manifest.model_validate)
     for name in manifest.files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise BundleError(f"names {name!r}, which is outside the bundle", where=where, hint=AGAIN)
+        if problem := name_problem(name):
+            raise BundleError(f"names {name!r}, which {problem}", where=where, hint=AGAIN)
+    if missing := set(REQUIRED) - set(manifest.files):
+        raise BundleError(f"names no {' and no '.join(sorted(missing))}", where=where, hint=AGAIN)
     return manifest
 
 
+def written_files(folder: Path) -> Written | None:
+    """Return the files of a bundle of any schema version and in whatever state, and their sha256; None of another."""
+    data = record_of(folder, MANIFEST)
+    hashes = recorded_hashes(data)
+    return {MANIFEST: None, **hashes} if hashes is not None and isinstance(data.get("schema_version"), int) else None
+
+
 def has_manifest(folder: Path) -> bool:
-    """Whether a folder is a bundle, of any schema version and in whatever state."""
+    """Tell whether a folder is a bundle, of any schema version and in whatever state."""
+    return written_files(folder) is not None
+
+
+def size_problem(folder: Path, name: str, entry: FileEntry) -> str:
+    """Return whether a file is missing, is not in the folder or is of another size; empty when none of it."""
+    if problem := path_problem(folder, name):
+        return problem
     try:
-        data = json.loads((folder / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(data, dict) and {"schema_version", "qcgraph"} <= set(data) and isinstance(data.get("files"), dict)
-
-
-def file_problem(path: Path, entry: FileEntry) -> str:
-    """In what way a file is not as it was written; empty when it is."""
-    return size_problem(path, entry) or content_problem(path, entry)
-
-
-def size_problem(path: Path, entry: FileEntry) -> str:
-    """Whether a file is missing or of another size; empty when neither."""
-    if not path.is_file():
-        return "the file is missing"
-    size = path.stat().st_size
+        size = (folder / name).stat().st_size
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
     if size < entry.bytes:
         return f"the file is truncated: {size} of {entry.bytes} bytes"
     return f"the file was changed: {size} bytes instead of {entry.bytes}" if size != entry.bytes else ""
 
 
-def content_problem(path: Path, entry: FileEntry) -> str:
-    """Whether a file of the right size was changed; empty when it was not."""
-    return "the file was changed after it was written" if _sha256(path) != entry.sha256 else ""
-
-
-def parsed(where: str, text: str, build: Callable[[Any], _Value]) -> _Value:
-    """What ``build`` makes of JSON text.
-
-    Raises:
-        BundleError: the text is no JSON, or not of the shape that ``build`` expects.
-    """
+def content_problem(folder: Path, name: str, entry: FileEntry) -> str:
+    """Return whether a file of the right size was changed; empty when it was not."""
     try:
-        return build(json.loads(text))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{place}: {first['msg']}", where=where, hint=AGAIN) from None
-    except BundleError:
-        raise
-    except QcgraphError as error:
-        raise BundleError(error.message, where=where, hint=AGAIN) from None
-    except json.JSONDecodeError as error:
-        raise BundleError(f"is not valid JSON: {error}", where=where, hint=AGAIN) from None
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise BundleError(f"is not of the expected form ({error!r})", where=where, hint=AGAIN) from None
+        return "" if sha256_of(folder / name) == entry.sha256 else CHANGED
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
 
 
 def _package_versions() -> dict[str, str]:
@@ -174,17 +158,12 @@ def _package_versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in sorted(installed)}
 
 
-def _check_schema(version: int, where: str) -> None:
+def _check_schema(version: object, where: str) -> None:
     if version == SCHEMA_VERSION:
         return
     newer = isinstance(version, int) and version > SCHEMA_VERSION
     raise BundleError(
-        f"has schema version {version}; this qcgraph reads version {SCHEMA_VERSION}",
+        f"has schema version {version!r:.40}; this qcgraph reads version {SCHEMA_VERSION}",
         where=where,
         hint="upgrade qcgraph" if newer else "compile again with this version",
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,16 +12,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qcgraph import atomic
+from qcgraph.bundle.files import AGAIN, name_problem, parsed, path_problem, read_file, text_of
 from qcgraph.bundle.manifest import (
-    AGAIN,
+    CHANGED,
     MANIFEST,
     PLAN,
     RECIPE,
     Manifest,
     content_problem,
-    file_problem,
     has_manifest,
-    parsed,
     read_manifest,
     size_problem,
 )
@@ -33,6 +34,11 @@ PLAN_FORMAT = 1
 PROGRAM = "program.json"
 REPORT = "report.json"
 IR_FOLDER = "ir"
+_KEPT = (PLAN, RECIPE, REPORT)  # read when a bundle is opened, so that they are of one bundle
+_LARGEST_KEPT = 2**24  # bytes
+_ATTEMPTS = 20  # at opening a bundle that is replaced meanwhile
+_LARGEST_CLASS_COUNT = 10**6
+_LARGEST_LATENT = 2**28  # numbers of one sample
 
 _IR_NAME = re.compile(rf"{IR_FOLDER}/(?P<index>[0-9]+)_(?P<name>.+)\.txt")
 _Value = TypeVar("_Value")
@@ -66,12 +72,15 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    _kept: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+    _stamp: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path | str, *, check: bool = True) -> Bundle:
         """Open a bundle.
 
-        Files that the manifest does not name are not looked at.
+        Files that the manifest does not name are not looked at. A bundle that another process replaces at this moment
+        is the old or the new one, whole.
 
         Args:
             path: its folder.
@@ -81,8 +90,29 @@ class Bundle:
             BundleError: it is no bundle, was written by another version, or a file is missing or changed; says which.
         """
         path = Path(path)
-        atomic.restore_interrupted(path, has_manifest)
-        bundle = cls(path, read_manifest(path))
+        for _ in range(_ATTEMPTS):
+            atomic.restore_interrupted(path, has_manifest)
+            before = atomic.stamp(path)
+            try:
+                opened: Bundle | BundleError = cls._open(path, before, check=check)
+            except BundleError as error:
+                opened = error
+            if before == atomic.stamp(path) and (before is not None or not _appears(path)):
+                break
+        if isinstance(opened, BundleError):
+            raise opened
+        return opened
+
+    @classmethod
+    def _open(cls, path: Path, stamp: tuple[int, ...] | None, *, check: bool) -> Bundle:
+        """Open the bundle that is there now; see `open`."""
+        manifest = read_manifest(path)
+        kept = {}
+        for name in _KEPT:
+            entry = manifest.files.get(name)
+            if entry is not None and entry.bytes <= _LARGEST_KEPT and not path_problem(path, name):
+                kept[name] = read_file(path, name)
+        bundle = cls(path, manifest, kept, stamp)
         damaged = list(bundle.damage()) if check else []
         if damaged:
             others = [item.file for item in damaged[1:]]
@@ -94,13 +124,13 @@ class Bundle:
         """The files that are missing, truncated or changed; sizes first, contents after."""
         whole = []
         for name, entry in self.manifest.files.items():
-            problem = size_problem(self.path / name, entry)
+            problem = size_problem(self.path, name, entry)
             if problem:
                 yield Damage(name, problem)
             else:
                 whole.append(name)
         for name in whole:
-            if problem := content_problem(self.path / name, self.manifest.files[name]):
+            if problem := content_problem(self.path, name, self.manifest.files[name]):
                 yield Damage(name, problem)
 
     @property
@@ -115,6 +145,9 @@ class Bundle:
             return Recipe.from_toml(self._text(RECIPE), where=str(self.path / RECIPE))
         except UsageError as error:
             raise BundleError(error.message, where=error.where, hint=AGAIN) from None
+        except (ValueError, RecursionError) as error:  # of tomllib: a number or nesting that it does not take
+            where = str(self.path / RECIPE)
+            raise BundleError(f"is not valid TOML ({str(error)[:100]})", where=where, hint=AGAIN) from None
 
     @property
     def spec(self) -> ModelSpec:
@@ -148,7 +181,7 @@ class Bundle:
     @property
     def report(self) -> dict[str, Any]:
         """The summary of the compilation, as JSON data; empty where the bundle has none."""
-        return self._parsed(REPORT, dict) if REPORT in self.manifest.files else {}
+        return self._parsed(REPORT, _fields) if REPORT in self.manifest.files else {}
 
     @cached_property
     def ir_texts(self) -> tuple[IrText, ...]:
@@ -161,27 +194,61 @@ class Bundle:
         """The path of a file that the manifest names.
 
         Raises:
-            BundleError: the bundle has no such file.
+            BundleError: the bundle has no such file, or it leads out of the bundle.
         """
         if name not in self.manifest.files:
             raise BundleError(f"the bundle has no {name}", where=str(self.path), hint="compile it for another target")
+        if problem := path_problem(self.path, name):
+            raise self._damaged(name, problem)
         return self.path / name
 
     @cached_property
     def _plan_file(self) -> tuple[ModelSpec, StepPlan, dict[str, Interface]]:
-        return self._parsed(PLAN, decode_plan)
+        spec, plan, interfaces = self._parsed(PLAN, decode_plan)
+        if unknown := set(plan.variants) - set(interfaces):
+            where = str(self.path / PLAN)
+            raise BundleError(f"a step runs {min(unknown)!r}, which is no variant", where=where, hint=AGAIN)
+        return spec, plan, interfaces
 
     def _parsed(self, name: str, build: Callable[[Any], _Value]) -> _Value:
         return parsed(str(self.path / name), self._text(name), build)
 
     def _text(self, name: str) -> str:
-        path, entry = self.file(name), self.manifest.files[name]
-        if problem := file_problem(path, entry):
-            raise BundleError(problem, where=str(path), hint=AGAIN)
+        """The text of a file that the manifest names, as it was written."""
+        self.file(name)
+        entry = self.manifest.files[name]
+        if problem := "" if name in self._kept else size_problem(self.path, name, entry):
+            raise self._damaged(name, problem)
+        content = self._kept.get(name)
+        if content is None:
+            content = read_file(self.path, name, largest=max(entry.bytes, 1))
+        if hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise self._damaged(name, size_problem(self.path, name, entry) or CHANGED)
+        return text_of(content, str(self.path / name))
+
+    def _damaged(self, name: str, problem: str) -> BundleError:
+        """The error about a file, which may be of another bundle by now."""
+        if self._stamp is not None and self._is_replaced():
+            return BundleError("was replaced while it was read", where=str(self.path), hint="run it again")
+        return BundleError(problem, where=str(self.path / name), hint=AGAIN)
+
+    def _is_replaced(self) -> bool:
         try:
-            return path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"cannot be read: {error}", where=str(self.path / name), hint=AGAIN) from None
+            return self._stamp != atomic.stamp(self.path) and read_manifest(self.path) != self.manifest
+        except BundleError:
+            return True
+
+
+def _fields(data: Any) -> dict[str, Any]:
+    """Return a JSON object."""
+    if not isinstance(data, dict):
+        raise TypeError("no object")
+    return data
+
+
+def _appears(path: Path) -> bool:
+    """Whether a folder that was not there a moment ago is on its way into its place, or there now."""
+    return atomic.is_interrupted(path) or atomic.stamp(path) is not None
 
 
 def is_bundle(path: Path | str) -> bool:
@@ -191,8 +258,37 @@ def is_bundle(path: Path | str) -> bool:
 
 
 def decode_plan(data: Any) -> tuple[ModelSpec, StepPlan, dict[str, Interface]]:
-    """What ``plan.json`` holds: the model, the steps, and the interface of every variant."""
+    """Return what ``plan.json`` holds: the model, the steps, and the interface of every variant.
+
+    Raises:
+        BundleError: it has another format, or holds a number that none of these can have.
+        ValueError: data of another shape.
+    """
     if data["format"] != PLAN_FORMAT:
-        raise BundleError(f"has format {data['format']}, not {PLAN_FORMAT}", where=PLAN, hint="upgrade qcgraph")
+        raise BundleError(f"has format {data['format']!r:.40}, not {PLAN_FORMAT}", where=PLAN, hint="upgrade qcgraph")
+    _check_finite(data["plan"])
     interfaces = {name: decode(Interface, value) for name, value in data["variants"].items()}
-    return decode(ModelSpec, data["model"]), decode(StepPlan, data["plan"]), interfaces
+    for name in interfaces:
+        if "/" in name or name_problem(f"{name}.onnx"):
+            raise ValueError(f"{name!r} is no name of a variant")
+    spec, plan = decode(ModelSpec, data["model"]), decode(StepPlan, data["plan"])
+    _check_sizes(spec)
+    if any(not 0 <= number < len(plan) for step in plan.steps for number in (step.group, step.row)):
+        raise ValueError("a group or a row is none of the steps")
+    return spec, plan, interfaces
+
+
+def _check_sizes(spec: ModelSpec) -> None:
+    """Refuse sizes that no model has, before anything is made of such a size."""
+    if min(spec.latent_shape) < 1 or math.prod(spec.latent_shape) > _LARGEST_LATENT:
+        raise ValueError(f"a latent of {spec.latent_shape} is none")
+    if not 0 < spec.class_count <= _LARGEST_CLASS_COUNT:
+        raise ValueError(f"{spec.class_count} classes")
+
+
+def _check_finite(data: Any) -> None:
+    """Refuse NaN and infinity, with which every sample would be NaN."""
+    if isinstance(data, float) and not math.isfinite(data):
+        raise ValueError(f"holds {data}")
+    for item in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
+        _check_finite(item)

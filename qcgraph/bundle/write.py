@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qcgraph import atomic
-from qcgraph.bundle.engines import ENGINES, engine_files
-from qcgraph.bundle.manifest import MANIFEST, PLAN, has_manifest, write_manifest
+from qcgraph.bundle.engines import ENGINES, written_engines
+from qcgraph.bundle.manifest import PLAN, write_manifest, written_files
 from qcgraph.bundle.read import PLAN_FORMAT
 from qcgraph.facts import encode
 from qcgraph.spec import Interface, ModelSpec
@@ -51,7 +51,7 @@ def check_output(path: Path, *, force: bool) -> None:
         UsageError: something is there (with ``force``: something else than a bundle), the folder around it cannot be
             written, or another process writes there now.
     """
-    _BUNDLE.check(path, force=force)
+    BUNDLE_FOLDER.check(path, force=force)
 
 
 @contextmanager
@@ -84,19 +84,18 @@ def writing(
         UsageError: see `check_output`.
         BundleError: the body left out a file that every bundle has.
     """
-    with _BUNDLE.writing(path, force=force) as folder:
+    with BUNDLE_FOLDER.writing(path, force=force) as folder:
         yield folder
         write_manifest(folder, model, target, precision, overrides)
 
 
-def _stranger(place: Path) -> str | None:
-    """A file that is not of the bundle: nobody's data is lost."""
-    known = {MANIFEST, *json.loads((place / MANIFEST).read_text("utf-8"))["files"]}
-    known |= {f"{ENGINES}/{name}" for name in engine_files(place / ENGINES)}  # of the old bundle: they go with it
-    for file in (file.relative_to(place) for file in sorted(place.rglob("*")) if not file.is_dir()):
-        if file.as_posix() not in known and not any(part.startswith(".") for part in file.parts):
-            return str(file)
-    return None
+def written_bundle(folder: Path) -> atomic.Written | None:
+    """Return the files of a bundle and of its engines, which go with it, and their sha256; None of another folder."""
+    files = written_files(folder)
+    if files is None:
+        return None
+    engines = written_engines(folder / ENGINES) or {}
+    return {**files, **{f"{ENGINES}/{name}": digest for name, digest in engines.items()}}
 
 
-_BUNDLE = atomic.FolderKind(has_manifest, "exists and is not a bundle", _stranger)
+BUNDLE_FOLDER = atomic.FolderKind(written_bundle, "exists and is not a bundle")

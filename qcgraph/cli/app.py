@@ -30,6 +30,8 @@ WRONG_INPUT = 2
 PATH_ERRORS = (
     errno.EACCES,
     errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
     errno.EISDIR,
     errno.ELOOP,
     errno.ENAMETOOLONG,

@@ -14,11 +14,13 @@ from qcgraph.cli.output import JsonOption, count_text, finite, print_heading, pr
 from qcgraph.errors import VerificationError
 
 if TYPE_CHECKING:
+    from qcgraph.atomic import FolderKind
     from qcgraph.bundle import Bundle
     from qcgraph.evaluation.bootstrap import Estimate
     from qcgraph.evaluation.evaluate import Evaluation
     from qcgraph.evaluation.rows import Row
 
+KIND = "eval"
 FILES = ("eval.json", "samples.png", "curves.png")
 NOTHING = "-"
 WORST_SITES = 8  # that are printed; the JSON has all
@@ -47,7 +49,7 @@ def eval_command(
         str | None, typer.Option(metavar="NAME", help="Where the model is, if it is not where it was compiled from.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FOLDER", help=f"Write {', '.join(FILES)} there.")
+        Path | None, typer.Option("-o", "--output", metavar="FOLDER", help=f"The folder to write: {', '.join(FILES)}.")
     ] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", help="How many threads; by default all cores.")] = None,
     json: JsonOption = False,
@@ -89,7 +91,7 @@ def eval_command(
 
 def _document(evaluation: Evaluation, bundle: Bundle, path: Path, threads: int | None) -> dict[str, Any]:
     return {
-        "kind": "eval",
+        "kind": KIND,
         "format": 1,
         "bundle": str(path),
         "model": bundle.spec.name,
@@ -123,22 +125,30 @@ def _check_output(folder: Path) -> None:
     from qcgraph.evaluation.pictures import check_drawing
 
     check_drawing()
-    if folder.is_dir():
-        for name in FILES:
-            check_file(folder / name)
-    else:
+    if not folder.is_dir():
         check_file(folder)
+    _output_kind().check(folder, force=True)
+
+
+def _output_kind() -> FolderKind:
+    """The kind of folder that is written, which replaces an earlier one."""
+    from qcgraph.atomic import FolderKind, Written
+    from qcgraph.bundle.files import record_of
+
+    def written(folder: Path) -> Written | None:
+        is_ours = record_of(folder, FILES[0]).get("kind") == KIND
+        return dict.fromkeys(FILES) if is_ours else None
+
+    return FolderKind(written, "exists and is not what qcgraph eval wrote")
 
 
 def _write(evaluation: Evaluation, bundle: Bundle, folder: Path, document: dict[str, Any]) -> None:
-    from qcgraph.atomic import writing_file
     from qcgraph.evaluation.pictures import save_curves, save_samples
 
-    folder.mkdir(exist_ok=True)
-    save_samples(evaluation, folder / FILES[1], is_image=bundle.spec.is_image)
-    save_curves(evaluation, bundle.plan, folder / FILES[2])
-    with writing_file(folder / FILES[0]) as partial:
-        partial.write_text(json_format.dumps(finite(document), indent=2) + "\n", "utf-8")
+    with _output_kind().writing(folder, force=True) as partial:
+        save_samples(evaluation, partial / FILES[1], is_image=bundle.spec.is_image)
+        save_curves(evaluation, bundle.plan, partial / FILES[2])
+        (partial / FILES[0]).write_text(json_format.dumps(finite(document), indent=2) + "\n", "utf-8")
 
 
 def _print(evaluation: Evaluation, bundle: Bundle) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from qcgraph.atomic import scratch_folder
 from qcgraph.effort import affordable
 from qcgraph.errors import UsageError
 from qcgraph.evaluation.bootstrap import LEVEL, Bootstrap, Estimate
@@ -188,8 +188,8 @@ class _Run:
 
     def evaluation(self) -> Evaluation:
         """Sample everything, compute everything."""
-        with tempfile.TemporaryDirectory(prefix="qcgraph-") as folder:
-            settings = self._settings(Path(folder))
+        with scratch_folder() as folder:
+            settings = self._settings(folder)
             tallies, trajectory = self._sample(settings)
         reference, goal, half = tallies["full_precision"], *self._converged(settings)
         spec, judge = self._subject.spec, self._judge

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qcgraph.bundle.files import parsed, path_problem, read_file, text_of
 from qcgraph.errors import BundleError
 from qcgraph.facts import Facts, decode
 from qcgraph.ir.graph import DTYPE_NAMES, DTYPES, Origin, Variant, module_path
@@ -28,6 +29,7 @@ _AGAIN = "compile again with this version"
 FORMAT = 1
 PROGRAM = "program.json"
 WEIGHTS = "weights.safetensors"
+LARGEST_PROGRAM = 2**30  # bytes
 EXPORTED = "onnx/"  # tensors in the weights file whose names begin so belong to exported graphs, not to the program
 
 
@@ -76,12 +78,23 @@ def save_program(program: Program, folder: Path, exported: Mapping[str, torch.Te
 
 
 def load_program(folder: Path) -> Program:
-    """The inverse of `save_program`."""
+    """Read what `save_program` wrote.
+
+    Raises:
+        BundleError: a file is missing or damaged, or see `program_from_json`.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors = load_file(folder / WEIGHTS)
+    text = text_of(read_file(folder, PROGRAM, largest=LARGEST_PROGRAM), str(folder / PROGRAM))
+    if problem := path_problem(folder, WEIGHTS):
+        raise BundleError(problem, where=str(folder / WEIGHTS), hint=_AGAIN)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BundleError(f"cannot be read: {error}", where=str(folder / WEIGHTS), hint=_AGAIN) from error
     constants = {name: tensor for name, tensor in tensors.items() if not name.startswith(EXPORTED)}
-    return program_from_json(json.loads((folder / PROGRAM).read_text()), constants)
+    return parsed(str(folder / PROGRAM), text, lambda data: program_from_json(data, constants))
 
 
 def _variant_to_json(variant: Variant) -> dict[str, Any]:

@@ -60,7 +60,11 @@ def list_models() -> tuple[ModelInfo, ...]:
     )
 
 
-def load_model(name: str, *, seed: int = 0) -> LoadedModel:
+class CodeError(UsageError):
+    """A model's name asks for code where only data is read."""
+
+
+def load_model(name: str, *, seed: int = 0, calls: bool = True) -> LoadedModel:
     """Loads a model by name.
 
     Args:
@@ -68,12 +72,14 @@ def load_model(name: str, *, seed: int = 0) -> LoadedModel:
             diffusers or ``tools/train_digits.py`` wrote; or ``package.module:factory``. A factory's module is used as
             it is, frozen and converted in place.
         seed: seed of ``:random`` weights; the others ignore it.
+        calls: whether a factory is imported and called; not where the name was read from a file.
 
     Raises:
+        CodeError: the name is that of a factory, and none is to be called.
         UsageError: the name is unknown, or what it names cannot be read, does not fit, was trained on an unsupported
             noise schedule, or holds NaN, infinity or what is not floating point; or a factory raises.
     """
-    model = _load(name, seed)
+    model = _load(name, seed, calls=calls)
     check_spec(model.spec, name)
     check_weights(model.module, name)
     model.module.eval().requires_grad_(False).float()
@@ -107,7 +113,7 @@ def check_loaded(model: LoadedModel) -> LoadedModel:
     return model
 
 
-def _load(name: str, seed: int) -> LoadedModel:
+def _load(name: str, seed: int, *, calls: bool) -> LoadedModel:
     """Chooses the source by the form of the name."""
     if name == EMBEDDED:
         return load_trained_folder()
@@ -123,6 +129,8 @@ def _load(name: str, seed: int) -> LoadedModel:
             hint=f"put the geometry in front, for example dit-xl-2:{name}",
         )
     if _FACTORY.fullmatch(name):
+        if not calls:
+            raise CodeError("is a function, which is not called", where=name, hint="name it yourself")
         return _from_factory(name)
     if separator and geometry.startswith("dit-"):
         raise UsageError(f"unknown geometry {geometry!r}", where=name, hint=closest(geometry, GEOMETRIES))

@@ -1,0 +1,450 @@
+"""Kills commands at every operation on the file system, and looks at what is left.
+
+    python tools/kill_test.py [COMMAND ...] [--cuts N] [--json FILE]
+
+For ``compile`` (also as on systems that cannot exchange two folders), ``export``, ``sample``, ``eval`` and, where
+TensorRT-RTX is installed, ``build``: the real command replaces what it wrote before, and is killed with SIGKILL before
+its k-th operation (open to write, mkdir, rename, remove, fsync, chmod), or while a file grows over a number of bytes.
+What is in its place then has to be the old or the new, whole; and the command, run again, has to succeed and to leave
+nothing beside it. ``--cuts`` takes so many points of each command, evenly; by default all. Prints counts; exits with 1
+where one failed.
+
+The command is run once up to where it begins to write, and forked there for every point: a point takes as long as
+writing does. It needs a system with fork, and one thread: set OMP_NUM_THREADS=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qcgraph import atomic
+from qcgraph.bundle import Bundle, is_bundle
+from qcgraph.bundle.engines import ENGINE_FOLDER
+from qcgraph.bundle.exports import EXPORT_FOLDER
+from qcgraph.cli import run
+from qcgraph.models import LoadedModel
+from qcgraph.models.dit import DiT, initialize_random
+from qcgraph.models.geometry import DiTConfig
+from qcgraph.spec import ModelSpec
+
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+EVENTS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink")
+SIZES = (
+    0,
+    1,
+    10,
+    100,
+    500,
+    1000,
+    2000,
+    5000,
+    10000,
+    30000,
+)  # bytes that a file may have when the process is killed for it
+VOLATILE = ("manifest.json", "report.json", "engines.json", "export.json")  # hold times; they are checked otherwise
+TINY = "kill_test:tiny"
+COMPILE = ("--bits", "off", "--guidance", "1.5")
+MEASURE = ("--model", TINY, "--metrics", "latent_error", "--no-attribution", "--seeds", "2", "--threads", "1")
+BUNDLE = "bundle"
+
+
+def tiny() -> LoadedModel:
+    """A random DiT of one block and 16 tokens."""
+    config = DiTConfig(input_size=8, patch_size=2, channels=1, width=16, depth=1, heads=2, class_count=3)
+    module = DiT(config)
+    initialize_random(module, torch.Generator().manual_seed(0))
+    return LoadedModel(module, ModelSpec("tiny", (1, 8, 8), 3, 3, output_channels=2, is_image=True), ("x", "t", "y"))
+
+
+def whole_bundle(place: Path) -> None:
+    opened = Bundle.open(place)
+    assert len(opened.plan) in (3, 4)
+    assert opened.report["source"] == TINY
+
+
+def whole_export(place: Path) -> None:
+    EXPORT_FOLDER.check(place, force=True)  # every file is as it was written
+
+
+def whole_engines(place: Path) -> None:
+    ENGINE_FOLDER.check(place, force=True)
+
+
+def whole_picture(place: Path) -> None:
+    from PIL import Image
+
+    Image.open(place).load()
+
+
+def whole_evaluation(place: Path) -> None:
+    assert json.loads((place / "eval.json").read_text())["kind"] == "eval"
+    whole_picture(place / "samples.png")
+    whole_picture(place / "curves.png")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that replaces what is in a place.
+
+    Attributes:
+        place: what it writes, in the folder that it is run in.
+        old: arguments that write the old.
+        new: arguments that replace it.
+        whole: raises where the place does not hold something whole.
+    """
+
+    place: str
+    old: tuple[str, ...]
+    new: tuple[str, ...]
+    whole: Callable[[Path], None]
+    exchanges: bool = True  # else as on a system that cannot exchange two folders: a reader may have to put one back
+
+
+COMPILING = ("compile", TINY, "-o", "toy", "--target", "torch", "--force", "--cache", "interval=2", *COMPILE)
+EXPORTING = ("export", BUNDLE, "-o", "repository", "--force", "--format")
+SAMPLING = (
+    "sample",
+    BUNDLE,
+    "-o",
+    "grid.png",
+    "--save-latents",
+    "../latents.npz",
+    "-n",
+    "2",
+    "--threads",
+    "1",
+    "--seed",
+)
+BUILDING = ("build", BUNDLE, "-o", "engines", "--force", "--compute-capability")
+COMMANDS = {
+    "compile": Command("toy", (*COMPILING, "--steps", "4"), (*COMPILING, "--steps", "3"), whole_bundle),
+    "export": Command("repository", (*EXPORTING, "onnx-single"), (*EXPORTING, "triton"), whole_export),
+    "sample": Command("grid.png", (*SAMPLING, "0"), (*SAMPLING, "1"), whole_picture),
+    "eval": Command(
+        "evaluation",
+        ("eval", BUNDLE, "-o", "evaluation", *MEASURE, "--samples", "4"),
+        ("eval", BUNDLE, "-o", "evaluation", *MEASURE, "--samples", "5"),
+        whole_evaluation,
+    ),
+    "build": Command("engines", (*BUILDING, "8.6"), (*BUILDING, "8.9"), whole_engines),
+    "compile-renaming": Command(
+        "toy", (*COMPILING, "--steps", "4"), (*COMPILING, "--steps", "3"), whole_bundle, exchanges=False
+    ),
+}
+
+
+@dataclass
+class Tally:
+    """What came of the points of one command."""
+
+    operations: int = 0
+    points: int = 0
+    old: int = 0
+    new: int = 0
+    left: int = 0  # points at which something lay beside the place, until the next run
+    again: int = 0  # runs that succeeded after it
+    failures: list[str] = field(default_factory=list)
+
+
+class Watch:
+    """Counts the operations of this process on a folder, and does something before one of them."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = f"{root}{os.sep}"
+        self.log: list[str] = []
+        self.at: dict[int, Callable[[], None]] = {}
+        self._busy = False
+        sync = os.fsync
+
+        def fsync(descriptor: int) -> None:
+            self._count("os.fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+            sync(descriptor)
+
+        os.fsync = fsync
+        sys.addaudithook(self._hook)
+
+    def kill_at(self, operation: int) -> None:
+        """Kill this process before an operation."""
+        self.at[operation] = lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            if isinstance(path, (str, bytes)) and isinstance(flags, int) and flags & WRITES:
+                self._count(event, os.fsdecode(path))
+        elif event in EVENTS:
+            # Trees are removed by names relative to a folder.
+            self._count(event, os.fsdecode(arguments[0]))
+
+    def _count(self, event: str, path: str) -> None:
+        if self._busy or (path.startswith(os.sep) and not path.startswith(self._root)):
+            return
+        self._busy = True
+        self.log.append(f"{event} {path.removeprefix(self._root)}")
+        action = self.at.get(len(self.log) - 1)
+        if action is not None:
+            action()
+        self._busy = False
+
+
+def forked(body: Callable[[], int]) -> int:
+    """Do something in a process of its own; the exit code, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            code = body()
+        except BaseException:  # noqa: BLE001 - the process ends here, whatever it is
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def quietly(arguments: Sequence[str]) -> int:
+    """Run a command; what it says goes nowhere unless it fails."""
+    with tempfile.TemporaryFile("w+") as said:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = run(list(arguments))
+        if code:
+            said.seek(0)
+            print(said.read(), file=sys.stderr)
+    return code
+
+
+def signature(place: Path) -> dict[str, str]:
+    """The files of a place and their contents, but for what holds times."""
+    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    return {
+        path.relative_to(place.parent).as_posix(): ""
+        if path.name in VOLATILE or path.suffix == ".engine"
+        else hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+class Killing:
+    """One command, killed at its points, in a folder that holds its place and nothing else of it."""
+
+    def __init__(self, command: Command, folder: Path, cuts: int) -> None:
+        self._command, self._folder, self._cuts = command, folder, cuts
+        self._place, self._kept = folder / command.place, folder.parent / "kept"
+        self._around = {path.name for path in folder.iterdir()} | {command.place}
+        self.tally = Tally()
+        self._old: dict[str, str] = {}
+        self._new: dict[str, str] = {}
+        self._log: list[str] = []
+
+    def run(self) -> Tally:
+        """All points."""
+        if not self._command.exchanges:
+            atomic._exchanged = lambda one, other: False
+        self._need(forked(lambda: quietly(self._command.old)) == 0, "the old")
+        self._old = signature(self._place)
+        self._keep()
+        log = self._recorded()
+        self._new = signature(self._place)
+        self._need(self._old != self._new, "a difference")
+        self._restore()
+        self._log = log
+        first = next(index for index, line in enumerate(log) if "qcgraph-partial" in line and not is_removal(line))
+        begin = max(index for index, line in enumerate(log[:first]) if line.endswith("-lock") and "open" in line)
+        self.tally.operations = len(log)
+        early, late = range(begin), range(begin, len(log))
+        share = len(late) / len(log)
+        self._serve(0, chosen(early, round(self._cuts * (1 - share))), (), again=False)
+        self._serve(begin, chosen(late, round(self._cuts * share)), SIZES[:: 2 if self._cuts else 1], again=True)
+        return self.tally
+
+    def _recorded(self) -> list[str]:
+        """The operations of the command."""
+        answer = self._folder.parent / "log.json"
+
+        def body() -> int:
+            watch = Watch(self._folder)
+            code = quietly(self._command.new)
+            answer.write_text(json.dumps(watch.log))
+            return code
+
+        self._need(forked(body) == 0, "the new")
+        return list(json.loads(answer.read_text()))
+
+    def _serve(self, begin: int, points: Sequence[int], sizes: Sequence[int], *, again: bool) -> None:
+        """Run the command up to an operation, and from there on once for every point."""
+        answer = self._folder.parent / "tally.json"
+
+        def body() -> int:
+            watch = Watch(self._folder)
+
+            def loop() -> None:
+                """Return in the processes that go on with the command."""
+                for point in points:
+                    if self._point(f"{point} {self._log[point]}", lambda at=point: watch.kill_at(at), again=again):
+                        return
+                for size in sizes:
+                    if self._point(f"{size} bytes", lambda size=size: limit(size), again=again):
+                        return
+                answer.write_text(json.dumps(vars(self.tally)))
+                os._exit(0)
+
+            watch.at[begin] = loop
+            return quietly(self._command.new)
+
+        self._need(forked(body) == 0, "the points")
+        self.tally = Tally(**json.loads(answer.read_text()))
+
+    def _point(self, name: str, arm: Callable[[], None], *, again: bool) -> bool:
+        """Kill the command at one point, look, run it again, look, and put the old back.
+
+        Returns:
+            Whether this is the process that goes on with the command.
+        """
+        code = continued(arm)
+        if code is None:
+            return True
+        self.tally.points += 1
+        if code not in (-signal.SIGKILL, -signal.SIGXFSZ, 0):
+            self.tally.failures.append(f"{name}: ended with {code}")
+        self._look(name, killed=code != 0)
+        if not again:
+            return False
+        code = continued(lambda: None)
+        if code is None:
+            return True
+        self.tally.again += code == 0
+        if code != 0:
+            self.tally.failures.append(f"{name}: run again, it ended with {code}")
+        self._look(f"{name}, run again", killed=False)
+        self._restore()
+        return False
+
+    def _look(self, name: str, *, killed: bool) -> None:
+        """Look at the place: the old or the new, whole; after a run that was not killed, nothing beside it."""
+        beside = sorted({path.name for path in self._folder.iterdir()} - self._around)
+        if not self._command.exchanges:
+            is_bundle(self._place)  # every reader puts back what was moved aside
+        found = signature(self._place)
+        self.tally.old += killed and found == self._old
+        self.tally.new += killed and found == self._new
+        self.tally.left += killed and bool(beside)
+        if found not in (self._old, self._new):
+            self.tally.failures.append(f"{name}: neither the old nor the new: {sorted(found)}")
+        if beside and not killed:
+            self.tally.failures.append(f"{name}: left {', '.join(beside)}")
+        try:
+            self._command.whole(self._place)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is why the point failed
+            self.tally.failures.append(f"{name}: {error!r}")
+
+    def _keep(self) -> None:
+        shutil.rmtree(self._kept, ignore_errors=True)
+        shutil.copytree(self._folder, self._kept)
+
+    def _restore(self) -> None:
+        for path in self._folder.iterdir():
+            if path.name != BUNDLE:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        kept = self._kept / self._command.place
+        (shutil.copytree if kept.is_dir() else shutil.copyfile)(kept, self._place)
+
+    def _need(self, condition: bool, what: str) -> None:
+        if not condition:
+            raise SystemExit(f"{self._command.new[0]}: could not make {what}")
+
+
+def continued(arm: Callable[[], None]) -> int | None:
+    """Fork; None in the child, which goes on, and how it ended in the parent."""
+    child = os.fork()
+    if child == 0:
+        arm()
+        return None
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def limit(size: int) -> None:
+    """Let the process be killed as soon as a file grows over a size, in bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def is_removal(line: str) -> bool:
+    """Whether an operation of the log takes something away."""
+    return line.startswith(("os.remove", "os.rmdir"))
+
+
+def chosen(points: Sequence[int], count: int) -> Sequence[int]:
+    """So many of the points, evenly, first and last among them; all where the count is 0 or too large."""
+    if count <= 0 or count >= len(points):
+        return points
+    return sorted({points[round(index * (len(points) - 1) / max(count - 1, 1))] for index in range(count)})
+
+
+def prepared(folder: Path) -> Path:
+    """A bundle with graphs, which the commands read."""
+    arguments = ["compile", TINY, "-o", str(folder / BUNDLE), "--steps", "3", "--target", "onnxruntime-cpu", *COMPILE]
+    if forked(lambda: quietly(arguments)) != 0:
+        raise SystemExit("could not compile the bundle")
+    return folder / BUNDLE
+
+
+def main() -> None:
+    """Kill and count."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commands", nargs="*", metavar="COMMAND", help=f"of {', '.join(COMMANDS)}; all by default")
+    parser.add_argument("--cuts", type=int, default=0, help="points of each command; 0: all")
+    parser.add_argument("--json", type=Path, help="write the counts to this file, too")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.path.insert(0, str(Path(__file__).parent))
+    importlib.import_module(
+        "qcgraph.evaluation.pictures"
+    )  # whatever is imported before the first fork is imported once
+    tallies: dict[str, Tally] = {}
+    output = options.json.resolve() if options.json else None
+    with tempfile.TemporaryDirectory(prefix="qcgraph-") as name:
+        scratch = Path(name).resolve()
+        bundle = prepared(scratch)
+        for title in options.commands or COMMANDS:
+            if title == "build" and find_spec("tensorrt_rtx") is None:
+                print("build: TensorRT-RTX is not installed")
+                continue
+            folder = scratch / title / "folder"
+            folder.mkdir(parents=True)
+            shutil.copytree(bundle, folder / BUNDLE)
+            os.chdir(folder)
+            tallies[title] = tally = Killing(COMMANDS[title], folder, options.cuts).run()
+            print(
+                f"{title}: {tally.points} points of {tally.operations} operations: {tally.old} left the old, "
+                f"{tally.new} the new; {tally.again} run again; {len(tally.failures)} failures",
+                flush=True,
+            )
+            for failure in tally.failures[:20]:
+                print(f"  {failure}")
+            os.chdir(scratch)
+    if output is not None:
+        output.write_text(json.dumps({title: vars(tally) for title, tally in tallies.items()}, indent=2) + "\n")
+    sys.exit(any(tally.failures for tally in tallies.values()))
+
+
+if __name__ == "__main__":
+    main()
