@@ -140,6 +140,8 @@ def parse_toml(text: str, *, where: str, hint: str, error: type[QcgraphError] = 
         QcgraphError: of the type ``error``; the text is no TOML, a whole number is too large, a string holds NUL, or
             values are nested more than `MOST_LEVELS` deep.
     """
+    if len(text) > MOST_TOML_BYTES:
+        raise error(f"is larger than {MOST_TOML_BYTES // 2**20} MiB", where=where, hint=hint)
     if _LONG_KEY.search(text):
         raise error(_TOO_DEEP, where=where, hint=hint)
     try:
