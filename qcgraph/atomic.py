@@ -148,7 +148,10 @@ def clear(place: Path, is_ours: IsOurs) -> None:
 
 def restore_interrupted(path: Path, is_ours: IsOurs) -> None:
     """Put back a folder whose replacement was killed between its two renames; does nothing otherwise."""
-    place = path.resolve()
+    try:
+        place = path.resolve()
+    except (OSError, RuntimeError):  # links in a circle: nothing is there, which whoever opens it says
+        return
     if place.name and not place.exists() and _beside(place, "old").exists():
         with locked(place, wait=True):
             clear(place, is_ours)
@@ -160,7 +163,12 @@ def resolved(path: Path) -> Path:
     Raises:
         UsageError: the path has no name of its own.
     """
-    place = path.resolve()
+    try:
+        place = path.resolve(strict=path.is_symlink())
+    except FileNotFoundError:  # a link to what does not exist yet
+        place = path.resolve()
+    except (OSError, RuntimeError):
+        raise UsageError("links to itself", where=str(path), hint=_ELSEWHERE) from None
     if not place.name:
         raise UsageError("is no place for a new folder", where=str(path), hint="give the path of a new folder")
     return place

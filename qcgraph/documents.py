@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qcgraph.errors import QcgraphError, UsageError
+from qcgraph.errors import QcgraphError, UsageError, shown
 
 MOST_JSON_BYTES = 256 * 2**20  # the program of a large model, whose facts hold the scales of every step, is below 50 MB
 MOST_TOML_BYTES = 2**20  # a recipe with a plan of a thousand steps is below 50 kB
@@ -103,7 +103,7 @@ def parse_json(text: str, *, where: str, hint: str, error: type[QcgraphError] = 
     def number(digits: str) -> float:
         value = float(digits)
         if not math.isfinite(value):
-            raise error(f"holds {_short(digits)}, which is no finite number", where=where, hint=hint)
+            raise error(f"holds {digits[:40]}, which is no finite number", where=where, hint=hint)
         return value
 
     def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def parse_json(text: str, *, where: str, hint: str, error: type[QcgraphError] = 
         if len(data) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise error(f"says {_short(twice)!r} twice", where=where, hint=hint)
+            raise error(f"says {shown(twice)} twice", where=where, hint=hint)
         return data
 
     try:
@@ -157,6 +157,32 @@ def parse_toml(text: str, *, where: str, hint: str, error: type[QcgraphError] = 
     return data
 
 
+def as_path(value: object, *, where: str) -> Path:
+    """Return the path that a caller gave, after asking the system whether it can be one.
+
+    Args:
+        value: a string or a path object; nothing has to be there.
+        where: the argument, for errors.
+
+    Raises:
+        UsageError: it is of another type or empty, or the system refuses it: it is too long, goes in a circle of
+            links, or through a folder that may not be looked into.
+    """
+    hint = "give the path of a file or folder"
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text:
+        raise UsageError(f"{shown(value)} is no path", where=where, hint=hint)
+    if not is_text(text):
+        raise UsageError(f"{shown(text)} is no path that can be written down", where=where, hint=hint)
+    try:
+        os.stat(text)  # noqa: PTH116 - a Path would make of the text what the system never sees
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as problem:
+        raise UsageError(f"{shown(text)}: {problem.strerror}", where=where, hint=hint) from None
+    return Path(text)
+
+
 def is_text(value: str) -> bool:
     """Return whether a string can be encoded, printed and passed to the system: no NUL, no half of a surrogate pair."""
     try:
@@ -196,7 +222,3 @@ def _problem(data: Any, *, suspect: bool) -> str:
         if level > MOST_LEVELS:
             return _TOO_DEEP
     return ""
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -224,6 +224,11 @@ def make_pass(name: str, options: dict[str, Any]) -> Pass:
             raise UsageError(f"pass {name!r} has no option {shown(key.replace('_', '-'))}", hint=hint)
     checked = {}
     for key, value in values.items():
+        if (isinstance(value, int) and value.bit_length() > 63) or (isinstance(value, str) and not is_text(value)):
+            raise UsageError(
+                f"pass {name!r}, option {key.replace('_', '-')}: {shown(value)} does not fit",
+                hint="a number has 64 bits, and a text neither NUL nor half of a surrogate pair",
+            )
         try:
             checked[key] = _option_type(kind, key).validate_python(value)
         except ValidationError as error:
@@ -256,7 +261,9 @@ def _parse(text: str) -> Iterator[Pass]:
         match = _TOKEN.match(text, position)
         if match is None or match.end() == position:
             raise UsageError(
-                f"cannot read {shown(text[position:])}", where="pipeline", hint="write name{key=value key=value},name,..."
+                f"cannot read {shown(text[position:])}",
+                where="pipeline",
+                hint="write name{key=value key=value},name,...",
             )
         yield make_pass(match["name"], _parse_options(match["options"] or ""))
         position = match.end()

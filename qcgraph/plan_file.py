@@ -93,7 +93,7 @@ def read_plan(path: Path) -> PlanFile:
         UsageError: there is no such file, it cannot be read, or what it says cannot be followed.
         BundleError: the bundle, or the ``plan.json``, is damaged.
     """
-    if os.path.isdir(path):  # which no path can make raise
+    if os.path.isdir(path):  # noqa: PTH112 - which no path can make raise
         return _of_bundle(Bundle.open(path, check=False).plan, str(path / PLAN))
     where = str(path)
     if not os.path.lexists(path):
@@ -191,7 +191,9 @@ def _check_steps(plan: Any, where: str) -> None:
     for index, step in enumerate(steps if isinstance(steps, list) else ()):
         for key in step if isinstance(step, dict) else ():
             if key not in known:
-                raise BundleError(f"step {index} has the unknown key {shown(key)}", where=where, hint=closest(key, known))
+                raise BundleError(
+                    f"step {index} has the unknown key {shown(key)}", where=where, hint=closest(key, known)
+                )
 
 
 def _usage_error(error: ValidationError, where: str) -> UsageError:

@@ -6,8 +6,8 @@ top. The fully resolved recipe is written into the bundle as ``recipe.lock.toml`
 
 from __future__ import annotations
 
-import re
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
