@@ -152,14 +152,14 @@ def _unexpected(error: Exception) -> int:
     Raises:
         Exception: it is a bug of qcgraph.
     """
+    if isinstance(error, OSError) and error.errno in PATH_ERRORS:
+        _report(f"{error.filename or 'cannot write'}: {error.strerror}", "choose a place that can be read and written")
+        return WRONG_INPUT
     frame = users_frame(error)
     if frame is not None:
         place = f"{frame.filename}:{frame.lineno}, in {frame.name}"
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         _report(f"{place}: {what}", "this is code of the model, not of qcgraph: mend it, or try it alone in Python")
-        return WRONG_INPUT
-    if isinstance(error, OSError) and error.errno in PATH_ERRORS:
-        _report(f"{error.filename or 'cannot write'}: {error.strerror}", "choose a place that can be read and written")
         return WRONG_INPUT
     error.add_note("this is a bug of qcgraph")
     raise error
