@@ -6,9 +6,14 @@ callable. Importing qcgraph imports neither torch nor a runtime.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
+from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from qcgraph.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from qcgraph.bundle import Bundle
@@ -20,18 +25,19 @@ __version__ = metadata.version("qcgraph")
 
 
 def compile(  # noqa: A001 - the verb of the field, as in torch.compile
-    model: str | LoadedModel,
-    recipe: Recipe | str | None = None,
+    model: str | PathLike[str] | LoadedModel,
+    recipe: Recipe | str | PathLike[str] | Mapping[str, Any] | None = None,
     *,
-    output: Path | str,
-    plan: Path | str | None = None,
+    output: PathLike[str] | str,
+    plan: PathLike[str] | str | None = None,
     force: bool = False,
 ) -> Bundle:
     """Compile a denoiser and write the bundle.
 
     Args:
         model: a model name as on the command line, or a loaded model.
-        recipe: a recipe, a preset's name, or the path of a TOML file; the defaults when None.
+        recipe: a recipe, a preset's name, the path of a TOML file, or the sections of one as a dict such as
+            ``{"sampling": {"steps": 20}}``; the defaults when None.
         output: the folder of the bundle.
         plan: a bundle or plan file whose schedule to take instead of the recipe's.
         force: whether an existing bundle there is replaced.
@@ -39,15 +45,60 @@ def compile(  # noqa: A001 - the verb of the field, as in torch.compile
     Raises:
         QcgraphError: wrong input (`UsageError`, `CaptureError`), or the export does not match (`VerificationError`).
     """
-    from qcgraph.compiler import compile_model
+    from qcgraph.documents import as_path
     from qcgraph.plan_file import read_plan
     from qcgraph.recipe import Recipe
 
-    resolved = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe) if recipe else Recipe()
-    given = None if plan is None else read_plan(Path(plan))
-    bundle = compile_model(model, resolved, Path(output), plan=given, force=force).bundle
+    resolved = Recipe.of(recipe)
+    place = as_path(output, where="output")
+    followed = None if plan is None else read_plan(as_path(plan, where="plan"))
+    if not isinstance(force, bool):
+        raise UsageError(f"{shown(force)} is neither True nor False", where="force", hint="leave it out, or give True")
+    from qcgraph.compiler import compile_model
+
+    named = _model_or_name(model)
+    with _ordinary_torch():
+        bundle = compile_model(named, resolved, place, plan=followed, force=force).bundle
     assert bundle is not None
     return bundle
+
+
+def _model_or_name(model: object) -> str | LoadedModel:
+    from qcgraph.documents import is_text
+    from qcgraph.models import LoadedModel
+
+    if isinstance(model, LoadedModel):
+        return model
+    if isinstance(model, str | PathLike):
+        name = fspath(model)
+        if isinstance(name, str) and is_text(name):
+            return name
+    raise UsageError(
+        f"{shown(model)} is no model",
+        where="model",
+        hint="give a name as on the command line, a folder, or a qcgraph.models.LoadedModel, which is a module with "
+        "its ModelSpec and the names of its inputs; of a diffusers pipeline, the folder that it was loaded from",
+    )
+
+
+@contextmanager
+def _ordinary_torch() -> Iterator[None]:
+    """Set aside what a caller may have told PyTorch to do everywhere, which would change or break what is compiled."""
+    import torch
+
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        # Outside of inference mode first: within it no mode for gradients matters, and its tensors cannot be exported.
+        with (
+            torch.inference_mode(mode=False),
+            torch.enable_grad(),
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def load(

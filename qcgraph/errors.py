@@ -54,6 +54,20 @@ class RefusedError(VerificationError):
     """What was compiled is sound but not good enough: an unsafe cache, or a gate that is not met."""
 
 
+def shown(value: object, most: int = 80) -> str:
+    """Return a value as an error may quote it, in one short line, whatever it is.
+
+    Args:
+        value: what was given.
+        most: the characters of it that are quoted; the middle of a longer one is left out.
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, or deep nesting: Python prints neither
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 4 :]}"
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name: the closest known one, then all of them.
 

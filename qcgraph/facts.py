@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any, TypeVar, cast
 
 from qcgraph.errors import QcgraphError
@@ -531,6 +532,12 @@ def encode(fact: Any) -> Any:
 
 def decode(kind: type[Fact], data: Any) -> Fact:
     """A dataclass from JSON data; raises pydantic's ValidationError on data of another shape."""
+    return cast(Fact, _adapter(kind).validate_python(data))
+
+
+@cache
+def _adapter(kind: type) -> Any:
+    """What validates a dataclass; made once, which takes longer than most data of it."""
     from pydantic import TypeAdapter
 
-    return TypeAdapter(kind).validate_python(data)
+    return TypeAdapter(kind)

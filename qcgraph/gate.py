@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from qcgraph.errors import RefusedError, UsageError, closest
+from qcgraph.errors import RefusedError, UsageError, closest, shown
 
 # What a gate may ask for -> the metrics that it needs.
 TERMS: Mapping[str, tuple[str, ...]] = {
@@ -41,7 +42,7 @@ class Term:
     @property
     def text(self) -> str:
         """As it is written."""
-        return f"{self.name}{self.sign}{self.limit:g}"
+        return f"{self.name}{self.sign}{self.limit!r}".removesuffix(".0")
 
     def holds(self, value: float) -> bool:
         """Whether a value meets it; NaN meets nothing."""
@@ -95,13 +96,15 @@ class Gate:
         for part in text.split(","):
             match = _TERM.fullmatch(part)
             if match is None:
-                raise UsageError(f"cannot read {part.strip()!r}", where="gate", hint=_FORM)
+                raise UsageError(f"cannot read {shown(part.strip())}", where="gate", hint=_FORM)
             if match["name"] not in TERMS:
-                raise UsageError(f"no term {match['name']!r}", where="gate", hint=closest(match["name"], TERMS))
+                raise UsageError(f"no term {shown(match['name'])}", where="gate", hint=closest(match["name"], TERMS))
             try:
                 limit = float(match["limit"])
             except ValueError:
-                raise UsageError(f"{match['limit']!r} is no number", where="gate", hint=_FORM) from None
+                raise UsageError(f"{shown(match['limit'])} is no number", where="gate", hint=_FORM) from None
+            if not math.isfinite(limit):
+                raise UsageError(f"{shown(match['limit'])} is no finite number", where="gate", hint=_FORM)
             terms.append(Term(match["name"], match["sign"], limit))
         return cls(tuple(terms))
 

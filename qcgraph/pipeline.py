@@ -17,13 +17,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
-from qcgraph.errors import ContractError, QcgraphError, UsageError, closest
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from qcgraph.documents import is_text
+from qcgraph.errors import ContractError, QcgraphError, UsageError, closest, shown
 from qcgraph.ir import legality
 from qcgraph.ir.program import PassRecord, Program, Refusal
 from qcgraph.progress import Progress
 
+MOST_CHARACTERS = 200_000  # of a pipeline's text, which may hold a schedule
 _BARE = re.compile(r"[A-Za-z0-9_.:/+-]+")
 _TOKEN = re.compile(r"\s*(?P<name>[a-z][a-z0-9-]*)\s*(?:\{(?P<options>[^{}]*)\})?\s*(?P<end>,|$)")
 _OPTION = re.compile(r"\s*(?P<key>[a-z][a-z0-9-]*)=(?P<value>\"(?:[^\"\\]|\\.)*\"|[^\s\"]+)(?:\s+|$)")
@@ -225,11 +229,9 @@ def make_pass(name: str, options: dict[str, Any]) -> Pass:
     Raises:
         UsageError: the pass or an option is unknown, or a value does not fit.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     kind = registry().get(name)
     if kind is None:
-        raise UsageError(f"unknown pass {name!r}", hint=closest(name, registry()))
+        raise UsageError(f"unknown pass {shown(name)}", hint=closest(name, registry()))
     known = {item.name for item in fields(kind)}
     values = {key.replace("-", "_"): value for key, value in options.items()}
     for key in values:
@@ -237,48 +239,80 @@ def make_pass(name: str, options: dict[str, Any]) -> Pass:
             hint = (
                 closest(key.replace("_", "-"), {item.replace("_", "-") for item in known}) if known else "it has none"
             )
-            raise UsageError(f"pass {name!r} has no option {key.replace('_', '-')!r}", hint=hint)
+            raise UsageError(f"pass {name!r} has no option {shown(key.replace('_', '-'))}", hint=hint)
+    checked = {}
+    for key, value in values.items():
+        if (isinstance(value, int) and value.bit_length() > 63) or (isinstance(value, str) and not is_text(value)):
+            raise UsageError(
+                f"pass {name!r}, option {key.replace('_', '-')}: {shown(value)} does not fit",
+                hint="a number has 64 bits, and a text neither NUL nor half of a surrogate pair",
+            )
+        try:
+            checked[key] = _option_type(kind, key).validate_python(value)
+        except ValidationError as error:
+            option, reason = key.replace("_", "-"), error.errors(include_url=False, include_context=False)[0]["msg"]
+            raise UsageError(
+                f"pass {name!r}, option {option}: {shown(value)} does not fit: {reason}",
+                hint=f"see qcgraph passes {name}",
+            ) from None
     try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or name
-        raise UsageError(f"pass {name!r}, option {where}: {first['msg']}", hint=f"see qcgraph passes {name}") from None
+        return kind(**checked)
+    except ValueError as error:  # of a check of the pass's own
+        raise UsageError(f"pass {name!r}: {error}", hint=f"see qcgraph passes {name}") from None
+
+
+@cache
+def _option_type(kind: type[Pass], name: str) -> TypeAdapter[Any]:
+    """What takes the value of an option of a pass: of its type, without conversion, and finite."""
+    annotation = get_type_hints(kind, include_extras=True)[name]
+    return TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def _parse(text: str) -> Iterator[Pass]:
+    if not is_text(text):
+        raise UsageError("is no text", where="pipeline", hint="write it in UTF-8, without NUL")
+    if len(text) > MOST_CHARACTERS:
+        hint = f"{MOST_CHARACTERS} are allowed; the default pipeline has 600"
+        raise UsageError(f"a text of {len(text)} characters", where="pipeline", hint=hint)
     position = 0
     while position < len(text):
         match = _TOKEN.match(text, position)
         if match is None or match.end() == position:
             raise UsageError(
-                f"cannot read {text[position:]!r}", where="pipeline", hint="write name{key=value key=value},name,..."
+                f"cannot read {shown(text[position:])}",
+                where="pipeline",
+                hint="write name{key=value key=value},name,...",
             )
-        yield make_pass(match["name"], dict(_parse_options(match["options"] or "")))
+        yield make_pass(match["name"], _parse_options(match["options"] or ""))
         position = match.end()
         if match["end"] == "," and position == len(text):
             raise UsageError("ends with a comma", where="pipeline", hint="take the last comma away")
 
 
-def _parse_options(text: str) -> Iterator[tuple[str, Any]]:
+def _parse_options(text: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
     position = 0
     text = text.strip()
     while position < len(text):
         match = _OPTION.match(text, position)
         if match is None:
             raise UsageError(
-                f"cannot read options {text[position:]!r}", where="pipeline", hint="write key=value key=value"
+                f"cannot read options {shown(text[position:])}", where="pipeline", hint="write key=value key=value"
             )
-        yield match["key"], _value(match["value"])
+        if match["key"] in options:
+            raise UsageError(f"says {match['key']!r} twice", where="pipeline", hint="say every option once")
+        options[match["key"]] = _value(match["value"])
         position = match.end()
+    return options
 
 
 def _value(text: str) -> Any:
     """A number, true/false, a quoted string, or a bare word."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # a number of thousands of digits is no number here, nor is a nest a list
         return text
+    return text if isinstance(value, dict | list) else value
 
 
 def _format(value: Any) -> str:

@@ -17,7 +17,7 @@ Only ``[timesteps]`` must be there. What else is said is checked: a plan that na
 from __future__ import annotations
 
 import json
-import tomllib
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ from qcgraph.bundle import Bundle
 from qcgraph.bundle.files import parsed
 from qcgraph.bundle.manifest import PLAN
 from qcgraph.bundle.read import decode_plan
-from qcgraph.errors import BundleError, UsageError, closest
+from qcgraph.documents import parse_json, parse_toml, read_text
+from qcgraph.errors import BundleError, UsageError, closest, shown
 from qcgraph.schedule import FULL, TimedSchedule
 from qcgraph.steps import Step, StepPlan
 
+MOST_PLAN_BYTES = 2**24  # the plan.json of a thousand steps is below 1 MB
 WRITE_HINT = "qcgraph inspect BUNDLE --show plan prints a plan to edit"
 HEADING = """\
 # What every timestep does: full computes; reuse carries on what was last computed. Edit it, then compile with
@@ -92,28 +94,16 @@ def read_plan(path: Path) -> PlanFile:
         UsageError: there is no such file, it cannot be read, or what it says cannot be followed.
         BundleError: the bundle, or the ``plan.json``, is damaged.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - which no path can make raise
         return _of_bundle(Bundle.open(path, check=False).plan, str(path / PLAN))
     where = str(path)
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError:
-        raise UsageError("there is no such plan", where=where, hint=f"give a bundle or a file; {WRITE_HINT}") from None
-    except OSError as error:
-        raise UsageError(f"cannot read the plan: {error.strerror}", where=where, hint=WRITE_HINT) from None
-    except UnicodeDecodeError:
-        raise UsageError("is not UTF-8 text", where=where, hint=WRITE_HINT) from None
+    if not os.path.lexists(path):
+        raise UsageError("there is no such plan", where=where, hint=f"give a bundle or a file; {WRITE_HINT}")
+    text = read_text(path, hint=WRITE_HINT, most_bytes=MOST_PLAN_BYTES)
     if not text.lstrip().startswith("{"):
-        try:
-            return _of_data(tomllib.loads(text), where)
-        except tomllib.TOMLDecodeError as error:
-            raise UsageError(
-                f"is not valid TOML: {error}", where=where, hint='a line is 980 = "full", every timestep is there once'
-            ) from None
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"is not valid JSON: {error}", where=where, hint=WRITE_HINT) from None
+        hint = 'a line is 980 = "full", every timestep is there once'
+        return _of_data(parse_toml(text, where=where, hint=hint), where)
+    data = parse_json(text, where=where, hint=WRITE_HINT)
     if "plan" not in data:
         return _of_data(data, where)
     _check_steps(data["plan"], where)
@@ -192,7 +182,7 @@ def _timestep(key: str, where: str) -> float:
     try:
         return float(key)
     except ValueError:
-        raise UsageError(f"{key!r} is no timestep", where=where, hint='a line is 980 = "full"') from None
+        raise UsageError(f"{shown(key)} is no timestep", where=where, hint='a line is 980 = "full"') from None
 
 
 def _check_steps(plan: Any, where: str) -> None:
@@ -202,7 +192,9 @@ def _check_steps(plan: Any, where: str) -> None:
     for index, step in enumerate(steps if isinstance(steps, list) else ()):
         for key in step if isinstance(step, dict) else ():
             if key not in known:
-                raise BundleError(f"step {index} has the unknown key {key!r}", where=where, hint=closest(key, known))
+                raise BundleError(
+                    f"step {index} has the unknown key {shown(key)}", where=where, hint=closest(key, known)
+                )
 
 
 def _usage_error(error: ValidationError, where: str) -> UsageError:
@@ -211,8 +203,8 @@ def _usage_error(error: ValidationError, where: str) -> UsageError:
     first = next((item for item in found if item["type"] == "extra_forbidden"), found[0])
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return UsageError(f"unknown key {place!r}", where=where, hint=closest(place, _Written.model_fields))
+        return UsageError(f"unknown key {shown(place)}", where=where, hint=closest(place, _Written.model_fields))
     if place.startswith("timesteps."):
         hint = 'a line is 980 = "full"; a timestep with a fraction needs quotes: "979.5" = "full"'
-        return UsageError(f"{place}: {first['input']!r} is no mode", where=where, hint=hint)
+        return UsageError(f"{place}: {shown(first['input'])} is no mode", where=where, hint=hint)
     return UsageError(f"{place or 'the file'}: {first['msg'].lower()}", where=where, hint=WRITE_HINT)

@@ -6,29 +6,39 @@ top. The fully resolved recipe is written into the bundle as ``recipe.lock.toml`
 
 from __future__ import annotations
 
+import os
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from qcgraph.errors import UsageError, closest
+from qcgraph.documents import is_text, parse_toml, read_toml
+from qcgraph.errors import UsageError, closest, shown
 from qcgraph.gate import TERMS, Gate
 from qcgraph.schedule import TimedSchedule
 
 PRESETS = Path(__file__).parent / "presets"
 _BITS = re.compile(r"w([2-8])a([2-8])")
 MOST_BITS = 8
+# What a number of a recipe may be at most: far above all use, and small enough that nothing is counted in vain.
+MOST_STEPS = 100_000
+MOST_COUNT = 1_000_000  # of trajectories, samples and tries
+MOST_SEED = 2**63 - 1  # what every generator of random numbers takes
+MOST_MEMORY = 2**50  # bytes
+MOST_GUIDANCE = 10_000.0
+# The keys of `qcgraph.schedulers.SCHEDULERS` that can be compiled: known here so that a name is judged before a model
+# is loaded.
+Scheduler = Literal["auto", "ddim", "ddpm", "dpmsolver++", "flow-euler"]
 AUTO_BITS = "auto"
-_MIXED = re.compile(r"auto=([4-7](?:\.[0-9]+)?|8(?:\.0+)?)")
+_MIXED = re.compile(r"auto=([4-7](?:\.[0-9]{1,17})?|8(?:\.0{1,17})?)")
 _AUTO = re.compile(AUTO_BITS)
 _FLOAT8 = re.compile("fp8")
-_INTERVAL = re.compile(r"(interval|dps)=([1-9][0-9]*)")
-_BUDGET = re.compile(r"budget=(1(?:\.0*)?|0?\.[0-9]*[1-9][0-9]*)")
+_INTERVAL = re.compile(r"(interval|dps)=([1-9][0-9]{0,5})")
+_BUDGET = re.compile(r"budget=(1(?:\.0{0,17})?|0?\.(?=[0-9]*[1-9])[0-9]{1,17})")
 _PLAN = re.compile(r"plan=(\S+)")
-_RANGE = r"(?:all|guidance|[0-9]+\.\.[0-9]+)"
+_RANGE = r"(?:all|guidance|[0-9]{1,5}\.\.[0-9]{1,5})"
 _BLOCKS = re.compile(rf"{_RANGE}(?:\+{_RANGE})*")
 
 
@@ -66,31 +76,37 @@ class _Section(BaseModel):
 class Sampling(_Section):
     """How images are sampled; a bundle is compiled for exactly this."""
 
-    scheduler: str = Field(
+    scheduler: Scheduler = Field(
         "auto",
-        min_length=1,
-        description="the name of a scheduler, for example ddim or ddpm; or auto: that of the model's folder, where it "
-        "has one whose steps can be planned, else ddim, or flow-euler for flows",
+        description=f"the name of a scheduler: {', '.join(get_args(Scheduler)[1:])}; or auto: that of the model's "
+        "folder, where it has one whose steps can be planned, else ddim, or flow-euler for flows",
     )
-    steps: int = Field(50, ge=1, description="the number of sampling steps, 1 or more")
-    guidance: float = Field(1.5, ge=0, description="the weight of classifier-free guidance, 0 or more; 1 means none")
+    steps: int = Field(
+        50, ge=1, le=MOST_STEPS, description=f"the number of sampling steps, 1 or more, {MOST_STEPS} at most"
+    )
+    guidance: float = Field(
+        1.5,
+        ge=0,
+        le=MOST_GUIDANCE,
+        description=f"the weight of classifier-free guidance, 0 or more, {MOST_GUIDANCE:g} at most; 1 means none",
+    )
 
 
 class Calibration(_Section):
     """The full-precision trajectories that ranges and statistics are taken from."""
 
-    trajectories: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        "auto", description="the number of trajectories, 1 or more, or auto"
+    trajectories: Literal["auto"] | Annotated[int, Field(ge=1, le=MOST_COUNT)] = Field(
+        "auto", description=f"the number of trajectories, 1 or more, {MOST_COUNT} at most, or auto"
     )
     selection: Literal["tap", "kmeans", "uniform", "random"] = Field(
         "tap",
         description="tap (of clusters alike and near in time), kmeans, uniform (of every step alike) or random: which "
         "latents of the trajectories quantization is decided on",
     )
-    samples: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        "auto", description="the number of these latents, 1 or more, or auto"
+    samples: Literal["auto"] | Annotated[int, Field(ge=1, le=MOST_COUNT)] = Field(
+        "auto", description=f"the number of these latents, 1 or more, {MOST_COUNT} at most, or auto"
     )
-    seed: int = Field(0, ge=0, description="the seed of the trajectories, 0 or larger")
+    seed: int = Field(0, ge=0, le=MOST_SEED, description="the seed of the trajectories, 0 or larger, below 2**63")
 
 
 class Quantization(_Section):
@@ -102,7 +118,13 @@ class Quantization(_Section):
         "each layer and timestep group, B (4 to 8) on average; auto: as few as meet the gate; or fp8: 8-bit floating "
         "point (E4M3), whose scales cover the range and whose weights are rounded to the nearest",
     )
-    groups: int = Field(8, ge=1, description="the number of timestep groups with activation scales of their own")
+    groups: int = Field(
+        8,
+        ge=1,
+        le=MOST_STEPS,
+        description="the number of timestep groups with activation scales of their own, 1 or more, "
+        f"{MOST_STEPS} at most",
+    )
     grouping: Literal["optimal", "uniform"] = Field("optimal", description="optimal or uniform")
     equalize: bool = Field(
         True, description="true or false: whether channels of activations share a range, at no cost when they run"
@@ -154,12 +176,20 @@ class Cache(_Section):
         "range", description="range (the change of the residual stream over the blocks) or branches (their outputs)"
     )
     memory: int = Field(
-        0, ge=0, description="bytes that cached tensors may take for one image, both halves of guidance; 0: any number"
+        0,
+        ge=0,
+        le=MOST_MEMORY,
+        description="bytes that cached tensors may take for one image, both halves of guidance; 0: any number",
     )
     cost: Literal["latency", "macs"] = Field(
         "latency", description="latency (measured on the target) or macs: what a budget is a fraction of"
     )
-    rounds: int = Field(0, ge=0, description="schedules to try by hill climbing under a budget, 0 or more")
+    rounds: int = Field(
+        0,
+        ge=0,
+        le=MOST_COUNT,
+        description=f"schedules to try by hill climbing under a budget, 0 or more, {MOST_COUNT} at most",
+    )
 
 
 class ModulationChoice(_Section):
@@ -274,28 +304,43 @@ class Recipe(_Section):
     pipeline: PipelineChoice = PipelineChoice()
 
     @classmethod
-    def load(cls, name_or_path: str) -> Recipe:
+    def of(cls, given: Recipe | str | os.PathLike[str] | Mapping[str, Any] | None) -> Recipe:
+        """Return the recipe that a caller means: one, a preset or TOML file, its sections as a dict, or the defaults.
+
+        Args:
+            given: what the caller gave; the defaults when None.
+
+        Raises:
+            UsageError: it is none of these, or `load` and `from_toml` would refuse it.
+        """
+        if given is None or isinstance(given, Recipe):
+            return given or cls()
+        if isinstance(given, Mapping):
+            return cls._validated(dict(given), where="recipe")
+        if isinstance(given, str | os.PathLike):
+            return cls.load(given)
+        raise UsageError(
+            f"a recipe cannot be {shown(given)}",
+            where="recipe",
+            hint='give a Recipe, the name of a preset, the path of a TOML file, or a dict such as {"sampling": '
+            '{"steps": 20}}; the text of a pipeline goes there as {"pipeline": {"passes": TEXT}}',
+        )
+
+    @classmethod
+    def load(cls, name_or_path: str | os.PathLike[str]) -> Recipe:
         """A preset by name, or a TOML file.
 
         Raises:
             UsageError: there is no such preset or file, it cannot be read, or it holds an unknown key or wrong value.
         """
+        name_or_path = os.fsdecode(name_or_path)
         if name_or_path in preset_names():
             return cls.from_toml((PRESETS / f"{name_or_path}.toml").read_text("utf-8"), where=name_or_path)
         path = Path(name_or_path)
-        try:
-            text = path.read_text("utf-8")
-        except FileNotFoundError:
-            if path.suffix == ".toml":
-                raise UsageError("there is no such file", where=name_or_path, hint=_preset_hint(name_or_path)) from None
-            raise UsageError(f"unknown recipe {name_or_path!r}", hint=_preset_hint(name_or_path)) from None
-        except OSError as error:
-            raise UsageError(
-                f"cannot read the recipe: {error.strerror}", where=name_or_path, hint=_preset_hint(name_or_path)
-            ) from None
-        except UnicodeDecodeError:
-            raise UsageError("is not UTF-8 text", where=name_or_path, hint="a recipe is a TOML file") from None
-        return cls.from_toml(text, where=name_or_path)
+        if path.suffix != ".toml" and not os.path.lexists(path):
+            raise UsageError(f"unknown recipe {shown(name_or_path)}", hint=_preset_hint(name_or_path))
+        data = read_toml(path, hint=f"a recipe is a TOML file or a preset: {_preset_hint(name_or_path)}")
+        return cls._validated(data, where=name_or_path)
 
     @classmethod
     def from_toml(cls, text: str, *, where: str = "recipe") -> Recipe:
@@ -308,12 +353,7 @@ class Recipe(_Section):
         Raises:
             UsageError: the text is not TOML, or it holds an unknown key or a wrong value.
         """
-        try:
-            data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise UsageError(
-                f"is not valid TOML: {error}", where=where, hint='strings need quotes: bits = "w8a8"'
-            ) from None
+        data = parse_toml(text, where=where, hint='strings need quotes: bits = "w8a8"')
         return cls._validated(data, where=where)
 
     def override(self, **options: object) -> Recipe:
@@ -442,10 +482,16 @@ class Recipe(_Section):
     def _validated(
         cls, data: Mapping[str, Any], *, where: str, flags: Mapping[tuple[str, str], str] | None = None
     ) -> Recipe:
+        flags = flags or {}
+        for section, keys in data.items():
+            entries = keys.items() if isinstance(keys, Mapping) else ()
+            for text in (section, *(text for entry in entries for text in entry)):
+                if isinstance(text, str) and not is_text(text):  # which neither pydantic nor a file can hold
+                    raise UsageError(f"{shown(text)} is no text", where=where, hint="write it in UTF-8, without NUL")
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise _usage_error(error, where, flags or {}) from None
+            raise _usage_error(error, where, flags) from None
 
 
 def preset_names() -> tuple[str, ...]:
@@ -465,7 +511,7 @@ def _usage_error(error: ValidationError, where: str, flags: Mapping[tuple[str, s
     if section not in sections:
         owners = [name for name in sections if section in _keys_of(name)]
         hint = f"{section} belongs in the section [{owners[0]}]" if owners else closest(section, sections)
-        return UsageError(f"unknown section {section!r}", where=where, hint=hint)
+        return UsageError(f"unknown section {shown(section)}", where=where, hint=hint)
     if not rest:
         return UsageError(
             "is a section, not a value", where=f"{where}, {section}", hint=f"write [{section}], then its keys"
@@ -473,12 +519,12 @@ def _usage_error(error: ValidationError, where: str, flags: Mapping[tuple[str, s
     key = rest[0]
     if key not in _keys_of(section):
         hint = f"{closest(key, _keys_of(section))} (section [{section}])"
-        return UsageError(f"unknown key {key!r}", where=f"{where}, [{section}]", hint=hint)
+        return UsageError(f"unknown key {shown(key)}", where=f"{where}, [{section}]", hint=hint)
     flag = flags.get((section, key))
     name = flag or f"{section}.{key}"
     description = _keys_of(section)[key].description
     return UsageError(
-        f"{first['input']!r} does not fit", where=flag or f"{where}, {name}", hint=f"{name} is {description}"
+        f"{shown(first['input'])} does not fit", where=flag or f"{where}, {name}", hint=f"{name} is {description}"
     )
 
 

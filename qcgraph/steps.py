@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from string import ascii_uppercase
 
-from qcgraph.errors import BundleError, UsageError
+from qcgraph.errors import BundleError, UsageError, shown
 from qcgraph.spec import preparation
 
 
@@ -149,9 +149,9 @@ class StepPlan:
         """
         try:
             return self.timesteps.index(float(timestep))
-        except ValueError:
+        except (ValueError, TypeError, OverflowError):  # of the index, or because it is no number at all
             raise BundleError(
-                f"timestep {timestep:g} is not in the plan ({self.describe()}), which visits "
+                f"timestep {_number_text(timestep)} is not in the plan ({self.describe()}), which visits "
                 f"{', '.join(f'{value:g}' for value in self.timesteps[:3])}{' ..' * (len(self) > 3)}",
                 hint="sample with the scheduler and step count of the plan (make_scheduler of qcgraph.schedulers "
                 "makes it with its settings), or compile for the ones you use",
@@ -204,6 +204,14 @@ class StepPlan:
         """One line: scheduler, steps, guidance."""
         mark = self.fingerprint
         return f"{mark.scheduler}, {mark.steps} steps, guidance {mark.guidance:g}"
+
+
+def _number_text(value: object) -> str:
+    """A number as people write it, and whatever else it may be as an error quotes it."""
+    try:
+        return f"{value:g}"
+    except (ValueError, TypeError, OverflowError):
+        return shown(value)
 
 
 def digest(chunks: Iterable[bytes | memoryview]) -> str:

@@ -44,6 +44,7 @@ LAYERS = {
             "qcgraph.calibration",
             "qcgraph.denoiser",
             "qcgraph.device_sampling",
+            "qcgraph.documents",
             "qcgraph.errors",
             "qcgraph.facts",
             "qcgraph.following",

@@ -111,7 +111,7 @@ def test_options_that_are_none_say_nothing() -> None:
         ("[sampling]\nguidance = nan", "f.toml, sampling.guidance", "nan does not fit", "0 or more"),
         ("[sampling]\nguidance = inf", "f.toml, sampling.guidance", "inf does not fit", "0 or more"),
         ("[sampling]\nguidance = -1", "f.toml, sampling.guidance", "-1 does not fit", "0 or more"),
-        ("[sampling]\nscheduler = ''", "f.toml, sampling.scheduler", "'' does not fit", "for example ddim"),
+        ("[sampling]\nscheduler = ''", "f.toml, sampling.scheduler", "'' does not fit", "ddim, ddpm"),
         ("[quantization]\nbits = 'w9a8'", "f.toml, quantization.bits", "'w9a8' does not fit", "for example w8a8"),
         ("[quantization]\nbits = 8", "f.toml, quantization.bits", "8 does not fit", "for example w8a8"),
         ("[quantization]\ngroups = 0", "f.toml, quantization.groups", "0 does not fit", "timestep groups"),
@@ -170,7 +170,7 @@ def test_wrong_options(options: dict[str, object], where: str | None, what: str)
     [
         ("fasst", "unknown recipe 'fasst'", "did you mean 'fast'?"),
         ("absent.toml", "there is no such file", "balanced, careful, fast"),
-        ("folder", "cannot read the recipe: Is a directory", "TOML file"),
+        ("folder", "is a folder, not a file", "TOML file"),
         ("latin.toml", "is not UTF-8 text", "TOML"),
     ],
 )

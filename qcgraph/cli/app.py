@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import signal
 import sys
+import sysconfig
+import traceback
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -23,9 +28,11 @@ from qcgraph.cli.inspect import inspect_command
 from qcgraph.cli.listing import models_command, passes_command, targets_command
 from qcgraph.cli.sample import sample_command
 from qcgraph.cli.verify import verify_command
-from qcgraph.errors import QcgraphError
+from qcgraph.documents import is_text
+from qcgraph.errors import QcgraphError, UsageError, shown
 
 WRONG_INPUT = 2
+INTERRUPTED = 130  # 128 and the number of SIGINT, as shells count
 # What a path that was given can be wrong in; any other error of the system is ours.
 PATH_ERRORS = (
     errno.EACCES,
@@ -89,6 +96,7 @@ def main() -> NoReturn:
     """The entry point: run the command line and exit with its code."""
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
+    _open_streams()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -96,11 +104,12 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 ok, 1 a verification failed, 2 wrong usage or input. What is not an error of the user, but of
-        qcgraph, is raised on: Python shows where, and exits with 1.
+        The exit code: 0 ok, 1 a verification failed, 2 wrong usage or input, 130 interrupted. What is not an error of
+        the user, nor of code of the user's that qcgraph called, but of qcgraph, is raised on: Python shows where, and
+        exits with 1.
     """
     try:
-        code = int(app(list(arguments) or ["--help"], prog_name="qcgraph", standalone_mode=False) or 0)
+        code = _run(arguments)
         sys.stdout.flush()  # a reader of stdout that has left is noticed here, not at exit
     except QcgraphError as error:
         _report(f"{error.where}: {error.message}" if error.where else error.message, error.hint)
@@ -110,20 +119,99 @@ def run(arguments: Sequence[str]) -> int:
         return WRONG_INPUT
     except (Interrupted, KeyboardInterrupt):
         _report("interrupted; nothing was written", "run it again; what was there before is as it was")
-        return WRONG_INPUT
+        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
         return 1
-    except OSError as error:
-        if error.errno not in PATH_ERRORS:
-            error.add_note("this is a bug of qcgraph")
-            raise
+    except MemoryError:
+        _report("there is not enough memory", "close other programs, or take a smaller model, fewer samples or steps")
+        return WRONG_INPUT
+    except Exception as error:  # noqa: BLE001 - the last resort: it says whose error it is, and swallows none of ours
+        return _unexpected(error)
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    for argument in arguments:
+        if not is_text(argument):
+            raise UsageError(
+                f"{shown(argument)} is not valid text",
+                hint="arguments are in the encoding of the terminal; rename a file whose name is not",
+            )
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # in which libraries that are imported later end the process
+        raise UsageError("the current folder was removed", hint="change into one that is there") from None
+    return int(app(list(arguments) or ["--help"], prog_name="qcgraph", standalone_mode=False) or 0)
+
+
+def _unexpected(error: Exception) -> int:
+    """Report what no command expects, when it comes from outside of qcgraph: the system, or code of the user's.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        Exception: it is a bug of qcgraph.
+    """
+    if isinstance(error, OSError) and error.errno in PATH_ERRORS:
         _report(f"{error.filename or 'cannot write'}: {error.strerror}", "choose a place that can be read and written")
         return WRONG_INPUT
-    except Exception as error:
-        error.add_note("this is a bug of qcgraph")
-        raise
-    return code
+    frame = users_frame(error)
+    if frame is not None:
+        place = f"{frame.filename}:{frame.lineno}, in {frame.name}"
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        _report(f"{place}: {what}", "this is code of the model, not of qcgraph: mend it, or try it alone in Python")
+        return WRONG_INPUT
+    error.add_note("this is a bug of qcgraph")
+    raise error
+
+
+def users_frame(error: BaseException) -> traceback.FrameSummary | None:
+    """Return the innermost place in code of the user's that an error came through, None where there is none.
+
+    Code of the user's is what qcgraph called and is neither part of it, nor of Python, nor installed as a library.
+
+    Args:
+        error: what was raised.
+    """
+    found, is_called = None, False
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package == "qcgraph":
+            found, is_called = None, True  # what the user's code calls of ours is ours again
+        elif is_called and not _is_library(frame.f_code.co_filename):
+            found = traceback.FrameSummary(frame.f_code.co_filename, line, frame.f_code.co_name)
+    return found
+
+
+def _is_library(file: str) -> bool:
+    """Whether a source file belongs to Python or an installed package, or is none (code that a library generated)."""
+    if file.startswith("<"):
+        return True
+    path = Path(file)
+    return bool({"site-packages", "dist-packages"} & set(path.parts)) or path.is_relative_to(
+        sysconfig.get_path("stdlib")
+    )
+
+
+def _open_streams() -> None:
+    """Make printing safe: no stream is missing, and what its encoding lacks is printed as an escape.
+
+    A process may be started with closed descriptors. The next file that it opens would then be its stdout.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - it lives as long as the process
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -132,7 +220,8 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 def _report(what: str, hint: str | None) -> None:
     text = f"error: {what}\n\nhint: {hint}" if hint else f"error: {what}"
-    print(text, file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):  # nobody reads it
+        print(text, file=sys.stderr)
 
 
 def _command_path(error: typer.TyperException) -> str:

@@ -10,13 +10,15 @@ from itertools import pairwise
 
 import numpy as np
 
-from qcgraph.errors import UsageError, closest
+from qcgraph.errors import UsageError, closest, shown
 from qcgraph.schedule.planner import CONDITIONAL, FULL
 
 # As plan-cache names them.
 MODES = {"F": FULL, "R": "reuse", "C": CONDITIONAL} | {str(number): f"reuse_{number}" for number in range(1, 10)}
 _LETTERS = {mode: letter for letter, mode in MODES.items()}
-_RUN = re.compile(r"(?P<first>\d+(?:\.\d+)?)(?:-(?P<spacing>\d+(?:\.\d+)?))?:(?P<letters>[FRC1-9]+)")
+_NUMBER = r"[0-9]{1,400}(?:\.[0-9]{1,400})?"
+_RUN = re.compile(rf"(?P<first>{_NUMBER})(?:-(?P<spacing>{_NUMBER}))?:(?P<letters>[FRC1-9]+)")
+MOST_CHARACTERS = 100_000  # of the text of a schedule; one of a thousand uneven steps has 7000
 TEXT_HINT = (
     "980-20:FRR+900-30:FR is timesteps 980, 960, 940, then 900, 870; F computes, R reuses, 1 .. 9 reuse a later range, "
     "C computes the conditional half"
@@ -49,7 +51,7 @@ class TimedSchedule:
             if not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"timestep {value:g}", hint="a timestep is a number, 0 or larger")
             if mode not in _LETTERS:
-                raise UsageError(f"timestep {value:g} has the unknown mode {mode!r}", hint=closest(mode, _LETTERS))
+                raise UsageError(f"timestep {value:g} has the unknown mode {shown(mode)}", hint=closest(mode, _LETTERS))
         for before, after in pairwise(self.timesteps):
             if after >= before:
                 raise UsageError(
@@ -90,10 +92,14 @@ class TimedSchedule:
         """
         timesteps: list[float] = []
         modes: list[str] = []
+        if len(text) > MOST_CHARACTERS:
+            raise UsageError(
+                f"a schedule of {len(text)} characters", hint=f"a schedule has {MOST_CHARACTERS} characters at most"
+            )
         for part in text.split("+"):
             match = _RUN.fullmatch(part)
             if match is None or (len(match["letters"]) > 1 and match["spacing"] is None):
-                raise UsageError(f"cannot read {part!r} of a schedule", hint=TEXT_HINT)
+                raise UsageError(f"cannot read {shown(part)} of a schedule", hint=TEXT_HINT)
             first, spacing = float(match["first"]), float(match["spacing"] or 0)
             timesteps += [first - index * spacing for index in range(len(match["letters"]))]
             modes += [MODES[letter] for letter in match["letters"]]
@@ -127,12 +133,13 @@ class TimedSchedule:
 
     def _run_end(self, start: int) -> int:
         """Where the evenly spaced timesteps that begin at a step end."""
-        values = self.timesteps[start:]
-        if len(values) == 1:
+        if start + 1 == len(self.timesteps):
             return start + 1
-        spacing = values[0] - values[1]
-        even = (value == values[0] - index * spacing for index, value in enumerate(values))
-        return start + next((index for index, fits in enumerate(even) if not fits), len(values))
+        first, spacing = self.timesteps[start], self.timesteps[start] - self.timesteps[start + 1]
+        end = start + 2
+        while end < len(self.timesteps) and self.timesteps[end] == first - (end - start) * spacing:
+            end += 1
+        return end
 
 
 def _distinct(positions: list[int], steps: int) -> set[int]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -61,18 +62,23 @@ def test_wrong_usage(qcgraph: Command, arguments: list[str], what: str, hint: st
     assert done.err.endswith(f"\n\nhint: {hint}\n")
 
 
+def as_ours(function: Callable[..., Any], **values: object) -> Callable[..., Any]:
+    """A function that stands for one of qcgraph, which knows these values by name."""
+    return FunctionType(function.__code__, {"__name__": "qcgraph.part", "__builtins__": __builtins__, **values})
+
+
 def raising(error: BaseException) -> Callable[..., Any]:
     def app(*_: object, **__: object) -> None:
-        raise error
+        raise problem  # type: ignore[name-defined]  # noqa: F821
 
-    return app
+    return as_ours(app, problem=error)
 
 
 @pytest.mark.parametrize("error", [app_module.Interrupted(), KeyboardInterrupt()])
 def test_interruption(qcgraph: Command, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     monkeypatch.setattr(app_module, "app", raising(error))
     done = qcgraph("models")
-    assert done.code == 2
+    assert done.code == 130
     assert done.err.startswith("error: interrupted; nothing was written\n\nhint: ")
 
 
@@ -96,6 +102,94 @@ def test_a_bug_exits_with_one() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.endswith("ZeroDivisionError: division by zero\nthis is a bug of qcgraph\n")
+
+
+def test_an_error_of_the_users_code_says_where(
+    qcgraph: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = tmp_path / "mine.py"
+    source.write_text("import json\n\ndef forward():\n    return json.loads('{')\n")
+    mine: dict[str, Any] = {"__name__": "mine"}
+    exec(compile(source.read_text(), str(source), "exec"), mine)
+
+    def call(*_: object, **__: object) -> None:
+        theirs["forward"]()  # type: ignore[name-defined]  # noqa: F821
+
+    monkeypatch.setattr(app_module, "app", as_ours(call, theirs=mine))
+    done = qcgraph("models")
+    assert done.code == 2
+    assert done.err.startswith(f"error: {source}:4, in forward: JSONDecodeError: ")
+    assert "\n\nhint: this is code of the model, not of qcgraph" in done.err
+
+
+@pytest.mark.parametrize("argument", ["\udcff", "a\0b", "out/\ud800"])
+def test_what_is_no_text_is_refused(qcgraph: Command, argument: str) -> None:
+    for arguments in (
+        ["compile", "digits", "--bits", argument],
+        ["sample", argument],
+        ["inspect", "x", "-o", argument],
+    ):
+        done = qcgraph(*arguments)
+        assert (done.code, done.out) == (2, "")
+        assert done.err.startswith(f"error: {argument!r} is not valid text\n\nhint: ")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="shells")
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("models >&-", 0, ""),
+        ("nothing >&- 2>&-", 2, ""),
+        ("nothing 2>&1 | true; exit ${PIPESTATUS[0]}", 2, ""),
+        ("models | head -1; exit ${PIPESTATUS[0]}", 0, "model "),
+        ("targets >/dev/full", 2, "error: cannot write: No space left on device\n\nhint: "),
+    ],
+)
+def test_streams_may_be_closed_or_full(line: str, code: int, said: str) -> None:
+    command = f"'{sys.executable}' -m qcgraph {line}"
+    done = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    assert done.returncode == code
+    assert done.stdout.decode().startswith(said)
+    assert b"Traceback" not in done.stdout
+    assert b"Exception ignored" not in done.stdout
+
+
+def test_terminals_may_be_narrow_and_know_no_unicode(tmp_path: Path) -> None:
+    narrow = os.environ | {"COLUMNS": "20", "PYTHONIOENCODING": "ascii"}
+    for arguments, said in (
+        (["compile", "--help"], b"Usage: "),
+        (["compile", "digits", "--bits", "d\xe9"], b"'d\\xe9'"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "qcgraph", *arguments], env=narrow, capture_output=True, check=False
+        )
+        assert said in done.stdout + done.stderr
+        assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a folder in use cannot be removed")
+def test_the_current_folder_may_be_gone(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    code = "import os; os.rmdir(os.getcwd()); from qcgraph.cli import main; main()"
+    command = [sys.executable, "-c", code, "compile", "digits", "-o", "out"]
+    done = subprocess.run(command, cwd=tmp_path / "gone", capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: the current folder was removed\n\nhint: ")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links")
+@pytest.mark.parametrize(
+    "arguments", [["-o", "loop"], ["-o", "loop/x"], ["--plan", "loop", "-o", "x"], ["--recipe", "loop", "-o", "x"]]
+)
+def test_links_in_a_circle_are_refused(
+    qcgraph: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    done = qcgraph("compile", "digits", *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: loop")
+    assert "\n\nhint: " in done.err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes")
@@ -137,6 +231,6 @@ def test_a_signal_cleans_up(bundle: Path, number: signal.Signals) -> None:
         assert process.stdout.readline() == "now\n"
         os.kill(process.pid, number)
         assert process.stderr.read().startswith("error: interrupted; nothing was written\n\nhint: ")
-        assert process.wait(30) == 2
+        assert process.wait(30) == 130
     assert [path.name for path in bundle.parent.iterdir()] == ["toy"]
     assert Bundle.open(bundle).manifest.target == "onnxruntime-cpu"

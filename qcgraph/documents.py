@@ -1,0 +1,224 @@
+"""Read JSON and TOML that somebody else may have written: whole, bounded, and refused in words.
+
+Every file that qcgraph reads as data comes in here, so that what can be wrong with a file, rather than with what it
+says, is known in one place: it is missing, not a file, not readable, too large, not UTF-8, not of the syntax, nested
+too deeply, says a key twice, or holds a number or a character that nothing can hold. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qcgraph.errors import QcgraphError, UsageError, shown
+
+MOST_JSON_BYTES = 256 * 2**20  # the program of a large model, whose facts hold the scales of every step, is below 50 MB
+MOST_TOML_BYTES = 2**20  # a recipe with a plan of a thousand steps is below 50 kB
+MOST_LEVELS = 64  # of nesting; what qcgraph writes has about ten
+MOST_BITS = 64  # of a whole number, as TOML has it
+_TOO_DEEP = f"is nested more than {MOST_LEVELS} levels deep"
+_TOO_LARGE = f"holds a whole number of more than {MOST_BITS} bits"
+_SUSPECT = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)|\\U0{8}")  # half a surrogate pair, or NUL
+# A key of many parts takes time and memory by the square of their number, in which tomllib knows no limit.
+_LONG_KEY = re.compile(rf"(?<![\w\"'-])[\w\"'-]+(?:[ \t]*\.[ \t]*[\w\"'-]+){{{MOST_LEVELS},}}")
+
+
+def read_json(
+    path: Path, *, hint: str, error: type[QcgraphError] = UsageError, most_bytes: int = MOST_JSON_BYTES
+) -> Any:
+    """Read a JSON file; see `read_text` and `parse_json`, whose errors it raises."""
+    return parse_json(
+        read_text(path, hint=hint, error=error, most_bytes=most_bytes), where=str(path), hint=hint, error=error
+    )
+
+
+def read_toml(
+    path: Path, *, hint: str, error: type[QcgraphError] = UsageError, most_bytes: int = MOST_TOML_BYTES
+) -> dict[str, Any]:
+    """Read a TOML file; see `read_text` and `parse_toml`, whose errors it raises."""
+    return parse_toml(
+        read_text(path, hint=hint, error=error, most_bytes=most_bytes), where=str(path), hint=hint, error=error
+    )
+
+
+def read_text(
+    path: Path, *, hint: str, error: type[QcgraphError] = UsageError, most_bytes: int = MOST_JSON_BYTES
+) -> str:
+    """Read a UTF-8 file without ever waiting for it.
+
+    Args:
+        path: a regular file; a pipe or a device is refused, because reading one may never end.
+        hint: what the user can do about a file that cannot be read.
+        error: what is raised.
+        most_bytes: the size above which a file is refused unread.
+
+    Raises:
+        QcgraphError: of the type ``error``; there is no such file, it is none, it cannot be read, it is too large, or
+            it is not UTF-8.
+    """
+    try:
+        # Opening a pipe waits for a writer unless it is said not to.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with os.fdopen(descriptor, "rb") as stream:
+            if kind := _not_regular(os.fstat(descriptor).st_mode):
+                raise error(kind, where=str(path), hint=hint)
+            content = stream.read(most_bytes + 1)
+    except FileNotFoundError:
+        raise error("there is no such file", where=str(path), hint=hint) from None
+    except IsADirectoryError:
+        raise error("is a folder, not a file", where=str(path), hint=hint) from None
+    except OSError as problem:
+        raise error(f"cannot be read: {problem.strerror}", where=str(path), hint=hint) from None
+    except ValueError as problem:  # a NUL character or half a character in the name
+        raise error(f"cannot be the name of a file: {problem}", where=repr(str(path)), hint=hint) from None
+    if len(content) > most_bytes:
+        raise error(f"is larger than {most_bytes // 2**20} MiB", where=str(path), hint=hint)
+    try:
+        return content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as problem:
+        raise error(f"is not UTF-8 text, at byte {problem.start}", where=str(path), hint=hint) from None
+
+
+def parse_json(text: str, *, where: str, hint: str, error: type[QcgraphError] = UsageError) -> Any:
+    """Parse JSON, stricter than ``json.loads``: what passes can be written, printed and compared without surprise.
+
+    Args:
+        text: the JSON.
+        where: what errors call it, a file name for example.
+        hint: what the user can do about it.
+        error: what is raised.
+
+    Raises:
+        QcgraphError: of the type ``error``; the text is no JSON, a key is there twice, a number is too large or is not
+            finite, a string holds half a character or NUL, or values are nested more than `MOST_LEVELS` deep.
+    """
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            raise error(f"holds {digits[:40]}, which is no finite number", where=where, hint=hint)
+        return value
+
+    def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        data = dict(pairs)
+        if len(data) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise error(f"says {shown(twice)} twice", where=where, hint=hint)
+        return data
+
+    try:
+        data = json.loads(text, parse_float=number, parse_constant=number, object_pairs_hook=once)
+    except json.JSONDecodeError as problem:
+        raise error(f"is not valid JSON: {problem}", where=where, hint=hint) from None
+    except RecursionError:
+        raise error(_TOO_DEEP, where=where, hint=hint) from None
+    except ValueError:  # the only other one: Python reads no whole number of more than 4300 digits
+        raise error(_TOO_LARGE, where=where, hint=hint) from None
+    if found := _problem(data, suspect=_SUSPECT.search(text) is not None):
+        raise error(found, where=where, hint=hint)
+    return data
+
+
+def parse_toml(text: str, *, where: str, hint: str, error: type[QcgraphError] = UsageError) -> dict[str, Any]:
+    """Parse TOML; numbers may be infinite or no number there, which is for the model that takes them to refuse.
+
+    Args:
+        text: the TOML.
+        where: what errors call it, a file name for example.
+        hint: what the user can do about it.
+        error: what is raised.
+
+    Raises:
+        QcgraphError: of the type ``error``; the text is no TOML, a whole number is too large, a string holds NUL, or
+            values are nested more than `MOST_LEVELS` deep.
+    """
+    if len(text) > MOST_TOML_BYTES:
+        raise error(f"is larger than {MOST_TOML_BYTES // 2**20} MiB", where=where, hint=hint)
+    if _LONG_KEY.search(text):
+        raise error(_TOO_DEEP, where=where, hint=hint)
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as problem:
+        raise error(f"is not valid TOML: {problem}", where=where, hint=hint) from None
+    except RecursionError:
+        raise error(_TOO_DEEP, where=where, hint=hint) from None
+    except ValueError:  # as in JSON
+        raise error(_TOO_LARGE, where=where, hint=hint) from None
+    if found := _problem(data, suspect=_SUSPECT.search(text) is not None):
+        raise error(found, where=where, hint=hint)
+    return data
+
+
+def as_path(value: object, *, where: str) -> Path:
+    """Return the path that a caller gave, after asking the system whether it can be one.
+
+    Args:
+        value: a string or a path object; nothing has to be there.
+        where: the argument, for errors.
+
+    Raises:
+        UsageError: it is of another type or empty, or the system refuses it: it is too long, goes in a circle of
+            links, or through a folder that may not be looked into.
+    """
+    hint = "give the path of a file or folder"
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text:
+        raise UsageError(f"{shown(value)} is no path", where=where, hint=hint)
+    if not is_text(text):
+        raise UsageError(f"{shown(text)} is no path that can be written down", where=where, hint=hint)
+    try:
+        os.stat(text)  # noqa: PTH116 - a Path would make of the text what the system never sees
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as problem:
+        raise UsageError(f"{shown(text)}: {problem.strerror}", where=where, hint=hint) from None
+    return Path(text)
+
+
+def is_text(value: str) -> bool:
+    """Return whether a string can be encoded, printed and passed to the system: no NUL, no half of a surrogate pair."""
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+def _not_regular(mode: int) -> str:
+    if stat.S_ISREG(mode):
+        return ""
+    return "is a folder, not a file" if stat.S_ISDIR(mode) else "is a pipe or a device, not a file"
+
+
+def _problem(data: Any, *, suspect: bool) -> str:
+    """Say what in values would break the code that takes them; empty when nothing does. It does not recurse.
+
+    Args:
+        data: what was parsed.
+        suspect: whether strings are looked at, too, for characters that are none.
+    """
+    level, values = 0, [data]
+    while values:
+        inner: list[Any] = []
+        for value in values:
+            if isinstance(value, dict):
+                inner.extend(value.values())
+                if suspect:
+                    inner.extend(value)
+            elif isinstance(value, list):
+                inner.extend(value)
+            elif isinstance(value, int) and value.bit_length() > MOST_BITS:
+                return _TOO_LARGE
+            elif suspect and isinstance(value, str) and not is_text(value):
+                return "holds NUL or half of a surrogate pair, which is no character"
+        level, values = level + 1, inner
+        if level > MOST_LEVELS:
+            return _TOO_DEEP
+    return ""
