@@ -7,10 +7,12 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
+
+import torch
 
 from qcgraph.admission import admit_edges, admit_quality, check_conditions, overrides
 from qcgraph.bundle import Bundle, check_output, write_plan, writing
@@ -29,8 +31,10 @@ from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
 from qcgraph.ir.structure import find_sites
 from qcgraph.least_bits import compile_with_least, is_asked_for
+from qcgraph.meaning import check_meaning
 from qcgraph.memory import release_memory
 from qcgraph.models import LoadedModel, load_model
+from qcgraph.obstacles import unwrapped
 from qcgraph.origin import SOURCE
 from qcgraph.pipeline import Instrument, Pass, Pipeline
 from qcgraph.plan_file import PlanFile
@@ -115,9 +119,10 @@ def compile_model(
         progress=progress,
         out=out or sys.stdout,
     )
-    if not is_asked_for(recipe):
-        return compile_(recipe, force=force)
-    return compile_with_least(recipe, lambda fixed, again: compile_(fixed, force=force or again), progress)
+    with torch.inference_mode(mode=False):  # tensors made in it count no writes, and nothing is differentiated there
+        if not is_asked_for(recipe):
+            return compile_(recipe, force=force)
+        return compile_with_least(recipe, lambda fixed, again: compile_(fixed, force=force or again), progress)
 
 
 def _compile(
@@ -272,10 +277,13 @@ def _captured(
     progress.note("capturing with torch.export")
     sampling = recipe.sampling
     with timer.stage(f"capture{suffix}"):
+        loaded = replace(loaded, module=unwrapped(loaded.module))
         program = capture(loaded.module, loaded.spec, loaded.input_names)
         plan = make_step_plan(
             sampling.scheduler, sampling.steps, sampling.guidance, loaded.spec.schedule, program.constants_digest
         )
+        if not again:
+            check_meaning(program, loaded.module, loaded.input_names, plan)
     return loaded, program.with_facts(plan)
 
 
