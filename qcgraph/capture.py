@@ -7,21 +7,29 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qcgraph.errors import CaptureError
+from qcgraph.errors import CaptureError, ContractError
 from qcgraph.facts import Facts
 from qcgraph.ir import legality
-from qcgraph.ir.graph import DTYPE_NAMES, Variant, copy_graph, eliminate_dead_code, returned_nodes, spec_of
+from qcgraph.ir.admitted import is_quiet
+from qcgraph.ir.contractions import contract_by_linears
+from qcgraph.ir.graph import DTYPE_NAMES, Variant, copy_graph, is_name, returned_nodes, spec_of
+from qcgraph.ir.identities import is_identity, simplify
 from qcgraph.ir.program import Program, used_constants
+from qcgraph.obstacles import refuse_module, refuse_operator, refuse_trace, unwrapped
 from qcgraph.spec import OUTPUT, Interface, ModelSpec
 
 INPUTS = ("latent", "timestep", "class_label")
 MAX_BATCH = 4096
+REPORT = "if the model is sound without it, report the operator and this message to the authors of qcgraph"
 
 aten = torch.ops.aten
 
 
 def capture(module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, str]) -> Program:
     """Capture a denoiser as a program with the single variant ``main``.
+
+    What the trace writes in place becomes values (`torch.export` functionalizes it), and contractions with a constant
+    become linear layers, however they are written; a model that has neither is captured as it is.
 
     Args:
         module: the denoiser, in eval mode; called as ``module(latent, timestep, class_label)`` and returning one
@@ -36,28 +44,54 @@ def capture(module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, str
     Raises:
         CaptureError: `torch.export` cannot trace it, or the trace holds something a program may not hold; says what.
     """
-    if module.training:
-        raise CaptureError("the model is in training mode", hint="call model.eval() first")
+    module = unwrapped(module)
+    refuse_module(module, spec)
+    with torch.inference_mode(mode=False), torch.no_grad():
+        exported = _exported(module, spec, input_names)
+        _refuse_state(exported, spec)
+        graph, constants = _own_graph(exported, input_names)
+        variant = Variant(graph, _interface(graph, spec))
+        program = Program({"main": variant}, used_constants([variant], constants, Facts()), Facts([spec]))
+        program = contract_by_linears(program)
+    try:
+        legality.verify(program)
+    except ContractError as error:
+        raise CaptureError(error.message, where=error.where, hint=REPORT) from error
+    return program
+
+
+def _exported(
+    module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, str]
+) -> torch.export.ExportedProgram:
+    """What `torch.export` makes of a module; functionalized where it writes in place."""
     batch = torch.export.Dim("B", min=1, max=MAX_BATCH)
     latent = torch.zeros(3, *spec.latent_shape)
     arguments = (latent, torch.ones(3), torch.zeros(3, dtype=torch.int64))
+    named = dict(zip(input_names, arguments, strict=True))
     dynamic = {name: {0: batch} for name in input_names}
     try:
-        exported = torch.export.export(
-            module, (), dict(zip(input_names, arguments, strict=True)), dynamic_shapes=dynamic, strict=False
-        )
+        exported = torch.export.export(module, (), named, dynamic_shapes=dynamic, strict=False)
+        return exported.run_decompositions({}) if _writes(exported.graph) else exported
     except Exception as error:  # torch.export raises many types; each means that this model cannot be captured
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        refuse_trace(module, named, spec, error)
+        raise
+
+
+def _writes(graph: fx.Graph) -> bool:
+    """Whether a trace writes in place, or holds graphs in graphs, which might."""
+    return any(node.op == "get_attr" or _is_writing(node) for node in graph.nodes)
+
+
+def _refuse_state(exported: torch.export.ExportedProgram, spec: ModelSpec) -> None:
+    """Refuse a module that writes to its own parameters or buffers."""
+    signature = exported.graph_signature
+    written = [*signature.buffers_to_mutate.values(), *getattr(signature, "parameters_to_mutate", {}).values()]
+    if written:
         raise CaptureError(
-            f"torch.export cannot capture the model: {reason}",
+            f"the model keeps state between calls: its forward writes to {written[0]!r}",
             where=spec.name,
-            hint="control flow on tensor values, or a batch that is not symbolic; see the torch.export documentation",
-        ) from error
-    graph, constants = _own_graph(exported, input_names)
-    variant = Variant(graph, _interface(graph, spec))
-    program = Program({"main": variant}, used_constants([variant], constants, Facts()), Facts([spec]))
-    legality.verify(program)
-    return program
+            hint="a denoiser is a function of latent, timestep and class label; compute the value anew, or do not write",
+        )
 
 
 def _own_graph(
@@ -68,11 +102,12 @@ def _own_graph(
     prefix = _common_prefix(target for target, _ in lifted.values())
     renamed = dict(zip(input_names, INPUTS, strict=True))
     graph = copy_graph(exported.graph)
+    _keep_results(graph, exported)
     constants: dict[str, torch.Tensor] = {}
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.name in lifted:
             target, value = lifted[node.name]
-            name = target.removeprefix(prefix)
+            name = _constant_name(target.removeprefix(prefix))
             constants[name] = value
             with graph.inserting_before(node):
                 constant = graph.create_node("get_attr", name, name=name.replace(".", "_"))
@@ -83,7 +118,7 @@ def _own_graph(
             if node.target not in renamed:
                 raise CaptureError(f"unexpected input {node.target!r}", hint=f"give defaults to all but {input_names}")
             node.name = node.target = renamed[node.target]
-        elif node.op == "call_function" and _is_identity(node):
+        elif node.op == "call_function" and is_identity(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.target is aten._assert_tensor_metadata.default:
@@ -91,9 +126,38 @@ def _own_graph(
         elif node.op not in ("call_function", "output"):
             raise CaptureError(f"the trace holds a {node.op} ({node.target}), which a program cannot", where=node.name)
         _strip_path(node, prefix)
-    eliminate_dead_code(graph)
+    simplify(graph)
+    _refuse_operators(graph)
     graph.lint()
     return graph, constants
+
+
+def _keep_results(graph: fx.Graph, exported: torch.export.ExportedProgram) -> None:
+    """Drop what a functionalized trace returns for the caller's arguments, which a program does not write to."""
+    (output,) = graph.find_nodes(op="output")
+    kinds = [spec.kind for spec in exported.graph_signature.output_specs]
+    if any(kind is not torch.export.graph_signature.OutputKind.USER_OUTPUT for kind in kinds):
+        results = [
+            node
+            for node, kind in zip(output.args[0], kinds, strict=True)
+            if kind is torch.export.graph_signature.OutputKind.USER_OUTPUT
+        ]
+        output.args = (tuple(results),)
+
+
+def _refuse_operators(graph: fx.Graph) -> None:
+    """Refuse what a program may not call. What writes in place counts, used or not.
+
+    Raises:
+        CaptureError: names the operator, the module and the line of the model.
+    """
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _is_writing(node))
+    for node in graph.nodes:
+        reason = legality.illegal_target(node.target) if node.op == "call_function" else None
+        if reason is None and not is_quiet(node):
+            reason = f"calls {node.target} so that it draws random numbers or keeps state"
+        if reason is not None:
+            refuse_operator(node, reason)
 
 
 def _lifted_constants(exported: torch.export.ExportedProgram) -> dict[str, tuple[str, torch.Tensor]]:
@@ -102,7 +166,21 @@ def _lifted_constants(exported: torch.export.ExportedProgram) -> dict[str, tuple
     named = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
     named |= dict(signature.inputs_to_lifted_tensor_constants)
     values: dict[str, Any] = dict(exported.constants) | dict(exported.state_dict)
-    return {placeholder: (name, values[name].detach()) for placeholder, name in named.items()}
+    # Tensors made in inference mode count no writes, by which digests are remembered: those are copied.
+    plain = {name: value.clone() if value.is_inference() else value.detach() for name, value in values.items()
+             if isinstance(value, torch.Tensor)}
+    return {placeholder: (name, plain[name]) for placeholder, name in named.items()}
+
+
+def _constant_name(name: str) -> str:
+    """The name of a constant, which becomes text of a program that runs.
+
+    Raises:
+        CaptureError: it has characters that such text cannot hold.
+    """
+    if not is_name(name):
+        raise CaptureError(f"the parameter {name!r} has quotes or line breaks in its name", hint="rename its module")
+    return name
 
 
 def _common_prefix(names: Any) -> str:
@@ -121,15 +199,11 @@ def _strip_path(node: fx.Node, prefix: str) -> None:
         node.meta["nn_module_stack"] = {short: (short, kind)}
 
 
-def _is_identity(node: fx.Node) -> bool:
-    """Inactive dropout, and conversions to the dtype a value already has: exact no-ops."""
-    if node.target is aten.dropout.default:
-        return not node.args[2]
-    if node.target in (aten.to.dtype, aten.alias.default, aten.detach.default, aten.contiguous.default):
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        return bool(node.meta["val"].dtype == source.meta["val"].dtype) and node.target is not aten.contiguous.default
-    return False
+def _is_writing(node: fx.Node) -> bool:
+    """Whether a call writes to its arguments. Detaching a constant in place changes no value."""
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False)) and (
+        node.target is not aten.detach_.default
+    )
 
 
 def _interface(graph: fx.Graph, spec: ModelSpec) -> Interface:

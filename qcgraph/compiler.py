@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from qcgraph.admission import admit_edges, admit_quality, check_conditions, overrides
 from qcgraph.bundle import Bundle, check_output, write_plan, writing
 from qcgraph.capture import capture
@@ -30,8 +32,10 @@ from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
 from qcgraph.ir.structure import Site, find_sites
 from qcgraph.least_bits import compile_with_least, is_asked_for, most_bits
+from qcgraph.meaning import check_meaning
 from qcgraph.memory import release_memory
 from qcgraph.models import LoadedModel, load_model
+from qcgraph.obstacles import unwrapped
 from qcgraph.origin import SOURCE
 from qcgraph.pipeline import Instrument, Pass, Pipeline
 from qcgraph.plan_file import PlanFile
@@ -104,24 +108,25 @@ def compile_model(
             output), a cache is unsafe, or the gate of the recipe is not met; nothing was written to the output.
     """
     compilation = _Compilation(
-        model,
-        output,
-        plan,
-        force,
-        stop_after,
-        verify_each,
-        print_after,
-        dry_run,
-        progress or Progress(),
-        out or sys.stdout,
+        model=model,
+        output=output,
+        plan=plan,
+        force=force,
+        stop_after=stop_after,
+        verify_each=verify_each,
+        print_after=print_after,
+        dry_run=dry_run,
+        progress=progress or Progress(),
+        out=out or sys.stdout,
     )
-    if not is_asked_for(recipe):
-        return compilation.run(recipe)
-    if dry_run:
-        return compilation.run(recipe.override(bits=most_bits()))
-    return compile_with_least(
-        recipe, lambda fixed, again: replace(compilation, force=force or again).run(fixed), compilation.progress
-    )
+    with torch.inference_mode(mode=False):  # tensors made in it count no writes, and nothing is differentiated there
+        if not is_asked_for(recipe):
+            return compilation.run(recipe)
+        if dry_run:
+            return compilation.run(recipe.override(bits=most_bits()))
+        return compile_with_least(
+            recipe, lambda fixed, again: replace(compilation, force=force or again).run(fixed), compilation.progress
+        )
 
 
 @dataclass(frozen=True)
@@ -329,10 +334,13 @@ def _captured(
     progress.note("capturing with torch.export")
     sampling = recipe.sampling
     with timer.stage(f"capture{suffix}"):
+        loaded = replace(loaded, module=unwrapped(loaded.module))
         program = capture(loaded.module, loaded.spec, loaded.input_names)
         plan = make_step_plan(
             sampling.scheduler, sampling.steps, sampling.guidance, loaded.spec.schedule, program.constants_digest
         )
+        if not again:
+            check_meaning(program, loaded.module, loaded.input_names, plan)
     return loaded, program.with_facts(plan)
 
 

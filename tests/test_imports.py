@@ -78,6 +78,8 @@ LAYERS = {
             "qcgraph.effort",
             "qcgraph.forecast",
             "qcgraph.instruments",
+            "qcgraph.meaning",
+            "qcgraph.obstacles",
             "qcgraph.pipeline",
             "qcgraph.region_search",
             "qcgraph.scale_search",

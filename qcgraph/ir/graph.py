@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.uint8: "u8",
     torch.bool: "bool",
 }
+_NAME = re.compile(r"[^\s\"\\{}](?:[^\"\\{}\x00-\x1f]*[^\s\"\\{}])?")
 DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -43,6 +45,11 @@ class Origin:
 
     made_by: str
     source: str
+
+
+def is_name(text: object) -> bool:
+    """Whether a text may name a constant: it is quoted in the code of a graph, and must not end the quotation."""
+    return isinstance(text, str) and _NAME.fullmatch(text) is not None
 
 
 def spec_of(name: str, value: torch.Tensor) -> TensorSpec:

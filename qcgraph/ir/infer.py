@@ -16,8 +16,99 @@ from qcgraph.spec import BATCH, Interface, TensorSpec
 BATCH_HINT = 97  # a batch that no other dimension of a denoiser is likely to equal, so that sizes are not confused
 
 
+LARGEST = 2**40  # elements of a value, or an integer: far more than any machine holds
+LONGEST = 200  # terms of a symbolic size; those of models have a few
+
+_PLAIN: dict[str, tuple[type, ...]] = {
+    "int": (int, fx.Node),
+    "SymInt": (int, fx.Node),
+    "float": (int, float, fx.Node),
+    "bool": (bool,),
+    "str": (str,),
+    "Tensor": (bool, int, float, fx.Node),  # PyTorch makes a tensor of a number
+    "number": (bool, int, float, fx.Node),
+    "Scalar": (bool, int, float, fx.Node),
+    "ScalarType": (torch.dtype,),
+    "Device": (torch.device,),
+    "Layout": (torch.layout,),
+    "MemoryFormat": (torch.memory_format,),
+}
+
+
+def check_arguments(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Check the number, the names and, as far as they are plain, the types of the arguments of a call.
+
+    Raises:
+        TypeError: they are not those that the op takes.
+    """
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        if kwargs or len(args) != 2 or not all(isinstance(argument, (int, fx.Node)) for argument in args):
+            raise TypeError(f"{target.__name__} takes two integers")
+        return
+    by_position = [argument for argument in schema.arguments if not argument.kwarg_only]
+    by_name = {argument.name: argument for argument in schema.arguments}
+    if len(args) > len(by_position) or not set(kwargs) <= set(by_name):
+        raise TypeError(f"{schema.name} does not take these arguments")
+    given = dict(zip((argument.name for argument in by_position), args, strict=False))
+    if set(given) & set(kwargs):
+        raise TypeError(f"{schema.name} is given an argument twice")
+    for name, value in (given | dict(kwargs)).items():
+        if not _fits(value, str(by_name[name].real_type)):
+            raise TypeError(f"{schema.name} does not take {str(value)[:80]!r} as {name}")
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a value may be an argument of a type of an op's schema."""
+    while kind.startswith("Optional["):
+        if value is None:
+            return True
+        kind = kind[len("Optional[") : -1]
+    if kind.startswith("List["):
+        element = kind[len("List[") : -1]
+        if isinstance(value, (list, tuple)):
+            return all(_fits(item, element) for item in value)
+        return isinstance(value, fx.Node) or (element in ("int", "SymInt") and _fits(value, element))
+    return isinstance(value, _PLAIN.get(kind, (object,)))
+
+
+def _check_size(value: Any) -> None:
+    """Refuse values that no machine holds, and sizes whose formulas are longer than those of models.
+
+    Raises:
+        ValueError: says which.
+    """
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            _check_size(item)
+    elif isinstance(value, torch.Tensor):
+        for dim in value.shape:
+            _check_size(dim)
+        if _number(value.numel()) > LARGEST:
+            raise ValueError(f"a value of {_number(value.numel()):.3g} elements")
+    elif isinstance(value, torch.SymInt):
+        if value.node.expr.count_ops() > LONGEST:
+            raise ValueError("a size is a formula of more terms than any model has")
+        if _number(value) > LARGEST:
+            raise ValueError("a size is larger than any machine holds")
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError("an integer is larger than any machine holds")
+
+
+def _number(size: int | torch.SymInt) -> float:
+    """A size for the batch that types are inferred with."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return float(expression.subs(dict.fromkeys(expression.free_symbols, BATCH_HINT)))
+
+
 def infer_types(graph: fx.Graph, interface: Interface, constants: Mapping[str, torch.Tensor]) -> None:
-    """Give every node its type by running the graph on fake inputs with a symbolic batch."""
+    """Give every node its type by running the graph on fake inputs with a symbolic batch.
+
+    Raises:
+        ValueError: a value is larger than any machine holds; and whatever an op raises of arguments that it cannot take.
+    """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     values: dict[fx.Node, Any] = {}
     inputs = iter(interface.inputs)
@@ -34,6 +125,7 @@ def infer_types(graph: fx.Graph, interface: Interface, constants: Mapping[str, t
             args, kwargs = fx.map_arg(node.args, value_of), fx.map_arg(node.kwargs, value_of)
             values[node] = fake_value(mode, node.target, *args, **kwargs)
         if node in values:
+            _check_size(values[node])
             node.meta["val"] = values[node]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from qcgraph.errors import ContractError
+from qcgraph.ir.admitted import is_admitted, is_quiet
 from qcgraph.ir.graph import Variant, module_path, returned_nodes, spec_of
 from qcgraph.ir.ops import OPS
 from qcgraph.ir.program import Program
@@ -111,11 +112,19 @@ def _op_is_legal(node: fx.Node, program: Program) -> str | None:
 
 def illegal_target(target: Any) -> str | None:
     """Why a call target may not stand in a program, or None."""
-    if isinstance(target, torch._ops.OpOverload):
-        if target.namespace not in NAMESPACES:
-            return f"calls {target}; only the namespaces {', '.join(NAMESPACES)} are legal"
-        return f"calls {target}, which writes to its input" if target._schema.is_mutable else None
-    return None if target in INTEGER_FUNCTIONS else f"calls {target}, which is not an op"
+    if not isinstance(target, torch._ops.OpOverload):
+        return None if target in INTEGER_FUNCTIONS else f"calls {target}, which is not an op"
+    if target.namespace not in NAMESPACES:
+        return f"calls {target}; only the namespaces {', '.join(NAMESPACES)} are legal"
+    if target._schema.is_mutable:
+        return f"calls {target}, which writes to its input"
+    if target.namespace == "aten" and not is_admitted(target):
+        return f"calls {target}, which is not among the operators that a program may call"
+    return None
+
+
+def _op_is_quiet(node: fx.Node, program: Program) -> str | None:
+    return None if is_quiet(node) else f"calls {node.target} so that it draws random numbers or keeps state"
 
 
 def _op_rule(node: fx.Node, program: Program) -> str | None:
@@ -159,6 +168,7 @@ NODE_RULES: tuple[Callable[[fx.Node, Program], str | None], ...] = (
     _typed,
     _constant_exists,
     _op_is_legal,
+    _op_is_quiet,
     _op_rule,
     _scale_is_positive,
     _table_covers_plan,

@@ -1,13 +1,14 @@
 """Programs on disk: graphs and facts as JSON, constants as safetensors. Never pickle, never code.
 
 Reading resolves every op by name against the legal namespaces, so a file can only ever name ops that the legality
-table admits. Types are not stored: they are inferred anew from the interface when a program is read.
+table admits. PyTorch turns a graph into text that it runs: whatever becomes part of that text (names of inputs,
+constants and arguments) is checked here. Types are not stored: they are inferred anew from the interface when a program
+is read, and the program is then as legal as one that passes made.
 """
 
 from __future__ import annotations
 
 import json
-import operator
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,13 +20,17 @@ from torch import fx
 from qcgraph.bundle.files import parsed, path_problem, read_file, text_of
 from qcgraph.errors import BundleError
 from qcgraph.facts import Facts, decode
-from qcgraph.ir.graph import DTYPE_NAMES, DTYPES, Origin, Variant, module_path
-from qcgraph.ir.infer import infer_types
-from qcgraph.ir.legality import illegal_target
+from qcgraph.ir.graph import DTYPE_NAMES, DTYPES, Origin, Variant, is_name, module_path
+from qcgraph.ir.infer import check_arguments, infer_types
+from qcgraph.ir.legality import INTEGER_FUNCTIONS, NAMESPACES, find, illegal_target
 from qcgraph.ir.program import PassRecord, Program
 from qcgraph.spec import Interface, TensorSpec
 
 _AGAIN = "compile again with this version"
+_STRANGE = "this file was not written by qcgraph"
+INTEGERS = {function.__name__: function for function in INTEGER_FUNCTIONS}
+# What ops and decoders raise of wrong arguments; PyTorch's own errors are RuntimeErrors, pydantic's ValueErrors.
+READING_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 FORMAT = 1
 PROGRAM = "program.json"
 WEIGHTS = "weights.safetensors"
@@ -50,15 +55,27 @@ def program_from_json(data: Mapping[str, Any], constants: Mapping[str, torch.Ten
         BundleError: another format version, an op that is not legal, a constant that is missing, or data that was
             written by another version of qcgraph.
     """
-    if data.get("format") != FORMAT:
-        raise BundleError(f"has format {data.get('format')}, not {FORMAT}", where=PROGRAM, hint=_AGAIN)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise BundleError(f"has format {str(found)[:40]}, not {FORMAT}", where=PROGRAM, hint=_AGAIN)
     try:
         variants = {name: _variant_from_json(entry, constants) for name, entry in data["variants"].items()}
         history = tuple(decode(PassRecord, record) for record in data["history"])
-        return Program(variants, dict(constants), Facts.decode(data["facts"]), history)
-    except (KeyError, TypeError, ValueError) as error:  # pydantic's ValidationError is a ValueError
-        reason = str(error).splitlines()[0]
-        raise BundleError(f"was written by another version of qcgraph: {reason}", where=PROGRAM, hint=_AGAIN) from error
+        program = Program(variants, dict(constants), Facts.decode(data["facts"]), history)
+    except READING_ERRORS as error:
+        raise BundleError(
+            f"was written by another version of qcgraph: {_reason(error)}", where=PROGRAM, hint=_AGAIN
+        ) from error
+    finding = next(find(program), None)
+    if finding is not None:
+        raise BundleError(f"{finding[0]}: {finding[1]}", where=PROGRAM, hint=_STRANGE)
+    return program
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line of bounded length."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def save_program(program: Program, folder: Path, exported: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -126,19 +143,52 @@ def _variant_from_json(data: Mapping[str, Any], constants: Mapping[str, torch.Te
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for entry in data["nodes"]:
-        target = _target_from_text(entry["target"]) if entry["op"] == "call_function" else entry["target"]
-        if entry["op"] == "get_attr" and target not in constants:
-            raise BundleError(f"constant {target!r} is missing", where=WEIGHTS, hint="compile again")
-        args = tuple(_argument_from_json(argument, nodes) for argument in entry["args"]["list"])
-        kwargs = {key: _argument_from_json(value, nodes) for key, value in entry["kwargs"].items()}
-        node = graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
-        if entry["path"]:
-            node.meta["nn_module_stack"] = {entry["path"]: (entry["path"], "")}
-        if "origin" in entry:
-            node.meta["origin"] = Origin(**entry["origin"])
-        nodes[entry["name"]] = node
+        node = _node_from_json(entry, graph, nodes, interface, constants)
+        if node.name != entry["name"] or node.name in nodes:
+            raise ValueError(f"node {entry['name']!r} cannot have that name")
+        nodes[node.name] = node
+    if [node.op for node in nodes.values()].index("output") != len(nodes) - 1:
+        raise ValueError("nodes follow the output")
     infer_types(graph, interface, constants)
     return Variant(graph, interface)
+
+
+def _node_from_json(
+    entry: Mapping[str, Any],
+    graph: fx.Graph,
+    nodes: Mapping[str, fx.Node],
+    interface: Interface,
+    constants: Mapping[str, torch.Tensor],
+) -> fx.Node:
+    """A node; it can only refer to those before it."""
+    kind, target = entry["op"], entry["target"]
+    if kind == "get_attr" and target not in constants:
+        raise BundleError(f"constant {str(target)[:200]!r} is missing", where=WEIGHTS, hint="compile again")
+    is_known = {
+        "placeholder": target in interface.input_names and str(target).isidentifier(),
+        "get_attr": is_name(target),
+        "call_function": True,
+        "output": target == "output",
+    }.get(kind, False)
+    if not is_known:
+        raise BundleError(
+            f"node {str(entry['name'])[:80]!r} is a {str(kind)[:40]} of {str(target)[:80]!r}", where=PROGRAM, hint=_STRANGE
+        )
+    if kind == "call_function":
+        target = _target_from_text(target)
+    args = tuple(_argument_from_json(argument, nodes) for argument in entry["args"]["list"])
+    kwargs = {key: _argument_from_json(value, nodes) for key, value in entry["kwargs"].items()}
+    if kind == "call_function":
+        check_arguments(target, args, kwargs)
+    elif kwargs or (args and kind != "output"):
+        raise ValueError(f"a {kind} takes no arguments")
+    node = graph.create_node(kind, target, args, kwargs, name=entry["name"])
+    if entry["path"]:
+        path = str(entry["path"])
+        node.meta["nn_module_stack"] = {path: (path, "")}
+    if "origin" in entry:
+        node.meta["origin"] = decode(Origin, entry["origin"])
+    return node
 
 
 def _target_to_text(target: Any) -> str:
@@ -152,15 +202,17 @@ def _target_from_text(text: str) -> Any:
 
     namespace, _, name = text.partition(".")
     try:
+        if namespace not in ("operator", *NAMESPACES):
+            raise ValueError(namespace)
         if namespace == "operator":
-            target = getattr(operator, name)
+            target = INTEGERS[name]
         else:
             packet, overload = name.rsplit(".", 1)
             target = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
-    except (AttributeError, ValueError):
-        raise BundleError(f"unknown op {text!r}", where=PROGRAM, hint=_AGAIN) from None
+    except (AttributeError, KeyError, RuntimeError, ValueError):
+        raise BundleError(f"unknown op {text[:200]!r}", where=PROGRAM, hint=_AGAIN) from None
     if reason := illegal_target(target):
-        raise BundleError(f"the program {reason}", where=PROGRAM, hint="this file was not written by qcgraph")
+        raise BundleError(f"the program {reason}", where=PROGRAM, hint=_STRANGE)
     return target
 
 
@@ -182,7 +234,9 @@ def _argument_to_json(value: Any) -> Any:
 
 def _argument_from_json(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
     if not isinstance(value, dict):
-        return value
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise ValueError(f"an argument is a {type(value).__name__}")
     ((kind, content),) = value.items()
     if kind == "node":
         return nodes[content]
@@ -190,9 +244,9 @@ def _argument_from_json(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
         return tuple(_argument_from_json(item, nodes) for item in content)
     if kind == "dtype":
         return DTYPES[content]
-    if kind == "device":
+    if kind == "device" and content == "cpu":
         return torch.device(content)
-    constant = getattr(torch, content, None)
+    constant = getattr(torch, content, None) if kind == "torch" else None
     if not isinstance(constant, (torch.layout, torch.memory_format)):
-        raise BundleError(f"unknown argument {content!r}", where=PROGRAM)
+        raise BundleError(f"unknown argument {str(kind)[:40]} {str(content)[:80]!r}", where=PROGRAM, hint=_STRANGE)
     return constant

@@ -8,7 +8,8 @@ reason why it is not quantizable when it is not.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -16,20 +17,43 @@ import torch
 from torch import fx
 
 from qcgraph.facts import CachedValue
-from qcgraph.ir.graph import Variant, dimension_text, module_path, returned_nodes
+from qcgraph.ir.graph import DTYPE_NAMES, Variant, dimension_text, module_path, returned_nodes
+from qcgraph.spec import MODULATION, TensorSpec
 
 aten = torch.ops.aten
 PAIR = 2  # samples: both halves of guidance
 _BLOCK_PATH = re.compile(r"(?:(?P<list>.+?)\.)?(?P<index>\d+)(?:\.|$)")
 MATMULS = {
     aten.linear.default: "linear",
-    aten.conv2d.default: "conv2d",
-    aten.matmul.default: "matmul",
-    aten.bmm.default: "matmul",
-    aten.mm.default: "matmul",
     aten.addmm.default: "linear",
+    aten.matmul.default: "matmul",
+    aten.mm.default: "matmul",
+    aten.bmm.default: "matmul",
+    aten.baddbmm.default: "matmul",
+    aten.addbmm.default: "matmul",
+    aten.mv.default: "matmul",
+    aten.addmv.default: "matmul",
+    aten.dot.default: "matmul",
+    aten.vdot.default: "matmul",
+    aten.inner.default: "matmul",
+    aten.linalg_matmul.default: "matmul",
+    aten.linalg_multi_dot.default: "multi_dot",
+    aten.tensordot.default: "tensordot",
+    aten.einsum.default: "einsum",
+    aten.bilinear.default: "bilinear",
+    aten.conv1d.default: "conv1d",
+    aten.conv1d.padding: "conv1d",
+    aten.conv2d.default: "conv2d",
+    aten.conv2d.padding: "conv2d",
+    aten.conv3d.default: "conv3d",
+    aten.conv3d.padding: "conv3d",
+    aten.conv_transpose1d.default: "conv_transpose1d",
+    aten.conv_transpose2d.input: "conv_transpose2d",
+    aten.conv_transpose3d.input: "conv_transpose3d",
     aten.scaled_dot_product_attention.default: "attention",
 }
+# What these multiply comes after what they add.
+_ADDING = (aten.addmm.default, aten.baddbmm.default, aten.addbmm.default, aten.addmv.default)
 
 
 @dataclass(frozen=True)
@@ -48,7 +72,7 @@ class Site:
     Attributes:
         name: the module path; ``#2`` is appended to the second use of a module.
         node: the node's name.
-        kind: ``linear``, ``conv2d``, ``matmul`` or ``attention``.
+        kind: what multiplies: ``linear``, ``matmul``, ``attention``, ``conv2d`` and so on (see `MATMULS`).
         input_shape: shape of the activation, the batch as ``B``.
         weight_shape: shape of the weight, empty when there is none.
         macs: multiply-accumulates for each sample of the batch; of what runs for half of them, half as many.
@@ -89,12 +113,17 @@ def find_blocks(variant: Variant) -> tuple[Block, ...]:
         match = _BLOCK_PATH.match(module_path(node))
         if match and node in dependent and node.op == "call_function":
             lists.setdefault(match["list"] or "", {}).setdefault(int(match["index"]), []).append(node)
-    chains = [_chain(name, members) for name, members in lists.items()]
+    chains = [_chain(name, members, dependent) for name, members in lists.items()]
     return max(chains, key=len, default=())
 
 
-def _chain(name: str, members: Mapping[int, list[fx.Node]]) -> tuple[Block, ...]:
-    """Blocks of one module list, or nothing when a member does not pass on exactly one residual stream."""
+def _chain(
+    name: str, members: Mapping[int, list[fx.Node]], dependent: Collection[fx.Node]
+) -> tuple[Block, ...]:
+    """Blocks of one module list, or nothing when a member does not pass on exactly one residual stream.
+
+    Only what depends on the latent can be the stream: tables of positions may have its shape too.
+    """
     blocks: list[Block] = []
     for index in sorted(members):
         nodes = set(members[index])
@@ -106,7 +135,7 @@ def _chain(name: str, members: Mapping[int, list[fx.Node]]) -> tuple[Block, ...]
             source
             for node in members[index]
             for source in node.all_input_nodes
-            if source not in nodes and _same_type(source.meta.get("val"), value)
+            if source not in nodes and source in dependent and _same_type(source.meta.get("val"), value)
         }
         chained = {source for source in entering if blocks and source.name == blocks[-1].leaving}
         entering = chained or entering
@@ -178,19 +207,17 @@ def cached_node(variant: Variant, blocks: Sequence[Block], value: CachedValue) -
 def find_sites(variant: Variant) -> tuple[Site, ...]:
     """Every multiply-accumulate op of a graph in order, each with the reason why it is not quantizable, if any."""
     dependent = latent_dependent(variant)
-    blocks = find_blocks(variant)
+    outside = outer_layers(variant)
     sites: list[Site] = []
     uses: dict[str, int] = {}
-    for node in variant.graph.nodes:
-        kind = MATMULS.get(node.target)
-        if kind is None:
-            continue
+    for node in contractions(variant):
+        kind = MATMULS[node.target]
         path = module_path(node) or node.name
         name = f"{path}.attention" if kind == "attention" else path
         uses[name] = uses.get(name, 0) + 1
         if uses[name] > 1:
             name = f"{name}#{uses[name]}"
-        activation, weight = node.args[0].meta["val"], _weight(node)
+        activation, weight = factors(node)[0].meta["val"], _weight(node)
         sites.append(
             Site(
                 name=name,
@@ -199,10 +226,81 @@ def find_sites(variant: Variant) -> tuple[Site, ...]:
                 input_shape=tuple(dimension_text(dim) for dim in activation.shape),
                 weight_shape=tuple(int(dim) for dim in weight.shape) if weight is not None else (),
                 macs=_macs(node, kind),
-                refusal=_refusal(node, kind, node in dependent, any(_inside(path, block.path) for block in blocks)),
+                refusal=_refusal(node, kind, node in dependent, node in outside),
             )
         )
     return tuple(sites)
+
+
+def contractions(variant: Variant) -> tuple[fx.Node, ...]:
+    """Every node that multiplies and adds up, in order; an einsum that only moves or scales values is none."""
+    found = (node for node in variant.graph.nodes if node.target in MATMULS)
+    return tuple(node for node in found if node.target is not aten.einsum.default or _einsum_adds_up(node))
+
+
+def factors(node: fx.Node) -> tuple[fx.Node, ...]:
+    """What a multiply-accumulate op multiplies, in the order of its arguments."""
+    if node.target is aten.einsum.default:
+        return tuple(node.args[1])  # type: ignore[arg-type]
+    if node.target is aten.linalg_multi_dot.default:
+        return tuple(node.args[0])  # type: ignore[arg-type]
+    arguments = node.args[1:3] if node.target in _ADDING else node.args[:2]
+    return tuple(argument for argument in arguments if isinstance(argument, fx.Node))
+
+
+def outer_layers(variant: Variant) -> set[fx.Node]:
+    """The contractions before and after all repeated parts of the network: embedders and final layers.
+
+    A repeated part is an element of a module list that contracts more than once on the way of the latent, whether it
+    is a block of a chain or not. In a network without any, its first and last contractions are outer layers, unless
+    that leaves nothing.
+    """
+    dependent = latent_dependent(variant)
+    nodes = [node for node in contractions(variant) if node in dependent]
+    blocks = [block.path for block in find_blocks(variant)]
+    stages = Counter(_element(node) for node in nodes)
+    inner = {
+        node
+        for node in nodes
+        if (_element(node) and stages[_element(node)] > 1) or any(_inside(module_path(node), path) for path in blocks)
+    }
+    if inner:
+        after, before = _downstream(variant, inner), _upstream(variant, inner)
+        return {node for node in nodes if node not in inner and (node not in after or node not in before)}
+    if any(_is_cached(spec) for spec in variant.interface.inputs):
+        return set(nodes)  # the blocks are what reusing skips
+    after, before = _downstream(variant, nodes), _upstream(variant, nodes)
+    outer = {node for node in nodes if node not in after or node not in before}
+    return outer if outer != set(nodes) else set()
+
+
+def _is_cached(spec: TensorSpec) -> bool:
+    """Whether an input is a tensor that an earlier step computed."""
+    return spec.dtype.startswith(("f", "bf")) and len(spec.shape) > 1 and spec.name not in ("latent", MODULATION)
+
+
+def _element(node: fx.Node) -> str:
+    """The path of the outermost element of a module list that a node is in, or nothing."""
+    match = _BLOCK_PATH.match(module_path(node))
+    return f"{match['list'] or ''}.{match['index']}" if match else ""
+
+
+def _downstream(variant: Variant, starts: Collection[fx.Node]) -> set[fx.Node]:
+    """The nodes whose values depend on the value of one of these, but for itself."""
+    found: set[fx.Node] = set()
+    for node in variant.graph.nodes:
+        if any(source in found or source in starts for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _upstream(variant: Variant, ends: Collection[fx.Node]) -> set[fx.Node]:
+    """The nodes on whose values the value of one of these depends, but for itself."""
+    found: set[fx.Node] = set()
+    for node in reversed(variant.graph.nodes):
+        if any(user in found or user in ends for user in node.users):
+            found.add(node)
+    return found
 
 
 def _inside(path: str, block: str) -> bool:
@@ -210,7 +308,7 @@ def _inside(path: str, block: str) -> bool:
 
 
 def _weight(node: fx.Node) -> torch.Tensor | None:
-    if node.target in (aten.linear.default, aten.conv2d.default):
+    if node.target is aten.linear.default or _is_convolution(node):
         source = node.args[1]
         assert isinstance(source, fx.Node)
         value = source.meta["val"]
@@ -219,7 +317,11 @@ def _weight(node: fx.Node) -> torch.Tensor | None:
     return None
 
 
-def _refusal(node: fx.Node, kind: str, on_latent: bool, in_block: bool) -> str:
+def _is_convolution(node: fx.Node) -> bool:
+    return MATMULS[node.target].startswith("conv")
+
+
+def _refusal(node: fx.Node, kind: str, on_latent: bool, is_outside: bool) -> str:
     """Why a site stays in floating point, in the words of the report."""
     if kind == "attention":
         return "attention is not a linear layer (quantization.attention = true quantizes its products)"
@@ -227,26 +329,95 @@ def _refusal(node: fx.Node, kind: str, on_latent: bool, in_block: bool) -> str:
         return f"{kind} is not a linear layer"
     if not on_latent:
         return "depends on timestep and class only (embedder or adaLN modulation)"
-    if not in_block:
+    if is_outside:
         return "outside the blocks (embedder or final layer)"
     weight = node.args[1]
     if isinstance(weight, fx.Node) and weight.op != "get_attr":
         return "its weight is computed"
+    if isinstance(weight, fx.Node) and weight.meta["val"].dim() != 2:
+        return "its weight is not a matrix"
+    if isinstance(weight, fx.Node) and weight.meta["val"].dtype != torch.float32:
+        return f"multiplies {DTYPE_NAMES[weight.meta['val'].dtype]}, not f32"
     return ""
 
 
 def _macs(node: fx.Node, kind: str) -> int:
     output = prod(map(_size, node.meta["val"].shape))
-    operand = [_size(dim) for dim in node.args[0].meta["val"].shape]  # type: ignore[union-attr]
-    if kind == "conv2d":
-        weight = _weight(node)
-        assert weight is not None
-        macs = output * prod(int(dim) for dim in weight.shape[1:])
+    operands = [[_size(dim) for dim in factor.meta["val"].shape] for factor in factors(node)]
+    if kind.startswith("conv_transpose"):
+        macs = prod(operands[0]) * prod(operands[1][1:])
+    elif kind.startswith("conv"):
+        macs = output * prod(operands[1][1:])
     elif kind == "attention":
-        macs = 2 * prod(operand) * _size(node.args[1].meta["val"].shape[-2])  # type: ignore[union-attr]
+        query, key = operands
+        value = [_size(dim) for dim in node.args[2].meta["val"].shape]  # type: ignore[union-attr]
+        macs = prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    elif kind == "einsum":
+        macs = _einsum_macs(node, operands)
+    elif kind == "tensordot":
+        macs = output * prod(operands[0][axis] for axis in node.args[2])  # type: ignore[union-attr, index]
+    elif kind == "bilinear":
+        macs = output * operands[0][-1] * operands[1][-1]
+    elif kind == "multi_dot":
+        macs = _chain_macs(operands)
     else:
-        macs = output * operand[-1]
+        macs = output * operands[0][-1] * (operands[0][0] if node.target is aten.addbmm.default else 1)
     return macs // PAIR
+
+
+def _chain_macs(operands: list[list[int]]) -> int:
+    """Of products of several matrices, multiplied from left to right."""
+    rows = operands[0][0] if len(operands[0]) > 1 else 1
+    return sum(rows * prod(operand) for operand in operands[1:])
+
+
+def einsum_letters(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
+    """The name of every axis of the operands and of the result of an einsum; those of an ellipsis are ``.0``, ``.1``..
+
+    Args:
+        equation: as PyTorch takes it, with or without a result.
+        ranks: of the operands.
+    """
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    spelled = left.split(",")
+    widths = [rank - len(text.replace("...", "")) for text, rank in zip(spelled, ranks, strict=True)]
+    widest = max((width for text, width in zip(spelled, widths, strict=True) if "..." in text), default=0)
+
+    def axes(text: str, width: int) -> list[str]:
+        before, dots, after = text.partition("...")
+        return [*before, *([f".{index}" for index in range(widest - width, widest)] if dots else []), *after]
+
+    operands = [axes(text, width) for text, width in zip(spelled, widths, strict=True)]
+    if arrow:
+        return operands, axes(right, widest)
+    counts = Counter(axis for operand in operands for axis in operand)
+    return operands, [f".{index}" for index in range(widest)] + sorted(
+        axis for axis, count in counts.items() if count == 1 and not axis.startswith(".")
+    )
+
+
+def _axes(node: fx.Node) -> tuple[list[list[str]], list[str]]:
+    return einsum_letters(str(node.args[0]), [factor.meta["val"].dim() for factor in factors(node)])
+
+
+def _einsum_adds_up(node: fx.Node) -> bool:
+    operands, result = _axes(node)
+    return len(operands) > 1 and any(axis not in result for operand in operands for axis in operand)
+
+
+def _einsum_macs(node: fx.Node, sizes: Sequence[Sequence[int]]) -> int:
+    """Every product of two operands, from left to right, over all axes that either of them has."""
+    operands, result = _axes(node)
+    known: dict[str, int] = {}
+    for axes, shape in zip(operands, sizes, strict=True):
+        for axis, size in zip(axes, shape, strict=True):
+            known[axis] = max(size, known.get(axis, 1))
+    held, macs = set(operands[0]), 0
+    for position, axes in enumerate(operands[1:], start=2):
+        macs += prod(known[axis] for axis in held | set(axes))
+        later = set(result).union(*operands[position:])
+        held = (held | set(axes)) & later
+    return macs
 
 
 def _size(dim: int | torch.SymInt) -> int:

@@ -28,6 +28,7 @@ class EagerRunner:
         """The noise prediction, f32[B,C_out,H,W]; groups, rows and caches mean nothing here."""
         if is_preparation(variant):
             return np.empty((len(inputs["timestep"]), 0), dtype=np.float32)  # the module computes its own modulation
-        values = {self._names[name]: torch.from_numpy(inputs[name]) for name in _INPUTS}
+        # Copies, because a module may write to its arguments.
+        values = {self._names[name]: torch.from_numpy(inputs[name]).clone() for name in _INPUTS}
         with torch.inference_mode():
             return cast(Array, self._module(**values).numpy())

@@ -225,7 +225,7 @@ def made_without_bias(block: Block, x: Tensor, gain: Tensor, shift: Tensor) -> T
 
 
 def made_by_a_computed_weight(block: Block, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    return block.reading(F.linear(x, block.making.weight * 2, block.making.bias))
+    return block.reading(F.linear(x, block.making.weight * gain.mean(), block.making.bias))
 
 
 def made_by_a_shared_layer(block: Block, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:

@@ -1,0 +1,60 @@
+"""Calls that give back the value they are given, and calls that have a plainer form; capture drops and replaces them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from qcgraph.ir.graph import dimension_text
+
+aten = torch.ops.aten
+SAME_VALUE = (aten.to.dtype, aten.alias.default, aten.detach.default, aten.detach_.default)  # but for the dtype
+KEEPING_SHAPE = (aten.expand.default, aten.expand_as.default, aten.flatten.using_ints, aten.unflatten.int)
+SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
+# What leaves values undefined, and the same with zeros; the arguments are alike.
+UNDEFINED: dict[Any, Any] = {
+    aten.empty.memory_format: aten.zeros.default,
+    aten.empty_like.default: aten.zeros_like.default,
+    aten.new_empty.default: aten.new_zeros.default,
+}
+
+
+def is_identity(node: fx.Node) -> bool:
+    """Whether a call gives its first argument.
+
+    Such are inactive dropout, conversions to the dtype that a value has, and changes of shape that change none, among
+    them squeezing an axis that is not 1.
+    """
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return False
+    if node.target is aten.dropout.default:
+        return not node.args[2] or node.args[1] == 0
+    if node.target in SAME_VALUE:
+        return bool(node.meta["val"].dtype == source.meta["val"].dtype)
+    if node.target in SQUEEZES or node.target in KEEPING_SHAPE:
+        return _shape(node) == _shape(source)
+    return False
+
+
+def simplify(graph: fx.Graph) -> None:
+    """Give undefined values the value 0, and write over all of a value as the value that is written."""
+    for node in list(graph.nodes):
+        if node.target in UNDEFINED:
+            kwargs = {key: value for key, value in node.kwargs.items() if key != "memory_format"}
+            node.target, node.kwargs = UNDEFINED[node.target], kwargs
+        elif node.target is aten.copy.default:
+            written, source = node.args[:2]
+            if _type(written) == _type(source):
+                node.replace_all_uses_with(source)  # type: ignore[arg-type]
+                graph.erase_node(node)
+
+
+def _shape(node: Any) -> tuple[int | str, ...]:
+    return tuple(dimension_text(dim) for dim in node.meta["val"].shape)
+
+
+def _type(node: Any) -> tuple[Any, ...]:
+    return node.meta["val"].dtype, *_shape(node)
