@@ -114,6 +114,22 @@ class FolderKind:
                 finally:
                     clear(place, self.is_ours)
 
+    def remove(self, path: Path) -> None:
+        """Remove a folder of this kind; one that holds anything which qcgraph did not write stays as it is.
+
+        Raises:
+            UsageError: another process writes there now, or the folder cannot be removed.
+        """
+        place = resolved(path)
+        if not place.is_dir():
+            return
+        with _in_words(path), locked(place):
+            clear(place, self.is_ours)
+            written = self.written(place)
+            if written is not None and not any(_strangers(place, written)):
+                place.rename(beside(place, "gone"))
+                clear(place, self.is_ours)
+
     def _check_replaceable(self, place: Path, path: Path, *, force: bool) -> None:
         if not os.path.lexists(place) or (place.is_dir() and not any(place.iterdir())):
             return

@@ -41,7 +41,7 @@ from qcgraph.pipeline import Instrument, Pass, Pipeline
 from qcgraph.plan_file import PlanFile
 from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
-from qcgraph.rejection import reject
+from qcgraph.rejection import forget_rejected, reject
 from qcgraph.schedule import FULL, TimedSchedule
 from qcgraph.schedulers import check_compensable, make_step_plan
 from qcgraph.spec import ModelSpec
@@ -171,6 +171,7 @@ class _Compilation:
         report["estimate"] = None
         if output is not None:
             self._write(output, program, recipe, target, report, dump, timer, started)
+            forget_rejected(output)
             return CompileResult(Bundle.open(output, check=False), report, program.text)
         return CompileResult(None, report, program.text)
 

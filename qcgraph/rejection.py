@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qcgraph.bundle import writing
-from qcgraph.errors import UsageError, VerificationError
-from qcgraph.export.check import Check
+from qcgraph.bundle import Bundle, writing
+from qcgraph.bundle.write import BUNDLE_FOLDER
+from qcgraph.errors import BundleError, UsageError, VerificationError
+from qcgraph.export.check import Check, failure_text
 
 FAILED_CHECKS = "failed-checks"  # the override by which the manifest of a rejected bundle can be told
 
@@ -39,7 +40,7 @@ def reject(
         precision: the floating-point type of what is not quantized.
     """
     place = rejected_place(output)
-    failed = [check for check in checks if check.failed]
+    failed = sum(check.failed for check in checks)
     try:
         with writing(
             place, model=model, target=target, precision=precision, overrides=(FAILED_CHECKS,), force=True
@@ -51,12 +52,19 @@ def reject(
     except UsageError as error:
         where_kept = f"what was exported is not kept, because {place} {error.message}"
     return VerificationError(
-        f"{len(failed)} of {len(checks)} checks of the exported graphs failed: {'; '.join(map(failure_text, failed))}",
+        f"{failed} of {len(checks)} checks of the exported graphs failed\n{failure_text(checks)}",
         hint=f"nothing was written to {output}; {where_kept}",
     )
 
 
-def failure_text(check: Check) -> str:
-    """Return one failed check in words: the variant, the check, what was found and what was allowed."""
-    place = f"variant {check.variant}, " if check.variant else ""
-    return f"{place}{check.name}: {check.detail} (found {check.value:.2g}, limit {check.limit:.2g})"
+def forget_rejected(output: Path) -> None:
+    """Remove what an earlier compilation to ``output`` left in `rejected_place`, now that one has passed its checks.
+
+    A folder that is not such a bundle, or holds anything that qcgraph did not write, stays as it is.
+    """
+    place = rejected_place(output)
+    try:
+        if FAILED_CHECKS in Bundle.open(place, check=False).manifest.overrides:
+            BUNDLE_FOLDER.remove(place)
+    except (BundleError, UsageError):
+        return  # nothing is there, or it is not ours to remove

@@ -339,7 +339,7 @@ def test_a_bundle_that_fails_its_checks_is_kept_beside(
         ) as caught:
             compile_model(tiny_model, recipe, output, force=True)
     assert caught.value.exit_code == 1
-    assert re.search(r"variant main, parity of noise_prediction: .*found .*, limit 1e-05", caught.value.message)
+    assert re.search(r"\nparity of noise_prediction of main: .*, at most .* expected: relative L2", caught.value.message)
     assert str(tmp_path / "out.rejected") in str(caught.value.hint)
     assert (output / "manifest.json").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.rejected"]
