@@ -334,12 +334,12 @@ def test_a_bundle_that_fails_its_checks_is_kept_beside(
     before = (output / "manifest.json").read_bytes()
     monkeypatch.setattr("qcgraph.export.emit.emit_onnx", spoil("main"))
     for _ in range(2):  # the second takes the place of what the first left
-        with pytest.raises(
-            VerificationError, match="1 of 2 checks of the exported graphs failed: variant main"
-        ) as caught:
+        with pytest.raises(VerificationError, match="1 of 2 checks of the exported graphs failed\n") as caught:
             compile_model(tiny_model, recipe, output, force=True)
     assert caught.value.exit_code == 1
-    assert re.search(r"\nparity of noise_prediction of main: .*, at most .* expected: relative L2", caught.value.message)
+    assert re.search(
+        r"\nparity of noise_prediction of main: .*, at most .* expected: relative L2", caught.value.message
+    )
     assert str(tmp_path / "out.rejected") in str(caught.value.hint)
     assert (output / "manifest.json").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.rejected"]
