@@ -68,7 +68,7 @@ def unwrapped(model: LoadedModel, where: str) -> LoadedModel:
     if not isinstance(model.module, torch.nn.Module):
         raise UsageError(f"the module is a {type(model.module).__name__}", where=where, hint="give a torch.nn.Module")
     module: nn.Module = model.module
-    notes = []
+    notes: list[str] = []
     while True:
         inner = None
         if isinstance(module, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
