@@ -68,14 +68,11 @@ def unwrapped(model: LoadedModel, where: str) -> LoadedModel:
     if not isinstance(model.module, torch.nn.Module):
         raise UsageError(f"the module is a {type(model.module).__name__}", where=where, hint="give a torch.nn.Module")
     module: nn.Module = model.module
-    notes = []
+    notes: list[str] = []
     while True:
-        inner = None
-        if isinstance(module, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
-            inner = module.module
-        elif isinstance(module, torch._dynamo.OptimizedModule):
-            inner = module._orig_mod
-        if inner is None:
+        is_parallel = isinstance(module, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel))
+        inner: Any = module.module if is_parallel else getattr(module, "_orig_mod", None)  # that of torch.compile
+        if not isinstance(inner, torch.nn.Module):
             return replace(model, module=module, notes=(*model.notes, *notes)) if notes else model
         notes.append(f"the model is taken out of its wrapper {type(module).__name__}")
         module = inner
