@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -30,12 +30,11 @@ from qcgraph.facts import Rehearsed, precision_of
 from qcgraph.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
-from qcgraph.ir.structure import Site, find_sites
+from qcgraph.ir.structure import find_sites
 from qcgraph.least_bits import compile_with_least, is_asked_for, most_bits
 from qcgraph.meaning import check_meaning
 from qcgraph.memory import release_memory
-from qcgraph.models import LoadedModel, load_model
-from qcgraph.obstacles import unwrapped
+from qcgraph.models import LoadedModel, check_loaded, load_model
 from qcgraph.origin import SOURCE
 from qcgraph.pipeline import Instrument, Pass, Pipeline
 from qcgraph.plan_file import PlanFile
@@ -43,7 +42,7 @@ from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
 from qcgraph.rejection import forget_rejected, reject
 from qcgraph.schedule import FULL, TimedSchedule
-from qcgraph.schedulers import check_compensable, make_step_plan
+from qcgraph.schedulers import check_compensable, check_name, make_step_plan
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
@@ -151,11 +150,11 @@ class _Compilation:
         pipeline = default_pipeline(recipe, target)
         _check_pass_names(pipeline, (*self.print_after, *([self.stop_after] if self.stop_after else [])))
         output = self._place()
-        notes = target_notes(recipe, target)
-        for note in notes:
-            self.progress.note(f"note: {note}")
+        check_name(recipe.sampling.scheduler)
+        notes = self._noted(target_notes(recipe, target))
         started, timer = time.perf_counter(), Timer(self.progress)
         loaded, captured = _captured(self.model, recipe, self.progress, timer)
+        notes += self._noted(loaded.notes)
         if self.plan is not None:
             self.plan.check_model(captured.facts[StepPlan].fingerprint.model)
         _check_applicable(recipe, pipeline, loaded, captured)
@@ -167,7 +166,9 @@ class _Compilation:
         report = compile_report(sites, program, recipe, target, pipeline, timer.seconds)
         report[SOURCE] = self.model if isinstance(self.model, str) else None
         report["followed_plan"] = _followed(recipe, self.plan, program)
-        report["notes"] = (*notes, *self._bits_notes(recipe, sites, report))
+        if recipe.is_quantized and not report["planned_sites" if self.dry_run else "quantized_sites"]:
+            notes += self._noted([nothing_quantized(sites, recipe.quantization.bits)])
+        report["notes"] = notes
         report["estimate"] = None
         if output is not None:
             self._write(output, program, recipe, target, report, dump, timer, started)
@@ -210,12 +211,12 @@ class _Compilation:
             release_memory()
         return program
 
-    def _bits_notes(self, recipe: Recipe, sites: Sequence[Site], report: Mapping[str, Any]) -> Iterator[str]:
-        """Return the note that bits were asked for and nothing has them, if that is so."""
-        if recipe.is_quantized and not report["planned_sites" if self.dry_run else "quantized_sites"]:
-            note = nothing_quantized(sites, recipe.quantization.bits)
+    def _noted(self, notes: Iterable[str]) -> tuple[str, ...]:
+        """Print notes, and return them for the report."""
+        printed = tuple(notes)
+        for note in printed:
             self.progress.note(f"note: {note}")
-            yield note
+        return printed
 
     def _write(
         self,
@@ -331,11 +332,10 @@ def _captured(
     suffix = " again" if again else ""
     progress.note(f"loading {model}" if isinstance(model, str) else f"taking {model.spec.name}")
     with timer.stage(f"load{suffix}"):
-        loaded = load_model(model) if isinstance(model, str) else model
+        loaded = load_model(model) if isinstance(model, str) else check_loaded(model)
     progress.note("capturing with torch.export")
     sampling = recipe.sampling
     with timer.stage(f"capture{suffix}"):
-        loaded = replace(loaded, module=unwrapped(loaded.module))
         program = capture(loaded.module, loaded.spec, loaded.input_names)
         plan = make_step_plan(
             sampling.scheduler, sampling.steps, sampling.guidance, loaded.spec.schedule, program.constants_digest
