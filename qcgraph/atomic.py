@@ -8,7 +8,6 @@ process left is cleared by the next one that writes there.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import os
@@ -400,6 +399,8 @@ def _exchanged(one: Path, other: Path) -> bool:
     """Exchange two names in one step with renameat2 of Linux; False where that is not to be had."""
     if not sys.platform.startswith("linux"):
         return False
+    import ctypes
+
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     if rename is None:
         return False

@@ -151,9 +151,9 @@ def test_a_library_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch) 
 
 def test_engines_that_are_no_engines(tmp_path: Path) -> None:
     assert not has_engines(tmp_path)
-    with pytest.raises(BundleError, match="cannot be read"):
+    with pytest.raises(BundleError, match="the file is missing"):
         read_engines(tmp_path)
-    (tmp_path / "engines.json").write_text('{"format": 9, "engines": []}')
+    (tmp_path / "engines.json").write_text('{"format": 9, "qcgraph": "0.0", "engines": []}')
     assert engine_files(tmp_path) == {"engines.json"}
     with pytest.raises(BundleError):
         read_engines(tmp_path)
