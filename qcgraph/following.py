@@ -43,7 +43,7 @@ class Form(Enum):
 
 
 @dataclass(frozen=True)
-class Batch:
+class GuidedBatch:
     """The form of a batch, and where its halves are.
 
     Attributes:
@@ -57,7 +57,7 @@ class Batch:
     unconditional: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, latent: Array, labels: npt.NDArray[np.int64], spec: ModelSpec) -> Batch:
+    def of(cls, latent: Array, labels: npt.NDArray[np.int64], spec: ModelSpec) -> GuidedBatch:
         """Read latents [B,C,H,W] and labels [B]: the halves may come in either order, or sample by sample."""
         null, everything, count = labels == spec.null_class, np.arange(len(labels)), len(labels) // 2
         if not null.any():
@@ -80,7 +80,7 @@ class Batch:
 
 def form_of(latent: Array, labels: npt.NDArray[np.int64], spec: ModelSpec) -> Form:
     """What a batch of latents [B,C,H,W] with labels [B] holds."""
-    return Batch.of(latent, labels, spec).form
+    return GuidedBatch.of(latent, labels, spec).form
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Following:
             BundleError: the host samples without guidance, with another weight, or with other updates; or the batch
                 goes on from another trajectory.
         """
-        batch = Batch.of(latent, labels, self._spec)
+        batch = GuidedBatch.of(latent, labels, self._spec)
         if batch.form is Form.PAIRED and self._plan.halves == 1:
             raise BundleError(
                 f"the bundle was compiled for {self._plan.describe()}, which is no guidance; this batch of "
@@ -268,7 +268,7 @@ class Following:
             if expected is not None and expected.index + 1 < len(self._plan):
                 self._given_up.append(expected)
             self._updates = Updates(self._plan)
-        batch = Batch.of(latent, labels, self._spec)
+        batch = GuidedBatch.of(latent, labels, self._spec)
         if index > 0 and (expected is None or (index, batch.form) != (expected.index + 1, expected.form)):
             self._expected = None  # what comes next cannot be told, up to the end of the trajectory
             self.unchecked = "the form of the batches changed within a trajectory: its latents are not checked any more"
@@ -276,7 +276,7 @@ class Following:
         self._expected = self._expectation(index, latent, labels, batch, prediction)
 
     def _expectation(
-        self, index: int, latent: Array, labels: npt.NDArray[np.int64], batch: Batch, prediction: Array
+        self, index: int, latent: Array, labels: npt.NDArray[np.int64], batch: GuidedBatch, prediction: Array
     ) -> _Expectation:
         """What comes next."""
         step, per_weight = self._plan.steps[index], None

@@ -98,7 +98,7 @@ def ended(walk: Generator[None, None, Array]) -> Array:
             return np.asarray(end.value)
 
 
-class Judge:
+class Referee:
     """Tells the outcome of a trajectory by what it comes to alone.
 
     Args:
@@ -138,7 +138,7 @@ def draw_hosts(generator: random.Random, denoiser: Denoiser, count: int, *, own:
     return hosts
 
 
-def in_threads(judge: Judge, hosts: Sequence[Host], denoisers: Sequence[Denoiser]) -> list[str]:
+def in_threads(judge: Referee, hosts: Sequence[Host], denoisers: Sequence[Denoiser]) -> list[str]:
     """Run trajectories in a thread each, which all start at once."""
     start = threading.Barrier(len(hosts))
 
@@ -150,7 +150,7 @@ def in_threads(judge: Judge, hosts: Sequence[Host], denoisers: Sequence[Denoiser
         return list(pool.map(run, hosts, denoisers))
 
 
-def in_turns(judge: Judge, hosts: Sequence[Host], denoiser: Denoiser, generator: random.Random) -> list[str]:
+def in_turns(judge: Referee, hosts: Sequence[Host], denoiser: Denoiser, generator: random.Random) -> list[str]:
     """Run trajectories on one thread, a step of one or the other at a time."""
     walks = {host: host.walk(denoiser) for host in hosts}
     found = []
@@ -168,7 +168,7 @@ def in_turns(judge: Judge, hosts: Sequence[Host], denoiser: Denoiser, generator:
     return found
 
 
-def moving(judge: Judge, host: Host, denoiser: Denoiser, pool: ThreadPoolExecutor) -> str:
+def moving(judge: Referee, host: Host, denoiser: Denoiser, pool: ThreadPoolExecutor) -> str:
     """Run a trajectory whose steps are in whatever thread is free."""
     walk = host.walk(denoiser)
 
@@ -203,7 +203,7 @@ def stress(
     Returns:
         how many trajectories came to what, by way.
     """
-    generator, judge = random.Random(seed), Judge(denoiser, own_updates)
+    generator, judge = random.Random(seed), Referee(denoiser, own_updates)
     found: dict[str, Counter[str]] = {way: Counter() for way in ways}
     with ThreadPoolExecutor(workers) as pool:
         for number in range(tries):

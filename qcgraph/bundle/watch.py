@@ -22,7 +22,7 @@ _Place = tuple[int, int]  # the device and the inode of a file
 _State = tuple[int, int]  # its size in bytes, and when it was last written to, in nanoseconds
 
 
-class Watched:
+class OpenFile:
     """A file that is held open, so that it can be told whether anything was written to it since.
 
     Args:
@@ -82,7 +82,7 @@ class Watched:
 
 
 @contextmanager
-def reading(bundle: Bundle, names: Iterable[str] = (), done: str = "loaded") -> Iterator[Mapping[str, Watched]]:
+def reading(bundle: Bundle, names: Iterable[str] = (), done: str = "loaded") -> Iterator[Mapping[str, OpenFile]]:
     """Read files of a bundle by their paths: when the body has read them, they all were of this one bundle.
 
     Args:
@@ -100,7 +100,7 @@ def reading(bundle: Bundle, names: Iterable[str] = (), done: str = "loaded") -> 
     for name in dict.fromkeys(names):
         if name in bundle.manifest.files:
             try:
-                files[name] = Watched(bundle.path / name, bundle.manifest.files[name])
+                files[name] = OpenFile(bundle.path / name, bundle.manifest.files[name])
             except BundleError:
                 _require_same(bundle, done)
                 raise
