@@ -7,7 +7,7 @@ callable. Importing qcgraph imports neither torch nor a runtime.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from os import PathLike, fspath
 from pathlib import Path
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qcgraph.models import LoadedModel
     from qcgraph.recipe import Recipe
 
+LONGEST_NAME = 4096  # of a model, characters: the longest path that systems take
 __version__ = metadata.version("qcgraph")
 
 
@@ -71,7 +72,7 @@ def _model_or_name(model: object) -> str | LoadedModel:
         return model
     if isinstance(model, str | PathLike):
         name = fspath(model)
-        if isinstance(name, str) and is_text(name):
+        if isinstance(name, str) and is_text(name) and len(name) < LONGEST_NAME:
             return name
     raise UsageError(
         f"{shown(model)} is no model",
@@ -87,18 +88,17 @@ def _ordinary_torch() -> Iterator[None]:
     import torch
 
     dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
+    with ExitStack() as stack:
         # Outside of inference mode first: within it no mode for gradients matters, and its tensors cannot be exported.
-        with (
-            torch.inference_mode(mode=False),
-            torch.enable_grad(),
-            torch.device("cpu"),
-            torch.autocast("cpu", enabled=False),
-        ):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
+        stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if torch.is_autocast_enabled("cpu"):
+            stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield
 
 
 def load(

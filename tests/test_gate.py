@@ -11,6 +11,8 @@ from qcgraph.gate import Gate, require
 
 
 def test_text_round_trip() -> None:
+    exact = Gate.parse("psnr>=28.123456789")
+    assert Gate.parse(exact.text) == exact
     gate = Gate.parse(" psnr >= 28, accuracy_drop<=1e-2 ,kid<-0.5")
     assert gate.text == "psnr>=28,accuracy_drop<=0.01,kid<-0.5"
     assert Gate.parse(gate.text) == gate
@@ -45,6 +47,8 @@ def test_conditions(term: str, value: float, passed: bool) -> None:
         ("psnr=28", "cannot read 'psnr=28'", 'write it as "psnr>=28'),
         ("psnr>=", "cannot read", "write it as"),
         ("psnr>=1e", "'1e' is no number", "write it as"),
+        ("psnr>=1e999", "'1e999' is no finite number", "write it as"),
+        ("psnr>=" + "9" * 10**6, "is no finite number", "write it as"),
         ("", "cannot read ''", "write it as"),
         ("psnr>=28,", "cannot read ''", "write it as"),
     ],

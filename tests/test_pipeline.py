@@ -60,6 +60,17 @@ def test_every_pass_documents_itself(name: str) -> None:
         ("plan-cache{interval 2}", "cannot read options", "key=value"),
         ("plan-cache{interval=2", "cannot read", "name{key=value"),
         ("plan-cache,", "ends with a comma", "last comma"),
+        ("plan-cache{interval=2 interval=3}", "says 'interval' twice", "once"),
+        ("plan-cache{interval=2.0}", "option interval: 2.0 does not fit", "qcgraph passes plan-cache"),
+        ("plan-cache{interval=true}", "option interval: True does not fit", "qcgraph passes plan-cache"),
+        ("plan-cache{budget=NaN}", "option budget: nan does not fit", "qcgraph passes plan-cache"),
+        ("plan-cache{budget=1e999}", "option budget: inf does not fit", "qcgraph passes plan-cache"),
+        ("plan-cache{interval=" + "1" * 4301 + "}", "option interval", "qcgraph passes plan-cache"),
+        ("plan-cache{interval=" + "1" * 4300 + "}", "option interval: 1111", "64 bits"),
+        ("plan-cache{interval=" + "[" * 5000 + "}", "option interval", "qcgraph passes plan-cache"),
+        ("plan-cache{blocks=" + '"' + r"\ud800" + '"}', "option blocks", "surrogate"),
+        ("plan-cache{blocks=\udcff}", "is no text", "UTF-8"),
+        ("plan-cache," * 20_000, "a text of 220000 characters", "200000"),
     ],
 )
 def test_malformed_text(text: str, message: str, hint: str) -> None:

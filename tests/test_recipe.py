@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
 from qcgraph.errors import UsageError
-from qcgraph.recipe import PRESETS, Recipe, preset_names
+from qcgraph.pipeline import Pipeline
+from qcgraph.recipe import PRESETS, Recipe, Scheduler, preset_names
+from qcgraph.schedulers import SCHEDULERS, make_step_plan
+from qcgraph.spec import FLOW, NoiseSchedule
 
 
 def test_presets() -> None:
@@ -112,6 +116,15 @@ def test_options_that_are_none_say_nothing() -> None:
         ("[sampling]\nguidance = inf", "f.toml, sampling.guidance", "inf does not fit", "0 or more"),
         ("[sampling]\nguidance = -1", "f.toml, sampling.guidance", "-1 does not fit", "0 or more"),
         ("[sampling]\nscheduler = ''", "f.toml, sampling.scheduler", "'' does not fit", "ddim, ddpm"),
+        ("[sampling]\nscheduler = 'heun'", "f.toml, sampling.scheduler", "'heun' does not fit", "ddpm, dpmsolver++"),
+        ("[sampling]\nsteps = 100001", "f.toml, sampling.steps", "100001 does not fit", "100000 at most"),
+        ("[sampling]\nguidance = 1e5", "f.toml, sampling.guidance", "100000.0 does not fit", "10000 at most"),
+        ("[calibration]\nseed = 9223372036854775808", "f.toml, calibration.seed", "does not fit", "below 2**63"),
+        ("[sampling]\nsteps = " + "1" * 4301, "f.toml", "more than 64 bits", "quotes"),
+        ("[sampling]\nsteps = " + "[" * 500, "f.toml", "is nested more than", "quotes"),
+        ("[cache]\nschedule = 'interval=" + "9" * 5000 + "'", "f.toml, cache.schedule", "does not fit", "interval=N"),
+        ("[cache]\nschedule = 'budget=." + "1" * 10**5 + "x'", "f.toml, cache.schedule", "does not fit", "budget=F"),
+        ("[cache]\nblocks = '" + "9" * 5000 + "..1'", "f.toml, cache.blocks", "does not fit", "FIRST..LAST"),
         ("[quantization]\nbits = 'w9a8'", "f.toml, quantization.bits", "'w9a8' does not fit", "for example w8a8"),
         ("[quantization]\nbits = 8", "f.toml, quantization.bits", "8 does not fit", "for example w8a8"),
         ("[quantization]\ngroups = 0", "f.toml, quantization.groups", "0 does not fit", "timestep groups"),
@@ -155,6 +168,9 @@ def test_wrong_recipes(text: str, where: str, what: str, hint: str) -> None:
         ({"compensate": "dec"}, "--compensate", "'dec' does not fit"),
         ({"steps": 0}, "--steps", "0 does not fit"),
         ({"stepz": 3}, None, "unknown option 'stepz'"),
+        ({"bits": "\udcff"}, "recipe", r"'\udcff' is no text"),
+        ({"target": "a\0"}, "recipe", r"'a\x00' is no text"),
+        ({"steps": 10**5000}, "--steps", "a value of type int does not fit"),
     ],
 )
 def test_wrong_options(options: dict[str, object], where: str | None, what: str) -> None:
@@ -168,6 +184,8 @@ def test_wrong_options(options: dict[str, object], where: str | None, what: str)
 @pytest.mark.parametrize(
     ("name", "what", "hint"),
     [
+        ("loop", "cannot be read: Too many levels", "TOML file"),
+        ("x" * 300, "unknown recipe 'xxx", "balanced, careful, fast"),
         ("fasst", "unknown recipe 'fasst'", "did you mean 'fast'?"),
         ("absent.toml", "there is no such file", "balanced, careful, fast"),
         ("folder", "is a folder, not a file", "TOML file"),
@@ -176,9 +194,50 @@ def test_wrong_options(options: dict[str, object], where: str | None, what: str)
 )
 def test_wrong_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, what: str, hint: str) -> None:
     (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "latin.toml").write_bytes(b"# \xe9t\xe9")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as caught:
         Recipe.load(name)
     assert what in caught.value.message
     assert hint in (caught.value.hint or "")
+
+
+def test_a_recipe_is_given_in_many_ways(tmp_path: Path) -> None:
+    expected = Recipe().override(steps=7)
+    path = tmp_path / "mine.toml"
+    path.write_text("[sampling]\nsteps = 7", "utf-8")
+    for given in (expected, str(path), path, {"sampling": {"steps": 7}}, {"sampling": expected.sampling}):
+        assert Recipe.of(given) == expected
+    assert Recipe.of(None) == Recipe.of({}) == Recipe()
+    assert Recipe.of("fast") == Recipe.load("fast")
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (3, "a recipe cannot be 3"),
+        ([], "a recipe cannot be []"),
+        (Pipeline(()), "a recipe cannot be Pipeline"),
+        ({1: 2}, "unknown section '1'"),
+        ({"sampling": {1: 2}}, "unknown key '1'"),
+        ({"sampling": {"steps": 10**5000}}, "a value of type int does not fit"),
+        ({"sampling": None}, "is a section, not a value"),
+        ({"\udcff": 1}, r"'\udcff' is no text"),
+        ({"sampling": {"\udcff": 1}}, r"'\udcff' is no text"),
+        ({"pipeline": {"passes": "\0"}}, r"'\x00' is no text"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(given: Any, what: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Recipe.of(given)
+    assert what in caught.value.message
+    assert caught.value.hint
+
+
+def test_the_schedulers_of_recipes_are_those_that_compile() -> None:
+    for name in get_args(Scheduler):
+        prediction = FLOW if name == "flow-euler" else "epsilon"
+        plan = make_step_plan(name, 3, 1.0, NoiseSchedule(prediction=prediction), "0" * 16)
+        assert len(plan) == 3
+    assert set(get_args(Scheduler)) <= set(SCHEDULERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -142,6 +143,10 @@ def test_a_plan_is_keyed_on_the_timestep_value() -> None:
     assert plan.index_of(500) == 1
     with pytest.raises(BundleError, match=r"timestep 501 is not in the plan \(ddim, 3 steps, guidance 1.5\)"):
         plan.index_of(501)
+    odd: Any
+    for odd in (10**400, "abc", None, math.nan, math.inf, [1], 10**5000):
+        with pytest.raises(BundleError, match="is not in the plan"):
+            plan.index_of(odd)
 
 
 def test_the_letters_of_a_schedule_differ() -> None:

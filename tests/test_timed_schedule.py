@@ -105,6 +105,11 @@ def test_examples(own: str, steps: int, expected: str) -> None:
         ("980-20:FR+960:R", "timestep 960 comes after 960"),
         ("10-20:FR", "timestep -10"),
         ("980-0:FR", "timestep 980 comes after 980"),
+        ("9" * 400 + ":F", "timestep inf"),
+        ("9" * 401 + ":F", "cannot read '999"),
+        ("980-" + "9" * 400 + ":FR", "timestep "),
+        ("\u0663\u0660-1:FR", "cannot read"),
+        ("980-20:F" + "R" * 100_000, "a schedule of 100008 characters"),
     ],
 )
 def test_wrong_texts(text: str, message: str) -> None:
@@ -147,3 +152,9 @@ def test_even_has_the_asked_number_in_runs_of_about_one_length(steps: int) -> No
 def test_even_refuses(computing: int) -> None:
     with pytest.raises(UsageError, match="computing steps of 7"):
         even(7, computing)
+
+
+def test_many_uneven_timesteps_are_written_in_a_moment() -> None:
+    timesteps = tuple(float(value) for value in np.cumsum(np.arange(1, 20_001))[::-1])
+    schedule = TimedSchedule(timesteps, ("full", *["reuse"] * (len(timesteps) - 1)))
+    assert schedule.text.count(":") == 10_000  # two timesteps are always evenly spaced

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import random
 import re
@@ -92,7 +93,7 @@ def damage_json(rng: random.Random, data: Any) -> Any:
                 inner += [value[key] for key in keys]
             level = inner
         if not places:
-            return rng.choice(VALUES)
+            return copy.deepcopy(rng.choice(VALUES))
         owner, key = rng.choice(places)
         match rng.randrange(6):
             case 0:
@@ -109,7 +110,7 @@ def damage_json(rng: random.Random, data: Any) -> Any:
                     nest = [nest]
                 owner[key] = nest
             case _:
-                owner[key] = rng.choice(VALUES)
+                owner[key] = copy.deepcopy(rng.choice(VALUES))
     return data
 
 
