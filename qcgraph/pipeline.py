@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 from qcgraph.errors import ContractError, QcgraphError, UsageError, closest
 from qcgraph.ir import legality
 from qcgraph.ir.program import PassRecord, Program, Refusal
+from qcgraph.options import check_options, converted
 from qcgraph.progress import Progress
 
 _BARE = re.compile(r"[A-Za-z0-9_.:/+-]+")
@@ -60,12 +61,20 @@ class Pass(ABC):
     Attributes:
         name: the spelling in pipelines; also the file's name.
         requires: the facts that must be there before.
+        precedes: the facts that must not be there yet, because they are decided on what this pass changes.
         provides: the facts that are there after.
+
+    Raises:
+        UsageError: an option has a wrong type or is out of range.
     """
 
     name: ClassVar[str]
     requires: ClassVar[tuple[type, ...]] = ()
+    precedes: ClassVar[tuple[type, ...]] = ()
     provides: ClassVar[tuple[type, ...]] = ()
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     @abstractmethod
     def run(self, program: Program, context: PassContext) -> Program:
@@ -162,15 +171,26 @@ class Pipeline:
 def _run_checked(pass_: Pass, program: Program, context: PassContext) -> Program:
     """Run one pass under its contract: requires -> run -> provides and legality, on the result."""
     if missing := [kind.__name__ for kind in pass_.requires if kind not in program.facts]:
-        providers = [name for name, kind in registry().items() if {p.__name__ for p in kind.provides} & set(missing)]
+        providers = _providers(missing)
         hint = f"run {' or '.join(providers)} before it" if providers else "give the program this fact first"
         raise ContractError(f"needs {', '.join(missing)}, which the program does not hold", hint=hint)
+    if stale := [kind.__name__ for kind in pass_.precedes if kind in program.facts]:
+        providers = _providers(stale)
+        raise ContractError(
+            f"comes too late: {', '.join(stale)} is decided on what it changes, and is there already",
+            hint=f"run it before {' and '.join(providers)}" if providers else "run it on a program without that fact",
+        )
     result = pass_.run(program, context)
     if missing := [kind.__name__ for kind in pass_.provides if kind not in result.facts]:
         raise ContractError(f"promised {', '.join(missing)} and did not provide it")
     legality.verify(result)
     record = PassRecord(pass_.text, changed=result.digest != program.digest, refusals=tuple(context.refusals))
     return replace(result, history=(*program.history, record))
+
+
+def _providers(facts: Sequence[str]) -> list[str]:
+    """The passes that provide any of these facts."""
+    return [name for name, kind in registry().items() if {fact.__name__ for fact in kind.provides} & set(facts)]
 
 
 def _located(error: Exception, pass_: Pass, done: Sequence[Pass]) -> QcgraphError:
@@ -207,8 +227,6 @@ def make_pass(name: str, options: dict[str, Any]) -> Pass:
     Raises:
         UsageError: the pass or an option is unknown, or a value does not fit.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     kind = registry().get(name)
     if kind is None:
         raise UsageError(f"unknown pass {name!r}", hint=closest(name, registry()))
@@ -220,12 +238,7 @@ def make_pass(name: str, options: dict[str, Any]) -> Pass:
                 closest(key.replace("_", "-"), {item.replace("_", "-") for item in known}) if known else "it has none"
             )
             raise UsageError(f"pass {name!r} has no option {key.replace('_', '-')!r}", hint=hint)
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or name
-        raise UsageError(f"pass {name!r}, option {where}: {first['msg']}", hint=f"see qcgraph passes {name}") from None
+    return kind(**{name: converted(kind, name, value) for name, value in values.items()})
 
 
 def _parse(text: str) -> Iterator[Pass]:
@@ -243,7 +256,7 @@ def _parse(text: str) -> Iterator[Pass]:
 
 
 def _parse_options(text: str) -> Iterator[tuple[str, Any]]:
-    position = 0
+    position, seen = 0, set[str]()
     text = text.strip()
     while position < len(text):
         match = _OPTION.match(text, position)
@@ -251,6 +264,9 @@ def _parse_options(text: str) -> Iterator[tuple[str, Any]]:
             raise UsageError(
                 f"cannot read options {text[position:]!r}", where="pipeline", hint="write key=value key=value"
             )
+        if match["key"] in seen:
+            raise UsageError(f"option {match['key']!r} is there twice", where="pipeline", hint="give it once")
+        seen.add(match["key"])
         yield match["key"], _value(match["value"])
         position = match.end()
 
@@ -259,7 +275,7 @@ def _value(text: str) -> Any:
     """A number, true/false, a quoted string, or a bare word."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, or brackets as deep
         return text
 
 
