@@ -11,10 +11,23 @@ import torch
 
 from qcgraph.bit_allocation import Layer, allocate
 from qcgraph.calibration_set import Rows, computing_variant, sensitivities
-from qcgraph.facts import ActivationQuant, CalibrationSet, QuantPlan, Ranges, SiteQuant, WeightQuant, codes
+from qcgraph.facts import (
+    ActivationQuant,
+    AttentionPlan,
+    CalibrationSet,
+    Precision,
+    QuantPlan,
+    Ranges,
+    Requantization,
+    RoundedWeights,
+    SiteQuant,
+    WeightQuant,
+    codes,
+)
 from qcgraph.ir.program import Program
-from qcgraph.ir.quantize import quantize_weight
+from qcgraph.ir.quantize import check_integers, quantize_weight
 from qcgraph.ir.structure import find_sites, weight_names
+from qcgraph.options import MOST_SEED, option
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.scale_search import Found, Histogram, merged, search
 from qcgraph.steps import StepPlan
@@ -43,13 +56,17 @@ class AllocateBits(Pass):
 
     name: ClassVar[str] = "allocate-bits"
     requires: ClassVar[tuple[type, ...]] = (CalibrationSet, QuantPlan, Ranges, StepPlan)
+    precedes: ClassVar[tuple[type, ...]] = (RoundedWeights, Requantization, AttentionPlan, Precision)
 
-    budget: float = 6.0
+    budget: float = option(
+        6.0, least=CHOICES[0], most=CHOICES[-1], hint="6 allows as many bit operations as w6a6 takes"
+    )
     rounding: Literal["feedback", "search", "nearest"] = "feedback"
     groups: bool = True
-    seed: int = 0
+    seed: int = option(0, most=MOST_SEED)
 
     def run(self, program: Program, context: PassContext) -> Program:
+        check_integers(program.facts[QuantPlan])
         sites = dict(program.facts[QuantPlan].sites)
         observed = _Observed(program, self.seed, context)
         layers = [observed.layer(name, REPEATED[self.rounding]) for name in observed.names]

@@ -21,10 +21,21 @@ from qcgraph.calibration import (
 from qcgraph.calibration_set import encode_latents
 from qcgraph.effort import affordable, trajectory_macs
 from qcgraph.errors import UsageError
-from qcgraph.facts import CalibrationSet, Ranges, Reference, SiteRange
+from qcgraph.facts import (
+    AttentionPlan,
+    CalibrationSet,
+    Compensation,
+    ForecastFit,
+    Precision,
+    QuantPlan,
+    Ranges,
+    Reference,
+    SiteRange,
+)
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
+from qcgraph.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.sampling import Array
 from qcgraph.selection import Method, Pool, select
@@ -56,20 +67,19 @@ class Calibrate(Pass):
 
     name: ClassVar[str] = "calibrate"
     requires: ClassVar[tuple[type, ...]] = (ModelSpec, StepPlan)
+    precedes: ClassVar[tuple[type, ...]] = (QuantPlan, AttentionPlan, ForecastFit, Compensation, Precision)
     provides: ClassVar[tuple[type, ...]] = (Ranges, Reference)
     is_sampling: ClassVar[bool] = True
 
-    trajectories: int | None = None
-    seed: int = 0
+    trajectories: int | None = option(None, least=1, most=MOST_TRAJECTORIES, hint=AUTO_HINT)
+    seed: int = option(0, most=MOST_SEED)
     selection: Literal["none", "tap", "kmeans", "uniform", "random"] = "none"
-    samples: int | None = None
+    samples: int | None = option(None, least=1, hint=AUTO_HINT)
 
     def run(self, program: Program, context: PassContext) -> Program:
         plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
         computing = plan.steps[0].variant
         count = self.trajectories or affordable(trajectory_macs(program, computing), AUTO_MACS, AUTO_LIMITS)
-        if count < 1:
-            raise UsageError(f"{count} trajectories", hint="calibration needs at least one")
         full_plan = plan.throughout(computing)
         latents = LatentStatistics(len(plan), spec.latent_shape[0])
         full = self._observe(program, full_plan, count, context, "full precision")

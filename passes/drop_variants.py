@@ -10,6 +10,7 @@ from qcgraph.ir.edit import GraphEditor
 from qcgraph.ir.graph import returned_nodes
 from qcgraph.ir.program import Program, used_constants
 from qcgraph.pipeline import Pass, PassContext
+from qcgraph.spec import preparation
 from qcgraph.steps import StepPlan
 
 
@@ -24,8 +25,10 @@ class DropVariants(Pass):
     requires: ClassVar[tuple[type, ...]] = (CachePlan, StepPlan)
 
     def run(self, program: Program, context: PassContext) -> Program:
-        cache, used = program.facts[CachePlan], program.facts[StepPlan].variants
-        if set(program.variants) <= set(used):
+        cache, steps = program.facts[CachePlan], program.facts[StepPlan]
+        prepared = tuple(name for name in steps.prepared if name in steps.variants)
+        used = {*steps.variants, *(preparation(name) for name in prepared)}
+        if set(program.variants) <= used:
             return program
         modes = {name: values for name, values in cache.modes.items() if name in used}
         taken = {value for values in modes.values() for value in values}
@@ -38,7 +41,6 @@ class DropVariants(Pass):
             editor.set_outputs([node for _, node in kept], [output for output, _ in kept])
             variants[name] = editor.finish()
         plan = replace(cache, values=tuple(value for value in cache.values if value.name in taken), modes=modes)
-        steps = program.facts[StepPlan]
-        steps = replace(steps, paired=tuple(name for name in steps.paired if name in used))
+        steps = replace(steps, paired=tuple(name for name in steps.paired if name in used), prepared=prepared)
         constants = used_constants(variants.values(), program.constants, program.facts)
         return replace(program.with_facts(plan, steps), variants=variants, constants=constants)

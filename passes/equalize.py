@@ -13,17 +13,19 @@ from torch import fx
 from qcgraph.calibration import sample_calibration
 from qcgraph.effort import affordable, trajectory_macs
 from qcgraph.errors import UsageError
-from qcgraph.facts import Equalization
+from qcgraph.facts import CalibrationSet, Equalization, Ranges
 from qcgraph.ir.channels import NotLinearError, Rows, makers
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.graph import copy_graph
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
+from qcgraph.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
 MACS, LIMITS = 0.6e12, (1, 16)  # ranges of channels settle sooner than what scales are searched with
+BATCH = 64  # trajectories that run together
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -48,20 +50,17 @@ class Equalize(Pass):
 
     name: ClassVar[str] = "equalize"
     requires: ClassVar[tuple[type, ...]] = (ModelSpec, StepPlan)
+    precedes: ClassVar[tuple[type, ...]] = (Equalization, Ranges, CalibrationSet)
     provides: ClassVar[tuple[type, ...]] = (Equalization,)
     is_sampling: ClassVar[bool] = True
 
-    strength: float | None = None
-    weight_bits: int = 8
-    activation_bits: int = 8
-    trajectories: int | None = None
-    seed: int = 0
+    strength: float | None = option(None, most=1, hint="0 evens out the weights, 1 the activations")
+    weight_bits: int = option(8, least=2, most=8)
+    activation_bits: int = option(8, least=2, most=8)
+    trajectories: int | None = option(None, least=1, most=MOST_TRAJECTORIES, hint=AUTO_HINT)
+    seed: int = option(0, most=MOST_SEED)
 
     def run(self, program: Program, context: PassContext) -> Program:
-        if self.strength is not None and not 0 <= self.strength <= 1:
-            raise UsageError(f"strength {self.strength:g}", hint="0 evens out the weights, 1 the activations")
-        if self.trajectories is not None and self.trajectories < 1:
-            raise UsageError(f"{self.trajectories} trajectories", hint="equalize needs at least one")
         if len(program.variants) > 1:
             raise UsageError("equalize takes the one graph of the model", hint="run it before insert-cache")
         inputs = tuple(_inputs(program, context))
@@ -223,7 +222,7 @@ def _observe(
     if inputs:
         runner = TorchRunner(program, observe)
         plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
-        sample_calibration(runner, plan, spec, count, seed, progress=context.progress)
+        sample_calibration(runner, plan, spec, count, seed, batch=BATCH, progress=context.progress)
     return found
 
 

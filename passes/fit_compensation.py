@@ -10,9 +10,10 @@ import numpy.typing as npt
 
 from qcgraph.calibration import calibration_labels, calibration_noise, rows
 from qcgraph.errors import UsageError
-from qcgraph.facts import Compensation, QuantPlan, Reference
+from qcgraph.facts import Compensation, Precision, QuantPlan, Reference
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
+from qcgraph.options import option
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.sampling import Array, Request, guided
 from qcgraph.schedulers import check_compensable
@@ -42,15 +43,14 @@ class FitCompensation(Pass):
 
     name: ClassVar[str] = "fit-compensation"
     requires: ClassVar[tuple[type, ...]] = (ModelSpec, StepPlan, Reference)
+    precedes: ClassVar[tuple[type, ...]] = (Precision,)
     provides: ClassVar[tuple[type, ...]] = (Compensation,)
     is_sampling: ClassVar[bool] = True
 
-    clamp: float = 0.1
+    clamp: float = option(0.1, below=1, hint="0.1 keeps the gains within 10 % of one")
     form: Literal["ratio", "masked"] = "ratio"
 
     def run(self, program: Program, context: PassContext) -> Program:
-        if not 0 <= self.clamp < 1:
-            raise UsageError(f"clamp {self.clamp:g}", hint="0.1 keeps the gains within 10 % of one")
         check_compensable(program.facts[StepPlan])
         plan, spec, reference = program.facts[StepPlan], program.facts[ModelSpec], program.facts[Reference]
         means, deviations = np.array(reference.means), np.array(reference.deviations)

@@ -12,8 +12,9 @@ import torch
 
 from qcgraph.cache_state import State, aged
 from qcgraph.calibration import sample_calibration
-from qcgraph.facts import CachePlan, ForecastFit, ForecastStep, Reference
-from qcgraph.forecast import Moments, fit, log_signal_to_noise, table_name, taylor_gain
+from qcgraph.errors import ContractError
+from qcgraph.facts import CachePlan, Compensation, ForecastFit, ForecastStep, Precision, Reference
+from qcgraph.forecast import Moments, fit, log_signal_to_noise, taylor_gain
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.ops import HALVES
 from qcgraph.ir.program import Program
@@ -23,6 +24,7 @@ from qcgraph.schedule import FULL
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
+ops = torch.ops.qcgraph
 FOLDS = 2
 
 
@@ -41,6 +43,7 @@ class FitForecast(Pass):
 
     name: ClassVar[str] = "fit-forecast"
     requires: ClassVar[tuple[type, ...]] = (CachePlan, ModelSpec, Reference, StepPlan)
+    precedes: ClassVar[tuple[type, ...]] = (Compensation, Precision)
     provides: ClassVar[tuple[type, ...]] = (ForecastFit,)
     is_sampling: ClassVar[bool] = True
 
@@ -48,17 +51,29 @@ class FitForecast(Pass):
 
     def run(self, program: Program, context: PassContext) -> Program:
         plan, spec, reference = program.facts[StepPlan], program.facts[ModelSpec], program.facts[Reference]
-        names = [table_name(value.name) for value in program.facts[CachePlan].values]
-        tables = {name: program.constants[name].clone() for name in names if name in program.constants}
-        if not tables:
+        names = _table_names(program)
+        if not names:
             context.refuse("program", "it holds no forecasts")
             return program.with_facts(ForecastFit(self.kind, ()))
-        fitted = replace(program, constants=dict(program.constants) | tables)
+        tables = {value: program.constants[name].clone() for value, name in names.items()}
+        new = {names[value]: table for value, table in tables.items()}
+        fitted = replace(program, constants=dict(program.constants) | new)
         runner = _Fitting(fitted, tables, self.kind)
         count = reference.trajectories
         context.progress.note(f"  fit-forecast: {count} trajectories")
         sample_calibration(runner, plan, spec, count, reference.seed, progress=context.progress)
         return fitted.with_facts(ForecastFit(self.kind, tuple(runner.steps)))
+
+
+def _table_names(program: Program) -> dict[str, str]:
+    """The constant that holds the coefficients of each forecast, by its cached value."""
+    found: dict[str, str] = {}
+    for variant in program.variants.values():
+        for node in variant.graph.nodes:
+            if node.target is ops.forecast.default:
+                values, coefficients = node.args[0], node.args[1]
+                found[str(values[0].target)] = str(coefficients.args[0].target)
+    return found
 
 
 class _Fitting:
@@ -80,12 +95,18 @@ class _Fitting:
             computed: dict[str, object] = {}
             self._runner.run(FULL, inputs, computed)
             for name in self._cache.modes[variant]:
+                if name not in self._tables:
+                    raise ContractError(
+                        "is reused without a forecast, and others have one",
+                        where=f"{variant}, {name}",
+                        hint="run insert-forecast after insert-cache, on all variants",
+                    )
                 self._fit(name, index, inputs["class_label"], state, cast(torch.Tensor, computed[name]))
         return self._runner.run(variant, inputs, state)
 
     def _fit(self, name: str, index: int, labels: npt.NDArray[np.generic], state: State, target: torch.Tensor) -> None:
         values = [cast(torch.Tensor, state[aged(name, age)]) for age in range(self._cache.history)]
-        table = self._tables[table_name(name)][self._plan.steps[index].row]  # [history + 1, 2, C], written in place
+        table = self._tables[name][self._plan.steps[index].row]  # [history + 1, 2, C], written in place
         taylor = taylor_gain(self._times, index, self._computed)
         null = torch.from_numpy(labels == self._spec.null_class)
         errors, reuse_errors = 0.0, 0.0

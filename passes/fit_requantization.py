@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 
 from qcgraph.calibration_set import Rows, computing_variant, entering, rows_together
-from qcgraph.facts import CachePlan, CalibrationSet, QuantPlan, Requantization, SiteCorrection, SiteQuant
+from qcgraph.facts import CachePlan, CalibrationSet, Precision, QuantPlan, Requantization, SiteCorrection, SiteQuant
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import rounded_activation, weight_codes
 from qcgraph.ir.structure import find_blocks, find_sites, weight_names
@@ -33,6 +33,7 @@ class FitRequantization(Pass):
 
     name: ClassVar[str] = "fit-requantization"
     requires: ClassVar[tuple[type, ...]] = (CalibrationSet, QuantPlan)
+    precedes: ClassVar[tuple[type, ...]] = (Precision,)
     provides: ClassVar[tuple[type, ...]] = (Requantization,)
 
     sites: Literal["all", "consumers"] = "all"

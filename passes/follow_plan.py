@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qcgraph.errors import UsageError
-from qcgraph.facts import CachePlan
+from qcgraph.facts import CachePlan, Compensation, ForecastFit
 from qcgraph.ir.program import Program
+from qcgraph.options import option
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.schedule import FULL, TimedSchedule
 from qcgraph.schedule.timed import TEXT_HINT
 from qcgraph.steps import StepPlan
+
+LONGEST_PLAN = 100_000  # characters: thousands of steps, each with a timestep and a mode of its own
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,14 @@ class FollowPlan(Pass):
 
     name: ClassVar[str] = "follow-plan"
     requires: ClassVar[tuple[type, ...]] = (CachePlan, StepPlan)
+    precedes: ClassVar[tuple[type, ...]] = (ForecastFit, Compensation)
 
-    plan: str = ""
+    plan: str = option("", longest=LONGEST_PLAN, hint=TEXT_HINT)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.plan:
+            TimedSchedule.parse(self.plan)
 
     def run(self, program: Program, context: PassContext) -> Program:
         if not self.plan:

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from qcgraph.errors import UsageError
-from qcgraph.facts import Ranges, TimestepGroups
+from qcgraph.facts import AttentionPlan, QuantPlan, Ranges, TimestepGroups
 from qcgraph.ir.program import Program
+from qcgraph.options import option
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.steps import StepPlan
 
@@ -32,14 +32,13 @@ class GroupTimesteps(Pass):
 
     name: ClassVar[str] = "group-timesteps"
     requires: ClassVar[tuple[type, ...]] = (Ranges, StepPlan)
+    precedes: ClassVar[tuple[type, ...]] = (QuantPlan, AttentionPlan)
     provides: ClassVar[tuple[type, ...]] = (TimestepGroups,)
 
-    groups: int = 8
+    groups: int = option(8, least=1, hint="1 means static scales")
     strategy: Literal["optimal", "uniform"] = "optimal"
 
     def run(self, program: Program, context: PassContext) -> Program:
-        if self.groups < 1:
-            raise UsageError(f"{self.groups} timestep groups", hint="1 means static scales")
         plan, ranges = program.facts[StepPlan], program.facts[Ranges]
         steps = ranges.steps
         groups = min(self.groups, len(steps))

@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from qcgraph.facts import Compensation
+from qcgraph.errors import ContractError
+from qcgraph.facts import Compensation, Precision
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.graph import output_node, returned_nodes
 from qcgraph.ir.program import Program
@@ -33,6 +34,7 @@ class InsertCompensation(Pass):
 
     name: ClassVar[str] = "insert-compensation"
     requires: ClassVar[tuple[type, ...]] = (Compensation, StepPlan)
+    precedes: ClassVar[tuple[type, ...]] = (Precision,)
 
     def run(self, program: Program, context: PassContext) -> Program:
         check_compensable(program.facts[StepPlan])
@@ -44,7 +46,11 @@ class InsertCompensation(Pass):
             editor = edits[name] = GraphEditor(variant, program.constants, self.name)
             output = output_node(editor.graph)
             prediction, *others = returned_nodes(editor.graph)
-            latent = next(node for node in editor.graph.nodes if node.op == "placeholder")
+            if prediction.target is ops.compensate.default:
+                raise ContractError(
+                    "its prediction is compensated already", where=name, hint="run insert-compensation once"
+                )
+            latent = next(node for node in editor.graph.nodes if node.op == "placeholder" and node.target == "latent")
             row = editor.scalar_input("row", prediction)
             with editor.before(output):
                 selected = [

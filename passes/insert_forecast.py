@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from qcgraph.cache_state import aged
-from qcgraph.facts import CachePlan
+from qcgraph.errors import ContractError
+from qcgraph.facts import CachePlan, ForecastFit, Precision
 from qcgraph.forecast import table_name
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.graph import spec_of
@@ -34,6 +35,7 @@ class InsertForecast(Pass):
 
     name: ClassVar[str] = "insert-forecast"
     requires: ClassVar[tuple[type, ...]] = (CachePlan, ModelSpec, StepPlan)
+    precedes: ClassVar[tuple[type, ...]] = (ForecastFit, Precision)
 
     def run(self, program: Program, context: PassContext) -> Program:
         plan, spec = program.facts[CachePlan], program.facts[ModelSpec]
@@ -51,6 +53,8 @@ class InsertForecast(Pass):
 
     def _forecast(self, editor: GraphEditor, cache: fx.Node, history: int, rows: int, half: fx.Node) -> None:
         fake, users = cache.meta["val"], list(cache.users)
+        if any(user.target is ops.forecast.default for user in users):
+            raise ContractError("is forecast already", where=cache.name, hint="run insert-forecast once")
         ages = [editor.input(spec_of(aged(cache.name, age), fake), fake, cache) for age in range(history)]
         table = torch.zeros(rows, history + 1, HALVES, fake.shape[-1])
         table[:, 0] = 1.0
@@ -65,7 +69,7 @@ class InsertForecast(Pass):
 
 def _half(editor: GraphEditor, null_class: int) -> fx.Node:
     """Which half of guidance each sample is, i64[B]: the unconditional one has the null class."""
-    latent = next(node for node in editor.graph.nodes if node.op == "placeholder")
+    latent = next(node for node in editor.graph.nodes if node.op == "placeholder" and node.target == "latent")
     labels = editor.input(TensorSpec("class_label", "i64", (BATCH,)), latent.meta["val"][:, 0, 0, 0].long(), latent)
     with editor.before(editor.first_call):
         null = editor.call(aten.eq.Scalar, labels, null_class, source=labels, top_level=True)

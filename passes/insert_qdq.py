@@ -9,7 +9,16 @@ import torch
 from torch import fx
 
 from qcgraph.errors import ContractError
-from qcgraph.facts import ActivationQuant, CalibrationSet, QuantPlan, Requantization, RoundedWeights, SiteCorrection
+from qcgraph.facts import (
+    ActivationQuant,
+    CalibrationSet,
+    Precision,
+    QuantPlan,
+    Requantization,
+    RoundedWeights,
+    SiteCorrection,
+    WeightSources,
+)
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.graph import Variant
 from qcgraph.ir.program import Program
@@ -33,6 +42,8 @@ class InsertQDQ(Pass):
 
     name: ClassVar[str] = "insert-qdq"
     requires: ClassVar[tuple[type, ...]] = (QuantPlan,)
+    precedes: ClassVar[tuple[type, ...]] = (Precision,)
+    provides: ClassVar[tuple[type, ...]] = (WeightSources,)
 
     def run(self, program: Program, context: PassContext) -> Program:
         plan = program.facts[QuantPlan]
@@ -51,7 +62,7 @@ class InsertQDQ(Pass):
             for site in sites:
                 self._quantize_site(editor, site, called[site.name], pairs, quantized, program)
         served = program.facts.without(CalibrationSet).without(RoundedWeights)
-        return with_edits(replace(program, facts=served), edits)
+        return with_edits(replace(program, facts=served.with_(WeightSources(weights))), edits)
 
     def _quantize_site(
         self,

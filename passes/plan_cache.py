@@ -9,18 +9,19 @@ from itertools import chain
 from math import prod
 from typing import ClassVar, Literal
 
-from qcgraph.errors import UsageError
+from qcgraph.errors import ContractError, UsageError
 from qcgraph.facts import NO_BLOCK, CachedValue, CachePlan
 from qcgraph.ir.graph import Variant, spec_of
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import Block, cached_node, find_blocks, find_branches
+from qcgraph.options import option
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.schedule import CONDITIONAL, FULL, spread, uniform
 from qcgraph.steps import StepPlan
 
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
-HISTORIES = range(1, 4)
+_RANGE = re.compile(r"([0-9]{1,9})\.\.([0-9]{1,9})")
 FLOAT_BYTES = 4
+MOST_BYTES = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,24 @@ class PlanCache(Pass):
     requires: ClassVar[tuple[type, ...]] = (StepPlan,)
     provides: ClassVar[tuple[type, ...]] = (CachePlan,)
 
-    interval: int = 3
-    budget: float = 0.0
+    interval: int = option(3, least=1, hint="1 computes every step, 3 every third")
+    budget: float = option(0.0, most=1, hint="0.3 is 30 % of what computing every step costs")
     blocks: str = "all"
     what: Literal["range", "branches"] = "range"
-    history: int = 1
-    memory: int = 0
+    history: int = option(1, least=1, most=3, hint="1 is plain reuse, 3 is the most")
+    memory: int = option(0, most=MOST_BYTES, hint="it is a number of bytes; 0 allows any")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for part in self.blocks.split("+"):
+            _bounds(part, blocks=1)
 
     def run(self, program: Program, context: PassContext) -> Program:
-        self._check()
-        variant, plan = next(iter(program.variants.values())), program.facts[StepPlan]
+        if len(program.variants) > 1:
+            raise ContractError(
+                "the program is split already, after another plan", hint="run plan-cache once, before insert-cache"
+            )
+        (variant,), plan = program.variants.values(), program.facts[StepPlan]
         blocks = find_blocks(variant)
         if not blocks:
             raise UsageError(
@@ -79,16 +88,6 @@ class PlanCache(Pass):
                 draft=tuple(FULL if computing else variants[0] for computing in computes),
             )
         )
-
-    def _check(self) -> None:
-        if self.interval < 1:
-            raise UsageError(f"interval {self.interval}", hint="1 computes every step, 3 every third")
-        if not 0 <= self.budget <= 1:
-            raise UsageError(f"budget {self.budget:g}", hint="0.3 is 30 % of what computing every step costs")
-        if self.memory < 0:
-            raise UsageError(f"memory {self.memory}", hint="it is a number of bytes; 0 allows any")
-        if self.history not in HISTORIES:
-            raise UsageError(f"history {self.history}", hint="1 is plain reuse, 3 is the most")
 
     def _computes(self, steps: int) -> list[bool]:
         if not self.budget:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
-from qcgraph.errors import UsageError, closest
 from qcgraph.facts import (
     FLOAT8,
     LARGEST_FLOAT8,
     ActivationQuant,
+    Precision,
     QuantPlan,
     Ranges,
+    Requantization,
+    RoundedWeights,
     SiteQuant,
     SiteRange,
     WeightQuant,
@@ -21,11 +23,11 @@ from qcgraph.facts import (
 )
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
+from qcgraph.options import option
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.steps import StepPlan
 
-BITS = range(2, 9)
-INTEGER, FLOAT = "int", "fp8"
+FLOAT = "fp8"
 
 
 @dataclass(frozen=True)
@@ -45,20 +47,16 @@ class PlanQuant(Pass):
 
     name: ClassVar[str] = "plan-quant"
     requires: ClassVar[tuple[type, ...]] = (Ranges, StepPlan)
+    precedes: ClassVar[tuple[type, ...]] = (RoundedWeights, Requantization, Precision)
     provides: ClassVar[tuple[type, ...]] = (QuantPlan,)
 
-    weight_bits: int = 8
-    activation_bits: int = 8
+    weight_bits: int = option(8, least=2, most=8)
+    activation_bits: int = option(8, least=2, most=8)
     symmetric: bool = False
-    weight_high: int | None = None
-    format: str = INTEGER
+    weight_high: int | None = option(None, least=1, most=127)
+    format: Literal["int", "fp8"] = "int"
 
     def run(self, program: Program, context: PassContext) -> Program:
-        for label, bits in (("weight", self.weight_bits), ("activation", self.activation_bits)):
-            if bits not in BITS:
-                raise UsageError(f"{bits} {label} bits", hint=f"{BITS[0]} to {BITS[-1]} bits are possible")
-        if self.format not in (INTEGER, FLOAT):
-            raise UsageError(f"no format {self.format!r}", hint=closest(self.format, (INTEGER, FLOAT)))
         ranges, plan = program.facts[Ranges], program.facts[StepPlan]
         widest = 2 ** (self.weight_bits - 1) - 1
         weight = WeightQuant(min(widest, self.weight_high or widest))

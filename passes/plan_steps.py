@@ -11,9 +11,10 @@ import numpy as np
 
 from qcgraph.effort import RECORD_MACS, affordable_trajectories, trajectory_macs
 from qcgraph.errors import UsageError
-from qcgraph.facts import CachePlan, SchedulePlan
+from qcgraph.facts import CachePlan, Compensation, ForecastFit, SchedulePlan
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import macs_by_variant
+from qcgraph.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.progress import Progress
 from qcgraph.schedule import FULL, Mode, climb, dps, expected_error, plan
@@ -54,29 +55,22 @@ class PlanSteps(Pass):
 
     name: ClassVar[str] = "plan-steps"
     requires: ClassVar[tuple[type, ...]] = (CachePlan, ModelSpec, StepPlan)
+    precedes: ClassVar[tuple[type, ...]] = (ForecastFit, Compensation)
     provides: ClassVar[tuple[type, ...]] = (SchedulePlan,)
     is_sampling: ClassVar[bool] = True
 
     strategy: Literal["joint", "dps"] = "joint"
-    budget: float = 0.3
-    interval: int = 3
+    budget: float = option(0.3, above=0, most=1, hint="0.3 is 30 % of what computing every step costs")
+    interval: int = option(3, least=1, hint="1 computes every step, 3 every third")
     forecast: Literal["affine", "taylor", "dec", "reuse"] = "affine"
     measured: bool = False
     weighting: Literal["solver", "measured"] = "solver"
-    gap: int = 12
+    gap: int = option(12, least=1)
     rounds: int = 0
-    trajectories: int | None = None
-    seed: int = 0
+    trajectories: int | None = option(None, least=1, most=MOST_TRAJECTORIES, hint=AUTO_HINT)
+    seed: int = option(0, most=MOST_SEED)
 
     def run(self, program: Program, context: PassContext) -> Program:
-        if not 0 < self.budget <= 1:
-            raise UsageError(f"budget {self.budget:g}", hint="0.3 is 30 % of what computing every step costs")
-        if self.gap < 1 or self.rounds < 0:
-            raise UsageError(f"gap {self.gap}, rounds {self.rounds}", hint="a gap is 1 or more, rounds 0 or more")
-        if self.interval < 1:
-            raise UsageError(f"interval {self.interval}", hint="1 computes every step, 3 every third")
-        if self.trajectories is not None and self.trajectories < 1:
-            raise UsageError(f"{self.trajectories} trajectories", hint="planning needs at least one")
         modes = program.facts[CachePlan].modes
         if not modes or not set(modes) <= set(program.variants):
             context.refuse("step plan", "no variant reuses, so every step computes")

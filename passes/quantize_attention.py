@@ -11,12 +11,12 @@ import torch
 from torch import fx
 
 from qcgraph.calibration_set import Rows, ValueSensitivity, computing_variant, rows_together, value_sensitivities
-from qcgraph.errors import UsageError
 from qcgraph.facts import (
     ActivationQuant,
     AttentionPlan,
     AttentionQuant,
     CalibrationSet,
+    Precision,
     RegionQuant,
     TimestepGroups,
     codes,
@@ -27,6 +27,7 @@ from qcgraph.ir.execute import walk
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantizers import parameter, quantize_pair
 from qcgraph.ir.structure import find_sites
+from qcgraph.options import MOST_SEED, option
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.region_search import ProbabilityScores, region_codes
 from qcgraph.scale_search import Histogram, search_groups
@@ -34,7 +35,6 @@ from qcgraph.steps import StepPlan
 
 aten = torch.ops.aten
 ops = torch.ops.qcgraph
-BITS = range(3, 9)  # two regions take one of them
 PROBABILITIES = "probabilities"
 
 
@@ -51,7 +51,7 @@ class QuantizeAttention(Pass):
     point, in one region, and twice as long in two (tools/attention_products.py).
 
     Attributes:
-        bits: 3 to 8.
+        bits: 3 to 8; two regions take one of them.
         symmetric: int8 queries and probabilities with zero point 0 instead of uint8.
         high: the largest code of keys and values; by default 2^(bits-1) - 1.
         objective: ``fisher`` or ``range``, see search-scales.
@@ -61,18 +61,17 @@ class QuantizeAttention(Pass):
 
     name: ClassVar[str] = "quantize-attention"
     requires: ClassVar[tuple[type, ...]] = (CalibrationSet, StepPlan, TimestepGroups)
+    precedes: ClassVar[tuple[type, ...]] = (AttentionPlan, Precision)
     provides: ClassVar[tuple[type, ...]] = (AttentionPlan,)
 
-    bits: int = 8
+    bits: int = option(8, least=3, most=8)
     symmetric: bool = False
-    high: int | None = None
+    high: int | None = option(None, least=1, most=127)
     objective: Literal["fisher", "range"] = "fisher"
     regions: bool = True
-    seed: int = 0
+    seed: int = option(0, most=MOST_SEED)
 
     def run(self, program: Program, context: PassContext) -> Program:
-        if self.bits not in BITS:
-            raise UsageError(f"{self.bits} bits", hint=f"{BITS[0]} to {BITS[-1]} bits are possible")
         plan = AttentionPlan(self._decide(program, context))
         edits: dict[str, GraphEditor] = {}
         for name, variant in program.variants.items():

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import fx
 
 from qcgraph.calibration import sample_calibration
-from qcgraph.errors import UsageError, closest
+from qcgraph.errors import UsageError
 from qcgraph.facts import Precision
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.graph import DTYPE_NAMES, output_node, returned_nodes
 from qcgraph.ir.infer import infer_types
 from qcgraph.ir.program import Program
+from qcgraph.options import MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.spec import OUTPUT, ModelSpec, TensorSpec
 from qcgraph.steps import StepPlan
 
 aten = torch.ops.aten
 ops = torch.ops.qcgraph
-AUTO = "auto"
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 HEADROOM = 8.0  # how much larger values may be than those that were seen, before float16 overflows
 WIDE_INPUTS = ("latent", "timestep")
@@ -50,22 +50,18 @@ class ReducePrecision(Pass):
 
     name: ClassVar[str] = "reduce-precision"
     requires: ClassVar[tuple[type, ...]] = (StepPlan, ModelSpec)
+    precedes: ClassVar[tuple[type, ...]] = (Precision,)
     provides: ClassVar[tuple[type, ...]] = (Precision,)
     is_sampling: ClassVar[bool] = True
-    dtype: str = AUTO
-    samples: int = 2
-    seed: int = 0
 
-    def __post_init__(self) -> None:
-        if self.dtype not in (AUTO, *TYPES):
-            raise UsageError(f"no 16-bit type {self.dtype!r}", hint=closest(self.dtype, (AUTO, *TYPES)))
-        if self.samples < 1:
-            raise UsageError(f"{self.samples} samples show no values", hint="give 1 or more")
+    dtype: Literal["auto", "float16", "bfloat16"] = "auto"
+    samples: int = option(2, least=1, most=MOST_TRAJECTORIES, hint="no trajectories show no values")
+    seed: int = option(0, most=MOST_SEED)
 
     def run(self, program: Program, context: PassContext) -> Program:
         largest = self._largest(program, context)
         fits = largest * HEADROOM <= torch.finfo(torch.float16).max
-        chosen = TYPES[self.dtype] if self.dtype != AUTO else torch.float16 if fits else torch.bfloat16
+        chosen = TYPES[self.dtype] if self.dtype != "auto" else torch.float16 if fits else torch.bfloat16
         if chosen is torch.float16 and not fits:
             raise UsageError(
                 f"values reach {largest:.3g}, too close to what float16 can hold",

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from qcgraph.effort import affordable_trajectories
-from qcgraph.errors import UsageError
 from qcgraph.facts import CachePlan, Rehearsed
 from qcgraph.ir.program import Program
+from qcgraph.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.schedule import FULL, even
 from qcgraph.skipping import Forecaster, Rehearsal
@@ -38,12 +38,10 @@ class RehearseSteps(Pass):
     is_sampling: ClassVar[bool] = True
 
     forecast: Literal["affine", "taylor", "dec", "reuse"] = "affine"
-    trajectories: int | None = None
-    seed: int = 0
+    trajectories: int | None = option(None, least=1, most=MOST_TRAJECTORIES, hint=AUTO_HINT)
+    seed: int = option(0, most=MOST_SEED)
 
     def run(self, program: Program, context: PassContext) -> Program:
-        if self.trajectories is not None and self.trajectories < 1:
-            raise UsageError(f"{self.trajectories} trajectories", hint="a rehearsal needs at least one")
         if not set(program.facts[CachePlan].modes) & set(program.variants):
             context.refuse("step plan", "no variant reuses, so every step computes")
             return program.with_facts(Rehearsed(0.0, 0.0, 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar, Literal
@@ -10,10 +10,16 @@ from typing import ClassVar, Literal
 import torch
 
 from qcgraph.calibration_set import Rows, computing_variant, entering, rows_together
-from qcgraph.errors import ContractError
-from qcgraph.facts import FLOAT8, CalibrationSet, QuantPlan, RoundedWeight, RoundedWeights, SiteQuant
+from qcgraph.facts import (
+    CalibrationSet,
+    Precision,
+    QuantPlan,
+    Requantization,
+    RoundedWeight,
+    RoundedWeights,
+)
 from qcgraph.ir.program import Program, tensor_digest, used_constants
-from qcgraph.ir.quantize import names_of_codes, rounded_activation
+from qcgraph.ir.quantize import check_integers, names_of_codes, rounded_activation
 from qcgraph.ir.rounding import nearest, round_with_feedback, search_scales
 from qcgraph.ir.structure import Site, find_sites, weight_names
 from qcgraph.memory import release_memory
@@ -39,15 +45,16 @@ class RoundWeights(Pass):
 
     name: ClassVar[str] = "round-weights"
     requires: ClassVar[tuple[type, ...]] = (CalibrationSet, QuantPlan)
+    precedes: ClassVar[tuple[type, ...]] = (Requantization, Precision)
     provides: ClassVar[tuple[type, ...]] = (RoundedWeights,)
 
     method: Literal["feedback", "search"] = "feedback"
 
     def run(self, program: Program, context: PassContext) -> Program:
+        check_integers(program.facts[QuantPlan])
         plan = program.facts[QuantPlan].sites
         variant = program.variants[computing_variant(program)]
         sites = [site for site in find_sites(variant) if site.name in plan]
-        _check_integers(plan)
         weights = weight_names(variant, sites)
         names = names_of_codes(weights)
         rounded: dict[str, RoundedWeight | None] = {}
@@ -76,21 +83,6 @@ class RoundWeights(Pass):
             rounded[site.name] = chosen
             release_memory()  # that those took, before the next layer runs
         return replace(program, constants=constants).with_facts(RoundedWeights(self.method, rounded))
-
-
-def _check_integers(plan: Mapping[str, SiteQuant]) -> None:
-    """Refuse weights that are planned to be floating point, whose codes this pass could not hold.
-
-    Raises:
-        ContractError: names the first one.
-    """
-    floating = [site for site, quant in plan.items() if quant.weight.dtype == FLOAT8]
-    if floating:
-        raise ContractError(
-            "its weight is planned to be fp8, and this pass chooses integers",
-            where=floating[0],
-            hint="leave round-weights out, or plan integers: plan-quant{format=int}",
-        )
 
 
 def _second_moment(value: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,20 @@ from typing import ClassVar, Literal
 import torch
 
 from qcgraph.calibration_set import Rows, computing_variant, sensitivities
-from qcgraph.errors import UsageError
-from qcgraph.facts import ActivationQuant, CalibrationSet, QuantPlan, Ranges
+from qcgraph.facts import (
+    ActivationQuant,
+    AttentionPlan,
+    CalibrationSet,
+    Precision,
+    QuantPlan,
+    Ranges,
+    Requantization,
+    RoundedWeights,
+)
 from qcgraph.ir.program import Program
+from qcgraph.ir.quantize import check_integers
 from qcgraph.ir.structure import find_sites
+from qcgraph.options import MOST_SEED, option
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.scale_search import Halves, Histogram, merged, score_of_planes, search_groups, search_shared
 from qcgraph.steps import StepPlan
@@ -48,17 +58,17 @@ class SearchScales(Pass):
 
     name: ClassVar[str] = "search-scales"
     requires: ClassVar[tuple[type, ...]] = (CalibrationSet, QuantPlan, Ranges, StepPlan)
+    precedes: ClassVar[tuple[type, ...]] = (RoundedWeights, Requantization, AttentionPlan, Precision)
 
     objective: Literal["fisher", "range"] = "fisher"
     regions: bool = True
     share: bool = True
-    clipping: float | None = None
-    seed: int = 0
+    clipping: float | None = option(None, least=1, hint="1 weighs it like rounding; null once for each computing step")
+    seed: int = option(0, most=MOST_SEED)
 
     def run(self, program: Program, context: PassContext) -> Program:
-        if self.clipping is not None and not 1 <= self.clipping < math.inf:
-            raise UsageError(f"clipping {self.clipping:g}", hint="1 weighs it like rounding; more is finite")
         plan, nonlinear = program.facts[QuantPlan], _after_nonlinear(program)
+        check_integers(plan)
         steps = program.facts[StepPlan]
         clipping = self.clipping or float(steps.uses(computing_variant(program)))
         found = {}

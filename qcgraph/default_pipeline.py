@@ -66,7 +66,7 @@ def _passes(recipe: Recipe, target: Target) -> Iterator[Pass]:
             "equalize",
             weight_bits=round(recipe.bit_budget or recipe.weight_bits),
             activation_bits=round(recipe.bit_budget or recipe.activation_bits),
-            seed=recipe.calibration.seed,
+            **_sampling(recipe),
         )
     if recipe.is_cached:
         # Before calibration: ranges and errors are only worth observing on the steps, and in the graphs, that will run.
@@ -91,28 +91,32 @@ def _passes(recipe: Recipe, target: Target) -> Iterator[Pass]:
 
 def _reduced(recipe: Recipe, target: Target) -> Iterator[Pass]:
     """The type of what is not quantized, last of all: what is fitted and searched before is so in float32."""
-    asked = recipe.target.precision
-    if asked != "float32" and target.integer_products:
-        if asked != "auto":
+    precision = recipe.target.precision
+    if precision != "float32" and target.integer_products:
+        if precision != "auto":
             raise UsageError(
-                f"{target.name} computes what is not quantized in float32, not in {asked}",
+                f"{target.name} computes what is not quantized in float32, not in {precision}",
                 hint="leave precision out, or choose another target (see qcgraph targets)",
             )
         return
-    dtype = target.precision if asked == "auto" else asked
+    dtype = target.precision if precision == "auto" else precision
     if dtype != "float32":
-        yield _pass("reduce-precision", dtype=dtype, seed=recipe.calibration.seed)
+        asked = _sampling(recipe)
+        counts = {"samples": asked["trajectories"]} if "trajectories" in asked else {}
+        yield _pass("reduce-precision", dtype=dtype, seed=asked["seed"], **counts)
 
 
 def _calibrate(recipe: Recipe, *, quantized: bool) -> Pass:
     calibration = recipe.calibration
-    counts = {"trajectories": calibration.trajectories, "samples": calibration.samples}
-    return _pass(
-        "calibrate",
-        seed=calibration.seed,
-        selection=calibration.selection if quantized else "none",
-        **{name: count for name, count in counts.items() if count != "auto"},
-    )
+    samples = {} if calibration.samples == "auto" else {"samples": calibration.samples}
+    selection = calibration.selection if quantized else "none"
+    return _pass("calibrate", selection=selection, **samples, **_sampling(recipe))
+
+
+def _sampling(recipe: Recipe) -> dict[str, int]:
+    """The trajectories of every pass that samples: the seed, and how many where the recipe says it."""
+    asked = recipe.calibration
+    return {"seed": asked.seed} | ({} if asked.trajectories == "auto" else {"trajectories": asked.trajectories})
 
 
 def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
@@ -215,7 +219,7 @@ def _settling(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
         yield _schedule(recipe, final=True)
     if recipe.followed:
         # What is given is not looked for; what it does is told all the same.
-        yield _pass("rehearse-steps", forecast=recipe.forecast, seed=recipe.calibration.seed)
+        yield _pass("rehearse-steps", forecast=recipe.forecast, **_sampling(recipe))
     if recipe.is_searched or recipe.followed or "+" in recipe.cache.blocks:
         # Only now is it known which of the variants the schedule uses.
         yield _pass("drop-variants")
@@ -233,16 +237,16 @@ def _spacing(recipe: Recipe) -> dict[str, Any]:
 
 
 def _schedule(recipe: Recipe, *, final: bool) -> Pass:
-    seed, budget = recipe.calibration.seed, recipe.cache_budget
+    budget = recipe.cache_budget
     if budget is None:
-        return _pass("plan-steps", strategy="dps", interval=recipe.cache_interval, seed=seed)
+        return _pass("plan-steps", strategy="dps", interval=recipe.cache_interval, **_sampling(recipe))
     return _pass(
         "plan-steps",
         budget=budget,
         forecast=recipe.forecast,
         measured=final and recipe.cache.cost == "latency",
         rounds=recipe.cache.rounds if final else 0,
-        seed=seed,
+        **_sampling(recipe),
     )
 
 

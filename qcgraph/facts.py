@@ -288,6 +288,11 @@ class QuantPlan:
 
     sites: dict[str, SiteQuant]
 
+    @property
+    def floating(self) -> tuple[str, ...]:
+        """The sites that are planned to be 8-bit floating point."""
+        return tuple(name for name, site in self.sites.items() if FLOAT8 in (site.weight.dtype, site.activation.dtype))
+
 
 @dataclass(frozen=True)
 class RoundedWeight:
@@ -322,6 +327,13 @@ class RoundedWeights:
     def held_constants(self) -> tuple[str, ...]:
         """The constants that a program must hold for this fact."""
         return tuple(name for found in self.sites.values() if found for name in (found.codes, found.scale))
+
+
+@dataclass(frozen=True)
+class WeightSources:
+    """Per quantized site (by name), the constant of the captured model that its weight codes were made from."""
+
+    sites: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -465,6 +477,7 @@ FACT_TYPES: tuple[type, ...] = (
     TimestepGroups,
     QuantPlan,
     RoundedWeights,
+    WeightSources,
     Requantization,
     AttentionPlan,
     ForecastFit,

@@ -17,6 +17,7 @@ import torch
 from qcgraph.atomic import FolderKind, Written
 from qcgraph.bundle.files import record_of, recorded_hashes
 from qcgraph.bundle.manifest import entry_of
+from qcgraph.cache_state import aged, depths
 from qcgraph.errors import ContractError, UsageError
 from qcgraph.ir.graph import DTYPES
 from qcgraph.ir.program import Program
@@ -117,11 +118,14 @@ class VerifyEach(Instrument):
         inputs = dict(self._inputs)
         inputs |= {name: torch.zeros((), dtype=torch.int64) for name in ("group", "row")}
         errors: dict[str, float] = {}
+        depth = depths(program.interfaces.values())
         for name in program.variants:
             if is_preparation(name):
                 continue
             outputs = program.run(name, program.prepared(name, inputs))
-            inputs |= outputs  # cache tensors that a computing variant writes, for those that reuse them
+            # Cache tensors that a computing variant writes, for those that reuse them, whatever their age.
+            ages = range(1 + max(depth.values(), default=0))
+            inputs |= {aged(output, age): value for output, value in outputs.items() for age in ages}
             difference = outputs[OUTPUT] - self._reference
             errors[name] = float(difference.norm() / self._reference.norm())
         return errors

@@ -17,14 +17,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import Any, ClassVar, get_type_hints
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing import Any, ClassVar
 
 from qcgraph.documents import is_text
 from qcgraph.errors import ContractError, QcgraphError, UsageError, closest, shown
 from qcgraph.ir import legality
 from qcgraph.ir.program import PassRecord, Program, Refusal
+from qcgraph.options import check_options, converted
 from qcgraph.progress import Progress
 
 MOST_CHARACTERS = 200_000  # of a pipeline's text, which may hold a schedule
@@ -64,14 +63,22 @@ class Pass(ABC):
     Attributes:
         name: the spelling in pipelines; also the file's name.
         requires: the facts that must be there before.
+        precedes: the facts that must not be there yet, because they are decided on what this pass changes.
         provides: the facts that are there after.
         is_sampling: whether the pass samples trajectories; a dry run leaves it out.
+
+    Raises:
+        UsageError: an option has a wrong type or is out of range.
     """
 
     name: ClassVar[str]
     requires: ClassVar[tuple[type, ...]] = ()
+    precedes: ClassVar[tuple[type, ...]] = ()
     provides: ClassVar[tuple[type, ...]] = ()
     is_sampling: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     @abstractmethod
     def run(self, program: Program, context: PassContext) -> Program:
@@ -184,15 +191,26 @@ class Pipeline:
 def _run_checked(pass_: Pass, program: Program, context: PassContext) -> Program:
     """Run one pass under its contract: requires -> run -> provides and legality, on the result."""
     if missing := [kind.__name__ for kind in pass_.requires if kind not in program.facts]:
-        providers = [name for name, kind in registry().items() if {p.__name__ for p in kind.provides} & set(missing)]
+        providers = _providers(missing)
         hint = f"run {' or '.join(providers)} before it" if providers else "give the program this fact first"
         raise ContractError(f"needs {', '.join(missing)}, which the program does not hold", hint=hint)
+    if stale := [kind.__name__ for kind in pass_.precedes if kind in program.facts]:
+        providers = _providers(stale)
+        raise ContractError(
+            f"comes too late: {', '.join(stale)} is decided on what it changes, and is there already",
+            hint=f"run it before {' and '.join(providers)}" if providers else "run it on a program without that fact",
+        )
     result = pass_.run(program, context)
     if missing := [kind.__name__ for kind in pass_.provides if kind not in result.facts]:
         raise ContractError(f"promised {', '.join(missing)} and did not provide it")
     legality.verify(result)
     record = PassRecord(pass_.text, changed=result.digest != program.digest, refusals=tuple(context.refusals))
     return replace(result, history=(*program.history, record))
+
+
+def _providers(facts: Sequence[str]) -> list[str]:
+    """The passes that provide any of these facts."""
+    return [name for name, kind in registry().items() if {fact.__name__ for fact in kind.provides} & set(facts)]
 
 
 def _located(error: Exception, pass_: Pass, done: Sequence[Pass]) -> QcgraphError:
@@ -240,32 +258,7 @@ def make_pass(name: str, options: dict[str, Any]) -> Pass:
                 closest(key.replace("_", "-"), {item.replace("_", "-") for item in known}) if known else "it has none"
             )
             raise UsageError(f"pass {name!r} has no option {shown(key.replace('_', '-'))}", hint=hint)
-    checked = {}
-    for key, value in values.items():
-        if (isinstance(value, int) and value.bit_length() > 63) or (isinstance(value, str) and not is_text(value)):
-            raise UsageError(
-                f"pass {name!r}, option {key.replace('_', '-')}: {shown(value)} does not fit",
-                hint="a number has 64 bits, and a text neither NUL nor half of a surrogate pair",
-            )
-        try:
-            checked[key] = _option_type(kind, key).validate_python(value)
-        except ValidationError as error:
-            option, reason = key.replace("_", "-"), error.errors(include_url=False, include_context=False)[0]["msg"]
-            raise UsageError(
-                f"pass {name!r}, option {option}: {shown(value)} does not fit: {reason}",
-                hint=f"see qcgraph passes {name}",
-            ) from None
-    try:
-        return kind(**checked)
-    except ValueError as error:  # of a check of the pass's own
-        raise UsageError(f"pass {name!r}: {error}", hint=f"see qcgraph passes {name}") from None
-
-
-@cache
-def _option_type(kind: type[Pass], name: str) -> TypeAdapter[Any]:
-    """What takes the value of an option of a pass: of its type, without conversion, and finite."""
-    annotation = get_type_hints(kind, include_extras=True)[name]
-    return TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
+    return kind(**{name: converted(kind, name, value) for name, value in values.items()})
 
 
 def _parse(text: str) -> Iterator[Pass]:

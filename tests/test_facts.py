@@ -35,6 +35,7 @@ from qcgraph.facts import (
     SiteRange,
     TimestepGroups,
     WeightQuant,
+    WeightSources,
     decode,
 )
 from qcgraph.spec import ModelSpec
@@ -58,6 +59,7 @@ EXAMPLES = (
     CalibrationSet("tap", 9, (0, 1), (3, 10), "AAAA"),
     TimestepGroups((THIRD, 0.0)),
     QuantPlan({"a": QUANT}),
+    WeightSources({"a": "a.weight", "b": "a.weight"}),
     RoundedWeights(
         "feedback", {"a": RoundedWeight("a.weight_rounded", "a.weight_rounded_scale", "0f", WeightQuant(7)), "b": None}
     ),

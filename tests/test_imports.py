@@ -54,6 +54,7 @@ LAYERS = {
             "qcgraph.memory",
             "qcgraph.modulation",
             "qcgraph.noise",
+            "qcgraph.options",
             "qcgraph.plan_file",
             "qcgraph.progress",
             "qcgraph.recipe",

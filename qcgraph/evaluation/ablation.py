@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from qcgraph.errors import BundleError
-from qcgraph.facts import Equalization, Requantization, SiteCorrection
+from qcgraph.facts import Equalization, Requantization, SiteCorrection, WeightSources
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantized_sites import QuantizedSite, operands_of_attention, quantized_sites
@@ -109,7 +109,12 @@ def float_weight(site: QuantizedSite, model: Program, program: Program) -> torch
         BundleError: the model has no such weight.
     """
     transposed, shape = site.codes.endswith("_t"), tuple(program.constants[site.codes].shape)
-    name = site.codes.removesuffix("_t").removesuffix("_codes")
+    sources = program.facts.get(WeightSources)
+    if sources is not None and site.name not in sources.sites:
+        raise BundleError("the program does not say which weight its codes were made from", where=site.name)
+    # Bundles of earlier versions do not say it, and name codes after their weight.
+    named = site.codes.removesuffix("_t").removesuffix("_codes")
+    name = named if sources is None else sources.sites[site.name]
     weight = model.constants.get(name)
     if weight is None or tuple(reversed(weight.shape) if transposed else weight.shape) != shape:
         raise BundleError(f"the model has no weight {name} of this shape", hint="load the model that was compiled")

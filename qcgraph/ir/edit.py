@@ -141,7 +141,7 @@ class GraphEditor:
 
 
 def with_edits(program: Program, edits: Mapping[str, GraphEditor]) -> Program:
-    """The program with edited variants and their new constants; constants that nothing refers to any more are dropped."""
+    """The program with edited variants and their new constants; without those that nothing refers to any more."""
     variants = dict(program.variants) | {name: editor.finish() for name, editor in edits.items()}
     constants = dict(program.constants)
     for editor in edits.values():

@@ -44,6 +44,20 @@ def covering_scale(weight: torch.Tensor, high: int) -> torch.Tensor:
     return torch.where(largest > 0, largest / high, torch.ones_like(largest))
 
 
+def check_integers(plan: QuantPlan) -> None:
+    """Refuse a plan of 8-bit floating point, for passes that choose integers.
+
+    Raises:
+        ContractError: names the first site.
+    """
+    if plan.floating:
+        raise ContractError(
+            "is planned to be fp8, and this pass chooses integers",
+            where=plan.floating[0],
+            hint="leave the pass out, or plan integers: plan-quant{format=int}",
+        )
+
+
 def weight_codes(program: Program, site: str, weight: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [out, in] and scales f32[out] of a site's weight, as it is planned to be quantized.
 
