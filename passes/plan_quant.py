@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -35,7 +37,8 @@ class PlanQuant(Pass):
     """Decide which linear layers are quantized, and the activation scales of every timestep group.
 
     Scales are min-max over the calibrated range of the group. Embedders, adaLN modulation, attention products and the
-    final layer stay in floating point; each site that is left alone is recorded with its reason.
+    final layer stay in floating point; each site that is left alone is recorded with its reason, and it is said when
+    none is quantized.
 
     Attributes:
         weight_bits: 2 to 8.
@@ -71,6 +74,10 @@ class PlanQuant(Pass):
                     context.refuse(site.name, reason)
                 elif site.name not in sites:
                     sites[site.name] = SiteQuant(self._activation(observed, plan), weight)
+        if not sites:
+            reason = nothing_quantized(refusal.reason for refusal in context.refusals)
+            context.refuse("model", reason)
+            context.progress.note(f"note: {reason}")
         return program.with_facts(QuantPlan(sites))
 
     def _activation(self, observed: SiteRange, plan: StepPlan) -> ActivationQuant:
@@ -89,6 +96,15 @@ class PlanQuant(Pass):
             high=high,
             dtype=dtype,
         )
+
+
+def nothing_quantized(reasons: Iterable[str]) -> str:
+    """Say that bits were asked for in vain, and why the layers that there are stay as they are."""
+    counts = Counter(reasons)
+    if not counts:
+        return "nothing is quantized: the model has no layer that multiplies by a constant"
+    shares = "; ".join(f"{count}: {reason}" for reason, count in counts.most_common(3))
+    return f"nothing is quantized, none of its {sum(counts.values())} sites can be ({shares})"
 
 
 def affine_parameters(minimum: float, maximum: float, low: int, high: int, *, symmetric: bool) -> tuple[float, int]:

@@ -60,9 +60,7 @@ def capture(module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, str
     return program
 
 
-def _exported(
-    module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, str]
-) -> torch.export.ExportedProgram:
+def _exported(module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, str]) -> torch.export.ExportedProgram:
     """What `torch.export` makes of a module; functionalized where it writes in place."""
     batch = torch.export.Dim("B", min=1, max=MAX_BATCH)
     latent = torch.zeros(3, *spec.latent_shape)
@@ -90,7 +88,7 @@ def _refuse_state(exported: torch.export.ExportedProgram, spec: ModelSpec) -> No
         raise CaptureError(
             f"the model keeps state between calls: its forward writes to {written[0]!r}",
             where=spec.name,
-            hint="a denoiser is a function of latent, timestep and class label; compute the value anew, or do not write",
+            hint="a denoiser is a function of latent, timestep and class label: compute the value anew",
         )
 
 
@@ -167,8 +165,11 @@ def _lifted_constants(exported: torch.export.ExportedProgram) -> dict[str, tuple
     named |= dict(signature.inputs_to_lifted_tensor_constants)
     values: dict[str, Any] = dict(exported.constants) | dict(exported.state_dict)
     # Tensors made in inference mode count no writes, by which digests are remembered: those are copied.
-    plain = {name: value.clone() if value.is_inference() else value.detach() for name, value in values.items()
-             if isinstance(value, torch.Tensor)}
+    plain = {
+        name: value.clone() if value.is_inference() else value.detach()
+        for name, value in values.items()
+        if isinstance(value, torch.Tensor)
+    }
     return {placeholder: (name, plain[name]) for placeholder, name in named.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from qcgraph.capture import INPUTS
 from qcgraph.errors import CaptureError
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites, total_macs
-from qcgraph.obstacles import first_line, refuse_call, unwrapped
+from qcgraph.obstacles import call_error, first_line, unwrapped
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
@@ -112,11 +113,11 @@ class _Comparison:
             latent = inputs[self._names["latent"]]
             latent += NUDGE * latent * torch.randn(latent.shape, generator=torch.Generator().manual_seed(SEED))
         try:
-            with torch.set_grad_enabled(gradients), torch.inference_mode(inference):
+            with torch.inference_mode(inference), torch.set_grad_enabled(gradients):  # the first sets the second
                 result = self._module(**inputs)
         except Exception as error:  # a model is anybody's code; what it raises is told
-            hint = "the spec says which latents and class labels there are, and which label is the null class of guidance"
-            refuse_call(self._module, f"at {call.where}", self._name, error, hint)
+            hint = "the spec says which latents and class labels there are, and which label is the null class"
+            raise call_error(self._module, f"at {call.where}", self._name, error, hint) from error
         assert isinstance(result, Tensor)
         return result.detach()
 
@@ -147,11 +148,11 @@ class _Comparison:
                 where=self._name,
                 hint="the model treats this batch otherwise; write it so that any batch takes the same way",
             )
-        error = distance(found, expected)
-        if error > FLOOR and error > (limit := self._limit(call, expected)):
+        apart = distance(found, expected)
+        if apart > FLOOR and apart > (limit := self._limit(call, expected)):
             self.check_repeatable(call, expected)
             raise CaptureError(
-                f"the captured program computes something else than the model: relative L2 distance {error:.3g}, "
+                f"the captured program computes something else than the model: relative L2 distance {apart:.3g}, "
                 f"limit {limit:.3g}, at {call.where}",
                 where=self._name,
                 hint="torch.export saw the model take another way than it takes when it is called: look for branches on "
@@ -178,11 +179,12 @@ class _Comparison:
             raise CaptureError(
                 f"the model's result depends on whether gradients are recorded: relative L2 distance {error:.3g}",
                 where=self._name,
-                hint="a denoiser gives the same result either way: remove what asks torch.is_grad_enabled() or is_inference_mode_enabled()",
+                hint="a denoiser gives the same result either way: remove what asks torch.is_grad_enabled() or "
+                "torch.is_inference_mode_enabled()",
             )
         raise CaptureError(
-            f"the model gives another result each time: relative L2 distance {again:.3g} between two calls with the same "
-            f"input, at {call.where}",
+            f"the model gives another result each time: relative L2 distance {again:.3g} between two calls with the "
+            f"same input, at {call.where}",
             where=self._name,
             hint="it draws random numbers (dropout that is left active?) or keeps state between calls (a counter, a "
             "cache): a denoiser is a function of latent, timestep and class label",
@@ -190,7 +192,7 @@ class _Comparison:
 
     def _moved(self, call: _Call, expected: Tensor, *, gradients: bool = False, inference: bool = False) -> float:
         again = self.expected(call, gradients=gradients, inference=inference)
-        return distance(again, expected) if again.shape == expected.shape else float("inf")
+        return distance(again, expected) if again.shape == expected.shape else math.inf
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -199,5 +201,5 @@ def distance(found: Tensor, expected: Tensor) -> float:
         return 0.0
     difference = (found.double() - expected.double()).flatten(1).norm(dim=1)
     size = expected.double().flatten(1).norm(dim=1)
-    relative = torch.where(difference > 0, difference / size, 0.0)
-    return float(torch.nan_to_num(relative, nan=float("inf")).max())
+    relative = torch.where(difference == 0, 0.0, difference / size)
+    return float(torch.nan_to_num(relative, nan=math.inf, posinf=math.inf).max())

@@ -47,7 +47,9 @@ def refuse_module(module: nn.Module, spec: ModelSpec) -> None:
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         if value.device.type != "cpu":
             raise CaptureError(
-                f"{name} is on the device {value.device}", where=spec.name, hint="call model.cpu(): models are captured there"
+                f"{name} is on the device {value.device}",
+                where=spec.name,
+                hint="call model.cpu(): models are captured there",
             )
 
 
@@ -61,15 +63,15 @@ def refuse_trace(module: nn.Module, inputs: Mapping[str, torch.Tensor], spec: Mo
     if called is not None:
         types = [f"{name} {_type_name(value.dtype)}{list(value.shape)}" for name, value in inputs.items()]
         hint = f"its spec says latent_shape {spec.latent_shape} and {spec.class_count} classes: is that what it takes?"
-        refuse_call(module, f"with {', '.join(types)}", spec.name, called, hint)
+        raise call_error(module, f"with {', '.join(types)}", spec.name, called, hint) from called
     reason, hint = _reason(error)
     raise CaptureError(
         f"torch.export cannot capture the model: {reason}", where=_place(spec.name, error), hint=hint
     ) from error
 
 
-def refuse_call(module: nn.Module, how: str, name: str, error: Exception, hint: str) -> NoReturn:
-    """Say that a model cannot be called, and why.
+def call_error(module: nn.Module, how: str, name: str, error: Exception, hint: str) -> CaptureError:
+    """Return the error that says that a model cannot be called, and why.
 
     Args:
         module: the model.
@@ -77,16 +79,15 @@ def refuse_call(module: nn.Module, how: str, name: str, error: Exception, hint: 
         name: the model's.
         error: what it raised.
         hint: unless its parameters are of another type than those that are captured.
-
-    Raises:
-        CaptureError: always.
     """
     kinds = {value.dtype for value in module.parameters() if value.is_floating_point()} - {torch.float32}
     message = f"the model fails when it is called {how}: {first_line(error)}"
     if kinds:
         message = f"the model's parameters are {_type_name(min(kinds, key=str))}; {message}"
-        hint = "call model.float(): models are captured in float32; target.precision chooses 16 bits for what is compiled"
-    raise CaptureError(message, where=_place(name, error), hint=hint) from error
+        hint = (
+            "call model.float(): models are captured in float32; target.precision chooses 16 bits for what is compiled"
+        )
+    return CaptureError(message, where=_place(name, error), hint=hint)
 
 
 def _type_name(dtype: torch.dtype) -> str:
@@ -124,7 +125,7 @@ def _called(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Exception 
     try:
         with torch.no_grad():
             module(**{name: value.clone() for name, value in inputs.items()})
-    except Exception as error:  # a model is anybody's code; what it raises is told
+    except Exception as error:  # noqa: BLE001 - a model is anybody's code; what it raises is told
         return error
     return None
 

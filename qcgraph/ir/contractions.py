@@ -58,7 +58,8 @@ def contract_by_linears(program: Program) -> Program:
         editor = GraphEditor(variant, program.constants, MADE_BY)
         rewriter = _Rewriter(editor, program.constants)
         names = [node.name for node in contractions(variant) if node in dependent]
-        if any([rewriter.rewrite(editor.node(found), is_outer=found in outer) for found in names]):
+        rewritten = [rewriter.rewrite(editor.node(found), is_outer=found in outer) for found in names]
+        if any(rewritten):
             edits[name] = editor
     return with_edits(program, edits) if edits else program
 
@@ -133,7 +134,7 @@ class _Rewriter:
         return _Product(operands[1 - where], weight, ordered, name, bias if isinstance(bias, fx.Node) else None, gain)
 
     def _convolution(self, node: fx.Node) -> _Product | None:
-        activation, weight, bias, stride, padding, dilation, groups = (*node.args, *_DEFAULTS[len(node.args) :])
+        activation, weight, bias, stride, padding, _, groups = (*node.args, *_DEFAULTS[len(node.args) :])
         value = self._value(weight) if isinstance(weight, fx.Node) else None
         if value is None or MATMULS[node.target].startswith("conv_transpose") or groups != 1:
             return None
@@ -158,7 +159,10 @@ class _Rewriter:
                 return None
         if value is None or MATMULS[node.target] != "matmul" or value.dim() < 3:
             return value
-        if value.numel() == prod(value.shape[-2:]) and node.meta["val"].dim() == _other(node, operand).meta["val"].dim():
+        if (
+            value.numel() == prod(value.shape[-2:])
+            and node.meta["val"].dim() == _other(node, operand).meta["val"].dim()
+        ):
             return value.reshape(value.shape[-2:])
         return value
 
@@ -225,7 +229,7 @@ class _Rewriter:
         if product.bias is None:
             return (), None
         value, width = self._value(product.bias), product.weight.shape[-1]
-        activation, weight, result = product.axes
+        _, weight, result = product.axes
         is_last = result[-1] in weight  # else a bias of the result is none of the layer
         if MATMULS[node.target].startswith("conv"):
             is_last, width = True, len(product.weight)
@@ -265,7 +269,10 @@ def _name_of(node: fx.Node) -> str:
 
 def _axes(node: fx.Node, weights: Sequence[torch.Tensor | None]) -> tuple[list[str], list[str], list[str]] | None:
     """The axes of both operands of a product and of its result, or None where it is of another kind."""
-    shapes = [value.shape if value is not None else factor.meta["val"].shape for value, factor in zip(weights, factors(node), strict=True)]
+    shapes = [
+        value.shape if value is not None else factor.meta["val"].shape
+        for value, factor in zip(weights, factors(node), strict=True)
+    ]
     one, other = (len(shape) for shape in shapes)
     kind = MATMULS[node.target]
     if kind == "einsum":
@@ -292,7 +299,7 @@ def _axes(node: fx.Node, weights: Sequence[torch.Tensor | None]) -> tuple[list[s
 
 def _tensordot_axes(node: fx.Node, one: int, other: int) -> tuple[list[str], list[str], list[str]]:
     first, second = [f"l{index}" for index in range(one)], [f"r{index}" for index in range(other)]
-    left, right = ([int(axis) for axis in dims] for dims in node.args[2:4])  # type: ignore[union-attr]
+    left, right = ([int(axis) for axis in dims] for dims in node.args[2:4])  # type: ignore[union-attr, arg-type]
     for index, (mine, theirs) in enumerate(zip(left, right, strict=True)):
         first[mine] = second[theirs] = f"k{index}"
     return first, second, [axis for axis in (*first, *second) if not axis.startswith("k")]
@@ -302,6 +309,8 @@ def _is_layer(product: _Product) -> bool:
     """Whether a product is one linear layer: every axis of the weight is either made or summed over, and each once."""
     activation, weight, result = (list(axes) for axes in product.axes)
     if any(len(set(axes)) < len(axes) for axes in (activation, weight, result)) or product.weight.dim() != len(weight):
+        return False
+    if product.activation.meta["val"].dtype != product.weight.dtype:
         return False
     summed = [axis for axis in activation if axis not in result]
     made = [axis for axis in weight if axis not in activation]

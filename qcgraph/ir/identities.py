@@ -1,4 +1,4 @@
-"""Calls that give back the value they are given, and calls that have a plainer form; capture drops and replaces them."""
+"""Calls that give back the value they are given or have a plainer form, which capture drops and replaces."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def infer_types(graph: fx.Graph, interface: Interface, constants: Mapping[str, t
     """Give every node its type by running the graph on fake inputs with a symbolic batch.
 
     Raises:
-        ValueError: a value is larger than any machine holds; and whatever an op raises of arguments that it cannot take.
+        ValueError: a value is larger than any machine holds; or what an op raises of arguments that it cannot take.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     values: dict[fx.Node, Any] = {}

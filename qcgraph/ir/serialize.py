@@ -172,7 +172,9 @@ def _node_from_json(
     }.get(kind, False)
     if not is_known:
         raise BundleError(
-            f"node {str(entry['name'])[:80]!r} is a {str(kind)[:40]} of {str(target)[:80]!r}", where=PROGRAM, hint=_STRANGE
+            f"node {str(entry['name'])[:80]!r} is a {str(kind)[:40]} of {str(target)[:80]!r}",
+            where=PROGRAM,
+            hint=_STRANGE,
         )
     if kind == "call_function":
         target = _target_from_text(target)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx
@@ -23,7 +24,7 @@ from qcgraph.spec import MODULATION, TensorSpec
 aten = torch.ops.aten
 PAIR = 2  # samples: both halves of guidance
 _BLOCK_PATH = re.compile(r"(?:(?P<list>.+?)\.)?(?P<index>\d+)(?:\.|$)")
-MATMULS = {
+MATMULS: dict[Any, str] = {
     aten.linear.default: "linear",
     aten.addmm.default: "linear",
     aten.matmul.default: "matmul",
@@ -117,9 +118,7 @@ def find_blocks(variant: Variant) -> tuple[Block, ...]:
     return max(chains, key=len, default=())
 
 
-def _chain(
-    name: str, members: Mapping[int, list[fx.Node]], dependent: Collection[fx.Node]
-) -> tuple[Block, ...]:
+def _chain(name: str, members: Mapping[int, list[fx.Node]], dependent: Collection[fx.Node]) -> tuple[Block, ...]:
     """Blocks of one module list, or nothing when a member does not pass on exactly one residual stream.
 
     Only what depends on the latent can be the stream: tables of positions may have its shape too.

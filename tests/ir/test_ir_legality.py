@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import fx
 
 from qcgraph.errors import ContractError
 from qcgraph.ir import legality
+from qcgraph.ir.admitted import ADMITTED
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.program import Program
 from qcgraph.steps import StepPlan
@@ -85,6 +87,35 @@ def test_writing_ops_are_illegal(captured: Program) -> None:
 
     with pytest.raises(ContractError, match="writes to its input"):
         legality.verify(edited(captured, write))
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments"), [(aten.rand_like.default, ()), (aten.empty_like.default, ()), (aten.bernoulli.default, ())]
+)
+def test_only_admitted_operators_are_legal(captured: Program, target: Any, arguments: tuple[Any, ...]) -> None:
+    def call(editor: GraphEditor, linear: fx.Node) -> None:
+        with editor.before(linear):
+            node = editor.call(target, linear.args[0], *arguments, source=linear)
+        linear.args = (node, *linear.args[1:])
+
+    with pytest.raises(ContractError, match="not among the operators that a program may call"):
+        legality.verify(edited(captured, call))
+
+
+def test_attention_without_dropout_alone_is_legal(captured: Program) -> None:
+    def drop(editor: GraphEditor, linear: fx.Node) -> None:
+        attention = next(n for n in editor.graph.nodes if n.target is aten.scaled_dot_product_attention.default)
+        attention.args = (*attention.args[:3], None, 0.1)
+
+    with pytest.raises(ContractError, match="draws random numbers"):
+        legality.verify(edited(captured, drop))
+
+
+def test_admitted_operators_exist_and_draw_nothing() -> None:
+    """Each name is one of PyTorch's, and none of its overloads is random but attention, whose dropout is checked."""
+    overloads = [getattr(getattr(aten, name), kind) for name in ADMITTED for kind in getattr(aten, name).overloads()]
+    drawing = {op for op in overloads if torch.Tag.nondeterministic_seeded in op.tags and not op._schema.is_mutable}
+    assert drawing == {aten.scaled_dot_product_attention.default}
 
 
 def test_a_table_must_cover_the_plan(captured: Program) -> None:

@@ -12,7 +12,15 @@ from qcgraph.capture import capture
 from qcgraph.facts import CachedValue
 from qcgraph.ir.graph import module_path
 from qcgraph.ir.program import Program
-from qcgraph.ir.structure import Site, cached_node, find_blocks, find_branches, find_sites, total_macs
+from qcgraph.ir.structure import (
+    Site,
+    cached_node,
+    einsum_letters,
+    find_blocks,
+    find_branches,
+    find_sites,
+    total_macs,
+)
 from qcgraph.spec import ModelSpec
 
 
@@ -137,3 +145,129 @@ def test_cached_nodes(captured: Program) -> None:
     blocks = find_blocks(variant)
     assert cached_node(variant, blocks, CachedValue("", 0, 1)) == blocks[1].leaving
     assert cached_node(variant, blocks, CachedValue("", 1, 1, 1)) == find_branches(variant, blocks[1])[1]
+
+
+class WithPositions(nn.Module):
+    """A list of blocks that read a table of the stream's shape, made from the batch, besides the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 16), nn.Linear(16, 4)
+        self.table = nn.Parameter(torch.randn(1, 16, 16))
+        self.layers = nn.ModuleList(TwoLinears() for _ in range(3))
+
+    def forward(self, latent: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+        x = self.embed(latent.flatten(2).transpose(1, 2))
+        positions = torch.cos(self.table * timestep[:, None, None])
+        for layer in self.layers:
+            x = layer(x, positions)
+        return self.head(x).transpose(1, 2).unflatten(2, (4, 4))
+
+
+class TwoLinears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x + self.two(torch.relu(self.one(x * positions)))
+
+
+SMALL = ModelSpec("small", (4, 4, 4), 3, 3, output_channels=4)
+SMALL_NAMES = ("latent", "timestep", "label")
+
+
+def quantizable(module: nn.Module) -> tuple[list[str], int]:
+    """The sites that can be quantized, and how many blocks there are."""
+    variant = capture(module.eval().requires_grad_(False), SMALL, SMALL_NAMES).variants["main"]
+    return [site.name for site in find_sites(variant) if not site.refusal], len(find_blocks(variant))
+
+
+def test_a_table_of_the_shape_of_the_stream_is_no_stream() -> None:
+    names, blocks = quantizable(WithPositions())
+    assert blocks == 3
+    assert names == [f"layers.{index}.{layer}" for index in range(3) for layer in ("one", "two")]
+
+
+class TwoStreams(nn.Module):
+    """Two streams that every block mixes, over two lists with a long skip: no chain of blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.context, self.head = nn.Linear(4, 16), nn.Embedding(4, 16), nn.Linear(16, 4)
+        self.first = nn.ModuleList(MixingBlock() for _ in range(2))
+        self.second = nn.ModuleList(MixingBlock() for _ in range(2))
+        self.skip = nn.Linear(32, 16)
+
+    def forward(self, latent: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+        x, c = self.embed(latent.flatten(2).transpose(1, 2)), self.context(label)[:, None] + timestep[:, None, None]
+        for block in self.first:
+            x, c = block(x, c)
+        x = self.skip(torch.cat([x, latent.flatten(2).transpose(1, 2).repeat(1, 1, 4)], dim=-1))
+        for block in self.second:
+            x, c = block(x, c)
+        return self.head(x + c).transpose(1, 2).unflatten(2, (4, 4))
+
+
+class MixingBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        mixed = (x + c).tanh()
+        return x + self.image(mixed), c + self.text(mixed.mean(dim=1, keepdim=True))
+
+
+def test_layers_are_quantizable_without_a_chain_of_blocks() -> None:
+    """What is between the repeated parts counts too; embedders and the final layer do not."""
+    names, blocks = quantizable(TwoStreams())
+    assert blocks == 0
+    inner = [
+        f"{part}.{index}.{layer}" for part in ("first", "second") for index in range(2) for layer in ("image", "text")
+    ]
+    assert names == [*inner[:4], "skip", *inner[4:]]
+
+
+class Plain(nn.Module):
+    """Layers under names of their own, in no list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, latent: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+        x = torch.relu(self.one(latent.flatten(2).transpose(1, 2)) + timestep[:, None, None])
+        return self.three(torch.relu(self.two(x))).transpose(1, 2).unflatten(2, (4, 4))
+
+
+def test_without_lists_the_first_and_the_last_layer_are_left_alone() -> None:
+    assert quantizable(Plain()) == (["two"], 0)
+
+
+class OnlyTwo(Plain):
+    def forward(self, latent: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+        x = torch.relu(self.one(latent.flatten(2).transpose(1, 2)) + timestep[:, None, None])
+        return self.three(x).transpose(1, 2).unflatten(2, (4, 4))
+
+
+def test_a_network_of_first_and_last_layers_alone_is_not_left_alone() -> None:
+    assert quantizable(OnlyTwo()) == (["one", "three"], 0)
+
+
+def test_reusing_steps_run_no_quantizable_layer(cached: Program) -> None:
+    """Its blocks being skipped, the embedder and the final layer are no inner layers for that."""
+    assert [site.name for site in find_sites(cached.variants["reuse"]) if not site.refusal] == []
+
+
+@pytest.mark.parametrize(
+    ("equation", "ranks", "axes", "result"),
+    [
+        ("bc,co->bo", (2, 2), [["b", "c"], ["c", "o"]], ["b", "o"]),
+        ("...c, co -> ...o", (3, 2), [[".0", ".1", "c"], ["c", "o"]], [".0", ".1", "o"]),
+        ("ba,ac", (2, 2), [["b", "a"], ["a", "c"]], ["b", "c"]),
+        ("...i,...i", (3, 2), [[".0", ".1", "i"], [".1", "i"]], [".0", ".1"]),
+    ],
+)
+def test_axes_of_an_einsum(equation: str, ranks: tuple[int, ...], axes: list[list[str]], result: list[str]) -> None:
+    assert einsum_letters(equation, ranks) == (axes, result)

@@ -37,6 +37,14 @@ def test_insert_qdq_golden(planned: Program, run: Run, golden_diff: Callable[...
     golden_diff("insert-qdq", planned, run("insert-qdq", planned))
 
 
+def test_bits_that_come_to_nothing_are_said(ranged: Program, run: Run) -> None:
+    nothing = ranged.with_facts(replace(ranged.facts[Ranges], planned={}))
+    refusal = run("plan-quant", nothing).history[-1].refusals[-1]
+    assert refusal.where == "model"
+    assert refusal.reason.startswith("nothing is quantized, none of its ")
+    assert "no computing step reached it during calibration" in refusal.reason
+
+
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (0.5, 2.0), (-4.0, -1.0), (-0.17, 900.0)])
 def test_min_max_parameters_cover_the_range_and_hold_zero(low: float, high: float) -> None:
     scale, zero = affine_parameters(low, high, 0, 255, symmetric=False)

@@ -1,0 +1,172 @@
+"""The captured program is compared with its module, and models that are no functions of their inputs are refused."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qcgraph.capture import capture
+from qcgraph.errors import CaptureError
+from qcgraph.ir.edit import GraphEditor, with_edits
+from qcgraph.ir.graph import output_node
+from qcgraph.ir.program import Program
+from qcgraph.meaning import check_meaning, distance
+from qcgraph.models import LoadedModel
+from qcgraph.schedulers import make_step_plan
+from qcgraph.spec import ModelSpec
+from qcgraph.steps import StepPlan
+
+SPEC = ModelSpec("toy", (2, 4, 4), 3, 3, output_channels=2)
+NAMES = ("x", "t", "y")
+Forward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+aten = torch.ops.aten
+
+
+def plan_of(spec: ModelSpec, guidance: float = 1.5) -> StepPlan:
+    return make_step_plan("ddim", 4, guidance, spec.schedule, "digest")
+
+
+def toy(forward: Forward, rows: int = 4) -> nn.Module:
+    class Toy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classes = nn.Embedding(rows, 2)
+            self.calls, self.kept = 0, None
+
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            return forward(self, x + self.classes(y)[:, :, None, None], t, y)
+
+    return Toy().eval().requires_grad_(False)
+
+
+def check(module: nn.Module, guidance: float = 1.5) -> None:
+    check_meaning(capture(module, SPEC, NAMES), module, NAMES, plan_of(SPEC, guidance))
+
+
+def test_our_models_mean_what_they_are(captured: Program, tiny_model: LoadedModel) -> None:
+    check_meaning(captured, tiny_model.module, tiny_model.input_names, captured.facts[StepPlan])
+
+
+@pytest.mark.parametrize("change", [1e-3, -1.0])
+def test_a_program_that_computes_something_else_is_refused(
+    captured: Program, tiny_model: LoadedModel, change: float
+) -> None:
+    editor = GraphEditor(captured.variants["main"], captured.constants, "test")
+    output = output_node(editor.graph)
+    (prediction,) = output.all_input_nodes
+    with editor.before(output):
+        scaled = editor.call(aten.mul.Tensor, prediction, 1 + change, source=prediction)
+    editor.set_outputs([scaled], ["noise_prediction"])
+    wrong = with_edits(captured, {"main": editor})
+    with pytest.raises(CaptureError, match=rf"relative L2 distance {abs(change):g}, limit .* at timestep .* batch 1"):
+        check_meaning(wrong, tiny_model.module, tiny_model.input_names, captured.facts[StepPlan])
+
+
+def test_the_global_generator_stays_where_it_was(captured: Program, tiny_model: LoadedModel) -> None:
+    before = torch.get_rng_state()
+    check_meaning(captured, tiny_model.module, tiny_model.input_names, captured.facts[StepPlan])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def one_is_special(self: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return x * 2 if x.shape[0] == 1 else x
+
+
+def tracing_is_special(self: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return x * 2 if torch.compiler.is_compiling() else x
+
+
+def counts(self: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    self.calls += 1
+    return x * self.calls
+
+
+def keeps(self: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    if self.kept is None or self.kept.shape != x.shape:
+        self.kept = x
+    return x + self.kept
+
+
+def draws(self: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return x * random.random()
+
+
+def asks_for_gradients(self: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return x * 2 if torch.is_grad_enabled() else x
+
+
+def asks_for_inference(self: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return x * 2 if torch.is_inference_mode_enabled() else x
+
+
+def divides_by_zero(self: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return x / t[:, None, None, None]  # the last timestep of the plan is 0
+
+
+def null_class_is_infinite(self: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return torch.where(y[:, None, None, None] == 3, float("inf"), x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (one_is_special, "computes something else than the model: .* batch 1"),
+        (tracing_is_special, "computes something else than the model"),
+        (counts, "another result each time"),
+        (keeps, "another result each time|computes something else"),
+        (draws, "another result each time"),
+        (asks_for_gradients, "depends on whether gradients are recorded"),
+        (asks_for_inference, "depends on whether gradients are recorded"),
+        (divides_by_zero, "not finite at timestep 0"),
+        (null_class_is_infinite, r"not finite at .*class labels \[3"),
+        (lambda self, x, t, y: x.squeeze(0), r"gives \[1, 2, 4, 4\] and the model \[2, 4, 4\] at .* batch 1"),
+    ],
+)
+def test_what_is_no_function_of_its_inputs_is_refused(forward: Forward, reason: str) -> None:
+    with pytest.raises(CaptureError, match=reason):
+        check(toy(forward))
+
+
+def test_a_null_class_without_a_row_is_said_under_guidance_only() -> None:
+    module = toy(lambda self, x, t, y: x, rows=3)
+    check(module, guidance=1.0)
+    with pytest.raises(CaptureError, match=r"called at timestep .* class labels \[3\]: index out of range"):
+        check(module)
+
+
+def test_half_precision_is_said_to_be_that() -> None:
+    module = toy(lambda self, x, t, y: F.conv2d(x, self.kernel))
+    module.kernel = nn.Parameter(torch.ones(2, 2, 1, 1).half(), requires_grad=False)
+    with pytest.raises(CaptureError, match="the model's parameters are float16") as caught:
+        check(module)
+    assert "model.float()" in str(caught.value.hint)
+
+
+def test_a_result_of_zeros_is_no_difference() -> None:
+    check(toy(lambda self, x, t, y: x * 0))
+
+
+def test_distance_is_that_of_the_worst_sample() -> None:
+    one = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    assert distance(one, one) == 0
+    assert distance(one + torch.tensor([[0.0, 5.0], [0.0, 0.1]]), one) == pytest.approx(1.0)
+    assert distance(torch.ones(1, 2), torch.zeros(1, 2)) == float("inf")
+    assert distance(torch.full((1, 2), float("nan")), torch.ones(1, 2)) == float("inf")
+
+
+def test_large_models_are_called_a_few_times(tiny_model: LoadedModel, captured: Program) -> None:
+    calls = []
+    handle = tiny_model.module.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("qcgraph.meaning.MACS", 1)
+            check_meaning(captured, tiny_model.module, tiny_model.input_names, captured.facts[StepPlan])
+    finally:
+        handle.remove()
+    assert sum(calls) <= 6
