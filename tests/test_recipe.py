@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 from qcgraph.errors import UsageError
 from qcgraph.pipeline import Pipeline
-from qcgraph.recipe import PRESETS, Recipe, Scheduler, preset_names
-from qcgraph.schedulers import SCHEDULERS, make_step_plan
-from qcgraph.spec import FLOW, NoiseSchedule
+from qcgraph.recipe import PRESETS, Recipe, preset_names
 
 
 def test_presets() -> None:
@@ -233,11 +231,3 @@ def test_what_is_no_recipe_is_refused(given: Any, what: str) -> None:
         Recipe.of(given)
     assert what in caught.value.message
     assert caught.value.hint
-
-
-def test_the_schedulers_of_recipes_are_those_that_compile() -> None:
-    for name in get_args(Scheduler):
-        prediction = FLOW if name == "flow-euler" else "epsilon"
-        plan = make_step_plan(name, 3, 1.0, NoiseSchedule(prediction=prediction), "0" * 16)
-        assert len(plan) == 3
-    assert set(get_args(Scheduler)) <= set(SCHEDULERS)

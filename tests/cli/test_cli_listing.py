@@ -102,7 +102,14 @@ def test_dry_run_writes_nothing(qcgraph: Command, tmp_path: Path, monkeypatch: p
     assert data["bundle"] is None
     assert data["recipe"]["cache"]["schedule"] == "budget=0.35"
     assert data["cache"]["planned"] is None
-    assert [row["text"] for row in data["passes"]] == ["plan-cache{budget=0.35 history=3}", "insert-cache"]
+    assert [row["text"] for row in data["passes"]] == [
+        "plan-cache{budget=0.35 history=3}",
+        "insert-cache",
+        "drop-variants",
+        "insert-forecast",
+        "lower-linear",
+    ]
+    assert "24 of 34 linear layers planned" in done.out
 
 
 def test_stop_after_prints_the_program(qcgraph: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
