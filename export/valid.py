@@ -29,7 +29,7 @@ def load_graph(path: Path) -> ir.Model:
     Raises:
         BundleError: it is no ONNX graph, or takes weights from a file that is not in its folder.
     """
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from onnxscript import ir
 
     try:

@@ -134,8 +134,13 @@ def recorded_hashes(data: Mapping[str, Any]) -> dict[str, str] | None:
     files = data.get("files")
     if not isinstance(data.get("qcgraph"), str) or not isinstance(files, dict):
         return None
-    hashes = {name: entry.get("sha256") if isinstance(entry, dict) else None for name, entry in files.items()}
-    return hashes if all(is_sha256(value) for value in hashes.values()) else None
+    hashes: dict[str, str] = {}
+    for name, entry in files.items():
+        digest = entry.get("sha256") if isinstance(entry, dict) else None
+        if not is_sha256(digest):
+            return None
+        hashes[name] = str(digest)
+    return hashes
 
 
 def is_sha256(value: object) -> bool:
