@@ -74,9 +74,8 @@ def _onnxruntime_runner(bundle: Bundle, threads: int | None) -> Runner:
     exact = target_named(bundle.manifest.target).may_saturate
     graphs = [f"{variant}.onnx" for variant in bundle.interfaces]
     with reading(bundle, [*graphs, WEIGHTS]) as files:
-        weights = files.get(WEIGHTS)
-        check = {} if weights is None else {"check": weights.check}
-        runner = OnnxRuntimeRunner(bundle.path, bundle.interfaces, threads, exact=exact, **check)
+        check = files[WEIGHTS].check if WEIGHTS in files else None
+        runner = OnnxRuntimeRunner(bundle.path, bundle.interfaces, threads, exact=exact, check=check)
         runner.load()
     return runner
 
