@@ -26,8 +26,8 @@ from qcgraph.spec import ModelSpec, preparation
 from qcgraph.steps import Step, StepPlan
 
 FLIPS = 1.5  # how far above the distance that flipped codes make in the program they may take a graph
-# How many times the program's own rounding another evaluation may be off. One that leaves roundings out is at most as far
-# from float64 as the program, one that makes more of them perhaps twice as far; the two are that far apart together.
+# How many times the program's own rounding another evaluation may be off. One that leaves roundings out is at most as
+# far from float64 as the program, one that makes more of them perhaps twice as far; the distances add up.
 ROUNDINGS = 3.0
 # Exponentials, tangents and error functions of a runtime, and products of integers that are scaled, are right to this,
 # relatively: a few units in the last place of float32, in which they are computed whatever the type around them.

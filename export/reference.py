@@ -114,7 +114,7 @@ class Perturbed(fx.Interpreter):
             return super().run_node(n)
         (value, *parameters), _ = self.fetch_args_kwargs_from_env(n)
         wide = value.float()
-        # Quotients may be rounded too, which is relative to each; zeros are exact, those of the other region among them.
+        # Quotients may be rounded too, each by its size. Zeros are exact, as those of the other region are.
         size = torch.hypot(wide * unit_roundoff(value.dtype), self._rounding[n.name] * wide.square().mean().sqrt())
         noise = torch.randn(wide.shape, generator=self._generator) * size * (wide != 0)
         return n.target((wide + noise).to(value.dtype), *parameters)
@@ -244,12 +244,12 @@ class _Quotients:
             values[argument] if isinstance(argument, fx.Node) else argument for argument in node.args
         )
         self._scale, self._zero_point = (along(self._limits[-1], item, value.dim()) for item in (scale, zero_point))
-        self._quotients = (value / self._scale).to(dtype).double()
+        self._exact = value / self._scale
         self._dtype = dtype
 
     def codes(self, factor: float = 1.0) -> torch.Tensor:
-        """Return the codes of the quotients times a factor."""
-        quotients = self._quotients * factor
+        """Return the codes of the quotients times a factor, rounded to their type."""
+        quotients = (self._exact * factor).to(self._dtype).double()
         low, high = self._limits[:2]
         if self._zero_point.is_floating_point():  # of 8 bits
             return quotients.clamp(low, high).float().to(self._zero_point.dtype)

@@ -16,7 +16,7 @@ import pytest
 from qcgraph.export.check import Check
 from qcgraph.export.emit import tensor_places
 from qcgraph.export.exported_sites import parameters
-from qcgraph.export.parity import ARITHMETIC, SAMPLES
+from qcgraph.export.parity import ROUNDINGS, SAMPLES
 from qcgraph.export.targets import TARGETS, Target
 from qcgraph.export.verify import verify_export
 from qcgraph.facts import QuantPlan
@@ -26,6 +26,7 @@ from qcgraph.progress import Progress
 TARGET = TARGETS["onnxruntime-cpu"]
 SITE = "blocks.1.mlp.fc1"
 TOKENS = 16
+TIGHT = 5e-6  # relative L2 of float32 arithmetic in a few dozen operators
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +82,8 @@ def test_unquantized_graphs_are_exact(unquantized: Any) -> None:
         ("full", "parity of cache_0"),
         ("reuse", "parity of noise_prediction"),
     }
-    assert all(check.value <= check.limit == ARITHMETIC["f32"].exact for check in parity.values())
+    assert all(check.value <= check.limit < TIGHT for check in parity.values())
+    assert all(f"{ROUNDINGS:g} times what the program rounds" in check.detail for check in parity.values())
 
 
 def test_quantized_graphs_pass(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +93,7 @@ def test_quantized_graphs_pass(compiled: Any, monkeypatch: pytest.MonkeyPatch) -
     assert checks["full", "int8 kernels"].detail == "8 linears in int8, none of them left in float"
     assert checks["full", "site exactness"].value < 1e-6
     assert checks["full", "weight codes"].value == TARGET.weight_high
-    assert checks["reuse", "parity of noise_prediction"].limit == ARITHMETIC["f32"].exact  # nothing is quantized in it
+    assert checks["reuse", "parity of noise_prediction"].limit < TIGHT  # nothing is quantized in it
     assert ("reuse", "site exactness") not in checks
 
 
@@ -198,6 +200,60 @@ def test_zero_point_of_a_weight_is_found(compiled: Any, copy: Path) -> None:
     assert checks["full", "scales and zero points"].detail.endswith(": asymmetric")
 
 
+def follow(graph: onnx.GraphProto, name: str, op_type: str) -> onnx.NodeProto:
+    """The first node of a type that a value reaches through nodes that alone read each other."""
+    node = reader(graph, name)
+    while node.op_type != op_type:
+        node = reader(graph, node.output[0])
+    return node
+
+
+def zero_point_of_product(graph: onnx.GraphProto) -> tuple[onnx.NodeProto, int]:
+    """Let the product have a zero point of its own: one off in the quantizer as well would be none."""
+    product = reader(graph, f"{SITE}.weight_codes_t")
+    selection = onnx.NodeProto()
+    selection.CopyFrom(next(node for node in graph.node if product.input[2] in node.output))
+    selection.name = selection.output[0] = product.input[2] = "zero_point_of_product"
+    graph.node.insert(list(graph.node).index(product), selection)
+    return next(node for node in graph.node if node.name == selection.name), 0
+
+
+Fault = tuple[Callable[[onnx.GraphProto], tuple[onnx.NodeProto, int]], Callable[[np.ndarray], np.ndarray]]
+FAULTS: dict[str, Fault] = {
+    "zero point off by one": (zero_point_of_product, lambda values: values + np.uint8(1)),
+    "wrong bias": (lambda graph: (follow(graph, f"{SITE}.weight_codes_t", "Add"), 1), lambda values: values + 0.001),
+    "codes of other outputs": (
+        lambda graph: (reader(graph, f"{SITE}.weight_codes_t"), 1),
+        lambda values: np.roll(values, 1, axis=1),
+    ),
+    "swapped axes": (
+        lambda graph: (reader(graph, f"{SITE}.weight_codes_t"), 1),
+        lambda values: values.T.reshape(values.shape),
+    ),
+    "scale": (lambda graph: (reader(graph, f"{SITE}.weight_scale"), 1), lambda values: values * np.float32(1.00001)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found_at_its_site(compiled: Any, copy: Path, fault: str) -> None:
+    find, change = FAULTS[fault]
+    with altered(copy) as graph:
+        node, position = find(graph)
+        tensor = next(item for item in graph.initializer if item.name == node.input[position])
+        values = onnx.numpy_helper.to_array(tensor, str(copy))
+        graph.initializer.append(onnx.numpy_helper.from_array(change(values).astype(values.dtype), "faulty"))
+        node.input[position] = "faulty"
+        if fault.startswith(("codes", "swapped")):  # the site is found by them
+            node.input[position] = f"{SITE}.weight_codes_t"
+            graph.initializer[-1].name = node.input[position]
+            graph.initializer.remove(tensor)
+    check = verify(compiled, copy)["full", "site exactness"]
+    assert not check.passed
+    assert f" {SITE} " in check.detail.partition("too far:")[2]
+    assert check.value > check.limit
+    assert check.limit < TIGHT
+
+
 def test_wrong_group_is_found(compiled: Any, copy: Path) -> None:
     """Scales of the groups in another order: every site is still a sound int8 linear, of another step."""
     change_tensor(copy, f"{SITE}.input_scale", lambda table: table[::-1], np.float32)
@@ -226,7 +282,7 @@ def test_forecasts_pass(forecasting: Any) -> None:
     checks = verify(forecasting)
     assert failed(checks) == []
     assert {variant for variant, _ in checks} == {"full", "reuse", "reuse_1"}
-    assert checks["reuse", "parity of noise_prediction"].value < ARITHMETIC["f32"].exact
+    assert checks["reuse", "parity of noise_prediction"].value < TIGHT
 
 
 def test_a_forecast_of_another_step_is_found(forecasting: Any, tmp_path: Path) -> None:
