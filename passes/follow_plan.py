@@ -37,8 +37,12 @@ class FollowPlan(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.plan:
+        if not self.plan:
+            return
+        try:
             TimedSchedule.parse(self.plan)
+        except UsageError as error:
+            raise UsageError(error.message, where=f"pass {self.name}, option plan", hint=error.hint) from None
 
     def run(self, program: Program, context: PassContext) -> Program:
         if not self.plan:

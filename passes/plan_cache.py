@@ -14,7 +14,7 @@ from qcgraph.facts import NO_BLOCK, CachedValue, CachePlan
 from qcgraph.ir.graph import Variant, spec_of
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import Block, cached_node, find_blocks, find_branches
-from qcgraph.options import option
+from qcgraph.options import SHOWN, option
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.schedule import CONDITIONAL, FULL, spread, uniform
 from qcgraph.steps import StepPlan
@@ -146,7 +146,11 @@ def _bounds(part: str, blocks: int) -> tuple[int, int]:
     words = {"all": (0, blocks - 1), "guidance": (NO_BLOCK, NO_BLOCK)}
     match = _RANGE.fullmatch(part)
     if match is None and part not in words:
-        raise UsageError(f"block range {part!r}", hint="write all, guidance, or first..last such as 2..9")
+        raise UsageError(
+            f"block range {part[:SHOWN]!r}",
+            where="pass plan-cache, option blocks",
+            hint="write all, guidance, or first..last such as 2..9",
+        )
     return (int(match[1]), int(match[2])) if match else words[part]
 
 

@@ -96,7 +96,8 @@ def check_options(pass_: Any) -> None:
         hints = [hint for hint in (bounds.hint, guess, f"see qcgraph passes {pass_.name}") if hint]
         option_name = item.name.replace("_", "-")
         raise UsageError(
-            f"pass {pass_.name!r}, option {option_name}: {shown(value)} is not {_wanted(kind, bounds)}",
+            f"{option_name} {shown(value)} is not {_wanted(kind, bounds)}",
+            where=f"pass {pass_.name}, option {option_name}",
             hint="; ".join(hints),
         )
 

@@ -98,7 +98,7 @@ def test_labels_are_balanced_and_seeded(tiny_model: LoadedModel) -> None:
 
 
 def test_calibration_needs_a_trajectory(captured: Program, run: Run) -> None:
-    with pytest.raises(UsageError, match="-1 trajectories"):
+    with pytest.raises(UsageError, match="trajectories -1"):
         run("calibrate{trajectories=-1}", captured)
 
 

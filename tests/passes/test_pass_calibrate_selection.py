@@ -150,7 +150,7 @@ def test_batches_of_trajectories_change_nothing(cached: Program, run: Run, monke
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"), [("selection=best", "selection"), ("selection=tap samples=-1", "-1 calibration samples")]
+    ("options", "reason"), [("selection=best", "selection"), ("selection=tap samples=-1", "samples -1")]
 )
 def test_bad_options(cached: Program, run: Run, options: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):

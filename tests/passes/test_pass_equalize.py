@@ -224,7 +224,7 @@ def test_bad_strengths(captured: Program, run: Run, strength: str) -> None:
 
 
 def test_it_needs_a_trajectory(captured: Program, run: Run) -> None:
-    with pytest.raises(UsageError, match="-1 trajectories"):
+    with pytest.raises(UsageError, match="trajectories -1"):
         run("equalize{trajectories=-1}", captured)
 
 

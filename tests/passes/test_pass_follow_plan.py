@@ -111,7 +111,7 @@ def test_nothing_to_follow_where_nothing_reuses(captured: Program, run: Run) -> 
         ("follow-plan{plan=888-111:F1}", "timestep 777 in the mode reuse_1, which this compilation has not"),
         ("follow-plan{plan=888-111:RF}", "timestep 888, the first one, is to reuse"),
         ("follow-plan{plan=888:}", "cannot read '888:'"),
-        ("rehearse-steps{trajectories=0}", "0 trajectories"),
+        ("rehearse-steps{trajectories=0}", "trajectories 0"),
     ],
 )
 def test_refused(split: Program, run: Run, text: str, message: str) -> None:

@@ -188,7 +188,7 @@ def test_memory_bounds_the_trajectories(
         ("gap=0", "gap 0"),
         ("rounds=-1", "rounds -1"),
         ("interval=0", "interval 0"),
-        ("trajectories=0", "0 trajectories"),
+        ("trajectories=0", "trajectories 0"),
         ("budget=0.11 trajectories=2", "no schedule costs at most 0.11 of computing every step"),
         ("strategy=best", "option strategy"),
     ],

@@ -146,7 +146,7 @@ def test_float8_covers_the_range_of_each_group(ranged: Program, run: Run) -> Non
     assert site.activation.zero_points == (0, 0, 0)
     largest = [scale * 448 for scale in site.activation.scales]
     assert largest == pytest.approx([1.0, 2.0, 3.0])
-    with pytest.raises(UsageError, match="no format 'fp4'"):
+    with pytest.raises(UsageError, match="format 'fp4' is not int, fp8"):
         run("plan-quant{format=fp4}", ranged)
 
 

@@ -196,7 +196,7 @@ def test_attention_that_was_not_split_is_none(sharp: Program, run: Run) -> None:
 
 @pytest.mark.parametrize("bits", [2, 9])
 def test_other_bits_are_refused(split: Program, run: Run, bits: int) -> None:
-    with pytest.raises(UsageError, match=f"{bits} bits"):
+    with pytest.raises(UsageError, match=f"bits {bits}"):
         run(f"quantize-attention{{bits={bits}}}", split)
 
 
