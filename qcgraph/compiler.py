@@ -7,7 +7,7 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,7 +34,6 @@ from qcgraph.least_bits import compile_with_least, is_asked_for
 from qcgraph.meaning import check_meaning
 from qcgraph.memory import release_memory
 from qcgraph.models import LoadedModel, load_model
-from qcgraph.obstacles import unwrapped
 from qcgraph.origin import SOURCE
 from qcgraph.pipeline import Instrument, Pass, Pipeline
 from qcgraph.plan_file import PlanFile
@@ -277,7 +276,6 @@ def _captured(
     progress.note("capturing with torch.export")
     sampling = recipe.sampling
     with timer.stage(f"capture{suffix}"):
-        loaded = replace(loaded, module=unwrapped(loaded.module))
         program = capture(loaded.module, loaded.spec, loaded.input_names)
         plan = make_step_plan(
             sampling.scheduler, sampling.steps, sampling.guidance, loaded.spec.schedule, program.constants_digest

@@ -62,6 +62,7 @@ LAYERS = {
             "qcgraph.spec",
             "qcgraph.steps",
             "qcgraph.tensors",
+            "qcgraph.wrappers",
         ),
         torch=False,
     ),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from qcgraph.models.judge import Judge
 from qcgraph.spec import ModelSpec
+from qcgraph.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,7 +19,8 @@ class LoadedModel:
     """A denoiser that is ready to be captured.
 
     Attributes:
-        module: the network, in evaluation mode, frozen, float32. It returns one tensor, [B, C_out, H, W].
+        module: the network, in evaluation mode, frozen, float32. It returns one tensor, [B, C_out, H, W]. Wrappers that
+            compile it or spread it over devices are taken off.
         spec: what the host must know of it.
         input_names: names of the module's forward parameters in the order latent [B, C, H, W], timestep [B],
             class label [B].
@@ -31,3 +33,6 @@ class LoadedModel:
     spec: ModelSpec
     input_names: tuple[str, str, str]
     judge: Callable[[], Judge] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "module", unwrapped(self.module))
