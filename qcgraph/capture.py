@@ -15,8 +15,9 @@ from qcgraph.ir.contractions import contract_by_linears
 from qcgraph.ir.graph import DTYPE_NAMES, Variant, copy_graph, is_name, returned_nodes, spec_of
 from qcgraph.ir.identities import is_identity, simplify
 from qcgraph.ir.program import Program, used_constants
-from qcgraph.obstacles import refuse_module, refuse_operator, refuse_trace, unwrapped
+from qcgraph.obstacles import refuse_module, refuse_operator, refuse_trace
 from qcgraph.spec import OUTPUT, Interface, ModelSpec
+from qcgraph.wrappers import unwrapped
 
 INPUTS = ("latent", "timestep", "class_label")
 MAX_BATCH = 4096

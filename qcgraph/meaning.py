@@ -13,9 +13,10 @@ from qcgraph.capture import INPUTS
 from qcgraph.errors import CaptureError
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites, total_macs
-from qcgraph.obstacles import call_error, first_line, unwrapped
+from qcgraph.obstacles import call_error, first_line
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
+from qcgraph.wrappers import unwrapped
 
 # None of them is that of the trace. A batch of one is where sizes of one are mistaken; two alike in a row are what a
 # cache between calls would confuse.
@@ -155,8 +156,8 @@ class _Comparison:
                 f"the captured program computes something else than the model: relative L2 distance {apart:.3g}, "
                 f"limit {limit:.3g}, at {call.where}",
                 where=self._name,
-                hint="torch.export saw the model take another way than it takes when it is called: look for branches on "
-                "sizes or modes, for values computed by NumPy or Python, and for state that is kept between calls",
+                hint="torch.export saw the model take another way than it takes when it is called: look for branches "
+                "on sizes or modes, for values computed by NumPy or Python, and for state that is kept between calls",
             )
         return expected
 

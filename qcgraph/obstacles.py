@@ -20,18 +20,6 @@ _OWN = (Path(torch.__file__).parent, Path(__file__).parent, Path(torch.utils.__f
 _LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<code>[^\n]*)')
 _CONSTANT = re.compile(r"to be a constant \((\d+)\)")
 TABLE = "ADMITTED in qcgraph/ir/admitted.py"
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module in the wrappers that compile it or spread it over devices; they do not change what it computes."""
-    while True:
-        inner = getattr(module, "_orig_mod", None)  # of torch.compile
-        if isinstance(module, WRAPPERS):
-            inner = module.module
-        if not isinstance(inner, nn.Module):
-            return module
-        module = inner
 
 
 def refuse_module(module: nn.Module, spec: ModelSpec) -> None:

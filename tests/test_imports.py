@@ -64,6 +64,7 @@ LAYERS = {
             "qcgraph.spec",
             "qcgraph.steps",
             "qcgraph.tensors",
+            "qcgraph.wrappers",
         ),
         torch=False,
     ),

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import qcgraph
 from qcgraph.capture import capture
-from qcgraph.errors import CaptureError
+from qcgraph.compiler import compile_model
+from qcgraph.errors import CaptureError, UsageError
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.graph import output_node
 from qcgraph.ir.program import Program
 from qcgraph.meaning import check_meaning, distance
 from qcgraph.models import LoadedModel
+from qcgraph.recipe import Recipe
 from qcgraph.schedulers import make_step_plan
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
@@ -170,3 +174,61 @@ def test_large_models_are_called_a_few_times(tiny_model: LoadedModel, captured: 
     finally:
         handle.remove()
     assert sum(calls) <= 6
+
+
+class Rotating(nn.Module):
+    """A block whose projections are einsums, and which rotates by writing into slices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(size) / 4) for size in ((16, 32), (32, 16)))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        wide = torch.einsum("btc,co->bto", x + c, self.up)
+        turned = torch.zeros_like(wide)
+        turned[..., 0::2] = wide[..., 1::2]
+        turned[..., 1::2] = -wide[..., 0::2]
+        return torch.einsum("btc,co->bto", torch.relu(turned), self.down).squeeze(1)
+
+
+class Streams(nn.Module):
+    """Two streams through the same blocks: there is no chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.classes, self.head = nn.Linear(2, 16), nn.Embedding(4, 16), nn.Linear(16, 2)
+        self.blocks = nn.ModuleList(Rotating() for _ in range(2))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        z, c = self.embed(x.flatten(2).transpose(1, 2)), self.classes(y)[:, None] + torch.cos(t / 100)[:, None, None]
+        for block in self.blocks:
+            moved = block(z, c)
+            z, c = z + moved, c + moved.mean(dim=1, keepdim=True)
+        return self.head(z).transpose(1, 2).unflatten(2, (4, 4))
+
+
+@pytest.fixture(scope="module")
+def streams() -> LoadedModel:
+    torch.manual_seed(0)
+    return LoadedModel(Streams().eval().requires_grad_(False), SPEC, NAMES)
+
+
+def recipe(**overrides: object) -> Recipe:
+    return Recipe().override(steps=4, target="onnxruntime-cpu", compensation="off", **overrides)
+
+
+def test_a_bundle_computes_what_the_model_computes(streams: LoadedModel, tmp_path: Path) -> None:
+    """Written in place, with einsums and without a chain of blocks: all of it is quantized, in ONNX Runtime too."""
+    with torch.inference_mode():
+        bundle = qcgraph.compile(streams, recipe(bits="w8a8", cache="off"), output=tmp_path / "bundle")
+    assert bundle.report["quantized_sites"] == 4
+    latent = torch.randn(2, 2, 4, 4)
+    timestep, labels = torch.full((2,), bundle.plan.timesteps[0]), torch.tensor([0, 3])
+    found = qcgraph.load(bundle.path)(latent, timestep, labels)
+    found = getattr(found, "sample", found)
+    assert distance(torch.as_tensor(found), streams.module(latent, timestep, labels)) < 0.02
+
+
+def test_caching_without_a_chain_of_blocks_is_refused_in_words(streams: LoadedModel) -> None:
+    with pytest.raises(UsageError, match="no chain of blocks to cache"):
+        compile_model(streams, recipe(bits="w8a8", cache="interval=2"), None, dry_run=True)

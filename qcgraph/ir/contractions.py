@@ -134,7 +134,8 @@ class _Rewriter:
         return _Product(operands[1 - where], weight, ordered, name, bias if isinstance(bias, fx.Node) else None, gain)
 
     def _convolution(self, node: fx.Node) -> _Product | None:
-        activation, weight, bias, stride, padding, _, groups = (*node.args, *_DEFAULTS[len(node.args) :])
+        arguments: tuple[Any, ...] = (*node.args, *_DEFAULTS[len(node.args) :])
+        activation, weight, bias, stride, padding, _, groups = arguments
         value = self._value(weight) if isinstance(weight, fx.Node) else None
         if value is None or MATMULS[node.target].startswith("conv_transpose") or groups != 1:
             return None

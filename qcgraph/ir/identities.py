@@ -31,7 +31,7 @@ def is_identity(node: fx.Node) -> bool:
     if not isinstance(source, fx.Node):
         return False
     if node.target is aten.dropout.default:
-        return not node.args[2] or node.args[1] == 0
+        return not node.args[2] or bool(node.args[1] == 0)
     if node.target in SAME_VALUE:
         return bool(node.meta["val"].dtype == source.meta["val"].dtype)
     if node.target in SQUEEZES or node.target in KEEPING_SHAPE:
@@ -48,7 +48,7 @@ def simplify(graph: fx.Graph) -> None:
         elif node.target is aten.copy.default:
             written, source = node.args[:2]
             if _type(written) == _type(source):
-                node.replace_all_uses_with(source)  # type: ignore[arg-type]
+                node.replace_all_uses_with(source)
                 graph.erase_node(node)
 
 

@@ -354,7 +354,8 @@ def _macs(node: fx.Node, kind: str) -> int:
     elif kind == "einsum":
         macs = _einsum_macs(node, operands)
     elif kind == "tensordot":
-        macs = output * prod(operands[0][axis] for axis in node.args[2])  # type: ignore[union-attr, index]
+        summed: Any = node.args[2]
+        macs = output * prod(operands[0][axis] for axis in summed)
     elif kind == "bilinear":
         macs = output * operands[0][-1] * operands[1][-1]
     elif kind == "multi_dot":

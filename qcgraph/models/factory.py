@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from qcgraph.errors import QcgraphError, UsageError
 from qcgraph.models.loaded import LoadedModel
+from qcgraph.wrappers import unwrapped as without_wrappers
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 _EXPECTED = "a factory takes no arguments and returns a qcgraph.models.LoadedModel"
 
@@ -67,15 +68,11 @@ def unwrapped(model: LoadedModel, where: str) -> LoadedModel:
 
     if not isinstance(model.module, torch.nn.Module):
         raise UsageError(f"the module is a {type(model.module).__name__}", where=where, hint="give a torch.nn.Module")
-    module: nn.Module = model.module
-    notes: list[str] = []
-    while True:
-        is_parallel = isinstance(module, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel))
-        inner: Any = module.module if is_parallel else getattr(module, "_orig_mod", None)  # that of torch.compile
-        if not isinstance(inner, torch.nn.Module):
-            return replace(model, module=module, notes=(*model.notes, *notes)) if notes else model
-        notes.append(f"the model is taken out of its wrapper {type(module).__name__}")
-        module = inner
+    inner = without_wrappers(model.module)
+    if inner is model.module:
+        return model
+    note = f"the model is taken out of its wrapper {type(model.module).__name__}"
+    return replace(model, module=inner, notes=(*model.notes, note))
 
 
 def check_parameters(model: LoadedModel, where: str) -> None:

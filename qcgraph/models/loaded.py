@@ -18,7 +18,8 @@ class LoadedModel:
     """A denoiser that is ready to be captured.
 
     Attributes:
-        module: the network, in evaluation mode, frozen, float32. It returns one tensor, [B, C_out, H, W].
+        module: the network, in evaluation mode, frozen, float32. It returns one tensor, [B, C_out, H, W]. Wrappers that
+            compile it or spread it over devices are taken off.
         spec: what the host must know of it.
         input_names: names of the module's forward parameters in the order latent [B, C, H, W], timestep [B],
             class label [B].

@@ -46,6 +46,10 @@ SPEC = ModelSpec(name="mine", latent_shape=(1, 4, 4), class_count=2, null_class=
 
 def good():
     return LoadedModel(Denoiser(), SPEC, ("latent", "when", "label"))
+def compiled():
+    return LoadedModel(__import__("torch").compile(Denoiser()), SPEC, ("latent", "when", "label"))
+def parallel():
+    return LoadedModel(nn.DataParallel(Denoiser()), SPEC, ("latent", "when", "label"))
 def judged():
     return LoadedModel(Denoiser(), SPEC, ("latent", "when", "label"), judge=lambda: JUDGE)
 def unsupported():
@@ -269,6 +273,11 @@ def test_factory(factory_module: str) -> None:
     assert_ready(model)
     assert model.spec.name == "mine"
     assert model.judge is None
+
+
+@pytest.mark.parametrize("factory", ["compiled", "parallel"])
+def test_wrappers_of_a_factorys_module_are_taken_off(factory_module: str, factory: str) -> None:
+    assert type(load_model(f"{factory_module}:{factory}").module).__name__ == "Denoiser"
 
 
 def test_factory_may_supply_a_judge(factory_module: str) -> None:
