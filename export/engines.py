@@ -98,6 +98,9 @@ def default_provider(bundle: Bundle) -> str:
     return target if target in tensorrt.PROVIDERS else "tensorrt-rtx"
 
 
+MOST_AT_ONCE = 2**20  # of latents in a batch
+
+
 def parse_batch(text: str) -> Batch:
     """The batches of ``MIN,OPT,MAX``.
 
@@ -111,6 +114,8 @@ def parse_batch(text: str) -> Batch:
         raise UsageError(f"{text!r} is not three whole numbers", where="--batch", hint=hint) from None
     if minimum < 1:
         raise UsageError(f"the smallest batch is 1, not {minimum}", where="--batch", hint=hint)
+    if maximum > MOST_AT_ONCE:
+        raise UsageError(f"a batch of {maximum} is too large", where="--batch", hint=f"{MOST_AT_ONCE} at most")
     if not minimum <= optimum <= maximum:
         raise UsageError(f"{text!r} does not rise", where="--batch", hint=hint)
     return Batch(minimum=minimum, optimum=optimum, maximum=maximum)

@@ -545,7 +545,7 @@ def encode(fact: Any) -> Any:
 
 def decode(kind: type[Fact], data: Any) -> Fact:
     """A dataclass from JSON data; raises pydantic's ValidationError on data of another shape."""
-    return cast(Fact, _adapter(kind).validate_python(data))
+    return cast(Fact, _adapter(cast(Any, kind)).validate_python(data))
 
 
 @cache

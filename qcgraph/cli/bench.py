@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qcgraph.cli.output import (
+    MOST_SAMPLES,
+    MOST_THREADS,
     JsonOption,
     count_text,
     print_fields,
@@ -18,7 +20,7 @@ from qcgraph.cli.output import (
     print_table,
     size_text,
 )
-from qcgraph.errors import UsageError
+from qcgraph.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from qcgraph.benchmark.report import BenchReport, Row
@@ -41,13 +43,16 @@ def bench_command(
             "onnxruntime-static, openvino-fp32, nncf-int8; or all.",
         ),
     ] = "torch,onnxruntime-fp32",
-    samples: Annotated[int, typer.Option(metavar="N", help="How many samples are drawn at once.")] = 1,
+    samples: Annotated[
+        int, typer.Option(metavar="N", max=MOST_SAMPLES, help="How many samples are drawn at once.")
+    ] = 1,
     batches: Annotated[
         str, typer.Option(metavar="LIST", help="Samples at once to give the throughput at; '' for none.")
     ] = "1,4,16",
-    rounds: Annotated[int, typer.Option(metavar="N", help="How often everyone is timed.")] = 5,
+    rounds: Annotated[int, typer.Option(metavar="N", max=MOST_SAMPLES, help="How often everyone is timed.")] = 5,
     threads: Annotated[
-        int | None, typer.Option(metavar="N", help="How many threads each may use; by default all cores.")
+        int | None,
+        typer.Option(metavar="N", max=MOST_THREADS, help="How many threads each may use; by default all cores."),
     ] = None,
     forward_only: Annotated[
         bool, typer.Option("--forward-only", help="Time a few steps instead of whole sampling.")
@@ -90,10 +95,13 @@ def parse_batches(text: str) -> tuple[int, ...]:
         UsageError: something in it is not a whole number.
     """
     try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
+        batches = tuple(int(part) for part in text.split(",") if part.strip())
+        if max(batches, default=1) <= MOST_SAMPLES:
+            return batches
+        raise UsageError(f"{shown(text)} is too many", where="--batches", hint=f"{MOST_SAMPLES} at once at most")
     except ValueError:
         raise UsageError(
-            f"{text!r} is not a list of whole numbers", where="--batches", hint="for example --batches 1,4,16"
+            f"{shown(text)} is not a list of whole numbers", where="--batches", hint="for example --batches 1,4,16"
         ) from None
 
 

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qcgraph.cli.output import JsonOption, count_text, finite, print_heading, print_json, print_table
+from qcgraph.cli.output import (
+    MOST_SAMPLES,
+    MOST_THREADS,
+    JsonOption,
+    count_text,
+    finite,
+    print_heading,
+    print_json,
+    print_table,
+)
 from qcgraph.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -30,11 +39,14 @@ MOMENTS = 5  # steps at which the error of the latent is printed; the JSON has a
 def eval_command(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that qcgraph compile wrote.")],
     samples: Annotated[
-        int | None, typer.Option(metavar="N", help="Samples of each seed; by default 128, of large models fewer.")
+        int | None,
+        typer.Option(
+            metavar="N", max=MOST_SAMPLES, help="Samples of each seed; by default 128, of large models fewer."
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option(metavar="N", help="How many seeds.")] = 3,
+    seeds: Annotated[int, typer.Option(metavar="N", max=MOST_SAMPLES, help="How many seeds.")] = 3,
     seed: Annotated[
-        int, typer.Option(metavar="S", help="Which seeds: another number shares no noise with this one.")
+        int, typer.Option(metavar="S", max=2**31, help="Which seeds: another number shares no noise with this one.")
     ] = 0,
     metrics: Annotated[
         str | None,
@@ -51,7 +63,9 @@ def eval_command(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FOLDER", help=f"The folder to write: {', '.join(FILES)}.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(metavar="N", help="How many threads; by default all cores.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", max=MOST_THREADS, help="How many threads; by default all cores.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Measure what a bundle costs in quality, and which part of it.

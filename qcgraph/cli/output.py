@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 1000  # columns when nobody looks: nothing is wrapped or cut
 
+MOST_SAMPLES = 1_000_000  # of anything that is counted on the command line
+MOST_SEED = 2**63 - 1  # what a file of samples can hold
+MOST_THREADS = 4096
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 

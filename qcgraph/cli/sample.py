@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qcgraph.cli.output import count_text
+from qcgraph.cli.output import MOST_SAMPLES, MOST_SEED, MOST_THREADS, count_text
 from qcgraph.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -25,13 +25,16 @@ def sample_command(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that qcgraph compile wrote.")],
     count: Annotated[
         int | None,
-        typer.Option("-n", "--count", metavar="N", help="How many; by default one of each class, at most 16."),
+        typer.Option(
+            "-n", "--count", metavar="N", max=MOST_SAMPLES, help="How many; by default one of each class, at most 16."
+        ),
     ] = None,
     classes: Annotated[
         list[int] | None, typer.Option("--class", metavar="C", help="A class; can be repeated. By default all in turn.")
     ] = None,
     seed: Annotated[
-        int, typer.Option(metavar="S", help="Seed of the noise: the same seed is the same noise everywhere.")
+        int,
+        typer.Option(metavar="S", max=MOST_SEED, help="Seed of the noise: the same seed is the same noise everywhere."),
     ] = 0,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The picture, a .png file.")] = Path(
         "grid.png"
@@ -40,7 +43,9 @@ def sample_command(
         str | None,
         typer.Option(metavar="NAME", help="onnxruntime, torch, tensorrt-rtx or tensorrt; by default the target's."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(metavar="N", help="How many threads; by default all cores.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", max=MOST_THREADS, help="How many threads; by default all cores.")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(metavar="N", help="Refuse a bundle made for another number of steps.")
     ] = None,

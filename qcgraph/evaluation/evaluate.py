@@ -11,10 +11,10 @@ import numpy as np
 
 from qcgraph.atomic import scratch_folder
 from qcgraph.effort import affordable
-from qcgraph.errors import UsageError
+from qcgraph.errors import UsageError, closest, shown
 from qcgraph.evaluation.bootstrap import LEVEL, Bootstrap, Estimate
 from qcgraph.evaluation.faults import Fault, error_ratio, find_faults, uncompensated
-from qcgraph.evaluation.metrics import Metric, check_installed, check_samples, choose_metrics, real_floor
+from qcgraph.evaluation.metrics import METRICS, Metric, check_installed, check_samples, choose_metrics, real_floor
 from qcgraph.evaluation.rows import Measuring, Row
 from qcgraph.evaluation.scales import ScaleFit, fit_scales
 from qcgraph.evaluation.settings import (
@@ -69,6 +69,9 @@ class Options:
                 raise UsageError(f"{count} {what}", hint="1 or more")
         if self.seed < 0:
             raise UsageError(f"seed {self.seed} is negative", hint="a seed is 0 or larger")
+        for name in self.metrics or ():  # before a model is loaded
+            if name not in METRICS:
+                raise UsageError(f"unknown metric {shown(name)}", hint=closest(name, METRICS))
 
     @property
     def wanted(self) -> tuple[str, ...] | None:

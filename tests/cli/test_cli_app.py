@@ -52,6 +52,12 @@ def test_version(qcgraph: Command) -> None:
         (["compile", "digits", "--bitz", "3"], "No such option: --bitz", "see qcgraph compile --help"),
         (["compile", "digits", "--steps", "many"], "--steps", "see qcgraph compile --help"),
         (["inspect", "digits", "--show", "all"], "'all' is not one of", "see qcgraph inspect --help"),
+        (["sample", "x", "--threads", str(2**63)], "less than or equal to 4096", "see qcgraph sample --help"),
+        (["sample", "x", "-n", "10000000000"], "less than or equal to 1000000", "see qcgraph sample --help"),
+        (["sample", "x", "--seed", str(2**64)], "less than or equal to", "see qcgraph sample --help"),
+        (["eval", "x", "--seed", "9" * 4301], "as an integer", "see qcgraph eval --help"),
+        (["bench", "x", "--threads", str(2**63)], "less than or equal to 4096", "see qcgraph bench --help"),
+        (["bench", "x", "--batches", "1,9999999"], "'1,9999999' is too many", "1000000 at once at most"),
     ],
 )
 def test_wrong_usage(qcgraph: Command, arguments: list[str], what: str, hint: str) -> None:
