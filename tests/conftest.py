@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import difflib
 import gc
+import json
 import os
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from qcgraph.benchmark.machine import usable_cores
 from qcgraph.capture import capture
@@ -19,6 +23,7 @@ from qcgraph.ir.program import Program
 from qcgraph.models import LoadedModel
 from qcgraph.models.dit import DiT, initialize_random
 from qcgraph.models.eager import EagerRunner
+from qcgraph.models.files import CARD_FILE, CLASSIFIER_FILE, DIGITS_FOLDER, WEIGHTS_FILE
 from qcgraph.models.geometry import DiTConfig
 from qcgraph.pipeline import Pipeline
 from qcgraph.schedulers import make_step_plan
@@ -26,6 +31,7 @@ from qcgraph.spec import ModelSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 9
+SMALL_DEPTH = 2
 
 # Graphs are many small objects that refer to each other: looking for garbage among them took a seventh of all time.
 gc.freeze()
@@ -57,6 +63,25 @@ def few_samples() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_registry() -> Iterator[None]:
+    """The exporter's table of translations is made once: it makes it anew for every graph, in about half a second."""
+    made = ONNXRegistry.from_torchlib
+    tables: dict[object, ONNXRegistry] = {}
+
+    def copied(*options: object, **named: object) -> ONNXRegistry:
+        key = (options, *sorted(named.items()))
+        if key not in tables:
+            tables[key] = made(*options, **named)
+        table = copy(tables[key])
+        table.functions = {target: list(translations) for target, translations in table.functions.items()}
+        return table
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def same_threads() -> Iterator[None]:
     """PyTorch has as many threads after a test as before it: commands set them for the whole process."""
@@ -73,6 +98,21 @@ def tiny_model() -> LoadedModel:
     initialize_random(module, torch.Generator().manual_seed(0))
     spec = ModelSpec("tiny", (2, 8, 8), 5, 5, output_channels=4)
     return LoadedModel(module.eval().requires_grad_(False), spec, ("x", "t", "y"))
+
+
+@pytest.fixture(scope="session")
+def small_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first two of the six blocks of the embedded model, as a folder: for what does not depend on its pictures."""
+    folder = tmp_path_factory.mktemp("models") / "small-digits"
+    folder.mkdir()
+    card = json.loads((DIGITS_FOLDER / CARD_FILE).read_text("utf-8"))
+    card["name"], card["config"]["depth"] = folder.name, SMALL_DEPTH
+    (folder / CARD_FILE).write_text(json.dumps(card))
+    (folder / CLASSIFIER_FILE).write_bytes((DIGITS_FOLDER / CLASSIFIER_FILE).read_bytes())
+    weights = load_file(DIGITS_FOLDER / WEIGHTS_FILE)
+    left_out = tuple(f"blocks.{index}." for index in range(SMALL_DEPTH, 6))
+    save_file({name: value for name, value in weights.items() if not name.startswith(left_out)}, folder / WEIGHTS_FILE)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from qcgraph.benchmark.machine import Machine, peak_resident_bytes, read_machine, usable_cores, versions
 from qcgraph.bundle.manifest import PACKAGES
-from qcgraph.models.geometry import GEOMETRIES
+from qcgraph.models.geometry import GEOMETRIES, DiTConfig
 from qcgraph.progress import PlainProgress
 from qcgraph.recipe import Calibration, Recipe
 
@@ -119,7 +119,7 @@ def main() -> None:
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         rows = []
         for geometry in options.geometries:
-            rows.append(pool.submit(measure, geometry, options).result())
+            rows.append(pool.submit(measure, geometry, GEOMETRIES[geometry], options).result())
             if not options.json:
                 print(f"{markdown(rows[-1])}\n", flush=True)
     document = {
@@ -135,7 +135,7 @@ def main() -> None:
     print(text if options.json else where(machine))
 
 
-def measure(geometry: str, options: argparse.Namespace) -> Row:
+def measure(geometry: str, config: DiTConfig, options: argparse.Namespace) -> Row:
     """Compile one geometry in this process."""
     import torch
 
@@ -152,7 +152,8 @@ def measure(geometry: str, options: argparse.Namespace) -> Row:
         target=options.target,
     )
     recipe = recipe.model_copy(update={"calibration": Calibration(trajectories=options.trajectories)})
-    config, meter, start = GEOMETRIES[geometry], Meter(), peak_bytes()
+    GEOMETRIES[geometry] = config  # of this process alone, which may not know it
+    meter, start = Meter(), peak_bytes()
     with tempfile.TemporaryDirectory(prefix="qcgraph-") as folder:
         result = compile_model(f"{geometry}:random", recipe, Path(folder) / "bundle", progress=meter)
         meter.end()

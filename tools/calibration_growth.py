@@ -136,7 +136,7 @@ def measure(options: argparse.Namespace, samples: int, depth: int, trajectories:
 
     torch.set_num_threads(options.threads)
     name = f"{options.geometry}-depth-{depth}"
-    config = GEOMETRIES[name] = replace(GEOMETRIES[options.geometry], depth=depth)  # of this process alone
+    config = GEOMETRIES[name] = replace(options.config, depth=depth)  # of this process alone
     recipe = Recipe().override(steps=options.steps, guidance=options.guidance, bits=options.bits)
     recipe = recipe.model_copy(update={"calibration": Calibration(samples=samples, trajectories=trajectories)})
     meter = Meter()
@@ -199,6 +199,7 @@ def parse() -> argparse.Namespace:
         counts = getattr(options, name)
         if len(set(counts)) < 2 or min(counts) < 1:
             parser.error(f"--{name} takes two different counts or more, of at least 1")
+    options.config = GEOMETRIES[options.geometry]
     return options
 
 

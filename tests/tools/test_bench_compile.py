@@ -6,15 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qcgraph.default_pipeline import default_pipeline
 from qcgraph.export.targets import TARGETS
-from qcgraph.models.geometry import GEOMETRIES
+from qcgraph.models.geometry import GEOMETRIES, DiTConfig
 from qcgraph.recipe import Recipe
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_compile.py"
+SMALL = DiTConfig(input_size=8, patch_size=2, channels=2, width=32, depth=2, heads=2, class_count=5)
 RECIPE = Recipe().override(cache="interval=3", compensate="vc")  # the defaults of the tool
 PASSES = [pass_.name for pass_ in default_pipeline(RECIPE, TARGETS["onnxruntime-cpu"])]
 CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -33,14 +35,10 @@ print(start, *(stage.peak_bytes for stage in meter.stages), *(stage.name for sta
 """
 
 
-def run(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="only Linux resets the peak of a process")
 def test_a_stage_has_the_peak_of_its_own() -> None:
-    done = run("-c", METER, folder=TOOL.parent)
+    command = [sys.executable, "-c", METER]
+    done = subprocess.run(command, cwd=TOOL.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     *sizes, first, second = done.stdout.split()
     start, large, small = map(int, sizes)
@@ -49,16 +47,17 @@ def test_a_stage_has_the_peak_of_its_own() -> None:
     assert 0.95 * 20e6 < small - start < 60e6
 
 
-def test_an_unknown_geometry_is_refused(tmp_path: Path) -> None:
-    done = run(TOOL, "dit-s-2", "dit-m-2", folder=tmp_path)
+def test_an_unknown_geometry_is_refused(run_tool: Any, tmp_path: Path) -> None:
+    done = run_tool(TOOL.name, "dit-s-2", "dit-m-2", folder=tmp_path)
     assert done.returncode == 2
     assert "no geometry 'dit-m-2'" in done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="only Linux resets the peak of a process")
-def test_a_compilation_is_measured(tmp_path: Path) -> None:
-    done = run(TOOL, "dit-s-8", "--threads", 1, "-o", "out.json", folder=tmp_path)
+def test_a_compilation_is_measured(run_tool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(GEOMETRIES, "small", SMALL)
+    done = run_tool(TOOL.name, "small", "--threads", 1, "-o", "out.json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     document = json.loads((tmp_path / "out.json").read_text())
     assert (document["kind"], document["format"]) == ("compile", 1)
@@ -69,7 +68,7 @@ def test_a_compilation_is_measured(tmp_path: Path) -> None:
     assert names[:2] == ["load", "capture"]
     assert names[2 : 2 + len(PASSES)] == PASSES
     assert names[-3:] == ["export", "verify", "write"]
-    assert row["weight_bytes"] == 4 * GEOMETRIES["dit-s-8"].parameter_count
+    assert row["weight_bytes"] == 4 * SMALL.parameter_count
     assert row["peak_bytes"] == max(stage["peak_bytes"] for stage in row["stages"])
     assert row["ratio"] == row["peak_bytes"] / row["weight_bytes"] > 1
     assert row["seconds"] == pytest.approx(sum(stage["seconds"] for stage in row["stages"]))

@@ -2,57 +2,51 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
-import sys
+from argparse import Namespace
+from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "calibration_growth.py"
+from qcgraph.models.geometry import GEOMETRIES, DiTConfig
+
+TOOL = "calibration_growth.py"
+SMALL = DiTConfig(input_size=8, patch_size=2, channels=2, width=32, depth=2, heads=2, class_count=5)
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
-LINES = """
-from calibration_growth import Line
-print(Line.through([1, 2, 4], [5.0, 7.0, 11.0]))
-print(Line.through([0, 1, 2], [0.0, 1.0, 0.0]))
-print(Line.through([1, 2, 3], [4.0, 4.0, 4.0]).r_squared)
-"""
+
+@pytest.fixture
+def module(run_tool: Any) -> Any:
+    """The tool as a module, which it is found as where tools are run."""
+    return importlib.import_module("calibration_growth")
 
 
-def run(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-
-
-def numbers(text: str) -> list[float]:
-    return [float(part.split("=")[1].rstrip(")")) for part in text.split(",")]
-
-
-def test_lines() -> None:
-    done = run("-c", LINES, folder=TOOL.parent)
-    assert done.returncode == 0, done.stderr
-    straight, bent, flat = done.stdout.splitlines()
-    assert numbers(straight) == pytest.approx([2, 3, 1])
-    assert numbers(bent) == pytest.approx([0, 1 / 3, 0], abs=1e-12)
-    assert float(flat) == pytest.approx(1)
+def test_lines(module: Any) -> None:
+    through = module.Line.through
+    assert astuple(through([1, 2, 4], [5.0, 7.0, 11.0])) == pytest.approx((2, 3, 1))
+    assert astuple(through([0, 1, 2], [0.0, 1.0, 0.0])) == pytest.approx((0, 1 / 3, 0), abs=1e-12)
+    assert through([1, 2, 3], [4.0, 4.0, 4.0]).r_squared == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["dit-m-2"], "no geometry 'dit-m-2'"), (["--samples", "8", "8"], "--samples takes two different counts")],
 )
-def test_what_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = run(TOOL, *arguments, folder=tmp_path)
+def test_what_is_refused(arguments: list[str], message: str, run_tool: Any, tmp_path: Path) -> None:
+    done = run_tool(TOOL, *arguments, folder=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="only Linux resets the peak of a process")
-def test_growth_is_measured(tmp_path: Path) -> None:
+def test_growth_is_measured(run_tool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(GEOMETRIES, "small", SMALL)
     small = ["--samples", 4, 16, "--depths", 1, 2, "--steps", 2, "--threads", 1]
-    done = run(TOOL, "dit-s-8", *small, "--json", folder=tmp_path)
+    done = run_tool(TOOL, "small", *small, "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert (document["kind"], document["format"]) == ("calibration-growth", 1)
@@ -69,19 +63,11 @@ def test_growth_is_measured(tmp_path: Path) -> None:
             assert line["intercept"] + line["slope"] * few[series["by"]] == pytest.approx(few[name])
 
 
-PRINTED = """
-from argparse import Namespace
-from calibration_growth import Line, Row, Series, markdown
-rows = tuple(Row(samples, 2, 8, 1_000_000, samples / 2, samples, 3_000_000 * samples) for samples in (4, 8))
-lines = (Line.through([4, 8], values) for values in ([2.0, 4.0], [12e6, 24e6]))
-print(markdown(Series("samples", rows, *lines), Namespace(geometry="g", bits="w6a6", steps=2, guidance=1.0, threads=1)))
-"""
-
-
-def test_growth_is_printed() -> None:
-    done = run("-c", PRINTED, folder=TOOL.parent)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_growth_is_printed(module: Any) -> None:
+    rows = tuple(module.Row(samples, 2, 8, 1_000_000, samples / 2, samples, 3_000_000 * samples) for samples in (4, 8))
+    fitted = (module.Line.through([4, 8], values) for values in ([2.0, 4.0], [12e6, 24e6]))
+    options = Namespace(geometry="g", bits="w6a6", steps=2, guidance=1.0, threads=1)
+    lines = module.markdown(module.Series("samples", rows, *fitted), options).splitlines()
     assert [line for line in lines if line.startswith("#")] == ["### g, by samples"]
     assert len([line for line in lines if line.startswith("| ")]) == 1 + 2
     assert len([line for line in lines if "R^2 = 1.0000" in line]) == 2

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,26 +26,25 @@ from qcgraph.progress import Progress
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
-def tool(name: str, *arguments: object, folder: Path, docs: Path | None = None) -> subprocess.CompletedProcess[str]:
-    where = ["--docs", str(docs)] if docs else []
-    command = [sys.executable, str(TOOLS / name), *where, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-
-
 def test_replay_fails_as_the_compilation_did(captured: Program, tmp_path: Path) -> None:
     reproduce = Reproduce(lambda: tmp_path / "out.reproducer", Progress())
     with pytest.raises(Exception, match="needs QuantPlan"):
         Pipeline.parse("plan-cache,insert-cache,insert-qdq").run(captured, [reproduce])
-    done = tool("replay.py", "out.reproducer", folder=tmp_path)
+    command = [
+        sys.executable,
+        str(TOOLS / "replay.py"),
+        "out.reproducer",
+    ]  # a process of its own, whose end is a traceback
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "replaying insert-qdq" in done.stderr
     assert "needs QuantPlan" in done.stderr
 
 
 @pytest.mark.slow
-def test_attribution(tmp_path: Path) -> None:
+def test_attribution(run_tool: Any, small_digits: Path, tmp_path: Path) -> None:
     options = ["--bits", "w8a8", "--intervals", 2, "--steps", 6, "--groups", 2, "--samples", 8, "--seeds", 2, "--json"]
-    done = tool("attribution.py", "digits", *options, folder=tmp_path)
+    done = run_tool("attribution.py", small_digits, *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["kind"] == "attribution"
@@ -54,40 +54,39 @@ def test_attribution(tmp_path: Path) -> None:
     assert cell["edge"]["snr"] > 0
     assert {fault["kind"] for fault in cell["faults"]} <= {"compensation"}  # which six steps may not be enough for
     (tmp_path / "stored.json").write_text(json.dumps(document))
-    stored = tool(
-        "benchmarks.py", "record", "--title", "A title", "x", "--", "cat", "stored.json", folder=tmp_path, docs=tmp_path
-    )
+    recorded = ["--docs", tmp_path, "record", "--title", "A title", "x", "--", "cat", "stored.json"]
+    stored = run_tool("benchmarks.py", *recorded, folder=tmp_path)
     assert stored.returncode == 0, stored.stderr
-    assert tool("benchmarks.py", "page", folder=tmp_path, docs=tmp_path).returncode == 0
+    assert run_tool("benchmarks.py", "--docs", tmp_path, "page", folder=tmp_path).returncode == 0
     page = (tmp_path / "benchmarks.md").read_text()
     assert "## A title" in page
     assert "cat stored.json" in page
     assert f"| w8a8 | 2 | {values['quantization']:.1f} |" in page
 
 
-def test_a_command_that_fails_is_not_recorded(tmp_path: Path) -> None:
-    done = tool("benchmarks.py", "record", "x", "--", "false", folder=tmp_path, docs=tmp_path)
+def test_a_command_that_fails_is_not_recorded(run_tool: Any, tmp_path: Path) -> None:
+    done = run_tool("benchmarks.py", "--docs", tmp_path, "record", "x", "--", "false", folder=tmp_path)
     assert done.returncode == 1
     assert "nothing was stored" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_benchmark_page_is_made_of_the_stored_results(tmp_path: Path) -> None:
+def test_the_benchmark_page_is_made_of_the_stored_results(run_tool: Any, tmp_path: Path) -> None:
     docs = TOOLS.parent / "docs"
     shutil.copytree(docs / "benchmarks", tmp_path / "benchmarks")
-    assert tool("benchmarks.py", "page", folder=tmp_path, docs=tmp_path).returncode == 0
+    assert run_tool("benchmarks.py", "--docs", tmp_path, "page", folder=tmp_path).returncode == 0
     assert (tmp_path / "benchmarks.md").read_text() == (docs / "benchmarks.md").read_text()
 
 
 @pytest.mark.slow
-def test_bench_peers(tmp_path: Path) -> None:
+def test_bench_peers(run_tool: Any, small_digits: Path, tmp_path: Path) -> None:
     options = ["--steps", 3, "--rounds", 1, "--threads", 1, "--baselines", "torch"]
-    done = tool("bench_peers.py", "digits", *options, "--json", folder=tmp_path)
+    done = run_tool("bench_peers.py", small_digits, *options, "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert (document["kind"], document["format"]) == ("peers", 1)
     (report,) = document["models"]
-    assert (report["kind"], report["model"], report["steps"]) == ("bench", "digits", 3)
+    assert (report["kind"], report["model"], report["steps"]) == ("bench", str(small_digits), 3)
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["torch", "qcgraph, no cache", "qcgraph, interval=3"]
     assert [row["status"] for row in rows.values()] == ["ok"] * 3
@@ -153,7 +152,7 @@ def test_bench_peers_prints_a_table_a_model(
     assert lines.count("- nncf-int8 missing: not installed: nncf") == 2
 
 
-def test_bench_peers_refuses_what_cannot_be_measured(tmp_path: Path) -> None:
-    failed = tool("bench_peers.py", "digits", "--rounds", 0, folder=tmp_path)
+def test_bench_peers_refuses_what_cannot_be_measured(run_tool: Any, tmp_path: Path) -> None:
+    failed = run_tool("bench_peers.py", "digits", "--rounds", 0, folder=tmp_path)
     assert failed.returncode == 2
     assert "--rounds: 0 is not positive" in failed.stderr

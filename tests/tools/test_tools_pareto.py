@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,16 @@ PNG = b"\x89PNG"
 SMALL = ("--steps", 6, "--samples", 16, "--seeds", 1, "--budgets", 0.5, "--rounds", 1, "--threads", 1, "--bits", "off")
 
 
-def tool(name: str, *arguments: object, folder: Path) -> str:
-    command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def printed(run_tool: Any, tmp_path: Path) -> Callable[..., str]:
+    """What a tool prints that succeeds."""
+
+    def call(name: str, *arguments: object) -> str:
+        done = run_tool(name, *arguments, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return str(done.stdout)
+
+    return call
 
 
 def cell(method: str, budget: float, **values: Any) -> dict[str, Any]:
@@ -66,9 +71,9 @@ def test_stored_documents_are_put_together_and_ranked(tmp_path: Path, monkeypatc
     report = importlib.import_module("pareto_report")
     joined = report.merged([{"title": "recorded", "result": quality}, latency])
     assert joined["cells"][3] == quality["cells"][3] | latency["cells"][3]
-    printed = report.markdown(joined)
-    rows = [line for line in printed.splitlines() if line.startswith("|")]
-    assert "digits 46.2 dB" in printed
+    text = report.markdown(joined)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert "digits 46.2 dB" in text
     assert {line.count("|") for line in rows} == {10}
     assert [line.split("|")[1].strip() for line in rows[2:]] == [
         "the every",
@@ -121,10 +126,10 @@ def test_a_multistep_solver_is_its_own_rival(monkeypatch: pytest.MonkeyPatch, sc
 
 
 @pytest.mark.slow
-def test_methods_are_compared_at_equal_cost(tmp_path: Path) -> None:
-    asked = ["digits", *SMALL, "--methods", "steps", "reuse", "ours", "solver", "--scheduler", "dpmsolver++"]
+def test_methods_are_compared_at_equal_cost(printed: Callable[..., str], small_digits: Path, tmp_path: Path) -> None:
+    asked = [small_digits, *SMALL, "--methods", "steps", "reuse", "ours", "solver", "--scheduler", "dpmsolver++"]
     asked += ["--bundles", "bundles", "--json"]
-    found = json.loads(tool("pareto.py", *asked, "--no-latency", folder=tmp_path))
+    found = json.loads(printed("pareto.py", *asked, "--no-latency"))
     assert found["scheduler"] == "dpmsolver++"
     cells = {cell["method"]: cell for cell in found["cells"]}
     assert list(cells) == ["every", "steps", "reuse", "ours"]
@@ -133,23 +138,24 @@ def test_methods_are_compared_at_equal_cost(tmp_path: Path) -> None:
     assert cells["steps"]["cost"] == 3.0
     assert cells["reuse"]["schedule"].startswith("FRFRFR ")
     assert cells["ours"]["schedule"].split()[0].count("F") == 3
-    assert cells["ours"]["cost"] == cells["reuse"]["cost"] == pytest.approx(3, rel=0.01)
+    assert cells["ours"]["cost"] == cells["reuse"]["cost"]
+    assert cells["ours"]["cost"] == pytest.approx(3, rel=0.015)  # a reusing step costs 1.5 % of one of two blocks
     behind = {key: cell["behind_db"]["value"] for key, cell in cells.items() if key != "every"}
     assert min(behind.values()) == 0
     for key, value in behind.items():
         best = max(cell["psnr"]["value"] for cell in cells.values() if "psnr" in cell)
         assert value == pytest.approx(best - cells[key]["psnr"]["value"], abs=1e-6)
     compiled = {path: path.stat().st_mtime_ns for path in (tmp_path / "bundles").rglob("*") if path.is_file()}
-    timed = json.loads(tool("pareto.py", *asked, "--only-latency", folder=tmp_path))
+    timed = json.loads(printed("pareto.py", *asked, "--only-latency"))
     assert {path: path.stat().st_mtime_ns for path in compiled} == compiled
     assert [cell["schedule"] for cell in timed["cells"]] == [cell["schedule"] for cell in found["cells"]]
     assert all(cell["sampling_ms"]["median"] > 0 and "psnr" not in cell for cell in timed["cells"])
 
 
 @pytest.mark.slow
-def test_forecasts_under_quantization(tmp_path: Path) -> None:
-    asked = ["digits", "--bits", "w6a6", "--steps", 8, "--interval", 3, "--samples", 4]
-    found = json.loads(tool("forecast_noise.py", *asked, "--json", "--plot", "figure.png", folder=tmp_path))
+def test_forecasts_under_quantization(printed: Callable[..., str], small_digits: Path, tmp_path: Path) -> None:
+    asked = [small_digits, "--bits", "w6a6", "--steps", 8, "--interval", 3, "--samples", 4]
+    found = json.loads(printed("forecast_noise.py", *asked, "--json", "--plot", "figure.png"))
     (setting,) = found["settings"]
     forecasts = {each["forecast"]: each for each in setting["forecasts"]}
     assert list(forecasts) == ["reuse", "taylor", "affine"]

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "selection_coverage.py"
+TOOL = "selection_coverage.py"
 PNG = b"\x89PNG"
 
 
-def tool(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.slow
-def test_coverage(tmp_path: Path) -> None:
+def test_coverage(run_tool: Any, small_digits: Path, tmp_path: Path) -> None:
     small = ["--trajectories", 8, "--steps", 6, "--counts", 6, 48, "--seeds", 2]
-    done = tool("digits", *small, "--json", "-o", "figure.png", folder=tmp_path)
+    done = run_tool(TOOL, small_digits, *small, "--json", "-o", "figure.png", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "figure.png").read_bytes().startswith(PNG)
     cells = json.loads(done.stdout)["cells"]
@@ -33,9 +26,9 @@ def test_coverage(tmp_path: Path) -> None:
         assert (cell["mean_distance"]["mean"] == 0) == (cell["count"] == 48)  # nothing is left out then
 
 
-@pytest.mark.slow
-def test_scaling(tmp_path: Path) -> None:
-    done = tool("digits", "--trajectories", 1, "--steps", 4, "--counts", 3, "--scaling", folder=tmp_path)
+def test_scaling(run_tool: Any, small_digits: Path, tmp_path: Path) -> None:
+    asked = [small_digits, "--trajectories", 1, "--steps", 4, "--counts", 3, "--scaling"]
+    done = run_tool(TOOL, *asked, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in rows} == {14}
@@ -45,8 +38,10 @@ def test_scaling(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "message"), [("--counts", 0, "0 calibration samples"), ("--scheduler", "magic", "magic")]
 )
-def test_refusals_are_printed(option: str, value: object, message: str, tmp_path: Path) -> None:
-    done = tool("--trajectories", 1, "--steps", 2, option, value, folder=tmp_path)
+def test_refusals_are_printed(
+    option: str, value: object, message: str, run_tool: Any, small_digits: Path, tmp_path: Path
+) -> None:
+    done = run_tool(TOOL, small_digits, "--trajectories", 1, "--steps", 2, option, value, folder=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert "hint: " in done.stderr

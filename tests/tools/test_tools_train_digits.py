@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,10 +89,9 @@ def test_commands_of_the_card_say_what_the_card_says(folder: Path, tool: Any) ->
 
 
 @pytest.mark.slow
-def test_what_the_tool_writes_is_a_model(tmp_path: Path) -> None:
+def test_what_the_tool_writes_is_a_model(run_tool: Any, tmp_path: Path) -> None:
     sizes = "--patch-size 4 --width 16 --depth 1 --heads 2 --steps 20 --samples-per-class 2 --sampling-steps 3"
-    command = [sys.executable, str(TOOLS / "train_digits.py"), "-o", "tiny", "--threads", "1", *sizes.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_tool("train_digits.py", "-o", "tiny", "--threads", "1", *sizes.split(), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     model = load_model(str(tmp_path / "tiny"))
     assert model.spec.name == "tiny"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,17 +52,18 @@ def images(tmp_path: Path) -> Path:
     return path
 
 
-def run(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOLS / "train_dit.py"), *map(str, arguments), "--device", "cpu", "--threads", "1"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.slow
 def test_what_it_writes_is_a_model_that_compiles(
-    tool: Any, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run_tool: Any,
+    tool: Any,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = [images.name, "-o", "made", "--grid", "grid.png", *SMALL.split()]
-    done = run(*asked, folder=tmp_path)
+    here = ["--device", "cpu", "--threads", "1"]
+    done = run_tool("train_dit.py", *asked, *here, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     weights = (tmp_path / "made" / IMAGES_WEIGHTS_FILE).read_bytes()
     assert {tensor.dtype for tensor in load_file(tmp_path / "made" / IMAGES_WEIGHTS_FILE).values()} == {torch.bfloat16}
@@ -78,7 +77,7 @@ def test_what_it_writes_is_a_model_that_compiles(
     assert str(tmp_path) not in text
 
     monkeypatch.chdir(tmp_path)
-    parse, here = tool.option_parser().parse_args, ["--device", "cpu", "--threads", "1"]
+    parse = tool.option_parser().parse_args
     tool.train(parse([*asked, *here]))  # judges what is there
     assert capsys.readouterr().out.startswith("{")
     assert (tmp_path / "made" / IMAGES_WEIGHTS_FILE).read_bytes() == weights
@@ -158,8 +157,8 @@ def test_files_that_are_refused(tool: Any, images: Path, changes: dict[str, Any]
     assert str(images) in str(caught.value.where)
 
 
-def test_refusals_are_printed(tmp_path: Path) -> None:
-    done = run("none.npz", "-o", "made", folder=tmp_path)
+def test_refusals_are_printed(run_tool: Any, tmp_path: Path) -> None:
+    done = run_tool("train_dit.py", "none.npz", "-o", "made", "--device", "cpu", folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "none.npz: no such file or folder of images" in done.stderr
     assert "hint: " in done.stderr
