@@ -41,6 +41,7 @@ from qcgraph.sampling import Array
 from qcgraph.selection import Method, Pool, select
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
+from qcgraph.workload import Workload
 
 AUTO_MACS = 2.5e12  # what an automatic number of trajectories may cost: a minute or less on two cores
 AUTO_LIMITS = (2, 64)
@@ -76,10 +77,18 @@ class Calibrate(Pass):
     selection: Literal["none", "tap", "kmeans", "uniform", "random"] = "none"
     samples: int | None = option(None, least=1, hint=AUTO_HINT)
 
+    def forwards(self, work: Workload) -> float:
+        return self._count(work.program, work.computing) * work.trajectory * (1 + work.share)
+
+    def sizes(self, program: Program, computing: str) -> tuple[int, int]:
+        """Return how many trajectories there will be, and latents of the calibration set, both halves of guidance."""
+        rows = 0 if self.selection == "none" else self._samples(program, computing) * program.facts[StepPlan].halves
+        return self._count(program, computing), rows
+
     def run(self, program: Program, context: PassContext) -> Program:
         plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
         computing = plan.steps[0].variant
-        count = self.trajectories or affordable(trajectory_macs(program, computing), AUTO_MACS, AUTO_LIMITS)
+        count = self._count(program, computing)
         full_plan = plan.throughout(computing)
         latents = LatentStatistics(len(plan), spec.latent_shape[0])
         full = self._observe(program, full_plan, count, context, "full precision")
@@ -97,6 +106,15 @@ class Calibrate(Pass):
         if self.selection == "none":
             return program
         return program.with_facts(self._select(program, planned, count, self.selection))
+
+    def _count(self, program: Program, computing: str) -> int:
+        """Return how many trajectories are sampled."""
+        return self.trajectories or affordable(trajectory_macs(program, computing), AUTO_MACS, AUTO_LIMITS)
+
+    def _samples(self, program: Program, computing: str) -> int:
+        """Return how many latents the calibration set is to have."""
+        cost = PASSES * trajectory_macs(program, computing) / len(program.facts[StepPlan])
+        return self.samples or affordable(cost, AUTO_MACS, SAMPLES)
 
     def _observe(
         self, program: Program, plan: StepPlan, count: int, context: PassContext, label: str
@@ -122,8 +140,7 @@ class Calibrate(Pass):
         computing = plan.steps[0].variant
         steps = [index for index, step in enumerate(plan.steps) if step.variant == computing]
         latents = np.concatenate([observer.latents(step) for step in steps])
-        cost = PASSES * trajectory_macs(program, computing) / len(plan)
-        samples = self.samples or affordable(cost, AUTO_MACS, SAMPLES)
+        samples = self._samples(program, computing)
         pool = Pool(latents.reshape(len(latents), -1), np.repeat(steps, count))
         chosen = select(pool, samples, method, self.seed)
         labels = np.tile(calibration_labels(count, self.seed, spec), len(steps))

@@ -23,6 +23,7 @@ from qcgraph.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
+from qcgraph.workload import Workload
 
 MACS, LIMITS = 0.6e12, (1, 16)  # ranges of channels settle sooner than what scales are searched with
 BATCH = 64  # trajectories that run together
@@ -60,11 +61,14 @@ class Equalize(Pass):
     trajectories: int | None = option(None, least=1, most=MOST_TRAJECTORIES, hint=AUTO_HINT)
     seed: int = option(0, most=MOST_SEED)
 
+    def forwards(self, work: Workload) -> float:
+        return self._count(work.program, work.computing) * work.trajectory
+
     def run(self, program: Program, context: PassContext) -> Program:
         if len(program.variants) > 1:
             raise UsageError("equalize takes the one graph of the model", hint="run it before insert-cache")
         inputs = tuple(_inputs(program, context))
-        channels = _observe(program, inputs, self._count(program, context), self.seed, context)
+        channels = _observe(program, inputs, self._count(program, *program.variants), self.seed, context)
         constants = dict(program.constants)
         found: dict[str, tuple[float, ...]] = {}
         divided: dict[str, torch.Tensor] = {}
@@ -86,8 +90,7 @@ class Equalize(Pass):
         variants = {name: replace(item, graph=copy_graph(item.graph)) for name, item in program.variants.items()}
         return replace(program, variants=variants, constants=constants).with_facts(Equalization(found, outputs))
 
-    def _count(self, program: Program, context: PassContext) -> int:
-        (name,) = program.variants
+    def _count(self, program: Program, name: str) -> int:
         return self.trajectories or affordable(trajectory_macs(program, name), MACS, LIMITS)
 
     def _factors(self, observed: _Channels, weight: torch.Tensor) -> torch.Tensor:

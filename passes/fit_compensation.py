@@ -19,6 +19,7 @@ from qcgraph.sampling import Array, Request, guided
 from qcgraph.schedulers import check_compensable
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan, Update
+from qcgraph.workload import Workload
 
 Table = npt.NDArray[np.float64]
 SMALLEST_WEIGHT = 1e-6  # an update that all but ignores the noise prediction cannot carry a correction
@@ -49,6 +50,9 @@ class FitCompensation(Pass):
 
     clamp: float = option(0.1, below=1, hint="0.1 keeps the gains within 10 % of one")
     form: Literal["ratio", "masked"] = "ratio"
+
+    def forwards(self, work: Workload) -> float:
+        return work.trajectories * work.trajectory * work.share
 
     def run(self, program: Program, context: PassContext) -> Program:
         check_compensable(program.facts[StepPlan])

@@ -23,9 +23,11 @@ from qcgraph.sampling import Array
 from qcgraph.schedule import FULL
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
+from qcgraph.workload import Workload
 
 ops = torch.ops.qcgraph
 FOLDS = 2
+SLOWNESS = 3.0  # of a step while its forecasts are fitted, about
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ class FitForecast(Pass):
     is_sampling: ClassVar[bool] = True
 
     kind: Literal["affine", "taylor", "dec", "reuse"] = "affine"
+
+    def forwards(self, work: Workload) -> float:
+        return work.trajectories * work.trajectory * work.share * SLOWNESS
 
     def run(self, program: Program, context: PassContext) -> Program:
         plan, spec, reference = program.facts[StepPlan], program.facts[ModelSpec], program.facts[Reference]

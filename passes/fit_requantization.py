@@ -14,9 +14,11 @@ from qcgraph.ir.quantize import rounded_activation, weight_codes
 from qcgraph.ir.structure import find_blocks, find_sites, weight_names
 from qcgraph.memory import release_memory
 from qcgraph.pipeline import Pass, PassContext
+from qcgraph.workload import Workload
 
 HELD_BYTES = 24 * 2**20  # that the widest activation of rows which run together may take; their results take more
 LEAST_GAIN, MOST_GAIN = 0.5, 2.0  # a regression beyond these has no signal; its channel is left alone
+FORWARDS_PER_ROW = 3.0  # runs of the model that the pass takes as long as, for every row of the calibration set, about
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class FitRequantization(Pass):
     provides: ClassVar[tuple[type, ...]] = (Requantization,)
 
     sites: Literal["all", "consumers"] = "all"
+
+    def forwards(self, work: Workload) -> float:
+        return FORWARDS_PER_ROW * work.rows
 
     def run(self, program: Program, context: PassContext) -> Program:
         chosen = self._chosen(program, context)

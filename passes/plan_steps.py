@@ -22,10 +22,12 @@ from qcgraph.skipping import Forecaster, Rehearsal, skip_errors
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 from qcgraph.trajectories import Trajectories, record, weights
+from qcgraph.workload import Workload
 
 WEIGHT_SAMPLES = 8
 COST_STEPS = 200  # a ratio of costs is known to half a percent
 FEWEST_WEIGHTS = 4  # steps whose weight is measured; between them it is interpolated
+PLACES = 60  # pairs of computing steps that a skipped step is tried from, about
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class PlanSteps(Pass):
     rounds: int = 0
     trajectories: int | None = option(None, least=1, most=MOST_TRAJECTORIES, hint=AUTO_HINT)
     seed: int = option(0, most=MOST_SEED)
+
+    def forwards(self, work: Workload) -> float:
+        count = self.trajectories or affordable_trajectories(work.program)
+        probes = sum(work.run(mode) for mode in work.program.facts[CachePlan].modes) * PLACES
+        return count * work.trajectory * (1 + (probes if self.strategy == "joint" else 0))
 
     def run(self, program: Program, context: PassContext) -> Program:
         modes = program.facts[CachePlan].modes

@@ -32,10 +32,12 @@ from qcgraph.pipeline import Pass, PassContext
 from qcgraph.region_search import ProbabilityScores, region_codes
 from qcgraph.scale_search import Histogram, search_groups
 from qcgraph.steps import StepPlan
+from qcgraph.workload import Workload
 
 aten = torch.ops.aten
 ops = torch.ops.qcgraph
 PROBABILITIES = "probabilities"
+FORWARDS_PER_ROW = 6.0  # runs of the model that the pass takes as long as, for every row of the calibration set, about
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ class QuantizeAttention(Pass):
     objective: Literal["fisher", "range"] = "fisher"
     regions: bool = True
     seed: int = option(0, most=MOST_SEED)
+
+    def forwards(self, work: Workload) -> float:
+        return FORWARDS_PER_ROW * work.rows
 
     def run(self, program: Program, context: PassContext) -> Program:
         plan = AttentionPlan(self._decide(program, context))

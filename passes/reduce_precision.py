@@ -21,6 +21,7 @@ from qcgraph.options import MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.spec import OUTPUT, ModelSpec, TensorSpec
 from qcgraph.steps import StepPlan
+from qcgraph.workload import Workload
 
 aten = torch.ops.aten
 ops = torch.ops.qcgraph
@@ -57,6 +58,9 @@ class ReducePrecision(Pass):
     dtype: Literal["auto", "float16", "bfloat16"] = "auto"
     samples: int = option(2, least=1, most=MOST_TRAJECTORIES, hint="no trajectories show no values")
     seed: int = option(0, most=MOST_SEED)
+
+    def forwards(self, work: Workload) -> float:
+        return self.samples * work.trajectory * work.share
 
     def run(self, program: Program, context: PassContext) -> Program:
         largest = self._largest(program, context)

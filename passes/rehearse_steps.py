@@ -16,6 +16,7 @@ from qcgraph.skipping import Forecaster, Rehearsal
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 from qcgraph.trajectories import record
+from qcgraph.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class RehearseSteps(Pass):
     forecast: Literal["affine", "taylor", "dec", "reuse"] = "affine"
     trajectories: int | None = option(None, least=1, most=MOST_TRAJECTORIES, hint=AUTO_HINT)
     seed: int = option(0, most=MOST_SEED)
+
+    def forwards(self, work: Workload) -> float:
+        return (self.trajectories or affordable_trajectories(work.program)) * work.trajectory * (1 + 2 * work.share)
 
     def run(self, program: Program, context: PassContext) -> Program:
         if not set(program.facts[CachePlan].modes) & set(program.variants):

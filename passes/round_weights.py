@@ -24,8 +24,10 @@ from qcgraph.ir.rounding import nearest, round_with_feedback, search_scales
 from qcgraph.ir.structure import Site, find_sites, weight_names
 from qcgraph.memory import release_memory
 from qcgraph.pipeline import Pass, PassContext
+from qcgraph.workload import Workload
 
 TOKENS = 32768  # of the calibration set that a second moment is taken over
+FORWARDS_PER_ROW = 3.0  # runs of the model that the pass takes as long as, for every row of the calibration set, about
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class RoundWeights(Pass):
     provides: ClassVar[tuple[type, ...]] = (RoundedWeights,)
 
     method: Literal["feedback", "search"] = "feedback"
+
+    def forwards(self, work: Workload) -> float:
+        return FORWARDS_PER_ROW * work.rows
 
     def run(self, program: Program, context: PassContext) -> Program:
         check_integers(program.facts[QuantPlan])

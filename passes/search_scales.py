@@ -27,12 +27,14 @@ from qcgraph.options import MOST_SEED, option
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.scale_search import Halves, Histogram, merged, score_of_planes, search_groups, search_shared
 from qcgraph.steps import StepPlan
+from qcgraph.workload import Workload
 
 aten = torch.ops.aten
 NONLINEAR = (aten.gelu.default, aten.silu.default)  # their negative values are small and many
 WORTH = 0.9  # of the error of a form that costs less to run
 NEARLY = 0.99  # of the error of one scale for all timestep groups; images show more than this score of theirs
 HELD = 255  # codes that one integer tensor can hold
+FORWARDS_PER_ROW = 4.5  # runs of the model that the pass takes as long as, for every row of the calibration set, about
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ class SearchScales(Pass):
     share: bool = True
     clipping: float | None = option(None, least=1, hint="1 weighs it like rounding; null once for each computing step")
     seed: int = option(0, most=MOST_SEED)
+
+    def forwards(self, work: Workload) -> float:
+        return FORWARDS_PER_ROW * work.rows
 
     def run(self, program: Program, context: PassContext) -> Program:
         plan, nonlinear = program.facts[QuantPlan], _after_nonlinear(program)

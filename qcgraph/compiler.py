@@ -18,10 +18,11 @@ import torch
 from qcgraph.admission import admit_edges, admit_quality, check_conditions, overrides
 from qcgraph.bundle import Bundle, check_output, write_plan, writing
 from qcgraph.capture import capture
-from qcgraph.compile_report import compile_report, nothing_quantized
+from qcgraph.compile_report import compile_report, nothing_quantized, quantizable
 from qcgraph.costs import measure_costs
 from qcgraph.default_pipeline import default_pipeline, target_notes
 from qcgraph.errors import UsageError, closest
+from qcgraph.estimate import estimate
 from qcgraph.evaluation.ablation import is_quantized
 from qcgraph.export.check import Check
 from qcgraph.export.targets import Target, target_named
@@ -160,7 +161,8 @@ class _Compilation:
         _check_applicable(recipe, pipeline, loaded, captured)
         sites, dump = find_sites(captured.variants["main"]), Dump(captured)
         instruments = (*self._instruments(captured), timer, dump)
-        start = [captured]
+        start, kept = [captured], captured if self.dry_run else None
+        elapsed = time.perf_counter() - started
         del loaded, captured  # whose weights are not held while the passes run, once they have others
         program = self._transformed(start, _prefix(pipeline, self.stop_after, self.dry_run), instruments, target)
         report = compile_report(sites, program, recipe, target, pipeline, timer.seconds)
@@ -169,7 +171,8 @@ class _Compilation:
         if recipe.is_quantized and not report["planned_sites" if self.dry_run else "quantized_sites"]:
             notes += self._noted([nothing_quantized(sites, recipe.quantization.bits)])
         report["notes"] = notes
-        report["estimate"] = None
+        found = None if kept is None else estimate(kept, program, pipeline, quantizable(sites), target, elapsed)
+        report["estimate"] = found and asdict(found)
         if output is not None:
             self._write(output, program, recipe, target, report, dump, timer, started)
             forget_rejected(output)

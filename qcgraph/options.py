@@ -158,4 +158,3 @@ def _wanted(kind: Any, bounds: Bounds) -> str:
     if type(None) in _members(kind):
         parts.append("null")
     return " or ".join(parts)
-

@@ -25,6 +25,7 @@ from qcgraph.ir import legality
 from qcgraph.ir.program import PassRecord, Program, Refusal
 from qcgraph.options import check_options, converted
 from qcgraph.progress import Progress
+from qcgraph.workload import Workload
 
 MOST_CHARACTERS = 200_000  # of a pipeline's text, which may hold a schedule
 _BARE = re.compile(r"[A-Za-z0-9_.:/+-]+")
@@ -83,6 +84,10 @@ class Pass(ABC):
     @abstractmethod
     def run(self, program: Program, context: PassContext) -> Program:
         """The transformed program; the one given is not touched."""
+
+    def forwards(self, work: Workload) -> float:
+        """Return about how many runs of the model on one latent the pass takes; a dry run estimates time by it."""
+        return 0.0
 
     @property
     def text(self) -> str:

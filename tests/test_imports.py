@@ -88,6 +88,7 @@ LAYERS = {
             "qcgraph.schedulers",
             "qcgraph.skipping",
             "qcgraph.trajectories",
+            "qcgraph.workload",
         ),
         sees=("core", "ir"),
     ),
@@ -111,9 +112,10 @@ LAYERS = {
             "qcgraph.compiler",
             "qcgraph.costs",
             "qcgraph.default_pipeline",
+            "qcgraph.estimate",
             "qcgraph.rejection",
         ),
-        sees=("core", "models", "ir", "framework", "passes", "export", "runtime", "origin", "evaluation"),
+        sees=("core", "models", "ir", "framework", "passes", "export", "runtime", "origin", "evaluation", "benchmark"),
     ),
     # Latency of a bundle against baselines. A process that runs one of them holds that one's runtime alone.
     "benchmark": Layer(
