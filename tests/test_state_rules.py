@@ -24,7 +24,10 @@ from qcgraph.sampling import Array, Runner
 
 SCHEDULE = "FFRFRFFRR"  # values of three computing steps are there from step 3 on, and grow older
 
-pytestmark = pytest.mark.slow  # they compile
+pytestmark = [
+    pytest.mark.slow,  # they compile
+    pytest.mark.filterwarnings("ignore::qcgraph.denoiser.UncheckedLatentsWarning"),  # batches are of one half
+]
 
 
 @pytest.fixture(scope="module")
