@@ -523,8 +523,14 @@ def _usage_error(error: ValidationError, where: str, flags: Mapping[tuple[str, s
     flag = flags.get((section, key))
     name = flag or f"{section}.{key}"
     description = _keys_of(section)[key].description
+    guess = ""
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        known = re.findall(r"'([^']+)'", first["ctx"]["expected"])
+        guess = closest(first["input"], known).partition("known: ")[0]
     return UsageError(
-        f"{shown(first['input'])} does not fit", where=flag or f"{where}, {name}", hint=f"{name} is {description}"
+        f"{shown(first['input'])} does not fit",
+        where=flag or f"{where}, {name}",
+        hint=f"{guess}{name} is {description}",
     )
 
 

@@ -133,6 +133,7 @@ def test_options_that_are_none_say_nothing() -> None:
         ("[cache]\nschedule = 'budget=1.5'", "f.toml, cache.schedule", "'budget=1.5' does not fit", "the fraction F"),
         ("[cache]\nschedule = 'dps=0'", "f.toml, cache.schedule", "'dps=0' does not fit", "CacheQuant"),
         ("[cache]\nforecast = 'best'", "f.toml, cache.forecast", "'best' does not fit", "auto, affine, taylor"),
+        ("[cache]\nforecast = 'afine'", "f.toml, cache.forecast", "'afine' does not fit", "did you mean 'affine'? "),
         ("[cache]\nwhat = 'all'", "f.toml, cache.what", "'all' does not fit", "range (the change"),
         ("[cache]\nmemory = -1", "f.toml, cache.memory", "-1 does not fit", "for one image"),
         ("[cache]\ncost = 'time'", "f.toml, cache.cost", "'time' does not fit", "latency (measured"),

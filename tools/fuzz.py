@@ -106,7 +106,7 @@ def _place(error: BaseException) -> str:
     root = Path(__file__).resolve().parents[1]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
-        if path.is_relative_to(root) and path.name != "fuzz.py":
+        if path.is_relative_to(root) and path.parent.name != "tools":
             return f"{path.relative_to(root)}:{frame.lineno}"
     return "outside of qcgraph"
 
