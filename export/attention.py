@@ -1,4 +1,4 @@
-"""Attention as ONNX Runtime runs it fastest: heads stay where the projection puts them.
+"""Attention as ONNX Runtime runs it: heads stay where the projection puts them, and masks have all their axes.
 
 Models split the projected values into heads and transpose them to [B,H,N,D] before the product, and back after it.
 ONNX's Attention (opset 23) also takes [B,N,H*D] and a number of heads, and then nothing has to be moved.
@@ -32,6 +32,47 @@ def keep_heads_in_place(model: ir.Model) -> int:
     if count:
         remove_unused_nodes(model)
     return count
+
+
+def expand_masks(model: ir.Model) -> int:
+    """Give the masks of every Attention the number of queries and keys, and no rank that it does not take.
+
+    PyTorch broadcasts masks of any shape to [B,H,Q,L]; the operator takes ranks 2 to 4, and ONNX Runtime's kernel does
+    not broadcast the axis of queries. Masks of rank 2 that have both axes are left as they are.
+
+    Args:
+        model: is changed in place.
+
+    Returns:
+        How many masks were expanded.
+    """
+    return sum(_expand_mask(model.graph, node) for node in list(model.graph) if node.op_type == "Attention")
+
+
+def _expand_mask(graph: ir.Graph, attention: ir.Node) -> bool:
+    from onnxscript import ir
+
+    query, key, _, mask, *_ = (*attention.inputs, None, None)
+    shapes = [value.shape if value is not None else None for value in (query, key, mask)]
+    if any(shape is None for shape in shapes):
+        return False
+    (query_shape, key_shape, mask_shape) = (list(shape) for shape in shapes if shape is not None)
+    if len(query_shape) != 4:
+        return False
+    wanted = [query_shape[2], key_shape[2]]
+    if len(mask_shape) in (2, 4) and mask_shape[-2:] == wanted:
+        return False
+    if not all(isinstance(size, int) for size in wanted):
+        return False
+    lengths = ir.Value(
+        name=f"{attention.name}_lengths", const_value=ir.tensor([1, 1, *wanted], dtype=ir.DataType.INT64)
+    )
+    expand = ir.node("Expand", [mask, lengths], name=f"{attention.name}_mask")
+    expand.outputs[0].name = expand.name
+    graph.register_initializer(lengths)
+    graph.insert_before(attention, expand)
+    attention.replace_input_with(3, expand.outputs[0])
+    return True
 
 
 def _rewrite(graph: ir.Graph, attention: ir.Node) -> bool:

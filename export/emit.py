@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qcgraph.errors import QcgraphError
-from qcgraph.export.attention import keep_heads_in_place
+from qcgraph.export.attention import expand_masks, keep_heads_in_place
 from qcgraph.export.integer_products import multiply_integers
 from qcgraph.export.to_onnx import to_onnx
 from qcgraph.export.valid import problem_of
@@ -96,6 +96,7 @@ def _translate(program: Program, variant: str, opset: int, *, integer_products: 
     interface = program.variants[variant].interface
     model, names = to_onnx(program, variant, opset)
     _rename(model, names, program.constants)
+    expand_masks(model)
     if heads_in_place:
         keep_heads_in_place(model)
     if integer_products:

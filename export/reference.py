@@ -80,7 +80,7 @@ class Shadowed(fx.Interpreter):
         if node.op == "output":
             return fx.map_arg(node.args[0], self._wide.__getitem__)
         if node.target is ops.region.default:
-            source, split, upper = node.args
+            (source, split), upper = node.all_input_nodes, node.args[2]
             return torch.where((self.env[source] < self.env[split]) != upper, self._wide[source], 0.0)
         return _called(node, self._wide)
 
@@ -240,9 +240,8 @@ class _Quotients:
 
     def __init__(self, node: fx.Node, values: Mapping[fx.Node, Any], dtype: torch.dtype) -> None:
         self.node = node
-        value, scale, zero_point, *self._limits = (
-            values[argument] if isinstance(argument, fx.Node) else argument for argument in node.args
-        )
+        arguments: list[Any] = [values[item] if isinstance(item, fx.Node) else item for item in node.args]
+        value, scale, zero_point, *self._limits = arguments
         self._scale, self._zero_point = (along(self._limits[-1], item, value.dim()) for item in (scale, zero_point))
         self._exact = value / self._scale
         self._dtype = dtype

@@ -8,12 +8,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnxscript import ir
 
-from qcgraph.export.attention import keep_heads_in_place
+from qcgraph.capture import capture
+from qcgraph.export.attention import expand_masks, keep_heads_in_place
 from qcgraph.export.emit import emit_onnx
+from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
 from qcgraph.ir.program import Program
 from qcgraph.progress import Progress
+from qcgraph.spec import ModelSpec
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 23]>
@@ -79,3 +83,78 @@ def test_an_exported_denoiser_moves_no_heads(captured: Program, tmp_path: Path) 
     moves = [list(node.attribute[0].ints) for node in nodes if node.op_type == "Transpose"]
     assert [0, 2, 1, 3] not in moves
     assert [2, 0, 3, 1, 4] not in moves
+
+
+MASKED = """
+<ir_version: 10, opset_import: ["" : 23]>
+graph (float[2,3,4,8] q, float[2,3,5,8] k, float[2,3,5,8] v, {type}[{shape}] mask) => (float[2,3,4,8] result) {{
+  result = Attention <scale = 0.25> (q, k, v, mask)
+}}
+"""
+MASKS = [
+    (5,),
+    (1, 5),
+    (4, 5),
+    (4, 1),
+    (3, 4, 5),
+    (3, 1, 5),
+    (2, 1, 1, 5),
+    (2, 3, 1, 5),
+    (1, 1, 4, 5),
+    (2, 3, 4, 5),
+    (2, 1, 4, 1),
+]
+
+
+@pytest.mark.parametrize("kind", ["float", "bool"])
+@pytest.mark.parametrize("shape", MASKS, ids=str)
+def test_masks_mean_what_they_mean_in_pytorch(shape: tuple[int, ...], kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, length, 8, generator=generator) for length in (4, 5, 5))
+    mask = torch.randn(shape, generator=generator)
+    if kind == "bool":
+        mask = mask > -1
+        mask[..., 0] = True  # a query without any key has no defined result
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask.expand(2, 3, 4, 5), scale=0.25)
+    model = ir.from_proto(onnx.parser.parse_model(MASKED.format(type=kind, shape=",".join(map(str, shape)))))
+    model.graph[0].name = "attended"
+    assert expand_masks(model) == (shape not in [(4, 5), (1, 1, 4, 5), (2, 3, 4, 5)])
+    assert expand_masks(model) == 0
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = {"q": query.numpy(), "k": key.numpy(), "v": value.numpy(), "mask": mask.numpy()}
+    np.testing.assert_allclose(session.run(None, feeds)[0], expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+class Masked(torch.nn.Module):
+    """Attention over 16 tokens, of which a sample may attend to as many as its class says, and to the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Linear(2, 8)
+        self.project = torch.nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        tokens = self.embed(x.flatten(2).transpose(1, 2)) + t[:, None, None] / 1000
+        heads = tokens.unflatten(2, (2, 4)).transpose(1, 2)
+        mask = (torch.arange(16) <= y[:, None])[:, None, None]  # [B,1,1,L]
+        attended = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, mask)
+        return self.project(attended.transpose(1, 2).flatten(2)).transpose(1, 2).unflatten(2, (4, 4))
+
+
+def test_a_captured_mask_of_keys(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    spec = ModelSpec("masked", (2, 4, 4), 5, 5, output_channels=2)
+    program = capture(Masked().eval().requires_grad_(False), spec, ("x", "t", "y"))
+    emit_onnx(program, tmp_path, 23, Progress(), integer_products=True)
+    inputs = {
+        "latent": torch.randn(3, 2, 4, 4),
+        "timestep": torch.full((3,), 7.0),
+        "class_label": torch.tensor([0, 2, 5]),
+    }
+    found = OnnxRuntimeRunner(tmp_path, program.interfaces).run_outputs(
+        "main", {name: value.numpy() for name, value in inputs.items()}, {}
+    )
+    expected = program.run("main", inputs)["noise_prediction"]
+    np.testing.assert_allclose(found["noise_prediction"].numpy(), expected.numpy(), rtol=1e-5, atol=1e-6)
