@@ -23,14 +23,14 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """digits, quantized and cached."""
+def digits(small_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks of digits, quantized and cached."""
     folder = tmp_path_factory.mktemp("bench")
     recipe = folder / "recipe.toml"
     recipe.write_text(
         f'[sampling]\nsteps = {STEPS}\n[calibration]\ntrajectories = 4\n[cache]\nschedule = "interval=3"\n'
     )
-    assert run(["compile", "digits", "-o", str(folder / "digits"), "--recipe", str(recipe)]) == 0
+    assert run(["compile", str(small_digits), "-o", str(folder / "digits"), "--recipe", str(recipe)]) == 0
     return folder / "digits"
 
 
@@ -87,7 +87,7 @@ def test_help_imports_no_runtime() -> None:
 
 
 @pytest.mark.slow
-def test_rows_agree_with_their_seconds(qcgraph: Command, digits: Path) -> None:
+def test_rows_agree_with_their_seconds(qcgraph: Command, digits: Path, small_digits: Path) -> None:
     names = ["torch", "onnxruntime-fp32", "onnxruntime-dynamic", "onnxruntime-static"]
     done = qcgraph(
         "bench", digits, "--baselines", ",".join(names), "--rounds", 3, "--threads", 1, "--batches", "1,2", "--json"
@@ -97,7 +97,7 @@ def test_rows_agree_with_their_seconds(qcgraph: Command, digits: Path) -> None:
     assert (report["kind"], report["format"], report["model"], report["target"]) == (
         "bench",
         1,
-        "digits",
+        str(small_digits),
         "onnxruntime-cpu",
     )
     assert (report["threads"], report["samples"], report["steps"]) == (1, 1, STEPS)
@@ -149,12 +149,12 @@ def cache_bytes_of(bundle: Bundle, latents: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("measure_once")
-def test_forwards_only_and_tables_for_people(qcgraph: Command, digits: Path) -> None:
+def test_forwards_only_and_tables_for_people(qcgraph: Command, digits: Path, small_digits: Path) -> None:
     options = ["--batches", "3", "--rounds", "2", "--threads", "1", "--forward-only"]
     done = qcgraph("bench", digits, *options)
     assert done.code == 0, done.err
     lines = done.out.splitlines()
-    assert "model     digits" in lines
+    assert f"model     {small_digits}" in lines
     assert "whole" not in done.out
     header = next(line for line in lines if "forward ms" in line)
     assert "speed-up" in header
