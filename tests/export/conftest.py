@@ -78,6 +78,13 @@ def compiled(captured: Program, tmp_path_factory: pytest.TempPathFactory) -> Exp
 
 
 @pytest.fixture(scope="session")
+def constant_scales(captured: Program) -> Program:
+    """A cache, and linears of 8 by 6 bits with constant scales and ratios of three timestep groups."""
+    quantize = f"{CALIBRATE},plan-quant{{symmetric=true activation-bits=6}},insert-qdq"
+    return Pipeline.parse(f"{CACHE},{quantize},lower-linear,reference-scales").run(captured)
+
+
+@pytest.fixture(scope="session")
 def dequantizing(compiled: Export, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """The same with products of dequantized values, whose biases stay outside the int8 kernels."""
     return exported(compiled.program, tmp_path_factory.mktemp("dequantizing"), integer_products=False)

@@ -28,7 +28,7 @@ from qcgraph.schedulers import make_step_plan
 from qcgraph.spec import ModelSpec
 
 TARGET = TARGETS["tensorrt-rtx"]
-PIPELINE = (
+CONSTANT_SCALES = (
     "plan-cache{interval=3},insert-cache,calibrate{trajectories=2},group-timesteps{groups=3},"
     "plan-quant{symmetric=true activation-bits=6},insert-qdq,lower-linear,reference-scales"
 )
@@ -36,13 +36,10 @@ SITE = "blocks.1.mlp.fc1"
 
 
 @pytest.fixture(scope="module")
-def quantized(captured: Program) -> Program:
-    return Pipeline.parse(PIPELINE).run(captured)
-
-
-@pytest.fixture(scope="module")
-def float16(quantized: Program, tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Path]:
-    return exported(Pipeline.parse("reduce-precision{dtype=float16}").run(quantized), tmp_path_factory.mktemp("f16"))
+def float16(constant_scales: Program, tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Path]:
+    return exported(
+        Pipeline.parse("reduce-precision{dtype=float16}").run(constant_scales), tmp_path_factory.mktemp("f16")
+    )
 
 
 @pytest.fixture
@@ -89,7 +86,7 @@ def test_float8_graphs_pass(captured: Program, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(
         "qcgraph.export.emit.INLINE_BYTES", 64
     )  # zero points stand in the weights file, as large ones do
-    pipeline = PIPELINE.replace("symmetric=true activation-bits=6", "format=fp8")
+    pipeline = CONSTANT_SCALES.replace("symmetric=true activation-bits=6", "format=fp8")
     program = Pipeline.parse(f"{pipeline},reduce-precision{{dtype=float16}}").run(captured)
     exported(program, tmp_path)
     assert not failure_text(verified(program, tmp_path).values())
@@ -139,8 +136,8 @@ def test_flipped_codes_are_no_fault(seed: int, tmp_path: Path) -> None:
     assert checks[0].limit < 1e-2  # a wrong bias or a swapped axis of what is not quantized is far beyond
 
 
-def test_what_onnx_runtime_cannot_run_is_said_and_not_passed(quantized: Program, tmp_path: Path) -> None:
-    program = Pipeline.parse("reduce-precision{dtype=bfloat16}").run(quantized)
+def test_what_onnx_runtime_cannot_run_is_said_and_not_passed(constant_scales: Program, tmp_path: Path) -> None:
+    program = Pipeline.parse("reduce-precision{dtype=bfloat16}").run(constant_scales)
     checks = verified(*exported(program, tmp_path))
     parity = [check for (_, name), check in checks.items() if name == "parity"]
     assert [check.variant for check in parity] == ["full", "reuse"]
