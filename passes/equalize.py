@@ -51,7 +51,7 @@ class Equalize(Pass):
 
     name: ClassVar[str] = "equalize"
     requires: ClassVar[tuple[type, ...]] = (ModelSpec, StepPlan)
-    precedes: ClassVar[tuple[type, ...]] = (Equalization, Ranges, CalibrationSet)
+    precedes: ClassVar[tuple[type, ...]] = (Ranges, CalibrationSet)
     provides: ClassVar[tuple[type, ...]] = (Equalization,)
     is_sampling: ClassVar[bool] = True
 
@@ -88,7 +88,9 @@ class Equalize(Pass):
         outputs = {site: tuple(factors.tolist()) for site, factors in divided.items()}
         # Copies, because a graph refers to the module that ran it, which holds the weights that are replaced here.
         variants = {name: replace(item, graph=copy_graph(item.graph)) for name, item in program.variants.items()}
-        return replace(program, variants=variants, constants=constants).with_facts(Equalization(found, outputs))
+        earlier = program.facts.get(Equalization) or Equalization({}, {})
+        made = Equalization(_multiplied(earlier.inputs, found), _multiplied(earlier.outputs, outputs))
+        return replace(program, variants=variants, constants=constants).with_facts(made)
 
     def _count(self, program: Program, name: str) -> int:
         return self.trajectories or affordable(trajectory_macs(program, name), MACS, LIMITS)
@@ -115,6 +117,16 @@ class Equalize(Pass):
         rows = scaled.abs().amax(dim=1) / (2 ** (self.weight_bits - 1) - 1)
         power = (observed.power / factors**2).sum()
         return float(step**2 * (scaled**2).sum() + (rows**2).sum() * power) / 12
+
+
+def _multiplied(
+    earlier: Mapping[str, tuple[float, ...]], later: Mapping[str, tuple[float, ...]]
+) -> dict[str, tuple[float, ...]]:
+    """The factors of sites by now, of an earlier run of this pass and of this one."""
+    found = {**earlier, **later}
+    for site in earlier.keys() & later.keys():
+        found[site] = tuple(one * other for one, other in zip(earlier[site], later[site], strict=True))
+    return found
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,9 @@ class SearchScales(Pass):
     objective: Literal["fisher", "range"] = "fisher"
     regions: bool = True
     share: bool = True
-    clipping: float | None = option(None, least=1, hint="1 weighs it like rounding; null once for each computing step")
+    clipping: float | None = option(
+        None, least=1, most=1e15, hint="1 weighs it like rounding; null once for each computing step"
+    )
     seed: int = option(0, most=MOST_SEED)
 
     def forwards(self, work: Workload) -> float:

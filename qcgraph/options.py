@@ -73,8 +73,8 @@ def option(default: Value, **bounds: Any) -> Value:
         default: its default.
         bounds: see `Bounds`.
     """
-    made: Any = field(default=default, metadata={_BOUNDS: Bounds(**bounds)})
-    return made  # type: ignore[no-any-return]
+    made: Value = field(default=default, metadata={_BOUNDS: Bounds(**bounds)})
+    return made
 
 
 def check_options(pass_: Any) -> None:
@@ -86,7 +86,8 @@ def check_options(pass_: Any) -> None:
     Raises:
         UsageError: names the pass and the option, the value that it has, and those that it may have.
     """
-    kinds = _kinds(type(pass_))
+    own: type = type(pass_)
+    kinds = _kinds(own)
     for item in fields(pass_):
         value, bounds, kind = getattr(pass_, item.name), item.metadata.get(_BOUNDS, Bounds()), kinds[item.name]
         if _is_of(value, kind) and bounds.holds(value):

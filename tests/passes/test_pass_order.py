@@ -35,7 +35,7 @@ def stages(captured: Program, run: Run) -> dict[str, Program]:
         "rounded": run("round-weights", planned),
         "fitted": run("fit-requantization", planned),
         "float8": run("plan-quant{format=fp8}", grouped),
-        "equalized": run("equalize{trajectories=1}", captured),
+        "unsplit": run(CALIBRATE, captured),
         "hoisted": run("hoist-adaln", cached),
         "forecast": run("insert-forecast", calibrated),
         "compensated": run("fit-compensation,insert-compensation", calibrated),
@@ -47,7 +47,7 @@ def stages(captured: Program, run: Run) -> dict[str, Program]:
 @pytest.mark.parametrize(
     ("stage", "text", "says", "hint"),
     [
-        ("equalized", "equalize", "Equalization is decided on", "before equalize"),
+        ("unsplit", "equalize", "Ranges, CalibrationSet is decided on", "before calibrate"),
         ("planned", "group-timesteps", "QuantPlan is decided on", "before plan-quant"),
         ("planned", CALIBRATE, "QuantPlan is decided on", "before plan-quant"),
         ("rounded", "plan-quant", "RoundedWeights is decided on", "before round-weights"),

@@ -157,11 +157,16 @@ def chosen(possible: dict[tuple[str, ...], Recipe]) -> list[Pipeline]:
     starts = {passes: set(beginnings(found)) for passes, found in pipelines.items()}
     left, begun, found = set[object]().union(*pairs.values()), set[str](), list[Pipeline]()
     while left:
-        best = max(possible, key=lambda passes: len(pairs[passes] & left) / (1 + len(starts[passes] - begun)))
+        best = max(possible, key=lambda passes: len(pairs[passes] & left) / (1 + cost(starts[passes] - begun)))
         left -= pairs[best]
         begun |= starts[best]
         found.append(pipelines[best])
     return found
+
+
+def cost(texts: Iterable[str]) -> int:
+    """What it costs to run the last passes of these pipelines: reduce-precision types every graph anew."""
+    return sum(4 if "reduce-precision" in text else 1 for text in texts)
 
 
 def beginnings(passes: Pipeline) -> list[str]:

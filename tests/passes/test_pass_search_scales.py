@@ -49,7 +49,9 @@ def planned(calibrated: Program, run: Run) -> Planned:
 def searched(planned: Planned, run: Run) -> Searched:
     """The plan of so many bits after search-scales with some options."""
     return cache(
-        lambda text="", bits=6, options="": run(f"search-scales{{share=false {text}}}", planned(bits, options))
+        lambda text="", bits=6, options="": run(
+            f"search-scales{{{text if 'share' in text else f'share=false {text}'}}}", planned(bits, options)
+        )
     )
 
 
