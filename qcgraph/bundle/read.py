@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
+
 from qcgraph import atomic
 from qcgraph.bundle.manifest import (
     AGAIN,
@@ -36,6 +38,21 @@ IR_FOLDER = "ir"
 
 _IR_NAME = re.compile(rf"{IR_FOLDER}/(?P<index>[0-9]+)_(?P<name>.+)\.txt")
 _Value = TypeVar("_Value")
+
+
+class _Refusal(BaseModel):
+    """What a pass refused, and why."""
+
+    where: str
+    reason: str
+
+
+class _Record(BaseModel):
+    """What a pass did."""
+
+    text: str
+    changed: bool
+    refusals: list[_Refusal]
 
 
 @dataclass(frozen=True)
@@ -143,7 +160,9 @@ class Bundle:
         """What the passes did, in order: ``text``, ``changed`` and ``refusals`` (each ``where`` and ``reason``)."""
         if PROGRAM not in self.manifest.files:
             return ()
-        return self._parsed(PROGRAM, lambda data: tuple(dict(record) for record in data["history"]))
+        return self._parsed(
+            PROGRAM, lambda data: tuple(_Record.model_validate(record).model_dump() for record in data["history"])
+        )
 
     @property
     def report(self) -> dict[str, Any]:
