@@ -113,6 +113,17 @@ def test_facts_and_history_of_a_program(tmp_path: Path) -> None:
     assert made.history == (record,)
 
 
+@pytest.mark.parametrize("where", [{}, ["x"], 3, None])
+def test_a_history_of_another_form_is_refused(tmp_path: Path, where: object) -> None:
+    record = {"text": "insert-qdq", "changed": True, "refusals": [{"where": where, "reason": "x"}]}
+    with writing(tmp_path / "out", model="toy", target="torch") as folder:
+        (folder / "plan.json").write_text("{}")
+        (folder / "recipe.lock.toml").write_text("")
+        (folder / "program.json").write_text(json.dumps({"facts": {}, "history": [record]}))
+    with pytest.raises(BundleError, match=r"refusals\.0\.where"):
+        _ = Bundle.open(tmp_path / "out").history
+
+
 def test_unknown_files_are_tolerated(tmp_path: Path) -> None:
     (make(tmp_path / "toy").path / "note.txt").write_text("mine")
     assert Bundle.open(tmp_path / "toy").plan == PLAN

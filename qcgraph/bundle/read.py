@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
+
 from qcgraph import atomic
 from qcgraph.bundle.files import AGAIN, name_problem, parsed, path_problem, read_file, text_of
 from qcgraph.bundle.manifest import (
@@ -42,6 +44,21 @@ _LARGEST_LATENT = 2**28  # numbers of one sample
 
 _IR_NAME = re.compile(rf"{IR_FOLDER}/(?P<index>[0-9]+)_(?P<name>.+)\.txt")
 _Value = TypeVar("_Value")
+
+
+class _Refusal(BaseModel):
+    """What a pass refused, and why."""
+
+    where: str
+    reason: str
+
+
+class _Record(BaseModel):
+    """What a pass did."""
+
+    text: str
+    changed: bool
+    refusals: list[_Refusal]
 
 
 @dataclass(frozen=True)
@@ -176,7 +193,9 @@ class Bundle:
         """What the passes did, in order: ``text``, ``changed`` and ``refusals`` (each ``where`` and ``reason``)."""
         if PROGRAM not in self.manifest.files:
             return ()
-        return self._parsed(PROGRAM, lambda data: tuple(dict(record) for record in data["history"]))
+        return self._parsed(
+            PROGRAM, lambda data: tuple(_Record.model_validate(record).model_dump() for record in data["history"])
+        )
 
     @property
     def report(self) -> dict[str, Any]:
