@@ -160,7 +160,6 @@ INSIDE_FUNCTIONS = (
 )
 TORCH = ("safetensors.torch", "torch")
 NOT_FOR_HELP = (*INSIDE_FUNCTIONS, "PIL", "numpy", "pydantic", "safetensors", "torch")
-HELP_BUDGET_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -288,27 +287,27 @@ def test_the_reader_of_imports_sees_them(tmp_path: Path) -> None:
     ]
 
 
-def imported_by(arguments: list[str], directory: Path) -> dict[str, float]:
-    """The modules that a Python process imports, each with the seconds it took by itself."""
+def imported_by(arguments: list[str], directory: Path) -> set[str]:
+    """The modules that a Python process imports."""
     command = [sys.executable, "-X", "importtime", *arguments]
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
     heading = "import time:"
     messages = [line for line in done.stderr.splitlines() if not line.startswith(heading)]
     assert done.returncode == 0, "\n".join(messages)
     rows = [line.removeprefix(heading).split("|") for line in done.stderr.splitlines() if line.startswith(heading)]
-    return {name.strip(): int(own) / 1e6 for own, _, name in rows[1:]}  # the first row holds the titles
+    return {name.strip() for _, _, name in rows[1:]}  # the first row holds the titles
 
 
 @pytest.mark.parametrize(
     "arguments", [["-c", "import qcgraph.cli"], ["-m", "qcgraph", "--help"]], ids=["import", "help"]
 )
 def test_command_line_starts_lean(arguments: list[str], tmp_path: Path) -> None:
-    runs = [imported_by(arguments, tmp_path) for _ in range(3)]
-    assert sorted(name for name in runs[0] if is_of(name, NOT_FOR_HELP)) == []
-    assert min(sum(run.values()) for run in runs) < HELP_BUDGET_SECONDS
+    imported = imported_by(arguments, tmp_path)
+    assert sorted(name for name in imported if is_of(name, NOT_FOR_HELP)) == []
 
 
-@pytest.mark.parametrize("module", sorted(name for name in MODULES if layer_of(name) in {"core", "runtime"}))
-def test_a_bundle_runs_without_torch(module: str, tmp_path: Path) -> None:
-    imported = imported_by(["-c", f"import {module}"], tmp_path)
+def test_a_bundle_runs_without_torch(tmp_path: Path) -> None:
+    modules = sorted(name for name in MODULES if layer_of(name) in {"core", "runtime"})
+    imported = imported_by(["-c", f"import {', '.join(modules)}"], tmp_path)
+    assert set(modules) <= imported
     assert sorted(name for name in imported if is_of(name, (*INSIDE_FUNCTIONS, *TORCH))) == []
