@@ -75,9 +75,7 @@ class PlanQuant(Pass):
                 elif site.name not in sites:
                     sites[site.name] = SiteQuant(self._activation(observed, plan), weight)
         if not sites:
-            reason = nothing_quantized(refusal.reason for refusal in context.refusals)
-            context.refuse("model", reason)
-            context.progress.note(f"note: {reason}")
+            context.refuse("model", nothing_quantized(refusal.reason for refusal in context.refusals))
         return program.with_facts(QuantPlan(sites))
 
     def _activation(self, observed: SiteRange, plan: StepPlan) -> ActivationQuant:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -76,10 +75,3 @@ def _range_change(program: Program) -> dict[str, Any] | None:
 def quantizable(sites: Sequence[Site]) -> list[Site]:
     """Return the sites that a quantized compilation plans to quantize, as far as the graph alone decides."""
     return [site for site in sites if not site.refusal]
-
-
-def nothing_quantized(sites: Sequence[Site], bits: str) -> str:
-    """Return the note that asking for bits quantized nothing, with the reasons that the sites give."""
-    reasons = Counter(site.refusal or "no pass quantized it" for site in sites)
-    shown = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
-    return f"{bits} was asked for and no layer is quantized: {shown or 'the model holds no products of matrices'}"

@@ -18,7 +18,7 @@ import torch
 from qcgraph.admission import admit_edges, admit_quality, check_conditions, overrides
 from qcgraph.bundle import Bundle, check_output, write_plan, writing
 from qcgraph.capture import capture
-from qcgraph.compile_report import compile_report, nothing_quantized, quantizable
+from qcgraph.compile_report import compile_report, quantizable
 from qcgraph.costs import measure_costs
 from qcgraph.default_pipeline import default_pipeline, target_notes
 from qcgraph.errors import UsageError, closest
@@ -31,12 +31,13 @@ from qcgraph.facts import Rehearsed, precision_of
 from qcgraph.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
-from qcgraph.ir.structure import find_sites
+from qcgraph.ir.structure import Site, find_sites
 from qcgraph.least_bits import compile_with_least, is_asked_for, most_bits
 from qcgraph.meaning import check_meaning
 from qcgraph.memory import release_memory
 from qcgraph.models import LoadedModel, check_loaded, load_model
 from qcgraph.origin import SOURCE
+from qcgraph.passes.plan_quant import PlanQuant, nothing_quantized
 from qcgraph.pipeline import Instrument, Pass, Pipeline
 from qcgraph.plan_file import PlanFile
 from qcgraph.progress import Progress
@@ -169,7 +170,7 @@ class _Compilation:
         report[SOURCE] = self.model if isinstance(self.model, str) else None
         report["followed_plan"] = _followed(recipe, self.plan, program)
         if recipe.is_quantized and not report["planned_sites" if self.dry_run else "quantized_sites"]:
-            notes += self._noted([nothing_quantized(sites, recipe.quantization.bits)])
+            notes += self._noted([f"{recipe.quantization.bits} was asked for, but {_left_alone(program, sites)}"])
         report["notes"] = notes
         found = None if kept is None else estimate(kept, program, pipeline, quantizable(sites), target, elapsed)
         report["estimate"] = found and asdict(found)
@@ -259,6 +260,14 @@ class _Compilation:
                     verdicts = admit_quality(recipe.conditions, *original, program, folder, target, self.progress)
                 report["gate"] = [asdict(verdict) for verdict in verdicts]
             fill(folder)
+
+
+def _left_alone(program: Program, sites: Iterable[Site]) -> str:
+    """Say why nothing is quantized: as the pass that plans quantization says, or as the graph of the model shows."""
+    planned = [record for record in program.history if record.text.startswith(PlanQuant.name) and record.refusals]
+    if planned:
+        return planned[-1].refusals[-1].reason
+    return nothing_quantized(site.refusal or "no pass quantized it" for site in sites)
 
 
 def following(recipe: Recipe, plan: PlanFile | None) -> Recipe:
