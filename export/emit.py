@@ -35,6 +35,7 @@ def emit_onnx(
     *,
     integer_products: bool,
     heads_in_place: bool = True,
+    quantizers_apart: bool = False,
 ) -> tuple[str, ...]:
     """Write the program, its weights, and an ONNX graph of every variant into a folder that exists.
 
@@ -49,6 +50,7 @@ def emit_onnx(
         progress: reports the variants.
         integer_products: whether quantized products multiply integers (see `qcgraph.export.targets.Target`).
         heads_in_place: whether attention takes its heads where the projection puts them (see there).
+        quantizers_apart: whether every product has a quantizer of its own (see `part_quantizers`).
 
     Returns:
         The names of the graph files.
@@ -62,6 +64,8 @@ def emit_onnx(
         models[variant] = _translate(
             program, variant, opset, integer_products=integer_products, heads_in_place=heads_in_place
         )
+        if quantizers_apart:
+            part_quantizers(models[variant])
     tensors = _Tensors(program)
     names = {variant: tensors.place(model, variant) for variant, model in models.items()}
     save_program(program, folder, tensors.exported)
@@ -136,6 +140,42 @@ def _part_zero_points(model: ir.Model) -> None:
         model.graph.register_initializer(own)
         node.replace_input_with(2, own)
     remove_unused_nodes(model)
+
+
+def part_quantizers(model: ir.Model) -> None:
+    """Give every product that shares a quantized activation with others a quantizer of its own.
+
+    ONNX Runtime computes int8 activations as uint8, and does so only where one node reads the codes; where several do, it
+    multiplies them in floating point. Equal nodes are merged again when a graph is loaded, so the copies differ in
+    the attribute ``axis``, which means nothing where the scale is one number.
+    """
+    from onnxscript import ir
+
+    for quantize in [node for node in model.graph if node.op_type == "QuantizeLinear"]:
+        dequantize = next((node for node, _ in quantize.outputs[0].uses()), None)
+        scale, value = quantize.inputs[1], quantize.outputs[0]
+        if dequantize is None or dequantize.op_type != "DequantizeLinear" or len(value.uses()) != 1:
+            continue
+        if scale is None or scale.shape is None or scale.shape.rank() != 0 or value.shape is None:
+            continue
+        readers = list(dequantize.outputs[0].uses())[1:]
+        own = quantize.attributes.get_int("axis", 1)
+        axes = [axis for axis in range(-value.shape.rank(), value.shape.rank()) if axis != own]
+        for number, ((reader, place), axis) in enumerate(zip(readers, axes, strict=False), 1):
+            source = dequantize.outputs[0]
+            for node in (quantize, dequantize):
+                given = quantize.inputs[0] if node is quantize else source
+                copied = ir.node(
+                    node.op_type,
+                    [given, *node.inputs[1:]],
+                    attributes=dict(node.attributes) | ({"axis": axis} if node is quantize else {}),
+                    name=f"{node.name}_{number}",
+                )
+                source = copied.outputs[0]
+                source.name = f"{node.outputs[0].name}_{number}"
+                source.type, source.shape = node.outputs[0].type, node.outputs[0].shape
+                model.graph.insert_before(reader, copied)
+            reader.replace_input_with(place, source)
 
 
 def _divide_in_float32(model: ir.Model) -> None:

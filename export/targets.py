@@ -31,6 +31,8 @@ class Target:
             Runtime's int8 kernel; else they multiply dequantized values.
         heads_in_place: whether attention takes its heads where the projection puts them, without transposes. ONNX
             Runtime is faster so; TensorRT-RTX then splits the weight of q, k and v, and multiplies in floating point.
+        quantizers_apart: whether every product has a quantizer of its own. ONNX Runtime makes no integer kernels of int8
+            activations that several products share; TensorRT merges such products.
         multiplies_float8: whether it runs products of 8-bit floating point.
         precision: ``float32``, or ``auto`` where what is not quantized is faster in 16 bits; unless it is told
             otherwise.
@@ -47,6 +49,7 @@ class Target:
     constant_scales: bool
     integer_products: bool
     heads_in_place: bool
+    quantizers_apart: bool
     multiplies_float8: bool
     precision: Literal["float32", "auto"]
     backend: str
@@ -54,7 +57,11 @@ class Target:
     @property
     def forms(self) -> dict[str, bool]:
         """What `qcgraph.export.emit.emit_onnx` is told of it."""
-        return {"integer_products": self.integer_products, "heads_in_place": self.heads_in_place}
+        return {
+            "integer_products": self.integer_products,
+            "heads_in_place": self.heads_in_place,
+            "quantizers_apart": self.quantizers_apart,
+        }
 
     def backend_for(self, precision: str) -> str:
         """What runs a bundle whose floating-point type is this, unless it is told otherwise."""
@@ -80,6 +87,7 @@ _TORCH = Target(
     constant_scales=False,
     integer_products=False,
     heads_in_place=False,
+    quantizers_apart=False,
     multiplies_float8=True,
     precision="float32",
     backend="torch",
@@ -98,6 +106,7 @@ _ONNXRUNTIME_CPU = Target(
     constant_scales=False,
     integer_products=True,
     heads_in_place=True,
+    quantizers_apart=False,
     multiplies_float8=False,
     precision="float32",
     backend="onnxruntime",
@@ -114,6 +123,7 @@ _ONNX = Target(
     constant_scales=True,
     integer_products=False,
     heads_in_place=False,
+    quantizers_apart=True,
     multiplies_float8=False,  # ONNX Runtime takes it for int8 in float32 graphs, and then refuses them
     precision="float32",
     backend="onnxruntime",  # also of the targets below: running the same graphs on the CPU is how they are checked
@@ -130,6 +140,7 @@ _TENSORRT = replace(
     _ONNX,
     name="tensorrt",
     description="TensorRT, strongly typed: Q/DQ with constant scales, symmetric int8, the rest in 16 bits",
+    quantizers_apart=False,
     multiplies_float8=True,
     precision="auto",
 )

@@ -503,15 +503,16 @@ def test_a_reader_beside_a_writer_sees_the_old_or_the_new(tmp_path: Path, two_re
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"now\n"
-        hashes = set()
-        for index in range(150):
-            opened = Bundle.open(tmp_path / "toy", check=bool(index % 2))
+        hashes: set[str] = set()
+        opened_times = 0
+        while opened_times < 150 or len(hashes) < 4:  # on a busy machine it takes longer to see four of them
+            opened_times += 1
+            opened = Bundle.open(tmp_path / "toy", check=bool(opened_times % 2))
             hashes.add(opened.manifest.files["full.onnx"].sha256)
             assert (opened.plan, opened.recipe) == (PLAN, Recipe())
             assert is_bundle(tmp_path / "toy")
         assert process.poll() is None
         process.kill()
-    assert len(hashes) > 3
     assert make(tmp_path / "toy", "last", force=True).plan == PLAN
     assert hidden(tmp_path) == []
 

@@ -68,7 +68,7 @@ def test_a_truth_value_is_no_number_and_a_number_no_truth_value(name: str, key: 
         ("plan-cache{blocks=3}", "blocks 3 is not text"),
         ("plan-cache{interval=" + "9" * 5000 + "}", "is not a whole number"),
         ("plan-cache{interval=" + "[" * 5000 + "}", "is not a whole number"),
-        ("plan-cache{interval=3 interval=5}", "option 'interval' is there twice"),
+        ("plan-cache{interval=3 interval=5}", "says 'interval' twice"),
         ("follow-plan{plan=nothing}", "option plan"),
     ],
 )

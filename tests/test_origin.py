@@ -114,7 +114,7 @@ def test_the_name_of_a_model_is_not_called_either(
 
 
 def test_a_function_that_the_user_names_is_called(bundle: Bundle, tmp_path: Path, trap: Path) -> None:
-    with pytest.raises(AssertionError, match="called"):
+    with pytest.raises(UsageError, match=r"your factory factory\(\) raised AssertionError: called"):
         find_model(bundle, "trap_module:factory")
     assert trap.exists()
 

@@ -247,7 +247,7 @@ def test_an_unsafe_cache_is_refused_unless_it_is_wanted(
         (["--samples", 0], "0 samples", "1 or more"),
         (["--seeds", 0], "0 seeds", "1 or more"),
         (["--seed", -1], "seed -1 is negative", "0 or larger"),
-        (["--threads", 0], "0 threads", "1 or more"),
+        (["--threads", 0], "0 threads", "1 to 1024"),
         (["--metrics", "psnr,fid_smal"], "unknown metric 'fid_smal'", "did you mean 'fid_small'"),
         (["--metrics", "psnr", "--gate", "pnsr>=2"], "gate: no term 'pnsr'", "did you mean 'psnr'"),
         (["--gate", "psnr"], "gate: cannot read 'psnr'", 'write it as "psnr>=28'),

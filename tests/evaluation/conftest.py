@@ -13,7 +13,7 @@ from qcgraph.recipe import Recipe
 @pytest.fixture(scope="session")
 def recipe() -> Recipe:
     """Everything at once: quantized, cached, compensated."""
-    return Recipe.from_toml("[calibration]\ntrajectories = 4\n").override(
+    return Recipe.from_toml("[calibration]\ntrajectories = 16\n").override(
         steps=9, groups=2, cache="interval=3", compensate="vc"
     )
 

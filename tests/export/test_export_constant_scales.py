@@ -11,9 +11,11 @@ import numpy as np
 import onnx
 import pytest
 
+import qcgraph
 from qcgraph.default_pipeline import default_pipeline
 from qcgraph.export.check import Check
 from qcgraph.export.emit import emit_onnx, tensor_places
+from qcgraph.export.run_onnxruntime import OptimizedGraph
 from qcgraph.export.targets import TARGETS
 from qcgraph.export.verify import verify_export
 from qcgraph.ir.program import Program
@@ -178,3 +180,26 @@ def test_all_at_once(captured: Program, tmp_path: Path, recipe: str) -> None:
     chosen = Recipe.from_toml(text).override(steps=9, groups=3, cache="interval=3", compensate="vc")
     program = default_pipeline(chosen, TARGET).run(captured)
     assert failed(verify(program, export(program, tmp_path, "onnx"))) == []
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnx-opset21"])
+def test_products_that_share_an_activation_are_integer_kernels(tmp_path: Path, name: str) -> None:
+    """Queries, keys and values of diffusers' DiT are three layers that read one activation."""
+    from diffusers import DiTTransformer2DModel
+
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=2,
+        num_layers=1,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=5,
+        norm_elementwise_affine=False,
+    )
+    transformer.save_pretrained(tmp_path / "dit")
+    recipe = Recipe.from_toml(
+        '[calibration]\ntrajectories = 2\n[quantization]\nscales = "range"\nrounding = "nearest"\nequalize = false'
+    ).override(target=name, steps=2, bits="w8a8", groups=2)
+    bundle = qcgraph.compile(str(tmp_path / "dit"), recipe, output=tmp_path / "out")  # which verifies it
+    assert OptimizedGraph.of(bundle.file("main.onnx")).count("MatMulIntegerToFloat") == 6

@@ -81,12 +81,12 @@ def test_what_the_exporter_makes_is_stored_once(
 ) -> None:
     """The exporter makes the ones that a LayerNorm without weights is multiplied by; here they count as large."""
     monkeypatch.setattr("qcgraph.export.emit.INLINE_BYTES", 100)
-    variants = {"first": captured.variants["main"], "second": captured.variants["main"]}
+    variants = {"main": captured.variants["main"], "second": captured.variants["main"]}
     emit_onnx(Program(variants, captured.constants, captured.facts), tmp_path, 21, Progress(), integer_products=True)
     places = tensor_places(tmp_path / WEIGHTS)
     made = {name: place for name, place in places.items() if name.startswith(EXPORTED)}
     assert made
-    assert all(name.startswith("onnx/first/") for name in made)
+    assert all(name.startswith("onnx/main/") for name in made)
     used = {int(place_of(tensor)["offset"]) for tensor in graph_of(tmp_path, "second").initializer if place_of(tensor)}
     assert {offset for offset, _ in made.values()} <= used
     assert load_program(tmp_path).constants.keys() == captured.constants.keys()

@@ -116,10 +116,12 @@ def test_a_bundle_that_is_replaced_while_it_is_loaded(write: Write, backend: str
     bundle = Bundle.open(write())
     assert bundle.plan
     write(other=True)
-    with pytest.raises(BundleError, match="was replaced, changed or deleted while it was loaded"):
+    with pytest.raises(
+        BundleError, match="was replaced, changed or deleted while it was loaded|was replaced while it was read"
+    ):
         open_runner(bundle, backend, 1)
     shutil.rmtree(bundle.path)
-    with pytest.raises(BundleError, match="while it was loaded"):
+    with pytest.raises(BundleError, match="while it was (loaded|read)"):
         open_runner(bundle, backend, 1)
 
 
@@ -130,7 +132,7 @@ def test_what_is_read_of_a_bundle_is_of_one(write: Write) -> None:
     with pytest.raises(BundleError, match="while it was verified"), reading(bundle, done="verified"):
         write(other=True)
     bundle = Bundle.open(bundle.path)
-    with pytest.raises(BundleError, match="while it was loaded"), reading(bundle, [WEIGHTS]):
+    with pytest.raises(BundleError, match="while it was (loaded|read)"), reading(bundle, [WEIGHTS]):
         change_weights(bundle.path / WEIGHTS)
 
 

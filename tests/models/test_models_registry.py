@@ -337,10 +337,10 @@ def test_a_factory_that_raises_is_told_where(factory_module: str) -> None:
 
 
 def test_wrappers_and_precision_of_a_factorys_module_are_noted(factory_module: str) -> None:
-    for name, count in (("compiled", 1), ("parallel", 2)):
+    for name in ("compiled", "parallel"):  # the second is compiled inside of what spreads it over devices
         model = load_model(f"{factory_module}:{name}")
         assert type(model.module).__name__ == "Denoiser"
-        assert sum("taken out of its wrapper" in note for note in model.notes) == count
+        assert sum("taken out of its wrapper" in note for note in model.notes) == 1
     assert load_model(f"{factory_module}:good").notes == ("the weights are converted from float64 to float32",)
     assert_ready(load_model(f"{factory_module}:indexed"))
 
