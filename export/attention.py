@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qcgraph.export.annotate import keep_place
+
 if TYPE_CHECKING:
     from onnxscript import ir
 
@@ -69,6 +71,7 @@ def _expand_mask(graph: ir.Graph, attention: ir.Node) -> bool:
     )
     expand = ir.node("Expand", [mask, lengths], name=f"{attention.name}_mask")
     expand.outputs[0].name = expand.name
+    keep_place(attention, expand)
     graph.register_initializer(lengths)
     graph.insert_before(attention, expand)
     attention.replace_input_with(3, expand.outputs[0])
@@ -85,6 +88,7 @@ def _rewrite(graph: ir.Graph, attention: ir.Node) -> bool:
     split = ir.node("Split", [projection], {"axis": -1, "num_outputs": PARTS}, num_outputs=PARTS)
     merged = ir.node("Attention", split.outputs, {"q_num_heads": heads, "kv_num_heads": heads})
     merged.attributes.update(attention.attributes)
+    keep_place(attention, split, merged)
     ir.convenience.replace_nodes_and_values(
         graph, last, [last], [split, merged], [last.outputs[0]], [merged.outputs[0]]
     )

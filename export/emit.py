@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qcgraph.errors import QcgraphError
+from qcgraph.export.annotate import NAMESPACE, SCOPES, name_nodes, record_types, value_specs
 from qcgraph.export.attention import expand_masks, keep_heads_in_place
 from qcgraph.export.integer_products import multiply_integers
 from qcgraph.export.to_onnx import to_onnx
@@ -18,6 +19,7 @@ from qcgraph.export.valid import problem_of
 from qcgraph.ir.program import Program, tensor_digest
 from qcgraph.ir.serialize import EXPORTED, WEIGHTS, save_program
 from qcgraph.progress import Progress
+from qcgraph.spec import TensorSpec
 
 if TYPE_CHECKING:
     import onnx
@@ -72,7 +74,7 @@ def emit_onnx(
     places = tensor_places(folder / WEIGHTS)
     for variant, model in models.items():
         _refer(model, names[variant], places)
-        _write(model, folder / f"{variant}.onnx")
+        _write(model, folder / f"{variant}.onnx", value_specs(program.variants[variant]))
     return tuple(f"{variant}.onnx" for variant in models)
 
 
@@ -108,6 +110,7 @@ def _translate(program: Program, variant: str, opset: int, *, integer_products: 
     else:
         _part_zero_points(model)
     _divide_in_float32(model)
+    name_nodes(model)
     values = (*model.graph.inputs, *model.graph.outputs)
     for value, spec in zip(values, (*interface.inputs, *interface.outputs), strict=True):
         value.shape = ir.Shape(spec.shape)
@@ -195,7 +198,7 @@ def _divide_in_float32(model: ir.Model) -> None:
 
 
 def _rename(model: ir.Model, names: Mapping[str, str], constants: Mapping[str, torch.Tensor]) -> None:
-    """Give values the names of the program's nodes, and nodes the names of their values."""
+    """Give values the names of the program's nodes, and nodes the names of their values until they are placed."""
     made = [value for name, value in model.graph.initializers.items() if name not in constants]
     values = [*made, *(value for node in model.graph for value in node.outputs if not value.is_graph_output())]
     taken = {*names.values(), *(value.name for value in (*model.graph.inputs, *model.graph.outputs))}
@@ -257,7 +260,7 @@ def _refer(model: ir.Model, names: Mapping[str, str], places: Mapping[str, tuple
         )
 
 
-def _write(model: ir.Model, path: Path) -> None:
+def _write(model: ir.Model, path: Path, specs: Mapping[str, TensorSpec]) -> None:
     """Write a graph and check it.
 
     Raises:
@@ -268,6 +271,7 @@ def _write(model: ir.Model, path: Path) -> None:
 
     proto = ir.to_proto(model)
     _tidy(proto)
+    record_types(proto, specs)
     onnx.save(proto, str(path))
     if problem := problem_of(path):
         reason = problem.splitlines()[0]
@@ -277,10 +281,12 @@ def _write(model: ir.Model, path: Path) -> None:
 
 
 def _tidy(proto: onnx.ModelProto) -> None:
-    """Drop what the exporter remembers, paths of source files among it, and types that may be stale."""
+    """Drop what the exporter remembers, paths of source files among it, but for where nodes come from."""
     proto.producer_name, proto.producer_version = "qcgraph", metadata.version("qcgraph")
     proto.ClearField("doc_string")
-    del proto.metadata_props[:], proto.graph.metadata_props[:], proto.graph.value_info[:]
+    del proto.metadata_props[:], proto.graph.metadata_props[:]
     for item in (*proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
         item.ClearField("doc_string")
+        kept = [entry for entry in item.metadata_props if entry.key in (NAMESPACE, SCOPES)]
         del item.metadata_props[:]
+        item.metadata_props.extend(kept)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from qcgraph.export.annotate import keep_place
+
 if TYPE_CHECKING:
     from onnxscript import ir
 
@@ -63,6 +65,7 @@ def _rewrite(graph: ir.Graph, product: ir.Node, activation: ir.Node, weight: ir.
     scales = ir.node("Mul", [scale, weight_scale])  # in this order: the kernel takes the first as the activation's
     result = ir.node("Mul", [cast.outputs[0], scales.outputs[0]])
     made = [integers, cast, scales, result]
+    keep_place(product, *made)
     ir.convenience.replace_nodes_and_values(graph, product, [product], made, product.outputs, result.outputs)
 
 

@@ -16,6 +16,7 @@ from torch import fx
 
 from qcgraph.capture import MAX_BATCH
 from qcgraph.errors import QcgraphError
+from qcgraph.export.annotate import place_nodes
 from qcgraph.ir.graph import DTYPES
 from qcgraph.ir.ops import HALVES, OPS
 from qcgraph.ir.program import Program
@@ -67,6 +68,7 @@ def to_onnx(program: Program, variant: str, opset: int) -> tuple[ir.Model, dict[
             optimize_ir(model, onnx_shape_inference=False, should_fold=lambda node: _folds(node, program.constants))
     except Exception as error:  # the exporter raises many types; each means that this variant cannot be exported
         raise _refusal(variant, error) from error
+    place_nodes(model, program.variants[variant], {node.name: _source(node) for node in decomposed.graph.nodes})
     return model, _names(decomposed.graph, program.variants[variant].graph)
 
 

@@ -27,7 +27,6 @@ from qcgraph.export.emit import emit_onnx
 from qcgraph.export.engine_steps import PROBED_VERSIONS, fused_steps
 from qcgraph.export.engines import quantized_products
 from qcgraph.export.targets import TARGETS
-from qcgraph.ir.graph import module_path
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_blocks
 from qcgraph.models import load_model
@@ -148,7 +147,13 @@ def row_of(name: str, form: Form, device: str, program: Program, graph: Path, mo
     """One engine."""
     nodes = program.variants[VARIANT].graph.nodes
     paths = [block.path for block in find_blocks(program.variants[VARIANT])]
-    inside = {node.name for node in nodes if any(f"{module_path(node)}.".startswith(f"{path}.") for path in paths)}
+    import onnx
+
+    inside = {
+        node.name
+        for node in onnx.load(graph, load_external_data=False).graph.node
+        if any(f"{node.name.split('/')[0]}.".startswith(f"{path}.") for path in paths)
+    }
     count, attentions = len(paths), sum("attention" in str(node.target) for node in nodes)
     start = time.perf_counter()
     try:

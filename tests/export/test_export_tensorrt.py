@@ -181,7 +181,7 @@ def test_every_node_that_the_library_refuses_is_found(module: Any, compiled: Any
     found = tensorrt.problems(module, compiled.folder / "full.onnx")
     assert len(found) > 5
     assert {(item.operator, item.reason) for item in found} == {("MatMulInteger", "is not supported")}
-    assert all(item.node.startswith("node_MatMulInteger") for item in found)
+    assert all(item.node.endswith("/MatMulInteger") for item in found)
 
 
 def test_another_interface_is_refused(module: Any, unquantized: Any) -> None:
