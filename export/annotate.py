@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -107,10 +108,8 @@ def record_types(proto: onnx.ModelProto, specs: Mapping[str, TensorSpec]) -> Non
     for name in sorted(made & specs.keys()):
         if value := _agreed(specs[name], inferred.get(name)):
             graph.value_info.append(value)
-    try:
+    with suppress(onnx.shape_inference.InferenceError):  # dimensions that depend on one another: keep what is inferred
         inferred = _inferred(proto)
-    except onnx.shape_inference.InferenceError:  # dimensions that depend on one another: keep what the graph says
-        pass
     del graph.value_info[:]
     for name in dict.fromkeys(name for node in graph.node for name in node.output):
         if name in made and name in inferred:

@@ -17,6 +17,8 @@ from qcgraph.errors import BundleError, closest
 from qcgraph.sampling import Array
 from qcgraph.spec import Interface
 
+# It joins the last sum to the norm that follows where graphs state all shapes, and then rounds otherwise than both do.
+DISABLED_OPTIMIZERS = ["SkipLayerNormFusion"]
 PROVIDERS = ["CPUExecutionProvider"]
 
 
@@ -199,7 +201,9 @@ def load_session(model: Path | bytes, options: Any) -> Any:
 
     source = str(model) if isinstance(model, Path) else model
     try:
-        return onnxruntime.InferenceSession(source, options, providers=PROVIDERS)
+        return onnxruntime.InferenceSession(
+            source, options, providers=PROVIDERS, disabled_optimizers=DISABLED_OPTIMIZERS
+        )
     except Exception as error:  # its exceptions share no base class but this
         raise BundleError(
             f"ONNX Runtime cannot load the graph: {str(error).splitlines()[0]}",

@@ -145,10 +145,10 @@ def drop_zero_points(graph: Path) -> None:
 
 def row_of(name: str, form: Form, device: str, program: Program, graph: Path, module: Any) -> Row:
     """One engine."""
-    nodes = program.variants[VARIANT].graph.nodes
-    paths = [block.path for block in find_blocks(program.variants[VARIANT])]
     import onnx
 
+    nodes = program.variants[VARIANT].graph.nodes
+    paths = [block.path for block in find_blocks(program.variants[VARIANT])]
     inside = {
         node.name
         for node in onnx.load(graph, load_external_data=False).graph.node

@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from qcgraph.errors import QcgraphError
+from qcgraph.export.annotate import NAMESPACE, SCOPES, record_types, value_specs
 from qcgraph.export.emit import INLINE_BYTES, emit_onnx, tensor_places
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.program import Program, tensor_digest
 from qcgraph.ir.serialize import EXPORTED, WEIGHTS, load_program
+from qcgraph.pipeline import Pipeline
 from qcgraph.progress import Progress
-from qcgraph.spec import BATCH
+from qcgraph.spec import BATCH, TensorSpec
 
 EXPORT = """
 import sys
@@ -140,7 +142,78 @@ def test_nothing_of_this_machine_gets_out(compiled: Any) -> None:
         data = (compiled.folder / f"{variant}.onnx").read_bytes()
         assert b".py" not in data
         assert str(Path.home()).encode() not in data
-        assert not graph_of(compiled.folder, variant).value_info
+        assert b"stack_trace" not in data
+
+
+def types_of(graph: onnx.GraphProto) -> dict[str, tuple[int, list[int | str]]]:
+    """Element type and shape of every value whose type a graph states."""
+    found = {}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        tensor = value.type.tensor_type
+        found[value.name] = (tensor.elem_type, [dim.dim_param or dim.dim_value for dim in tensor.shape.dim])
+    return found
+
+
+def metadata_of(node: onnx.NodeProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in node.metadata_props}
+
+
+@pytest.mark.parametrize("export", ["compiled", "dequantizing", "unquantized"])
+def test_every_value_has_its_type(export: str, request: pytest.FixtureRequest) -> None:
+    """Types are those of the program, where it has the value, and inference finds no other."""
+    found = request.getfixturevalue(export)
+    for variant in found.program.variants:
+        model = onnx.load(str(found.folder / f"{variant}.onnx"), load_external_data=False)
+        types, specs = types_of(model.graph), value_specs(found.program.variants[variant])
+        assert {name for node in model.graph.node for name in node.output} <= types.keys()
+        assert len(specs.keys() & types.keys()) > 20
+        for name in specs.keys() & types.keys():
+            assert types[name][1] == list(specs[name].shape), name
+        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+
+
+def test_types_that_the_graph_denies_are_not_written() -> None:
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Exp", ["x"], ["y"]), onnx.helper.make_node("Exp", ["y"], ["z"])],
+        "graph",
+        [value("x", onnx.TensorProto.FLOAT, [BATCH, 4])],
+        [value("z", onnx.TensorProto.FLOAT, [BATCH, 4])],
+        value_info=[value("y", onnx.TensorProto.FLOAT, [4, 9])],  # stale
+    )
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)])
+    for wrong in (TensorSpec("y", "f32", (BATCH, 5)), TensorSpec("y", "f16", (BATCH, 4)), TensorSpec("y", "f32", (4,))):
+        record_types(proto, {"y": wrong})
+        assert types_of(proto.graph)["y"] == (onnx.TensorProto.FLOAT, [BATCH, 4])
+
+
+def test_nodes_say_which_module_they_come_from(compiled: Any) -> None:
+    graph = graph_of(compiled.folder, "full")
+    nodes = {node.name: node for node in graph.node}
+    assert len(nodes) == len(graph.node)
+    product, part = nodes["blocks.1.attn.qkv/matmul_4"], nodes["blocks.1.attn.qkv/matmul_4/MatMulInteger"]
+    assert (product.op_type, list(product.output), part.op_type) == ("Mul", ["matmul_4"], "MatMulInteger")
+    scopes = ["", "blocks", "blocks.1", "blocks.1.attn", "blocks.1.attn.qkv", "matmul_4"]
+    for node in (product, part):
+        assert metadata_of(node) == {NAMESPACE: "blocks/1/attn/qkv/matmul_4", SCOPES: str(scopes)}
+    assert all(metadata_of(node).keys() == {NAMESPACE, SCOPES} for node in graph.node)
+
+
+def test_types_stay_in_16_bits(captured: Program, tmp_path: Path) -> None:
+    program = Pipeline.parse("reduce-precision{dtype=float16}").run(captured)
+    emit_onnx(program, tmp_path, 23, Progress(), integer_products=False)
+    graph = graph_of(tmp_path, "main")
+    types = types_of(graph)
+    assert {name for node in graph.node for name in node.output} <= types.keys()
+    assert onnx.TensorProto.FLOAT16 in {element for element, _ in types.values()}
+
+
+def test_the_quantizer_of_onnxruntime_takes_the_graphs(unquantized: Any, tmp_path: Path) -> None:
+    """It infers shapes strictly, and refuses types that are stale."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    quantize_dynamic(unquantized.folder / "full.onnx", tmp_path / "quantized.onnx")
+    assert "MatMulInteger" in {node.op_type for node in graph_of(tmp_path, "quantized").node}
 
 
 @pytest.mark.slow
