@@ -148,8 +148,8 @@ def _part_zero_points(model: ir.Model) -> None:
 def part_quantizers(model: ir.Model) -> None:
     """Give every product that shares a quantized activation with others a quantizer of its own.
 
-    ONNX Runtime computes int8 activations as uint8, and does so only where one node reads the codes; where several do, it
-    multiplies them in floating point. Equal nodes are merged again when a graph is loaded, so the copies differ in
+    ONNX Runtime computes int8 activations as uint8, and does so only where one node reads the codes; where several do,
+    it multiplies them in floating point. Equal nodes are merged again when a graph is loaded, so the copies differ in
     the attribute ``axis``, which means nothing where the scale is one number.
     """
     from onnxscript import ir

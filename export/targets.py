@@ -31,8 +31,8 @@ class Target:
             Runtime's int8 kernel; else they multiply dequantized values.
         heads_in_place: whether attention takes its heads where the projection puts them, without transposes. ONNX
             Runtime is faster so; TensorRT-RTX then splits the weight of q, k and v, and multiplies in floating point.
-        quantizers_apart: whether every product has a quantizer of its own. ONNX Runtime makes no integer kernels of int8
-            activations that several products share; TensorRT merges such products.
+        quantizers_apart: whether every product has a quantizer of its own. ONNX Runtime makes no integer kernels where
+            several products share an int8 activation; TensorRT merges such products.
         multiplies_float8: whether it runs products of 8-bit floating point.
         precision: ``float32``, or ``auto`` where what is not quantized is faster in 16 bits; unless it is told
             otherwise.

@@ -116,12 +116,10 @@ def test_a_bundle_that_is_replaced_while_it_is_loaded(write: Write, backend: str
     bundle = Bundle.open(write())
     assert bundle.plan
     write(other=True)
-    with pytest.raises(
-        BundleError, match="was replaced, changed or deleted while it was loaded|was replaced while it was read"
-    ):
+    with pytest.raises(BundleError, match=r"replaced.* while it was (loaded|read)"):
         open_runner(bundle, backend, 1)
     shutil.rmtree(bundle.path)
-    with pytest.raises(BundleError, match="while it was (loaded|read)"):
+    with pytest.raises(BundleError, match=r"while it was (loaded|read)"):
         open_runner(bundle, backend, 1)
 
 
@@ -132,7 +130,7 @@ def test_what_is_read_of_a_bundle_is_of_one(write: Write) -> None:
     with pytest.raises(BundleError, match="while it was verified"), reading(bundle, done="verified"):
         write(other=True)
     bundle = Bundle.open(bundle.path)
-    with pytest.raises(BundleError, match="while it was (loaded|read)"), reading(bundle, [WEIGHTS]):
+    with pytest.raises(BundleError, match=r"while it was (loaded|read)"), reading(bundle, [WEIGHTS]):
         change_weights(bundle.path / WEIGHTS)
 
 

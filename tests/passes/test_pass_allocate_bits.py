@@ -88,7 +88,7 @@ def test_more_bits_are_closer_to_full_precision(planned: Program, captured: Prog
 
 
 def test_a_budget_below_the_fewest_bits_is_refused(planned: Program, run: Run) -> None:
-    with pytest.raises(QcgraphError, match="budget 3.0 is not a number from 4 to 8"):
+    with pytest.raises(QcgraphError, match=r"budget 3\.0 is not a number from 4 to 8"):
         run("allocate-bits{budget=3}", planned)
 
 
