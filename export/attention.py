@@ -54,7 +54,8 @@ def expand_masks(model: ir.Model) -> int:
 def _expand_mask(graph: ir.Graph, attention: ir.Node) -> bool:
     from onnxscript import ir
 
-    query, key, _, mask, *_ = (*attention.inputs, None, None)
+    given = [*attention.inputs, None]  # the mask is optional
+    query, key, mask = given[0], given[1], given[3]
     shapes = [value.shape if value is not None else None for value in (query, key, mask)]
     if any(shape is None for shape in shapes):
         return False

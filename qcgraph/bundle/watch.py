@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qcgraph.bundle.manifest import AGAIN, FileEntry, read_manifest
+from qcgraph.bundle.files import AGAIN
+from qcgraph.bundle.manifest import FileEntry, read_manifest
 from qcgraph.bundle.read import Bundle
 from qcgraph.errors import BundleError
 
