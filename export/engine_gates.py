@@ -170,11 +170,12 @@ def expected_of(program: Program, variant: str, path: Path) -> Expected:
     names = {site.node: site.name for site in find_sites(graph)}
     values = {str(node.name): str(node.outputs[0].name) for node in nodes}  # these are called as in the program
     found = quantized_products(path)
-    multiplied = {site.name for site in quantized if site.product in found}
+    made = {values[node] for node in found}
+    multiplied = {site.name for site in quantized if site.product in made}
     planned = [site for site in names.values() if plan and site in plan.sites]
     narrow = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
     return Expected(
-        products={node: names.get(values.get(node, node), node) for node in found},
+        products={node: names.get(values[node], node) for node in found},
         absent=tuple(site for site in planned if site not in multiplied),
         attentions={
             str(node.name): names.get(values[str(node.name)], str(node.name))
