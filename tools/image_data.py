@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,8 +109,10 @@ def _check(images: Tensor, labels: Tensor, shape: tuple[int, int, int], class_co
 def _of_file(path: Path) -> ImageData:
     try:
         with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array, not several by their names")
             arrays = dict(file)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"cannot be read: {error}", where=str(path), hint="is it a complete .npz file?") from error
     parts: list[Tensor] = []
     for part in ("train", "test"):

@@ -167,6 +167,13 @@ def test_refusals_are_printed(run_tool: Any, tmp_path: Path) -> None:
 def test_what_is_no_data_and_no_place(tool: Any, images: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file or folder of images"):
         tool.load_images(tmp_path / "none.npz", SIZE)
+    for name, content in (("empty.npz", b""), ("cut.npz", images.read_bytes()[:-40])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UsageError, match="cannot be read"):
+            tool.load_images(tmp_path / name, SIZE)
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    with pytest.raises(UsageError, match="it holds one array"):
+        tool.load_images(tmp_path / "one.npy", SIZE)
     (tmp_path / "text.npz").write_text("text")
     with pytest.raises(UsageError, match="cannot be read"):
         tool.load_images(tmp_path / "text.npz", SIZE)
