@@ -108,9 +108,10 @@ def _check(images: Tensor, labels: Tensor, shape: tuple[int, int, int], class_co
 
 def _of_file(path: Path) -> ImageData:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one array, not several by their names")
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one array, not several by their names")
+        with file:
             arrays = dict(file)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"cannot be read: {error}", where=str(path), hint="is it a complete .npz file?") from error
