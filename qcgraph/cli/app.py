@@ -33,6 +33,7 @@ from qcgraph.errors import QcgraphError, UsageError, shown
 
 WRONG_INPUT = 2
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells count
+UNREAD = 141  # as of a process that SIGPIPE ends: whoever reads the output has gone
 # What a path that was given can be wrong in; any other error of the system is ours.
 PATH_ERRORS = (
     errno.EACCES,
@@ -122,7 +123,7 @@ def run(arguments: Sequence[str]) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
-        return 1
+        return UNREAD
     except MemoryError:
         _report("there is not enough memory", "close other programs, or take a smaller model, fewer samples or steps")
         return WRONG_INPUT

@@ -147,7 +147,8 @@ def test_what_is_no_text_is_refused(qcgraph: Command, argument: str) -> None:
         ("models >&-", 0, ""),
         ("nothing >&- 2>&-", 2, ""),
         ("nothing 2>&1 | true; exit ${PIPESTATUS[0]}", 2, ""),
-        ("models | head -1; exit ${PIPESTATUS[0]}", 0, "model "),
+        # It ends by itself, or because nobody reads it any more, whichever comes first.
+        ("models | head -1; code=${PIPESTATUS[0]}; exit $((code == 141 ? 0 : code))", 0, "model "),
         ("targets >/dev/full", 2, "error: cannot write: No space left on device\n\nhint: "),
     ],
 )
