@@ -105,7 +105,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 ok, 1 a verification failed, 2 wrong usage or input, 130 interrupted. What is not an error of
+        The exit code: 0 ok, 1 a verification failed, 2 wrong usage or input, 130 interrupted, 141 unread. What is not an error of
         the user, nor of code of the user's that qcgraph called, but of qcgraph, is raised on: Python shows where, and
         exits with 1.
     """
@@ -121,6 +121,10 @@ def run(arguments: Sequence[str]) -> int:
     except (Interrupted, KeyboardInterrupt):
         _report("interrupted; nothing was written", "run it again; what was there before is as it was")
         return INTERRUPTED
+    except SystemExit as leaving:
+        if not isinstance(leaving.__context__, BrokenPipeError):
+            raise
+        return UNREAD  # typer has seen to it that nothing is written any more
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
         return UNREAD
