@@ -6,8 +6,7 @@ callable. Importing qcgraph imports neither torch nor a runtime.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from importlib import metadata
 from os import PathLike, fspath
 from pathlib import Path
@@ -56,9 +55,10 @@ def compile(  # noqa: A001 - the verb of the field, as in torch.compile
     if not isinstance(force, bool):
         raise UsageError(f"{shown(force)} is neither True nor False", where="force", hint="leave it out, or give True")
     from qcgraph.compiler import compile_model
+    from qcgraph.ir.execute import ordinary_torch
 
     named = _model_or_name(model)
-    with _ordinary_torch():
+    with ordinary_torch():
         bundle = compile_model(named, resolved, place, plan=followed, force=force).bundle
     assert bundle is not None
     return bundle
@@ -80,25 +80,6 @@ def _model_or_name(model: object) -> str | LoadedModel:
         hint="give a name as on the command line, a folder, or a qcgraph.models.LoadedModel, which is a module with "
         "its ModelSpec and the names of its inputs; of a diffusers pipeline, the folder that it was loaded from",
     )
-
-
-@contextmanager
-def _ordinary_torch() -> Iterator[None]:
-    """Set aside what a caller may have told PyTorch to do everywhere, which would change or break what is compiled."""
-    import torch
-
-    dtype = torch.get_default_dtype()
-    with ExitStack() as stack:
-        # Outside of inference mode first: within it no mode for gradients matters, and its tensors cannot be exported.
-        stack.enter_context(torch.inference_mode(mode=False))
-        stack.enter_context(torch.enable_grad())
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        if torch.is_autocast_enabled("cpu"):
-            stack.enter_context(torch.autocast("cpu", enabled=False))
-        stack.callback(torch.set_default_dtype, dtype)
-        torch.set_default_dtype(torch.float32)
-        yield
 
 
 def load(

@@ -13,7 +13,7 @@ from qcgraph.ir import legality
 from qcgraph.ir.admitted import is_quiet
 from qcgraph.ir.contractions import contract_by_linears
 from qcgraph.ir.graph import DTYPE_NAMES, Variant, copy_graph, is_name, returned_nodes, spec_of
-from qcgraph.ir.identities import is_identity, simplify
+from qcgraph.ir.identities import SPELLED, UNDEFINED, is_identity, simplify
 from qcgraph.ir.program import Program, used_constants
 from qcgraph.obstacles import refuse_module, refuse_operator, refuse_trace
 from qcgraph.spec import OUTPUT, Interface, ModelSpec
@@ -62,7 +62,11 @@ def capture(module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, str
 
 
 def _exported(module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, str]) -> torch.export.ExportedProgram:
-    """What `torch.export` makes of a module; functionalized where it writes in place."""
+    """What `torch.export` makes of a module.
+
+    It is functionalized where it writes in place, or calls what a program may not call: many operators, such as `mT`,
+    are short for others, which then take their place.
+    """
     batch = torch.export.Dim("B", min=1, max=MAX_BATCH)
     latent = torch.zeros(3, *spec.latent_shape)
     arguments = (latent, torch.ones(3), torch.zeros(3, dtype=torch.int64))
@@ -70,7 +74,9 @@ def _exported(module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, s
     dynamic = {name: {0: batch} for name in input_names}
     try:
         exported = torch.export.export(module, (), named, dynamic_shapes=dynamic, strict=False)
-        return exported.run_decompositions({}) if _writes(exported.graph) else exported
+        if _writes(exported.graph):
+            return exported.run_decompositions({})
+        return exported if _is_taken(exported.graph) else _spelled_out(exported)
     except Exception as error:  # torch.export raises many types; each means that this model cannot be captured
         refuse_trace(module, named, spec, error)
         raise
@@ -79,6 +85,25 @@ def _exported(module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, s
 def _writes(graph: fx.Graph) -> bool:
     """Whether a trace writes in place, or holds graphs in graphs, which might."""
     return any(node.op == "get_attr" or _is_writing(node) for node in graph.nodes)
+
+
+def _is_taken(graph: fx.Graph) -> bool:
+    """Whether a program takes each call of a trace: as it is, by another name, or dropped."""
+    return all(
+        node.op != "call_function"
+        or legality.illegal_target(node.target) is None
+        or is_identity(node)
+        or node.target in UNDEFINED
+        or node.target in SPELLED
+        or node.target is aten._assert_tensor_metadata.default
+        for node in graph.nodes
+    )
+
+
+def _spelled_out(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """A trace in the terms that its operators are short for, unless a program does not take these either."""
+    decomposed = exported.run_decompositions({})
+    return decomposed if _is_taken(decomposed.graph) else exported
 
 
 def _refuse_state(exported: torch.export.ExportedProgram, spec: ModelSpec) -> None:

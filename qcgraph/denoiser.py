@@ -324,7 +324,7 @@ class Denoiser:
             raise UsageError("no class labels were given", hint=f"{self.spec.name} takes one a sample, {self._known()}")
         hint = f"one integer a sample: {self.spec.name} takes {self._known()}"
         given = self._labels_fetched.array(checked_values(class_labels, FLOATS + INTEGERS, "class_labels", hint))
-        whole = given.dtype.kind != "f" or bool((np.abs(given) < LARGEST_CLASS).all())  # NaN is not
+        whole = given.dtype.kind != "f" or bool((np.abs(given) < np.float64(LARGEST_CLASS)).all())  # NaN is not
         labels = given.astype(np.int64) if whole else np.zeros(given.shape, dtype=np.int64)
         if not (whole and np.array_equal(labels, given)) or labels.shape not in ((), (1,), (batch,)):
             raise UsageError(

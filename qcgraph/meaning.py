@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,15 +58,16 @@ def check_meaning(program: Program, module: nn.Module, input_names: tuple[str, s
 
     Raises:
         CaptureError: they differ, with the distance and the limit; or the module's result is not finite, is another
-            one each time, or depends on whether gradients are recorded.
+            one each time, depends on whether gradients are recorded, or on what else is in the batch.
     """
     spec = program.facts[ModelSpec]
     comparison = _Comparison(program, unwrapped(module), input_names, spec.name)
     with torch.random.fork_rng(devices=[]), torch.inference_mode(mode=False):
         calls = list(_calls(program, spec, plan))
         first = comparison.check(calls[0])
-        comparison.check(calls[1])
+        second = comparison.check(calls[1])
         comparison.check_repeatable(calls[0], first)
+        comparison.check_apart(calls[:2], (first, second))
         for call in calls[2:]:
             comparison.check(call)
         comparison.check_repeatable(calls[0], first, inference=True)
@@ -81,9 +82,10 @@ def _calls(program: Program, spec: ModelSpec, plan: StepPlan) -> Iterator[_Call]
     if plan.halves > 1:
         labels.insert(0, spec.null_class)
     used = 0
-    for index in range(count):
+    places = [0, count - 1, *range(1, count - 1)]  # the first two far apart, which `check_apart` puts into one batch
+    for index, place in enumerate(places):
         batch = BATCHES[index % len(BATCHES)]
-        timestep = plan.timesteps[round(index * (len(plan) - 1) / max(1, count - 1))]
+        timestep = plan.timesteps[round(place * (len(plan) - 1) / max(1, count - 1))]
         chosen = [labels[(used + offset) % len(labels)] for offset in range(batch)]
         used += batch
         latent = torch.randn(batch, *spec.latent_shape, generator=generator)
@@ -190,6 +192,32 @@ class _Comparison:
             hint="it draws random numbers (dropout that is left active?) or keeps state between calls (a counter, a "
             "cache): a denoiser is a function of latent, timestep and class label",
         )
+
+    def check_apart(self, calls: Sequence[_Call], alone: Sequence[Tensor]) -> None:
+        """Put calls of one sample each, at timesteps and with labels of their own, into one batch.
+
+        Calibration observes such batches, hoisting prepares many timesteps in one, and a cache of guidance computes
+        half of one.
+
+        Args:
+            calls: of one sample each.
+            alone: what the module gave for each.
+
+        Raises:
+            CaptureError: a sample's result is another one when it is not alone.
+        """
+        joined = {name: torch.cat([call.inputs[name] for call in calls]) for name in INPUTS}
+        together = _Call(joined, "in one batch: " + "; ".join(call.where for call in calls))
+        found, expected = self.check(together), torch.cat(list(alone))
+        apart = distance(found, expected)
+        if apart > FLOOR and apart > self._limit(together, found):
+            raise CaptureError(
+                f"what the model gives for a sample depends on the others in its batch: relative L2 distance "
+                f"{apart:.3g} from the same sample alone, {together.where}",
+                where=self._name,
+                hint="compute each sample from its own latent, timestep and class label: look for t[0], and for means "
+                "and norms along the batch",
+            )
 
     def _moved(self, call: _Call, expected: Tensor, *, gradients: bool = False, inference: bool = False) -> float:
         again = self.expected(call, gradients=gradients, inference=inference)

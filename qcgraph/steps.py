@@ -209,7 +209,8 @@ class StepPlan:
 def _number_text(value: object) -> str:
     """A number as people write it, and whatever else it may be as an error quotes it."""
     try:
-        return f"{value:g}"
+        text = f"{value:g}"
+        return text if float(text) == value else str(value)  # 750.0001 is not 750
     except (ValueError, TypeError, OverflowError):
         return shown(value)
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 INTEGERS, FLOATS = "iu", "f"  # kinds of NumPy's dtypes
+NUMPY_FLOATS = ("torch.float16", "torch.float32", "torch.float64")
 _SHOWN = 60  # characters of a value in a message
 
 
@@ -23,11 +24,12 @@ def is_tensor(value: Any) -> bool:
 
 
 def as_array(value: Any) -> np.ndarray[Any, Any]:
-    """A NumPy array from NumPy, a number, or a torch tensor; bfloat16, which NumPy does not have, becomes float32."""
+    """A NumPy array from NumPy, a number, or a torch tensor; bfloat16 and 8 bits, which NumPy lacks, become float32."""
     if not is_tensor(value):
         return np.asarray(value)
-    tensor = value.detach().cpu()
-    return np.asarray(tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor)
+    tensor = value.detach().cpu().resolve_neg()  # as the imaginary part of a conjugate is held
+    is_known = not tensor.dtype.is_floating_point or str(tensor.dtype) in NUMPY_FLOATS
+    return np.asarray(tensor if is_known else tensor.float())
 
 
 def checked_values(value: Any, kinds: str, what: str, hint: str) -> Any:

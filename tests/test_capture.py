@@ -171,6 +171,37 @@ def test_writes_in_place_are_values(forward: Callable[..., Tensor], batch: int) 
     assert torch.equal(latent, inputs["latent"])
 
 
+def short_for_others(self: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return (self.scale.reshape(1, 1).mT @ x.mH.mT.reshape(-1, 1, 32)).reshape(-1, 2, 4, 4) + x.adjoint()
+
+
+def operators_of_python(self: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    mask = ((x > 0) & (x < 1) | ~(x > -1)) ^ (t > 5)[:, None, None, None]
+    number = (y + 5 & 3 | 8 ^ 1) << 2 >> 1
+    return torch.where(mask | False, x, x * number[:, None, None, None])
+
+
+def rotated_as_complex(self: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    angles = torch.polar(torch.ones(2), torch.arange(2.0))
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (2, 2))) * angles).flatten(-2)
+
+
+def in_sixteen_bit_integers(self: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return x * x.short()
+
+
+@pytest.mark.parametrize(
+    "forward", [short_for_others, operators_of_python, rotated_as_complex, in_sixteen_bit_integers]
+)
+def test_other_spellings_and_types_are_captured(forward: Callable[..., Tensor]) -> None:
+    module = toy(forward)
+    program = capture(module, SPEC, NAMES)
+    latent, timestep, labels = torch.randn(3, 2, 4, 4), torch.tensor([1.0, 9, 9]), torch.tensor([0, 1, 2])
+    found = program.run("main", {"latent": latent, "timestep": timestep, "class_label": labels})["noise_prediction"]
+    torch.testing.assert_close(found, module(latent, timestep, labels))
+    assert "noise_prediction" in program.text  # every type has a name
+
+
 def test_layers_stay_layers_where_something_else_writes_in_place() -> None:
     """Functionalizing takes none of the ops apart that passes and targets know."""
 

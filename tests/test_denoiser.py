@@ -90,6 +90,37 @@ def test_a_timestep_of_few_digits_stands_for_the_one_that_rounds_to_it(cached: P
         first(close, timestep=torch.tensor(889.0, dtype=torch.bfloat16))
 
 
+def test_a_timestep_beside_one_of_the_plan_is_shown_in_full(denoiser: Denoiser) -> None:
+    with pytest.raises(BundleError, match=r"timestep 888\.0001 is not in the plan"):
+        first(denoiser, timestep=888.0001)
+
+
+def test_tensors_that_numpy_cannot_hold_as_they_are(denoiser: Denoiser) -> None:
+    """Floating point of 8 bits, and the imaginary part of a conjugate, whose sign is held apart."""
+    exact = torch.from_numpy(latents())
+    labels = torch.tensor([0, 1]).to(torch.float8_e5m2)
+    negative = torch.complex(torch.zeros_like(exact), -exact).conj().imag
+    expected = first(denoiser)
+    assert np.array_equal(denoiser.request()(negative, 888, labels).sample.numpy(), expected)
+    coarse = exact.to(torch.float8_e4m3fn)
+    found = denoiser.request()(coarse.float(), 888, labels).sample.to(coarse.dtype)
+    assert torch.equal(denoiser.request()(coarse, 888, labels).sample.view(torch.uint8), found.view(torch.uint8))
+
+
+def test_what_pytorch_was_told_elsewhere_changes_nothing(denoiser: Denoiser) -> None:
+    expected = first(denoiser)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert np.array_equal(first(denoiser.request()), expected)
+    with torch.device("meta"):
+        assert np.array_equal(first(denoiser.request()), expected)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert np.array_equal(first(denoiser.request()), expected)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_labels_of_every_kind(denoiser: Denoiser) -> None:
     expected = first(denoiser, [3, 3])
     for labels in (3, [3], np.array([3, 3]), np.array([3.0, 3.0]), torch.tensor([3, 3], dtype=torch.int32)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +16,24 @@ from qcgraph.ir.program import Program
 from qcgraph.sampling import Array
 
 Observe = Callable[[str, fx.Node, torch.Tensor], None]
+
+
+@contextmanager
+def ordinary_torch() -> Iterator[None]:
+    """Set aside what a caller may have told PyTorch to do everywhere, which would change or break what runs."""
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        # Outside of inference mode first: within it no mode for gradients matters, and its tensors cannot be exported.
+        stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if torch.is_autocast_enabled("cpu"):
+            stack.enter_context(torch.autocast("cpu", enabled=False))
+        if dtype != torch.float32:
+            stack.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+        yield
 
 
 class TorchRunner:
@@ -32,6 +51,10 @@ class TorchRunner:
 
     def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
         """Run one variant; cache tensors in ``state`` are torch tensors."""
+        with ordinary_torch():
+            return self._run(variant, inputs, state)
+
+    def _run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
         interface = self._program.variants[variant].interface
         tensors = {name: torch.from_numpy(inputs[name]) for name in interface.input_names if name in inputs}
         for name in interface.input_names:

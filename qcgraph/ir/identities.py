@@ -19,6 +19,19 @@ UNDEFINED: dict[Any, Any] = {
     aten.empty_like.default: aten.zeros_like.default,
     aten.new_empty.default: aten.new_zeros.default,
 }
+# Python's operators on tensors, which differ from what they are called by in nothing; the arguments are alike.
+SPELLED: dict[Any, Any] = {
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__and__.Scalar: aten.bitwise_and.Scalar,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.__or__.Scalar: aten.bitwise_or.Scalar,
+    aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
+    aten.__xor__.Scalar: aten.bitwise_xor.Scalar,
+    aten.__lshift__.Tensor: aten.bitwise_left_shift.Tensor,
+    aten.__lshift__.Scalar: aten.bitwise_left_shift.Tensor_Scalar,
+    aten.__rshift__.Tensor: aten.bitwise_right_shift.Tensor,
+    aten.__rshift__.Scalar: aten.bitwise_right_shift.Tensor_Scalar,
+}
 
 
 def is_identity(node: fx.Node) -> bool:
@@ -40,11 +53,13 @@ def is_identity(node: fx.Node) -> bool:
 
 
 def simplify(graph: fx.Graph) -> None:
-    """Give undefined values the value 0, and write over all of a value as the value that is written."""
+    """Give undefined values the value 0, name operators once, and take what overwrites a value for the value."""
     for node in list(graph.nodes):
         if node.target in UNDEFINED:
             kwargs = {key: value for key, value in node.kwargs.items() if key != "memory_format"}
             node.target, node.kwargs = UNDEFINED[node.target], kwargs
+        elif node.target in SPELLED:
+            node.target = SPELLED[node.target]
         elif node.target is aten.copy.default:
             written, source = node.args[:2]
             if _type(written) == _type(source):

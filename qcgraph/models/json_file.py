@@ -37,6 +37,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a configuration as diffusers does, which takes the defaults of settings that ``_use_default_values`` lists.
+
+    Raises:
+        UsageError: see `read_json`, or the list is none of names.
+    """
+    config = read_json(path)
+    unused = config.get("_use_default_values", [])
+    if not isinstance(unused, list) or not all(isinstance(key, str) for key in unused):
+        raise UsageError("_use_default_values is no list of names", where=str(path), hint="take it out")
+    return {key: value for key, value in config.items() if key not in unused}
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON, whose keys must differ: readers disagree on which of two values counts."""
     found: dict[str, Any] = {}

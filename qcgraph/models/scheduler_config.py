@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from qcgraph.errors import UsageError, closest
-from qcgraph.models.json_file import read_json
+from qcgraph.models.json_file import read_config, read_json
 from qcgraph.spec import FLOW, FolderSampler, NoiseSchedule
 
 CONFIG_FILE = "scheduler_config.json"
@@ -164,12 +165,30 @@ def read_schedule(folder: Path) -> tuple[NoiseSchedule, tuple[str, ...]]:
     """
     path = folder / "scheduler" / CONFIG_FILE
     if not path.is_file():
+        _check_absent(path, folder / INDEX_FILE)
         return NoiseSchedule(), (
             f"the folder has no scheduler/{CONFIG_FILE}: the noise schedule is taken to be that of the original DiT",
         )
-    reader = _Reader(path, read_json(path))
+    reader = _Reader(path, read_config(path))
     reader.check_index(folder / INDEX_FILE)
     return reader.read()
+
+
+def _check_absent(path: Path, index: Path) -> None:
+    """Refuse a folder that has a scheduler of which there is no file, as after a download that was interrupted.
+
+    Raises:
+        UsageError: the file is a link to nothing or no ordinary file, or the pipeline's index names a scheduler.
+    """
+    if os.path.lexists(path):
+        raise UsageError("is not a file, or a link to none", where=str(path), hint="is the download complete?")
+    entry = read_json(index).get("scheduler") if index.is_file() else None
+    if entry and entry != [None, None]:
+        raise UsageError(
+            f"names a scheduler, and the folder has no scheduler/{CONFIG_FILE}, which says how the model was trained",
+            where=str(index),
+            hint="is the download complete? Without its scheduler the model cannot be sampled",
+        )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qcgraph.errors import UsageError
-from qcgraph.models.json_file import read_json
+from qcgraph.models.json_file import read_config
 
 CONFIG_FILE = "config.json"
 _SUPPORTED, _OLDER = "DiTTransformer2DModel", "Transformer2DModel"
@@ -57,7 +57,7 @@ def read_transformer_config(folder: Path) -> tuple[TransformerConfig, tuple[str,
     from diffusers import DiTTransformer2DModel
 
     path = folder / CONFIG_FILE
-    config = read_json(path)
+    config = read_config(path)
     _check_kind(config, folder)
     defaults = _defaults(DiTTransformer2DModel)
     notes = _check_unknown(config, defaults, path)

@@ -264,3 +264,28 @@ def test_settings_come_with_the_model(transformer: Any, folder_with: Callable[[o
     model = load_model(str(folder))
     assert model.spec.schedule.sampler == FolderSampler("ddim", (("timestep_spacing", "trailing"),))
     assert len(model.notes) == 1
+
+
+def test_a_scheduler_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """A download that was interrupted is not a folder that states no scheduler."""
+    index = {"_class_name": "DiTPipeline", "scheduler": ["diffusers", "EDMDPMSolverMultistepScheduler"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UsageError, match=r"model_index\.json: names a scheduler, and the folder has no scheduler/"):
+        read_schedule(tmp_path)
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").symlink_to("nothing")
+    with pytest.raises(UsageError, match="is not a file, or a link to none"):
+        read_schedule(tmp_path)
+    (tmp_path / "scheduler" / "scheduler_config.json").unlink()
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"scheduler": [None, None]}))
+    assert read_schedule(tmp_path)[0] == NoiseSchedule()
+
+
+def test_settings_that_diffusers_does_not_use_are_not_used(folder_with: Callable[[object], Path]) -> None:
+    folder = folder_with(DIFFUSION | {"beta_start": 0.001, "_use_default_values": ["beta_start"]})
+    assert (
+        read_schedule(folder)[0].beta_start
+        == diffusers.DDIMScheduler.from_pretrained(folder / "scheduler").config["beta_start"]
+    )
+    with pytest.raises(UsageError, match="_use_default_values is no list of names"):
+        read_schedule(folder_with(DIFFUSION | {"_use_default_values": 1}))
