@@ -121,10 +121,6 @@ def run(arguments: Sequence[str]) -> int:
     except (Interrupted, KeyboardInterrupt):
         _report("interrupted; nothing was written", "run it again; what was there before is as it was")
         return INTERRUPTED
-    except SystemExit as leaving:
-        if not isinstance(leaving.__context__, BrokenPipeError):
-            raise
-        return UNREAD  # typer has seen to it that nothing is written any more
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
         return UNREAD
@@ -147,7 +143,12 @@ def _run(arguments: Sequence[str]) -> int:
         Path.cwd()
     except FileNotFoundError:  # in which libraries that are imported later end the process
         raise UsageError("the current folder was removed", hint="change into one that is there") from None
-    return int(app(list(arguments) or ["--help"], prog_name="qcgraph", standalone_mode=False) or 0)
+    try:
+        return int(app(list(arguments) or ["--help"], prog_name="qcgraph", standalone_mode=False) or 0)
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, BrokenPipeError):
+            return UNREAD  # typer has seen to it that nothing is written any more
+        raise
 
 
 def _unexpected(error: Exception) -> int:
