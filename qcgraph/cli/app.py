@@ -105,9 +105,9 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 ok, 1 a verification failed, 2 wrong usage or input, 130 interrupted, 141 unread. What is not an error of
-        the user, nor of code of the user's that qcgraph called, but of qcgraph, is raised on: Python shows where, and
-        exits with 1.
+        The exit code: 0 ok, 1 a verification failed, 2 wrong usage or input, 130 interrupted, 141 nobody reads the
+        output any more. What is not an error of the user, nor of code of the user's that qcgraph called, but of
+        qcgraph, is raised on: Python shows where, and exits with 1.
     """
     try:
         code = _run(arguments)

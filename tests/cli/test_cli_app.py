@@ -204,7 +204,7 @@ def test_a_reader_may_leave(bundle: Path) -> None:
     command = f"'{sys.executable}' -m qcgraph inspect '{bundle}' | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""
-    assert done.returncode in (0, 1)  # 0 when all was written before the reader left
+    assert done.returncode in (0, 141)  # 0 when all was written before the reader left
 
 
 def test_every_recipe_option_is_an_option_of_compile(qcgraph: Command) -> None:
