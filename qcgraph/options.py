@@ -96,7 +96,7 @@ def check_options(pass_: Any) -> None:
         hints = [hint for hint in (bounds.hint, guess, f"see qcgraph passes {pass_.name}") if hint]
         option_name = item.name.replace("_", "-")
         raise UsageError(
-            f"{option_name} {_shown(value)} is not {_wanted(kind, bounds)}",
+            f"{option_name} {_shown(value, kind)} is not {_wanted(kind, bounds)}",
             where=f"pass {pass_.name}, option {option_name}",
             hint="; ".join(hints),
         )
@@ -160,8 +160,10 @@ def _wanted(kind: Any, bounds: Bounds) -> str:
     return " or ".join(parts)
 
 
-def _shown(value: object) -> str:
-    """A wrong value, cut where it is long."""
+def _shown(value: object, kind: Any) -> str:
+    """A wrong value, cut where it is long, as a whole number where one is as good as it."""
+    if isinstance(value, float) and float in _members(kind):
+        return f"{value:g}"
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 2 * SHOWN:
         return f"a number of {value.bit_length()} bits"  # Python may refuse to write it in digits
     text = repr(value) if isinstance(value, (str, bytes)) else str(value)

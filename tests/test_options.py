@@ -60,8 +60,8 @@ def test_a_truth_value_is_no_number_and_a_number_no_truth_value(name: str, key: 
     ("text", "says"),
     [
         ("calibrate{trajectories=0}", "trajectories 0 is not a whole number from 1 to 100000 or null"),
-        ("plan-steps{budget=0}", "budget 0.0 is not a number above 0 and at most 1"),
-        ("fit-compensation{clamp=1}", "clamp 1.0 is not a number from 0 and below 1"),
+        ("plan-steps{budget=0}", "budget 0 is not a number above 0 and at most 1"),
+        ("fit-compensation{clamp=1}", "clamp 1 is not a number from 0 and below 1"),
         ("plan-quant{weight-bits=8.0}", "weight-bits 8.0 is not a whole number from 2 to 8"),
         ("plan-quant{symmetric=yes}", "symmetric 'yes' is not true or false"),
         ("round-weights{method=feedbck}", "method 'feedbck' is not feedback, search"),
