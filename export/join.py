@@ -123,6 +123,10 @@ class _Joining:
             node.name = f"{variant}/{node.name}"
             for value in node.outputs:
                 value.name = f"{variant}/{value.name}"
+                if not value.is_graph_output():
+                    # Whoever runs the model need not know that sessions here leave one fusion out, which ONNX Runtime
+                    # makes where it knows shapes, and which rounds otherwise (see `DISABLED_OPTIMIZERS`).
+                    value.shape = None
         return graph
 
     def _check_interface(self, variant: str, graph: ir.Graph, outer: Mapping[str, ir.Value]) -> None:
