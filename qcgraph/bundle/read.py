@@ -29,7 +29,7 @@ from qcgraph.bundle.manifest import (
 from qcgraph.errors import BundleError, UsageError
 from qcgraph.facts import Facts, decode
 from qcgraph.recipe import Recipe
-from qcgraph.spec import BATCH, OUTPUT, Interface, ModelSpec, TensorSpec
+from qcgraph.spec import Interface, ModelSpec
 from qcgraph.steps import StepPlan
 
 PLAN_FORMAT = 1
@@ -224,18 +224,9 @@ class Bundle:
     @cached_property
     def _plan_file(self) -> tuple[ModelSpec, StepPlan, dict[str, Interface]]:
         spec, plan, interfaces = self._parsed(PLAN, decode_plan)
-        where = str(self.path / PLAN)
         if unknown := set(plan.variants) - set(interfaces):
+            where = str(self.path / PLAN)
             raise BundleError(f"a step runs {min(unknown)!r}, which is no variant", where=where, hint=AGAIN)
-        latent = TensorSpec("latent", "f32", (BATCH, *spec.latent_shape))
-        prediction = TensorSpec(OUTPUT, "f32", (BATCH, spec.output_channels, *spec.latent_shape[1:]))
-        for name in plan.variants:
-            if latent not in interfaces[name].inputs or prediction not in interfaces[name].outputs[:1]:
-                raise BundleError(
-                    f"the model takes {latent} and gives {prediction}, and variant {name!r} does not",
-                    where=where,
-                    hint=AGAIN,
-                )
         return spec, plan, interfaces
 
     def _parsed(self, name: str, build: Callable[[Any], _Value]) -> _Value:
