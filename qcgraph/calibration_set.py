@@ -81,7 +81,8 @@ class Rows:
     def inputs(self, program: Program, variant: str) -> list[torch.Tensor]:
         """The inputs of a variant that takes no cache, in order."""
         named = {"latent": self.latents, "timestep": self.timesteps, "class_label": self.labels}
-        return [named[name] for name in program.variants[variant].interface.input_names]
+        prepared = program.prepared(variant, named)
+        return [prepared[name] for name in program.variants[variant].interface.input_names]
 
 
 def computing_variant(program: Program) -> str:

@@ -318,3 +318,14 @@ def test_a_diffusers_model(run: Run) -> None:
     program = run("hoist-adaln", plain)
     assert program.interfaces["full"].inputs[-1].shape == ("B", (3 * 6 + 2) * 16)
     assert distance(drawn(program), drawn(plain)) < EXACT
+
+
+def test_what_is_decided_on_samples_can_be_decided_after_hoisting(captured: Program, run: Run) -> None:
+    """Their timesteps differ within a batch, and so does the modulation that is prepared for them."""
+    rest = (
+        "calibrate{selection=uniform samples=8 trajectories=1},group-timesteps{groups=2},plan-quant,search-scales,"
+        "round-weights,fit-requantization,insert-qdq"
+    )
+    apart, hoisted = drawn(run(rest, captured)), drawn(run(f"hoist-adaln,{rest}", captured))
+    original = drawn(captured)
+    assert distance(hoisted, apart) < distance(apart, original) < 0.1
