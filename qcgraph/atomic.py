@@ -130,6 +130,12 @@ class FolderKind:
                 clear(place, self.is_ours)
 
     def _check_replaceable(self, place: Path, path: Path, *, force: bool) -> None:
+        if _is_current(place):
+            raise UsageError(
+                "is the current folder or around it, which would be another one afterwards",
+                where=str(path),
+                hint="give the path of a new folder in it, or go elsewhere first",
+            )
         if not os.path.lexists(place) or (place.is_dir() and not any(place.iterdir())):
             return
         written = self.written(place) if place.is_dir() else None
@@ -428,6 +434,15 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _is_current(place: Path) -> bool:
+    """Tell whether processes that work in the current folder would work in one that is gone."""
+    try:
+        current = Path.cwd()
+    except OSError:  # it is gone already
+        return False
+    return place == current or place in current.parents
 
 
 def _strangers(place: Path, written: Written) -> Iterator[str]:

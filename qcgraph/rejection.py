@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from qcgraph.atomic import resolved
 from qcgraph.bundle import Bundle, writing
 from qcgraph.bundle.write import BUNDLE_FOLDER
 from qcgraph.errors import BundleError, UsageError, VerificationError
@@ -15,7 +16,8 @@ FAILED_CHECKS = "failed-checks"  # the override by which the manifest of a rejec
 
 def rejected_place(output: Path) -> Path:
     """Return the folder that keeps a bundle which was to be ``output`` and failed its checks."""
-    return output.with_name(f"{output.name}.rejected")
+    place = resolved(output)
+    return (output.parent if place.name == output.name else place.parent) / f"{place.name}.rejected"
 
 
 def reject(

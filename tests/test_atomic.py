@@ -296,3 +296,14 @@ def test_temporary_folders_of_killed_processes_are_removed(tmp_path: Path, monke
     with scratch_folder():
         pass
     assert names(tmp_path) == ["qcgraph-mine", "qcgraph-scratch-young"]
+
+
+@pytest.mark.parametrize("inside", [".", "deep"])
+def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str) -> None:
+    """A shell that is in it would go on in a folder that is no more."""
+    place = tmp_path / "place"
+    (place / "deep").mkdir(parents=True)
+    monkeypatch.chdir(place / inside)
+    for path in (place, Path(os.path.relpath(place))):
+        with pytest.raises(UsageError, match="is the current folder or around it"):
+            NOTES.check(path, force=True)
