@@ -1,7 +1,8 @@
 """Read JSON and TOML that somebody else may have written: whole, bounded, and refused in words.
 
 Recipes and plans come in here, so that what can be wrong with a file, rather than with what it says, is known in one
-place (`qcgraph.bundle.files` and `qcgraph.models.json_file` read bundles and folders of models): it is missing, not a file, not readable, too large, not UTF-8, not of the syntax, nested
+place (`qcgraph.bundle.files` and `qcgraph.models.json_file` read bundles and folders of models): it is missing,
+not a file, not readable, too large, not UTF-8, not of the syntax, nested
 too deeply, says a key twice, or holds a number or a character that nothing can hold. No torch.
 """
 
