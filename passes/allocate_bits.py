@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from qcgraph.bit_allocation import Layer, allocate
-from qcgraph.calibration_set import Rows, computing_variant, sensitivities
+from qcgraph.calibration_set import Rows, sensitivities
 from qcgraph.facts import (
     ActivationQuant,
     AttentionPlan,
@@ -98,7 +98,7 @@ class _Observed:
 
     def __init__(self, program: Program, seed: int, context: PassContext) -> None:
         self._plan, steps = program.facts[QuantPlan].sites, program.facts[StepPlan]
-        computing, ranges = computing_variant(program), program.facts[Ranges].planned
+        computing, ranges = program.facts[StepPlan].computing, program.facts[Ranges].planned
         sites = {site.name: site for site in find_sites(program.variants[computing]) if site.name in self._plan}
         self.names = tuple(sites)
         self._macs = {name: float(site.macs) for name, site in sites.items()}

@@ -87,7 +87,7 @@ class Calibrate(Pass):
 
     def run(self, program: Program, context: PassContext) -> Program:
         plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
-        computing = plan.steps[0].variant
+        computing = plan.computing
         count = self._count(program, computing)
         full_plan = plan.throughout(computing)
         latents = LatentStatistics(len(plan), spec.latent_shape[0])
@@ -137,7 +137,7 @@ class Calibrate(Pass):
     def _select(self, program: Program, observer: _RangeObserver, count: int, method: Method) -> CalibrationSet:
         """The calibration set, of what computing steps were given on the trajectory that the plan takes."""
         plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
-        computing = plan.steps[0].variant
+        computing = plan.computing
         steps = [index for index, step in enumerate(plan.steps) if step.variant == computing]
         latents = np.concatenate([observer.latents(step) for step in steps])
         samples = self._samples(program, computing)

@@ -7,13 +7,14 @@ from typing import ClassVar, Literal
 
 import torch
 
-from qcgraph.calibration_set import Rows, computing_variant, entering, rows_together
+from qcgraph.calibration_set import Rows, entering, rows_together
 from qcgraph.facts import CachePlan, CalibrationSet, Precision, QuantPlan, Requantization, SiteCorrection, SiteQuant
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import rounded_activation, weight_codes
 from qcgraph.ir.structure import find_blocks, find_sites, weight_names
 from qcgraph.memory import release_memory
 from qcgraph.pipeline import Pass, PassContext
+from qcgraph.steps import StepPlan
 from qcgraph.workload import Workload
 
 HELD_BYTES = 24 * 2**20  # that the widest activation of rows which run together may take; their results take more
@@ -45,7 +46,7 @@ class FitRequantization(Pass):
 
     def run(self, program: Program, context: PassContext) -> Program:
         chosen = self._chosen(program, context)
-        variant = program.variants[computing_variant(program)]
+        variant = program.variants[program.facts[StepPlan].computing]
         sites = [site for site in find_sites(variant) if site.name in chosen]
         weights = weight_names(variant, sites)
         found = {name: Regression(len(program.constants[weight])) for name, weight in weights.items()}

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import fx
 
-from qcgraph.calibration_set import Rows, ValueSensitivity, computing_variant, rows_together, value_sensitivities
+from qcgraph.calibration_set import Rows, ValueSensitivity, rows_together, value_sensitivities
 from qcgraph.facts import (
     ActivationQuant,
     AttentionPlan,
@@ -109,7 +109,7 @@ class QuantizeAttention(Pass):
         for item in value_sensitivities(program, rows, places, self.seed, context.progress, gradients=gradients):
             name, operand = places[item.node]
             usable[name].add(operand, item)
-        clipping = float(steps.uses(computing_variant(program)))
+        clipping = float(steps.uses(steps.computing))
         return {name: self._quant(name, statistics, clipping, context) for name, statistics in usable.items()}
 
     def _quant(self, name: str, statistics: _Statistics, clipping: float, context: PassContext) -> AttentionQuant:
@@ -156,7 +156,7 @@ class _Statistics:
 
 def _places(program: Program, names: Collection[str]) -> dict[str, tuple[str, str]]:
     """The nodes of the operands of these attentions, each with the attention and the operand."""
-    attentions = find_attention(program.variants[computing_variant(program)])
+    attentions = find_attention(program.variants[program.facts[StepPlan].computing])
     return {
         node.name: (attention.name, operand)
         for attention in attentions
@@ -167,7 +167,7 @@ def _places(program: Program, names: Collection[str]) -> dict[str, tuple[str, st
 
 def _ranges(program: Program, rows: Rows) -> dict[str, dict[str, torch.Tensor]]:
     """Per attention and operand, the smallest and largest value f32[G,2]; of a group without rows, those of all."""
-    variant, groups = computing_variant(program), program.facts[StepPlan].group_count
+    variant, groups = program.facts[StepPlan].computing, program.facts[StepPlan].group_count
     places = _places(program, {attention.name for attention in find_attention(program.variants[variant])})
     found: dict[str, dict[str, torch.Tensor]] = {}
     for name, operand in places.values():

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from qcgraph.calibration_set import Rows, computing_variant, entering, rows_together
+from qcgraph.calibration_set import Rows, entering, rows_together
 from qcgraph.facts import (
     CalibrationSet,
     Precision,
@@ -24,6 +24,7 @@ from qcgraph.ir.rounding import nearest, round_with_feedback, search_scales
 from qcgraph.ir.structure import Site, find_sites, weight_names
 from qcgraph.memory import release_memory
 from qcgraph.pipeline import Pass, PassContext
+from qcgraph.steps import StepPlan
 from qcgraph.workload import Workload
 
 TOKENS = 32768  # of the calibration set that a second moment is taken over
@@ -58,7 +59,7 @@ class RoundWeights(Pass):
     def run(self, program: Program, context: PassContext) -> Program:
         check_integers(program.facts[QuantPlan])
         plan = program.facts[QuantPlan].sites
-        variant = program.variants[computing_variant(program)]
+        variant = program.variants[program.facts[StepPlan].computing]
         sites = [site for site in find_sites(variant) if site.name in plan]
         weights = weight_names(variant, sites)
         names = names_of_codes(weights)

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from qcgraph.calibration_set import Rows, computing_variant, sensitivities
+from qcgraph.calibration_set import Rows, sensitivities
 from qcgraph.facts import (
     ActivationQuant,
     AttentionPlan,
@@ -77,7 +77,7 @@ class SearchScales(Pass):
         plan, nonlinear = program.facts[QuantPlan], _after_nonlinear(program)
         check_integers(plan)
         steps = program.facts[StepPlan]
-        clipping = self.clipping or float(steps.uses(computing_variant(program)))
+        clipping = self.clipping or float(steps.uses(steps.computing))
         found = {}
         for name, halves in self._observed(program, context).items():
             planned, histogram = plan.sites[name].activation, halves.whole()
@@ -187,7 +187,7 @@ class _Activation:
 
 def _after_nonlinear(program: Program) -> set[str]:
     """The sites that an activation function feeds."""
-    variant = program.variants[computing_variant(program)]
+    variant = program.variants[program.facts[StepPlan].computing]
     nodes = {node.name: node for node in variant.graph.nodes}
     sites = find_sites(variant)
     return {site.name for site in sites if nodes[site.node].all_input_nodes[0].target in NONLINEAR}

@@ -85,11 +85,6 @@ class Rows:
         return [prepared[name] for name in program.variants[variant].interface.input_names]
 
 
-def computing_variant(program: Program) -> str:
-    """The variant that the first step runs: it computes everything."""
-    return program.facts[StepPlan].steps[0].variant
-
-
 def rows_together(sites: Sequence[Site], held: int = HELD_BYTES) -> int:
     """How many rows may run together, at least two, for what enters any of these sites to take so many bytes."""
     widest = max((prod(dim for dim in site.input_shape if isinstance(dim, int)) for site in sites), default=1)
@@ -101,7 +96,7 @@ def entering(program: Program, rows: Rows, sites: set[str]) -> Iterator[tuple[Si
 
     Values are let go as soon as nothing needs them any more.
     """
-    variant = computing_variant(program)
+    variant = program.facts[StepPlan].computing
     wanted = {site.node: site for site in find_sites(program.variants[variant]) if site.name in sites}
     for node, values in walk(program, variant, rows.inputs(program, variant)):
         site = wanted.get(node.name)
@@ -143,7 +138,7 @@ def value_sensitivities(
         gradients: whether sensitivities are wanted; else all are 1.
     """
     generator = torch.Generator().manual_seed(seed) if gradients else None
-    size = max(1, DIFFERENTIATED_BYTES // _bytes_of_values(program.variants[computing_variant(program)].graph))
+    size = max(1, DIFFERENTIATED_BYTES // _bytes_of_values(program.variants[program.facts[StepPlan].computing].graph))
     for batch in progress.track(list(rows.split(size)), "sensitivities"):
         # A function of its own, because what it holds is gone before the next rows run.
         yield from _of_batch(program, batch, nodes, generator)
@@ -178,7 +173,7 @@ def _run(
     program: Program, batch: Rows, nodes: Collection[str], *, gradients: bool
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The values of these nodes, in the order in which they run, and the noise prediction."""
-    variant = computing_variant(program)
+    variant = program.facts[StepPlan].computing
     latents = batch.latents.clone().requires_grad_(gradients)
     inputs = replace(batch, latents=latents).inputs(program, variant)
     found: dict[str, torch.Tensor] = {}
@@ -238,10 +233,10 @@ def sensitivities(
         gradients: whether sensitivities are wanted; else all are 1.
         results: whether those of results are wanted too, which take as much memory again.
     """
-    nodes = {node.name: node for node in program.variants[computing_variant(program)].graph.nodes}
+    nodes = {node.name: node for node in program.variants[program.facts[StepPlan].computing].graph.nodes}
     entered: dict[str, list[str]] = {}
     made: dict[str, str] = {}
-    for site in find_sites(program.variants[computing_variant(program)]):
+    for site in find_sites(program.variants[program.facts[StepPlan].computing]):
         if site.name in sites:
             entered.setdefault(nodes[site.node].all_input_nodes[0].name, []).append(site.name)
             made |= {site.node: site.name} if results else {}

@@ -1,9 +1,8 @@
 """Read JSON and TOML that somebody else may have written: whole, bounded, and refused in words.
 
-Recipes and plans come in here, so that what can be wrong with a file, rather than with what it says, is known in one
-place (`qcgraph.bundle.files` and `qcgraph.models.json_file` read bundles and folders of models): it is missing,
-not a file, not readable, too large, not UTF-8, not of the syntax, nested
-too deeply, says a key twice, or holds a number or a character that nothing can hold. No torch.
+Recipes, plans, bundles and folders of models come in here, so that what can be wrong with a file, rather than with
+what it says, is known in one place: it is missing, not a file, not readable, too large, not UTF-8, not of the syntax,
+nested too deeply, says a key twice, or holds a number or a character that nothing can hold. No torch.
 """
 
 from __future__ import annotations
@@ -32,12 +31,16 @@ _LONG_KEY = re.compile(rf"(?<![\w\"'-])[\w\"'-]+(?:[ \t]*\.[ \t]*[\w\"'-]+){{{MO
 
 
 def read_json(
-    path: Path, *, hint: str, error: type[QcgraphError] = UsageError, most_bytes: int = MOST_JSON_BYTES
+    path: Path,
+    *,
+    hint: str,
+    error: type[QcgraphError] = UsageError,
+    most_bytes: int = MOST_JSON_BYTES,
+    finite: bool = True,
 ) -> Any:
     """Read a JSON file; see `read_text` and `parse_json`, whose errors it raises."""
-    return parse_json(
-        read_text(path, hint=hint, error=error, most_bytes=most_bytes), where=str(path), hint=hint, error=error
-    )
+    text = read_text(path, hint=hint, error=error, most_bytes=most_bytes)
+    return parse_json(text, where=str(path), hint=hint, error=error, finite=finite)
 
 
 def read_toml(
@@ -52,7 +55,15 @@ def read_toml(
 def read_text(
     path: Path, *, hint: str, error: type[QcgraphError] = UsageError, most_bytes: int = MOST_JSON_BYTES
 ) -> str:
-    """Read a UTF-8 file without ever waiting for it.
+    """Read a UTF-8 file; see `read_bytes` and `parse_text`, whose errors it raises."""
+    content = read_bytes(path, hint=hint, error=error, most_bytes=most_bytes)
+    return parse_text(content, where=str(path), hint=hint, error=error)
+
+
+def read_bytes(
+    path: Path, *, hint: str, error: type[QcgraphError] = UsageError, most_bytes: int = MOST_JSON_BYTES
+) -> bytes:
+    """Read a file without ever waiting for it.
 
     Args:
         path: a regular file; a pipe or a device is refused, because reading one may never end.
@@ -61,8 +72,7 @@ def read_text(
         most_bytes: the size above which a file is refused unread.
 
     Raises:
-        QcgraphError: of the type ``error``; there is no such file, it is none, it cannot be read, it is too large, or
-            it is not UTF-8.
+        QcgraphError: of the type ``error``; there is no such file, it is none, it cannot be read, or it is too large.
     """
     try:
         # Opening a pipe waits for a writer unless it is said not to.
@@ -80,14 +90,23 @@ def read_text(
     except ValueError as problem:  # a NUL character or half a character in the name
         raise error(f"cannot be the name of a file: {problem}", where=repr(str(path)), hint=hint) from None
     if len(content) > most_bytes:
-        raise error(f"is larger than {most_bytes // 2**20} MiB", where=str(path), hint=hint)
+        raise error(f"is larger than {_size_text(most_bytes)}", where=str(path), hint=hint)
+    return content
+
+
+def parse_text(content: bytes, *, where: str, hint: str, error: type[QcgraphError] = UsageError) -> str:
+    """Decode UTF-8 text, which may begin with a byte order mark, as some editors write.
+
+    Raises:
+        QcgraphError: of the type ``error``; it is not UTF-8.
+    """
     try:
-        return content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
-        raise error(f"is not UTF-8 text, at byte {problem.start}", where=str(path), hint=hint) from None
+        raise error(f"is not UTF-8 text, at byte {problem.start}", where=where, hint=hint) from None
 
 
-def parse_json(text: str, *, where: str, hint: str, error: type[QcgraphError] = UsageError) -> Any:
+def parse_json(text: str, *, where: str, hint: str, error: type[QcgraphError] = UsageError, finite: bool = True) -> Any:
     """Parse JSON, stricter than ``json.loads``: what passes can be written, printed and compared without surprise.
 
     Args:
@@ -95,6 +114,7 @@ def parse_json(text: str, *, where: str, hint: str, error: type[QcgraphError] = 
         where: what errors call it, a file name for example.
         hint: what the user can do about it.
         error: what is raised.
+        finite: whether infinity and NaN are refused, which JSON does not have but Python writes.
 
     Raises:
         QcgraphError: of the type ``error``; the text is no JSON, a key is there twice, a number is too large or is not
@@ -103,7 +123,7 @@ def parse_json(text: str, *, where: str, hint: str, error: type[QcgraphError] = 
 
     def number(digits: str) -> float:
         value = float(digits)
-        if not math.isfinite(value):
+        if finite and not math.isfinite(value):
             raise error(f"holds {digits[:40]}, which is no finite number", where=where, hint=hint)
         return value
 
@@ -190,6 +210,10 @@ def is_text(value: str) -> bool:
         return b"\0" not in value.encode()
     except UnicodeEncodeError:
         return False
+
+
+def _size_text(count: int) -> str:
+    return f"{count // 2**20} MiB" if count >= 2**20 else f"{count} bytes"
 
 
 def _not_regular(mode: int) -> str:

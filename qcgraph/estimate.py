@@ -83,7 +83,7 @@ def estimate(
 def workload(program: Program, pipeline: Pipeline) -> Workload:
     """Return the sizes that the work of passes depends on."""
     plan, macs = program.facts[StepPlan], macs_by_variant(program.variants)
-    computing = Workload(program, 0, 0, 1.0).computing
+    computing = plan.computing
     spent = sum(macs[name] * plan.uses(name) for name in macs)
     sizes = [pass_.sizes(program, computing) for pass_ in pipeline if isinstance(pass_, Calibrate)]
     trajectories, rows = max(sizes, default=(0, 0))

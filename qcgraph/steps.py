@@ -121,6 +121,11 @@ class StepPlan:
         """The variants in use, in order of first use."""
         return tuple(dict.fromkeys(step.variant for step in self.steps))
 
+    @property
+    def computing(self) -> str:
+        """The variant that the first step runs: it computes everything."""
+        return self.steps[0].variant
+
     def uses(self, variant: str) -> int:
         """How many steps run a variant, or are prepared by it."""
         return sum(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import macs_by_variant
-from qcgraph.schedule import FULL
 from qcgraph.steps import StepPlan
 
 RUN_MACS = 3e6  # multiply-accumulates that take as long as starting to run a small graph on one latent
@@ -42,4 +41,4 @@ class Workload:
     @property
     def computing(self) -> str:
         """The variant that computes the whole model."""
-        return FULL if FULL in self.program.variants else next(iter(self.program.variants))
+        return self.program.facts[StepPlan].computing

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from qcgraph import calibration_set
-from qcgraph.calibration_set import Rows, computing_variant, encode_latents, entering, rows_together, sensitivities
+from qcgraph.calibration_set import Rows, encode_latents, entering, rows_together, sensitivities
 from qcgraph.errors import QcgraphError
 from qcgraph.facts import CalibrationSet
 from qcgraph.ir.program import Program
@@ -137,8 +137,8 @@ def test_inputs_are_in_the_order_of_the_interface(guided: Program) -> None:
 
 
 def test_the_first_step_computes_everything(captured: Program, cached: Program) -> None:
-    assert computing_variant(captured) == "main"
-    assert computing_variant(cached) == "full"
+    assert captured.facts[StepPlan].computing == "main"
+    assert cached.facts[StepPlan].computing == "full"
 
 
 def test_rows_that_fit_together(captured: Program) -> None:
@@ -169,7 +169,7 @@ def program(request: pytest.FixtureRequest) -> Program:
 
 
 def test_what_enters_is_what_a_plain_run_shows(program: Program) -> None:
-    variant, rows = computing_variant(program), Rows.of(program)
+    variant, rows = program.facts[StepPlan].computing, Rows.of(program)
     names = {site.node: site.name for site in find_sites(program.variants[variant]) if site.name in SITES}
     recording = Recording(program.module(variant), names)
     with torch.no_grad():
@@ -225,7 +225,7 @@ def test_values_are_those_that_enter(program: Program) -> None:
 
 def exact_sensitivities(program: Program, rows: Rows, site: str) -> Tensor:
     """The diagonal of J^T J, J the Jacobian of the noise prediction by what enters a site; the sigma does not count."""
-    variant = computing_variant(program)
+    variant = program.facts[StepPlan].computing
     node = next(found.node for found in find_sites(program.variants[variant]) if found.name == site)
     recording = Recording(program.module(variant), {node: site})
     latents = rows.latents.clone().requires_grad_()

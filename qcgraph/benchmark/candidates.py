@@ -60,7 +60,7 @@ class Candidate:
     @property
     def computing(self) -> str:
         """The variant that computes."""
-        return self.plan.steps[0].variant
+        return self.plan.computing
 
     def attempt(self, action: Callable[[], object]) -> None:
         """Do something with it, if it still runs; a baseline that fails is out, with the reason.

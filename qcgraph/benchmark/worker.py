@@ -145,7 +145,7 @@ def _alone(request: dict[str, Any]) -> dict[str, Any]:
         plan, opened = bundle.plan, open_runner(bundle, None, workspace.threads)
     else:
         plan, opened = single_variant(plan), BASELINES[request["candidate"]].open(workspace)
-    computing, runner = plan.steps[0].variant, TimedRunner(opened)
+    computing, runner = plan.computing, TimedRunner(opened)
     whole, part, first = (Turn(part, spec, request["samples"]) for part in (plan, section(plan), first_step(plan)))
     part.draw(runner)
     runner.take()

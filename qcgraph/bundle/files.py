@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
@@ -11,6 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from qcgraph import documents
 from qcgraph.errors import BundleError, QcgraphError
 
 AGAIN = "copy or compile the bundle again"
@@ -57,21 +56,9 @@ def read_file(folder: Path, name: str, *, largest: int = LARGEST_RECORD, hint: s
     Raises:
         BundleError: the file is missing, leads out of the folder, is too large, or cannot be read.
     """
-    where = str(folder / name)
     if problem := path_problem(folder, name):
-        raise BundleError(problem, where=where, hint=hint)
-    try:
-        # Opened so that it never waits: what was a file a moment ago may be a pipe by now.
-        descriptor = os.open(folder / name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(descriptor, "rb") as stream:
-            content = stream.read(largest + 1)
-    except FileNotFoundError:
-        raise BundleError(MISSING, where=where, hint=hint) from None
-    except OSError as error:
-        raise BundleError(f"cannot be read: {error.strerror}", where=where, hint=hint) from None
-    if len(content) > largest:
-        raise BundleError(f"has more than {largest} bytes", where=where, hint=hint)
-    return content
+        raise BundleError(problem, where=str(folder / name), hint=hint)
+    return documents.read_bytes(folder / name, hint=hint, error=BundleError, most_bytes=largest)
 
 
 def text_of(content: bytes, where: str, *, hint: str = AGAIN) -> str:
@@ -80,20 +67,7 @@ def text_of(content: bytes, where: str, *, hint: str = AGAIN) -> str:
     Raises:
         BundleError: it is not UTF-8.
     """
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BundleError(f"is not UTF-8 text: {error}", where=where, hint=hint) from None
-
-
-def json_of(text: str) -> Any:
-    """Return JSON data in which no key stands twice.
-
-    Raises:
-        ValueError: the text is no such JSON.
-        RecursionError: it is nested too deeply.
-    """
-    return json.loads(text, object_pairs_hook=_object)
+    return documents.parse_text(content, where=where, hint=hint, error=BundleError)
 
 
 def parsed(where: str, text: str, build: Callable[[Any], _Value], *, hint: str = AGAIN) -> _Value:
@@ -103,7 +77,7 @@ def parsed(where: str, text: str, build: Callable[[Any], _Value], *, hint: str =
         BundleError: the text is no JSON, or not of the shape that ``build`` expects.
     """
     try:
-        return build(json_of(text))
+        return build(documents.parse_json(text, where=where, hint=hint, error=BundleError))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -112,10 +86,6 @@ def parsed(where: str, text: str, build: Callable[[Any], _Value], *, hint: str =
         raise
     except QcgraphError as error:
         raise BundleError(error.message, where=where, hint=hint) from None
-    except json.JSONDecodeError as error:
-        raise BundleError(f"is not valid JSON: {error}", where=where, hint=hint) from None
-    except RecursionError:
-        raise BundleError("is not of the expected form: it is nested too deeply", where=where, hint=hint) from None
     except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise BundleError(f"is not of the expected form ({_shown(error)})", where=where, hint=hint) from None
 
@@ -123,8 +93,8 @@ def parsed(where: str, text: str, build: Callable[[Any], _Value], *, hint: str =
 def record_of(folder: Path, name: str) -> Mapping[str, Any]:
     """Return the JSON object in a file of a folder; empty where there is none, whatever is there instead."""
     try:
-        data = json_of(read_file(folder, name).decode("utf-8"))
-    except (BundleError, ValueError, RecursionError):
+        data = parsed(name, text_of(read_file(folder, name), name), lambda data: data)
+    except BundleError:
         return {}
     return data if isinstance(data, dict) else {}
 
@@ -146,15 +116,6 @@ def recorded_hashes(data: Mapping[str, Any]) -> dict[str, str] | None:
 def is_sha256(value: object) -> bool:
     """Tell a sha256 as hexadecimal digits."""
     return isinstance(value, str) and len(value) == 64 and set(value) <= _SHA256_DIGITS
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
-    return made
 
 
 def _shown(error: Exception) -> str:

@@ -128,7 +128,7 @@ def float_weight(site: QuantizedSite, model: Program, program: Program) -> torch
 
 def every_step_computes(plan: StepPlan) -> StepPlan:
     """The plan without its cache; a step that reused stays in the timestep group of the last computing step."""
-    return plan.throughout(plan.steps[0].variant)
+    return plan.throughout(plan.computing)
 
 
 @dataclass(frozen=True)

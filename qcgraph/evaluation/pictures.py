@@ -52,7 +52,7 @@ def save_curves(evaluation: Evaluation, plan: StepPlan, path: Path) -> None:
     if {"quantization", "cache"} <= set(drawn):
         alone = [np.array(drawn[key].latent_errors) for key in ("quantization", "cache")]
         errors.plot(steps, np.hypot(*alone), ":", color="gray", label="both, without interaction")
-    computing = [index + 1 for index, step in enumerate(plan.steps) if step.variant == plan.steps[0].variant]
+    computing = [index + 1 for index, step in enumerate(plan.steps) if step.variant == plan.computing]
     if len(computing) < len(plan):
         errors.plot(computing, np.zeros(len(computing)), "|", color="black", label="steps that compute")
     errors.set_ylabel("relative L2 error of the latent")

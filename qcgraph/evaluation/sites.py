@@ -61,7 +61,7 @@ def measure_sites(
         progress: reports the sites.
     """
     program = without_compensation(subject.program)
-    variant = subject.plan.steps[0].variant
+    variant = subject.plan.computing
     sites = quantized_sites(program.variants[variant])
     if not sites:
         return ()

@@ -405,4 +405,4 @@ def test_folder_of_another_kind(config: object, complaint: str, tmp_path: Path) 
 
 def test_folder_with_a_damaged_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    assert "not JSON" in refusal_of(str(tmp_path)).message
+    assert "not valid JSON" in refusal_of(str(tmp_path)).message

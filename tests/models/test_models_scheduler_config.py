@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from qcgraph.errors import UsageError
 from qcgraph.facts import decode, encode
 from qcgraph.models import LoadedModel, load_model
 from qcgraph.models.eager import EagerRunner
+from qcgraph.models.json_file import read_config
 from qcgraph.models.scheduler_config import _FOLLOWED, _FOREIGN, _OTHERS, read_schedule
 from qcgraph.noise import Noise
 from qcgraph.sampling import Array, sample
@@ -234,12 +237,30 @@ def test_the_index_of_a_pipeline_names_the_same_class(folder_with: Callable[[obj
         read_schedule(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"beta_start": 1, "beta_start": 2}', "[" * 100_000, "\udcff"])
-def test_what_is_not_a_configuration(text: str, folder_with: Callable[[object], Path]) -> None:
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{", "is not valid JSON"),
+        ("[1]", "not a configuration: expected a JSON object"),
+        ('{"beta_start": 1, "beta_start": 2}', "says 'beta_start' twice"),
+        ("[" * 100_000, "is nested more than"),
+        ("\udcff", "is not UTF-8 text, at byte 0"),
+    ],
+)
+def test_what_is_not_a_configuration(text: str, complaint: str, folder_with: Callable[[object], Path]) -> None:
     folder = folder_with({})
     (folder / "scheduler" / "scheduler_config.json").write_text(text, errors="surrogateescape")
-    with pytest.raises(UsageError, match=r"not JSON|not a configuration"):
+    with pytest.raises(UsageError, match=complaint):
         read_schedule(folder)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such files")
+def test_a_pipe_is_not_waited_for(folder_with: Callable[[object], Path]) -> None:
+    path = folder_with({}) / "scheduler" / "scheduler_config.json"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UsageError, match="is a pipe or a device, not a file"):
+        read_config(path)
 
 
 def test_a_folder_without_a_scheduler_is_noted(tmp_path: Path) -> None:
