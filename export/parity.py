@@ -34,6 +34,7 @@ ROUNDINGS = 3.0
 FUNCTIONS = 16 * 2.0**-24
 NEAR = 0.5  # part of its limit from which on a result is also compared with what other legal roundings give
 STANDARD_ERRORS = 3.0  # how far above its limit a root mean square must be for certain, over the samples compared
+MAGNIFIED = 64.0  # times as much noise shows what a flip does where few samples see one
 STEPS = 4  # steps of the plan that a variant is compared at, two for large models
 SAMPLES = 256  # samples a step, fewer for large models; in a small one a rounding flips in few of them
 MACS = 10e9  # multiply-accumulates that running the samples of a step once may cost
@@ -137,8 +138,7 @@ def check_outputs(program: Program, variant: str, runner: OnnxRuntimeRunner) -> 
     Given the same codes, the two may be `ROUNDINGS` times as far apart as the program is from float64. But a difference
     of one part in a million flips codes, in block after block, until the difference is what flips make of any: so the
     program is run once more with its quantizers' inputs off by as much as such roundings, and the distance that makes
-    is what flips may add. In a small model few samples see a flip; the limit allows for what the root mean square of so
-    few may be off by chance.
+    is what flips may add (see `_Flips`).
 
     Args:
         program: what was exported.
@@ -147,7 +147,7 @@ def check_outputs(program: Program, variant: str, runner: OnnxRuntimeRunner) -> 
     """
     found_at: dict[str, list[float]] = {}
     roundings: dict[str, list[float]] = {}
-    flips: dict[str, list[float]] = {}
+    flips: dict[str, _Flips] = {}
     slowness = SLOWNESS.get(precision_of(program.facts), 1)
     samples = int(np.clip(MACS // slowness // _macs(program), 1, SAMPLES // slowness))
     for index, step in enumerate(_steps(program, variant)):
@@ -155,32 +155,80 @@ def check_outputs(program: Program, variant: str, runner: OnnxRuntimeRunner) -> 
         shadowed = Shadowed(program, variant)
         expected, exact = shadowed.outputs(inputs)
         found = runner.run_outputs(variant, {name: value.numpy() for name, value in inputs.items()}, {})
-        off = {name: ROUNDINGS * rounding for name, rounding in shadowed.rounding.items()}
-        nearby = Perturbed(program, variant, off, torch.Generator().manual_seed(index)).outputs(inputs) if off else {}
         for name, tensor in expected.items():
             found_at.setdefault(name, []).extend(_distances(found[name].numpy(), tensor.numpy()))
             roundings.setdefault(name, []).extend(_distances(exact[name].numpy(), tensor.numpy()))
-            flips.setdefault(name, []).extend(
-                _distances(nearby[name].numpy(), tensor.numpy()) if off else [0.0] * len(tensor)
-            )
+            flips.setdefault(name, _Flips())
+        off = {name: ROUNDINGS * rounding for name, rounding in shadowed.rounding.items()}
+        for magnified in (1.0, MAGNIFIED) if off else ():
+            perturbed = Perturbed(program, variant, off, torch.Generator().manual_seed(index), magnified)
+            nearby = perturbed.outputs(inputs)
+            for name, tensor in expected.items():
+                flips[name].add(_distances(nearby[name].numpy(), tensor.numpy()), magnified)
+            if not any(item.is_rare for item in flips.values()):
+                break
     for name, distances in found_at.items():
-        value, limit = _root_mean_square(distances), _limit(distances, roundings[name], flips[name])
+        value, limit = _root_mean_square(distances), _limit(roundings[name], flips[name])
         text = (
             f"relative L2 {value:.1e} over {len(distances)} samples, expected up to {limit:.1e}: {ROUNDINGS:g} times "
             f"what the program rounds, {_root_mean_square(roundings[name]):.1e} (against float64)"
         )
-        if any(flips[name]):
-            text += f", and flipped codes, {_root_mean_square(flips[name]):.1e}"
+        if flips[name].mean_square:
+            text += f", and flipped codes, {np.sqrt(flips[name].mean_square):.1e}"
         yield Check(f"parity of {name}", variant, passed=value <= limit, value=value, limit=limit, detail=text)
 
 
-def _limit(distances: Sequence[float], roundings: Sequence[float], flips: Sequence[float]) -> float:
-    """Return what the root mean square of the distances must not exceed; flips are rare, and roundings are not."""
-    allowed = np.square(ROUNDINGS) * np.square(roundings) + np.square(FLIPS) * np.square(flips)
-    if not any(flips):
-        return float(np.sqrt(allowed.mean())) + FUNCTIONS
-    chance = np.sqrt((np.var(np.square(distances)) + np.var(allowed)) / len(distances))
-    return float(np.sqrt(allowed.mean() + STANDARD_ERRORS * chance)) + FUNCTIONS
+class _Flips:
+    """How far off codes that flip make an output, over samples.
+
+    In a small model few samples see a flip, perhaps none in the program and one in the graph. Times as much noise makes
+    as many times more of them, so that their size is seen where they are rare; where they are not, they add up to less
+    than that many times as much.
+    """
+
+    def __init__(self) -> None:
+        self._distances: dict[float, list[float]] = {}
+
+    def add(self, distances: Sequence[float], magnified: float) -> None:
+        """Add the relative L2 distances of samples whose quantizers saw so many times the noise."""
+        self._distances.setdefault(magnified, []).extend(distances)
+
+    @property
+    def is_rare(self) -> bool:
+        """Whether fewer samples flipped than so many times the noise would flip in all of them."""
+        distances = self._distances[1.0]
+        return np.count_nonzero(distances) * MAGNIFIED < len(distances)
+
+    @property
+    def mean_square(self) -> float:
+        """The mean square of the distances."""
+        return self._moment(2)
+
+    @property
+    def variance(self) -> float:
+        """The variance of the squared distance of one sample."""
+        return max(self._moment(4) - self._moment(2) ** 2, 0.0)
+
+    @property
+    def largest(self) -> float:
+        """The largest distance of a sample."""
+        return max((max(distances) for distances in self._distances.values()), default=0.0)
+
+    def _moment(self, power: int) -> float:
+        """Return a moment of the distances, the larger of what either noise says."""
+        moments = (np.mean(np.power(values, power)) / times for times, values in self._distances.items())
+        return float(max(moments, default=0.0))
+
+
+def _limit(roundings: Sequence[float], flips: _Flips) -> float:
+    """Return what the root mean square of the distances must not exceed.
+
+    Roundings are alike in all samples. Flips are events: as many of them may come as are expected, some standard
+    errors more, and one more, which is what a number below one means.
+    """
+    count, rounded = len(roundings), ROUNDINGS**2 * np.square(roundings)
+    flipped = flips.mean_square + (STANDARD_ERRORS * np.sqrt(flips.variance * count) + flips.largest**2) / count
+    return float(np.sqrt(rounded.mean() + FLIPS**2 * flipped)) + FUNCTIONS
 
 
 def _steps(program: Program, variant: str) -> list[Step]:

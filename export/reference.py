@@ -93,15 +93,22 @@ class Perturbed(fx.Interpreter):
         variant: which of its variants.
         rounding: quantizer -> how far off its input is, relative to its root mean square.
         generator: makes the noise.
+        magnified: how many times as much noise is made, of which that many times as many codes flip.
     """
 
     def __init__(
-        self, program: Program, variant: str, rounding: Mapping[str, float], generator: torch.Generator
+        self,
+        program: Program,
+        variant: str,
+        rounding: Mapping[str, float],
+        generator: torch.Generator,
+        magnified: float = 1.0,
     ) -> None:
         super().__init__(program.module(variant))
         self._names = program.variants[variant].interface
         self._rounding = rounding
         self._generator = generator
+        self._magnified = magnified
 
     def outputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run it; return the outputs by name."""
@@ -116,7 +123,7 @@ class Perturbed(fx.Interpreter):
         wide = value.float()
         # Quotients may be rounded too, each by its size. Zeros are exact, as those of the other region are.
         size = torch.hypot(wide * unit_roundoff(value.dtype), self._rounding[n.name] * wide.square().mean().sqrt())
-        noise = torch.randn(wide.shape, generator=self._generator) * size * (wide != 0)
+        noise = torch.randn(wide.shape, generator=self._generator) * size * (wide != 0) * self._magnified
         return n.target((wide + noise).to(value.dtype), *parameters)
 
 
