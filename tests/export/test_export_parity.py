@@ -14,7 +14,7 @@ import torch
 from qcgraph.capture import capture
 from qcgraph.export.check import Check, failure_text
 from qcgraph.export.emit import emit_onnx, tensor_places
-from qcgraph.export.parity import check_outputs
+from qcgraph.export.parity import FUNCTIONS, MAGNIFIED, ROUNDINGS, _Flips, _limit, check_outputs
 from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
 from qcgraph.export.targets import TARGETS
 from qcgraph.export.verify import verify_export
@@ -143,3 +143,34 @@ def test_what_onnx_runtime_cannot_run_is_said_and_not_passed(constant_scales: Pr
     assert [check.variant for check in parity] == ["full", "reuse"]
     assert all(check.passed is None and "bf16" in check.detail for check in parity)
     assert not [check for check in checks.values() if check.failed]
+
+
+SAMPLES, ROUNDED, FLIPPED = 512, 2e-7, 1e-3
+
+
+def limit(*, seen: int, seen_magnified: int) -> float:
+    """The limit where so many samples see a flip, and so many with more noise."""
+    flips = _Flips()
+    flips.add([FLIPPED] * seen + [0.0] * (SAMPLES - seen), 1.0)
+    flips.add([FLIPPED] * seen_magnified + [0.0] * (SAMPLES - seen_magnified), MAGNIFIED)
+    return _limit([ROUNDED] * SAMPLES, flips)
+
+
+def off_in(samples: int) -> float:
+    """The root mean square where so many samples are off by a flip."""
+    return FLIPPED * (samples / SAMPLES) ** 0.5
+
+
+def test_a_flip_that_only_the_graph_makes_is_allowed() -> None:
+    """The program saw none in its samples, but with more noise a few: one or two are what chance makes."""
+    assert off_in(1) < limit(seen=0, seen_magnified=8) < off_in(8)
+    assert off_in(2) < limit(seen=0, seen_magnified=32) < off_in(16)
+
+
+def test_where_nothing_can_flip_only_roundings_are_allowed() -> None:
+    assert limit(seen=0, seen_magnified=0) == pytest.approx(ROUNDINGS * ROUNDED + FUNCTIONS)
+
+
+def test_frequent_flips_are_counted_as_they_come() -> None:
+    """All samples flip with more noise, which says nothing about how many flip without."""
+    assert off_in(100) < limit(seen=100, seen_magnified=SAMPLES) < off_in(300)
