@@ -132,7 +132,7 @@ def _norm(values: torch.Tensor) -> torch.Tensor:
     return values.reshape(len(values), -1).norm(dim=1)
 
 
-def check_outputs(program: Program, variant: str, runner: OnnxRuntimeRunner) -> Iterator[Check]:
+def check_outputs(program: Program, variant: str, runner: OnnxRuntimeRunner, draw: int = 0) -> Iterator[Check]:
     """The whole graph computes what the program computes, up to the roundings that quantization amplifies.
 
     Given the same codes, the two may be `ROUNDINGS` times as far apart as the program is from float64. But a difference
@@ -144,6 +144,7 @@ def check_outputs(program: Program, variant: str, runner: OnnxRuntimeRunner) -> 
         program: what was exported.
         variant: which of its variants.
         runner: runs the exported graphs.
+        draw: which random input is compared.
     """
     found_at: dict[str, list[float]] = {}
     roundings: dict[str, list[float]] = {}
@@ -151,7 +152,7 @@ def check_outputs(program: Program, variant: str, runner: OnnxRuntimeRunner) -> 
     slowness = SLOWNESS.get(precision_of(program.facts), 1)
     samples = int(np.clip(MACS // slowness // _macs(program), 1, SAMPLES // slowness))
     for index, step in enumerate(_steps(program, variant)):
-        inputs = _inputs(program, variant, step, samples, np.random.default_rng(1000 + index))
+        inputs = _inputs(program, variant, step, samples, np.random.default_rng(1000 * (draw + 1) + index))
         shadowed = Shadowed(program, variant)
         expected, exact = shadowed.outputs(inputs)
         found = runner.run_outputs(variant, {name: value.numpy() for name, value in inputs.items()}, {})
