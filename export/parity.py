@@ -198,7 +198,7 @@ class _Flips:
     def is_rare(self) -> bool:
         """Whether fewer samples flipped than so many times the noise would flip in all of them."""
         distances = self._distances[1.0]
-        return np.count_nonzero(distances) * MAGNIFIED < len(distances)
+        return bool(np.count_nonzero(distances) * MAGNIFIED < len(distances))
 
     @property
     def mean_square(self) -> float:
