@@ -70,14 +70,14 @@ def text_of(content: bytes, where: str, *, hint: str = AGAIN) -> str:
     return documents.parse_text(content, where=where, hint=hint, error=BundleError)
 
 
-def parsed(where: str, text: str, build: Callable[[Any], _Value], *, hint: str = AGAIN) -> _Value:
-    """Return what ``build`` makes of JSON text.
+def parsed(where: str, text: str, build: Callable[[Any], _Value], *, hint: str = AGAIN, finite: bool = True) -> _Value:
+    """Return what ``build`` makes of JSON text, in which numbers are finite unless they may be others.
 
     Raises:
         BundleError: the text is no JSON, or not of the shape that ``build`` expects.
     """
     try:
-        return build(documents.parse_json(text, where=where, hint=hint, error=BundleError))
+        return build(documents.parse_json(text, where=where, hint=hint, error=BundleError, finite=finite))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])

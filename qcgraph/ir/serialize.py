@@ -111,7 +111,8 @@ def load_program(folder: Path) -> Program:
     except (SafetensorError, OSError, ValueError) as error:
         raise BundleError(f"cannot be read: {error}", where=str(folder / WEIGHTS), hint=_AGAIN) from error
     constants = {name: tensor for name, tensor in tensors.items() if not name.startswith(EXPORTED)}
-    return parsed(str(folder / PROGRAM), text, lambda data: program_from_json(data, constants))
+    where = str(folder / PROGRAM)
+    return parsed(where, text, lambda data: program_from_json(data, constants), finite=False)  # masks hold -inf
 
 
 def _variant_to_json(variant: Variant) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from qcgraph.capture import capture
 from qcgraph.errors import BundleError, ContractError
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.graph import output_node, spec_of
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, program_from_json, program_to_json, save_program
+from qcgraph.spec import ModelSpec
 
 aten = torch.ops.aten
 
@@ -116,6 +118,20 @@ def test_a_program_survives_the_disk(captured: Program, tmp_path: Path) -> None:
     assert loaded.digest == captured.digest
     assert loaded.history == captured.history
     ours, theirs = captured.run("main", inputs()), loaded.run("main", inputs())
+    assert torch.equal(ours["noise_prediction"], theirs["noise_prediction"])
+
+
+def test_a_mask_of_infinities_survives_the_disk(captured: Program, tmp_path: Path) -> None:
+    class Masked(torch.nn.Module):
+        def forward(self, latent: torch.Tensor, timestep: torch.Tensor, class_label: torch.Tensor) -> torch.Tensor:
+            masked = latent.masked_fill(latent > 100, float("-inf"))
+            return masked.exp() * timestep.reshape(-1, 1, 1, 1) + class_label.reshape(-1, 1, 1, 1)
+
+    spec = replace(captured.facts[ModelSpec], output_channels=2)
+    program = capture(Masked().eval(), spec, ("latent", "timestep", "class_label"))
+    save_program(program, tmp_path)
+    assert "-Infinity" in (tmp_path / "program.json").read_text()
+    ours, theirs = program.run("main", inputs()), load_program(tmp_path).run("main", inputs())
     assert torch.equal(ours["noise_prediction"], theirs["noise_prediction"])
 
 
