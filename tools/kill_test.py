@@ -10,7 +10,7 @@ nothing beside it. ``--cuts`` takes so many points of each command, evenly; by d
 where one failed.
 
 The command is run once up to where it begins to write, and forked there for every point: a point takes as long as
-writing does, and as copying what a process of PyTorch writes to in its memory. It needs a system with fork, and one thread: set OMP_NUM_THREADS=1.
+writing does. It needs a system with fork, and one thread: set OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
