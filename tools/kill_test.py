@@ -415,9 +415,8 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path.insert(0, str(Path(__file__).parent))
-    importlib.import_module(
-        "qcgraph.evaluation.pictures"
-    )  # whatever is imported before the first fork is imported once
+    for module in ("qcgraph.evaluation.pictures", "qcgraph.compiler", "torch._dynamo"):
+        importlib.import_module(module)  # whatever is imported before the first fork is imported once
     tallies: dict[str, Tally] = {}
     output = options.json.resolve() if options.json else None
     with tempfile.TemporaryDirectory(prefix="qcgraph-") as name:
