@@ -294,7 +294,6 @@ class Killing:
         Returns:
             Whether this is a process that goes on with the command.
         """
-        gc.collect()
         gc.freeze()  # what a process looks for garbage in, it has to copy first
         gc.disable()
         return any(
