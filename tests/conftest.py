@@ -6,6 +6,7 @@ import difflib
 import gc
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import replace
@@ -34,8 +35,8 @@ STEPS = 9
 SMALL_DEPTH = 2
 
 # Graphs are many small objects that refer to each other: looking for garbage among them took a seventh of all time.
-gc.freeze()
 gc.set_threshold(100_000, 50, 100)
+MANY_MODULES = 50
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers and the commands they start share the cores: PyTorch's threads wait for one another, and take tens of
@@ -53,6 +54,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: those that run last should be short, or one core waits for the other."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)  # stable, so that a file stays in its order
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage among what tests make, not among what was imported for them: compilations look several times."""
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def frozen_imports() -> Iterator[None]:
+    """Do the same with what a test is the first to import."""
+    count = len(sys.modules)
+    yield
+    if len(sys.modules) > count + MANY_MODULES:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -237,6 +237,7 @@ def exact_sensitivities(program: Program, rows: Rows, site: str) -> Tensor:
     return total
 
 
+@pytest.mark.slow
 def test_sensitivities_are_the_gauss_newton_diagonal_on_average(guided: Program) -> None:
     """(v^T J)^2 has the mean J^T J and twice its square as variance, over 300 directions 8 % of it as deviation."""
     rows = Rows.of(guided)[torch.tensor([0, 5])]

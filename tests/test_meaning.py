@@ -20,7 +20,7 @@ from qcgraph.ir.graph import output_node
 from qcgraph.ir.program import Program
 from qcgraph.meaning import check_meaning, distance
 from qcgraph.models import LoadedModel
-from qcgraph.recipe import Recipe
+from qcgraph.recipe import Calibration, Recipe
 from qcgraph.schedulers import make_step_plan
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
@@ -235,7 +235,8 @@ def streams() -> LoadedModel:
 
 
 def recipe(**overrides: object) -> Recipe:
-    return Recipe().override(steps=4, target="onnxruntime-cpu", compensate="off", **overrides)
+    few = Recipe(calibration=Calibration(trajectories=8, samples=64))
+    return few.override(steps=4, target="onnxruntime-cpu", compensate="off", **overrides)
 
 
 def test_a_bundle_computes_what_the_model_computes(streams: LoadedModel, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,8 +156,8 @@ def test_without_all_of_them_quantization_is_the_plain_one() -> None:
     }
 
 
-def compiled(*arguments: str) -> int:
-    return run(["compile", "digits", *arguments])
+def compiled(*arguments: str, model: Path | str = "digits") -> int:
+    return run(["compile", str(model), *arguments])
 
 
 @pytest.mark.parametrize("names", ["nonsense", "tgq,nonsense", "tgq, nonsense", ""])
@@ -174,8 +175,9 @@ def test_the_help_names_all_components(capsys: pytest.CaptureFixture[str]) -> No
     assert f"Switch components off: {', '.join(Recipe.COMPONENTS)}." in text
 
 
-def test_the_command_switches_them_off(capsys: pytest.CaptureFixture[str]) -> None:
-    assert compiled("--ablate", "equalize, ho,feedback", "--compensate", "vc", "--dry-run", "--json") == 0
+def test_the_command_switches_them_off(capsys: pytest.CaptureFixture[str], small_digits: Path) -> None:
+    options = ("--ablate", "equalize, ho,feedback", "--compensate", "vc", "--dry-run", "--json")
+    assert compiled(*options, model=small_digits) == 0
     report = json.loads(capsys.readouterr().out)
     expected = FULL.ablated(["equalize", "ho", "feedback"])
     assert report["recipe"] == expected.model_dump()

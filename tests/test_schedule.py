@@ -273,6 +273,7 @@ def test_a_larger_budget_is_never_worse(modes: tuple[Mode, ...]) -> None:
     assert all(schedule.cost <= budget + 1e-9 for schedule, budget in zip(found, np.linspace(9, 30, 40), strict=True))
 
 
+@pytest.mark.slow
 def test_budgets_are_met_to_the_last_step() -> None:
     """Costs that binary fractions cannot hold do not lose a computing step."""
     errors = skip_errors(1, 50, 49, seed=6)

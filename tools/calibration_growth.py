@@ -5,10 +5,10 @@
 
 A DiT geometry with random weights is compiled up to insert-qdq: once for each number of samples, at the largest depth;
 and once for each depth, which is what sets the number of sites, with the fewest samples. A compilation has a process of
-its own. The seconds are those of the passes after calibrate, which work on the samples; calibrate depends on
-trajectories, and equalize samples as many as a fixed amount of arithmetic allows. The memory is the largest of all
-stages, with Python and its libraries, measured as in `bench_compile.py`. Below each table is a line fitted to it by
-least squares, and the share of the variance that it explains, R^2. Linux only.
+its own; one that both series ask for is made once. The seconds are those of the passes after calibrate, which work on
+the samples; calibrate depends on trajectories, and equalize samples as many as a fixed amount of arithmetic allows. The
+memory is the largest of all stages, with Python and its libraries, measured as in `bench_compile.py`. Below each table
+is a line fitted to it by least squares, and the share of the variance that it explains, R^2. Linux only.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 
 import numpy as np
@@ -97,11 +98,13 @@ def main() -> None:
     options = parse()
     if not os.access(CLEAR_REFS, os.W_OK):
         sys.exit(f"cannot write {CLEAR_REFS}, which measuring the memory of a stage needs")
-    machine, series = read_machine(), []
+    machine, series, measured = read_machine(), [], {}
     for by, settings in planned(options):
+        new = [setting for setting in settings if setting not in measured]
         # A process for each, so that none starts with what another left; spawned, not forked, to start from nothing.
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-            rows = tuple(pool.map(measure, *zip(*((options, *setting) for setting in settings), strict=True)))
+            measured |= zip(new, pool.map(partial(measure, options), *zip(*new, strict=True)), strict=True)
+        rows = tuple(measured[setting] for setting in settings)
         places = [getattr(row, by) for row in rows]
         lines = (Line.through(places, [getattr(row, of) for row in rows]) for of in ("seconds", "peak_bytes"))
         series.append(Series(by, rows, *lines))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import importlib
 import json
@@ -47,18 +48,8 @@ from qcgraph.spec import ModelSpec
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 EVENTS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink")
-SIZES = (
-    0,
-    1,
-    10,
-    100,
-    500,
-    1000,
-    2000,
-    5000,
-    10000,
-    30000,
-)  # bytes that a file may have when the process is killed for it
+# Bytes that a file may have when the process is killed for it.
+SIZES = (0, 1, 10, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 30000)
 VOLATILE = ("manifest.json", "report.json", "engines.json", "export.json")  # hold times; they are checked otherwise
 TINY = "kill_test:tiny"
 COMPILE = ("--bits", "off", "--guidance", "1.5")
@@ -171,6 +162,7 @@ class Watch:
         self._root = f"{root}{os.sep}"
         self.log: list[str] = []
         self.at: dict[int, Callable[[], None]] = {}
+        self.at_end: Callable[[], object] = lambda: None
         self._busy = False
         sync = os.fsync
 
@@ -199,9 +191,8 @@ class Watch:
             return
         self._busy = True
         self.log.append(f"{event} {path.removeprefix(self._root)}")
-        action = self.at.get(len(self.log) - 1)
-        if action is not None:
-            action()
+        while action := self.at.pop(len(self.log) - 1, None):
+            action()  # which may be to kill this process before the same operation
         self._busy = False
 
 
@@ -254,62 +245,61 @@ class Killing:
         self._log: list[str] = []
 
     def run(self) -> Tally:
-        """All points."""
+        """All points: one process runs the command, and is forked before each of two operations for every point."""
         if not self._command.exchanges:
             atomic._exchanged = lambda one, other: False
         self._need(forked(lambda: quietly(self._command.old)) == 0, "the old")
         self._old = signature(self._place)
         self._keep()
-        log = self._recorded()
-        self._new = signature(self._place)
-        self._need(self._old != self._new, "a difference")
-        self._restore()
-        self._log = log
-        first = next(index for index, line in enumerate(log) if "qcgraph-partial" in line and not is_removal(line))
-        begin = max(index for index, line in enumerate(log[:first]) if line.endswith("-lock") and "open" in line)
-        self.tally.operations = len(log)
-        early, late = range(begin), range(begin, len(log))
-        share = len(late) / len(log)
-        self._serve(0, chosen(early, round(self._cuts * (1 - share))), (), again=False)
-        self._serve(begin, chosen(late, round(self._cuts * share)), SIZES[:: 2 if self._cuts else 1], again=True)
+        answer = self._folder.parent / "tally.json"
+        self._need(forked(lambda: self._served(answer)) == 0, "the points")
+        self.tally = Tally(**json.loads(answer.read_text()))
         return self.tally
 
-    def _recorded(self) -> list[str]:
-        """The operations of the command."""
-        answer = self._folder.parent / "log.json"
+    def _served(self, answer: Path) -> int:
+        """Run the command for all points, and write what came of them."""
+        watch, log = Watch(self._folder), self._folder.parent / "log.json"
 
-        def body() -> int:
-            watch = Watch(self._folder)
-            code = quietly(self._command.new)
-            answer.write_text(json.dumps(watch.log))
-            return code
+        def at_once() -> None:
+            """Before the first operation: find out which there are, and take the points before anything is written."""
+            if continued(lambda: None) is None:
+                watch.at_end = lambda: log.write_text(json.dumps(watch.log))
+                return
+            self._log = list(json.loads(log.read_text()))
+            self._new = signature(self._place)
+            assert self._old != self._new, "the command writes what was there"
+            self._restore()
+            self.tally.operations = len(self._log)
+            begin = beginning(self._log)
+            late = len(self._log) - begin
+            share = round(self._cuts * late / len(self._log))
+            if not self._cut(watch, chosen(range(begin), self._cuts - share), again=False):
+                sizes = SIZES[:: 2 if self._cuts else 1]
+                watch.at[begin] = lambda: writing(chosen(range(begin, len(self._log)), share), sizes)
 
-        self._need(forked(body) == 0, "the new")
-        return list(json.loads(answer.read_text()))
-
-    def _serve(self, begin: int, points: Sequence[int], sizes: Sequence[int], *, again: bool) -> None:
-        """Run the command up to an operation, and from there on once for every point."""
-        answer = self._folder.parent / "tally.json"
-
-        def body() -> int:
-            watch = Watch(self._folder)
-
-            def loop() -> None:
-                """Return in the processes that go on with the command."""
-                for point in points:
-                    if self._point(f"{point} {self._log[point]}", lambda at=point: watch.kill_at(at), again=again):
-                        return
-                for size in sizes:
-                    if self._point(f"{size} bytes", lambda size=size: limit(size), again=again):
-                        return
+        def writing(points: Sequence[int], sizes: Sequence[int]) -> None:
+            """Before anything is written: take the points from there on."""
+            if not self._cut(watch, points, sizes, again=True):
                 answer.write_text(json.dumps(vars(self.tally)))
                 os._exit(0)
 
-            watch.at[begin] = loop
-            return quietly(self._command.new)
+        watch.at[0] = at_once
+        code = quietly(self._command.new)
+        watch.at_end()
+        return code
 
-        self._need(forked(body) == 0, "the points")
-        self.tally = Tally(**json.loads(answer.read_text()))
+    def _cut(self, watch: Watch, points: Sequence[int], sizes: Sequence[int] = (), *, again: bool) -> bool:
+        """Take points one after another.
+
+        Returns:
+            Whether this is a process that goes on with the command.
+        """
+        gc.freeze()  # what a process looks for garbage in, it has to copy first
+        gc.disable()
+        return any(
+            self._point(f"{point} {self._log[point]}", lambda at=point: watch.kill_at(at), again=again)
+            for point in points
+        ) or any(self._point(f"{size} bytes", lambda size=size: limit(size), again=again) for size in sizes)
 
     def _point(self, name: str, arm: Callable[[], None], *, again: bool) -> bool:
         """Kill the command at one point, look, run it again, look, and put the old back.
@@ -386,6 +376,12 @@ def limit(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
+def beginning(log: Sequence[str]) -> int:
+    """Return the operation with which a command begins to write: it takes the lock of the first thing it makes."""
+    first = next(index for index, line in enumerate(log) if "qcgraph-partial" in line and not is_removal(line))
+    return max(index for index, line in enumerate(log[:first]) if line.endswith("-lock") and "open" in line)
+
+
 def is_removal(line: str) -> bool:
     """Whether an operation of the log takes something away."""
     return line.startswith(("os.remove", "os.rmdir"))
@@ -399,7 +395,9 @@ def chosen(points: Sequence[int], count: int) -> Sequence[int]:
 
 
 def prepared(folder: Path) -> Path:
-    """A bundle with graphs, which the commands read."""
+    """A bundle with graphs, which commands read; it is compiled once."""
+    if (folder / BUNDLE).is_dir():
+        return folder / BUNDLE
     arguments = ["compile", TINY, "-o", str(folder / BUNDLE), "--steps", "3", "--target", "onnxruntime-cpu", *COMPILE]
     if forked(lambda: quietly(arguments)) != 0:
         raise SystemExit("could not compile the bundle")
@@ -416,21 +414,20 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path.insert(0, str(Path(__file__).parent))
-    importlib.import_module(
-        "qcgraph.evaluation.pictures"
-    )  # whatever is imported before the first fork is imported once
+    for module in ("qcgraph.evaluation.pictures", "qcgraph.compiler", "torch._dynamo"):
+        importlib.import_module(module)  # whatever is imported before the first fork is imported once
     tallies: dict[str, Tally] = {}
     output = options.json.resolve() if options.json else None
     with tempfile.TemporaryDirectory(prefix="qcgraph-") as name:
         scratch = Path(name).resolve()
-        bundle = prepared(scratch)
         for title in options.commands or COMMANDS:
             if title == "build" and find_spec("tensorrt_rtx") is None:
                 print("build: TensorRT-RTX is not installed")
                 continue
             folder = scratch / title / "folder"
             folder.mkdir(parents=True)
-            shutil.copytree(bundle, folder / BUNDLE)
+            if BUNDLE in COMMANDS[title].new:
+                shutil.copytree(prepared(scratch), folder / BUNDLE)
             os.chdir(folder)
             tallies[title] = tally = Killing(COMMANDS[title], folder, options.cuts).run()
             print(

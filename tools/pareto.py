@@ -127,6 +127,8 @@ class Model:
     def subject(self, recipe: Recipe) -> Subject:
         """A compiled recipe, to be judged."""
         bundle = self.bundle(recipe)
+        if bundle.path == self.whole.folder:
+            return self.whole
         runner = open_runner(bundle, None, self.options.threads)
         program = load_program(bundle.path)
         return replace(self.whole, program=program, plan=bundle.plan, runner=runner, folder=bundle.path)

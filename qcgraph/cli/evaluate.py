@@ -157,11 +157,12 @@ def _output_kind() -> FolderKind:
 
 
 def _write(evaluation: Evaluation, bundle: Bundle, folder: Path, document: dict[str, Any]) -> None:
-    from qcgraph.evaluation.pictures import save_curves, save_samples
+    from qcgraph.evaluation.pictures import draw_curves, save_samples
 
+    curves = draw_curves(evaluation, bundle.plan)  # which takes a second, for which the folder need not be locked
     with _output_kind().writing(folder, force=True) as partial:
         save_samples(evaluation, partial / FILES[1], is_image=bundle.spec.is_image)
-        save_curves(evaluation, bundle.plan, partial / FILES[2])
+        (partial / FILES[2]).write_bytes(curves)
         (partial / FILES[0]).write_text(json_format.dumps(finite(document), indent=2) + "\n", "utf-8")
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
-from qcgraph import atomic
 from qcgraph.errors import UsageError
 from qcgraph.evaluation.evaluate import Evaluation
 from qcgraph.images import save_grid
@@ -32,11 +32,14 @@ def save_samples(evaluation: Evaluation, path: Path, *, is_image: bool) -> None:
     save_grid(np.concatenate(rows), path, len(rows[0]), is_image=is_image)
 
 
-def save_curves(evaluation: Evaluation, plan: StepPlan, path: Path) -> None:
-    """Two curves over the steps for every part: the error of the latent, and the drift of its standard deviation.
+def draw_curves(evaluation: Evaluation, plan: StepPlan) -> bytes:
+    """Draw two curves over the steps for every part: the error of the latent, the drift of its standard deviation.
 
     Where quantization and caching are there, a dotted line shows what their errors would add up to if they did not
     interact.
+
+    Returns:
+        A PNG file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -60,5 +63,6 @@ def save_curves(evaluation: Evaluation, plan: StepPlan, path: Path) -> None:
     spread.axhline(0, color="gray", linewidth=0.5)
     spread.set_ylabel("drift of the standard deviation")
     spread.set_xlabel(f"step ({plan.describe()})")
-    with atomic.writing_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -14,6 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qcgraph.errors import ContractError
 from qcgraph.spec import BATCH, Interface, TensorSpec
+
+if TYPE_CHECKING:
+    from sympy import Expr
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "f64",
@@ -31,6 +35,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.complex128: "c128",
 }
 _NAME = re.compile(r"[^\s\"\\{}](?:[^\"\\{}\x00-\x1f]*[^\s\"\\{}])?")
+EXPRESSIONS = 4096  # sizes in terms of the batch that are remembered: a program has few, and asks for them often
 DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -65,7 +70,11 @@ def dimension_text(dim: int | torch.SymInt) -> int | str:
     """An integer, or the expression of a symbolic dimension in terms of the batch ``B``."""
     if isinstance(dim, int):
         return dim
-    expression = dim.node.expr
+    return _expression_text(dim.node.expr)
+
+
+@lru_cache(EXPRESSIONS)
+def _expression_text(expression: Expr) -> int | str:
     symbols = sorted(expression.free_symbols, key=str)
     if not symbols:
         return int(expression)
@@ -74,6 +83,16 @@ def dimension_text(dim: int | torch.SymInt) -> int | str:
         if len(symbols) == 1
         else str(expression)
     )
+
+
+def size_of(dim: int | torch.SymInt, batch: int) -> float:
+    """A dimension where the batch is a number."""
+    return dim if isinstance(dim, int) else _expression_value(dim.node.expr, batch)
+
+
+@lru_cache(EXPRESSIONS)
+def _expression_value(expression: Expr, batch: int) -> float:
+    return float(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
 
 
 def module_path(node: fx.Node) -> str:

@@ -10,7 +10,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from qcgraph.ir.graph import DTYPES, fake_value
+from qcgraph.ir.graph import DTYPES, fake_value, size_of
 from qcgraph.spec import BATCH, Interface, TensorSpec
 
 BATCH_HINT = 97  # a batch that no other dimension of a denoiser is likely to equal, so that sizes are not confused
@@ -84,23 +84,15 @@ def _check_size(value: Any) -> None:
     elif isinstance(value, torch.Tensor):
         for dim in value.shape:
             _check_size(dim)
-        if _number(value.numel()) > LARGEST:
-            raise ValueError(f"a value of {_number(value.numel()):.3g} elements")
+        if size_of(value.numel(), BATCH_HINT) > LARGEST:
+            raise ValueError(f"a value of {size_of(value.numel(), BATCH_HINT):.3g} elements")
     elif isinstance(value, torch.SymInt):
         if value.node.expr.count_ops() > LONGEST:
             raise ValueError("a size is a formula of more terms than any model has")
-        if _number(value) > LARGEST:
+        if size_of(value, BATCH_HINT) > LARGEST:
             raise ValueError("a size is larger than any machine holds")
     elif isinstance(value, int) and abs(value) > LARGEST:
         raise ValueError("an integer is larger than any machine holds")
-
-
-def _number(size: int | torch.SymInt) -> float:
-    """A size for the batch that types are inferred with."""
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
-    return float(expression.subs(dict.fromkeys(expression.free_symbols, BATCH_HINT)))
 
 
 def infer_types(graph: fx.Graph, interface: Interface, constants: Mapping[str, torch.Tensor]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from qcgraph.facts import CachedValue
-from qcgraph.ir.graph import DTYPE_NAMES, Variant, dimension_text, module_path, returned_nodes
+from qcgraph.ir.graph import DTYPE_NAMES, Variant, dimension_text, module_path, returned_nodes, size_of
 from qcgraph.spec import MODULATION, TensorSpec
 
 aten = torch.ops.aten
@@ -422,10 +422,7 @@ def _einsum_macs(node: fx.Node, sizes: Sequence[Sequence[int]]) -> int:
 
 def _size(dim: int | torch.SymInt) -> int:
     """A dimension, for a batch of two."""
-    if isinstance(dim, int):
-        return dim
-    expression = dim.node.expr
-    return int(expression.subs(dict.fromkeys(expression.free_symbols, PAIR)))
+    return int(size_of(dim, PAIR))
 
 
 def weight_names(variant: Variant, sites: Iterable[Site]) -> dict[str, str]:

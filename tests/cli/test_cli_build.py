@@ -110,10 +110,10 @@ def test_a_graph_that_cannot_be_read(qcgraph: Command, with_graphs: Path) -> Non
 
 
 @pytest.mark.slow
-def test_engines_of_digits(qcgraph: Command, tmp_path: Path) -> None:
+def test_engines_of_digits(qcgraph: Command, small_digits: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     options = ["--bits", "off", "--steps", "2", "--cache", "interval=2", "--target", "onnxruntime-cpu"]
-    assert run(["compile", "digits", "-o", str(tmp_path / "digits"), *options]) == 0
+    assert run(["compile", str(small_digits), "-o", str(tmp_path / "digits"), *options]) == 0
     qcgraph("models")  # takes what the compilation printed
     done = qcgraph("build", tmp_path / "digits", "--compute-capability", "8.9", "--batch", "2,2,4")
     assert done.code == 0

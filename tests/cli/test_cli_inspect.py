@@ -143,15 +143,12 @@ def test_neither_bundle_nor_model(qcgraph: Command, tmp_path: Path) -> None:
 
 def test_model(qcgraph: Command) -> None:
     data = qcgraph("inspect", "digits", "--json").json()
+    assert data == qcgraph("inspect", DIGITS_FOLDER, "--json").json()  # a trained folder is a model
     assert len(data["blocks"]) == 6
     assert 0 < data["quantizable_macs"] < data["macs"]
     refused = qcgraph("inspect", "digits", "--show", "refused").out
     assert "x_embedder.proj" in refused
     assert "attn.qkv" not in refused
-
-
-def test_trained_folder_is_a_model(qcgraph: Command) -> None:
-    assert qcgraph("inspect", DIGITS_FOLDER, "--json").json() == qcgraph("inspect", "digits", "--json").json()
 
 
 @pytest.mark.parametrize("options", [["--after", "1"], ["--show", "scales"]])

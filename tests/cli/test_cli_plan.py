@@ -26,16 +26,16 @@ def test_inspect_prints_what_compile_reads(qcgraph: Command, bundle: Path, tmp_p
     assert list(data["timesteps"].values()) == ["full", "reuse", "full"]
 
 
-def test_a_dry_run_shows_what_becomes_of_a_plan(qcgraph: Command, tmp_path: Path) -> None:
+def test_a_dry_run_shows_what_becomes_of_a_plan(qcgraph: Command, small_digits: Path, tmp_path: Path) -> None:
     path = tmp_path / "my-plan.toml"
     path.write_text('guidance = 4.0\n[timesteps]\n900 = "full"\n600 = "reuse"\n300 = "reuse"\n0 = "full"\n')
     options = ("--plan", path, "--steps", "8", "--dry-run")
-    done = qcgraph("compile", "digits", *options)
+    done = qcgraph("compile", small_digits, *options)
     assert done.code == 0
     assert "plan       of 4 steps, guidance 4, carried over (made at another guidance than here:" in done.out
     assert "; 4 steps compute\n" in done.out
     assert "follow-plan{plan=900-300:FRRF}" in done.out
-    data = qcgraph("compile", "digits", *options, "--json").json()
+    data = qcgraph("compile", small_digits, *options, "--json").json()
     assert data["recipe"]["cache"]["schedule"] == "plan=900-300:FRRF"
     assert data["followed_plan"]["is_retargeted"] is True
     assert (data["followed_plan"]["computing"], data["variants"]["full"]["steps"]) == (4, 4)
@@ -54,6 +54,7 @@ def test_a_dry_run_shows_what_becomes_of_a_plan(qcgraph: Command, tmp_path: Path
 )
 def test_refused(
     qcgraph: Command,
+    small_digits: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     text: str,
@@ -63,7 +64,7 @@ def test_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-plan.toml").write_text(text)
     (tmp_path / "own.toml").write_text('[pipeline]\npasses = "plan-cache,insert-cache"')
-    done = qcgraph("compile", "digits", "-o", "out", "--steps", "4", "--plan", "my-plan.toml", *options)
+    done = qcgraph("compile", small_digits, "-o", "out", "--steps", "4", "--plan", "my-plan.toml", *options)
     assert done.code == 2
     assert message in done.err
     assert "\n\nhint: " in done.err

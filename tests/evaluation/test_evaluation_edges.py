@@ -19,6 +19,7 @@ def measured(captured: Program, recipe: Recipe, **options: str) -> tuple[CachedE
     return measure_edges(program, captured, 0, Progress())
 
 
+@pytest.mark.slow
 def test_fewer_bits_are_noisier_and_change_nothing_else(captured: Program, recipe: Recipe) -> None:
     calibration = recipe.calibration.model_copy(
         update={"trajectories": 16}

@@ -137,6 +137,7 @@ def test_each_folder_has_a_classifier_of_its_own(small: Path) -> None:
     assert shipped().features(images).any()
 
 
+@pytest.mark.slow
 def test_loading_needs_no_scikit_learn() -> None:
     code = "import sys, qcgraph.models as m; m.load_model('digits'); print(*({'torch', 'sklearn'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -101,6 +101,7 @@ def test_a_fitted_forecast_of_it_is_nearer_than_reuse(captured: Program, halved:
     assert 0 < error < reuse_error
 
 
+@pytest.mark.slow
 def test_the_planner_takes_it_where_it_pays(run: Run) -> None:
     """On a trained model: with it, the same budget leaves less error, by the planner's own measurement."""
     model = load_model("digits")

@@ -16,7 +16,7 @@ from qcgraph.models.geometry import GEOMETRIES, DiTConfig
 from qcgraph.recipe import Recipe
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_compile.py"
-SMALL = DiTConfig(input_size=8, patch_size=2, channels=2, width=32, depth=2, heads=2, class_count=5)
+SMALL = DiTConfig(input_size=8, patch_size=2, channels=2, width=32, depth=1, heads=2, class_count=5)
 RECIPE = Recipe().override(cache="interval=3", compensate="vc")  # the defaults of the tool
 PASSES = [pass_.name for pass_ in default_pipeline(RECIPE, TARGETS["onnxruntime-cpu"])]
 CLEAR_REFS = Path("/proc/self/clear_refs")

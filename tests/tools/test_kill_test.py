@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,18 +24,20 @@ def killed(folder: Path, *arguments: object) -> dict[str, dict[str, int]]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and reads /proc")
-def test_commands_are_killed_at_some_points(tmp_path: Path) -> None:
-    counts = killed(tmp_path, "compile", "sample", "--cuts", 8)
-    for tally in counts.values():
-        assert tally["points"] >= 8
-        assert min(tally["old"], tally["new"], tally["left"]) > 0
-        assert tally["failures"] == []
+def test_a_command_is_killed_at_some_points(tmp_path: Path) -> None:
+    (tally,) = killed(tmp_path, "compile", "--cuts", 8).values()
+    assert tally["points"] >= 8
+    assert min(tally["old"], tally["new"], tally["left"]) > 0
+    assert tally["failures"] == []
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and reads /proc")
 def test_every_command_is_killed_at_every_point(tmp_path: Path) -> None:
-    counts = killed(tmp_path, "compile", "export", "sample", "eval", "compile-renaming")
-    assert sum(tally["points"] for tally in counts.values()) >= 200
-    built = killed(tmp_path, "build", "--cuts", 6)
-    assert all(tally["again"] > 0 for tally in (counts | built).values())
+    counts = killed(tmp_path)
+    commands = {"compile", "export", "sample", "eval", "compile-renaming"}
+    assert counts.keys() == commands | ({"build"} if find_spec("tensorrt_rtx") else set())
+    assert sum(tally["points"] for tally in counts.values()) >= 40 * len(counts)
+    for tally in counts.values():
+        assert min(tally["old"], tally["new"], tally["left"], tally["again"]) > 0
+        assert tally["failures"] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,10 @@ def test_commands_of_the_card_say_what_the_card_says(folder: Path, tool: Any) ->
 
 
 @pytest.mark.slow
-def test_what_the_tool_writes_is_a_model(run_tool: Any, tmp_path: Path) -> None:
+def test_what_the_tool_writes_is_a_model(
+    run_tool: Any, tool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tool, "train_classifier", partial(tool.train_classifier, epochs=2))
     sizes = "--patch-size 4 --width 16 --depth 1 --heads 2 --steps 20 --samples-per-class 2 --sampling-steps 3"
     done = run_tool("train_digits.py", "-o", "tiny", "--threads", "1", *sizes.split(), folder=tmp_path)
     assert done.returncode == 0, done.stderr
