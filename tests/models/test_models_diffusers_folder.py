@@ -1,6 +1,7 @@
 """A DiT that diffusers saved computes the same through qcgraph, and brings its noise schedule along."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -267,3 +268,17 @@ def test_exports_with_a_symbolic_batch(pipeline: Path) -> None:
     )
     three = tuple(torch.cat([tensor, tensor[:1]]) for tensor in INPUTS)
     torch.testing.assert_close(exported.module()(*three), model.module(*three), rtol=1e-6, atol=1e-6)
+
+
+def test_diffusers_prints_no_warnings(pipeline: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It warns where accelerate is not installed, and of tensors that it does not use, which are refused here."""
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        load_model(str(pipeline))
+        rewrite(pipeline, lambda weights: weights.__setitem__("stray", torch.ones(2)))
+        assert "stray" in refusal_of(pipeline).message
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.messages == []
+    assert logger.level != logging.ERROR
