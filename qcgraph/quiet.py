@@ -26,3 +26,22 @@ def quiet(*names: str) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def without_log(name: str) -> Iterator[None]:
+    """Drop what one logger says while the block runs, errors too, because they are also raised; in any thread.
+
+    Args:
+        name: the logger; those below it are not concerned.
+    """
+
+    def drop(_: logging.LogRecord) -> bool:
+        return False
+
+    logger = logging.getLogger(name)
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
