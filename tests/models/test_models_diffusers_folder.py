@@ -188,6 +188,7 @@ def test_weights_of_another_network_are_refused(change: Any, complaint: str, pip
         ({"activation_fn": "relu6"}, "activation_fn = 'relu6' does not fit"),
         ({"norm_type": "layer_norm"}, "norm_type = 'layer_norm' does not fit"),
         ({"norm_eps": float("nan")}, "norm_eps = nan does not fit"),
+        ({"dtype": "float16"}, "dtype = 'float16' is no setting of DiTTransformer2DModel"),
         ({"cross_attention_dim": 512}, "cross_attention_dim = 512 is not supported"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized already (quantization_config, method"),
     ],
