@@ -21,6 +21,7 @@ from qcgraph.bundle.engines import (
     write_record,
 )
 from qcgraph.bundle.files import read_file
+from qcgraph.bundle.watch import reading
 from qcgraph.errors import BundleError, UsageError
 from qcgraph.export import tensorrt
 from qcgraph.export.engine_steps import PROBED_VERSIONS, FusedSteps, fused_steps
@@ -59,7 +60,7 @@ def build_engines(
     Raises:
         UsageError: the bundle has no ONNX graphs, TensorRT is not installed or cannot hold a graph, there is no GPU
             where one is needed, or an option is wrong; says which.
-        BundleError: a graph is not what the plan says.
+        BundleError: a graph is not what the plan says, or the bundle was replaced while engines were built of it.
     """
     progress, place = progress or Progress(), output or bundle.path / ENGINES
     graphs = _graphs(bundle)
@@ -70,7 +71,8 @@ def build_engines(
     ENGINE_FOLDER.check(place, force=force)
     _refuse_problems(module, graphs)
     ahead, timings = tensorrt.PROVIDERS[provider].builds_ahead, _earlier_timings(place)
-    with ENGINE_FOLDER.writing(place, force=force) as folder:
+    held = reading(bundle, bundle.manifest.files, done="built into engines")
+    with ENGINE_FOLDER.writing(place, force=force) as folder, held:
         engines = []
         for variant, capability in [(variant, capability) for variant in graphs for capability in wanted]:
             progress.note(f"building {variant} for {capability}")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import operator
 import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +17,7 @@ from qcgraph.export.annotate import place_nodes
 from qcgraph.ir.graph import DTYPES
 from qcgraph.ir.ops import HALVES, OPS
 from qcgraph.ir.program import Program
+from qcgraph.quiet import quiet
 from qcgraph.spec import BATCH
 from qcgraph.steps import StepPlan
 
@@ -49,7 +47,8 @@ def to_onnx(program: Program, variant: str, opset: int) -> tuple[ir.Model, dict[
 
     interface = program.variants[variant].interface
     try:
-        with _quiet():
+        # They warn about what is not there and what they will change.
+        with quiet("torch.onnx", "onnxscript", "onnx_ir"):
             exported = _traced_once(_export(program, variant))
             result = torch.onnx.export(
                 exported,
@@ -103,22 +102,6 @@ def _with_onnx_form() -> frozenset[str]:
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     return frozenset({*map(str, ONNXRegistry.from_torchlib().functions), *(op.target.name() for op in OPS)})
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter from warning about what is not there and what it will change; errors are raised anyway."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _refusal(variant: str, error: Exception) -> QcgraphError:

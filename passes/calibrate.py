@@ -70,6 +70,7 @@ class Calibrate(Pass):
     requires: ClassVar[tuple[type, ...]] = (ModelSpec, StepPlan)
     precedes: ClassVar[tuple[type, ...]] = (QuantPlan, AttentionPlan, ForecastFit, Compensation, Precision)
     provides: ClassVar[tuple[type, ...]] = (Ranges, Reference)
+    provides_with: ClassVar[tuple[tuple[str, type], ...]] = (("calibrate{selection=tap}", CalibrationSet),)
     is_sampling: ClassVar[bool] = True
 
     trajectories: int | None = option(None, least=1, most=MOST_TRAJECTORIES, hint=AUTO_HINT)

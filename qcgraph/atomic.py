@@ -103,8 +103,7 @@ class FolderKind:
             with _parents(place), locked(place):
                 clear(place, self.is_ours)
                 self._check_replaceable(place, path, force=force)
-                partial = beside(place, "partial")
-                partial.mkdir()
+                partial = _new_folder(beside(place, "partial"), path)
                 try:
                     yield partial
                     _sync_tree(partial)
@@ -495,12 +494,38 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _new_folder(partial: Path, path: Path) -> Path:
+    """Make the neighbour of a folder that is to be written.
+
+    Raises:
+        UsageError: another one is there that could not be removed, of another user for example.
+    """
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        said = f"cannot be written: {partial.name} beside it is left over and cannot be removed"
+        raise UsageError(said, where=str(path), hint=f"remove {partial.name}, or choose another place") from None
+    return partial
+
+
 def _remove(path: Path) -> None:
     """Remove a neighbour, whatever it is; what cannot be removed now is tried again by the next process."""
     if path.is_dir() and not path.is_symlink():
+        _make_writable(path)
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _make_writable(folder: Path) -> None:
+    """Let the owner remove what is in a folder and its folders, which may have been made read-only."""
+    with suppress(OSError):
+        folder.chmod(stat.S_IRWXU)
+    for root, folders, _ in os.walk(folder):
+        for inner in (Path(root, name) for name in folders):
+            if not inner.is_symlink():
+                with suppress(OSError):
+                    inner.chmod(stat.S_IRWXU)
 
 
 def _acquire(lock: Path, place: Path, *, wait: bool) -> int:

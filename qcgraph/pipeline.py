@@ -66,6 +66,7 @@ class Pass(ABC):
         requires: the facts that must be there before.
         precedes: the facts that must not be there yet, because they are decided on what this pass changes.
         provides: the facts that are there after.
+        provides_with: facts that are there after only with an option: the text of the pass with it, and the fact.
         is_sampling: whether the pass samples trajectories; a dry run leaves it out.
 
     Raises:
@@ -76,6 +77,7 @@ class Pass(ABC):
     requires: ClassVar[tuple[type, ...]] = ()
     precedes: ClassVar[tuple[type, ...]] = ()
     provides: ClassVar[tuple[type, ...]] = ()
+    provides_with: ClassVar[tuple[tuple[str, type], ...]] = ()
     is_sampling: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -214,8 +216,10 @@ def _run_checked(pass_: Pass, program: Program, context: PassContext) -> Program
 
 
 def _providers(facts: Sequence[str]) -> list[str]:
-    """The passes that provide any of these facts."""
-    return [name for name, kind in registry().items() if {fact.__name__ for fact in kind.provides} & set(facts)]
+    """The passes that provide any of these facts, as their texts."""
+    offers = [(name, fact) for name, kind in registry().items() for fact in kind.provides]
+    offers += [offer for kind in registry().values() for offer in kind.provides_with]
+    return list(dict.fromkeys(text for text, fact in offers if fact.__name__ in facts))
 
 
 def _located(error: Exception, pass_: Pass, done: Sequence[Pass]) -> QcgraphError:

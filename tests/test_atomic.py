@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
@@ -307,3 +308,40 @@ def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.
     for path in (place, Path(os.path.relpath(place))):
         with pytest.raises(UsageError, match="is the current folder or around it"):
             NOTES.check(path, force=True)
+
+
+REPLACING_TWICE = """
+import sys
+from pathlib import Path
+from qcgraph.atomic import FolderKind
+kind = FolderKind(lambda folder: {"in/a.txt": None} if (folder / "in").exists() else None, "exists and is no note")
+for text in ("first", "second", "third"):
+    with kind.writing(Path(sys.argv[1]), force=True) as folder:
+        (folder / "in").mkdir()
+        (folder / "in" / "a.txt").write_text(text)
+    (folder.with_name("n") / "in").chmod(0o555)
+    folder.with_name("n").chmod(0o555)
+"""
+
+
+def bow_to_permissions() -> None:
+    """Take from a process of root, before it begins, the right to write where nobody may."""
+    drop, override = 24, 1  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+    ctypes.CDLL(None).prctl(drop, override, 0, 0, 0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="takes a capability from a process")
+def test_a_read_only_folder_is_replaced_and_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", REPLACING_TWICE, str(tmp_path / "n")]
+    done = subprocess.run(command, preexec_fn=bow_to_permissions, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert names(tmp_path) == ["n"]
+    assert (tmp_path / "n" / "in" / "a.txt").read_text() == "third"
+
+
+def test_a_neighbour_that_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".n.qcgraph-partial").mkdir()
+    monkeypatch.setattr(atomic, "_remove", lambda _: None)
+    with pytest.raises(UsageError, match=r"\.n\.qcgraph-partial beside it is left over") as error:
+        write_folder(tmp_path / "n", "text")
+    assert error.value.hint == "remove .n.qcgraph-partial, or choose another place"

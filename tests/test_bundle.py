@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 from qcgraph import atomic
 from qcgraph.bundle import MANIFEST, Bundle, check_output, is_bundle, readable_json, write_plan, writing
 from qcgraph.bundle import manifest as manifest_module
+from qcgraph.bundle.watch import reading
 from qcgraph.errors import BundleError, UsageError
 from qcgraph.facts import Facts
 from qcgraph.recipe import Recipe
@@ -737,3 +739,18 @@ def test_what_is_half_removed_is_never_put_back(tmp_path: Path) -> None:
     make(tmp_path / "toy", "first").path.rename(tmp_path / ".toy.qcgraph-gone")
     check_output(tmp_path / "toy", force=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_library_says_of_a_bundle_that_goes_is_put_in_words(tmp_path: Path) -> None:
+    bundle = make(tmp_path / "b")
+    with pytest.raises(FileNotFoundError), reading(bundle):
+        (bundle.path / "nothere").read_text()
+    with pytest.raises(BundleError, match="replaced, changed or deleted while it was verified") as error:
+        read_after_removal(bundle)
+    assert error.value.hint == "do it again"
+
+
+def read_after_removal(bundle: Bundle) -> None:
+    with reading(bundle, done="verified"):
+        shutil.rmtree(bundle.path)
+        (bundle.path / MANIFEST).read_text()

@@ -57,6 +57,7 @@ LAYERS = {
             "qcgraph.options",
             "qcgraph.plan_file",
             "qcgraph.progress",
+            "qcgraph.quiet",
             "qcgraph.recipe",
             "qcgraph.sampling",
             "qcgraph.schedule",

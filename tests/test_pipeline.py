@@ -17,7 +17,7 @@ from qcgraph.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
 from qcgraph.ir.graph import Variant
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program
-from qcgraph.pipeline import Instrument, Pass, PassContext, Pipeline, make_pass, registry
+from qcgraph.pipeline import Instrument, Pass, PassContext, Pipeline, _providers, make_pass, registry
 from qcgraph.progress import Progress
 
 
@@ -84,6 +84,20 @@ def test_a_missing_fact_names_the_pass_that_provides_it(captured: Program) -> No
         Pipeline.parse("plan-cache,insert-cache,insert-qdq").run(captured)
     assert caught.value.hint == "run plan-quant before it"
     assert caught.value.where == "pass insert-qdq (after plan-cache, insert-cache)"
+
+
+def test_a_missing_fact_names_the_option_that_provides_it() -> None:
+    for kind in registry().values():
+        for text, fact in kind.provides_with:
+            assert Pipeline.parse(text).passes[0].name == kind.name
+            assert fact not in kind.provides
+    assert _providers(["CalibrationSet"]) == ["calibrate{selection=tap}"]
+
+
+def test_search_scales_without_a_calibration_set(captured: Program) -> None:
+    with pytest.raises(ContractError, match="needs CalibrationSet") as caught:
+        Pipeline.parse("calibrate{trajectories=1},plan-quant,search-scales").run(captured)
+    assert caught.value.hint == "run calibrate{selection=tap} before it"
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,18 @@
 
 Valid samples are damaged (bytes, tokens, values of JSON, types, depth) or put together from a grammar. What comes out
 must be a success, or a refusal in words: a `QcgraphError` with a hint. Anything else is a finding: another exception, a
-refusal without a hint, a wrong exit code, or more than ten seconds. Findings are printed with what repeats them,
-shortened, and kept in a folder. The heavy part behind a door is cut off: no command samples, calibrates or builds.
+refusal without a hint, a wrong exit code, a warning, a word on stderr, or more than ten seconds. Findings are printed
+with what repeats them, shortened, and kept in a folder. The heavy part behind a door is cut off: no command samples,
+calibrates or builds.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
-import logging
+import os
 import random
 import resource
 import signal
@@ -27,7 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from fuzz_doors import REFUSED, STOPPED, Door, LetInError, make_doors, make_samples, stopped_behind_doors
 
@@ -41,6 +43,9 @@ SHRINKING_SECONDS = 10
 
 _rings: list[int] = []  # of the alarm, for the input that is being judged
 _started: list[float] = []  # when it was let in, in seconds of this process
+_noise: list[IO[bytes]] = []  # the file that stands for stderr while inputs are judged
+# What Python does not show a user unless asked to.
+_UNSEEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 
 
 class Hang(BaseException):
@@ -80,13 +85,31 @@ def judge(door: Door, sample: Any) -> tuple[str, str, str]:
     Returns:
         The outcome, what was raised, and where in qcgraph; the last two are empty where nothing is to be found.
     """
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for category in _UNSEEN:
+            warnings.simplefilter("ignore", category)
+        outcome, what, place = _judge_silent(door, sample)
+    noise = _take_noise()
+    if what:
+        return outcome, what, place
+    if warned:
+        first = warned[0]
+        return (
+            "warning",
+            f"{first.category.__name__}: {first.message}"[:300],
+            f"{Path(first.filename).name}:{first.lineno}",
+        )
+    return ("noise", f"on stderr: {noise[:300]}", "stderr") if noise else (outcome, what, place)
+
+
+def _judge_silent(door: Door, sample: Any) -> tuple[str, str, str]:
+    """Let an input in, as :func:`judge` does, and pay no heed to warnings and stderr."""
     _rings.clear()
     _started[:] = [time.process_time()]
     signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS, HANG_SECONDS)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return door.enter(sample), "", ""
+        return door.enter(sample), "", ""
     except LetInError:
         return STOPPED, "", ""
     except QcgraphError as error:
@@ -99,6 +122,20 @@ def judge(door: Door, sample: Any) -> tuple[str, str, str]:
         return "traceback", f"{type(error).__name__}: {error}"[:300], _place(error)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _take_noise() -> str:
+    """What was written to stderr since the last call, by Python or by a library below it."""
+    if not _noise:
+        return ""
+    file = _noise[0]
+    length = file.seek(0, os.SEEK_END)
+    if not length:
+        return ""
+    file.seek(0)
+    text = file.read().decode("utf-8", "replace")
+    file.truncate(0)
+    return text.strip()
 
 
 def _place(error: BaseException) -> str:
@@ -169,7 +206,7 @@ def fuzz(
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Within it, inputs are timed, memory is bounded, and libraries are silent."""
+    """Within it, inputs are timed, memory is bounded, and what is written to stderr is kept to be judged."""
 
     def hang(number: int, frame: FrameType | None) -> None:
         # On a busy machine an input may wait for its turn; only a hang waits for very long.
@@ -179,15 +216,31 @@ def guarded() -> Iterator[None]:
 
     before, limits = signal.signal(signal.SIGALRM, hang), resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, limits[1]))
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
     try:
-        with stopped_behind_doors():
+        with stopped_behind_doors(), _stderr_kept():
             yield
     finally:
-        logging.disable(disabled)
         resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def _stderr_kept() -> Iterator[None]:
+    """Within it, stderr is a file, also for libraries that are not written in Python."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile(buffering=0) as file:
+        _noise[:] = [file]
+        # Appending, because the file is emptied between inputs.
+        fcntl.fcntl(file.fileno(), fcntl.F_SETFL, fcntl.fcntl(file.fileno(), fcntl.F_GETFL) | os.O_APPEND)
+        os.dup2(file.fileno(), 2)
+        try:
+            with os.fdopen(os.dup(2), "w", buffering=1, errors="replace") as stream, contextlib.redirect_stderr(stream):
+                yield
+        finally:
+            _noise.clear()
+            os.dup2(before, 2)
+            os.close(before)
 
 
 def shares(doors: Sequence[Door], inputs: int) -> dict[str, int]:

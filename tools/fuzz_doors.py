@@ -19,8 +19,8 @@ from unittest import mock
 from fuzz_inputs import (
     NUMBERS,
     WORDS,
-    damage_bytes,
     damage_text,
+    damage_weights,
     draw_pipeline,
     draw_recipe,
     draw_schedule,
@@ -156,7 +156,7 @@ def make_doors(samples: Samples) -> dict[str, Door]:
         ),
         Door("folder", lambda rng: _draw_folder(rng, samples), lambda data: _enter_folder(samples, data), 8),
         Door("bundle", lambda rng: _draw_bundle(rng, samples), lambda data: _enter_bundle(samples, data), 24),
-        Door("program", lambda rng: _draw_program(rng, samples), lambda data: _enter_program(samples, data), 0.2),
+        Door("program", lambda rng: _draw_program(rng, samples), lambda data: _enter_program(samples, data), 4),
     )
     return {door.name: door for door in doors}
 
@@ -320,7 +320,7 @@ def _enter_command(arguments: list[str]) -> str:
 def _draw_checkpoint(rng: random.Random, samples: Samples) -> bytes:
     name = rng.choice(sorted(samples.checkpoints))
     content = samples.checkpoints[name]
-    return name.encode() + b"\n" + (damage_bytes(rng, content) if rng.random() < 0.98 else content)
+    return name.encode() + b"\n" + (damage_weights(rng, content) if rng.random() < 0.98 else content)
 
 
 def _enter_checkpoint(samples: Samples, data: bytes) -> str:
@@ -343,7 +343,7 @@ def _draw_member(rng: random.Random, folder: Path, names: Sequence[str]) -> byte
     elif name.endswith((".toml", ".txt", ".json")):
         content = text_bytes(rng, damage_text(rng, content.decode()))
     else:
-        content = damage_bytes(rng, content)
+        content = damage_weights(rng, content)
     return name.encode() + b"\n" + content
 
 

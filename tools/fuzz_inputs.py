@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import random
 import re
+import zipfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +46,36 @@ def damage_bytes(rng: random.Random, data: bytes) -> bytes:
                     data[:at] + rng.choice([b"\0", b"\xff", b"\xed\xa0\x80", b"\r", b"\n", b"\xef\xbb\xbf"]) + data[at:]
                 )
     return data
+
+
+def damage_weights(rng: random.Random, data: bytes) -> bytes:
+    """Damage a file of weights, half of the time within its container, whose checksums and lengths then hold."""
+    if rng.random() < 0.5:
+        return damage_bytes(rng, data)
+    return _damage_archive(rng, data) if data.startswith(b"PK") else _damage_header(rng, data)
+
+
+def _damage_archive(rng: random.Random, data: bytes) -> bytes:
+    """Damage or leave out a member of a zip archive, most often the pickle."""
+    written = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(written, "w") as target:
+        names = source.namelist()
+        chosen = rng.choice([*names, *[name for name in names if name.endswith(".pkl")] * 3 * len(names)])
+        for name in names:
+            if name != chosen:
+                target.writestr(name, source.read(name))
+            elif rng.random() < 0.95:
+                target.writestr(name, damage_bytes(rng, source.read(name)))
+    return written.getvalue()
+
+
+def _damage_header(rng: random.Random, data: bytes) -> bytes:
+    """Damage the JSON in front of the tensors of a safetensors file; another file is damaged anywhere."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    if data[8:9] != b"{" or end > len(data):
+        return damage_bytes(rng, data)
+    header = json.dumps(damage_json(rng, json.loads(data[8:end]))).encode("utf-8", "surrogatepass")
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 _TOKEN = re.compile(r"[A-Za-z_]+|[0-9.]+|\s+|.", re.DOTALL)

@@ -89,7 +89,7 @@ def reading(bundle: Bundle, names: Iterable[str] = (), done: str = "loaded") -> 
     Args:
         bundle: an opened bundle.
         names: files to hold open, as they are now; those that the bundle does not have are left out.
-        done: what is done with the bundle, for the message: loaded, verified.
+        done: what is done with the bundle, for the message: loaded, verified, built into engines.
 
     Yields:
         The files that are held open, by name.
@@ -107,7 +107,7 @@ def reading(bundle: Bundle, names: Iterable[str] = (), done: str = "loaded") -> 
                 raise
     try:
         yield files
-    except BundleError:
+    except Exception:  # whatever a library says of files that are gone, that they are gone is why
         _require_same(bundle, done)
         raise
     _require_same(bundle, done)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from qcgraph.cli.ir_text import GraphText, NodeLine, ProgramText, matching, read_program_text, with_paths
 from qcgraph.cli.output import print_json
-from qcgraph.errors import UsageError, closest
+from qcgraph.errors import UsageError, closest, shown
 
 if TYPE_CHECKING:
     from qcgraph.bundle import Bundle, IrText
+
+_LONGEST_NUMBER = 9  # digits of the number of a pass; Python refuses to read thousands of them
 
 
 def pass_text(bundle: Bundle, asked: str | None) -> IrText:
@@ -25,13 +27,13 @@ def pass_text(bundle: Bundle, asked: str | None) -> IrText:
         raise UsageError("the bundle holds no program texts", where=str(bundle.path), hint="compile it again")
     if asked is None:
         return texts[-1]
-    if asked.isdecimal():
+    if asked.isdecimal() and len(asked) <= _LONGEST_NUMBER:
         found = [text for text in texts if text.index == int(asked)]
     else:
         found = [text for text in texts if text.name == asked]
     if not found:
         names = ", ".join(f"{text.index:03d} {text.name}" for text in texts)
-        raise UsageError(f"no pass {asked!r}", where=str(bundle.path), hint=f"there are: {names}")
+        raise UsageError(f"no pass {shown(asked)}", where=str(bundle.path), hint=f"there are: {names}")
     if len(found) > 1:
         numbers = ", ".join(f"{text.index:03d}" for text in found)
         raise UsageError(f"pass {asked!r} ran several times", where=str(bundle.path), hint=f"give a number: {numbers}")

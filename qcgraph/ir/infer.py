@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from qcgraph.ir.graph import DTYPES, fake_value, size_of
+from qcgraph.quiet import without_log
 from qcgraph.spec import BATCH, Interface, TensorSpec
 
 BATCH_HINT = 97  # a batch that no other dimension of a denoiser is likely to equal, so that sizes are not confused
@@ -95,6 +96,7 @@ def _check_size(value: Any) -> None:
         raise ValueError("an integer is larger than any machine holds")
 
 
+@without_log("torch._subclasses.fake_tensor")  # which logs a traceback of shapes that do not fit, and raises it
 def infer_types(graph: fx.Graph, interface: Interface, constants: Mapping[str, torch.Tensor]) -> None:
     """Give every node its type by running the graph on fake inputs with a symbolic batch.
 

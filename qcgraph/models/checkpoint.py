@@ -19,6 +19,7 @@ from qcgraph.errors import UsageError
 from qcgraph.models.dit import DiT
 from qcgraph.models.files import is_there
 from qcgraph.models.geometry import DiTConfig
+from qcgraph.quiet import quiet
 
 _NESTED = ("ema", "model")  # where the original's training keeps weights; the average is what it samples from
 _WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
@@ -210,7 +211,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     # The original's training checkpoints carry their command-line options; a Namespace only holds values.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    # torch warns of a pickle protocol that it does not know, and then fails or has read what it knows.
+    with torch.serialization.safe_globals([argparse.Namespace]), quiet():
         try:
             _check_expansion(path)
             return torch.load(path, map_location="cpu", weights_only=True)

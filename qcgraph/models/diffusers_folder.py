@@ -15,6 +15,7 @@ from qcgraph.models.loaded import LoadedModel
 from qcgraph.models.scheduler_config import CONFIG_FILE as SCHEDULER_FILE
 from qcgraph.models.scheduler_config import read_schedule
 from qcgraph.models.transformer_config import CONFIG_FILE, TransformerConfig, read_transformer_config
+from qcgraph.quiet import quiet
 from qcgraph.spec import ModelSpec, NoiseSchedule
 
 _HINT = "is the download complete, and are config.json and weights of the same model?"
@@ -89,14 +90,15 @@ def _load_transformer(folder: Path, config: TransformerConfig) -> tuple[Any, tup
             hint=_HINT,
         )
     try:
-        transformer, report = DiTTransformer2DModel.from_pretrained(
-            folder,
-            local_files_only=True,
-            output_loading_info=True,
-            torch_dtype=torch.float32,
-            use_safetensors=files.is_safetensors,
-            variant=files.variant,
-        )
+        with quiet("diffusers"):  # it warns where accelerate is not installed, and of weights that are refused below
+            transformer, report = DiTTransformer2DModel.from_pretrained(
+                folder,
+                local_files_only=True,
+                output_loading_info=True,
+                torch_dtype=torch.float32,
+                use_safetensors=files.is_safetensors,
+                variant=files.variant,
+            )
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError) as error:
         raise UsageError(f"diffusers cannot load the model: {error}", where=str(folder), hint=_HINT) from error
     _check_loaded(report, folder)

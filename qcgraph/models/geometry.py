@@ -55,6 +55,8 @@ class DiTConfig:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.width % 4:
             raise ValueError(f"width {self.width} is not a multiple of 4, which sin-cos position embeddings need")
+        if self.mlp_width < 1:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} of width {self.width} leaves the MLP no channel")
 
     @property
     def grid_size(self) -> int:

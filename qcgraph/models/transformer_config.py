@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qcgraph.errors import UsageError
+from qcgraph.errors import UsageError, shown
 from qcgraph.models.json_file import read_config
 
 CONFIG_FILE = "config.json"
@@ -110,6 +110,12 @@ def _check_unknown(config: dict[str, Any], defaults: dict[str, Any], path: Path)
     import diffusers
 
     unknown = [key for key in config if key not in defaults and key not in _METADATA]
+    if "dtype" in unknown:  # the one unknown key that diffusers gives to the class, which refuses it
+        raise UsageError(
+            f"dtype = {shown(config['dtype'])} is no setting of {_SUPPORTED}, and diffusers cannot load it",
+            where=str(path),
+            hint="take it out: the weights say themselves in which precision they are",
+        )
     older = _defaults(diffusers.Transformer2DModel)
     for key in unknown:
         if key in older and config[key] != older[key] and key != "use_linear_projection":

@@ -124,6 +124,7 @@ def test_nodes_are_printed_under_their_module(qcgraph: Command, bundle: Path) ->
     [
         (["--after", "insert-cach"], "no pass 'insert-cach'"),
         (["--after", "9"], "no pass '9'"),
+        (["--after", "9" * 4301], "no pass '9999"),
         (["--graph", "ful"], "did you mean 'full'?"),
         (["--node", "nothing"], "no node matches 'nothing'"),
         (["--node", "add", "--show", "sites"], "give one of them"),

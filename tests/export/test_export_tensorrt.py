@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from qcgraph.export.tensorrt import NodeProblem, compute_capabilities, load_prov
 from qcgraph.facts import Facts
 from qcgraph.ir.program import Program
 from qcgraph.modulation import TOGETHER
+from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
 from qcgraph.spec import Interface, ModelSpec, TensorSpec
 from qcgraph.steps import Fingerprint, Step, StepPlan, Update
@@ -222,6 +224,27 @@ def test_engines_of_a_bundle(module: Any, bundle: Bundle) -> None:
         write_plan(place, bundle.spec, bundle.plan, bundle.interfaces)
         (place / "recipe.lock.toml").write_text(Recipe().to_toml())
     assert not folder.exists()
+
+
+class Replacing(Progress):
+    """Puts another bundle in the place of one when the first engine is begun."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+
+    def note(self, text: str) -> None:
+        """Replace the bundle, at the first line of a build."""
+        if text.startswith("building full"):
+            bundle = self._bundle
+            with writing(bundle.path, model="another", target="onnxruntime-cpu", force=True) as place:
+                shutil.copytree(bundle.path, place, ignore=lambda *_: ["manifest.json"], dirs_exist_ok=True)
+
+
+def test_a_bundle_that_is_replaced_meanwhile_gives_no_engines(module: Any, bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="replaced, changed or deleted while it was built into engines") as error:
+        build_engines(bundle, ["8.9"], tmp_path / "elsewhere", progress=Replacing(bundle))
+    assert error.value.hint == "do it again"
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.slow

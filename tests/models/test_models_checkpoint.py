@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -247,3 +248,12 @@ def test_headers_that_lie(tmp_path: Path) -> None:
 def test_what_is_no_file(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no such checkpoint file|is a folder"):
         read_weights(tmp_path / name)
+
+
+def test_an_unknown_pickle_protocol_is_refused_without_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    path.write_bytes(b"\x80e")
+    with warnings.catch_warnings(record=True) as warned, pytest.raises(UsageError, match="the checkpoint") as error:
+        read_weights(path)
+    assert warned == []
+    assert error.value.hint

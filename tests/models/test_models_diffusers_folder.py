@@ -1,6 +1,7 @@
 """A DiT that diffusers saved computes the same through qcgraph, and brings its noise schedule along."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,7 @@ def test_weights_of_another_network_are_refused(change: Any, complaint: str, pip
         ({"activation_fn": "relu6"}, "activation_fn = 'relu6' does not fit"),
         ({"norm_type": "layer_norm"}, "norm_type = 'layer_norm' does not fit"),
         ({"norm_eps": float("nan")}, "norm_eps = nan does not fit"),
+        ({"dtype": "float16"}, "dtype = 'float16' is no setting of DiTTransformer2DModel"),
         ({"cross_attention_dim": 512}, "cross_attention_dim = 512 is not supported"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized already (quantization_config, method"),
     ],
@@ -267,3 +269,17 @@ def test_exports_with_a_symbolic_batch(pipeline: Path) -> None:
     )
     three = tuple(torch.cat([tensor, tensor[:1]]) for tensor in INPUTS)
     torch.testing.assert_close(exported.module()(*three), model.module(*three), rtol=1e-6, atol=1e-6)
+
+
+def test_diffusers_prints_no_warnings(pipeline: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It warns where accelerate is not installed, and of tensors that it does not use, which are refused here."""
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        load_model(str(pipeline))
+        rewrite(pipeline, lambda weights: weights.__setitem__("stray", torch.ones(2)))
+        assert "stray" in refusal_of(pipeline).message
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.messages == []
+    assert logger.level != logging.ERROR

@@ -160,6 +160,7 @@ def test_exports_with_a_symbolic_batch(timestep_type: torch.dtype) -> None:
         ({"input_size": 9}, "input_size 9 is not a multiple of patch_size 2"),
         ({"width": 36, "heads": 5}, "width 36 is not a multiple of heads 5"),
         ({"width": 18, "heads": 3}, "width 18 is not a multiple of 4"),
+        ({"mlp_ratio": 1e-4}, "mlp_ratio 0.0001 of width 1152 leaves the MLP no channel"),
     ],
 )
 def test_impossible_sizes_are_refused(sizes: dict[str, Any], complaint: str) -> None:

@@ -169,6 +169,7 @@ def test_damaged_card(content: bytes, small: Path) -> None:
         (("config", "width"), 0, "width 0 is not positive"),
         (("config", "patch_size"), 0, "patch_size 0 is not positive"),
         (("config", "mlp_ratio"), float("nan"), "config.mlp_ratio: "),
+        (("config", "mlp_ratio"), 1e-3, "leaves the MLP no channel"),
         (("schedule", "beta"), 0.1, "schedule.beta: Unexpected"),
         (("schedule", "train_steps"), 0.5, "schedule.train_steps: "),
         (("training",), [], "training: "),
