@@ -32,6 +32,7 @@ from qcgraph.spec import ModelSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 9
+CONVERGED_STEPS = 60
 SMALL_DEPTH = 2
 
 # Graphs are many small objects that refer to each other: looking for garbage among them took a seventh of all time.
@@ -67,6 +68,15 @@ def few_samples() -> Iterator[None]:
     """Compilations compare their graphs with their programs on an eighth of the samples, unless a test says more."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qcgraph.export.parity.SAMPLES", parity.SAMPLES // 8)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_converged_steps() -> Iterator[None]:
+    """The reference that evaluations converge to takes as many steps as those of tests, which are few, call for."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("evaluate", "settings"):
+            patch.setattr(f"qcgraph.evaluation.{module}.CONVERGED_STEPS", CONVERGED_STEPS)
         yield
 
 
