@@ -43,7 +43,10 @@ from qcgraph.spec import OUTPUT
 OPTIONS = "--steps 12 --guidance 1.5 --bits w8a8 --groups 4 --cache interval=3 --compensate vc --target onnxruntime-cpu"
 JUDGING = "--samples 16 --seeds 1 --metrics psnr --no-sites"
 LABELS = list(range(10)) * 2
-FEW: dict[str, dict[str, int]] = {"calibration": {"trajectories": 2}, "quantization": {"groups": 2}}  # for what does not depend on how well it is calibrated
+FEW: dict[str, dict[str, int]] = {
+    "calibration": {"trajectories": 2},
+    "quantization": {"groups": 2},
+}  # for what does not depend on how well it is calibrated
 
 
 @pytest.fixture(scope="module")
@@ -341,6 +344,7 @@ def spoil(variant: str) -> Callable[..., None]:
     return emit
 
 
+@pytest.mark.slow
 def test_a_bundle_that_fails_its_checks_is_kept_beside(
     one_block: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,7 +78,7 @@ def test_a_flow_is_compiled_and_judged(flow: LoadedModel, bundle: Bundle) -> Non
     origin = origin.with_facts(make_step_plan("flow-euler", STEPS, 1.5, flow.spec.schedule, origin.constants_digest))
     program, target = load_program(bundle.path), target_named(bundle.manifest.target)
     subject = Subject(flow, origin, program, bundle.plan, open_runner(bundle, None, 1), bundle.path, target, 1)
-    options = Options(samples=20, seeds=1, metrics=("psnr", "accuracy"), sites=False)
+    options = Options(samples=50, seeds=1, metrics=("psnr", "accuracy"), sites=False)
     found = evaluate(subject, options, Progress()).to_json()
     rows = {row["key"]: row for row in found["rows"]}
     psnr = {key: row["metrics"]["psnr"]["value"] for key, row in rows.items() if "psnr" in row.get("metrics", {})}
