@@ -20,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import qcgraph
 from qcgraph.bundle import Bundle
+from qcgraph.capture import capture
 from qcgraph.cli import run
 from qcgraph.compiler import compile_model, verify_bundle
 from qcgraph.errors import UsageError, VerificationError
@@ -29,7 +30,7 @@ from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program
 from qcgraph.models import LoadedModel, load_model
 from qcgraph.models.classifier import load_classifier
-from qcgraph.models.dit import initialize_random
+from qcgraph.models.dit import DiT, initialize_random
 from qcgraph.models.eager import EagerRunner
 from qcgraph.noise import Noise
 from qcgraph.progress import Progress
@@ -42,6 +43,10 @@ from qcgraph.spec import OUTPUT
 OPTIONS = "--steps 12 --guidance 1.5 --bits w8a8 --groups 4 --cache interval=3 --compensate vc --target onnxruntime-cpu"
 JUDGING = "--samples 16 --seeds 1 --metrics psnr --no-sites"
 LABELS = list(range(10)) * 2
+FEW: dict[str, dict[str, int]] = {
+    "calibration": {"trajectories": 2},
+    "quantization": {"groups": 2},
+}  # for what does not depend on how well it is calibrated
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     recipe.write_text("[calibration]\ntrajectories = 8\n")
     assert run(["compile", "digits", "-o", str(path), "--recipe", str(recipe), *OPTIONS.split()]) == 0
     return Bundle.open(path)
+
+
+@pytest.fixture(scope="module")
+def one_block(tiny_model: LoadedModel) -> LoadedModel:
+    """The tiny model with a single block, for what depends on no graph in particular."""
+    module = DiT(replace(tiny_model.module.config, depth=1))
+    initialize_random(module, torch.Generator().manual_seed(0))
+    return replace(tiny_model, module=module.eval().requires_grad_(False))
 
 
 def draw(bundle: Bundle, backend: str, seed: int = 5) -> np.ndarray:
@@ -91,7 +104,9 @@ def test_the_report_tells_what_happened(bundle: Bundle) -> None:
 
 
 @pytest.mark.slow
-def test_weights_are_forgotten_when_others_stand_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_forgotten_when_others_stand_for_them(
+    small_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else a large model would need memory for weights that nothing reads, in passes and in an export that need it."""
     loads: list[dict[str, StorageWeakRef]] = []
     forgotten: dict[str, list[set[str]]] = {}
@@ -109,12 +124,13 @@ def test_weights_are_forgotten_when_others_stand_for_them(tmp_path: Path, monkey
                 raise InterruptedError
 
     monkeypatch.setattr("qcgraph.compiler.load_model", loading)
-    recipe = Recipe().override(steps=3, bits="w8a8", cache="interval=3")
+    monkeypatch.setattr("qcgraph.compiler.capture", capture)  # of which nothing is remembered
+    recipe = Recipe.model_validate(FEW).override(steps=3, bits="w8a8", cache="interval=3")
     with pytest.raises(InterruptedError):
-        compile_model("digits", recipe, tmp_path / "digits", progress=AtExport())
+        compile_model(str(small_digits), recipe, tmp_path / "digits", progress=AtExport())
     linears = {name for name in loads[0] if re.fullmatch(r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", name)}
     equalized = {name for name in linears if "fc2" not in name}
-    assert (len(linears), len(equalized)) == (24, 18)
+    assert (len(linears), len(equalized)) == (8, 6)
     assert forgotten["equalize"] == [set()]
     for name in ("plan-cache", "insert-qdq"):
         assert forgotten[name][0] & linears == equalized
@@ -136,7 +152,7 @@ def test_a_model_that_changes_meanwhile_is_refused(
         return replace(tiny_model, module=module)
 
     monkeypatch.setattr("qcgraph.compiler.load_model", loading)
-    recipe = Recipe().override(steps=3, bits="w8a8", cache="interval=3")
+    recipe = Recipe.model_validate(FEW).override(steps=3, bits="w8a8", cache="interval=3")
     with pytest.raises(UsageError, match="other weights than when it was loaded first") as caught:
         compile_model("somewhere:factory", recipe, tmp_path / "tiny")
     assert "without a seed" in str(caught.value)
@@ -178,10 +194,10 @@ def test_neutral_settings_are_the_captured_model_bit_for_bit(tmp_path: Path, sch
 
 
 @pytest.fixture(scope="module")
-def unquantized(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """digits with a cache and compensation, in float32."""
-    recipe = Recipe().override(bits="off", cache="interval=3", compensate="vc", steps=6)
-    return qcgraph.compile("digits", recipe, output=tmp_path_factory.mktemp("compiled") / "float")
+def unquantized(small_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Two blocks of digits with a cache and compensation, in float32."""
+    recipe = Recipe.model_validate(FEW).override(bits="off", cache="interval=3", compensate="vc", steps=6)
+    return qcgraph.compile(str(small_digits), recipe, output=tmp_path_factory.mktemp("compiled") / "float")
 
 
 @pytest.mark.slow
@@ -193,7 +209,7 @@ def test_unquantized_graphs_are_exact_to_float32(unquantized: Bundle) -> None:
 
 @pytest.mark.slow
 def test_compilation_is_deterministic(tiny_model: LoadedModel, tmp_path: Path) -> None:
-    recipe = Recipe().override(steps=6, cache="interval=2", compensate="vc")
+    recipe = Recipe.model_validate(FEW).override(steps=4, cache="interval=2", compensate="vc")
     files = [qcgraph.compile(tiny_model, recipe, output=tmp_path / name).manifest.files for name in ("one", "two")]
     same = ("weights.safetensors", "plan.json", "program.json", "full.onnx", "reuse.onnx")
     assert [files[0][name].sha256 for name in same] == [files[1][name].sha256 for name in same]
@@ -303,10 +319,12 @@ def test_nan_weights_are_refused(
 
 @pytest.mark.slow
 def test_your_own_model(
-    factory: Callable[[Callable[[], LoadedModel]], str], tiny_model: LoadedModel, tmp_path: Path
+    factory: Callable[[Callable[[], LoadedModel]], str], one_block: LoadedModel, tmp_path: Path
 ) -> None:
-    name = factory(lambda: tiny_model)
-    assert run(["compile", name, "-o", str(tmp_path / "out"), "--steps", "6", "--cache", "interval=2"]) == 0
+    name = factory(lambda: one_block)
+    (tmp_path / "few.toml").write_text("[calibration]\ntrajectories = 2\n")
+    options = ["--recipe", str(tmp_path / "few.toml"), "--steps", "4", "--cache", "interval=2"]
+    assert run(["compile", name, "-o", str(tmp_path / "out"), *options]) == 0
     assert Bundle.open(tmp_path / "out").spec.output_channels == 4
 
 
@@ -326,16 +344,17 @@ def spoil(variant: str) -> Callable[..., None]:
     return emit
 
 
+@pytest.mark.slow
 def test_a_bundle_that_fails_its_checks_is_kept_beside(
-    tiny_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_block: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, recipe = tmp_path / "out", Recipe().override(bits="off", steps=2)
-    qcgraph.compile(tiny_model, recipe, output=output)
+    qcgraph.compile(one_block, recipe, output=output)
     before = (output / "manifest.json").read_bytes()
     monkeypatch.setattr("qcgraph.export.emit.emit_onnx", spoil("main"))
     for _ in range(2):  # the second takes the place of what the first left
         with pytest.raises(VerificationError, match="1 of 2 checks of the exported graphs failed\n") as caught:
-            compile_model(tiny_model, recipe, output, force=True)
+            compile_model(one_block, recipe, output, force=True)
     assert caught.value.exit_code == 1
     assert re.search(
         r"\nparity of noise_prediction of main: .*, at most .* expected: relative L2", caught.value.message
@@ -347,18 +366,18 @@ def test_a_bundle_that_fails_its_checks_is_kept_beside(
     assert rejected.manifest.overrides == ("failed-checks",)
     assert [check.passed for check in verify_bundle(rejected)] == [True, False]
     monkeypatch.undo()
-    compile_model(tiny_model, recipe, output, force=True)
+    compile_model(one_block, recipe, output, force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_what_was_rejected_never_replaces_anybodys_files(
-    tiny_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_block: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out.rejected").mkdir()
     (tmp_path / "out.rejected" / "thesis.tex").touch()
     monkeypatch.setattr("qcgraph.export.emit.emit_onnx", spoil("main"))
     with pytest.raises(VerificationError, match="checks of the exported graphs failed") as caught:
-        compile_model(tiny_model, Recipe().override(bits="off", steps=2), tmp_path / "out")
+        compile_model(one_block, Recipe().override(bits="off", steps=2), tmp_path / "out")
     assert "is not kept, because" in str(caught.value.hint)
     assert [path.name for path in tmp_path.rglob("*")] == ["out.rejected", "thesis.tex"]
 
@@ -382,13 +401,15 @@ def test_compensation_of_a_multistep_solver_is_refused_before_anything_is_sample
 
 
 @pytest.mark.slow
-def test_a_multistep_solver(tmp_path: Path) -> None:
+def test_a_multistep_solver(small_digits: Path, tmp_path: Path) -> None:
     """Compiled, judged and drawn without diffusers: close to what diffusers draws with the model itself."""
-    options = ["--scheduler", "dpmsolver++", "--steps", "20", "--bits", "w8a8", "--cache", "interval=2"]
-    assert run(["compile", "digits", "-o", str(tmp_path / "digits"), *options]) == 0
+    options = ["--scheduler", "dpmsolver++", "--steps", "12", "--bits", "w8a8", "--cache", "interval=2"]
+    (tmp_path / "few.toml").write_text("[calibration]\ntrajectories = 8\n")
+    options += ["--recipe", str(tmp_path / "few.toml")]
+    assert run(["compile", str(small_digits), "-o", str(tmp_path / "digits"), *options]) == 0
     assert run(["eval", str(tmp_path / "digits"), *JUDGING.split()]) == 0
-    bundle, model = Bundle.open(tmp_path / "digits"), load_model("digits")
-    expected = sample_with("dpmsolver++", 20, 1.5, EagerRunner(model), model.spec, LABELS, 5)
+    bundle, model = Bundle.open(tmp_path / "digits"), load_model(str(small_digits))
+    expected = sample_with("dpmsolver++", 12, 1.5, EagerRunner(model), model.spec, LABELS, 5)
     error = draw(bundle, "onnxruntime") - expected
     assert np.linalg.norm(error) / np.linalg.norm(expected) < 0.1
 
@@ -413,7 +434,7 @@ def test_every_way_to_cache(
     variants: set[str] | None,
 ) -> None:
     """Compiled, verified again from the bundle, drawn by both backends, and read by the command line."""
-    recipe = Recipe.model_validate({"cache": cache, "calibration": {"trajectories": 4}}).override(steps=6, bits=bits)
+    recipe = Recipe.model_validate({"cache": cache, **FEW}).override(steps=6, bits=bits)
     bundle = compile_model(tiny_model, recipe, tmp_path / "tiny").bundle
     assert bundle is not None
     assert set(bundle.interfaces) == (variants or set(bundle.plan.variants))
@@ -441,7 +462,7 @@ def test_every_way_to_cache(
 @pytest.mark.slow
 def test_a_recipes_own_pipeline(tiny_model: LoadedModel, tmp_path: Path) -> None:
     recipe = Recipe.from_toml(
-        '[sampling]\nsteps = 6\n[pipeline]\npasses = "plan-cache{interval=2 blocks=1..1},insert-cache"'
+        '[sampling]\nsteps = 4\n[pipeline]\npasses = "plan-cache{interval=2 blocks=1..1},insert-cache"'
     )
     bundle = qcgraph.compile(tiny_model, recipe, output=tmp_path / "out")
     passes = ["plan-cache{interval=2 blocks=1..1}", "insert-cache", "lower-linear"]  # the last is the target's

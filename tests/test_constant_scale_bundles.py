@@ -20,14 +20,19 @@ pytestmark = pytest.mark.slow  # it compiles
 LABELS = list(range(10)) * 2
 CASES = [  # each part of the form once; a compilation takes seconds
     ("tensorrt-rtx", "w8a8", ""),
-    ("onnx-opset21", "w6a6", "[quantization]\nattention = true\n"),
+    ("onnx-opset21", "w6a6", "attention = true\n"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcgraph.export.parity.SAMPLES", 8)
 
 
 @pytest.mark.parametrize(("target", "bits", "text"), CASES)
 def test_it_compiles_verifies_and_draws(target: str, bits: str, text: str, tmp_path: Path) -> None:
-    few = f"{text}[calibration]\ntrajectories = 8\n"
-    recipe = Recipe.from_toml(few).override(target=target, bits=bits, steps=10, cache="interval=3")
+    few = f'[calibration]\ntrajectories = 4\n[quantization]\nrounding = "nearest"\ngroups = 3\n{text}'
+    recipe = Recipe.from_toml(few).override(target=target, bits=bits, steps=9, cache="interval=3")
     bundle = qcgraph.compile("digits", recipe, output=tmp_path / "bundle")
     can_judge = target != "tensorrt-rtx" or importlib.util.find_spec("tensorrt_rtx") is not None
     checks = verify_bundle(bundle, target=target if can_judge else "onnx")

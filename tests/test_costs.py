@@ -16,6 +16,7 @@ from qcgraph.schedulers import make_step_plan
 from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
+MARKS = {name: pytest.mark.slow for name in TARGETS if name not in ("torch", "onnxruntime-cpu")}
 Run = Callable[[str, Program], Program]
 
 
@@ -53,10 +54,16 @@ def test_variants_take_turns_on_one_image(cached: Program, clock: Clock, guidanc
     assert {len(inputs["latent"]) for _, inputs in clock.calls} == {rows}
 
 
-@pytest.mark.parametrize("target", list(TARGETS.values()), ids=list(TARGETS))
-def test_every_target_can_be_measured(captured: Program, run: Run, target: object) -> None:
-    """Also with a variant that takes the caches of several computing steps."""
-    program = run("plan-cache{interval=3 history=2},insert-cache,insert-forecast", captured)
+@pytest.fixture(scope="module")
+def program(captured: Program, run: Run) -> Program:
+    """With a variant that takes the caches of several computing steps."""
+    return run("plan-cache{interval=3 history=2},insert-cache,insert-forecast", captured)
+
+
+@pytest.mark.parametrize(
+    "target", [pytest.param(TARGETS[name], id=name, marks=MARKS.get(name, ())) for name in TARGETS]
+)
+def test_every_target_can_be_measured(program: Program, target: object) -> None:
     found = measure_costs(program, target, Progress())  # type: ignore[arg-type]
     assert list(found) == ["full", "reuse"]
     assert 0 < found["reuse"] < found["full"]

@@ -81,7 +81,8 @@ def bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         steps=STEPS, guidance=GUIDANCE, groups=1, cache="interval=3", compensate="vc", hoist_adaln=True
     )
     calibration = recipe.calibration.model_copy(update={"trajectories": 2, "selection": "random"})  # it is quicker
-    recipe = recipe.model_copy(update={"calibration": calibration})
+    quantization = recipe.quantization.model_copy(update={"scales": "range", "rounding": "nearest"})
+    recipe = recipe.model_copy(update={"calibration": calibration, "quantization": quantization})
     return qcgraph.compile(str(folder), recipe, output=tmp_path_factory.mktemp("bundle") / "dit")
 
 

@@ -25,6 +25,8 @@ from qcgraph.schedulers import make_step_plan
 from qcgraph.spec import NoiseSchedule
 
 LEVELS = 2000  # of noise that are tabulated
+STEPS = 16
+QUICK = '[calibration]\ntrajectories = 4\n[quantization]\nscales = "range"\nrounding = "nearest"\ngroups = 4\n'
 pytestmark = pytest.mark.slow  # it compiles
 
 
@@ -66,17 +68,17 @@ def flow() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def bundle(flow: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    recipe = Recipe().override(scheduler="flow-euler", steps=20, cache="budget=0.5", compensate="vc")
+    recipe = Recipe.from_toml(QUICK).override(scheduler="flow-euler", steps=STEPS, cache="budget=0.5", compensate="vc")
     recipe = recipe.model_copy(update={"cache": recipe.cache.model_copy(update={"cost": "macs"})})
     return qcgraph.compile(flow, recipe, output=tmp_path_factory.mktemp("flow") / "flow")
 
 
 def test_a_flow_is_compiled_and_judged(flow: LoadedModel, bundle: Bundle) -> None:
     origin = capture(flow.module, flow.spec, flow.input_names)
-    origin = origin.with_facts(make_step_plan("flow-euler", 20, 1.5, flow.spec.schedule, origin.constants_digest))
+    origin = origin.with_facts(make_step_plan("flow-euler", STEPS, 1.5, flow.spec.schedule, origin.constants_digest))
     program, target = load_program(bundle.path), target_named(bundle.manifest.target)
     subject = Subject(flow, origin, program, bundle.plan, open_runner(bundle, None, 1), bundle.path, target, 1)
-    options = Options(samples=50, seeds=2, metrics=("psnr", "accuracy"), sites=False)
+    options = Options(samples=50, seeds=1, metrics=("psnr", "accuracy"), sites=False)
     found = evaluate(subject, options, Progress()).to_json()
     rows = {row["key"]: row for row in found["rows"]}
     psnr = {key: row["metrics"]["psnr"]["value"] for key, row in rows.items() if "psnr" in row.get("metrics", {})}

@@ -80,7 +80,8 @@ class Subject:
         loaded = find_model(bundle, model)
         origin = captured_origin(bundle, loaded)
         target = target_named(bundle.manifest.target)
-        program = load_program(bundle.path)
+        # Reading a program again takes longer than most of what is asked of it: every value gets its type anew.
+        program = runner.program if isinstance(runner, TorchRunner) else load_program(bundle.path)
         return cls(loaded, origin, program, bundle.plan, runner, bundle.path, target, threads)
 
     @property

@@ -49,6 +49,11 @@ class TorchRunner:
         self._observe = observe
         self._depths = depths(program.interfaces.values())
 
+    @property
+    def program(self) -> Program:
+        """The program that it runs."""
+        return self._program
+
     def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
         """Run one variant; cache tensors in ``state`` are torch tensors."""
         with ordinary_torch():

@@ -39,7 +39,7 @@ def reference(small_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Calibration on few trajectories: not for a bundle that is to have no faults."""
     path = tmp_path_factory.mktemp("recipe") / "few.toml"
-    path.write_text("[calibration]\ntrajectories = 4\n")
+    path.write_text("[calibration]\ntrajectories = 2\n")
     return path
 
 
@@ -204,7 +204,7 @@ def test_the_gate_of_eval(bundle: Path, qcgraph: Callable[..., Any]) -> None:
 
 @pytest.mark.slow
 def test_the_gate_of_compile(qcgraph: Callable[..., Any], small_digits: Path, recipe: Path, tmp_path: Path) -> None:
-    options = (small_digits, "--recipe", recipe, "--steps", 6, "--bits", "w8a8", "--groups", 2)
+    options = (small_digits, "--recipe", recipe, "--steps", 4, "--bits", "w8a8", "--groups", 1)
     missed = qcgraph("compile", *options, "-o", tmp_path / "missed", "--gate", "psnr>=90", "--target", "torch")
     assert missed.code == 1
     assert "the gate is not met: psnr>=90" in missed.err
@@ -220,7 +220,7 @@ def test_the_gate_of_compile(qcgraph: Callable[..., Any], small_digits: Path, re
 def test_an_unsafe_cache_is_refused_unless_it_is_wanted(
     qcgraph: Callable[..., Any], small_digits: Path, recipe: Path, tmp_path: Path
 ) -> None:
-    options = (small_digits, "--recipe", recipe, "--target", "torch", "--steps", 12, "--bits", "w2a2", "--groups", 2)
+    options = (small_digits, "--recipe", recipe, "--target", "torch", "--steps", 8, "--bits", "w2a2", "--groups", 1)
     options += ("--cache", "interval=2")
     refused = qcgraph("compile", *options, "-o", tmp_path / "refused")
     assert refused.code == 1

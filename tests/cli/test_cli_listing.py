@@ -112,16 +112,18 @@ def test_dry_run_writes_nothing(qcgraph: Command, tmp_path: Path, monkeypatch: p
     assert "24 of 34 linear layers planned" in done.out
 
 
-def test_stop_after_prints_the_program(qcgraph: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_after_prints_the_program(
+    qcgraph: Command, small_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    done = qcgraph("compile", "digits", "--cache", "interval=3", "--stop-after", "insert-cache")
+    done = qcgraph("compile", small_digits, "--cache", "interval=3", "--stop-after", "insert-cache")
     assert done.code == 0
     assert "\ngraph reuse(" in done.out
     assert list(tmp_path.iterdir()) == []
 
 
-def test_printed_programs_stay_out_of_the_json(qcgraph: Command) -> None:
+def test_printed_programs_stay_out_of_the_json(qcgraph: Command, small_digits: Path) -> None:
     options = ("--cache", "interval=3", "--stop-after", "insert-cache", "--print-after", "insert-cache", "--json")
-    done = qcgraph("compile", "digits", *options)
+    done = qcgraph("compile", small_digits, *options)
     assert done.json()["bundle"] is None
     assert "\ngraph reuse(" in done.err

@@ -182,6 +182,7 @@ def test_all_at_once(captured: Program, tmp_path: Path, recipe: str) -> None:
     assert failed(verify(program, export(program, tmp_path, "onnx"))) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["onnx", "onnx-opset21"])
 def test_products_that_share_an_activation_are_integer_kernels(tmp_path: Path, name: str) -> None:
     """Queries, keys and values of diffusers' DiT are three layers that read one activation."""
