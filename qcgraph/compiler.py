@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -49,6 +49,7 @@ from qcgraph.spec import ModelSpec
 from qcgraph.steps import StepPlan
 
 EQUALIZING = "equalize"  # where it comes first, the weights that it replaced are let go before the other passes run
+HELD_BYTES = 2**28  # of weights that are kept, and their capture, instead of being loaded and captured again
 COMPENSATING = "fit-compensation"  # does not fit every plan, which is better said before anything is sampled
 
 
@@ -163,8 +164,9 @@ class _Compilation:
         sites, dump = find_sites(captured.variants["main"]), Dump(captured)
         instruments = (*self._instruments(captured), timer, dump)
         start, kept = [captured], captured if self.dry_run else None
+        held = (loaded, captured) if _is_small(captured) else None
         elapsed = time.perf_counter() - started
-        del loaded, captured  # whose weights are not held while the passes run, once they have others
+        del loaded, captured  # the weights of a large model are not held while the passes run, once they have others
         program = self._transformed(start, _prefix(pipeline, self.stop_after, self.dry_run), instruments, target)
         report = compile_report(sites, program, recipe, target, pipeline, timer.seconds)
         report[SOURCE] = self.model if isinstance(self.model, str) else None
@@ -175,7 +177,7 @@ class _Compilation:
         found = None if kept is None else estimate(kept, program, pipeline, quantizable(sites), target, elapsed)
         report["estimate"] = found and asdict(found)
         if output is not None:
-            self._write(output, program, recipe, target, report, dump, timer, started)
+            self._write(output, program, held, recipe, target, report, dump, timer, started)
             forget_rejected(output)
             return CompileResult(Bundle.open(output, check=False), report, program.text)
         return CompileResult(None, report, program.text)
@@ -226,6 +228,7 @@ class _Compilation:
         self,
         output: Path,
         program: Program,
+        held: tuple[LoadedModel, Program] | None,
         recipe: Recipe,
         target: Target,
         report: dict[str, Any],
@@ -238,7 +241,12 @@ class _Compilation:
         Raises:
             VerificationError: see `compile_model`.
         """
-        edges, original = _admitted_edges(self.model, recipe, program, self.progress, timer)
+
+        def origin() -> tuple[LoadedModel, Program]:
+            """Return what was captured, and its model."""
+            return held or _loaded_again(self.model, recipe, program, self.progress, timer)
+
+        edges, original = _admitted_edges(origin, recipe, program, self.progress, timer)
         report["cached_edges"] = edges
         gc.collect()  # with what was measured goes the model
 
@@ -260,6 +268,11 @@ class _Compilation:
                     verdicts = admit_quality(recipe.conditions, *original, program, folder, target, self.progress)
                 report["gate"] = [asdict(verdict) for verdict in verdicts]
             fill(folder)
+
+
+def _is_small(program: Program) -> bool:
+    """Tell whether weights are kept until the bundle is judged; those of large models are loaded again."""
+    return sum(constant.nbytes for constant in program.constants.values()) <= HELD_BYTES
 
 
 def _left_alone(program: Program, sites: Iterable[Site]) -> str:
@@ -377,14 +390,18 @@ def _loaded_again(
 
 
 def _admitted_edges(
-    model: str | LoadedModel, recipe: Recipe, program: Program, progress: Progress, timer: Timer
+    origin: Callable[[], tuple[LoadedModel, Program]],
+    recipe: Recipe,
+    program: Program,
+    progress: Progress,
+    timer: Timer,
 ) -> tuple[list[Any], tuple[LoadedModel, Program] | None]:
     """What `admit_edges` measured, and the model again where a gate will judge by it."""
     judges = recipe.conditions is not None
     has_edges = is_quantized(program) and len(program.facts[StepPlan].variants) > 1
     if not judges and not has_edges:
         return [], None
-    loaded, captured = _loaded_again(model, recipe, program, progress, timer)
+    loaded, captured = origin()
     with timer.stage("cached edges"):
         edges = admit_edges(
             program, captured, recipe.calibration.seed, allow_unsafe=recipe.gate.allow_unsafe, progress=progress

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from qcgraph.benchmark.machine import usable_cores
@@ -50,12 +49,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regenerate-golden", action="store_true", help="write the golden texts instead of comparing")
-
-
-def pytest_collection_finish() -> None:
-    """Looking for garbage leaves what was imported alone: it is half a million objects, and compilations look often."""
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -112,30 +105,6 @@ def one_registry() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_trace() -> Iterator[None]:
-    """Compilations trace a DiT once for each geometry: its graph depends on no weight, which are always its own.
-
-    What captures without compiling, and any other module, is traced each time.
-    """
-    traces: dict[object, Program] = {}
-
-    def traced(module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, str]) -> Program:
-        weights = {name: value.detach() for name, value in module.state_dict(keep_vars=True).items()}
-        is_sound = all(value.dtype == torch.float32 and bool(value.isfinite().all()) for value in weights.values())
-        if type(module) is not DiT or module.training or not is_sound or torch.is_inference_mode_enabled():
-            return capture(module, spec, input_names)
-        key = (module.config, spec, input_names)
-        if key not in traces:
-            program = capture(module, spec, input_names)
-            traces[key] = replace(program, constants=dict.fromkeys(program.constants, torch.empty(0)))
-        return replace(traces[key], constants={name: weights[name] for name in traces[key].constants})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qcgraph.compiler.capture", traced)
         yield
 
 

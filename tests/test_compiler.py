@@ -20,7 +20,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import qcgraph
 from qcgraph.bundle import Bundle
-from qcgraph.capture import capture
 from qcgraph.cli import run
 from qcgraph.compiler import compile_model, verify_bundle
 from qcgraph.errors import UsageError, VerificationError
@@ -124,7 +123,7 @@ def test_weights_are_forgotten_when_others_stand_for_them(
                 raise InterruptedError
 
     monkeypatch.setattr("qcgraph.compiler.load_model", loading)
-    monkeypatch.setattr("qcgraph.compiler.capture", capture)  # of which nothing is remembered
+    monkeypatch.setattr("qcgraph.compiler.HELD_BYTES", 0)  # as if it were a large model
     recipe = Recipe.model_validate(FEW).override(steps=3, bits="w8a8", cache="interval=3")
     with pytest.raises(InterruptedError):
         compile_model(str(small_digits), recipe, tmp_path / "digits", progress=AtExport())
@@ -152,11 +151,31 @@ def test_a_model_that_changes_meanwhile_is_refused(
         return replace(tiny_model, module=module)
 
     monkeypatch.setattr("qcgraph.compiler.load_model", loading)
+    monkeypatch.setattr("qcgraph.compiler.HELD_BYTES", 0)  # as if it were a large model
     recipe = Recipe.model_validate(FEW).override(steps=3, bits="w8a8", cache="interval=3")
     with pytest.raises(UsageError, match="other weights than when it was loaded first") as caught:
         compile_model("somewhere:factory", recipe, tmp_path / "tiny")
     assert "without a seed" in str(caught.value)
     assert not (tmp_path / "tiny").exists()
+
+
+def test_a_small_model_is_loaded_once(tiny_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[str] = []
+
+    def loading(name: str) -> LoadedModel:
+        loads.append(name)
+        return tiny_model
+
+    monkeypatch.setattr("qcgraph.compiler.load_model", loading)
+    recipe = Recipe.model_validate(FEW).override(steps=3, bits="w8a8", cache="interval=3")
+    made = []
+    for name, held in (("kept", 2**30), ("loaded-again", 0)):
+        monkeypatch.setattr("qcgraph.compiler.HELD_BYTES", held)
+        compiled = compile_model(name, recipe.override(target="torch"), tmp_path / name).bundle
+        assert compiled is not None
+        made.append({file: entry.sha256 for file, entry in compiled.manifest.files.items() if file != "report.json"})
+    assert loads == ["kept", "loaded-again", "loaded-again"]
+    assert made[0] == made[1]
 
 
 def test_both_backends_draw_the_same_digits(bundle: Bundle) -> None:

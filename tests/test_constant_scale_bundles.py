@@ -24,11 +24,6 @@ CASES = [  # each part of the form once; a compilation takes seconds
 ]
 
 
-@pytest.fixture(autouse=True)
-def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qcgraph.export.parity.SAMPLES", 8)
-
-
 @pytest.mark.parametrize(("target", "bits", "text"), CASES)
 def test_it_compiles_verifies_and_draws(target: str, bits: str, text: str, tmp_path: Path) -> None:
     few = f'[calibration]\ntrajectories = 4\n[quantization]\nrounding = "nearest"\ngroups = 3\n{text}'

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import qcgraph
-from qcgraph.capture import capture
 from qcgraph.errors import UsageError
 from qcgraph.models import LoadedModel
 from qcgraph.pipeline import Pipeline
@@ -64,11 +63,7 @@ def test_a_diffusers_pipeline_is_told_what_to_give_instead(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_what_pytorch_was_told_to_do_changes_nothing(
-    tiny_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("qcgraph.compiler.capture", capture)  # each time, as all else
-
+def test_what_pytorch_was_told_to_do_changes_nothing(tiny_model: LoadedModel, tmp_path: Path) -> None:
     def compiled(name: str) -> dict[str, str]:
         files = qcgraph.compile(tiny_model, RECIPE, output=tmp_path / name).manifest.files
         return {name: entry.sha256 for name, entry in files.items() if name != "report.json"}
