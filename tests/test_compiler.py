@@ -434,7 +434,7 @@ def test_a_multistep_solver(small_digits: Path, tmp_path: Path) -> None:
 
 
 CACHES = {
-    "budget": ({"schedule": "budget=0.6"}, "off", {"full", "reuse"}),
+    "budget": ({"schedule": "budget=0.65"}, "off", {"full", "reuse"}),
     "dps-dec": ({"schedule": "dps=3", "forecast": "dec"}, "off", {"full", "reuse"}),
     "branches": ({"schedule": "budget=0.4", "what": "branches", "cost": "macs"}, "w8a8", {"full", "reuse"}),
     "two-modes": ({"schedule": "budget=0.7", "blocks": "0..0+1..1", "cost": "macs"}, "w8a8", None),

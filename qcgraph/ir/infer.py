@@ -100,11 +100,14 @@ def _check_size(value: Any) -> None:
 def infer_types(graph: fx.Graph, interface: Interface, constants: Mapping[str, torch.Tensor]) -> None:
     """Give every node its type by running the graph on fake inputs with a symbolic batch.
 
+    Blocks repeat: calls of an op on arguments of the same types share a value, which is all there is to know of them.
+
     Raises:
         ValueError: a value is larger than any machine holds; or what an op raises of arguments that it cannot take.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     values: dict[fx.Node, Any] = {}
+    known: dict[object, Any] = {}
     inputs = iter(interface.inputs)
 
     def value_of(argument: fx.Node) -> Any:
@@ -117,10 +120,27 @@ def infer_types(graph: fx.Graph, interface: Interface, constants: Mapping[str, t
             values[node] = mode.from_tensor(constants[str(node.target)], static_shapes=True)
         elif node.op == "call_function":
             args, kwargs = fx.map_arg(node.args, value_of), fx.map_arg(node.kwargs, value_of)
-            values[node] = fake_value(mode, node.target, *args, **kwargs)
+            call = (node.target, _type_of(args), _type_of(kwargs))
+            if call not in known:
+                known[call] = fake_value(mode, node.target, *args, **kwargs)
+            values[node] = known[call]
         if node in values:
             _check_size(values[node])
             node.meta["val"] = values[node]
+
+
+def _type_of(value: Any) -> object:
+    """Return what the result of an op depends on in an argument: the type of a tensor, and all of anything else."""
+    if isinstance(value, torch.Tensor):
+        layout = (*value.shape, *value.stride(), value.storage_offset())
+        return "tensor", value.dtype, value.dim(), tuple(_type_of(size) for size in layout)
+    if isinstance(value, torch.SymInt):
+        return "size", value.node.expr
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(_type_of(item) for item in value)
+    if isinstance(value, dict):
+        return "named", tuple((name, _type_of(item)) for name, item in value.items())
+    return type(value), value  # True is 1, and 1 is 1.0
 
 
 def _fake_input(mode: FakeTensorMode, spec: TensorSpec) -> torch.Tensor:

@@ -148,7 +148,7 @@ def engines(folder: Path, **changed: object) -> Path:
 @pytest.mark.parametrize("file", ["../engine", "/etc/passwd", "a/b", "", ".", "..", "a\0b"])
 def test_engines_are_files_of_their_folder(tmp_path: Path, file: str) -> None:
     folder = engines(tmp_path / "engines", file=file)
-    with pytest.raises(BundleError, match="file: String should match"):
+    with pytest.raises(BundleError, match="which is no character" if "\0" in file else "file: String should match"):
         read_engines(folder)
 
 

@@ -26,3 +26,23 @@ def test_shapes_that_do_not_fit_are_raised_and_not_logged(caplog: pytest.LogCapt
     finally:
         logger.removeHandler(caplog.handler)
     assert caplog.messages == ["heard again"]
+
+
+def test_equal_calls_share_a_value_and_others_do_not() -> None:
+    """Numbers that are equal but of different types make different results."""
+    aten, graph = torch.ops.aten, fx.Graph()
+    value = graph.placeholder("x")
+    calls = [
+        (aten.add.Tensor, (value, 1)),
+        (aten.add.Tensor, (value, 1)),
+        (aten.add.Tensor, (value, 1.0)),
+        (aten.permute.default, (value, [1, 0])),
+    ]
+    nodes = [graph.call_function(target, arguments) for target, arguments in calls]
+    nodes.append(graph.call_function(aten.add.Tensor, (nodes[-1], 1)))  # of the same type but for its strides
+    graph.output(tuple(nodes))
+    infer_types(graph, Interface((TensorSpec("x", "i64", (2, 2)),), ()), {})
+    first, again, real, turned, last = (node.meta["val"] for node in nodes)
+    assert first is again
+    assert (first.dtype, real.dtype) == (torch.int64, torch.float32)
+    assert (turned.stride(), last.stride(), first.stride()) == ((1, 2), (1, 2), (2, 1))
