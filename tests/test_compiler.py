@@ -139,6 +139,7 @@ def test_weights_are_forgotten_when_others_stand_for_them(
     assert again == set(loads[1])  # what was loaded to measure cached edges
 
 
+@pytest.mark.slow
 def test_a_model_that_changes_meanwhile_is_refused(
     tiny_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +160,7 @@ def test_a_model_that_changes_meanwhile_is_refused(
     assert not (tmp_path / "tiny").exists()
 
 
+@pytest.mark.slow
 def test_a_small_model_is_loaded_once(tiny_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[str] = []
 
@@ -178,6 +180,7 @@ def test_a_small_model_is_loaded_once(tiny_model: LoadedModel, tmp_path: Path, m
     assert made[0] == made[1]
 
 
+@pytest.mark.slow
 def test_both_backends_draw_the_same_digits(bundle: Bundle) -> None:
     """Within what the quantized network makes of a difference of one part in a million, measured here."""
     reference, other = draw(bundle, "torch"), draw(bundle, "onnxruntime")
@@ -201,6 +204,7 @@ def test_the_samples_are_close_to_full_precision(bundle: Bundle, exact: np.ndarr
     assert 10 * np.log10(4 / error) > 20  # dB; four computing steps of twelve
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["ddim", pytest.param("ddpm", marks=pytest.mark.slow)])
 def test_neutral_settings_are_the_captured_model_bit_for_bit(tmp_path: Path, scheduler: str, exact: np.ndarray) -> None:
     recipe = Recipe().override(bits="off", cache="interval=1", compensate="off", steps=12, scheduler=scheduler)
@@ -234,6 +238,7 @@ def test_compilation_is_deterministic(tiny_model: LoadedModel, tmp_path: Path) -
     assert [files[0][name].sha256 for name in same] == [files[1][name].sha256 for name in same]
 
 
+@pytest.mark.slow
 def test_a_bundle_can_be_moved_and_verified(bundle: Bundle, tmp_path: Path) -> None:
     shutil.copytree(bundle.path, tmp_path / "elsewhere")
     checks = verify_bundle(Bundle.open(tmp_path / "elsewhere"))
@@ -389,6 +394,7 @@ def test_a_bundle_that_fails_its_checks_is_kept_beside(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.slow
 def test_what_was_rejected_never_replaces_anybodys_files(
     one_block: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,6 +414,7 @@ def test_unknown_pass_names(tiny_model: LoadedModel, tmp_path: Path, options: di
     assert "did you mean" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 def test_compensation_of_a_multistep_solver_is_refused_before_anything_is_sampled(
     tiny_model: LoadedModel, tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ def program(captured: Program, run: Run) -> Program:
     return run("plan-cache{interval=3 history=2},insert-cache,insert-forecast", captured)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target", [pytest.param(TARGETS[name], id=name, marks=MARKS.get(name, ())) for name in TARGETS]
 )

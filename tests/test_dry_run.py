@@ -52,6 +52,7 @@ def test_nothing_is_sampled_or_written(
     assert result.report["quantized_sites"] == 0
 
 
+@pytest.mark.slow
 def test_what_is_planned_is_what_is_compiled(tiny_model: LoadedModel, tmp_path: Path) -> None:
     recipe = Recipe().override(steps=4, bits="w8a8", cache="interval=2", target="torch")
     planned = compile_model(tiny_model, recipe, None, dry_run=True).report

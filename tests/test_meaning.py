@@ -239,6 +239,7 @@ def recipe(**overrides: object) -> Recipe:
     return few.override(steps=4, target="onnxruntime-cpu", compensate="off", **overrides)
 
 
+@pytest.mark.slow
 def test_a_bundle_computes_what_the_model_computes(streams: LoadedModel, tmp_path: Path) -> None:
     """Written in place, with einsums and without a chain of blocks: all of it is quantized, in ONNX Runtime too."""
     with torch.inference_mode():

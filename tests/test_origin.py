@@ -33,6 +33,7 @@ def test_what_was_typed_is_recorded(bundle: Bundle) -> None:
     assert bundle.report["source"] == "digits"
 
 
+@pytest.mark.slow
 def test_the_recorded_model_is_found_and_is_the_one(bundle: Bundle) -> None:
     program = captured_origin(bundle, find_model(bundle))
     assert program.constants_digest == bundle.plan.fingerprint.model
@@ -48,6 +49,7 @@ def test_other_weights_are_refused(bundle: Bundle) -> None:
     assert "--model" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_model_that_came_as_an_object_is_looked_for_by_its_name(tmp_path: Path, tiny_model: LoadedModel) -> None:
     bundle = compile_model(tiny_model, EXACT, tmp_path / "tiny").bundle
     assert bundle is not None
@@ -83,6 +85,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "imported"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["trap_module:factory", "os:abort", "trap_module:missing"])
 def test_a_recorded_function_is_never_called(
     bundle: Bundle,

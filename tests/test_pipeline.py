@@ -214,6 +214,7 @@ class Notes(Progress):
         self.lines.append(text)
 
 
+@pytest.mark.slow
 def test_verify_each_reports_the_numbers_of_every_variant(captured: Program) -> None:
     notes = Notes()
     Pipeline.parse("plan-cache,insert-cache").run(captured, [VerifyEach(captured, notes)])

@@ -78,8 +78,10 @@ def test_every_command_runs(
 
 
 def compile_sooner(compile_: Callable[..., Bundle], model: str, recipe: str, **options: Any) -> Bundle:
-    """What the example asks for with fewer steps, which change nothing but how long it takes."""
-    return compile_(model, Recipe.load(recipe).override(steps=12), **options)
+    """What the example asks for with fewer steps and samples, which change nothing but how long it takes."""
+    asked = Recipe.load(recipe).override(steps=8)
+    few = asked.calibration.model_copy(update={"trajectories": 4})
+    return compile_(model, asked.model_copy(update={"calibration": few}), **options)
 
 
 @pytest.mark.slow

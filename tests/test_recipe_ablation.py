@@ -175,6 +175,7 @@ def test_the_help_names_all_components(capsys: pytest.CaptureFixture[str]) -> No
     assert f"Switch components off: {', '.join(Recipe.COMPONENTS)}." in text
 
 
+@pytest.mark.slow
 def test_the_command_switches_them_off(capsys: pytest.CaptureFixture[str], small_digits: Path) -> None:
     options = ("--ablate", "equalize, ho,feedback", "--compensate", "vc", "--dry-run", "--json")
     assert compiled(*options, model=small_digits) == 0

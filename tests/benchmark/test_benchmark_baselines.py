@@ -72,6 +72,7 @@ def test_errors_of_peers_become_one_line() -> None:
     assert attempt(lambda: 3) == 3
 
 
+@pytest.mark.slow
 def test_a_task_that_fails_says_why(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path, tmp_path / "no-bundle", None, 1)
     with pytest.raises(TaskError, match="there is no such bundle"):

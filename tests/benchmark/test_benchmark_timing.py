@@ -23,6 +23,7 @@ def test_a_timing_is_least_median_and_largest() -> None:
     assert timing.seconds == (0.3, 0.1, 0.25, 0.2)
 
 
+@pytest.mark.slow
 def test_turns_alternate_and_every_other_round_is_reversed() -> None:
     order: list[str] = []
     candidates = {name: (lambda name=name: order.append(name)) for name in "abc"}

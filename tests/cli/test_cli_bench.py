@@ -47,6 +47,7 @@ def measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qcgraph.benchmark.bench.bench", measure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "what"),
     [

@@ -278,6 +278,7 @@ def test_a_gate_that_cannot_be_read_stops_before_anything(qcgraph: Callable[...,
     assert "did you mean 'accuracy_drop'" in done.err
 
 
+@pytest.mark.slow
 def test_a_gate_needs_a_judge(qcgraph: Callable[..., Any], tmp_path: Path) -> None:
     done = qcgraph("compile", "dit-s-8:random", "-o", tmp_path / "out", "--steps", 2, "--gate", "fid_small<=3")
     assert done.code == 2

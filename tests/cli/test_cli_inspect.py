@@ -142,6 +142,7 @@ def test_neither_bundle_nor_model(qcgraph: Command, tmp_path: Path) -> None:
     assert "unknown model" in qcgraph("inspect", "digitz").err
 
 
+@pytest.mark.slow
 def test_model(qcgraph: Command) -> None:
     data = qcgraph("inspect", "digits", "--json").json()
     assert data == qcgraph("inspect", DIGITS_FOLDER, "--json").json()  # a trained folder is a model

@@ -91,6 +91,7 @@ def test_compile_needs_an_output(qcgraph: Command) -> None:
     assert "-o FOLDER" in done.err
 
 
+@pytest.mark.slow
 def test_dry_run_writes_nothing(qcgraph: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = qcgraph("compile", "digits", "--recipe", "balanced", "--dry-run")
@@ -112,6 +113,7 @@ def test_dry_run_writes_nothing(qcgraph: Command, tmp_path: Path, monkeypatch: p
     assert "24 of 34 linear layers planned" in done.out
 
 
+@pytest.mark.slow
 def test_stop_after_prints_the_program(
     qcgraph: Command, small_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +124,7 @@ def test_stop_after_prints_the_program(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_printed_programs_stay_out_of_the_json(qcgraph: Command, small_digits: Path) -> None:
     options = ("--cache", "interval=3", "--stop-after", "insert-cache", "--print-after", "insert-cache", "--json")
     done = qcgraph("compile", small_digits, *options)

@@ -26,6 +26,7 @@ def test_inspect_prints_what_compile_reads(qcgraph: Command, bundle: Path, tmp_p
     assert list(data["timesteps"].values()) == ["full", "reuse", "full"]
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_what_becomes_of_a_plan(qcgraph: Command, small_digits: Path, tmp_path: Path) -> None:
     path = tmp_path / "my-plan.toml"
     path.write_text('guidance = 4.0\n[timesteps]\n900 = "full"\n600 = "reuse"\n300 = "reuse"\n0 = "full"\n')

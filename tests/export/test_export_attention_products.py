@@ -57,6 +57,7 @@ def form(
     return export_of(program, tmp_path_factory.mktemp("attention")), products
 
 
+@pytest.mark.slow
 def test_it_passes_verification(form: tuple[Any, int]) -> None:
     export, products = form
     checks = verify_export(export.program, export.folder, TARGET, export.interfaces, Progress())

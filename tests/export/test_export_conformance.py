@@ -207,6 +207,7 @@ def test_without_the_library(program: Program, folder: Path, monkeypatch: pytest
         check(program, folder, "tensorrt-rtx")
 
 
+@pytest.mark.slow
 def test_the_command(program: Program, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A sound bundle, one whose graph was damaged before it was written, and one without graphs."""
 
@@ -245,6 +246,7 @@ def _library() -> None:
     pytest.importorskip("tensorrt_rtx")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_library")
 def test_float32_conforms_but_for_its_attention(program: Program, folder: Path) -> None:
     checks = check(program, folder, "tensorrt-rtx")
@@ -265,6 +267,7 @@ def test_16_bits_conform(program: Program, tmp_path: Path) -> None:
     assert checks["full", "fused attention"].detail == "each of 2 is one kernel"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_library")
 @pytest.mark.parametrize(
     ("damage", "name", "detail"),
@@ -283,6 +286,7 @@ def test_a_damage_fails_the_gate_of_engines(
     assert detail in checks["full", name].detail
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_library")
 def test_every_node_that_cannot_be_read_is_named(compiled: Any) -> None:
     checks = check(compiled.program, compiled.folder, "tensorrt-rtx")
@@ -291,6 +295,7 @@ def test_every_node_that_cannot_be_read_is_named(compiled: Any) -> None:
     assert {"read by TensorRT-RTX", "constant scales", "scales and zero points"} == failed(checks)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_library")
 def test_other_versions_are_not_looked_into(program: Program, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qcgraph.export.engine_gates.PROBED_VERSIONS", ("9.9",))

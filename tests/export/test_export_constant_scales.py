@@ -82,6 +82,7 @@ def graph_of(folder: Path) -> onnx.GraphProto:
     return onnx.load(str(folder / "full.onnx"), load_external_data=False).graph
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_graphs_pass(program: Program, exported: Callable[[str], Path], name: str) -> None:
     folder = exported(name)
@@ -121,6 +122,7 @@ def test_every_product_is_between_ratios(folder: Path) -> None:
             assert (ratio.op_type, ratio.input[1]) == ("Gather", "group")
 
 
+@pytest.mark.slow
 def test_narrow_codes_are_clipped_at_constants(captured: Program, tmp_path: Path) -> None:
     pipeline = PIPELINE.replace("symmetric=true", "symmetric=true activation-bits=6")
     program = Pipeline.parse(f"{pipeline},reference-scales").run(captured)
@@ -132,6 +134,7 @@ def test_narrow_codes_are_clipped_at_constants(captured: Program, tmp_path: Path
     assert failed(verify(program, tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_selected_scales_are_found(captured: Program, tmp_path: Path) -> None:
     program = Pipeline.parse(PIPELINE).run(captured)
     checks = verify(program, export(program, tmp_path, "onnx"))

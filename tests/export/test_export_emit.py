@@ -158,6 +158,7 @@ def metadata_of(node: onnx.NodeProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in node.metadata_props}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("export", ["compiled", "dequantizing", "unquantized"])
 def test_every_value_has_its_type(export: str, request: pytest.FixtureRequest) -> None:
     """Types are those of the program, where it has the value, and inference finds no other."""
@@ -199,6 +200,7 @@ def test_nodes_say_which_module_they_come_from(compiled: Any) -> None:
     assert all(metadata_of(node).keys() == {NAMESPACE, SCOPES} for node in graph.node)
 
 
+@pytest.mark.slow
 def test_types_stay_in_16_bits(captured: Program, tmp_path: Path) -> None:
     program = Pipeline.parse("reduce-precision{dtype=float16}").run(captured)
     emit_onnx(program, tmp_path, 23, Progress(), integer_products=False)
@@ -225,6 +227,7 @@ def test_export_says_nothing(unquantized: Any, tmp_path: Path) -> None:
     assert (tmp_path / "reuse.onnx").read_bytes() == (unquantized.folder / "reuse.onnx").read_bytes()
 
 
+@pytest.mark.slow
 def test_op_without_onnx_form_is_refused_by_name(captured: Program, tmp_path: Path) -> None:
     editor = GraphEditor(captured.variants["main"], captured.constants, "test")
     node = editor.node("conv2d")

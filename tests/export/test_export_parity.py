@@ -58,6 +58,7 @@ def verified(program: Program, folder: Path) -> dict[tuple[str, str], Check]:
     return {(check.variant, check.name): check for check in checks}
 
 
+@pytest.mark.slow
 def test_float16_graphs_pass(float16: tuple[Program, Path]) -> None:
     program, folder = float16
     checks = verified(program, folder)
@@ -68,6 +69,7 @@ def test_float16_graphs_pass(float16: tuple[Program, Path]) -> None:
     assert onnx.TensorProto.FLOAT16 in types
 
 
+@pytest.mark.slow
 def test_quotients_in_16_bits_pass(float16: tuple[Program, Path], copy: Path) -> None:
     """What ONNX Runtime 1.32 makes of a graph that does not say in what its quantizers divide; 1.31 divides wide."""
     model = onnx.load(copy / "full.onnx", load_external_data=False)
@@ -97,6 +99,7 @@ def test_float8_graphs_pass(captured: Program, tmp_path: Path, monkeypatch: pyte
     assert onnx.TensorProto.INT8 not in types
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tensor", "change", "dtype"),
     [

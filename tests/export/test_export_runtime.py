@@ -65,6 +65,7 @@ def same(one: list[Array], other: list[Array]) -> bool:
     return len(one) == len(other) and all(map(np.array_equal, one, other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bundle_that_is_replaced_after_it_was_loaded(write: Write, backend: str) -> None:
     """Before the first step that reuses, whose graph was not needed up to then."""
@@ -78,6 +79,7 @@ def test_a_bundle_that_is_replaced_after_it_was_loaded(write: Write, backend: st
     assert not same(walk(qcgraph.load(path, backend=backend, threads=1)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bundle_that_is_deleted_after_it_was_loaded(write: Write, backend: str) -> None:
     path = write()

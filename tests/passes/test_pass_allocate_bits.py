@@ -119,6 +119,7 @@ def test_every_group_has_as_many_codes_as_bits(mixed: Program) -> None:
     )
 
 
+@pytest.mark.slow
 def test_mixed_groups_are_exported_as_they_are(mixed: Program, run: Run, tmp_path: Path) -> None:
     program = run("insert-qdq,lower-linear", mixed)
     assert "clamp.Tensor" in program.text

@@ -195,6 +195,7 @@ def test_every_pass_is_in_a_default_pipeline(possible: dict[tuple[str, ...], Rec
     assert set(chain.from_iterable(possible)) == set(registry())
 
 
+@pytest.mark.slow
 def test_every_pair_keeps_what_was_decided(
     captured: Program, possible: dict[tuple[str, ...], Recipe], chosen: list[Pipeline]
 ) -> None:

@@ -109,6 +109,7 @@ def test_other_pipelines_are_reduced_too(cached: Program, run: Run, pipeline: st
     assert 0 < distance(run("reduce-precision", program), program) < 0.01
 
 
+@pytest.mark.slow
 def test_auto_takes_the_type_that_can_hold_what_was_seen(cached: Program, run: Run) -> None:
     assert run("reduce-precision", cached).facts[Precision].dtype == "f16"
     large = run("reduce-precision", with_large_values(cached, 2e4))

@@ -35,6 +35,7 @@ print(start, *(stage.peak_bytes for stage in meter.stages), *(stage.name for sta
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="only Linux resets the peak of a process")
 def test_a_stage_has_the_peak_of_its_own() -> None:
     command = [sys.executable, "-c", METER]

@@ -23,6 +23,7 @@ def killed(folder: Path, *arguments: object) -> dict[str, dict[str, int]]:
     return dict(json.loads((folder / "counts.json").read_text()))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and reads /proc")
 def test_a_command_is_killed_at_some_points(tmp_path: Path) -> None:
     (tally,) = killed(tmp_path, "compile", "--cuts", 8).values()

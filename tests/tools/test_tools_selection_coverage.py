@@ -12,6 +12,7 @@ TOOL = "selection_coverage.py"
 PNG = b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_coverage(run_tool: Any, small_digits: Path, tmp_path: Path) -> None:
     small = ["--trajectories", 8, "--steps", 6, "--counts", 6, 48, "--seeds", 2]
     done = run_tool(TOOL, small_digits, *small, "--json", "-o", "figure.png", folder=tmp_path)
@@ -26,6 +27,7 @@ def test_coverage(run_tool: Any, small_digits: Path, tmp_path: Path) -> None:
         assert (cell["mean_distance"]["mean"] == 0) == (cell["count"] == 48)  # nothing is left out then
 
 
+@pytest.mark.slow
 def test_scaling(run_tool: Any, small_digits: Path, tmp_path: Path) -> None:
     asked = [small_digits, "--trajectories", 1, "--steps", 4, "--counts", 3, "--scaling"]
     done = run_tool(TOOL, *asked, folder=tmp_path)
