@@ -513,6 +513,7 @@ def read_beside(place: Path) -> None:
             assert error.message == "was replaced while it was read"  # noqa: PT017 - most often there is none
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be replaced there")
 @pytest.mark.parametrize("two_renames", [False, True], ids=["exchange", "two renames"])
 def test_a_reader_beside_a_writer_sees_the_old_or_the_new(tmp_path: Path, two_renames: bool) -> None:

@@ -84,6 +84,7 @@ def test_other_steps(source: Bundle, tiny_model: LoadedModel, tmp_path: Path, sc
     assert np.isfinite(sample(open_runner(bundle), bundle.plan, bundle.spec, [0, 1], seed=0)).all()
 
 
+@pytest.mark.slow
 def test_an_edited_plan(source: Bundle, tiny_model: LoadedModel, tmp_path: Path) -> None:
     data = plan_data(source.plan)
     last = list(data["timesteps"])[-1]

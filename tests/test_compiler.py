@@ -78,6 +78,7 @@ def exact(eager_runner: Callable[[LoadedModel], Runner]) -> np.ndarray:
     return sample(eager_runner(model), plan, model.spec, LABELS, 5)
 
 
+@pytest.mark.slow
 def test_a_bundle_is_whole(bundle: Bundle) -> None:
     files = set(bundle.manifest.files)
     assert {"full.onnx", "reuse.onnx", "weights.safetensors", "program.json", "report.json"} <= files
@@ -87,6 +88,7 @@ def test_a_bundle_is_whole(bundle: Bundle) -> None:
     assert not any(name.endswith((".pkl", ".pickle", ".pt")) for name in files)
 
 
+@pytest.mark.slow
 def test_the_report_tells_what_happened(bundle: Bundle) -> None:
     report = json.loads(bundle.file("report.json").read_text())
     assert report["quantized_sites"] == 24
@@ -193,11 +195,13 @@ def test_both_backends_draw_the_same_digits(bundle: Bundle) -> None:
     assert np.linalg.norm(other - reference) / np.linalg.norm(reference) < 0.05
 
 
+@pytest.mark.slow
 def test_the_samples_are_digits(bundle: Bundle) -> None:
     images = torch.from_numpy(draw(bundle, "onnxruntime"))
     assert load_classifier().accuracy(images, torch.tensor(LABELS)) >= 0.9
 
 
+@pytest.mark.slow
 def test_the_samples_are_close_to_full_precision(bundle: Bundle, exact: np.ndarray) -> None:
     ours = draw(bundle, "onnxruntime")
     error = float(np.mean((np.clip(exact, -1, 1) - np.clip(ours, -1, 1)) ** 2))
@@ -268,6 +272,7 @@ SAMPLING = (
 )
 
 
+@pytest.mark.slow
 def test_sampling_imports_neither_torch_nor_diffusers(bundle: Bundle, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SAMPLING, "sample", str(bundle.path), "-n", "10", "-o", str(tmp_path / "grid.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -277,6 +282,7 @@ def test_sampling_imports_neither_torch_nor_diffusers(bundle: Bundle, tmp_path: 
     assert (tmp_path / "grid.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -298,6 +304,7 @@ def test_a_bundle_refuses_what_it_was_not_made_for(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_inspect_and_diff_of_a_compiled_bundle(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(bundle.path)
     assert run(["inspect", path, "--after", "insert-qdq", "--node", "blocks.0.*"]) == 0

@@ -35,6 +35,7 @@ def no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(kind, "run", refuse)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_samples")
 @pytest.mark.parametrize(
     ("name", "target"), [("planned", target) for target in TARGETS] + [(name, "tensorrt-rtx") for name in RECIPES]
@@ -69,6 +70,7 @@ def test_the_fewest_bits_are_not_searched_for(tiny_model: LoadedModel) -> None:
     assert compile_model(tiny_model, recipe, None, dry_run=True).report["recipe"]["quantization"]["bits"] == "auto=8"
 
 
+@pytest.mark.slow
 def test_bits_that_come_to_nothing_are_said(tiny_model: LoadedModel) -> None:
     class Listening(Progress):
         def __init__(self) -> None:

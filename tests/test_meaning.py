@@ -254,6 +254,7 @@ def test_a_bundle_computes_what_the_model_computes(streams: LoadedModel, tmp_pat
     )  # seven bits of random weights; what is lost is lost by 1
 
 
+@pytest.mark.slow
 def test_caching_without_a_chain_of_blocks_is_refused_in_words(streams: LoadedModel) -> None:
     with pytest.raises(UsageError, match="no chain of blocks to cache"):
         compile_model(streams, recipe(bits="w8a8", cache="interval=2"), None, dry_run=True)

@@ -29,6 +29,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return compiled
 
 
+@pytest.mark.slow
 def test_what_was_typed_is_recorded(bundle: Bundle) -> None:
     assert bundle.report["source"] == "digits"
 
@@ -40,6 +41,7 @@ def test_the_recorded_model_is_found_and_is_the_one(bundle: Bundle) -> None:
     assert list(program.variants) == ["main"]
 
 
+@pytest.mark.slow
 def test_other_weights_are_refused(bundle: Bundle) -> None:
     model = load_model("digits")
     with torch.no_grad():

@@ -42,6 +42,7 @@ def test_a_dry_run_shows_what_becomes_of_a_plan(qcgraph: Command, small_digits: 
     assert (data["followed_plan"]["computing"], data["variants"]["full"]["steps"]) == (4, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [

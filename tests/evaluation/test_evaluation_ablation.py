@@ -49,6 +49,7 @@ def test_without_all_is_the_cached_model(compiled: Program, captured: Program, r
     assert not activation_quantizers(bare)
 
 
+@pytest.mark.slow
 def test_without_compensation_is_the_quantized_cached_model(
     compiled: Program, captured: Program, recipe: Recipe
 ) -> None:

@@ -33,6 +33,7 @@ def test_fewer_bits_are_noisier_and_change_nothing_else(captured: Program, recip
     assert edges[0].noise * 2 < edges[1].noise  # two bits are a factor of four in the error
 
 
+@pytest.mark.slow
 def test_there_is_no_edge_without_both(captured: Program, recipe: Recipe) -> None:
     assert measured(captured, recipe, bits="off") == ()
     assert measured(captured, recipe, cache="off") == ()

@@ -74,6 +74,7 @@ def test_another_form_is_left_as_it_is(options: dict[str, object]) -> None:
     assert [node.op_type for node in model.graph] == before
 
 
+@pytest.mark.slow
 def test_an_exported_denoiser_moves_no_heads(captured: Program, tmp_path: Path) -> None:
     emit_onnx(captured, tmp_path, 23, Progress(), integer_products=True)
     nodes = list(onnx.load(tmp_path / "main.onnx", load_external_data=False).graph.node)

@@ -66,6 +66,7 @@ def test_it_passes_verification(form: tuple[Any, int]) -> None:
     assert f"and {2 * products} products of attention" in kernels.detail
 
 
+@pytest.mark.slow
 def test_all_products_are_integer_kernels(form: tuple[Any, int]) -> None:
     export, products = form
     ops = Counter(node.op for node in OptimizedGraph.of(export.folder / "main.onnx").nodes)

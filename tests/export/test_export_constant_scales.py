@@ -96,6 +96,7 @@ def test_graphs_pass(program: Program, exported: Callable[[str], Path], name: st
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", TARGETS[name].opset)]
 
 
+@pytest.mark.slow
 def test_quantizers_read_initializers_only(folder: Path) -> None:
     graph = graph_of(folder)
     initializers = {tensor.name for tensor in graph.initializer}

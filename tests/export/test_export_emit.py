@@ -122,6 +122,7 @@ def test_values_have_the_names_of_the_program(compiled: Any) -> None:
     assert list(made.values()).count("MatMulInteger") == 8
 
 
+@pytest.mark.slow
 def test_products_of_dequantized_values_have_the_names_of_the_program(dequantizing: Any) -> None:
     kinds = {
         torch.ops.qcgraph.dequantize.default: "DequantizeLinear",

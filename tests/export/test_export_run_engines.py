@@ -87,6 +87,7 @@ def inputs(seed: int, batch: int = 2) -> dict[str, np.ndarray]:
     return {"latent": latent, "timestep": timestep, "class_label": labels, "group": np.asarray(0), "row": np.asarray(0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unquantized", pytest.param("forecasting", marks=pytest.mark.slow)])
 def test_trajectories_are_those_of_the_graphs(request: pytest.FixtureRequest, name: str) -> None:
     export = request.getfixturevalue(name)

@@ -277,6 +277,7 @@ def test_lost_kernel_is_found(not_lowered: Any) -> None:
     assert not checks["main", "site exactness"].passed
 
 
+@pytest.mark.slow
 def test_forecasts_pass(forecasting: Any) -> None:
     """Variants that take what several computing steps left."""
     checks = verify(forecasting)
@@ -285,12 +286,14 @@ def test_forecasts_pass(forecasting: Any) -> None:
     assert checks["reuse", "parity of noise_prediction"].value < TIGHT
 
 
+@pytest.mark.slow
 def test_a_forecast_of_another_step_is_found(forecasting: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(forecasting.folder, tmp_path / "copy"))
     change_tensor(folder, "forecast.cache_2", lambda table: np.roll(table, 1, axis=0), np.float32)
     assert ("reuse_1", "parity of noise_prediction") in failed(verify(forecasting, folder))
 
 
+@pytest.mark.slow
 def test_a_forecast_from_the_wrong_age_is_found(forecasting: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(forecasting.folder, tmp_path / "copy"))
     path = folder / "reuse.onnx"

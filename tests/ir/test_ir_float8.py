@@ -54,6 +54,7 @@ def test_a_weight_has_relative_precision() -> None:
     assert float(error.max()) <= 2.0**-4 * (1 + 1e-5)
 
 
+@pytest.mark.slow
 def test_onnx_runtime_gives_the_same_codes() -> None:
     class Round(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

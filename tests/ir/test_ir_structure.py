@@ -126,6 +126,7 @@ class DiffusersDiT(nn.Module):
         return found
 
 
+@pytest.mark.slow
 def test_branches_of_diffusers_blocks() -> None:
     """Its attention divides its output by 1, which is part of the branch."""
     spec = ModelSpec("folder", (4, 8, 8), 10, 10, output_channels=8)

@@ -261,6 +261,7 @@ def test_weights_of_torch_save(pipeline: Path, transformer: Any) -> None:
     assert "proj_out_1.bias is int32" in refusal_of(pipeline).message
 
 
+@pytest.mark.slow
 def test_exports_with_a_symbolic_batch(pipeline: Path) -> None:
     model = load_model(str(pipeline))
     batch = torch.export.Dim("batch")

@@ -54,6 +54,7 @@ def test_samples_of_a_class_differ(trained_folder: Path) -> None:
     assert torch.pdist(images.flatten(1)).min() > 1.0
 
 
+@pytest.mark.slow
 def test_classifier_features() -> None:
     classifier = load_classifier()
     images = torch.from_numpy(load_digits()[0][:5])

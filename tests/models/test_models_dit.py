@@ -137,6 +137,7 @@ def test_timestep_may_be_integer_or_float() -> None:
     assert torch.equal(model(latent, timestep, label), model(latent, timestep.float(), label))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("timestep_type", [torch.int64, torch.float32])
 def test_exports_with_a_symbolic_batch(timestep_type: torch.dtype) -> None:
     model = random_dit()

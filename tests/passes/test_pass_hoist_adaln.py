@@ -216,6 +216,7 @@ def test_everything_before_and_after(captured: Program, run: Run) -> None:
     assert distance(drawn(first), drawn(plain)) < 1e-2
 
 
+@pytest.mark.slow
 def test_round_trips(hoisted: Program) -> None:
     assert Facts.decode(hoisted.facts.encode())[StepPlan] == hoisted.facts[StepPlan]
     assert program_from_json(program_to_json(hoisted), hoisted.constants).digest == hoisted.digest
@@ -293,6 +294,7 @@ def test_other_structures(run: Run, kind: str, width: int, inputs: tuple[str, ..
     )
 
 
+@pytest.mark.slow
 def test_a_diffusers_model(run: Run) -> None:
     from diffusers import DiTTransformer2DModel
 
@@ -321,6 +323,7 @@ def test_a_diffusers_model(run: Run) -> None:
     assert distance(drawn(program), drawn(plain)) < EXACT
 
 
+@pytest.mark.slow
 def test_what_is_decided_on_samples_can_be_decided_after_hoisting(captured: Program, run: Run) -> None:
     """Their timesteps differ within a batch, and so does the modulation that is prepared for them."""
     rest = (

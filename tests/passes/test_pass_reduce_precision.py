@@ -59,10 +59,12 @@ def distance(program: Program, other: Program) -> float:
     return float(((found - expected) ** 2).mean() ** 0.5 / (expected**2).mean() ** 0.5)
 
 
+@pytest.mark.slow
 def test_golden(cached: Program, run: Run, golden_diff: Callable[..., None]) -> None:
     golden_diff("reduce-precision", cached, run("reduce-precision", cached))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "short", "spacing"), HALVES)
 def test_samples_are_those_of_the_program_up_to_its_spacing(
     cached: Program, run: Run, dtype: str, short: str, spacing: float
@@ -96,6 +98,7 @@ def test_constants_are_16_bits_and_none_is_there_twice(reduced: Program) -> None
     assert len(names) == len(reduced.constants)
 
 
+@pytest.mark.slow
 def test_modulation_is_16_bits(cached: Program, run: Run) -> None:
     reduced = run("hoist-adaln,reduce-precision", cached)
     specs = {spec.name: spec.dtype for spec in reduced.variants["prepare_full"].interface.outputs}
@@ -103,6 +106,7 @@ def test_modulation_is_16_bits(cached: Program, run: Run) -> None:
     assert torch.isfinite(torch.from_numpy(drawn(reduced))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["insert-forecast,fit-forecast", "plan-quant{symmetric=true},insert-qdq"])
 def test_other_pipelines_are_reduced_too(cached: Program, run: Run, pipeline: str) -> None:
     program = run(f"calibrate{{trajectories=2}},{pipeline}", cached)

@@ -31,6 +31,7 @@ def denoisers(program: Program, runner: type[TorchRunner] = TorchRunner) -> tupl
     return Denoiser(made, plan, spec), Denoiser(made, plan, spec, own_updates=True)
 
 
+@pytest.mark.slow
 def test_no_trajectory_is_wrong(tool: Any, cached: Program) -> None:
     counts = tool.stress(*denoisers(cached), tries=4, workers=6, seed=0, ways=tool.WAYS)
     assert {way: counted["wrong"] for way, counted in counts.items()} == dict.fromkeys(tool.WAYS, 0)
