@@ -10,11 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.utils._pytree import tree_structure
 
 from qcgraph.capture import MAX_BATCH
 from qcgraph.errors import QcgraphError
 from qcgraph.export.annotate import place_nodes
-from qcgraph.ir.graph import DTYPES
+from qcgraph.ir.graph import DTYPES, returned_nodes
 from qcgraph.ir.ops import HALVES, OPS
 from qcgraph.ir.program import Program
 from qcgraph.quiet import quiet
@@ -25,6 +35,7 @@ if TYPE_CHECKING:
     from onnxscript import ir
 
 EXAMPLE_BATCH = 4  # even, and neither it nor its half is 1, which torch.export would take for a constant
+_SOURCE = "qcgraph_source"  # metadata of a copied node: the name of the node in the program
 _NODE = re.compile(r"%(\w+) :")
 
 
@@ -49,7 +60,7 @@ def to_onnx(program: Program, variant: str, opset: int) -> tuple[ir.Model, dict[
     try:
         # They warn about what is not there and what they will change.
         with quiet("torch.onnx", "onnxscript", "onnx_ir"):
-            exported = _traced_once(_export(program, variant))
+            exported = _exported(program, variant)
             result = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -71,7 +82,16 @@ def to_onnx(program: Program, variant: str, opset: int) -> tuple[ir.Model, dict[
     return model, _names(decomposed.graph, program.variants[variant].graph)
 
 
-def _export(program: Program, variant: str) -> torch.export.ExportedProgram:
+def _exported(program: Program, variant: str) -> torch.export.ExportedProgram:
+    """Return the form that PyTorch's exporter takes, traced only where an op has to be decomposed."""
+    targets = {node.target for node in program.variants[variant].graph.nodes if node.op == "call_function"}
+    names = {
+        target.name() if isinstance(target, torch._ops.OpOverload) else "" for target in targets - {operator.getitem}
+    }
+    return _as_it_is(program, variant) if names <= _with_onnx_form() else _traced(program, variant)
+
+
+def _traced(program: Program, variant: str) -> torch.export.ExportedProgram:
     batch = torch.export.Dim(BATCH, min=1, max=MAX_BATCH)
     plan = program.facts.get(StepPlan)
     if plan and variant in plan.paired:
@@ -83,16 +103,42 @@ def _export(program: Program, variant: str) -> torch.export.ExportedProgram:
     return torch.export.export(program.module(variant), arguments, dynamic_shapes=dynamic, strict=False)
 
 
-def _traced_once(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The same, not traced again by the exporter where it has no op to decompose: that is half of its time."""
-    decompose = exported.run_decompositions
+def _as_it_is(program: Program, variant: str) -> torch.export.ExportedProgram:
+    """Wrap a graph whose ops all have a form in ONNX: it is functional and typed, and tracing it would copy it.
 
-    def decompose_if_needed(table: Any = None, **options: Any) -> torch.export.ExportedProgram:
-        targets = {node.target for node in exported.graph.nodes if node.op == "call_function"} - {operator.getitem}
-        names = {target.name() if isinstance(target, torch._ops.OpOverload) else "" for target in targets}
-        return exported if names <= _with_onnx_form() else decompose(table, **options)
-
-    exported.run_decompositions = decompose_if_needed
+    The constants become inputs, as in what `torch.export` makes. What the exporter would trace again is handed back.
+    """
+    module, interface = program.module(variant), program.variants[variant].interface
+    source, graph = module.graph, fx.Graph()
+    reads = {str(node.target): node for node in source.nodes if node.op == "get_attr"}
+    copies: dict[str, fx.Node] = {}
+    for name in (name for name, _ in module.named_buffers() if name in reads):
+        copies[name] = graph.placeholder(f"b_{name.replace('.', '_').lower()}")
+        copies[name].meta = dict(reads[name].meta)
+    inputs = [InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, True) for name, node in copies.items()]
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in source.nodes:
+        if node.op == "get_attr":
+            mapping[node] = copies[str(node.target)]
+            continue
+        mapping[node] = graph.node_copy(node, mapping.__getitem__)
+        mapping[node].meta[_SOURCE] = node.name
+        if node.op == "placeholder":
+            inputs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(mapping[node].name), None))
+    results = [mapping[node] for node in returned_nodes(source)]
+    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results]
+    taken, given = ((tuple(interface.inputs), {}), tuple(results))
+    signature = ModuleCallSignature([], [], tree_structure(taken), tree_structure(given), [*interface.input_names])
+    exported = torch.export.ExportedProgram(
+        torch.nn.Module(),
+        graph,
+        ExportGraphSignature(inputs, outputs),
+        {name: program.constants[name] for name in copies},
+        {},
+        [ModuleCallEntry("", signature)],
+        constants={},
+    )
+    exported.run_decompositions = lambda *table, **options: exported
     return exported
 
 
@@ -140,7 +186,9 @@ def _names(decomposed: fx.Graph, graph: fx.Graph) -> dict[str, str]:
 
 
 def _source(node: fx.Node) -> str:
-    """The name of the program's node that a node was made from, as torch.export remembers it."""
+    """The name of the program's node that a node was made from, as torch.export remembers it, or we do."""
+    if _SOURCE in node.meta:
+        return str(node.meta[_SOURCE])
     sources: Any = node.meta.get("from_node")
     name = ""
     while sources:
