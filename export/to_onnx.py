@@ -113,8 +113,9 @@ def _as_it_is(program: Program, variant: str) -> torch.export.ExportedProgram:
     reads = {str(node.target): node for node in source.nodes if node.op == "get_attr"}
     copies: dict[str, fx.Node] = {}
     for name in (name for name, _ in module.named_buffers() if name in reads):
-        copies[name] = graph.placeholder(f"b_{name.replace('.', '_').lower()}")
-        copies[name].meta = dict(reads[name].meta)
+        copy = copies[name] = graph.placeholder("b_" + re.sub(r"\W", "_", name).lower())
+        copy.target = copy.name  # of two that are alike but for such characters, FX tells the names apart alone
+        copy.meta = dict(reads[name].meta)
     inputs = [InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, True) for name, node in copies.items()]
     mapping: dict[fx.Node, fx.Node] = {}
     for node in source.nodes:

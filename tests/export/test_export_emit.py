@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qcgraph.capture import capture
 from qcgraph.errors import QcgraphError
 from qcgraph.export.annotate import NAMESPACE, SCOPES, record_types, value_specs
 from qcgraph.export.emit import INLINE_BYTES, emit_onnx, tensor_places
+from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.program import Program, tensor_digest
 from qcgraph.ir.serialize import EXPORTED, WEIGHTS, load_program
 from qcgraph.pipeline import Pipeline
 from qcgraph.progress import Progress
-from qcgraph.spec import BATCH, TensorSpec
+from qcgraph.spec import BATCH, ModelSpec, TensorSpec
 
 EXPORT = """
 import sys
@@ -187,6 +190,34 @@ def test_types_that_the_graph_denies_are_not_written() -> None:
     for wrong in (TensorSpec("y", "f32", (BATCH, 5)), TensorSpec("y", "f16", (BATCH, 4)), TensorSpec("y", "f32", (4,))):
         record_types(proto, {"y": wrong})
         assert types_of(proto.graph)["y"] == (onnx.TensorProto.FLOAT, [BATCH, 4])
+
+
+def test_names_of_weights_that_differ_in_odd_characters_alone(captured: Program, tmp_path: Path) -> None:
+    """PyTorch lets a parameter have any name without a dot."""
+    names = ["scale_1", "scale#1", "Scale_1", "scale 1"]
+
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.ParameterList([torch.tensor(2.0), torch.tensor(3.0)])  # scale.1 among them
+            for index, name in enumerate(names):
+                self.register_parameter(name, torch.nn.Parameter(torch.tensor(5.0 + index)))
+
+        def forward(self, latent: torch.Tensor, timestep: torch.Tensor, class_label: torch.Tensor) -> torch.Tensor:
+            factors = torch.stack([*self.scale, *(self.get_parameter(name) for name in names)])
+            given = (timestep + class_label).reshape(-1, 1, 1, 1)
+            return (latent * factors[0] + given * factors[1]) * factors[2:].prod()
+
+    spec = replace(captured.facts[ModelSpec], output_channels=2)
+    program = capture(Odd().eval().requires_grad_(False), spec, ("latent", "timestep", "class_label"))
+    emit_onnx(program, tmp_path, 20, Progress(), integer_products=True)
+    inputs = {"latent": torch.randn(2, 2, 8, 8), "timestep": torch.tensor([1.0, 2.0]), "class_label": torch.arange(2)}
+    found = OnnxRuntimeRunner(tmp_path, program.interfaces).run_outputs(
+        "main", {name: value.numpy() for name, value in inputs.items()}, {}
+    )
+    torch.testing.assert_close(
+        torch.from_numpy(found["noise_prediction"].numpy()), program.run("main", inputs)["noise_prediction"]
+    )
 
 
 def test_nodes_say_which_module_they_come_from(compiled: Any) -> None:
