@@ -56,7 +56,7 @@ class Target:
 
     @property
     def forms(self) -> dict[str, bool]:
-        """What `qcgraph.export.emit.emit_onnx` is told of it."""
+        """What `qcgraph.export.onnx.emit.emit_onnx` is told of it."""
         return {
             "integer_products": self.integer_products,
             "heads_in_place": self.heads_in_place,

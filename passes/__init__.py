@@ -1,4 +1,4 @@
-"""The graph passes: one file per pass, imported as ``qcgraph.passes``."""
+"""The graph passes: one file a pass, in a room for every method, imported as ``qcgraph.passes``."""
 
 if __name__ != "qcgraph.passes":
     raise ImportError(

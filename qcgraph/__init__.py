@@ -16,9 +16,9 @@ from qcgraph.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from qcgraph.bundle import Bundle
-    from qcgraph.denoiser import Denoiser
     from qcgraph.models import LoadedModel
     from qcgraph.recipe import Recipe
+    from qcgraph.sampling.denoiser import Denoiser
 
 LONGEST_NAME = 4096  # of a model, characters: the longest path that systems take
 __version__ = metadata.version("qcgraph")
@@ -45,8 +45,8 @@ def compile(  # noqa: A001 - the verb of the field, as in torch.compile
     Raises:
         QcgraphError: wrong input (`UsageError`, `CaptureError`), or the export does not match (`VerificationError`).
     """
-    from qcgraph.documents import as_path
-    from qcgraph.plan_file import read_plan
+    from qcgraph.bundle.plan_file import read_plan
+    from qcgraph.files.documents import as_path
     from qcgraph.recipe import Recipe
 
     resolved = Recipe.of(recipe)
@@ -54,7 +54,7 @@ def compile(  # noqa: A001 - the verb of the field, as in torch.compile
     followed = None if plan is None else read_plan(as_path(plan, where="plan"))
     if not isinstance(force, bool):
         raise UsageError(f"{shown(force)} is neither True nor False", where="force", hint="leave it out, or give True")
-    from qcgraph.compiler import compile_model
+    from qcgraph.compiler.compilation import compile_model
     from qcgraph.ir.execute import ordinary_torch
 
     named = _model_or_name(model)
@@ -65,7 +65,7 @@ def compile(  # noqa: A001 - the verb of the field, as in torch.compile
 
 
 def _model_or_name(model: object) -> str | LoadedModel:
-    from qcgraph.documents import is_text
+    from qcgraph.files.documents import is_text
     from qcgraph.models import LoadedModel
 
     if isinstance(model, LoadedModel):
@@ -103,9 +103,9 @@ def load(
             wrong type.
     """
     from qcgraph.bundle import Bundle
-    from qcgraph.denoiser import Denoiser
     from qcgraph.errors import UsageError
-    from qcgraph.runtime import open_runner
+    from qcgraph.export.run.open import open_runner
+    from qcgraph.sampling.denoiser import Denoiser
 
     if not isinstance(bundle, (str, Path)) or "\0" in str(bundle):
         raise UsageError(

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from qcgraph.benchmark.machine import usable_cores
-from qcgraph.capture import capture
-from qcgraph.export import parity
+from qcgraph.capture.capture import capture
+from qcgraph.export.check import parity
 from qcgraph.ir.program import Program
 from qcgraph.models import LoadedModel
 from qcgraph.models.dit import DiT, initialize_random
@@ -27,8 +27,8 @@ from qcgraph.models.eager import EagerRunner
 from qcgraph.models.files import CARD_FILE, CLASSIFIER_FILE, DIGITS_FOLDER, WEIGHTS_FILE
 from qcgraph.models.geometry import DiTConfig
 from qcgraph.pipeline import Pipeline
-from qcgraph.schedulers import make_step_plan
-from qcgraph.spec import ModelSpec
+from qcgraph.plan.schedulers import make_step_plan
+from qcgraph.plan.spec import ModelSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 9
@@ -76,7 +76,7 @@ def frozen_imports() -> Iterator[None]:
 def few_samples() -> Iterator[None]:
     """Compilations compare their graphs with their programs on an eighth of the samples, unless a test says more."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qcgraph.export.parity.SAMPLES", parity.SAMPLES // 8)
+        patch.setattr("qcgraph.export.check.parity.SAMPLES", parity.SAMPLES // 8)
         yield
 
 

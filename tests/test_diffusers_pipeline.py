@@ -17,19 +17,19 @@ import torch
 
 import qcgraph
 from qcgraph.bundle import Bundle
-from qcgraph.capture import capture
-from qcgraph.denoiser import Denoiser
+from qcgraph.capture.capture import capture
 from qcgraph.errors import BundleError, UsageError
+from qcgraph.export.run.open import open_runner
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.models import load_model
-from qcgraph.noise import Noise
+from qcgraph.plan.schedulers import make_scheduler, make_step_plan
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
 from qcgraph.recipe import Recipe
-from qcgraph.runtime import open_runner
-from qcgraph.sampling import Array, sample
-from qcgraph.schedulers import make_scheduler, make_step_plan
-from qcgraph.spec import ModelSpec
-from qcgraph.steps import StepPlan
+from qcgraph.sampling.denoiser import Denoiser
+from qcgraph.sampling.loop import Array, sample
+from qcgraph.sampling.noise import Noise
 
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 NAME = "DiT-XL-2-256"  # as the README calls it

@@ -17,130 +17,58 @@ HOMES = {"qcgraph.passes": ROOT / "passes", "qcgraph.export": ROOT / "export", "
 
 @dataclass(frozen=True)
 class Layer:
-    """Some modules and what they may import.
+    """Some modules and what they may import; names are separated by blanks.
 
     Attributes:
-        modules: modules and packages; a package stands for all that is in it, unless that is named in another layer.
+        modules: rooms and modules; a room stands for all that is in it, unless that is named in another layer.
         sees: the layers that these modules may import, besides their own.
         torch: whether importing these modules may import torch.
         peers: whether these modules may import each other.
     """
 
-    modules: tuple[str, ...]
-    sees: tuple[str, ...] = ()
+    modules: str
+    sees: str = ""
     torch: bool = True
     peers: bool = True
 
 
+BELOW = (
+    "base files plan sampling facts recipe bundle ir capture models pipeline export runtime passes evaluation benchmark"
+)
 LAYERS = {
+    # Everything may say what is wrong and how far it is, and keep libraries from saying more.
+    "base": Layer("qcgraph.errors qcgraph.progress qcgraph.quiet", torch=False),
+    "files": Layer("qcgraph.files", "base", torch=False),
     # Plain data and arithmetic. Running a bundle needs nothing above this but a runner.
-    "core": Layer(
-        modules=(
-            "qcgraph.atomic",
-            "qcgraph.bit_allocation",
-            "qcgraph.bundle",
-            "qcgraph.cache_report",
-            "qcgraph.cache_state",
-            "qcgraph.calibration",
-            "qcgraph.denoiser",
-            "qcgraph.device_sampling",
-            "qcgraph.documents",
-            "qcgraph.errors",
-            "qcgraph.facts",
-            "qcgraph.following",
-            "qcgraph.gate",
-            "qcgraph.images",
-            "qcgraph.least_bits",
-            "qcgraph.memory",
-            "qcgraph.modulation",
-            "qcgraph.noise",
-            "qcgraph.options",
-            "qcgraph.plan_file",
-            "qcgraph.progress",
-            "qcgraph.quiet",
-            "qcgraph.recipe",
-            "qcgraph.sampling",
-            "qcgraph.schedule",
-            "qcgraph.selection",
-            "qcgraph.spec",
-            "qcgraph.steps",
-            "qcgraph.tensors",
-            "qcgraph.wrappers",
-        ),
-        torch=False,
-    ),
-    # The denoisers that ship or can be loaded. The compiler proper sees modules, never this package.
-    "models": Layer(modules=("qcgraph.models",), sees=("core",)),
+    "plan": Layer("qcgraph.plan", "base", torch=False),
+    "sampling": Layer("qcgraph.sampling", "base plan", torch=False),
+    "facts": Layer("qcgraph.facts", "base plan", torch=False),
+    "recipe": Layer("qcgraph.recipe", "base files plan", torch=False),
+    "bundle": Layer("qcgraph.bundle", "base files plan facts recipe", torch=False),
     # Program, its ops, legality and text.
-    "ir": Layer(modules=("qcgraph.ir",), sees=("core",)),
-    # What a pass is, what watches it, and how a Program and its StepPlan come to be.
-    "framework": Layer(
-        modules=(
-            "qcgraph.calibration_set",
-            "qcgraph.capture",
-            "qcgraph.effort",
-            "qcgraph.forecast",
-            "qcgraph.instruments",
-            "qcgraph.meaning",
-            "qcgraph.obstacles",
-            "qcgraph.pipeline",
-            "qcgraph.region_search",
-            "qcgraph.scale_search",
-            "qcgraph.schedulers",
-            "qcgraph.skipping",
-            "qcgraph.trajectories",
-            "qcgraph.workload",
-        ),
-        sees=("core", "ir"),
-    ),
-    # Passes meet in the Program, never in each other.
-    "passes": Layer(modules=("qcgraph.passes",), sees=("core", "ir", "framework"), peers=False),
+    "ir": Layer("qcgraph.ir", "base files plan sampling facts"),
+    "capture": Layer("qcgraph.capture", "base plan facts ir"),
+    # The denoisers that ship or can be loaded. What compiles sees modules, never this room.
+    "models": Layer("qcgraph.models", "base files plan sampling bundle ir capture"),
+    # What a pass is, what orders them and what watches them.
+    "pipeline": Layer("qcgraph.pipeline", "base files plan sampling facts bundle ir"),
     # Export reaches passes through the registry, by name.
-    "export": Layer(modules=("qcgraph.export",), sees=("core", "ir", "framework")),
-    # Running a bundle. With ONNX Runtime that must not import torch, so whatever needs it is imported on demand.
-    "runtime": Layer(modules=("qcgraph.runtime",), sees=("core", "ir", "export"), torch=False),
-    # The model a bundle came from: what compares a bundle with it starts here.
-    "origin": Layer(modules=("qcgraph.origin",), sees=("core", "models", "ir", "framework")),
+    "export": Layer("qcgraph.export", "base files plan sampling facts bundle ir capture"),
+    # Running a bundle with ONNX Runtime must not import torch: what needs it is imported on demand.
+    "runtime": Layer("qcgraph.export.run.open", "base files plan sampling facts bundle ir export", torch=False),
+    # Passes meet in the Program, never in each other; they may share helpers, which begin with _.
+    "passes": Layer("qcgraph.passes", "base files plan sampling facts ir pipeline", peers=False),
     # Judging a compilation, in memory or in a bundle.
     "evaluation": Layer(
-        modules=("qcgraph.evaluation",), sees=("core", "models", "ir", "framework", "export", "runtime", "origin")
-    ),
-    # The composition root.
-    "compile": Layer(
-        modules=(
-            "qcgraph.admission",
-            "qcgraph.compile_report",
-            "qcgraph.compiler",
-            "qcgraph.costs",
-            "qcgraph.default_pipeline",
-            "qcgraph.estimate",
-            "qcgraph.rejection",
-        ),
-        sees=("core", "models", "ir", "framework", "passes", "export", "runtime", "origin", "evaluation", "benchmark"),
+        "qcgraph.evaluation", "base files plan sampling facts recipe bundle ir capture models pipeline export runtime"
     ),
     # Latency of a bundle against baselines. A process that runs one of them holds that one's runtime alone.
     "benchmark": Layer(
-        modules=("qcgraph.benchmark",),
-        sees=("core", "models", "framework", "export", "runtime", "origin"),
-        torch=False,
+        "qcgraph.benchmark", "base files plan sampling bundle capture models export runtime", torch=False
     ),
-    "cli": Layer(
-        modules=("qcgraph", "qcgraph.__main__", "qcgraph.cli"),
-        sees=(
-            "core",
-            "models",
-            "ir",
-            "framework",
-            "passes",
-            "export",
-            "runtime",
-            "origin",
-            "evaluation",
-            "compile",
-            "benchmark",
-        ),
-        torch=False,
-    ),
+    # The only room that sees all.
+    "compiler": Layer("qcgraph.compiler", BELOW),
+    "cli": Layer("qcgraph qcgraph.__main__ qcgraph.cli", f"{BELOW} compiler", torch=False),
 }
 
 # Slow to import, optional, or both: imported by the function that needs them.
@@ -189,7 +117,7 @@ def find_modules() -> dict[str, Path]:
 
 
 MODULES = find_modules()
-LAYER_OF = {module: name for name, layer in LAYERS.items() for module in layer.modules}
+LAYER_OF = {module: name for name, layer in LAYERS.items() for module in layer.modules.split()}
 
 
 def layer_of(module: str) -> str | None:
@@ -246,13 +174,13 @@ def test_the_table_names_what_exists() -> None:
 def test_imports_point_down(module: str) -> None:
     own = layer_of(module)
     assert own is not None, "not in LAYERS"
-    allowed = {own, *LAYERS[own].sees}
+    allowed = {own, *LAYERS[own].sees.split()}
     wrong = []
     for item in imports_of(MODULES[module]):
         if not is_of(item.target, ("qcgraph",)):
             continue
         layer = layer_of(item.target)
-        sideways = layer == own and item.target != module and not LAYERS[own].peers
+        sideways = layer == own and item.target != module and not LAYERS[own].peers and "._" not in item.target
         if layer not in allowed or sideways:
             wrong.append(f"line {item.line}: {own} may not import {item.target} ({layer})")
     assert wrong == []
@@ -307,8 +235,13 @@ def test_command_line_starts_lean(arguments: list[str], tmp_path: Path) -> None:
     assert sorted(name for name in imported if is_of(name, NOT_FOR_HELP)) == []
 
 
+ABOVE = {"benchmark", "cli"}  # no torch of their own, and not needed to run a bundle
+
+
 def test_a_bundle_runs_without_torch(tmp_path: Path) -> None:
-    modules = sorted(name for name in MODULES if layer_of(name) in {"core", "runtime"})
+    modules = sorted(
+        name for name in MODULES if not LAYERS[layer_of(name) or "cli"].torch and layer_of(name) not in ABOVE
+    )
     imported = imported_by(["-c", f"import {', '.join(modules)}"], tmp_path)
     assert set(modules) <= imported
     assert sorted(name for name in imported if is_of(name, (*INSIDE_FUNCTIONS, *TORCH))) == []

@@ -15,11 +15,11 @@ import pytest
 import qcgraph
 from qcgraph.bundle import Bundle
 from qcgraph.cli import run
-from qcgraph.noise import Noise
+from qcgraph.export.run.open import open_runner
 from qcgraph.pipeline import registry
 from qcgraph.recipe import Recipe
-from qcgraph.runtime import open_runner
-from qcgraph.sampling import sample
+from qcgraph.sampling.loop import sample
+from qcgraph.sampling.noise import Noise
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -19,7 +19,7 @@ from typing import Any
 from qcgraph.benchmark.machine import read_machine, versions
 from qcgraph.bundle import Bundle
 from qcgraph.bundle.manifest import PACKAGES
-from qcgraph.compiler import compile_model
+from qcgraph.compiler.compilation import compile_model
 from qcgraph.errors import QcgraphError
 from qcgraph.evaluation.bootstrap import Estimate
 from qcgraph.evaluation.evaluate import Evaluation, Options, evaluate

@@ -139,7 +139,7 @@ def measure(geometry: str, config: DiTConfig, options: argparse.Namespace) -> Ro
     """Compile one geometry in this process."""
     import torch
 
-    from qcgraph.compiler import compile_model
+    from qcgraph.compiler.compilation import compile_model
 
     torch.set_num_threads(options.threads)
     recipe = Recipe().override(

@@ -37,19 +37,19 @@ from bench_gpu_sampling import Denoise, device_times, sampling_times, torch_deno
 from qcgraph.benchmark.machine import read_machine, versions
 from qcgraph.bundle import Bundle
 from qcgraph.bundle.engines import Batch
-from qcgraph.compiler import compile_model
-from qcgraph.denoiser import Denoiser
+from qcgraph.compiler.compilation import compile_model
 from qcgraph.errors import QcgraphError, UsageError
-from qcgraph.export.device import capability_of, require_device
-from qcgraph.export.engines import build_engines
-from qcgraph.export.open_engines import open_engines
-from qcgraph.export.run_engines import EngineRunner
+from qcgraph.export.run.engines import EngineRunner
+from qcgraph.export.run.open import open_runner
+from qcgraph.export.run.open_engines import open_engines
+from qcgraph.export.tensorrt.device import capability_of, require_device
+from qcgraph.export.tensorrt.engines import build_engines
 from qcgraph.models import LoadedModel, load_model
+from qcgraph.plan.schedulers import make_step_plan
+from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress, progress_for
 from qcgraph.recipe import Recipe
-from qcgraph.runtime import open_runner
-from qcgraph.schedulers import make_step_plan
-from qcgraph.steps import StepPlan
+from qcgraph.sampling.denoiser import Denoiser
 
 MODELS = ["dit-xl-2:random", "dit-s-2:random"]
 PARTS = ("torch", "torch-compile", "engines")

@@ -11,12 +11,12 @@ from bench_gpu_sampling import event_times
 from qcgraph.benchmark.timing import Timing
 from qcgraph.bundle import Bundle
 from qcgraph.errors import VerificationError
-from qcgraph.export.run_engines import EngineRunner
-from qcgraph.export.run_tensorrt import TensorRTCall
+from qcgraph.export.run.engines import EngineRunner
+from qcgraph.export.run.tensorrt import TensorRTCall
 from qcgraph.ir.graph import DTYPES
-from qcgraph.sampling import Request, Runner
-from qcgraph.spec import BATCH, is_preparation
-from qcgraph.steps import StepPlan
+from qcgraph.plan.spec import BATCH, is_preparation
+from qcgraph.plan.steps import StepPlan
+from qcgraph.sampling.loop import Request, Runner
 
 AGREES = 5e-2  # relative: rounding moves values to the next code of 8 bits, here and there
 MOST_STEPS = 8  # that are compared; with a reference on the CPU each may take seconds

@@ -13,8 +13,8 @@ from torch import nn
 from qcgraph.benchmark.timing import Timing
 from qcgraph.errors import UsageError
 from qcgraph.models import LoadedModel
-from qcgraph.spec import ModelSpec
-from qcgraph.steps import StepPlan
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
 
 WARM_UP = 3  # untimed runs of whole sampling: the second captures graphs, the third replays them
 Denoise = Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]

@@ -23,7 +23,7 @@ from qcgraph.benchmark.baselines import parse_baselines
 from qcgraph.benchmark.bench import BenchOptions, bench
 from qcgraph.benchmark.report import BenchReport, Row
 from qcgraph.benchmark.timing import Timing
-from qcgraph.compiler import compile_model
+from qcgraph.compiler.compilation import compile_model
 from qcgraph.errors import QcgraphError
 from qcgraph.progress import progress_for
 from qcgraph.recipe import Recipe

@@ -135,7 +135,7 @@ def measure(options: argparse.Namespace, samples: int, depth: int, trajectories:
     """Compile up to insert-qdq in this process."""
     import torch
 
-    from qcgraph.compiler import compile_model
+    from qcgraph.compiler.compilation import compile_model
 
     torch.set_num_threads(options.threads)
     name = f"{options.geometry}-depth-{depth}"

@@ -26,25 +26,25 @@ import numpy.typing as npt
 import torch
 from forecast_noise_report import markdown, save_figure
 
-from qcgraph.cache_state import State
-from qcgraph.capture import capture
-from qcgraph.default_pipeline import default_pipeline
+from qcgraph.capture.capture import capture
+from qcgraph.compiler.default_pipeline import default_pipeline
 from qcgraph.errors import QcgraphError
 from qcgraph.export.targets import target_named
 from qcgraph.facts import CachePlan, ForecastFit
-from qcgraph.forecast import log_signal_to_noise, taylor_gain
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.ops import HALVES
 from qcgraph.ir.program import Program
 from qcgraph.models import load_model
+from qcgraph.passes.caching._forecast import log_signal_to_noise, taylor_gain
 from qcgraph.pipeline import Pipeline
+from qcgraph.plan.schedule import FULL
+from qcgraph.plan.schedulers import make_step_plan
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress, progress_for
 from qcgraph.recipe import Recipe
-from qcgraph.sampling import Array, Runner, sample
-from qcgraph.schedule import FULL
-from qcgraph.schedulers import make_step_plan
-from qcgraph.spec import ModelSpec
-from qcgraph.steps import StepPlan
+from qcgraph.sampling.cache_state import State
+from qcgraph.sampling.loop import Array, Runner, sample
 
 KINDS = ("reuse", "taylor", "affine")
 

@@ -21,18 +21,18 @@ from typing import Any
 from qcgraph.benchmark.machine import read_machine, versions
 from qcgraph.bundle.engines import Batch
 from qcgraph.bundle.manifest import PACKAGES
-from qcgraph.capture import capture
-from qcgraph.export import tensorrt
-from qcgraph.export.emit import emit_onnx
-from qcgraph.export.engine_steps import PROBED_VERSIONS, fused_steps
-from qcgraph.export.engines import quantized_products
+from qcgraph.capture.capture import capture
+from qcgraph.export.onnx.emit import emit_onnx
 from qcgraph.export.targets import TARGETS
+from qcgraph.export.tensorrt import provider as tensorrt
+from qcgraph.export.tensorrt.engines import quantized_products
+from qcgraph.export.tensorrt.steps import PROBED_VERSIONS, fused_steps
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_blocks
 from qcgraph.models import load_model
 from qcgraph.pipeline import Pipeline
+from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.progress import Progress
-from qcgraph.schedulers import make_step_plan
 
 TARGET = TARGETS["tensorrt-rtx"]
 VARIANT = "full"

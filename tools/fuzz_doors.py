@@ -105,7 +105,7 @@ def make_samples(folder: Path) -> Samples:
     from qcgraph.models.dit import DiT, initialize_random
     from qcgraph.models.files import CARD_FILE, DIGITS_FOLDER, WEIGHTS_FILE
     from qcgraph.models.geometry import DiTConfig
-    from qcgraph.spec import ModelSpec
+    from qcgraph.plan.spec import ModelSpec
 
     (folder / "input").mkdir()
     config = DiTConfig(input_size=4, patch_size=2, channels=1, width=16, depth=1, heads=2, class_count=3)
@@ -162,7 +162,7 @@ def make_doors(samples: Samples) -> dict[str, Door]:
 
 
 def _enter_recipe(samples: Samples, data: bytes) -> str:
-    from qcgraph.default_pipeline import default_pipeline, target_notes
+    from qcgraph.compiler.default_pipeline import default_pipeline, target_notes
     from qcgraph.export.targets import target_named
     from qcgraph.recipe import Recipe
 
@@ -186,7 +186,7 @@ def _enter_pipeline(data: bytes) -> str:
 
 def _draw_plan(rng: random.Random, samples: Samples) -> bytes:
     from qcgraph.bundle import Bundle
-    from qcgraph.plan_file import plan_data, plan_toml
+    from qcgraph.bundle.plan_file import plan_data, plan_toml
 
     if rng.random() < 0.4:
         return json_bytes(rng, json.loads((samples.bundle / "plan.json").read_text("utf-8")))
@@ -197,8 +197,8 @@ def _draw_plan(rng: random.Random, samples: Samples) -> bytes:
 
 
 def _enter_plan(samples: Samples, data: bytes) -> str:
-    from qcgraph.plan_file import read_plan
-    from qcgraph.schedule import TimedSchedule
+    from qcgraph.bundle.plan_file import read_plan
+    from qcgraph.plan.schedule import TimedSchedule
 
     path = samples.scratch / "plan.toml"
     path.write_bytes(data)
@@ -217,8 +217,8 @@ def _draw_schedule(rng: random.Random) -> bytes:
 
 
 def _enter_schedule(data: bytes) -> str:
+    from qcgraph.plan.schedule import TimedSchedule
     from qcgraph.recipe import Recipe
-    from qcgraph.schedule import TimedSchedule
 
     key, text = json.loads(data)
     recipe = Recipe.of({"cache": {"blocks": text}}) if key == "blocks" else Recipe().override(**{key: text})
@@ -263,9 +263,9 @@ def _draw_command(rng: random.Random, samples: Samples) -> list[str]:
 
 
 HEAVY = (  # what stands behind the doors of the commands
-    "qcgraph.compiler.load_model",
-    "qcgraph.compiler.verify_bundle",
-    "qcgraph.runtime.open_runner",
+    "qcgraph.compiler.compilation.load_model",
+    "qcgraph.compiler.compilation.verify_bundle",
+    "qcgraph.export.run.open.open_runner",
     "qcgraph.evaluation.settings.Subject.of_bundle",
     "qcgraph.benchmark.bench.find_model",
     "qcgraph.cli.inspect_model.load_model",

@@ -182,7 +182,7 @@ def draw_pipeline(rng: random.Random) -> bytes:
     """The default pipeline damaged, or known passes with options of theirs."""
     from dataclasses import fields
 
-    from qcgraph.default_pipeline import default_pipeline
+    from qcgraph.compiler.default_pipeline import default_pipeline
     from qcgraph.export.targets import TARGETS
     from qcgraph.pipeline import registry
     from qcgraph.recipe import Recipe

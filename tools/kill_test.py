@@ -36,15 +36,15 @@ from typing import Any
 
 import torch
 
-from qcgraph import atomic
 from qcgraph.bundle import Bundle, is_bundle
 from qcgraph.bundle.engines import ENGINE_FOLDER
 from qcgraph.bundle.exports import EXPORT_FOLDER
 from qcgraph.cli import run
+from qcgraph.files import atomic
 from qcgraph.models import LoadedModel
 from qcgraph.models.dit import DiT, initialize_random
 from qcgraph.models.geometry import DiTConfig
-from qcgraph.spec import ModelSpec
+from qcgraph.plan.spec import ModelSpec
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 EVENTS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink")
@@ -414,7 +414,7 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path.insert(0, str(Path(__file__).parent))
-    for module in ("qcgraph.evaluation.pictures", "qcgraph.compiler", "torch._dynamo"):
+    for module in ("qcgraph.evaluation.pictures", "qcgraph.compiler.compilation", "torch._dynamo"):
         importlib.import_module(module)  # whatever is imported before the first fork is imported once
     tallies: dict[str, Tally] = {}
     output = options.json.resolve() if options.json else None

@@ -29,17 +29,17 @@ from pareto_report import Cell, Document, markdown, merged, save_figure
 from qcgraph.benchmark.machine import read_machine, versions
 from qcgraph.bundle import Bundle
 from qcgraph.bundle.manifest import PACKAGES
-from qcgraph.compiler import compile_model
+from qcgraph.compiler.compilation import compile_model
 from qcgraph.errors import QcgraphError
 from qcgraph.evaluation.settings import RIVAL, Subject
+from qcgraph.export.run.open import open_runner
 from qcgraph.ir.serialize import load_program
 from qcgraph.models import load_model
-from qcgraph.passes.plan_steps import rounded
+from qcgraph.passes.caching.plan_steps import rounded
+from qcgraph.plan.schedule import FULL, uniform
+from qcgraph.plan.steps import digest_of
 from qcgraph.progress import Progress, progress_for
 from qcgraph.recipe import Recipe
-from qcgraph.runtime import open_runner
-from qcgraph.schedule import FULL, uniform
-from qcgraph.steps import digest_of
 
 
 @dataclass(frozen=True)

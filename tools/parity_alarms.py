@@ -18,9 +18,9 @@ import torch
 
 import qcgraph
 from qcgraph.errors import VerificationError
-from qcgraph.export.check import Check
-from qcgraph.export.parity import check_outputs
-from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
+from qcgraph.export.check.check import Check
+from qcgraph.export.check.parity import check_outputs
+from qcgraph.export.run.onnxruntime import OnnxRuntimeRunner
 from qcgraph.ir.serialize import load_program
 from qcgraph.recipe import Recipe
 

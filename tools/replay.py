@@ -11,10 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from qcgraph.bundle.files import read_file
-from qcgraph.instruments import PrintAfter, Timer
+from qcgraph.files.folder import read_file
 from qcgraph.ir.serialize import load_program
 from qcgraph.pipeline import Pipeline
+from qcgraph.pipeline.instruments import PrintAfter, Timer
 from qcgraph.progress import progress_for
 
 

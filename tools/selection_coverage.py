@@ -4,7 +4,8 @@
 
 The pool are the latents that the denoiser is given at every step of calibration trajectories. The distance of a latent
 is that of the cosine to the nearest one selected of the same step or the next ones, at most 1; see
-`qcgraph.selection.Coverage`. With --scaling, seconds and memory of a selection from growing pools instead.
+`qcgraph.passes.calibration._selection.Coverage`. With --scaling, seconds and memory of a selection from growing pools
+instead.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from typing import Any
 import numpy as np
 from selection_coverage_report import markdown, save_figure, scaling_markdown
 
-from qcgraph.calibration import calibration_noise, sample_calibration
-from qcgraph.capture import capture
+from qcgraph.capture.capture import capture
 from qcgraph.errors import QcgraphError
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.models import load_model
+from qcgraph.passes.calibration._selection import METHODS, Method, Pool, coverage, select
+from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.progress import Progress, progress_for
-from qcgraph.sampling import Array
-from qcgraph.schedulers import make_step_plan
-from qcgraph.selection import METHODS, Method, Pool, coverage, select
+from qcgraph.sampling.calibration import calibration_noise, sample_calibration
+from qcgraph.sampling.loop import Array
 
 BATCH = 64
 DOUBLINGS = 5  # of the pool, under --scaling

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcgraph.selection import METHODS
+from qcgraph.passes.calibration._selection import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

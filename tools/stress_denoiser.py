@@ -34,10 +34,10 @@ import numpy as np
 
 import qcgraph
 from qcgraph.benchmark.machine import resident_bytes
-from qcgraph.denoiser import Denoiser
 from qcgraph.errors import QcgraphError
-from qcgraph.noise import Noise
-from qcgraph.sampling import Array, Sampler
+from qcgraph.sampling.denoiser import Denoiser
+from qcgraph.sampling.loop import Array, Sampler
+from qcgraph.sampling.noise import Noise
 
 RIGHT, REFUSED, WRONG, GIVEN_UP = "right", "refused", "wrong", "given up"
 COUNTED = (RIGHT, REFUSED, WRONG, GIVEN_UP)

@@ -33,7 +33,7 @@ from qcgraph.models.digits_data import CLASS_COUNT, IMAGE_SHAPE, load_digits, sp
 from qcgraph.models.dit import DiT, DiTConfig
 from qcgraph.models.files import CARD_FILE, CLASSIFIER_FILE, DIGITS_FOLDER, WEIGHTS_FILE
 from qcgraph.models.trained_folder import load_trained_folder, read_card
-from qcgraph.spec import NoiseSchedule
+from qcgraph.plan.spec import NoiseSchedule
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from model_card import render_images
 from safetensors.torch import save
 from torch import Tensor
 
-from qcgraph.atomic import writing_file
 from qcgraph.errors import UsageError
+from qcgraph.files.atomic import writing_file
 from qcgraph.models.dit import DiT
 from qcgraph.models.files import CARD_FILE, CLASSIFIER_FILE, IMAGES_WEIGHTS_FILE, REAL_FILE
 from qcgraph.models.geometry import DiTConfig
@@ -43,7 +43,7 @@ from qcgraph.models.image_classifier import (
     scaled,
 )
 from qcgraph.models.trained_folder import load_trained_folder, read_card
-from qcgraph.spec import NoiseSchedule
+from qcgraph.plan.spec import NoiseSchedule
 
 SIZES = {"tiny": (32, 2, 2), "small": (128, 6, 4), "base": (256, 12, 4)}
 """Width, depth and heads. ``base`` with patches of 2 has 14.7 M parameters for 32x32 images: 29 MB in bfloat16."""

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from qcgraph.atomic import writing_file
 from qcgraph.errors import QcgraphError, UsageError
+from qcgraph.files.atomic import writing_file
 from qcgraph.models.dit import DiT, DiTConfig, initialize_zero
 from qcgraph.models.image_classifier import scaled
-from qcgraph.spec import NoiseSchedule
+from qcgraph.plan.spec import NoiseSchedule
 
 SAVE_SECONDS = 180.0  # between two snapshots
 REPORTED_STEPS = 100

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from qcgraph.atomic import scratch_folder
 from qcgraph.benchmark.baselines import BASELINES, DEFAULT, REFERENCE, Baseline
 from qcgraph.benchmark.candidates import Candidate, build, check_all, make_candidates, open_all, try_alone
 from qcgraph.benchmark.machine import read_machine, usable_cores, versions
@@ -17,9 +16,10 @@ from qcgraph.benchmark.turns import FORWARD, Turn, by_variant, counted, denoiser
 from qcgraph.benchmark.workspace import Workspace
 from qcgraph.bundle import Bundle
 from qcgraph.errors import UsageError
+from qcgraph.files.atomic import scratch_folder
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
-from qcgraph.spec import ModelSpec
-from qcgraph.steps import StepPlan
 
 OURS = "qcgraph"
 PACKAGES = ("nncf", "numpy", "onnx", "onnxruntime", "openvino", "qcgraph", "torch")
@@ -134,7 +134,7 @@ def _check_origin(workspace: Workspace, progress: Progress) -> None:
     """Load the model and refuse another than the one that was compiled."""
     import torch
 
-    from qcgraph.origin import captured_origin
+    from qcgraph.models.origin import captured_origin
 
     torch.set_num_threads(workspace.threads)
     progress.note("loading the model and comparing it with the bundle's")

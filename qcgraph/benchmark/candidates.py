@@ -16,10 +16,10 @@ from qcgraph.benchmark.worker import Alone, TaskError, attempt, build_file, run_
 from qcgraph.benchmark.workspace import Workspace
 from qcgraph.bundle import Bundle
 from qcgraph.errors import BundleError
+from qcgraph.export.run.open import open_runner
+from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
-from qcgraph.runtime import open_runner
-from qcgraph.sampling import Request
-from qcgraph.steps import StepPlan
+from qcgraph.sampling.loop import Request
 
 RUNS_ALONE = 3  # of a process of its own; it is compared with the median of the rounds, not paired with any
 

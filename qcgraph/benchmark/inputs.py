@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from qcgraph.benchmark.workspace import INPUTS, Workspace
-from qcgraph.cache_state import State
-from qcgraph.calibration import sample_calibration
-from qcgraph.sampling import Array, Runner
-from qcgraph.spec import is_preparation
+from qcgraph.plan.spec import is_preparation
+from qcgraph.sampling.cache_state import State
+from qcgraph.sampling.calibration import sample_calibration
+from qcgraph.sampling.loop import Array, Runner
 
 Inputs = dict[str, npt.NDArray[np.generic]]
 
@@ -24,7 +24,7 @@ CALIBRATION_STEPS = 16
 
 
 class RecordingRunner:
-    """Another runner (see `qcgraph.sampling.Runner`), with the inputs and the prediction of every step."""
+    """Another runner (see `qcgraph.sampling.loop.Runner`), with the inputs and the prediction of every step."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner

@@ -12,10 +12,10 @@ import numpy.typing as npt
 from qcgraph.benchmark.inputs import read_calibration
 from qcgraph.benchmark.machine import read_machine
 from qcgraph.benchmark.workspace import INPUTS, Workspace
-from qcgraph.cache_state import State
-from qcgraph.export.run_onnxruntime import load_session, session_options
-from qcgraph.sampling import Array
-from qcgraph.spec import OUTPUT
+from qcgraph.export.run.onnxruntime import load_session, session_options
+from qcgraph.plan.spec import OUTPUT
+from qcgraph.sampling.cache_state import State
+from qcgraph.sampling.loop import Array
 
 FLOAT = "model.onnx"
 CALIBRATION = "calibration.npz"
@@ -27,7 +27,7 @@ PRODUCTS = ["MatMul", "Gemm"]  # Attention is not quantized: the quantizer makes
 
 
 class OnnxRuntimePeer:
-    """Runs one ONNX graph for every step (see `qcgraph.sampling.Runner`)."""
+    """Runs one ONNX graph for every step (see `qcgraph.sampling.loop.Runner`)."""
 
     def __init__(self, path: Path, threads: int) -> None:
         self._session = load_session(path, session_options(threads))

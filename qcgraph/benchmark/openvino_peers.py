@@ -12,15 +12,15 @@ import numpy.typing as npt
 from qcgraph.benchmark.inputs import read_calibration
 from qcgraph.benchmark.onnxruntime_peers import CALIBRATION
 from qcgraph.benchmark.workspace import INPUTS, Workspace
-from qcgraph.cache_state import State
-from qcgraph.sampling import Array
+from qcgraph.sampling.cache_state import State
+from qcgraph.sampling.loop import Array
 
 FLOAT = "openvino.xml"
 QUANTIZED = "nncf.xml"
 
 
 class OpenVinoPeer:
-    """Runs one OpenVINO model for every step (see `qcgraph.sampling.Runner`).
+    """Runs one OpenVINO model for every step (see `qcgraph.sampling.loop.Runner`).
 
     It is compiled for each batch size when that first comes: static shapes made int8 a tenth faster than a dynamic
     batch on a DiT-S/2.

@@ -11,7 +11,7 @@ from typing import Any
 from qcgraph.benchmark.machine import Machine
 from qcgraph.benchmark.timing import Timing
 from qcgraph.benchmark.worker import Alone
-from qcgraph.spec import BATCH, MODULATION, OUTPUT, Interface
+from qcgraph.plan.spec import BATCH, MODULATION, OUTPUT, Interface
 
 FORMAT = 1
 

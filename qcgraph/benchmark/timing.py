@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qcgraph.cache_state import State
+from qcgraph.plan.spec import is_preparation
 from qcgraph.progress import Progress
-from qcgraph.sampling import Array, Runner
-from qcgraph.spec import is_preparation
+from qcgraph.sampling.cache_state import State
+from qcgraph.sampling.loop import Array, Runner
 
 # Threads that wait for work spin for a few milliseconds before they sleep; those of one candidate must not take cores
 # from the next.
@@ -64,7 +64,7 @@ class Call:
 
 
 class TimedRunner:
-    """Another runner (see `qcgraph.sampling.Runner`), with the seconds of every step.
+    """Another runner (see `qcgraph.sampling.loop.Runner`), with the seconds of every step.
 
     A call that prepares steps is none; its time is part of whole sampling.
     """

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qcgraph.benchmark.timing import Call
-from qcgraph.sampling import Runner, sample
-from qcgraph.spec import ModelSpec
-from qcgraph.steps import StepPlan
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
+from qcgraph.sampling.loop import Runner, sample
 
 FORWARD = "forward"  # the variant of baselines, which have one
 

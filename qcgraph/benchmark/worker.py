@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qcgraph.atomic import scratch_folder
 from qcgraph.benchmark.baselines import BASELINES, BUILDERS
 from qcgraph.benchmark.machine import peak_resident_bytes, resident_bytes
 from qcgraph.benchmark.timing import Call, TimedRunner, timed
@@ -27,9 +26,10 @@ from qcgraph.benchmark.turns import Turn, by_variant, counted, first_step, secti
 from qcgraph.benchmark.workspace import Workspace
 from qcgraph.bundle import Bundle
 from qcgraph.errors import QcgraphError
+from qcgraph.export.run.open import open_runner
 from qcgraph.export.targets import target_named
-from qcgraph.runtime import open_runner
-from qcgraph.sampling import Runner
+from qcgraph.files.atomic import scratch_folder
+from qcgraph.sampling.loop import Runner
 
 _Value = TypeVar("_Value")
 _STDERR_END = 2000  # characters of a dead process's messages that are looked at

@@ -56,7 +56,7 @@ class Workspace:
     @cached_property
     def model(self) -> LoadedModel:
         """The model, loaded once a process."""
-        from qcgraph.origin import find_model
+        from qcgraph.models.origin import find_model
 
         return find_model(self.bundle, self.model_name)
 
@@ -87,7 +87,7 @@ class Workspace:
         """The dynamic shapes of `example_inputs`, for torch.export: the batch of all three."""
         import torch
 
-        from qcgraph.capture import MAX_BATCH
+        from qcgraph.capture.capture import MAX_BATCH
 
         batch = torch.export.Dim("B", min=1, max=MAX_BATCH)
         return ({0: batch}, {0: batch}, {0: batch})

@@ -4,7 +4,7 @@ Files: ``manifest.json`` (what is in the folder, with sha256), ``recipe.lock.tom
 plan and the interface of every variant), the exported graphs, ``program.json`` and ``weights.safetensors`` (the final
 program), ``ir/NNN_pass.txt`` and ``.diff``, and the report. Nothing in it is code, nothing is pickled.
 
-Writing is atomic (see `qcgraph.atomic`): a process that is killed leaves the old bundle or none.
+Writing is atomic (see `qcgraph.files.atomic`): a process that is killed leaves the old bundle or none.
 """
 
 from qcgraph.bundle.manifest import MANIFEST, Manifest

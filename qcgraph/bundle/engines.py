@@ -9,11 +9,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from qcgraph import atomic
-from qcgraph.bundle.files import is_sha256, name_problem, parsed, read_file, record_of, text_of
 from qcgraph.bundle.manifest import MANIFEST
 from qcgraph.bundle.read import Bundle
 from qcgraph.errors import BundleError
+from qcgraph.files import atomic
+from qcgraph.files.folder import is_sha256, name_problem, parsed, read_file, record_of, text_of
 
 ENGINES = "engines"  # the folder in a bundle, unless another place is asked for
 RECORD = "engines.json"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from qcgraph import atomic
 from qcgraph.bundle.engines import Source, source_of
-from qcgraph.bundle.files import record_of, recorded_hashes
 from qcgraph.bundle.manifest import FileEntry, entry_of
 from qcgraph.bundle.read import Bundle
+from qcgraph.files import atomic
+from qcgraph.files.folder import record_of, recorded_hashes
 
 RECORD = "export.json"
 RECORD_FORMAT = 1

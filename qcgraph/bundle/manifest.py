@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from qcgraph.atomic import Written, sha256_of
-from qcgraph.bundle.files import (
+from qcgraph.errors import BundleError
+from qcgraph.files.atomic import Written, sha256_of
+from qcgraph.files.folder import (
     AGAIN,
     name_problem,
     parsed,
@@ -18,7 +19,6 @@ from qcgraph.bundle.files import (
     recorded_hashes,
     text_of,
 )
-from qcgraph.errors import BundleError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

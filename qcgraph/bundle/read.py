@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from qcgraph import atomic
-from qcgraph.bundle.files import AGAIN, name_problem, parsed, path_problem, read_file, text_of
 from qcgraph.bundle.manifest import (
     CHANGED,
     MANIFEST,
@@ -28,9 +26,11 @@ from qcgraph.bundle.manifest import (
 )
 from qcgraph.errors import BundleError, UsageError
 from qcgraph.facts import Facts, decode
+from qcgraph.files import atomic
+from qcgraph.files.folder import AGAIN, name_problem, parsed, path_problem, read_file, text_of
+from qcgraph.plan.spec import Interface, ModelSpec
+from qcgraph.plan.steps import StepPlan
 from qcgraph.recipe import Recipe
-from qcgraph.spec import Interface, ModelSpec
-from qcgraph.steps import StepPlan
 
 PLAN_FORMAT = 1
 PROGRAM = "program.json"

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qcgraph.bundle.files import AGAIN
 from qcgraph.bundle.manifest import FileEntry, read_manifest
 from qcgraph.bundle.read import Bundle
 from qcgraph.errors import BundleError
+from qcgraph.files.folder import AGAIN
 
 _Place = tuple[int, int]  # the device and the inode of a file
 _State = tuple[int, int]  # its size in bytes, and when it was last written to, in nanoseconds

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qcgraph import atomic
 from qcgraph.bundle.engines import ENGINES, written_engines
 from qcgraph.bundle.manifest import PLAN, write_manifest, written_files
 from qcgraph.bundle.read import PLAN_FORMAT
 from qcgraph.facts import encode
-from qcgraph.spec import Interface, ModelSpec
-from qcgraph.steps import StepPlan
+from qcgraph.files import atomic
+from qcgraph.plan.spec import Interface, ModelSpec
+from qcgraph.plan.steps import StepPlan
 
 _LINE_WIDTH = 280  # of a value that plan.json keeps on one line; a step that looks back to one other fits
 

@@ -28,8 +28,8 @@ from qcgraph.cli.inspect import inspect_command
 from qcgraph.cli.listing import models_command, passes_command, targets_command
 from qcgraph.cli.sample import sample_command
 from qcgraph.cli.verify import verify_command
-from qcgraph.documents import is_text
 from qcgraph.errors import QcgraphError, UsageError, shown
+from qcgraph.files.documents import is_text
 
 WRONG_INPUT = 2
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells count

@@ -48,7 +48,7 @@ def build_command(
     graph cannot be held, and names every node that is refused.
     """
     from qcgraph.bundle import Bundle
-    from qcgraph.export.engines import build_engines, parse_batch
+    from qcgraph.export.tensorrt.engines import build_engines, parse_batch
     from qcgraph.progress import progress_for
 
     profile = parse_batch(batch) if batch is not None else None

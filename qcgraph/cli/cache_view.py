@@ -16,7 +16,7 @@ def cache_fields(
     """What is cached, what the schedule costs, and how well what reuses does.
 
     Args:
-        report: see `qcgraph.cache_report`.
+        report: see `qcgraph.compiler.cache_report`.
         edges: the cached edges of the compilation's report.
     """
     if report is None:

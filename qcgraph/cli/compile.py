@@ -23,7 +23,7 @@ from qcgraph.errors import UsageError
 
 if TYPE_CHECKING:
     from qcgraph.bundle import Bundle
-    from qcgraph.compiler import CompileResult
+    from qcgraph.compiler.compilation import CompileResult
 
 
 def compile_command(
@@ -129,8 +129,8 @@ def compile_command(
     )
     if ablate is not None:
         resolved = resolved.ablated([name.strip() for name in ablate.split(",")])
-    from qcgraph.compiler import compile_model
-    from qcgraph.plan_file import read_plan
+    from qcgraph.bundle.plan_file import read_plan
+    from qcgraph.compiler.compilation import compile_model
     from qcgraph.progress import progress_for
 
     result = compile_model(

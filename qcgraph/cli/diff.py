@@ -105,7 +105,7 @@ def _plan_fields(bundle: Bundle) -> dict[str, Any]:
 
 def _fact_fields(bundle: Bundle) -> dict[str, Any]:
     """A digest a fact: enough to say which differ."""
-    from qcgraph.steps import digest_of
+    from qcgraph.plan.steps import digest_of
 
     return {name: digest_of(value) for name, value in bundle.facts.encode().items()}
 

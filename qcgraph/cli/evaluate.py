@@ -23,11 +23,11 @@ from qcgraph.cli.output import (
 from qcgraph.errors import VerificationError
 
 if TYPE_CHECKING:
-    from qcgraph.atomic import FolderKind
     from qcgraph.bundle import Bundle
     from qcgraph.evaluation.bootstrap import Estimate
     from qcgraph.evaluation.evaluate import Evaluation
     from qcgraph.evaluation.rows import Row
+    from qcgraph.files.atomic import FolderKind
 
 KIND = "eval"
 FILES = ("eval.json", "samples.png", "curves.png")
@@ -76,7 +76,7 @@ def eval_command(
     """
     from qcgraph.bundle import Bundle
     from qcgraph.bundle.watch import reading
-    from qcgraph.gate import Gate
+    from qcgraph.recipe.gate import Gate
 
     conditions = Gate.parse(gate) if gate is not None else None
     opened = Bundle.open(bundle)
@@ -120,7 +120,7 @@ def _document(evaluation: Evaluation, bundle: Bundle, path: Path, threads: int |
 
 def _check(evaluation: Evaluation, bundle: Path) -> None:
     """Fail when the bundle is at fault, or the gate is not met."""
-    from qcgraph.gate import require
+    from qcgraph.recipe.gate import require
 
     if evaluation.faults:
         fault = evaluation.faults[0]
@@ -135,8 +135,8 @@ def _check(evaluation: Evaluation, bundle: Path) -> None:
 
 
 def _check_output(folder: Path) -> None:
-    from qcgraph.atomic import check_file
     from qcgraph.evaluation.pictures import check_drawing
+    from qcgraph.files.atomic import check_file
 
     check_drawing()
     if not folder.is_dir():
@@ -146,8 +146,8 @@ def _check_output(folder: Path) -> None:
 
 def _output_kind() -> FolderKind:
     """The kind of folder that is written, which replaces an earlier one."""
-    from qcgraph.atomic import FolderKind, Written
-    from qcgraph.bundle.files import record_of
+    from qcgraph.files.atomic import FolderKind, Written
+    from qcgraph.files.folder import record_of
 
     def written(folder: Path) -> Written | None:
         is_ours = record_of(folder, FILES[0]).get("kind") == KIND

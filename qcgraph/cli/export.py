@@ -37,7 +37,7 @@ def export_command(
     Triton Inference Server there is a configuration, too, with which the server keeps the caches.
     """
     from qcgraph.bundle import Bundle
-    from qcgraph.export.formats import export_bundle
+    from qcgraph.export.package.formats import export_bundle
 
     record = export_bundle(Bundle.open(bundle), output, form, force=force)
     if json:

@@ -9,14 +9,14 @@ from itertools import pairwise
 from typing import Any
 
 from qcgraph.bundle import Bundle
-from qcgraph.cache_report import cache_report
+from qcgraph.bundle.plan_file import plan_data, plan_toml
 from qcgraph.cli.cache_view import cache_fields
 from qcgraph.cli.ir_text import op_changes, ops_text, read_program_text
 from qcgraph.cli.output import count_text, print_fields, print_heading, print_json, print_table, size_text
 from qcgraph.cli.program_view import pass_text
 from qcgraph.cli.scales_view import print_scales, scales
+from qcgraph.compiler.cache_report import cache_report
 from qcgraph.facts import AttentionPlan, ForecastFit, QuantPlan
-from qcgraph.plan_file import plan_data, plan_toml
 
 MOST_OPS = 5  # named in the overview
 

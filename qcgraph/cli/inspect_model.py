@@ -18,7 +18,7 @@ def inspect_model(name: str, show: str | None, graph: str | None, node: str | No
     if show is not None and show not in TABLES:
         raise UsageError(f"a model has no {show}", where="--show", hint="compile it, and inspect the bundle")
 
-    from qcgraph.capture import capture
+    from qcgraph.capture.capture import capture
     from qcgraph.models import load_model
     from qcgraph.progress import progress_for
 
@@ -41,7 +41,7 @@ def inspect_model(name: str, show: str | None, graph: str | None, node: str | No
 
 def _model_data(program: Any) -> dict[str, Any]:
     from qcgraph.ir.structure import find_blocks, find_sites, total_macs
-    from qcgraph.spec import ModelSpec
+    from qcgraph.plan.spec import ModelSpec
 
     variant = program.variants["main"]
     sites, blocks = find_sites(variant), find_blocks(variant)

@@ -14,8 +14,8 @@ from qcgraph.cli.output import MOST_SAMPLES, MOST_SEED, MOST_THREADS, count_text
 from qcgraph.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
-    from qcgraph.sampling import Array
-    from qcgraph.spec import ModelSpec
+    from qcgraph.plan.spec import ModelSpec
+    from qcgraph.sampling.loop import Array
 
 MOST_BY_DEFAULT = 16
 MOST_BYTES = 2**32  # of latents, which are all in memory until the picture is drawn
@@ -68,11 +68,11 @@ def sample_command(
         _check_place(save_latents, ".npz")
 
     from qcgraph.bundle import Bundle
-    from qcgraph.images import save_grid
-    from qcgraph.noise import check_seed
+    from qcgraph.evaluation.images import save_grid
+    from qcgraph.export.run.open import open_runner, samples_at_once
     from qcgraph.progress import progress_for
-    from qcgraph.runtime import open_runner, samples_at_once
-    from qcgraph.sampling import check_labels, sample
+    from qcgraph.sampling.loop import check_labels, sample
+    from qcgraph.sampling.noise import check_seed
 
     opened = Bundle.open(bundle)
     plan, spec = opened.plan, opened.spec
@@ -121,7 +121,7 @@ def columns_for(count: int, cycle: int) -> int:
 
 
 def _check_place(path: Path, suffix: str) -> None:
-    from qcgraph.atomic import check_file
+    from qcgraph.files.atomic import check_file
 
     if path.suffix.lower() != suffix:
         raise UsageError(f"is not a {suffix} file", where=str(path), hint=f"give a name that ends with {suffix}")
@@ -157,7 +157,7 @@ def _print_result(output: Path, labels: Sequence[int], columns: int) -> None:
 def _save_latents(path: Path, latents: Array, labels: Sequence[int], seed: int) -> None:
     import numpy as np
 
-    from qcgraph.atomic import writing_file
+    from qcgraph.files.atomic import writing_file
 
     with writing_file(path) as partial:
         np.savez(partial, latents=latents, labels=np.asarray(labels, dtype=np.int64), seed=np.asarray(seed))

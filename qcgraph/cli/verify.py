@@ -14,7 +14,7 @@ from qcgraph.cli.output import JsonOption, count_text, print_json, print_table
 from qcgraph.errors import VerificationError
 
 if TYPE_CHECKING:
-    from qcgraph.export.check import Check
+    from qcgraph.export.check.check import Check
 
 MARKS = {True: "ok", False: "FAILED", None: "-"}  # None: not looked at, or it makes no sense
 
@@ -40,7 +40,7 @@ def verify_command(
     from qcgraph.bundle.watch import reading
 
     opened = Bundle.open(bundle)
-    from qcgraph.compiler import verify_bundle
+    from qcgraph.compiler.compilation import verify_bundle
     from qcgraph.progress import progress_for
 
     count = count_text(len(opened.manifest.files), "file")

@@ -13,7 +13,7 @@ from qcgraph.facts import Equalization, Requantization, SiteCorrection, WeightSo
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantized_sites import QuantizedSite, operands_of_attention, quantized_sites
-from qcgraph.steps import StepPlan
+from qcgraph.plan.steps import StepPlan
 
 ops = torch.ops.qcgraph
 NEUTRAL = (1.0, 0.0, 0.0)  # gain, slope and offset that leave the noise prediction as it is, to the last bit

@@ -9,16 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qcgraph.cache_state import State
-from qcgraph.calibration import sample_calibration
-from qcgraph.effort import affordable, trajectory_macs
 from qcgraph.evaluation.ablation import is_quantized, without_quantization
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
+from qcgraph.pipeline.effort import affordable, trajectory_macs
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
-from qcgraph.sampling import Array
-from qcgraph.spec import ModelSpec
-from qcgraph.steps import StepPlan
+from qcgraph.sampling.cache_state import State
+from qcgraph.sampling.calibration import sample_calibration
+from qcgraph.sampling.loop import Array
 
 TRAJECTORIES = 8  # fewer for large models
 MACS = 1e12  # multiply-accumulates that they may cost, about half a minute on two cores

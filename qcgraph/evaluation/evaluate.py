@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from qcgraph.atomic import scratch_folder
-from qcgraph.effort import affordable
 from qcgraph.errors import UsageError, closest, shown
 from qcgraph.evaluation.bootstrap import LEVEL, Bootstrap, Estimate
 from qcgraph.evaluation.faults import Fault, error_ratio, find_faults, uncompensated
@@ -31,9 +29,11 @@ from qcgraph.evaluation.settings import (
 from qcgraph.evaluation.sites import SAMPLES as SITE_SAMPLES
 from qcgraph.evaluation.sites import SiteEffect, measure_sites
 from qcgraph.evaluation.tally import Tally, Tallying, Trajectory, Values
-from qcgraph.gate import Gate, Verdict
+from qcgraph.files.atomic import scratch_folder
+from qcgraph.pipeline.effort import affordable
 from qcgraph.progress import Progress
-from qcgraph.sampling import Array
+from qcgraph.recipe.gate import Gate, Verdict
+from qcgraph.sampling.loop import Array
 
 SAMPLES = 128  # of a seed, unless it is said how many
 CONVERGED_SAMPLES = 64  # of the first seed; the converged reference takes hundreds of steps

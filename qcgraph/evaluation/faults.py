@@ -13,8 +13,8 @@ from qcgraph.evaluation.scales import ScaleFit
 from qcgraph.evaluation.settings import Subject
 from qcgraph.evaluation.sites import SiteEffect
 from qcgraph.evaluation.tally import Tally, Values
-from qcgraph.schedulers import make_step_plan
-from qcgraph.steps import Step, StepPlan
+from qcgraph.plan.schedulers import make_step_plan
+from qcgraph.plan.steps import Step, StepPlan
 
 LOST_DECIBELS = 6.0  # a scale twice too wide, or one that cuts off as much as that; sound ones lose 0 to 3
 LOSING_DECIBELS = 1.0  # an error that is raised by less may be bad luck

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from qcgraph.errors import UsageError, closest
-from qcgraph.spec import ModelSpec
+from qcgraph.plan.spec import ModelSpec
 
 Array = npt.NDArray[np.float32]
 Values = npt.NDArray[np.float64]

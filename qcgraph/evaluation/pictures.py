@@ -10,8 +10,8 @@ import numpy as np
 
 from qcgraph.errors import UsageError
 from qcgraph.evaluation.evaluate import Evaluation
-from qcgraph.images import save_grid
-from qcgraph.steps import StepPlan
+from qcgraph.evaluation.images import save_grid
+from qcgraph.plan.steps import StepPlan
 
 SIZE = (8.0, 6.0)  # inches
 

@@ -12,8 +12,8 @@ from qcgraph.evaluation.bootstrap import Bootstrap, Estimate
 from qcgraph.evaluation.metrics import Distances, Metric, peak, psnr, shown, ssim
 from qcgraph.evaluation.tally import Tally, Values, mean_squares
 from qcgraph.models.judge import Judge
-from qcgraph.sampling import Array
-from qcgraph.spec import ModelSpec
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.sampling.loop import Array
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from qcgraph.evaluation.ablation import Quantizer, activation_quantizers
 from qcgraph.evaluation.settings import Subject
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.progress import Progress
-from qcgraph.sampling import Array, sample
+from qcgraph.sampling.loop import Array, sample
 
 SMALLEST = float(np.finfo(np.float32).tiny)
 

@@ -18,6 +18,7 @@ from qcgraph.evaluation.ablation import (
     without_quantization,
 )
 from qcgraph.evaluation.solvers import sample_with
+from qcgraph.export.run.open import open_runner
 from qcgraph.export.targets import Target, target_named
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
@@ -25,13 +26,12 @@ from qcgraph.ir.serialize import load_program
 from qcgraph.ir.structure import find_sites, macs_by_variant, total_macs
 from qcgraph.models import LoadedModel
 from qcgraph.models.eager import EagerRunner
-from qcgraph.origin import captured_origin, find_model
+from qcgraph.models.origin import captured_origin, find_model
+from qcgraph.plan.schedulers import FLOW_SOLVER, make_step_plan
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
-from qcgraph.runtime import open_runner
-from qcgraph.sampling import AfterUpdate, Array, Runner, sample
-from qcgraph.schedulers import FLOW_SOLVER, make_step_plan
-from qcgraph.spec import ModelSpec
-from qcgraph.steps import StepPlan
+from qcgraph.sampling.loop import AfterUpdate, Array, Runner, sample
 
 Draw = Callable[[Sequence[int], int, AfterUpdate | None], Array]
 
@@ -242,7 +242,7 @@ def _uncompensated(subject: Subject) -> Runner:
     program = without_compensation(subject.program)
     if isinstance(subject.runner, TorchRunner):
         return TorchRunner(program)
-    from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
+    from qcgraph.export.run.onnxruntime import OnnxRuntimeRunner
 
     tables = {name: program.constants[name].numpy() for name in compensation_tables(program)}
     exact = subject.target.may_saturate
@@ -253,8 +253,8 @@ def _exported(subject: Subject, program: Program, folder: Path, progress: Progre
     """Another program on the backend of the subject's target."""
     if isinstance(subject.runner, TorchRunner):
         return TorchRunner(program)
-    from qcgraph.export.emit import emit_onnx
-    from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
+    from qcgraph.export.onnx.emit import emit_onnx
+    from qcgraph.export.run.onnxruntime import OnnxRuntimeRunner
 
     target = subject.target
     emit_onnx(program, folder, target.opset, progress, **target.forms)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from qcgraph.effort import affordable
 from qcgraph.evaluation.ablation import (
     dequantized_weight,
     float_weight,
@@ -21,9 +20,10 @@ from qcgraph.evaluation.tally import Trajectory
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantized_sites import QuantizedSite, quantized_sites, record
 from qcgraph.ir.structure import find_sites, total_macs
-from qcgraph.noise import Noise
+from qcgraph.pipeline.effort import affordable
+from qcgraph.plan.spec import OUTPUT
 from qcgraph.progress import Progress
-from qcgraph.spec import OUTPUT
+from qcgraph.sampling.noise import Noise
 
 STEPS = 4  # steps at which the effect of a site is measured
 SAMPLES = 16  # samples a step, fewer for large models

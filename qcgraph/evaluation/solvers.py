@@ -8,11 +8,11 @@ from typing import cast
 import numpy as np
 import torch
 
-from qcgraph.noise import Noise
-from qcgraph.sampling import Array, Request, Runner, guided
-from qcgraph.schedulers import make_scheduler
-from qcgraph.spec import ModelSpec
-from qcgraph.steps import Fingerprint, Step, StepPlan, Update
+from qcgraph.plan.schedulers import make_scheduler
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
+from qcgraph.sampling.loop import Array, Request, Runner, guided
+from qcgraph.sampling.noise import Noise
 
 UNUSED = Update(0.0, 0.0)  # the scheduler itself makes the updates
 
@@ -23,13 +23,13 @@ def sample_with(
     """Sample one latent per label with a diffusers scheduler that makes its own updates.
 
     Args:
-        scheduler: a key of `qcgraph.schedulers.SCHEDULERS`; one that neither draws noise nor scales its input.
+        scheduler: a key of `qcgraph.plan.schedulers.SCHEDULERS`; one that neither draws noise nor scales its input.
         steps: number of sampling steps.
         guidance: weight of classifier-free guidance; 1 means none.
         runner: the denoiser; every step runs its variant ``main``.
         spec: what the denoiser is.
         labels: one class a sample.
-        seed: seeds the initial noise, which is that of `qcgraph.sampling.sample`.
+        seed: seeds the initial noise, which is that of `qcgraph.sampling.loop.sample`.
 
     Returns:
         f32[N,C,H,W], the final latents.

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qcgraph.calibration import LatentStatistics
 from qcgraph.evaluation.settings import Setting
-from qcgraph.sampling import Array
+from qcgraph.sampling.calibration import LatentStatistics
+from qcgraph.sampling.loop import Array
 
 Values = npt.NDArray[np.float64]
 BROKEN = 1e30  # stands for the squared error of a latent that is not finite

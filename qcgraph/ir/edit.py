@@ -22,7 +22,7 @@ from qcgraph.ir.graph import (
     spec_of,
 )
 from qcgraph.ir.program import Program, used_constants
-from qcgraph.spec import Interface, TensorSpec
+from qcgraph.plan.spec import Interface, TensorSpec
 
 
 class GraphEditor:

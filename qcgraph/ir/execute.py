@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import fx
 
-from qcgraph.cache_state import State, cached, depths, remember
 from qcgraph.ir.program import Program
-from qcgraph.sampling import Array
+from qcgraph.sampling.cache_state import State, cached, depths, remember
+from qcgraph.sampling.loop import Array
 
 Observe = Callable[[str, fx.Node, torch.Tensor], None]
 
@@ -37,7 +37,7 @@ def ordinary_torch() -> Iterator[None]:
 
 
 class TorchRunner:
-    """The reference backend: runs the graphs of a program as they are (see `qcgraph.sampling.Runner`).
+    """The reference backend: runs the graphs of a program as they are (see `qcgraph.sampling.loop.Runner`).
 
     Args:
         program: what to run.

@@ -14,7 +14,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qcgraph.errors import ContractError
-from qcgraph.spec import BATCH, Interface, TensorSpec
+from qcgraph.plan.spec import BATCH, Interface, TensorSpec
 
 if TYPE_CHECKING:
     from sympy import Expr
@@ -155,4 +155,4 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
             mode = value.fake_mode
             assert isinstance(mode, FakeTensorMode)
             return mode
-    raise ContractError("the graph has no typed values", hint="capture the model with qcgraph.capture")
+    raise ContractError("the graph has no typed values", hint="capture the model with qcgraph.capture.capture")

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from qcgraph.ir.graph import DTYPES, fake_value, size_of
+from qcgraph.plan.spec import BATCH, Interface, TensorSpec
 from qcgraph.quiet import without_log
-from qcgraph.spec import BATCH, Interface, TensorSpec
 
 BATCH_HINT = 97  # a batch that no other dimension of a denoiser is likely to equal, so that sizes are not confused
 

@@ -14,8 +14,8 @@ from qcgraph.ir.admitted import is_admitted, is_quiet
 from qcgraph.ir.graph import Variant, module_path, returned_nodes, spec_of
 from qcgraph.ir.ops import OPS
 from qcgraph.ir.program import Program
-from qcgraph.spec import MODULATION, preparation
-from qcgraph.steps import StepPlan
+from qcgraph.plan.spec import MODULATION, preparation
+from qcgraph.plan.steps import StepPlan
 
 NAMESPACES = ("aten", "qcgraph")
 INTEGER_FUNCTIONS = (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod)

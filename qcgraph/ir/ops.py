@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from qcgraph.ir.graph import spec_of
-from qcgraph.spec import BATCH
+from qcgraph.plan.spec import BATCH
 
 CODE_TYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn)
 HALVES = 2  # of guidance: conditional, unconditional

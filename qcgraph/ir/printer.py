@@ -40,8 +40,8 @@ from qcgraph.facts import (
     TimestepGroups,
 )
 from qcgraph.ir.graph import DTYPE_NAMES, Origin, Variant, module_path, returned_nodes, spec_of
-from qcgraph.spec import ModelSpec
-from qcgraph.steps import StepPlan
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
 
 
 def print_program(facts: Facts, variants: Mapping[str, Variant]) -> str:

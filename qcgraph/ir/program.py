@@ -14,8 +14,8 @@ from qcgraph.errors import ContractError
 from qcgraph.facts import Facts
 from qcgraph.ir.graph import Variant
 from qcgraph.ir.printer import print_program
-from qcgraph.spec import MODULATION, Interface, preparation
-from qcgraph.steps import digest, digest_of
+from qcgraph.plan.spec import MODULATION, Interface, preparation
+from qcgraph.plan.steps import digest, digest_of
 
 
 @dataclass(frozen=True)

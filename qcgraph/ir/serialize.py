@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from qcgraph.bundle.files import parsed, path_problem, read_file, text_of
 from qcgraph.errors import BundleError
 from qcgraph.facts import Facts, decode
+from qcgraph.files.folder import parsed, path_problem, read_file, text_of
 from qcgraph.ir.graph import DTYPE_NAMES, DTYPES, Origin, Variant, is_name, module_path
 from qcgraph.ir.infer import check_arguments, infer_types
 from qcgraph.ir.legality import INTEGER_FUNCTIONS, NAMESPACES, find, illegal_target
 from qcgraph.ir.program import PassRecord, Program
-from qcgraph.spec import Interface, TensorSpec
+from qcgraph.plan.spec import Interface, TensorSpec
 
 _AGAIN = "compile again with this version"
 _STRANGE = "this file was not written by qcgraph"

@@ -19,7 +19,7 @@ from torch import fx
 
 from qcgraph.facts import CachedValue
 from qcgraph.ir.graph import DTYPE_NAMES, Variant, dimension_text, module_path, returned_nodes, size_of
-from qcgraph.spec import MODULATION, TensorSpec
+from qcgraph.plan.spec import MODULATION, TensorSpec
 
 aten = torch.ops.aten
 PAIR = 2  # samples: both halves of guidance

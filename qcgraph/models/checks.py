@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qcgraph.errors import UsageError
-from qcgraph.spec import FLOW, ModelSpec, NoiseSchedule
+from qcgraph.plan.spec import FLOW, ModelSpec, NoiseSchedule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,7 +68,7 @@ def check_spec(spec: ModelSpec, where: str) -> None:
         raise UsageError(
             f"the spec is a {type(spec).__name__} with the schedule {getattr(spec, 'schedule', None)!r}",
             where=where,
-            hint="give qcgraph.spec.ModelSpec, and in it a qcgraph.spec.NoiseSchedule",
+            hint="give qcgraph.plan.spec.ModelSpec, and in it a qcgraph.plan.spec.NoiseSchedule",
         )
     _check_schedule(spec.schedule, where)
     try:
@@ -79,7 +79,7 @@ def check_spec(spec: ModelSpec, where: str) -> None:
         raise UsageError(
             f"{place} = {first['input']!r} of its spec does not fit: {first['msg']}",
             where=where,
-            hint="see qcgraph.spec.ModelSpec",
+            hint="see qcgraph.plan.spec.ModelSpec",
         ) from None
     if spec.output_channels < spec.latent_shape[0]:
         raise UsageError(

@@ -15,8 +15,8 @@ from qcgraph.models.loaded import LoadedModel
 from qcgraph.models.scheduler_config import CONFIG_FILE as SCHEDULER_FILE
 from qcgraph.models.scheduler_config import read_schedule
 from qcgraph.models.transformer_config import CONFIG_FILE, TransformerConfig, read_transformer_config
+from qcgraph.plan.spec import ModelSpec, NoiseSchedule
 from qcgraph.quiet import quiet
-from qcgraph.spec import ModelSpec, NoiseSchedule
 
 _HINT = "is the download complete, and are config.json and weights of the same model?"
 INPUT_NAMES = ("hidden_states", "timestep", "class_labels")

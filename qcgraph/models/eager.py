@@ -9,16 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qcgraph.cache_state import State
 from qcgraph.models.loaded import LoadedModel
-from qcgraph.sampling import Array
-from qcgraph.spec import is_preparation
+from qcgraph.plan.spec import is_preparation
+from qcgraph.sampling.cache_state import State
+from qcgraph.sampling.loop import Array
 
 _INPUTS = ("latent", "timestep", "class_label")
 
 
 class EagerRunner:
-    """Runs the module of a model as it is (see `qcgraph.sampling.Runner`), whatever variant is asked for."""
+    """Runs the module of a model as it is (see `qcgraph.sampling.loop.Runner`), whatever variant is asked for."""
 
     def __init__(self, model: LoadedModel) -> None:
         self._module = model.module

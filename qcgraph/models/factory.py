@@ -10,9 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from qcgraph.capture.wrappers import unwrapped as without_wrappers
 from qcgraph.errors import QcgraphError, UsageError
 from qcgraph.models.loaded import LoadedModel
-from qcgraph.wrappers import unwrapped as without_wrappers
 
 if TYPE_CHECKING:
     pass

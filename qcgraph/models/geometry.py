@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from qcgraph.spec import ModelSpec, NoiseSchedule
+from qcgraph.plan.spec import ModelSpec, NoiseSchedule
 
 TIMESTEP_FREQUENCIES = 256
 """Sinusoidal features of a timestep before its MLP; the original fixes it."""

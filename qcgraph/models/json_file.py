@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qcgraph import documents
 from qcgraph.errors import UsageError
+from qcgraph.files import documents
 
 _LARGEST = 2**24  # bytes; the largest that is known, the index of a sharded checkpoint, has a hundredth of that
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qcgraph.models.judge import Judge
-from qcgraph.spec import ModelSpec
+from qcgraph.plan.spec import ModelSpec
 
 if TYPE_CHECKING:
     from torch import nn

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from qcgraph.errors import UsageError, closest
 from qcgraph.models.json_file import read_config, read_json
-from qcgraph.spec import FLOW, FolderSampler, NoiseSchedule
+from qcgraph.plan.spec import FLOW, FolderSampler, NoiseSchedule
 
 CONFIG_FILE = "scheduler_config.json"
 INDEX_FILE = "model_index.json"  # of a pipeline folder; names the class of each part

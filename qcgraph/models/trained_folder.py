@@ -16,7 +16,7 @@ from qcgraph.models.files import CARD_FILE, CLASSIFIER_FILE, DIGITS_FOLDER, IMAG
 from qcgraph.models.geometry import DiTConfig
 from qcgraph.models.judge import Judge
 from qcgraph.models.loaded import LoadedModel
-from qcgraph.spec import NoiseSchedule
+from qcgraph.plan.spec import NoiseSchedule
 
 _TOOL = "tools/train_digits.py or tools/train_dit.py"
 _HINT = f"the folder must be as {_TOOL} wrote it: card and weights of one training, complete"

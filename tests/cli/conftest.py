@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from qcgraph import runtime
 from qcgraph.bundle import write_plan, writing
 from qcgraph.cli import run
+from qcgraph.export.run import open as runtime
 from qcgraph.facts import (
     ActivationQuant,
     CachedValue,
@@ -27,9 +27,9 @@ from qcgraph.facts import (
     SiteQuant,
     WeightQuant,
 )
+from qcgraph.plan.spec import Interface, ModelSpec, TensorSpec
+from qcgraph.plan.steps import Earlier, Fingerprint, Step, StepPlan, Update
 from qcgraph.recipe import Recipe
-from qcgraph.spec import Interface, ModelSpec, TensorSpec
-from qcgraph.steps import Earlier, Fingerprint, Step, StepPlan, Update
 
 MAIN = """\
 model toy: latent 1x8x8, 10 classes, predicts epsilon

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qcgraph.default_pipeline import default_pipeline
+from qcgraph.compiler.default_pipeline import default_pipeline
 from qcgraph.export.targets import TARGETS
 from qcgraph.ir.program import Program
 from qcgraph.recipe import Recipe

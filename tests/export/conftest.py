@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from qcgraph.bundle import Bundle, write_plan, writing
-from qcgraph.export.emit import emit_onnx
-from qcgraph.export.run_onnxruntime import OnnxRuntimeRunner
+from qcgraph.export.onnx.emit import emit_onnx
+from qcgraph.export.run.onnxruntime import OnnxRuntimeRunner
 from qcgraph.export.targets import TARGETS
 from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pipeline
+from qcgraph.plan.spec import Interface, ModelSpec
+from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
-from qcgraph.spec import Interface, ModelSpec
-from qcgraph.steps import StepPlan
 
 TARGET = TARGETS["onnxruntime-cpu"]
 CALIBRATE = "calibrate{trajectories=2},group-timesteps{groups=3}"

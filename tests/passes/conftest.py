@@ -7,7 +7,7 @@ import pytest
 from qcgraph.facts import ActivationQuant, QuantPlan, Ranges, SiteQuant, SiteRange, WeightQuant
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
-from qcgraph.steps import StepPlan
+from qcgraph.plan.steps import StepPlan
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qcgraph.default_pipeline import default_pipeline
+from qcgraph.compiler.default_pipeline import default_pipeline
 from qcgraph.export.targets import TARGETS
 from qcgraph.models.geometry import GEOMETRIES, DiTConfig
 from qcgraph.recipe import Recipe

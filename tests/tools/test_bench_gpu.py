@@ -16,9 +16,9 @@ import torch
 from qcgraph.benchmark.timing import Timing
 from qcgraph.errors import UsageError
 from qcgraph.models import LoadedModel
+from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.progress import Progress
-from qcgraph.sampling import sample
-from qcgraph.schedulers import make_step_plan
+from qcgraph.sampling.loop import sample
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_gpu.py"
 
@@ -89,7 +89,7 @@ def test_sampling_on_tensors_is_that_of_the_bundle(module: Any, tiny_model: Load
     assert latents.shape == (2, *tiny_model.spec.latent_shape)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).numpy()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qcgraph.noise.Noise.initial", lambda self: noise)
+        patch.setattr("qcgraph.sampling.noise.Noise.initial", lambda self: noise)
         expected = sample(eager_runner(tiny_model), plan, tiny_model.spec, [0, 1], seed=0)
     torch.testing.assert_close(latents, torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
     half = sampling.torch_denoiser(tiny_model, torch.bfloat16, None, torch.device("cpu"))

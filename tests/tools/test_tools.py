@@ -18,9 +18,9 @@ from qcgraph.benchmark.report import BenchReport, Ratio, Row
 from qcgraph.benchmark.timing import Timing
 from qcgraph.benchmark.worker import Alone
 from qcgraph.errors import QcgraphError
-from qcgraph.instruments import Reproduce
 from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pipeline
+from qcgraph.pipeline.instruments import Reproduce
 from qcgraph.progress import Progress
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"

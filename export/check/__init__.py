@@ -1,0 +1,1 @@
+"""Checks that what was exported is what the program computes."""

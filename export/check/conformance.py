@@ -1,0 +1,151 @@
+"""Conformance: whether graphs are what their target takes, as far as can be told without the hardware it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qcgraph.errors import BundleError, UsageError
+from qcgraph.export.check.check import Check
+from qcgraph.export.check.engine_gates import Library, check_engine
+from qcgraph.export.check.verify import verify_export
+from qcgraph.export.onnx.valid import load_graph, problem_of
+from qcgraph.export.targets import TARGETS, Target
+from qcgraph.export.tensorrt.provider import PROVIDERS
+from qcgraph.ir.program import Program
+from qcgraph.plan.spec import OUTPUT, Interface, TensorSpec, is_preparation, preparation
+from qcgraph.progress import Progress
+from qcgraph.sampling.cache_state import aged, depths
+
+if TYPE_CHECKING:
+    from onnxscript import ir
+
+PORTABLE = ("onnx", "onnx-opset21")
+STANDARD = ("", "ai.onnx")  # both mean the operators of ONNX itself
+FROM_HOST = ("latent", "timestep", "class_label", "group", "row")  # inputs that no variant computes
+
+
+def check_conformance(
+    program: Program, folder: Path, target: Target, interfaces: Mapping[str, Interface], progress: Progress
+) -> tuple[Check, ...]:
+    """Check that exported graphs are what a target takes; it need not be the one that they were exported for.
+
+    Every graph is valid ONNX, tensors that one variant leaves to another are the same on both sides, and all of
+    `verify_export` holds: constant positive scales and zero points of 0 where the target asks for them, and parity with
+    the program. Portable targets take operators of ONNX alone, up to their opset; for those of TensorRT there are the
+    gates of `qcgraph.export.check.engine_gates`.
+
+    Args:
+        program: what was exported; it holds a step plan.
+        folder: where the graphs and their weights are.
+        target: what they should be fit for.
+        interfaces: inputs and outputs by variant.
+        progress: reports what takes long.
+
+    Returns:
+        Every check that was made, passed or not.
+
+    Raises:
+        UsageError: graphs are nothing to this target, or TensorRT, which has to judge, is not installed.
+    """
+    library = judge_of(target)
+    paths = {variant: folder / f"{variant}.onnx" for variant in program.variants}
+    checks = [_check_valid(variant, path) for variant, path in paths.items()]
+    if not all(check.passed for check in checks):
+        return tuple(checks)  # what follows reads them
+    checks.append(check_cache_tensors(interfaces, paths))
+    if target.name in PORTABLE:
+        checks += (_check_operators(variant, path, target) for variant, path in paths.items())
+    if library is not None:
+        for variant, path in paths.items():
+            checks += check_engine(library, program, variant, path, interfaces[variant], progress)
+    try:
+        checks += verify_export(program, folder, target, interfaces, progress)
+    except BundleError as error:
+        checks.append(Check("loads in ONNX Runtime", "", passed=False, value=1, limit=0, detail=error.message))
+    return tuple(checks)
+
+
+def judge_of(target: Target) -> Library | None:
+    """The library that has the last word on graphs for a target, None where there is none.
+
+    Raises:
+        UsageError: graphs are nothing to this target, or the library is not installed.
+    """
+    if not target.emits_onnx:
+        names = ", ".join(name for name, known in TARGETS.items() if known.emits_onnx)
+        raise UsageError(f"{target.name} takes no graphs", where="--target", hint=f"these do: {names}")
+    return Library.load(target.name) if target.name in PROVIDERS else None
+
+
+def check_cache_tensors(interfaces: Mapping[str, Interface], paths: Mapping[str, Path]) -> Check:
+    """What one variant leaves is what another takes: names, types and shapes, in the plan and in the graphs.
+
+    Args:
+        interfaces: inputs and outputs by variant, as the plan has them.
+        paths: the graphs by variant, which are valid ONNX.
+    """
+    wrong = [problem for variant, path in paths.items() for problem in _differences(interfaces[variant], path)]
+    left: dict[str, tuple[str, TensorSpec]] = {}  # cached value, as the first variant that computes it leaves it
+    ages = depths(interfaces.values())
+    for variant, interface in interfaces.items():
+        for spec in () if is_preparation(variant) else interface.outputs:
+            maker, known = left.setdefault(spec.name, (variant, spec))
+            if spec.name != OUTPUT and str(spec) != str(known):
+                wrong.append(f"{spec.name} is {known} from {maker}, {spec} from {variant}")
+    left |= {aged(name, age): left[name] for name in ages.keys() & left.keys() for age in range(1, ages[name] + 1)}
+    for variant, interface in interfaces.items():
+        prepared = interfaces.get(preparation(variant))
+        makers = left | {spec.name: (preparation(variant), spec) for spec in (prepared.outputs if prepared else ())}
+        for spec in interface.inputs:
+            if spec.name in FROM_HOST:
+                continue
+            if spec.name not in makers:
+                wrong.append(f"no variant computes {spec.name}, which {variant} takes")
+            elif str(spec) != str(makers[spec.name][1]):
+                maker, known = makers[spec.name]
+                wrong.append(f"{spec.name} is {known} from {maker}, {variant} takes {spec}")
+    names = {name for interface in interfaces.values() for name in interface.input_names if name not in FROM_HOST}
+    detail = "; ".join(wrong) or f"taken as they are left: {', '.join(sorted(names)) or 'none'}"
+    return Check("cache tensors", "", passed=not wrong, value=len(wrong), limit=0, detail=detail)
+
+
+def _differences(interface: Interface, path: Path) -> Iterator[str]:
+    """Where a graph has other inputs or outputs than the plan says."""
+    graph = load_graph(path).graph
+    for kind, values, specs in (
+        ("takes", graph.inputs, interface.inputs),
+        ("leaves", graph.outputs, interface.outputs),
+    ):
+        found, planned = _texts(values), {spec.name: str(spec) for spec in specs}
+        for name in dict.fromkeys((*planned, *found)):
+            if found.get(name) != planned.get(name):
+                yield (
+                    f"{path.name} {kind} {name} as {found.get(name, 'nothing')}, the plan says "
+                    f"{planned.get(name, 'nothing')}"
+                )
+
+
+def _texts(values: Sequence[ir.Value]) -> dict[str, str]:
+    """Types of the inputs or outputs of a graph, written like those of the plan."""
+    return {str(value.name): f"{value.dtype.short_name() if value.dtype else '?'}{value.shape}" for value in values}
+
+
+def _check_valid(variant: str, path: Path) -> Check:
+    problem = " ".join((problem_of(path) or "").split())
+    detail = problem or "passes the full check of onnx"
+    return Check("valid ONNX", variant, passed=not problem, value=int(bool(problem)), limit=0, detail=detail)
+
+
+def _check_operators(variant: str, path: Path, target: Target) -> Check:
+
+    model = load_graph(path)
+    foreign = [
+        f"{node.domain}.{node.op_type} ({node.name})" for node in model.graph.all_nodes() if node.domain not in STANDARD
+    ]
+    opset = max(model.opset_imports.get(domain, 0) for domain in STANDARD)
+    if opset > target.opset:
+        foreign.append(f"the opset is {opset}, and {target.name} takes up to {target.opset}")
+    detail = ", ".join(foreign) or f"operators of ONNX alone, opset {opset}"
+    return Check("operators", variant, passed=not foreign, value=len(foreign), limit=0, detail=detail)

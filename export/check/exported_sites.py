@@ -1,0 +1,229 @@
+"""The quantized linears of an exported graph, cut out to be run on their own, and its quantization parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcgraph.errors import VerificationError
+from qcgraph.export.onnx.valid import load_graph, tensor_type
+from qcgraph.export.run.onnxruntime import load_session, session_options
+from qcgraph.ir.quantized_sites import QuantizedSite
+from qcgraph.sampling.loop import Array
+
+if TYPE_CHECKING:
+    from onnxscript import ir
+
+
+class CutSites:
+    """Some quantized sites of an exported graph, each cut out and fed on its own, in one session.
+
+    Args:
+        path: the exported graph.
+        sites: what to cut out of it.
+        exact: see `qcgraph.export.run.onnxruntime.session_options`.
+
+    Attributes:
+        sites: the sites.
+        nodes: the nodes of the program whose values enter or leave them.
+
+    Raises:
+        VerificationError: a site is not in the graph in the form that was emitted.
+    """
+
+    def __init__(self, path: Path, sites: Sequence[QuantizedSite], *, exact: bool = False) -> None:
+        from onnxscript import ir
+
+        model = load_graph(path)
+        self.sites = tuple(sites)
+        self.nodes = frozenset(name for site in sites for name in (site.entering, site.leaving))
+        self._leaving: dict[str, str] = {}  # site -> output of the cut graph
+        self._entering: dict[str, str] = {}  # node of the program -> input of the cut graph
+        products = _products(model.graph)
+        inputs: dict[tuple[ir.Node, ...], ir.Value] = {}
+        outputs: list[ir.Value] = []
+        for index, site in enumerate(sites):
+            product = products[site.codes].pop(0) if products.get(site.codes) else None
+            readers, last = (_readers(product, site), _last(product, site)) if product is not None else ((), None)
+            if not readers or last is None:
+                raise VerificationError(
+                    "the exported graph has no product of a quantized activation with its weight codes",
+                    where=f"{path.name}, {site.name}",
+                )
+            if readers not in inputs:
+                inputs[readers] = ir.Value(name=f"entering_{index}", type=tensor_type(site.dtype))
+                for reader in readers:
+                    reader.replace_input_with(0, inputs[readers])
+            self._entering[site.entering] = str(inputs[readers].name)
+            output = last.outputs[0]
+            output.type = tensor_type(site.dtype)
+            outputs.append(output)
+            self._leaving[site.name] = str(output.name)
+        self._session = _cut_session(
+            model, list(inputs.values()), outputs, path.parent, session_options(None, exact=exact)
+        )
+
+    def run(self, entering: Mapping[str, Array], selectors: Mapping[str, npt.NDArray[np.int64]]) -> dict[str, Array]:
+        """What leaves every site.
+
+        Args:
+            entering: what enters the sites, by the name of the program's node; other entries are ignored.
+            selectors: the scalar inputs, the timestep group among them.
+        """
+        feeds: dict[str, npt.NDArray[Any]] = {name: entering[node] for node, name in self._entering.items()}
+        wanted = {item.name for item in self._session.get_inputs()}
+        feeds |= {name: value for name, value in selectors.items() if name in wanted}
+        values = self._session.run(list(self._leaving.values()), feeds)
+        return dict(zip(self._leaving, values, strict=True))
+
+
+def _products(graph: ir.Graph) -> dict[str, list[ir.Node]]:
+    """Weight codes -> the products that they take part in, of dequantized values or as integers."""
+    found: dict[str, list[ir.Node]] = {}
+    for node in graph:
+        makers = [_maker(value) for value in node.inputs[:2]]
+        if node.op_type == "MatMul" and all(maker and maker.op_type == "DequantizeLinear" for maker in makers):
+            codes = makers[1].inputs[0] if makers[1] else None
+        elif node.op_type == "MatMulInteger":
+            codes = node.inputs[1]
+        else:
+            continue
+        found.setdefault(str(codes.name) if codes else "", []).append(node)
+    return found
+
+
+def _readers(product: ir.Node, site: QuantizedSite) -> tuple[ir.Node, ...]:
+    """The nodes that take the floating-point activation of a product, as their first input, to quantize it.
+
+    One reads it where there is one region: the quantize, or the clip before it, or what divides by a ratio of scales
+    before these. With two, each rounds its own values, and they are added before the quantize.
+    """
+    maker = _maker(product.inputs[0])
+    quantize = _maker(maker.inputs[0]) if maker is not None and maker.op_type == "DequantizeLinear" else maker
+    if quantize is None or quantize.op_type != "QuantizeLinear":
+        return ()
+    before = _maker(quantize.inputs[0])
+    if site.is_rescaled:
+        before = _maker(before.inputs[0]) if before is not None and before.op_type == "Clip" else before
+        return (before,) if before is not None and before.op_type == "Mul" else ()
+    if before is None or before.op_type not in ("Clip", "Add"):
+        return (quantize,)
+    if before.op_type == "Clip":
+        return (before,)
+    above, below = (_maker(value) for value in before.inputs)
+    for op_type in ("Mul", "Clip", "Round", "Div"):
+        if above is None or above.op_type != op_type:
+            return (quantize,)  # an addition of the model
+        first, above = above, _maker(above.inputs[0])
+    same = below is not None and below.op_type == "Clip" and below.inputs[0] is first.inputs[0]
+    return (first, below) if same and below is not None else (quantize,)
+
+
+def _last(product: ir.Node, site: QuantizedSite) -> ir.Node | None:
+    """The addition of an initializer that follows a product, else the product.
+
+    None for integers without a scale, and where a ratio should follow and does not.
+    """
+    result = _scaled(product) if product.op_type == "MatMulInteger" else product
+    if site.is_rescaled and result is not None:
+        result = _only_user(result.outputs[0])
+        if result is None or result.op_type != "Mul":
+            return None
+    add = _only_user(result.outputs[0]) if result is not None else None
+    if add is None or add.op_type != "Add":
+        return result
+    return add if any(value is not None and value.is_initializer() for value in add.inputs) else result
+
+
+def _scaled(integers: ir.Node) -> ir.Node | None:
+    """The node that makes numbers of a product of integers: Mul(Cast(product), Mul(scale, scale))."""
+    cast = _only_user(integers.outputs[0])
+    scaled = _only_user(cast.outputs[0]) if cast is not None and cast.op_type == "Cast" else None
+    scales = _maker(scaled.inputs[1]) if scaled is not None and scaled.op_type == "Mul" else None
+    return scaled if scales is not None and scales.op_type == "Mul" else None
+
+
+def _maker(value: ir.Value | None) -> ir.Node | None:
+    return value.producer() if value is not None else None
+
+
+def _only_user(value: ir.Value) -> ir.Node | None:
+    users = list(value.consumers())
+    return users[0] if len(users) == 1 and not value.is_graph_output() else None
+
+
+def multiplied_integers(path: Path) -> frozenset[str]:
+    """The weight codes that an exported graph multiplies as integers, and whose biases the kernels take in."""
+    nodes = [node for node in load_graph(path).graph if node.op_type == "MatMulInteger"]
+    return frozenset(str(codes.name) for node in nodes if (codes := node.inputs[1]) is not None)
+
+
+def _cut_session(model: ir.Model, inputs: list[ir.Value], outputs: list[ir.Value], folder: Path, options: Any) -> Any:
+    """A session of what computes these outputs; weights are read from where the whole graph has them."""
+    from onnxscript import ir
+    from onnxscript.optimizer import remove_unused_nodes
+
+    selectors = [value for value in model.graph.inputs if value.shape is not None and not value.shape.dims]
+    model.graph.inputs[:] = [*inputs, *selectors]
+    model.graph.outputs[:] = outputs
+    remove_unused_nodes(model)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return load_session(ir.to_proto(model).SerializeToString(), options)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The quantization parameters of an exported graph.
+
+    Attributes:
+        codes: weight codes by initializer.
+        scales: scales by initializer.
+        zero_points: zero points by initializer.
+        selected: scales and zero points that are no constants: the tables, by initializer, of which one row is selected
+            at run time, and values that are computed.
+    """
+
+    codes: dict[str, npt.NDArray[np.int8]]
+    scales: dict[str, npt.NDArray[np.float32]]
+    zero_points: dict[str, npt.NDArray[np.generic]]
+    selected: frozenset[str]
+
+
+def parameters(path: Path) -> Parameters:
+    """Codes, scales and zero points of an exported graph, as they are on disk."""
+    from onnxscript import ir
+
+    found: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = ({}, {}, {})
+    selected = set()
+    for node in load_graph(path).graph:
+        for operand in _operands(node):
+            for position, value in enumerate(operand):
+                source = _source(value)
+                content = ir.convenience.get_const_tensor(source) if source is not None else None
+                if source is not None and content is not None:
+                    found[position][str(source.name)] = content.numpy()
+                if source is not None and (source is not value or (position and content is None)):
+                    selected.add(str(source.name))
+    return Parameters(*found, frozenset(selected))
+
+
+def _operands(node: ir.Node) -> Iterator[Sequence[ir.Value | None]]:
+    """The values, scale and zero point of what a node quantizes, dequantizes or multiplies as integers."""
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        yield node.inputs
+    elif node.op_type == "MatMulInteger":
+        scaled = _scaled(node)
+        scales = _maker(scaled.inputs[1]) if scaled is not None else None
+        zero_points = (*node.inputs[2:], None, None)
+        yield from zip(node.inputs, scales.inputs if scales is not None else (None, None), zero_points, strict=False)
+
+
+def _source(value: ir.Value | None) -> ir.Value | None:
+    """The tensor itself, or the table that it is selected from."""
+    maker = _maker(value)
+    return maker.inputs[0] if maker is not None and maker.op_type == "Gather" else value

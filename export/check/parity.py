@@ -1,0 +1,300 @@
+"""Parity: an exported graph computes what its program computes, site by site and as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qcgraph.errors import VerificationError
+from qcgraph.export.check.check import NO_NUMBER, Check
+from qcgraph.export.check.exported_sites import CutSites
+from qcgraph.export.check.reference import Perturbed, Shadowed, SiteReference
+from qcgraph.export.run.onnxruntime import OnnxRuntimeRunner
+from qcgraph.facts import precision_of
+from qcgraph.ir.ops import HALVES
+from qcgraph.ir.program import Program
+from qcgraph.ir.quantized_sites import QuantizedSite, record
+from qcgraph.ir.structure import macs_by_variant
+from qcgraph.plan.spec import ModelSpec, preparation
+from qcgraph.plan.steps import Step, StepPlan
+from qcgraph.sampling.cache_state import depths, remember
+
+FLIPS = 1.5  # how far above the distance that flipped codes make in the program they may take a graph
+# How many times the program's own rounding another evaluation may be off. One that leaves roundings out is at most as
+# far from float64 as the program, one that makes more of them perhaps twice as far; the distances add up.
+ROUNDINGS = 3.0
+# Exponentials, tangents and error functions of a runtime, and products of integers that are scaled, are right to this,
+# relatively: a few units in the last place of float32, in which they are computed whatever the type around them.
+FUNCTIONS = 16 * 2.0**-24
+NEAR = 0.5  # part of its limit from which on a result is also compared with what other legal roundings give
+STANDARD_ERRORS = 3.0  # how far above its limit a root mean square must be for certain, over the samples compared
+MAGNIFIED = 64.0  # times as much noise shows what a flip does where few samples see one
+STEPS = 4  # steps of the plan that a variant is compared at, two for large models
+SAMPLES = 256  # samples a step, fewer for large models; in a small one a rounding flips in few of them
+MACS = 10e9  # multiply-accumulates that running the samples of a step once may cost
+TOGETHER = 16  # sites whose values are held at once to compare them
+SLOWNESS = {"f16": 8}  # of PyTorch on a CPU, about; where it is slow, fewer samples are compared
+
+
+@dataclass(frozen=True)
+class _Margin:
+    """A distance and what it may be, both relative L2."""
+
+    distance: float
+    limit: float
+
+    @property
+    def used(self) -> float:
+        """The part of the limit that the distance takes."""
+        return self.distance / self.limit
+
+    @property
+    def exceeded(self) -> bool:
+        return not self.distance <= self.limit
+
+
+def check_sites(program: Program, variant: str, sites: Sequence[QuantizedSite], path: Path, *, exact: bool) -> Check:
+    """Each site on its own computes what it computes in the program, given the same values.
+
+    What the graph makes of them is compared with the site in float64. Where 16-bit values may be rounded or not before
+    they become codes, each choice is legal, and the nearest result counts (see `qcgraph.export.check.reference`). The
+    limit is `ROUNDINGS` times the distance of the program from float64, and what may be added by codes that lie on the
+    edge between two and by sums in 16 bits.
+
+    Args:
+        program: what was exported.
+        variant: which of its variants.
+        sites: its quantized sites.
+        path: the exported graph.
+        exact: see `qcgraph.export.run.onnxruntime.session_options`.
+    """
+    try:
+        parts = [sites[start : start + TOGETHER] for start in range(0, len(sites), TOGETHER)]
+        cuts = [CutSites(path, part, exact=exact) for part in parts]
+    except VerificationError as missing:
+        return Check("site exactness", variant, passed=False, value=NO_NUMBER, limit=FUNCTIONS, detail=str(missing))
+    references = {site.name: SiteReference(program, variant, site) for site in sites}
+    worst = {site.name: _Margin(0.0, FUNCTIONS) for site in sites}
+    for index, step in enumerate(_steps(program, variant)):
+        inputs = _inputs(program, variant, step, 1, np.random.default_rng(index))
+        selectors = {name: inputs[name].numpy() for name in ("group", "row")}
+        for position, values in record(program, variant, inputs, [cut.nodes for cut in cuts]):
+            found = cuts[position].run(values, selectors)
+            for site in cuts[position].sites:
+                reference = references[site.name]
+                entering, leaving = (torch.from_numpy(values[name]) for name in (site.entering, site.leaving))
+                margin = _site_margin(reference, inputs, entering, leaving, torch.from_numpy(found[site.name]))
+                worst[site.name] = max(worst[site.name], margin, key=lambda item: item.used)
+    closest = max(worst, key=lambda name: worst[name].used)
+    value, limit = worst[closest].distance, worst[closest].limit
+    over = [f"{name} {margin.distance:.1e}" for name, margin in worst.items() if margin.exceeded]
+    detail = (
+        f"relative L2 {value:.1e} at {closest}, of {len(sites)} sites the closest to its limit; expected up to "
+        f"{limit:.1e}: {ROUNDINGS:g} times what the program rounds there (against float64), codes on an edge, and sums"
+    )
+    if over:
+        detail += f"; too far: {', '.join(over)}"
+    return Check("site exactness", variant, passed=not over, value=value, limit=limit, detail=detail)
+
+
+def _site_margin(
+    reference: SiteReference,
+    inputs: Mapping[str, torch.Tensor],
+    entering: torch.Tensor,
+    leaving: torch.Tensor,
+    found: torch.Tensor,
+) -> _Margin:
+    """Return how near a result is to the nearest legal one, in the sample where that is closest to its limit."""
+    rounding: torch.Tensor | None = None
+    best = _Margin(NO_NUMBER, FUNCTIONS)
+    for legal in reference.legal_results(entering, inputs):
+        norm = _norm(legal.result).clamp(min=torch.finfo(torch.float32).tiny)
+        if rounding is None:
+            rounding = _norm(leaving.double() - legal.result)
+        allowed = ROUNDINGS * rounding + FLIPS * _norm(legal.edges) + _norm(legal.sums)
+        limits = allowed / norm + FUNCTIONS
+        distances = (_norm(found.double() - legal.result) / norm).nan_to_num(NO_NUMBER, posinf=NO_NUMBER)
+        sample = int((distances / limits).argmax())
+        best = min(best, _Margin(float(distances[sample]), float(limits[sample])), key=lambda item: item.used)
+        if best.used < NEAR:
+            break
+    return best
+
+
+def _norm(values: torch.Tensor) -> torch.Tensor:
+    """Return the L2 norm of each sample."""
+    return values.reshape(len(values), -1).norm(dim=1)
+
+
+def check_outputs(program: Program, variant: str, runner: OnnxRuntimeRunner, draw: int = 0) -> Iterator[Check]:
+    """The whole graph computes what the program computes, up to the roundings that quantization amplifies.
+
+    Given the same codes, the two may be `ROUNDINGS` times as far apart as the program is from float64. But a difference
+    of one part in a million flips codes, in block after block, until the difference is what flips make of any: so the
+    program is run once more with its quantizers' inputs off by as much as such roundings, and the distance that makes
+    is what flips may add (see `_Flips`).
+
+    Args:
+        program: what was exported.
+        variant: which of its variants.
+        runner: runs the exported graphs.
+        draw: which random input is compared.
+    """
+    found_at: dict[str, list[float]] = {}
+    roundings: dict[str, list[float]] = {}
+    flips: dict[str, _Flips] = {}
+    slowness = SLOWNESS.get(precision_of(program.facts), 1)
+    samples = int(np.clip(MACS // slowness // _macs(program), 1, SAMPLES // slowness))
+    for index, step in enumerate(_steps(program, variant)):
+        inputs = _inputs(program, variant, step, samples, np.random.default_rng(1000 * (draw + 1) + index))
+        shadowed = Shadowed(program, variant)
+        expected, exact = shadowed.outputs(inputs)
+        found = runner.run_outputs(variant, {name: value.numpy() for name, value in inputs.items()}, {})
+        for name, tensor in expected.items():
+            found_at.setdefault(name, []).extend(_distances(found[name].numpy(), tensor.numpy()))
+            roundings.setdefault(name, []).extend(_distances(exact[name].numpy(), tensor.numpy()))
+            flips.setdefault(name, _Flips())
+        off = {name: ROUNDINGS * rounding for name, rounding in shadowed.rounding.items()}
+        for magnified in (1.0, MAGNIFIED) if off else ():
+            perturbed = Perturbed(program, variant, off, torch.Generator().manual_seed(index), magnified)
+            nearby = perturbed.outputs(inputs)
+            for name, tensor in expected.items():
+                flips[name].add(_distances(nearby[name].numpy(), tensor.numpy()), magnified)
+            if not any(item.is_rare for item in flips.values()):
+                break
+    for name, distances in found_at.items():
+        value, limit = _root_mean_square(distances), _limit(roundings[name], flips[name])
+        text = (
+            f"relative L2 {value:.1e} over {len(distances)} samples, expected up to {limit:.1e}: {ROUNDINGS:g} times "
+            f"what the program rounds, {_root_mean_square(roundings[name]):.1e} (against float64)"
+        )
+        if flips[name].mean_square:
+            text += f", and flipped codes, {np.sqrt(flips[name].mean_square):.1e}"
+        yield Check(f"parity of {name}", variant, passed=value <= limit, value=value, limit=limit, detail=text)
+
+
+class _Flips:
+    """How far off codes that flip make an output, over samples.
+
+    In a small model few samples see a flip, perhaps none in the program and one in the graph. Times as much noise makes
+    as many times more of them, so that their size is seen where they are rare; where they are not, they add up to less
+    than that many times as much.
+    """
+
+    def __init__(self) -> None:
+        self._distances: dict[float, list[float]] = {}
+
+    def add(self, distances: Sequence[float], magnified: float) -> None:
+        """Add the relative L2 distances of samples whose quantizers saw so many times the noise."""
+        self._distances.setdefault(magnified, []).extend(distances)
+
+    @property
+    def is_rare(self) -> bool:
+        """Whether fewer samples flipped than so many times the noise would flip in all of them."""
+        distances = self._distances[1.0]
+        return bool(np.count_nonzero(distances) * MAGNIFIED < len(distances))
+
+    @property
+    def mean_square(self) -> float:
+        """The mean square of the distances."""
+        return self._moment(2)
+
+    @property
+    def variance(self) -> float:
+        """The variance of the squared distance of one sample."""
+        return max(self._moment(4) - self._moment(2) ** 2, 0.0)
+
+    @property
+    def largest(self) -> float:
+        """The largest distance of a sample."""
+        return max((max(distances) for distances in self._distances.values()), default=0.0)
+
+    def _moment(self, power: int) -> float:
+        """Return a moment of the distances, the larger of what either noise says."""
+        moments = (np.mean(np.power(values, power)) / times for times, values in self._distances.items())
+        return float(max(moments, default=0.0))
+
+
+def _limit(roundings: Sequence[float], flips: _Flips) -> float:
+    """Return what the root mean square of the distances must not exceed.
+
+    Roundings are alike in all samples. Flips are events: as many of them may come as are expected, some standard
+    errors more, and one more, which is what a number below one means.
+    """
+    count, rounded = len(roundings), ROUNDINGS**2 * np.square(roundings)
+    flipped = flips.mean_square + (STANDARD_ERRORS * np.sqrt(flips.variance * count) + flips.largest**2) / count
+    return float(np.sqrt(rounded.mean() + FLIPS**2 * flipped)) + FUNCTIONS
+
+
+def _steps(program: Program, variant: str) -> list[Step]:
+    """Steps of the plan that run a variant or are prepared by it, spread over it."""
+    steps = [step for step in program.facts[StepPlan].steps if variant in (step.variant, preparation(step.variant))]
+    count = min(len(steps), STEPS if _macs(program) < MACS else STEPS // 2)
+    return [steps[position] for position in np.linspace(0, len(steps) - 1, count).round().astype(int)]
+
+
+def _macs(program: Program) -> int:
+    """Multiply-accumulates of the largest variant for a batch of one; it is also what makes the others' caches."""
+    return max(macs_by_variant(program.variants).values())
+
+
+def _inputs(
+    program: Program, variant: str, step: Step, samples: int, generator: np.random.Generator
+) -> dict[str, torch.Tensor]:
+    """Inputs of one step: noise as the latent, every class in turn, and caches that computing steps make of that.
+
+    Where variants take both halves of guidance in one batch, the number of samples is even.
+    """
+    spec = program.facts[ModelSpec]
+    if program.facts[StepPlan].paired:
+        samples += samples % HALVES
+    latent = torch.from_numpy(generator.standard_normal((samples, *spec.latent_shape), dtype=np.float32))
+    inputs = _without_caches(program, variant, step, latent)
+    missing = [name for name in program.variants[variant].interface.input_names if name not in inputs]
+    if missing:
+        caches = _caches(program, step, latent)
+        inputs |= {name: caches[name] for name in missing}
+    return inputs
+
+
+def _without_caches(program: Program, variant: str, step: Step, latent: torch.Tensor) -> dict[str, torch.Tensor]:
+    spec, samples = program.facts[ModelSpec], len(latent)
+    labels = [spec.null_class, *range(spec.class_count)]
+    inputs = {
+        "latent": latent,
+        "timestep": torch.full((samples,), step.timestep, dtype=torch.float32),
+        "class_label": torch.tensor([labels[index % len(labels)] for index in range(samples)]),
+        "group": torch.tensor(step.group),
+        "row": torch.tensor(step.row),
+    }
+    return program.prepared(variant, inputs)
+
+
+def _caches(program: Program, step: Step, latent: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the steps that computed last before a step leave in the state of a request."""
+    plan, ages = program.facts[StepPlan], depths(program.interfaces.values())
+    earlier = plan.steps[: plan.index_of(step.timestep)]
+    writing = [other for other in earlier if len(program.variants[other.variant].interface.outputs) > 1]
+    state: dict[str, object] = {}
+    for other in writing[-1 - max(ages.values(), default=0) :]:
+        outputs = program.run(other.variant, _without_caches(program, other.variant, other, latent))
+        remember(state, outputs, ages)
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def _distances(found: npt.NDArray[np.floating[Any]], expected: npt.NDArray[np.floating[Any]]) -> list[float]:
+    """Relative L2 distance per sample."""
+    wide = [values.astype(np.float64).reshape(len(values), -1) for values in (found, expected)]
+    norms = np.maximum(np.linalg.norm(wide[1], axis=1), np.finfo(np.float32).tiny)
+    distances = np.linalg.norm(wide[0] - wide[1], axis=1) / norms
+    return [float(distance) for distance in np.nan_to_num(distances, nan=NO_NUMBER, posinf=NO_NUMBER)]
+
+
+def _root_mean_square(distances: Sequence[float]) -> float:
+    return float(np.sqrt(np.mean(np.square(distances))))

@@ -1,0 +1,1 @@
+"""Writing the variants of a program as ONNX graphs."""

@@ -1,0 +1,1 @@
+"""Other forms of a bundle: one ONNX model, a Triton repository."""

@@ -1,0 +1,209 @@
+"""Joining the ONNX graphs of a bundle to one: variants as branches, weights once in the graph around them.
+
+onnx-ir keeps a weight as the pointer into the bundle's file that it is, so joining reads none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from qcgraph.bundle import Bundle
+from qcgraph.errors import BundleError
+from qcgraph.export.onnx.valid import load_graph, tensor_type
+from qcgraph.export.package.single_model import START, VARIANT, CacheTensor, SingleModel
+from qcgraph.files.folder import AGAIN
+from qcgraph.plan.spec import MODULATION, TensorSpec, preparation
+
+if TYPE_CHECKING:
+    from onnxscript import ir
+
+
+def join(bundle: Bundle, single: SingleModel) -> ir.Model:
+    """The one model; its weights still are in the files of the bundle.
+
+    Raises:
+        BundleError: the bundle has no ONNX graphs.
+    """
+    return _Joining(bundle, single).model()
+
+
+class _Joining:
+    """The graph around the branches, while they are put in."""
+
+    def __init__(self, bundle: Bundle, single: SingleModel) -> None:
+        self._bundle = bundle
+        self._single = single
+        self._weights: dict[tuple[object, ...], ir.Value] = {}  # by the place in the bundle that they refer to
+        self._indices: list[ir.Value] = []
+        self._ir_version = 0
+        self._opsets: dict[str, int] = {}
+        self._inputs = [_value(spec) for spec in single.interface.inputs]
+        self._unpack: list[ir.Node] = []  # numbers out of their tensors of one element
+        self._outer: dict[str, ir.Value] = {}  # what branches take from around them, by its name in the bundle
+        for value, spec in zip(self._inputs, single.interface.inputs, strict=True):
+            if spec.name in single.numbers:
+                self._unpack.append(_node("Squeeze", [value], [TensorSpec(f"{spec.name}_number", spec.dtype, ())]))
+                value = self._unpack[-1].outputs[0]
+            self._outer[spec.name] = value
+        self._outer |= {item.name: self._outer[item.taken.name] for item in single.cache}
+
+    def model(self) -> ir.Model:
+        """All of it."""
+        from onnxscript import ir
+
+        graph = self._choice(0)
+        graph.name = self._bundle.spec.name
+        graph.inputs.extend(self._inputs)
+        graph.insert_before(graph[0], self._unpack)
+        for value in (*self._indices, *self._weights.values()):
+            graph.register_initializer(value)
+        for value, spec in zip(graph.outputs, self._single.interface.outputs, strict=True):
+            value.name = spec.name
+        graph.opset_imports.update(self._opsets)
+        version = metadata.version("qcgraph")
+        return ir.Model(graph, ir_version=self._ir_version, producer_name="qcgraph", producer_version=version)
+
+    def _choice(self, index: int) -> ir.Graph:
+        """The graph that runs this variant or a later one."""
+        from onnxscript import ir
+
+        variant = self._single.variants[index]
+        branch = self._branch(variant)
+        if index == len(self._single.variants) - 1:
+            return branch
+        other = self._choice(index + 1)
+        number = ir.Value(name=f"index_of_{variant}", const_value=ir.tensor(index, ir.DataType.INT64))
+        self._indices.append(number)
+        is_it = _node("Equal", [self._outer[VARIANT], number], [TensorSpec(f"is_{variant}", "bool", ())])
+        outputs = [
+            TensorSpec(f"{variant}_or/{spec.name}", spec.dtype, spec.shape) for spec in self._single.interface.outputs
+        ]
+        chosen = _if(is_it.outputs[0], branch, other, outputs)
+        return ir.Graph([], chosen.outputs, nodes=[is_it, chosen], name=f"{variant}_or")
+
+    def _branch(self, variant: str) -> ir.Graph:
+        """A variant, and what prepares it, with the outputs of the one model."""
+        outer = dict(self._outer)
+        preparing: ir.Graph | None = None
+        if variant in self._bundle.plan.prepared:
+            preparing = self._adopted(preparation(variant), outer)
+            outer[MODULATION] = preparing.outputs[0]
+        graph = self._adopted(variant, outer)
+        if preparing is not None:
+            _prepend(preparing, graph)
+        prediction, *caches = graph.outputs
+        given = dict(zip(self._bundle.interfaces[variant].output_names[1:], caches, strict=True))
+        outputs = [prediction, *(self._cached(item, given, graph, variant) for item in self._single.cache)]
+        graph.outputs.clear()
+        graph.outputs.extend(outputs)
+        return graph
+
+    def _adopted(self, variant: str, outer: Mapping[str, ir.Value]) -> ir.Graph:
+        """The graph of a variant as a branch: without inputs and weights, all names its own."""
+        from onnxscript import ir
+
+        model = load_graph(self._bundle.file(f"{variant}.onnx"))
+        graph = model.graph
+        self._check_interface(variant, graph, outer)
+        self._ir_version = max(self._ir_version, model.ir_version)
+        self._opsets |= graph.opset_imports
+        for value in graph.inputs:
+            ir.convenience.replace_all_uses_with(value, outer[str(value.name)])
+        graph.inputs.clear()
+        for name, value in list(graph.initializers.items()):
+            del graph.initializers[name]
+            if isinstance(value.const_value, ir.ExternalTensor):
+                ir.convenience.replace_all_uses_with(value, self._weight(value, variant))
+                continue
+            value.name = f"{variant}/{name}"
+            graph.register_initializer(value)
+        for node in graph:
+            node.name = f"{variant}/{node.name}"
+            for value in node.outputs:
+                value.name = f"{variant}/{value.name}"
+                if not value.is_graph_output():
+                    # Whoever runs the model need not know that sessions here leave one fusion out, which ONNX Runtime
+                    # makes where it knows shapes, and which rounds otherwise (see `DISABLED_OPTIMIZERS`).
+                    value.shape = None
+        return graph
+
+    def _check_interface(self, variant: str, graph: ir.Graph, outer: Mapping[str, ir.Value]) -> None:
+        """Refuse a graph that does not take and leave what the plan says."""
+        taken, left = ([str(value.name) for value in values] for values in (graph.inputs, graph.outputs))
+        if not set(taken) <= set(outer) or left != list(self._bundle.interfaces[variant].output_names):
+            where = str(self._bundle.path / f"{variant}.onnx")
+            raise BundleError("has other inputs or outputs than the plan says", where=where, hint=AGAIN)
+
+    def _weight(self, value: ir.Value, variant: str) -> ir.Value:
+        """The one value for a weight, whichever variants read it."""
+        from onnxscript import ir
+
+        content = value.const_value
+        assert isinstance(content, ir.ExternalTensor)
+        self._bundle.file(str(content.location))  # weights that the manifest does not vouch for are not taken
+        place = (content.location, content.offset, content.length, content.dtype, tuple(content.shape))
+        if place not in self._weights:
+            taken = {known.name for known in self._weights.values()}
+            name = f"{variant}/{value.name}" if value.name in taken else value.name
+            self._weights[place] = ir.Value(name=name, shape=value.shape, type=value.type, const_value=content)
+        return self._weights[place]
+
+    def _cached(self, item: CacheTensor, given: Mapping[str, ir.Value], graph: ir.Graph, variant: str) -> ir.Value:
+        """A cached value after a variant that computes the ones given."""
+        if item.name in given:
+            return given[item.name]
+        spec = TensorSpec(f"{variant}/{item.given.name}", item.spec.dtype, item.spec.shape)
+        if item.computed in given:
+            assert item.younger is not None
+            # The first value of a trajectory stands for those before it, as in `qcgraph.sampling.cache_state.remember`.
+            first = _passing(given[item.computed], TensorSpec(f"{spec.name}/first", spec.dtype, spec.shape))
+            later = _passing(self._outer[item.younger], TensorSpec(f"{spec.name}/later", spec.dtype, spec.shape))
+            node = _if(self._outer[START], first, later, [spec])
+        else:
+            node = _node("Identity", [self._outer[item.name]], [spec])
+        graph.append(node)
+        return node.outputs[0]
+
+
+def _prepend(preparing: ir.Graph, graph: ir.Graph) -> None:
+    """Put the nodes of one branch before those of another."""
+    preparing.outputs.clear()
+    for name, value in list(preparing.initializers.items()):
+        del preparing.initializers[name]
+        graph.register_initializer(value)
+    nodes = list(preparing)
+    preparing.remove(nodes)
+    graph.insert_before(graph[0], nodes)
+
+
+def _passing(value: ir.Value, spec: TensorSpec) -> ir.Graph:
+    """A branch that gives a value from around it."""
+    from onnxscript import ir
+
+    node = _node("Identity", [value], [spec])
+    return ir.Graph([], node.outputs, nodes=[node], name=spec.name)
+
+
+def _if(condition: ir.Value, then: ir.Graph, other: ir.Graph, outputs: Sequence[TensorSpec]) -> ir.Node:
+    from onnxscript import ir
+
+    branches = {"then_branch": then, "else_branch": other}
+    return _node("If", [condition], outputs, [ir.AttrGraph(name, graph) for name, graph in branches.items()])
+
+
+def _node(
+    op: str, inputs: Sequence[ir.Value], outputs: Sequence[TensorSpec], attributes: Sequence[ir.Attr] = ()
+) -> ir.Node:
+    """A node that is called as its first output."""
+    from onnxscript import ir
+
+    values = [_value(spec) for spec in outputs]
+    return ir.Node("", op, inputs, attributes, outputs=values, name=values[0].name)
+
+
+def _value(spec: TensorSpec) -> ir.Value:
+    from onnxscript import ir
+
+    return ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=tensor_type(spec.dtype))

@@ -1,0 +1,64 @@
+"""From a bundle to one ONNX model: every variant is a branch of it, an input chooses, and weights stand there once.
+
+An ``If`` runs one of its branches only, so a step costs what its variant costs. Caches are inputs and outputs; a branch
+that does not compute one passes it on (see `qcgraph.export.package.join`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qcgraph.bundle import Bundle
+from qcgraph.errors import QcgraphError
+from qcgraph.export.onnx.valid import problem_of
+from qcgraph.export.package.join import join
+from qcgraph.export.package.single_model import SingleModel, host_plan
+
+if TYPE_CHECKING:
+    from onnxscript import ir
+
+MODEL = "model.onnx"
+PLAN_KEY = "qcgraph.plan"  # of the model's metadata: what a host has to know, as JSON
+LARGEST_FILE = 2**31 - 2**24  # bytes of weights in the model itself; protobuf ends at 2 GiB
+
+
+def write_single_file(bundle: Bundle, folder: Path, *, largest: int = LARGEST_FILE) -> SingleModel:
+    """Write ``model.onnx`` into a folder that exists, and beside it the weights where they do not fit in.
+
+    Args:
+        bundle: a bundle with ONNX graphs.
+        folder: where the files are written.
+        largest: the most bytes of weights that the model holds itself.
+
+    Raises:
+        BundleError: the bundle has no ONNX graphs.
+        QcgraphError: the result is not valid ONNX.
+    """
+    from onnxscript import ir
+
+    single = SingleModel.of(bundle)
+    model = join(bundle, single)
+    model.metadata_props[PLAN_KEY] = json.dumps(host_plan(bundle, single))
+    weights = [value.const_value for value in model.graph.initializers.values()]
+    stored = [tensor for tensor in weights if isinstance(tensor, ir.ExternalTensor)]
+    if sum(tensor.nbytes for tensor in stored) <= largest:
+        ir.external_data.load_to_model(model)
+    else:
+        for name in {str(tensor.location) for tensor in stored}:
+            shutil.copyfile(bundle.file(name), folder / name)
+    _write(model, folder / MODEL)
+    return single
+
+
+def _write(model: ir.Model, path: Path) -> None:
+    from onnxscript import ir
+
+    ir.save(model, path)
+    if problem := problem_of(path):
+        reason = problem.splitlines()[0]
+        raise QcgraphError(
+            f"the joined graph is not valid ONNX: {reason}", where=path.name, hint="this is a bug of qcgraph"
+        )

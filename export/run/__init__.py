@@ -1,0 +1,1 @@
+"""Running bundles: ONNX Runtime, PyTorch, and engines."""

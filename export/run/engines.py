@@ -1,0 +1,240 @@
+"""Running engines as a sampling backend: tensors stay on the device, and where they are."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qcgraph.bundle.engines import Batch
+from qcgraph.errors import BundleError, UsageError, closest
+from qcgraph.export.run.cache_buffers import Buffers, CacheTensor
+from qcgraph.export.tensorrt.device import device_memory
+from qcgraph.ir.graph import DTYPES
+from qcgraph.plan.spec import BATCH, Interface, TensorSpec, is_preparation
+from qcgraph.sampling.cache_state import State, aged, cached, depths, remember
+from qcgraph.sampling.loop import Array
+
+MOST_CALLS = 64  # that are kept ready; each has an execution context and a CUDA graph
+
+
+class Call(Protocol):
+    """A variant with every input and output at an address of its own."""
+
+    def run(self) -> None:
+        """Run it once; the device may still be at it when this returns."""
+        ...
+
+
+class Engines(Protocol):
+    """What runs the variants of one bundle on a device."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where their tensors are."""
+        ...
+
+    def inputs(self, variant: str) -> frozenset[str]:
+        """The inputs that a variant reads."""
+        ...
+
+    def batch(self, variant: str) -> Batch:
+        """The batches that a variant takes."""
+        ...
+
+    def stream(self) -> AbstractContextManager[None]:
+        """Where work is put in order: after what the host did before, and before what it does after."""
+        ...
+
+    def bind(self, variant: str, tensors: Mapping[str, torch.Tensor]) -> Call:
+        """A variant on these tensors, which stay where they are as long as it is used."""
+        ...
+
+    def settle(self) -> None:
+        """Wait for all that was put in order."""
+        ...
+
+
+class EngineRunner:
+    """Runs engines (see `qcgraph.sampling.loop.Runner`), on NumPy arrays or on tensors of the device.
+
+    Inputs and the result of a variant have one place each. A cache tensor that a step computes is written where no
+    request holds one, and never again while a request does; steps that reuse read it there. Threads take turns: the
+    device does what one of them puts in order before what the next one does.
+
+    Args:
+        engines: what runs the variants.
+        interfaces: inputs and outputs by variant.
+    """
+
+    def __init__(self, engines: Engines, interfaces: Mapping[str, Interface]) -> None:
+        self._engines = engines
+        self._interfaces = interfaces
+        self._depths = depths(interfaces.values())
+        self._inputs: dict[tuple[str, str, tuple[int, ...]], _Input] = {}
+        self._results: dict[tuple[str, int], torch.Tensor] = {}
+        self._buffers: dict[tuple[str, tuple[int, ...]], Buffers] = {}
+        self._calls: OrderedDict[tuple[object, ...], Call] = OrderedDict()
+        self._turn = threading.RLock()
+
+    @property
+    def engines(self) -> Engines:
+        """What runs the variants."""
+        return self._engines
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self._engines.device
+
+    @property
+    def largest_batch(self) -> int:
+        """The largest batch that every step takes."""
+        return min(self._engines.batch(name).maximum for name in self._interfaces if not is_preparation(name))
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """What is kept ready, the last one that ran last."""
+        return tuple(self._calls.values())
+
+    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
+        """Run one variant; the result is float32, whatever the engine gives.
+
+        Raises:
+            UsageError: the engine does not take the batch, or the device has not enough memory.
+            BundleError: there is no such variant, it reuses what was never computed, or TensorRT cannot run it.
+        """
+        return cast(Array, self.run_tensors(variant, inputs, state).to("cpu", torch.float32).numpy())
+
+    def run_tensors(self, variant: str, inputs: Mapping[str, Any], state: State) -> torch.Tensor:
+        """As `run`, without leaving the device.
+
+        Args:
+            variant: its name.
+            inputs: NumPy arrays, and tensors of any device and floating-point type.
+            state: cache tensors of the request.
+
+        Returns:
+            The first output, a tensor of the device that is the caller's own.
+        """
+        interface = self._interface(variant)
+        batch = self._batch(variant, interface, inputs)
+        with self._turn, device_memory(f"{variant} at a batch of {batch}"), self._engines.stream():
+            tensors = self._filled(variant, interface, batch, inputs, state)
+            self._forget(interface, tensors, state)
+            first, *others = interface.outputs
+            result = tensors[first.name] = self._result(variant, first, batch)
+            computed = {spec.name: self._buffers_of(spec, batch).take() for spec in others}
+            tensors |= {name: value.tensor for name, value in computed.items()}
+            self._call(variant, tensors).run()
+            answer = result.clone()
+            remember(state, computed, self._depths)
+        if answer.is_cuda:
+            answer.record_stream(torch.cuda.current_stream(answer.device))
+        return answer
+
+    def _interface(self, variant: str) -> Interface:
+        if variant not in self._interfaces:
+            raise BundleError(f"no variant {variant!r}", hint=closest(variant, self._interfaces))
+        return self._interfaces[variant]
+
+    def _batch(self, variant: str, interface: Interface, inputs: Mapping[str, Any]) -> int:
+        """The batch of a call."""
+        batch = next(len(inputs[spec.name]) for spec in interface.inputs if BATCH in spec.shape and spec.name in inputs)
+        limits = self._engines.batch(variant)
+        if not limits.minimum <= batch <= limits.maximum:
+            raise UsageError(
+                f"the engine of {variant} takes batches of {limits.minimum} to {limits.maximum}, not {batch}",
+                hint="sample fewer or more at once, or build engines for it: qcgraph build --batch MIN,OPT,MAX; under "
+                "guidance a batch is two latents a sample",
+            )
+        return batch
+
+    def _filled(
+        self, variant: str, interface: Interface, batch: int, inputs: Mapping[str, Any], state: State
+    ) -> dict[str, torch.Tensor]:
+        """The input tensors of a call by name, with their values."""
+        tensors = {}
+        for spec in interface.inputs:
+            if spec.name not in self._engines.inputs(variant):
+                continue
+            if spec.name in inputs:
+                tensors[spec.name] = self._input(spec, batch).filled(inputs[spec.name])
+            else:
+                tensors[spec.name] = cast(CacheTensor, cached(spec.name, variant, state)).tensor
+        return tensors
+
+    def _forget(self, interface: Interface, read: Mapping[str, torch.Tensor], state: State) -> None:
+        """Let go of what is about to become too old, so that its buffer is free for what takes its place.
+
+        Only where this call does not read it: a call that fails is then repeated as it was.
+        """
+        for name in interface.output_names[1:]:
+            oldest = aged(name, self._depths.get(name, 0))
+            if oldest not in read:
+                state.pop(oldest, None)
+
+    def _input(self, spec: TensorSpec, batch: int) -> _Input:
+        key = (spec.name, spec.dtype, _shape(spec, batch))
+        if key not in self._inputs:
+            self._inputs[key] = _Input(spec.name, self._empty(spec, batch))
+        return self._inputs[key]
+
+    def _result(self, variant: str, spec: TensorSpec, batch: int) -> torch.Tensor:
+        key = (variant, batch)
+        if key not in self._results:
+            self._results[key] = self._empty(spec, batch)
+        return self._results[key]
+
+    def _buffers_of(self, spec: TensorSpec, batch: int) -> Buffers:
+        key = (spec.name, _shape(spec, batch))
+        if key not in self._buffers:
+            self._buffers[key] = Buffers(lambda: self._empty(spec, batch))
+        return self._buffers[key]
+
+    def _empty(self, spec: TensorSpec, batch: int) -> torch.Tensor:
+        return torch.empty(_shape(spec, batch), dtype=DTYPES[spec.dtype], device=self.device)
+
+    def _call(self, variant: str, tensors: Mapping[str, torch.Tensor]) -> Call:
+        """A variant on these tensors, as it was bound before if it was."""
+        key = (variant, *((name, tensor.data_ptr(), tuple(tensor.shape)) for name, tensor in tensors.items()))
+        if key not in self._calls:
+            if len(self._calls) >= MOST_CALLS:
+                self._engines.settle()
+                self._calls.popitem(last=False)
+            self._calls[key] = self._engines.bind(variant, tensors)
+        self._calls.move_to_end(key)
+        return self._calls[key]
+
+
+class _Input:
+    """The place of an input."""
+
+    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+        self._name = name
+        self._tensor = tensor
+        self._known: npt.NDArray[np.generic] | None = None
+
+    def filled(self, value: Any) -> torch.Tensor:
+        """The tensor with a value; small ones from the host, such as labels, are copied when they change."""
+        if tuple(value.shape) != tuple(self._tensor.shape):
+            raise UsageError(
+                f"{self._name} has shape {tuple(value.shape)}", hint=f"it takes {tuple(self._tensor.shape)}"
+            )
+        if not isinstance(value, np.ndarray):
+            self._known = None
+            self._tensor.copy_(value, non_blocking=True)
+        elif self._known is None or value.ndim > 1 or not np.array_equal(value, self._known):
+            self._known = value.copy() if value.ndim <= 1 else None
+            self._tensor.copy_(torch.from_numpy(np.ascontiguousarray(value)).reshape(value.shape), non_blocking=True)
+        return self._tensor
+
+
+def _shape(spec: TensorSpec, batch: int) -> tuple[int, ...]:
+    return tuple(batch if dim == BATCH else int(dim) for dim in spec.shape)

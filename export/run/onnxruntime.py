@@ -1,0 +1,212 @@
+"""Running exported graphs with ONNX Runtime on the CPU. NumPy and onnxruntime only, no torch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcgraph.errors import BundleError, closest
+from qcgraph.files.atomic import scratch_folder
+from qcgraph.plan.spec import Interface
+from qcgraph.sampling.cache_state import State, cached, depths, remember
+from qcgraph.sampling.loop import Array
+
+# It joins the last sum to the norm that follows where graphs state all shapes, and then rounds otherwise than both do.
+DISABLED_OPTIMIZERS = ["SkipLayerNormFusion"]
+PROVIDERS = ["CPUExecutionProvider"]
+
+
+class OnnxRuntimeRunner:
+    """Runs the exported graphs of a folder (see `qcgraph.sampling.loop.Runner`).
+
+    A graph is loaded by `load`, or when it is first run. Cache tensors in a request's state are OrtValues: a computing
+    step makes new ones, a reusing step reads them in place, and nothing ever writes to them again. Several threads may
+    run graphs at once, each with a state of its own.
+
+    Args:
+        folder: where ``<variant>.onnx`` and its weights are.
+        interfaces: inputs and outputs by variant.
+        threads: how many threads a graph may use; all cores when None.
+        constants: values that take the place of those in the weights file, by name.
+        exact: see `session_options`.
+        check: called before every run; raises where the weights file, which sessions map into memory, is not what it
+            was.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        interfaces: Mapping[str, Interface],
+        threads: int | None = None,
+        constants: Mapping[str, npt.NDArray[np.generic]] | None = None,
+        *,
+        exact: bool = False,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        self._folder = folder
+        self._interfaces = interfaces
+        self._threads = threads
+        self._exact = exact
+        self._depths = depths(interfaces.values())
+        # Sessions read them in place, so they have to live as long as the sessions do.
+        self._constants = {name: _ort_value(value) for name, value in (constants or {}).items()}
+        self._check = check
+        self._sessions: dict[str, Any] = {}
+        self._loading = threading.Lock()
+
+    def load(self) -> None:
+        """Load every graph now, so that what becomes of their files later does not matter.
+
+        Raises:
+            BundleError: a graph cannot be loaded.
+        """
+        for variant in self._interfaces:
+            self._session(variant)
+
+    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
+        """Run one variant.
+
+        Raises:
+            BundleError: there is no such variant, its graph cannot be loaded, or it reuses what was never computed.
+        """
+        outputs = self.run_outputs(variant, inputs, state)
+        result: Array = outputs.pop(self._interfaces[variant].output_names[0]).numpy()
+        remember(state, outputs, self._depths)
+        return result
+
+    def run_outputs(
+        self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: Mapping[str, object]
+    ) -> dict[str, Any]:
+        """All outputs of one variant by name, as OrtValues; what ``inputs`` lacks is taken from ``state``."""
+        session = self._session(variant)
+        if self._check is not None:
+            self._check()
+        interface = self._interfaces[variant]
+        binding = session.io_binding()
+        given = {name: np.asarray(inputs[name], order="C") for name in interface.input_names if name in inputs}
+        for name in interface.input_names:
+            if name in given:
+                binding.bind_cpu_input(name, given[name])  # it reads the array in place, and does not keep it alive
+            else:
+                binding.bind_ortvalue_input(name, cached(name, variant, state))
+        for name in interface.output_names:
+            binding.bind_output(name)  # into memory that ONNX Runtime allocates for this call
+        session.run_with_iobinding(binding)
+        return dict(zip(interface.output_names, binding.get_outputs(), strict=True))
+
+    def _session(self, variant: str) -> Any:
+        if variant not in self._interfaces:
+            known = closest(variant, self._interfaces)
+            raise BundleError(f"no variant {variant!r}", where=str(self._folder), hint=known)
+        with self._loading:
+            if variant not in self._sessions:
+                options = session_options(self._threads, exact=self._exact)
+                for name, value in self._constants.items():
+                    options.add_initializer(name, value)
+                self._sessions[variant] = load_session(self._folder / f"{variant}.onnx", options)
+            return self._sessions[variant]
+
+
+@dataclass(frozen=True)
+class OptimizedNode:
+    """One node of an optimized graph."""
+
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OptimizedGraph:
+    """What ONNX Runtime makes of a graph when it loads it.
+
+    Attributes:
+        nodes: its nodes, in an order they can run in.
+    """
+
+    nodes: tuple[OptimizedNode, ...]
+
+    @classmethod
+    def of(cls, path: Path) -> OptimizedGraph:
+        """The optimized form of an exported graph.
+
+        Raises:
+            BundleError: ONNX Runtime cannot load it.
+        """
+        import onnx
+
+        with scratch_folder() as folder:
+            optimized = folder / "optimized.onnx"
+            options = session_options(None)
+            options.optimized_model_filepath = str(optimized)
+            options.add_session_config_entry("session.disable_prepacking", "1")  # it is never run
+            # Weights beside the graph, because a graph file cannot hold more than 2 GiB.
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+            options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+            load_session(path, options)
+            proto = onnx.load(str(optimized), load_external_data=False)
+        nodes = (
+            OptimizedNode(node.op_type, node.name, tuple(node.input), tuple(node.output)) for node in proto.graph.node
+        )
+        return cls(tuple(nodes))
+
+    def count(self, op: str) -> int:
+        """How many nodes are this op."""
+        return sum(node.op == op for node in self.nodes)
+
+
+def session_options(threads: int | None, *, exact: bool = False) -> Any:
+    """The options every session is loaded with.
+
+    Args:
+        threads: how many threads a graph may use; all cores when None.
+        exact: whether codes of which two products exceed 16 bits are multiplied exactly on CPUs without VNNI, too (see
+            `qcgraph.export.targets.Target`). It takes about a sixth longer, on every CPU.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; warnings are about graphs that are fine
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    # The variants take turns: threads of one that spin while they wait for work would take the cores of the other (on
+    # two cores, a computing step that takes turns with a reusing one then takes 1.7 times as long).
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def _ort_value(array: npt.NDArray[np.generic]) -> Any:
+    """An array in the form of ONNX Runtime."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def load_session(model: Path | bytes, options: Any) -> Any:
+    """A session of a graph file, or of a graph in memory.
+
+    Raises:
+        BundleError: ONNX Runtime cannot load it.
+    """
+    import onnxruntime
+
+    source = str(model) if isinstance(model, Path) else model
+    try:
+        return onnxruntime.InferenceSession(
+            source, options, providers=PROVIDERS, disabled_optimizers=DISABLED_OPTIMIZERS
+        )
+    except Exception as error:  # its exceptions share no base class but this
+        raise BundleError(
+            f"ONNX Runtime cannot load the graph: {str(error).splitlines()[0]}",
+            where=model.name if isinstance(model, Path) else None,
+            hint="run qcgraph verify on the bundle; it may be incomplete, or made for a newer ONNX Runtime",
+        ) from error

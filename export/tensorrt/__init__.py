@@ -1,0 +1,1 @@
+"""Building engines with TensorRT and TensorRT-RTX."""

@@ -1,0 +1,243 @@
+"""From a bundle to a folder of engines: one of every variant for every compute capability, written in one piece."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qcgraph.bundle import Bundle
+from qcgraph.bundle.engines import (
+    ENGINE_FOLDER,
+    ENGINES,
+    TIMING_CACHE,
+    Batch,
+    Engine,
+    EngineRecord,
+    device_tag,
+    read_engines,
+    source_of,
+    write_record,
+)
+from qcgraph.bundle.watch import reading
+from qcgraph.errors import BundleError, UsageError
+from qcgraph.export.tensorrt import provider as tensorrt
+from qcgraph.export.tensorrt.steps import PROBED_VERSIONS, FusedSteps, fused_steps
+from qcgraph.files.folder import read_file
+from qcgraph.plan.spec import is_preparation
+from qcgraph.plan.steps import StepPlan
+from qcgraph.progress import Progress
+from qcgraph.sampling.modulation import TOGETHER
+
+SAMPLES_AT_MOST = 8  # that an engine takes at once, unless it is told otherwise
+
+
+def build_engines(
+    bundle: Bundle,
+    capabilities: Sequence[str],
+    output: Path | None = None,
+    batch: Batch | None = None,
+    *,
+    provider: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> EngineRecord:
+    """Build an engine of every variant of a bundle for every compute capability.
+
+    Nothing is written before all of them are built.
+
+    Args:
+        bundle: a bundle with ONNX graphs.
+        capabilities: compute capabilities of GPUs, such as ``8.9``; by default that of the GPU that is here.
+        output: the folder to write; ``engines`` in the bundle unless it is given.
+        batch: the batches that the engines are to take (see `batch_for`); by default one to eight samples.
+        provider: see `qcgraph.export.tensorrt.provider.PROVIDERS`; by default the target of the bundle where that is
+            one, else ``tensorrt-rtx``.
+        force: whether engines that are there are replaced.
+        progress: reports the engines.
+
+    Raises:
+        UsageError: the bundle has no ONNX graphs, TensorRT is not installed or cannot hold a graph, there is no GPU
+            where one is needed, or an option is wrong; says which.
+        BundleError: a graph is not what the plan says, or the bundle was replaced while engines were built of it.
+    """
+    progress, place = progress or Progress(), output or bundle.path / ENGINES
+    graphs = _graphs(bundle)
+    provider = provider or default_provider(bundle)
+    batches = {variant: batch_for(variant, batch or default_batch(bundle.plan), bundle.plan) for variant in graphs}
+    module = tensorrt.load_provider(provider)
+    wanted = _check_capabilities(module, capabilities, provider)
+    ENGINE_FOLDER.check(place, force=force)
+    _refuse_problems(module, graphs)
+    ahead, timings = tensorrt.PROVIDERS[provider].builds_ahead, _earlier_timings(place)
+    held = reading(bundle, bundle.manifest.files, done="built into engines")
+    with ENGINE_FOLDER.writing(place, force=force) as folder, held:
+        engines = []
+        for variant, capability in [(variant, capability) for variant in graphs for capability in wanted]:
+            progress.note(f"building {variant} for {capability}")
+            interface = bundle.interfaces[variant]
+            settings = (batches[variant], capability, progress, timings)
+            built = tensorrt.build(module, graphs[variant], interface, *settings)
+            timings = built.timing_cache or timings
+            is_probed = ahead and module.__version__.startswith(PROBED_VERSIONS)
+            fused = fused_steps(built.engine) if is_probed else None
+            engine = _written(built, folder, variant, capability, batches[variant])
+            if fused is not None:
+                engine = engine.model_copy(update=_counts(fused, quantized_products(graphs[variant])))
+            if engine.not_quantized:
+                progress.note(f"  not multiplied in 8 bits: {', '.join(engine.not_quantized)}")
+            engines.append(engine)
+        if not ahead and timings:
+            (folder / TIMING_CACHE).write_bytes(timings)
+        write_record(folder, provider, module.__version__, source_of(bundle), tuple(engines))
+    return read_engines(place)
+
+
+def default_provider(bundle: Bundle) -> str:
+    """What builds the engines of a bundle: what it was compiled for, else TensorRT-RTX."""
+    target = bundle.manifest.target
+    return target if target in tensorrt.PROVIDERS else "tensorrt-rtx"
+
+
+MOST_AT_ONCE = 2**20  # of latents in a batch
+
+
+def parse_batch(text: str) -> Batch:
+    """The batches of ``MIN,OPT,MAX``.
+
+    Raises:
+        UsageError: these are not three whole numbers, 1 <= MIN <= OPT <= MAX.
+    """
+    hint = "for example --batch 2,2,16: MIN, OPT and MAX, each at least the one before"
+    try:
+        minimum, optimum, maximum = (int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{text!r} is not three whole numbers", where="--batch", hint=hint) from None
+    if minimum < 1:
+        raise UsageError(f"the smallest batch is 1, not {minimum}", where="--batch", hint=hint)
+    if maximum > MOST_AT_ONCE:
+        raise UsageError(f"a batch of {maximum} is too large", where="--batch", hint=f"{MOST_AT_ONCE} at most")
+    if not minimum <= optimum <= maximum:
+        raise UsageError(f"{text!r} does not rise", where="--batch", hint=hint)
+    return Batch(minimum=minimum, optimum=optimum, maximum=maximum)
+
+
+def default_batch(plan: StepPlan) -> Batch:
+    """One sample to `SAMPLES_AT_MOST`, tuned for one; the denoiser sees each twice under guidance."""
+    return Batch(minimum=plan.halves, optimum=plan.halves, maximum=plan.halves * SAMPLES_AT_MOST)
+
+
+def batch_for(variant: str, batch: Batch, plan: StepPlan) -> Batch:
+    """The batches of one variant.
+
+    A variant that prepares others sees many steps at once, see `qcgraph.sampling.modulation.Modulation`.
+
+    Raises:
+        UsageError: the variant takes both halves of guidance, and a batch is odd.
+    """
+    odd = [size for size in (batch.minimum, batch.optimum, batch.maximum) if size % 2]
+    if odd and variant in plan.paired:
+        raise UsageError(
+            f"{variant} takes both halves of guidance in one batch, and {odd[0]} is odd",
+            where="--batch",
+            hint="give even numbers: two a sample",
+        )
+    if is_preparation(variant):
+        most = max(TOGETHER, batch.maximum)
+        return Batch(minimum=1, optimum=max(batch.optimum, min(TOGETHER, most)), maximum=most)
+    return batch
+
+
+def _graphs(bundle: Bundle) -> dict[str, Path]:
+    names = {variant: f"{variant}.onnx" for variant in bundle.interfaces}
+    if missing := [name for name in names.values() if name not in bundle.manifest.files]:
+        raise UsageError(
+            f"has no {missing[0]}: it was compiled for {bundle.manifest.target}",
+            where=str(bundle.path),
+            hint="compile it for a target with ONNX graphs (see qcgraph targets)",
+        )
+    return {variant: bundle.file(name) for variant, name in names.items()}
+
+
+def _check_capabilities(module: Any, capabilities: Sequence[str], provider: str) -> tuple[str, ...]:
+    """The compute capabilities to build for, each once."""
+    title = tensorrt.PROVIDERS[provider].title
+    offered = tuple(tensorrt.compute_capabilities(module))
+    hint = f"known: {', '.join(offered)}"
+    if not tensorrt.PROVIDERS[provider].builds_ahead:
+        present = _present_capability(f"{title} builds for the GPU that is here", "build with --target tensorrt-rtx")
+        offered, hint = (present,), f"{title} builds for the GPU that is here alone, {present}"
+    wanted = capabilities or (_present_capability("none is given", hint),)
+    for capability in wanted:
+        if capability not in offered:
+            said = f"{title} {module.__version__} does not build for {capability!r}"
+            raise UsageError(said, where="--compute-capability", hint=hint)
+    return tuple(dict.fromkeys(wanted))
+
+
+def _present_capability(reason: str, hint: str) -> str:
+    """The compute capability of the GPU that is here, which is wanted for a reason."""
+    from qcgraph.export.tensorrt.device import capability_of, device_problem, require_device
+
+    if problem := device_problem():
+        raise UsageError(f"{reason}, and {problem}", where="--compute-capability", hint=hint)
+    return capability_of(require_device())
+
+
+def _earlier_timings(place: Path) -> bytes:
+    """What was measured for the engines that are there; they are built faster again with it."""
+    try:
+        return read_file(place, TIMING_CACHE)
+    except BundleError:
+        return b""
+
+
+def _refuse_problems(module: Any, graphs: dict[str, Path]) -> None:
+    """Refuse graphs that cannot be built, all at once and before the first is built."""
+    found = {path.name: tensorrt.problems(module, path) for path in graphs.values()}
+    refused = {name: problems for name, problems in found.items() if problems}
+    if refused:
+        raise tensorrt.refusal(refused)
+
+
+def quantized_products(graph: Path) -> tuple[str, ...]:
+    """The nodes of an ONNX graph that multiply two dequantized matrices."""
+    import onnx
+
+    nodes = onnx.load(graph, load_external_data=False).graph.node
+    dequantized = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
+    products = (node for node in nodes if node.op_type in ("MatMul", "Gemm"))
+    return tuple(node.name for node in products if dequantized.issuperset(node.input[:2]))
+
+
+def _written(built: tensorrt.Built, folder: Path, variant: str, capability: str, batch: Batch) -> Engine:
+    """The record of an engine that is now in the folder; nothing is known of its steps."""
+    name = f"{variant}.{device_tag(capability)}.engine"
+    (folder / name).write_bytes(built.engine)
+    return Engine(
+        variant=variant,
+        file=name,
+        sha256=hashlib.sha256(built.engine).hexdigest(),
+        bytes=built.engine.nbytes,
+        compute_capability=capability,
+        batch=batch,
+        seconds=round(built.seconds, 2),
+        layers=built.layers,
+        steps=None,
+        quantized_gemms=None,
+        not_quantized=None,
+        fused_attention=None,
+        conditional_jumps=None,
+    )
+
+
+def _counts(fused: FusedSteps, quantized: Sequence[str]) -> dict[str, object]:
+    """What the probe tells, as fields of `Engine`."""
+    return {
+        "steps": len(fused.steps),
+        "quantized_gemms": fused.quantized_gemms,
+        "not_quantized": tuple(name for name in quantized if name not in fused.quantized_layers),
+        "fused_attention": fused.fused_attention,
+        "conditional_jumps": fused.conditional_jumps,
+    }

@@ -1,0 +1,1 @@
+"""Passes that decide which steps compute, and forecast what the others reuse."""

@@ -1,0 +1,262 @@
+"""What skipping a step costs in quality, measured on recorded trajectories by running the variants.
+
+All of it takes a program whose variants exist and whose cached values are inputs of those that reuse (after
+insert-cache, before insert-forecast), quantized or not: the errors are those of the program as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qcgraph.facts import CachePlan
+from qcgraph.ir.execute import TorchRunner
+from qcgraph.ir.program import Program
+from qcgraph.ir.structure import find_sites, total_macs
+from qcgraph.passes.caching._forecast import Products, fit, log_signal_to_noise, taylor_gain
+from qcgraph.passes.caching._trajectories import OneStep, Trajectories
+from qcgraph.plan.schedule import FULL, SkipErrors
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
+from qcgraph.progress import Progress
+from qcgraph.sampling.cache_state import State
+from qcgraph.sampling.calibration import sample_calibration
+from qcgraph.sampling.loop import Array, guided
+
+ROWS = 512  # of the batch that errors of one step are measured in
+BYTES = 2**26  # that its forecasts may take
+# Distances of two computing steps that are measured. In modes that are slow to measure fewer are, and as few distances
+# from the last computing step to the skipped one. What lies between is interpolated.
+DISTANCES = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+FEW_DISTANCES = (1, 2, 4, 8, 16)
+WINDOW = 24  # steps that forecasts look back to without asking for more
+SLOW_SHARE = 0.1  # of the arithmetic of a computing step
+SLOW_VALUES = 4  # to forecast
+
+
+class Forecaster:
+    """Forecasts of cached values whose coefficients are fitted on recorded trajectories, open loop.
+
+    Args:
+        program: the program.
+        trajectories: recorded ones.
+        kind: one of `qcgraph.passes.caching._forecast.KINDS`.
+    """
+
+    def __init__(self, program: Program, trajectories: Trajectories, kind: str) -> None:
+        spec, plan = program.facts[ModelSpec], program.facts[StepPlan]
+        self._values, self._kind = trajectories.values, kind
+        self._times = log_signal_to_noise(spec.schedule, plan.timesteps)
+        count = len(trajectories.labels)
+        self._halves = [slice(half * count, (half + 1) * count) for half in range(plan.halves)]
+        self._windows: dict[str, _Window] = {}
+
+    def at(self, name: str, step: int, computed: Sequence[int], values: Sequence[Tensor]) -> Tensor:
+        """The forecast of a cached value.
+
+        Args:
+            name: the cached value.
+            step: the step it is forecast for.
+            computed: the steps it was last computed at, the last one first.
+            values: what was computed there, both halves of guidance in a batch as in the trajectories.
+        """
+        gains = self._gains(name, step, computed)
+        parts = []
+        for half, rows in enumerate(self._halves):
+            forecast = gains[half, -1] + gains[half, 0] * values[0][rows]
+            for gain, value in zip(gains[half, 1:-1], values[1:], strict=True):
+                forecast += gain * value[rows]
+            parts.append(forecast)
+        return torch.cat(parts)
+
+    def _gains(self, name: str, step: int, computed: Sequence[int]) -> Tensor:
+        """Coefficients of the values and the offset, f32[halves, terms + 1, C]."""
+        window = self._window(name, step, min(computed))
+        places, place = [index - window.first for index in computed], step - window.first
+        taylor = taylor_gain(self._times, step, computed)
+        moments = [products.moments(places, place) for products in window.halves]
+        return torch.stack([fit(self._kind, [half], taylor, values=len(computed)).gains.float() for half in moments])
+
+    def _window(self, name: str, step: int, first: int) -> _Window:
+        """Products of a value at a step and before; those of all steps with each other would be too many."""
+        known = self._windows.get(name)
+        if known is None or known.step != step or known.first > first:
+            first = max(0, min(first, step - WINDOW))
+            values = self._values[name][first : step + 1]
+            products = [Products([value[rows] for value in values]) for rows in self._halves]
+            known = self._windows[name] = _Window(first, step, products)
+        return known
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Inner products of a cached value at the steps first to step, for each half of guidance."""
+
+    first: int
+    step: int
+    halves: list[Products]
+
+
+def skip_errors(
+    program: Program,
+    trajectories: Trajectories,
+    forecaster: Forecaster,
+    weight: npt.NDArray[np.float64],
+    modes: Sequence[str],
+    largest_gap: int,
+    progress: Progress,
+) -> SkipErrors:
+    """The error of every way to skip a step: from which computing steps its cached values are forecast, in which mode.
+
+    At each recorded state the variant that reuses runs on forecasts from the values recorded before it; the mean
+    squared error of the guided noise prediction, times the squared weight of the step, is what it adds to the mean
+    squared error of the final latent. Forecasts look back to two values here, whatever the history.
+
+    Args:
+        program: the program.
+        trajectories: recorded ones.
+        forecaster: forecasts on them.
+        weight: f64[T], see `qcgraph.passes.caching._trajectories.weights`.
+        modes: the variants that reuse.
+        largest_gap: from the last computing step to a skipped one.
+        progress: reports the steps.
+    """
+    plan, slow = program.facts[StepPlan], [_is_slow(program, mode) for mode in modes]
+    errors = np.full((len(modes), len(plan), largest_gap + 1, largest_gap + 1), np.inf)
+    prober = _Prober(program, trajectories, forecaster)
+    for index in progress.track(range(1, len(plan)), "skipped steps"):
+        for number, mode in enumerate(modes):
+            places = list(_places(index, largest_gap, sparse=slow[number]))
+            squares = prober.squared_errors(mode, index, [_computed(index, *place) for place in places])
+            for (gap, earlier), square in zip(places, squares, strict=True):
+                errors[number, index, gap, earlier] = square * weight[index] ** 2
+            _fill(errors[number, index], index)
+    return SkipErrors(errors)
+
+
+def _is_slow(program: Program, mode: str) -> bool:
+    reusing, computing = (total_macs(find_sites(program.variants[name])) for name in (mode, FULL))
+    return reusing > SLOW_SHARE * computing or len(program.facts[CachePlan].modes[mode]) > SLOW_VALUES
+
+
+def _places(index: int, largest_gap: int, *, sparse: bool) -> Iterator[tuple[int, int]]:
+    """The (gap, earlier) that are measured at a step."""
+    if index <= largest_gap:
+        yield index, 0  # from step 0 alone
+    furthest = min(index - 1, largest_gap)
+    for gap in _spaced(furthest, FEW_DISTANCES) if sparse else range(1, furthest + 1):
+        reachable = min(index - gap, largest_gap)
+        yield from ((gap, earlier) for earlier in _spaced(reachable, FEW_DISTANCES if sparse else DISTANCES))
+
+
+def _spaced(last: int, distances: Sequence[int]) -> list[int]:
+    """These distances as far as the last one, and that one."""
+    return sorted({distance for distance in distances if distance < last} | {last} - {0})
+
+
+def _computed(index: int, gap: int, earlier: int) -> tuple[int, ...]:
+    return (index - gap, index - gap - earlier) if earlier else (index - gap,)
+
+
+def _fill(errors: npt.NDArray[np.float64], index: int) -> None:
+    """Lines between what was measured at a step, over ``earlier`` and then over ``gap``; f64[G + 1, G + 1]."""
+    largest = len(errors) - 1
+    for gap in range(1, min(index - 1, largest) + 1):
+        _interpolate(errors[gap, 1 : min(index - gap, largest) + 1])
+    for earlier in range(1, min(index - 1, largest) + 1):
+        _interpolate(errors[1 : min(index - earlier, largest) + 1, earlier])
+
+
+def _interpolate(line: npt.NDArray[np.float64]) -> None:
+    """Fill what is infinite from its neighbours, past the outermost with the nearest, in place."""
+    known = np.flatnonzero(np.isfinite(line))
+    if len(known):
+        line[:] = np.interp(np.arange(len(line)), known, line[known])
+
+
+class _Prober:
+    """Runs variants that reuse on forecasts, at recorded states."""
+
+    def __init__(self, program: Program, trajectories: Trajectories, forecaster: Forecaster) -> None:
+        self._runner = TorchRunner(program)
+        self._plan, self._spec = program.facts[StepPlan], program.facts[ModelSpec]
+        self._cache = program.facts[CachePlan]
+        self._trajectories, self._forecaster = trajectories, forecaster
+
+    def squared_errors(self, mode: str, index: int, places: Sequence[tuple[int, ...]]) -> list[float]:
+        """The mean squared error of the guided prediction of a step, by the computing steps that it looks back to."""
+        size = sum(self._trajectories.values[name][index].nbytes for name in self._cache.modes[mode])
+        together = max(1, min(ROWS // len(self._trajectories.labels), BYTES // size))
+        return [
+            error
+            for start in range(0, len(places), together)
+            for error in self._together(mode, index, places[start : start + together])
+        ]
+
+    def _together(self, mode: str, index: int, places: Sequence[tuple[int, ...]]) -> list[float]:
+        recorded = self._trajectories
+        state: dict[str, object] = {name: self._forecasts(name, index, places) for name in self._cache.modes[mode]}
+        step = replace(self._plan.steps[index], variant=mode)
+        latents = np.concatenate([recorded.latents[index]] * len(places))
+        labels = np.concatenate([recorded.labels] * len(places))
+        found = guided(OneStep(self._runner, step, state), latents, step, labels, self._plan, self._spec)
+        errors = found.reshape(len(places), -1) - recorded.predictions[index].reshape(1, -1)
+        return [float(value) for value in np.mean(np.square(errors, dtype=np.float64), axis=1)]
+
+    def _forecasts(self, name: str, index: int, places: Sequence[tuple[int, ...]]) -> Tensor:
+        """All conditional halves, then all unconditional ones: the order of a guided batch."""
+        values, count = self._trajectories.values[name], len(self._trajectories.labels)
+        made = [self._forecaster.at(name, index, computed, [values[step] for step in computed]) for computed in places]
+        return torch.cat([part for half in zip(*(value.split(count) for value in made), strict=True) for part in half])
+
+
+class Rehearsal:
+    """Samples the recorded trajectories again under other schedules, and compares what comes out.
+
+    Args:
+        program: the program.
+        trajectories: recorded ones.
+        forecaster: forecasts on them.
+    """
+
+    def __init__(self, program: Program, trajectories: Trajectories, forecaster: Forecaster) -> None:
+        self._program, self._trajectories, self._forecaster = program, trajectories, forecaster
+
+    def final_error(self, schedule: Sequence[str]) -> float:
+        """The mean squared error of the final latents, the variants of the steps being these."""
+        recorded, spec = self._trajectories, self._program.facts[ModelSpec]
+        plan = self._program.facts[StepPlan].with_variants(schedule)
+        runner = _Forecasting(self._program, self._forecaster)
+        final = sample_calibration(runner, plan, spec, len(recorded.labels), recorded.seed)
+        error = float(np.mean(np.square(final - recorded.latents[-1], dtype=np.float64)))
+        return error if np.isfinite(error) else float("inf")
+
+
+class _Forecasting:
+    """Runs a plan; steps that reuse do so from forecasts."""
+
+    def __init__(self, program: Program, forecaster: Forecaster) -> None:
+        self._runner, self._forecaster = TorchRunner(program), forecaster
+        self._plan, self._cache = program.facts[StepPlan], program.facts[CachePlan]
+        self._computed: list[int] = []
+        self._values: list[Mapping[str, Tensor]] = []
+
+    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
+        index = self._plan.index_of(float(inputs["timestep"].flat[0]))
+        if variant == FULL:
+            made: dict[str, object] = {}
+            prediction = self._runner.run(variant, inputs, made)
+            self._computed = [index, *self._computed][: self._cache.history]
+            new = {name: value for name, value in made.items() if isinstance(value, Tensor)}
+            self._values = [new, *self._values][: self._cache.history]
+            return prediction
+        forecasts: dict[str, object] = {
+            name: self._forecaster.at(name, index, self._computed, [values[name] for values in self._values])
+            for name in self._cache.modes[variant]
+        }
+        return self._runner.run(variant, inputs, forecasts)

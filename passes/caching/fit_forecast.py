@@ -1,0 +1,133 @@
+"""fit-forecast: fit the coefficients of the forecasts on the quantized, cached trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qcgraph.errors import ContractError
+from qcgraph.facts import CachePlan, Compensation, ForecastFit, ForecastStep, Precision, Reference
+from qcgraph.ir.execute import TorchRunner
+from qcgraph.ir.ops import HALVES
+from qcgraph.ir.program import Program
+from qcgraph.passes.caching._forecast import Moments, fit, log_signal_to_noise, taylor_gain
+from qcgraph.pipeline import Pass, PassContext
+from qcgraph.pipeline.workload import Workload
+from qcgraph.plan.schedule import FULL
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
+from qcgraph.sampling.cache_state import State, aged
+from qcgraph.sampling.calibration import sample_calibration
+from qcgraph.sampling.loop import Array
+
+ops = torch.ops.qcgraph
+FOLDS = 2
+SLOWNESS = 3.0  # of a step while its forecasts are fitted, about
+
+
+@dataclass(frozen=True)
+class FitForecast(Pass):
+    """Fit the forecasts of cached values closed loop, in the order of the steps.
+
+    The trajectory is the one that the plan takes, quantized and cached, with all earlier steps fitted. At a step that
+    reuses, the computing variant is run on the same state, and its cached values are what the forecast is fitted to:
+    so noise of quantization, which an extrapolation amplifies, and errors of earlier steps are part of the regression.
+    The two halves of guidance have coefficients of their own.
+
+    Attributes:
+        kind: ``affine``, ``taylor``, ``dec`` (CacheQuant) or ``reuse`` (see `qcgraph.passes.caching._forecast`).
+    """
+
+    name: ClassVar[str] = "fit-forecast"
+    requires: ClassVar[tuple[type, ...]] = (CachePlan, ModelSpec, Reference, StepPlan)
+    precedes: ClassVar[tuple[type, ...]] = (Compensation, Precision)
+    provides: ClassVar[tuple[type, ...]] = (ForecastFit,)
+    is_sampling: ClassVar[bool] = True
+
+    kind: Literal["affine", "taylor", "dec", "reuse"] = "affine"
+
+    def forwards(self, work: Workload) -> float:
+        return work.trajectories * work.trajectory * work.share * SLOWNESS
+
+    def run(self, program: Program, context: PassContext) -> Program:
+        plan, spec, reference = program.facts[StepPlan], program.facts[ModelSpec], program.facts[Reference]
+        names = _table_names(program)
+        if not names:
+            context.refuse("program", "it holds no forecasts")
+            return program.with_facts(ForecastFit(self.kind, ()))
+        tables = {value: program.constants[name].clone() for value, name in names.items()}
+        new = {names[value]: table for value, table in tables.items()}
+        fitted = replace(program, constants=dict(program.constants) | new)
+        runner = _Fitting(fitted, tables, self.kind)
+        count = reference.trajectories
+        context.progress.note(f"  fit-forecast: {count} trajectories")
+        sample_calibration(runner, plan, spec, count, reference.seed, progress=context.progress)
+        return fitted.with_facts(ForecastFit(self.kind, tuple(runner.steps)))
+
+
+def _table_names(program: Program) -> dict[str, str]:
+    """The constant that holds the coefficients of each forecast, by its cached value."""
+    found: dict[str, str] = {}
+    for variant in program.variants.values():
+        for node in variant.graph.nodes:
+            if node.target is ops.forecast.default:
+                values, coefficients = node.args[0], node.args[1]
+                found[str(values[0].target)] = str(coefficients.args[0].target)
+    return found
+
+
+class _Fitting:
+    """Runs a plan; wherever a step reuses, it first computes the same step and fits the step's coefficients to that."""
+
+    def __init__(self, program: Program, tables: Mapping[str, torch.Tensor], kind: str) -> None:
+        self.steps: list[ForecastStep] = []
+        self._runner = TorchRunner(program)
+        self._plan, self._kind, self._tables = program.facts[StepPlan], kind, tables
+        self._cache, self._spec = program.facts[CachePlan], program.facts[ModelSpec]
+        self._times = log_signal_to_noise(self._spec.schedule, self._plan.timesteps)
+        self._computed: list[int] = []
+
+    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
+        index = self._plan.index_of(float(inputs["timestep"].flat[0]))
+        if variant not in self._cache.modes:
+            self._computed.insert(0, index)
+        else:
+            computed: dict[str, object] = {}
+            self._runner.run(FULL, inputs, computed)
+            for name in self._cache.modes[variant]:
+                if name not in self._tables:
+                    raise ContractError(
+                        "is reused without a forecast, and others have one",
+                        where=f"{variant}, {name}",
+                        hint="run insert-forecast after insert-cache, on all variants",
+                    )
+                self._fit(name, index, inputs["class_label"], state, cast(torch.Tensor, computed[name]))
+        return self._runner.run(variant, inputs, state)
+
+    def _fit(self, name: str, index: int, labels: npt.NDArray[np.generic], state: State, target: torch.Tensor) -> None:
+        values = [cast(torch.Tensor, state[aged(name, age)]) for age in range(self._cache.history)]
+        table = self._tables[name][self._plan.steps[index].row]  # [history + 1, 2, C], written in place
+        taylor = taylor_gain(self._times, index, self._computed)
+        null = torch.from_numpy(labels == self._spec.null_class)
+        errors, reuse_errors = 0.0, 0.0
+        for half in range(HALVES):
+            members = torch.nonzero(null == bool(half)).flatten()
+            if not len(members):
+                continue
+            folds = []
+            for part in range(min(FOLDS, len(members))):
+                chosen = members[part::FOLDS]
+                moments = Moments(len(values), target.shape[-1])
+                moments.add([value[chosen] for value in values], target[chosen])
+                folds.append(moments)
+            found = fit(self._kind, folds, taylor, values=min(len(self._computed), len(values)))
+            table[:, half] = found.gains.float()
+            errors, reuse_errors = errors + found.error, reuse_errors + found.reuse_error
+        power = float(target.double().square().sum())
+        reuse, forecast = (float(np.sqrt(value / power)) if power else 0.0 for value in (reuse_errors, errors))
+        self.steps.append(ForecastStep(name, index, reuse, forecast))

@@ -1,0 +1,62 @@
+"""follow-plan: take what every step does from a schedule that was made elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qcgraph.errors import UsageError
+from qcgraph.facts import CachePlan, Compensation, ForecastFit
+from qcgraph.ir.program import Program
+from qcgraph.pipeline import Pass, PassContext
+from qcgraph.pipeline.options import option
+from qcgraph.plan.schedule import FULL, TimedSchedule
+from qcgraph.plan.schedule.timed import TEXT_HINT
+from qcgraph.plan.steps import StepPlan
+
+LONGEST_PLAN = 100_000  # characters: thousands of steps, each with a timestep and a mode of its own
+
+
+@dataclass(frozen=True)
+class FollowPlan(Pass):
+    """Let every step do what a given schedule does at its timestep, also when that was made for other steps.
+
+    At the timesteps that the schedule was made for this is the schedule itself. At others, as large a share of the
+    steps computes, as densely at each time (see `qcgraph.plan.schedule.TimedSchedule.at`). rehearse-steps measures what
+    that does to the images.
+
+    Attributes:
+        plan: the schedule, such as ``980-20:FRRFR``: per run of timesteps the first, their spacing, a letter a step.
+    """
+
+    name: ClassVar[str] = "follow-plan"
+    requires: ClassVar[tuple[type, ...]] = (CachePlan, StepPlan)
+    precedes: ClassVar[tuple[type, ...]] = (ForecastFit, Compensation)
+
+    plan: str = option("", longest=LONGEST_PLAN, hint=TEXT_HINT)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.plan:
+            return
+        try:
+            TimedSchedule.parse(self.plan)
+        except UsageError as error:
+            raise UsageError(error.message, where=f"pass {self.name}, option plan", hint=error.hint) from None
+
+    def run(self, program: Program, context: PassContext) -> Program:
+        if not self.plan:
+            raise UsageError("there is no plan to follow", hint=TEXT_HINT)
+        schedule, steps = TimedSchedule.parse(self.plan), program.facts[StepPlan]
+        known = [FULL, *program.facts[CachePlan].modes]
+        for timestep, mode in zip(schedule.timesteps, schedule.modes, strict=True):
+            if mode not in known:
+                raise UsageError(
+                    f"the plan has timestep {timestep:g} in the mode {mode}, which this compilation has not",
+                    hint=f"it has {', '.join(known)}; blocks in [cache] of the recipe names a range for each that "
+                    "reuses, 0..3+0..5 for example, and guidance for conditional: give those that it was made with",
+                )
+        if FULL not in program.variants:
+            context.refuse("step plan", "no variant reuses, so every step computes")
+            return program
+        return program.with_facts(steps.with_variants(schedule.at(steps.timesteps)))

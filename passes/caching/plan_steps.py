@@ -1,0 +1,149 @@
+"""plan-steps: decide which steps compute and which reuse, by what it costs and what it does to the images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from qcgraph.errors import UsageError
+from qcgraph.facts import CachePlan, Compensation, ForecastFit, SchedulePlan
+from qcgraph.ir.program import Program
+from qcgraph.ir.structure import macs_by_variant
+from qcgraph.passes.caching._skipping import Forecaster, Rehearsal, skip_errors
+from qcgraph.passes.caching._trajectories import Trajectories, record, weights
+from qcgraph.pipeline import Pass, PassContext
+from qcgraph.pipeline.effort import RECORD_MACS, affordable_trajectories, trajectory_macs
+from qcgraph.pipeline.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
+from qcgraph.pipeline.workload import Workload
+from qcgraph.plan.schedule import FULL, Mode, climb, dps, expected_error, plan
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
+from qcgraph.progress import Progress
+
+WEIGHT_SAMPLES = 8
+COST_STEPS = 200  # a ratio of costs is known to half a percent
+FEWEST_WEIGHTS = 4  # steps whose weight is measured; between them it is interpolated
+PLACES = 60  # pairs of computing steps that a skipped step is tried from, about
+
+
+@dataclass(frozen=True)
+class PlanSteps(Pass):
+    """Find the schedule that changes the images least, by dynamic programming over measured errors, then by climbing.
+
+    ``joint``: the error of skipping a step, in every mode and from every pair of last computing steps, is measured on
+    recorded trajectories of the program as it is (quantized or not) through the variant that will run, and weighed
+    with what an error at that step does to the final latent. The schedule of least summed error within the budget can
+    then be improved by exchanging steps, judged by the true error of the final latents. ``dps`` is CacheQuant's
+    schedule: L1 distance of cached values, one mode, bounded windows, no budget but an interval.
+
+    Attributes:
+        strategy: ``joint`` or ``dps``.
+        budget: cost of sampling relative to computing every step, for ``joint``.
+        interval: steps per computing step, for ``dps``.
+        forecast: what will fill in for cached values: ``affine``, ``taylor``, ``dec`` or ``reuse``.
+        measured: cost is the latency of variants on the target, where that can be measured, else
+            multiply-accumulates.
+        weighting: an error at a step weighs by the ``solver``'s coefficient of the prediction there, or by what it is
+            ``measured`` to do to the final latent, which takes longer.
+        gap: the most steps from a computing step to the next one, and to one that reuses it.
+        rounds: schedules to try by climbing. On few trajectories it fits them and not the next ones; off by default.
+        trajectories: how many to measure on; by default as many as a fixed amount of arithmetic allows, 2 to 16.
+        seed: of the trajectories.
+    """
+
+    name: ClassVar[str] = "plan-steps"
+    requires: ClassVar[tuple[type, ...]] = (CachePlan, ModelSpec, StepPlan)
+    precedes: ClassVar[tuple[type, ...]] = (ForecastFit, Compensation)
+    provides: ClassVar[tuple[type, ...]] = (SchedulePlan,)
+    is_sampling: ClassVar[bool] = True
+
+    strategy: Literal["joint", "dps"] = "joint"
+    budget: float = option(0.3, above=0, most=1, hint="0.3 is 30 % of what computing every step costs")
+    interval: int = option(3, least=1, hint="1 computes every step, 3 every third")
+    forecast: Literal["affine", "taylor", "dec", "reuse"] = "affine"
+    measured: bool = False
+    weighting: Literal["solver", "measured"] = "solver"
+    gap: int = option(12, least=1)
+    rounds: int = 0
+    trajectories: int | None = option(None, least=1, most=MOST_TRAJECTORIES, hint=AUTO_HINT)
+    seed: int = option(0, most=MOST_SEED)
+
+    def forwards(self, work: Workload) -> float:
+        count = self.trajectories or affordable_trajectories(work.program)
+        probes = sum(work.run(mode) for mode in work.program.facts[CachePlan].modes) * PLACES
+        return count * work.trajectory * (1 + (probes if self.strategy == "joint" else 0))
+
+    def run(self, program: Program, context: PassContext) -> Program:
+        modes = program.facts[CachePlan].modes
+        if not modes or not set(modes) <= set(program.variants):
+            context.refuse("step plan", "no variant reuses, so every step computes")
+            return program.with_facts(SchedulePlan(self.strategy, {}, False, 1.0, None, None))
+        measure = context.costs if self.measured else None
+        arithmetic = {name: float(macs) for name, macs in macs_by_variant(program.variants).items()}
+        costs = measure(program) if measure else arithmetic
+        relative = {name: rounded(cost / costs[FULL]) for name, cost in costs.items()}
+        count = self.trajectories or affordable_trajectories(program)
+        trajectories = record(program, count, self.seed, context.progress)
+        expected: float | None = None
+        rehearsed: float | None = None
+        if self.strategy == "dps":
+            schedule = self._dps(program, trajectories)
+        else:
+            schedule, expected, rehearsed = self._joint(program, trajectories, relative, context.progress)
+        steps = program.facts[StepPlan].with_variants(schedule)
+        spent = sum(relative[name] for name in schedule) / len(schedule)
+        fact = SchedulePlan(self.strategy, dict(costs), measure is not None, spent, expected, rehearsed)
+        return program.with_facts(steps, fact)
+
+    def _dps(self, program: Program, trajectories: Trajectories) -> tuple[str, ...]:
+        mode = next(iter(program.facts[CachePlan].modes))
+        return tuple(FULL if computes else mode for computes in dps(differences(trajectories), self.interval))
+
+    def _joint(
+        self, program: Program, trajectories: Trajectories, relative: Mapping[str, float], progress: Progress
+    ) -> tuple[tuple[str, ...], float, float]:
+        steps = len(program.facts[StepPlan])
+        modes = [Mode(name, relative[name]) for name in program.facts[CachePlan].modes if relative[name] < 1]
+        if not modes:
+            raise UsageError("no variant that reuses is faster than computing", hint="compile with --cache off")
+        forecaster = Forecaster(program, trajectories, self.forecast)
+        weight = weights(program, trajectories, *self._weighing(program, trajectories), progress)
+        names, gap = [mode.name for mode in modes], min(self.gap, steps - 1)
+        errors = skip_errors(program, trajectories, forecaster, weight, names, gap, progress)
+        found = plan(errors, modes, steps, self.budget * steps)
+        rehearsal = Rehearsal(program, trajectories, forecaster)
+        ticks = iter(progress.track(range(self.rounds + 1), "schedules"))
+
+        def evaluate(schedule: tuple[str, ...]) -> float:
+            next(ticks, None)
+            known = math.isfinite(expected_error(schedule, errors, modes))  # else it has a longer gap
+            return rehearsal.final_error(schedule) if known else math.inf
+
+        schedule, true_error = climb(found.modes, evaluate, rounds=self.rounds + 1, seed=self.seed)
+        return schedule, expected_error(schedule, errors, modes), true_error
+
+    def _weighing(self, program: Program, trajectories: Trajectories) -> tuple[int, int]:
+        """At how many steps and on how many trajectories weights are measured."""
+        samples, steps = min(WEIGHT_SAMPLES, len(trajectories.labels)), len(program.facts[StepPlan])
+        affordable = int(2 * RECORD_MACS / (trajectory_macs(program) * samples))
+        return (max(FEWEST_WEIGHTS, min(affordable, steps)) if self.weighting == "measured" else 0), samples
+
+
+def differences(trajectories: Trajectories) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """CacheQuant's distance of steps: sum over cached values of |F_t - F_i|_1, f64[T,T]."""
+    steps = len(trajectories.predictions)
+    result = np.zeros((steps, steps))
+    for values in trajectories.values.values():
+        for first in range(steps):
+            for second in range(first + 1, steps):
+                result[first, second] += float((values[second] - values[first]).abs().sum())
+    return result
+
+
+def rounded(ratio: float) -> float:
+    """A ratio of costs rounded up, so that the noise of a measurement does not change the plan."""
+    return math.ceil(ratio * COST_STEPS) / COST_STEPS

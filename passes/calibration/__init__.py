@@ -1,0 +1,1 @@
+"""Passes that sample what later ones decide on."""

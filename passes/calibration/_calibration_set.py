@@ -1,0 +1,253 @@
+"""The calibration set in use: its latents as inputs of the denoiser, and what enters the sites while they run."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+import torch
+from torch import fx
+
+from qcgraph.facts import CalibrationSet
+from qcgraph.ir.execute import walk
+from qcgraph.ir.program import Program
+from qcgraph.ir.structure import Site, find_sites
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
+from qcgraph.progress import Progress
+from qcgraph.sampling.loop import Array
+
+FLOAT_BYTES = 4
+HELD_BYTES = 96 * 2**20  # that the widest activation of rows which run together may take
+DIFFERENTIATED_BYTES = 256 * 2**20  # that all values of rows which are differentiated together may take
+
+
+def encode_latents(latents: Array) -> str:
+    """Latents f32[N,C,H,W] as the text that a `CalibrationSet` holds."""
+    return base64.b64encode(np.ascontiguousarray(latents, dtype="<f4").tobytes()).decode()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Inputs of the denoiser, a row for each half of guidance of each item of the set.
+
+    Attributes:
+        latents: f32[R,C,H,W].
+        timesteps: f32[R].
+        labels: i64[R].
+        steps: i64[R], the index of the step of each.
+        groups: i64[R], its timestep group.
+    """
+
+    latents: torch.Tensor
+    timesteps: torch.Tensor
+    labels: torch.Tensor
+    steps: torch.Tensor
+    groups: torch.Tensor
+
+    @classmethod
+    def of(cls, program: Program) -> Rows:
+        """The calibration set of a program; both halves of an item stand next to each other."""
+        found, spec, plan = program.facts[CalibrationSet], program.facts[ModelSpec], program.facts[StepPlan]
+        raw = np.frombuffer(base64.b64decode(found.latents), dtype="<f4")
+        latents = torch.from_numpy(raw.reshape(-1, *spec.latent_shape).copy())
+        labels = torch.tensor(found.labels).repeat_interleave(plan.halves)
+        labels[1 :: plan.halves] = spec.null_class if plan.halves > 1 else labels[1 :: plan.halves]
+        steps = torch.tensor(found.steps).repeat_interleave(plan.halves)
+        timesteps = torch.tensor([plan.timesteps[step] for step in steps], dtype=torch.float32)
+        groups = torch.tensor([plan.steps[step].group for step in steps])
+        return cls(latents.repeat_interleave(plan.halves, dim=0), timesteps, labels, steps, groups)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: slice | torch.Tensor) -> Rows:
+        parts = (self.latents, self.timesteps, self.labels, self.steps, self.groups)
+        return Rows(*(part[index] for part in parts))
+
+    def spread(self, count: int) -> Rows:
+        """So many of them, evenly spread over the steps."""
+        order = torch.argsort(self.steps, stable=True)
+        return self[order[torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()]]
+
+    def split(self, size: int) -> Iterator[Rows]:
+        """Batches of at most so many."""
+        for start in range(0, len(self), size):
+            yield self[slice(start, start + size)]
+
+    def inputs(self, program: Program, variant: str) -> list[torch.Tensor]:
+        """The inputs of a variant that takes no cache, in order."""
+        named = {"latent": self.latents, "timestep": self.timesteps, "class_label": self.labels}
+        prepared = program.prepared(variant, named)
+        return [prepared[name] for name in program.variants[variant].interface.input_names]
+
+
+def rows_together(sites: Sequence[Site], held: int = HELD_BYTES) -> int:
+    """How many rows may run together, at least two, for what enters any of these sites to take so many bytes."""
+    widest = max((prod(dim for dim in site.input_shape if isinstance(dim, int)) for site in sites), default=1)
+    return max(2, held // (FLOAT_BYTES * widest))
+
+
+def entering(program: Program, rows: Rows, sites: set[str]) -> Iterator[tuple[Site, torch.Tensor]]:
+    """What enters each of these sites of the computing variant, f32[R,...,C], in the order in which they run.
+
+    Values are let go as soon as nothing needs them any more.
+    """
+    variant = program.facts[StepPlan].computing
+    wanted = {site.node: site for site in find_sites(program.variants[variant]) if site.name in sites}
+    for node, values in walk(program, variant, rows.inputs(program, variant)):
+        site = wanted.get(node.name)
+        if site is not None:
+            yield site, values[node.all_input_nodes[0]]
+
+
+@dataclass(frozen=True)
+class ValueSensitivity:
+    """A value of the graph, and what errors of it do to the noise prediction.
+
+    Attributes:
+        rows: the rows that ran together.
+        node: whose value it is.
+        value: f32[R,...].
+        weight: the sensitivity of each of its elements.
+    """
+
+    rows: Rows
+    node: str
+    value: torch.Tensor
+    weight: torch.Tensor
+
+
+def value_sensitivities(
+    program: Program, rows: Rows, nodes: Collection[str], seed: int, progress: Progress, *, gradients: bool = True
+) -> Iterator[ValueSensitivity]:
+    """The values of these nodes of the computing variant, and what errors of them do to the noise prediction.
+
+    With L = <v, eps> and v ~ N(0, I), (dL/dx)^2 is an unbiased estimate of (d eps / dx)^2, summed over the prediction:
+    the diagonal of the Gauss-Newton matrix of its squared error.
+
+    Args:
+        program: in full precision.
+        rows: the calibration set.
+        nodes: their names.
+        seed: of v.
+        progress: reports the batches.
+        gradients: whether sensitivities are wanted; else all are 1.
+    """
+    generator = torch.Generator().manual_seed(seed) if gradients else None
+    size = max(1, DIFFERENTIATED_BYTES // _bytes_of_values(program.variants[program.facts[StepPlan].computing].graph))
+    for batch in progress.track(list(rows.split(size)), "sensitivities"):
+        # A function of its own, because what it holds is gone before the next rows run.
+        yield from _of_batch(program, batch, nodes, generator)
+
+
+def _of_batch(
+    program: Program, batch: Rows, nodes: Collection[str], generator: torch.Generator | None
+) -> Iterator[ValueSensitivity]:
+    """Those of rows that run together; without a generator of directions all are 1."""
+    gradients = generator is not None
+    with torch.set_grad_enabled(gradients):
+        values, prediction = _run(program, batch, nodes, gradients=gradients)
+        slopes: dict[str, torch.Tensor | None] = dict.fromkeys(values)
+        if gradients and values:
+            predicted = prediction[:, : program.facts[ModelSpec].latent_shape[0]]
+            loss = (predicted * torch.randn(predicted.shape, generator=generator)).sum()
+            found = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
+            slopes = dict(zip(values, found, strict=True))
+            del found
+    for name in tuple(values):  # one after the other is squared, and let go
+        value = values.pop(name).detach()
+        yield ValueSensitivity(batch, name, value, _squared(slopes.pop(name), value, gradients))
+
+
+def _squared(slope: torch.Tensor | None, value: torch.Tensor, wanted: bool) -> torch.Tensor:
+    if slope is not None:
+        return slope**2
+    return torch.zeros_like(value) if wanted else torch.ones_like(value)
+
+
+def _run(
+    program: Program, batch: Rows, nodes: Collection[str], *, gradients: bool
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The values of these nodes, in the order in which they run, and the noise prediction."""
+    variant = program.facts[StepPlan].computing
+    latents = batch.latents.clone().requires_grad_(gradients)
+    inputs = replace(batch, latents=latents).inputs(program, variant)
+    found: dict[str, torch.Tensor] = {}
+    for node, values in walk(program, variant, inputs, gradients=gradients):
+        if node.name in nodes:
+            found[node.name] = values[node]
+    prediction, *_ = values[node]
+    return found, prediction
+
+
+def _bytes_of_values(graph: fx.Graph) -> int:
+    """What the values of a graph take together, for one row."""
+    values = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    moving = [value for value in values if any(not isinstance(dim, int) for dim in value.shape)]
+    return FLOAT_BYTES * sum(prod(dim for dim in value.shape if isinstance(dim, int)) for value in moving)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What entered a site, and what errors there do to the noise prediction.
+
+    Attributes:
+        rows: the rows that ran together.
+        site: its name.
+        value: what entered it, f32[R,...,C].
+        weight: the sensitivity of each of these values.
+        result_weight: the sensitivity of each value of its result, f32[R,...,O]; empty where those are not wanted.
+    """
+
+    rows: Rows
+    site: str
+    value: torch.Tensor
+    weight: torch.Tensor
+    result_weight: torch.Tensor
+
+
+def sensitivities(
+    program: Program,
+    rows: Rows,
+    sites: Collection[str],
+    seed: int,
+    progress: Progress,
+    *,
+    gradients: bool = True,
+    results: bool = True,
+) -> Iterator[Sensitivity]:
+    """What enters each of these sites, and what errors of these values do to the noise prediction.
+
+    See `value_sensitivities`.
+
+    Args:
+        program: in full precision.
+        rows: the calibration set.
+        sites: their names.
+        seed: of v.
+        progress: reports the batches.
+        gradients: whether sensitivities are wanted; else all are 1.
+        results: whether those of results are wanted too, which take as much memory again.
+    """
+    nodes = {node.name: node for node in program.variants[program.facts[StepPlan].computing].graph.nodes}
+    entered: dict[str, list[str]] = {}
+    made: dict[str, str] = {}
+    for site in find_sites(program.variants[program.facts[StepPlan].computing]):
+        if site.name in sites:
+            entered.setdefault(nodes[site.node].all_input_nodes[0].name, []).append(site.name)
+            made |= {site.node: site.name} if results else {}
+    waiting: dict[str, ValueSensitivity] = {}
+    wanted = entered.keys() | made.keys()
+    for item in value_sensitivities(program, rows, wanted, seed, progress, gradients=gradients):
+        if item.node in made:
+            of = waiting.pop(made[item.node])
+            yield Sensitivity(of.rows, made[item.node], of.value, of.weight, item.weight)
+        for name in entered.get(item.node, ()):
+            if results:
+                waiting[name] = item
+            else:
+                yield Sensitivity(item.rows, name, item.value, item.weight, torch.empty(0))

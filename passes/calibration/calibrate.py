@@ -1,0 +1,229 @@
+"""calibrate: observe activation ranges and reference latents on real trajectories."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import fx
+
+from qcgraph.errors import UsageError
+from qcgraph.facts import (
+    AttentionPlan,
+    CalibrationSet,
+    Compensation,
+    ForecastFit,
+    Precision,
+    QuantPlan,
+    Ranges,
+    Reference,
+    SiteRange,
+)
+from qcgraph.ir.execute import TorchRunner
+from qcgraph.ir.program import Program
+from qcgraph.ir.structure import find_sites
+from qcgraph.passes.calibration._calibration_set import encode_latents
+from qcgraph.passes.calibration._selection import Method, Pool, select
+from qcgraph.pipeline import Pass, PassContext
+from qcgraph.pipeline.effort import affordable, trajectory_macs
+from qcgraph.pipeline.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
+from qcgraph.pipeline.workload import Workload
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
+from qcgraph.sampling.calibration import (
+    LatentStatistics,
+    calibration_labels,
+    calibration_noise,
+    rows,
+    sample_calibration,
+)
+from qcgraph.sampling.loop import Array
+
+AUTO_MACS = 2.5e12  # what an automatic number of trajectories may cost: a minute or less on two cores
+AUTO_LIMITS = (2, 64)
+BATCH = 64
+SAMPLES = (32, 800)
+PASSES = 3  # forwards that the statistics of a latent take: one, and a backward of twice as much
+
+
+@dataclass(frozen=True)
+class Calibrate(Pass):
+    """Observe activation ranges per step, and the latents of full precision, on sampled trajectories.
+
+    Two runs from the same noise: full precision, where every step computes, and the one that the step plan takes. The
+    second is what the quantized model will see, so scales come from it; only steps that compute have ranges. Nothing
+    is stored but streaming statistics, and a set of the latents that computing steps were given, when one is asked for.
+
+    Attributes:
+        trajectories: how many to sample; by default as many as a fixed amount of arithmetic allows, 2 to 64.
+        seed: seeds labels and noise; never the noise of a sample drawn later, whatever its seed.
+        selection: how the calibration set is selected: ``tap``, ``kmeans``, ``uniform`` or ``random``;
+            ``none`` for no set.
+        samples: how many latents it holds; by default as many as a fixed amount of arithmetic allows, 32 to 800.
+    """
+
+    name: ClassVar[str] = "calibrate"
+    requires: ClassVar[tuple[type, ...]] = (ModelSpec, StepPlan)
+    precedes: ClassVar[tuple[type, ...]] = (QuantPlan, AttentionPlan, ForecastFit, Compensation, Precision)
+    provides: ClassVar[tuple[type, ...]] = (Ranges, Reference)
+    provides_with: ClassVar[tuple[tuple[str, type], ...]] = (("calibrate{selection=tap}", CalibrationSet),)
+    is_sampling: ClassVar[bool] = True
+
+    trajectories: int | None = option(None, least=1, most=MOST_TRAJECTORIES, hint=AUTO_HINT)
+    seed: int = option(0, most=MOST_SEED)
+    selection: Literal["none", "tap", "kmeans", "uniform", "random"] = "none"
+    samples: int | None = option(None, least=1, hint=AUTO_HINT)
+
+    def forwards(self, work: Workload) -> float:
+        return self._count(work.program, work.computing) * work.trajectory * (1 + work.share)
+
+    def sizes(self, program: Program, computing: str) -> tuple[int, int]:
+        """Return how many trajectories there will be, and latents of the calibration set, both halves of guidance."""
+        rows = 0 if self.selection == "none" else self._samples(program, computing) * program.facts[StepPlan].halves
+        return self._count(program, computing), rows
+
+    def run(self, program: Program, context: PassContext) -> Program:
+        plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
+        computing = plan.computing
+        count = self._count(program, computing)
+        full_plan = plan.throughout(computing)
+        latents = LatentStatistics(len(plan), spec.latent_shape[0])
+        full = self._observe(program, full_plan, count, context, "full precision")
+        for index in range(len(plan)):
+            latents.add(index, full.latents(index + 1))
+        if not np.isfinite(latents.means).all():
+            raise UsageError(
+                "the model draws latents that are not finite in full precision",
+                hint="sample with it before compiling; its weights or its noise schedule may be wrong",
+            )
+        planned = full if plan == full_plan else self._observe(program, plan, count, context, "planned steps")
+        ranges = Ranges(planned.ranges(), full.ranges(), count)
+        reference = Reference(rows(latents.means), rows(latents.deviations), self.seed, count)
+        program = program.with_facts(ranges, reference)
+        if self.selection == "none":
+            return program
+        return program.with_facts(self._select(program, planned, count, self.selection))
+
+    def _count(self, program: Program, computing: str) -> int:
+        """Return how many trajectories are sampled."""
+        return self.trajectories or affordable(trajectory_macs(program, computing), AUTO_MACS, AUTO_LIMITS)
+
+    def _samples(self, program: Program, computing: str) -> int:
+        """Return how many latents the calibration set is to have."""
+        cost = PASSES * trajectory_macs(program, computing) / len(program.facts[StepPlan])
+        return self.samples or affordable(cost, AUTO_MACS, SAMPLES)
+
+    def _observe(
+        self, program: Program, plan: StepPlan, count: int, context: PassContext, label: str
+    ) -> _RangeObserver:
+        spec = program.facts[ModelSpec]
+        observer = _RangeObserver(program, calibration_noise(count, self.seed, spec).initial())
+        context.progress.note(f"  calibrate: {count} trajectories, {label}")
+        sample_calibration(
+            TorchRunner(program, observer),
+            plan,
+            spec,
+            count,
+            self.seed,
+            batch=BATCH,
+            after_update=observer.after_update,
+            progress=context.progress,
+        )
+        return observer
+
+    def _select(self, program: Program, observer: _RangeObserver, count: int, method: Method) -> CalibrationSet:
+        """The calibration set, of what computing steps were given on the trajectory that the plan takes."""
+        plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
+        computing = plan.computing
+        steps = [index for index, step in enumerate(plan.steps) if step.variant == computing]
+        latents = np.concatenate([observer.latents(step) for step in steps])
+        samples = self._samples(program, computing)
+        pool = Pool(latents.reshape(len(latents), -1), np.repeat(steps, count))
+        chosen = select(pool, samples, method, self.seed)
+        labels = np.tile(calibration_labels(count, self.seed, spec), len(steps))
+        return CalibrationSet(
+            method=method,
+            pool=len(latents),
+            steps=tuple(pool.steps[chosen].tolist()),
+            labels=tuple(labels[chosen].tolist()),
+            latents=encode_latents(latents[chosen]),
+        )
+
+
+class _RangeObserver:
+    """Streaming ranges of what enters each site, per step, and the latents that the steps were given.
+
+    Args:
+        program: what runs.
+        initial: the latents that trajectories start from, [N,C,H,W].
+    """
+
+    def __init__(self, program: Program, initial: Array) -> None:
+        self._latents: dict[int, list[Array]] = defaultdict(list, {0: [initial]})
+        self._steps = len(program.facts[StepPlan])
+        self._sites = {
+            (name, site.node): site.name
+            for name, variant in program.variants.items()
+            for site in find_sites(variant)
+            if not site.refusal
+        }
+        self._stats: dict[str, dict[int, _Running]] = defaultdict(lambda: defaultdict(_Running))
+        self.step = 0
+
+    def __call__(self, variant: str, node: fx.Node, value: torch.Tensor) -> None:
+        site = self._sites.get((variant, node.name))
+        if site is not None:
+            self._stats[site][self.step].add(value)
+
+    def after_update(self, index: int, latent: Array) -> Array:
+        """To be called after every update; the latent goes on as it is."""
+        self._latents[index + 1].append(latent)
+        self.step = (index + 1) % self._steps
+        return latent
+
+    def latents(self, index: int) -> Array:
+        """The latents [N,C,H,W] that a step was given; after the last step, the final ones."""
+        return np.concatenate(self._latents[index])
+
+    def ranges(self) -> dict[str, SiteRange]:
+        """The ranges of every site that ran, at the steps it ran at."""
+        return {
+            site: SiteRange(
+                steps=tuple(sorted(stats)),
+                lows=tuple(stats[step].low for step in sorted(stats)),
+                highs=tuple(stats[step].high for step in sorted(stats)),
+                mean_squares=tuple(stats[step].mean_square for step in sorted(stats)),
+            )
+            for site, stats in self._stats.items()
+        }
+
+
+class _Running:
+    """Smallest, largest and mean square value seen so far."""
+
+    def __init__(self) -> None:
+        self.low, self.high = math.inf, -math.inf
+        self._squares, self._count = 0.0, 0
+
+    def add(self, value: torch.Tensor) -> None:
+        """Count a tensor in; a NaN in it stays visible as a NaN.
+
+        Measured on 2 cores: min and max apart take 0.1 ms a million values where aminmax takes 8, and the norm 0.1 ms
+        where summing squares in float64 takes 20.
+        """
+        self.low = _least(self.low, value.min().item())
+        self.high = -_least(-self.high, -value.max().item())
+        self._squares += torch.linalg.vector_norm(value).item() ** 2
+        self._count += value.numel()
+
+    @property
+    def mean_square(self) -> float:
+        return self._squares / max(self._count, 1)
+
+
+def _least(one: float, other: float) -> float:
+    return math.nan if math.isnan(one + other) else min(one, other)

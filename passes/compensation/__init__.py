@@ -1,0 +1,1 @@
+"""Passes that fit and insert corrections of the noise prediction."""

@@ -1,0 +1,83 @@
+"""insert-compensation: make the variance compensation a node at the denoiser's output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from qcgraph.errors import ContractError
+from qcgraph.facts import Compensation, Precision
+from qcgraph.ir.edit import GraphEditor, with_edits
+from qcgraph.ir.graph import output_node, returned_nodes
+from qcgraph.ir.program import Program
+from qcgraph.pipeline import Pass, PassContext
+from qcgraph.plan.schedulers import check_compensable
+from qcgraph.plan.spec import is_preparation
+from qcgraph.plan.steps import StepPlan
+
+ops = torch.ops.qcgraph
+
+
+@dataclass(frozen=True)
+class InsertCompensation(Pass):
+    """Fold the variance compensation into the noise prediction of every variant.
+
+    Correcting the latent after the update x' = c1 * x + c2 * eps, a * x' + b with a = K and b = (1 - K) * mu, is the
+    same update with a compensated prediction: eps' = a * eps + ((a - 1) * c1 / c2) * x + b / c2. Hence one affine node
+    per graph, with three tables [steps, channels] that the ``row`` input selects from; it commutes with guidance, whose
+    weights sum to one. Updates that look back to earlier steps are refused (see
+    `qcgraph.plan.schedulers.check_compensable`).
+    """
+
+    name: ClassVar[str] = "insert-compensation"
+    requires: ClassVar[tuple[type, ...]] = (Compensation, StepPlan)
+    precedes: ClassVar[tuple[type, ...]] = (Precision,)
+
+    def run(self, program: Program, context: PassContext) -> Program:
+        check_compensable(program.facts[StepPlan])
+        tables = compensation_tables(program.facts[Compensation], program.facts[StepPlan])
+        edits: dict[str, GraphEditor] = {}
+        for name, variant in program.variants.items():
+            if is_preparation(name):
+                continue
+            editor = edits[name] = GraphEditor(variant, program.constants, self.name)
+            output = output_node(editor.graph)
+            prediction, *others = returned_nodes(editor.graph)
+            if prediction.target is ops.compensate.default:
+                raise ContractError(
+                    "its prediction is compensated already", where=name, hint="run insert-compensation once"
+                )
+            latent = next(node for node in editor.graph.nodes if node.op == "placeholder" and node.target == "latent")
+            row = editor.scalar_input("row", prediction)
+            with editor.before(output):
+                selected = [
+                    editor.call(
+                        ops.select.default,
+                        editor.constant(f"compensation.{key}", table, prediction),
+                        row,
+                        source=prediction,
+                    )
+                    for key, table in tables.items()
+                ]
+                fixed = editor.call(ops.compensate.default, prediction, latent, *selected, source=prediction)
+            editor.set_outputs([fixed, *others], variant.interface.output_names)
+        return with_edits(program, edits)
+
+
+def compensation_tables(fact: Compensation, plan: StepPlan) -> dict[str, torch.Tensor]:
+    """``gain``, ``slope`` and ``offset``, each f32[steps, channels]; exactly 1, 0 and 0 where K = 1."""
+    gains, means = np.array(fact.gains), np.array(fact.means)
+    updates = [step.update for step in plan.steps]
+    latent = np.array([update.latent for update in updates])[:, None]
+    weight = np.array([update.noise_prediction for update in updates])[:, None]
+    active = gains != 1
+    safe = np.where(active, weight, 1.0)
+    tables = {
+        "gain": gains,
+        "slope": np.where(active, (gains - 1) * latent / safe, 0.0),
+        "offset": np.where(active, (1 - gains) * means / safe, 0.0),
+    }
+    return {name: torch.from_numpy(table.astype(np.float32)) for name, table in tables.items()}

@@ -1,0 +1,107 @@
+"""round-weights: choose the codes of weights by what rounding them does to results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import ClassVar, Literal
+
+import torch
+
+from qcgraph.facts import (
+    CalibrationSet,
+    Precision,
+    QuantPlan,
+    Requantization,
+    RoundedWeight,
+    RoundedWeights,
+)
+from qcgraph.ir.memory import release_memory
+from qcgraph.ir.program import Program, tensor_digest, used_constants
+from qcgraph.ir.quantize import check_integers, names_of_codes, rounded_activation
+from qcgraph.ir.rounding import nearest, round_with_feedback, search_scales
+from qcgraph.ir.structure import Site, find_sites, weight_names
+from qcgraph.passes.calibration._calibration_set import Rows, entering, rows_together
+from qcgraph.pipeline import Pass, PassContext
+from qcgraph.pipeline.workload import Workload
+from qcgraph.plan.steps import StepPlan
+
+TOKENS = 32768  # of the calibration set that a second moment is taken over
+FORWARDS_PER_ROW = 3.0  # runs of the model that the pass takes as long as, for every row of the calibration set, about
+
+
+@dataclass(frozen=True)
+class RoundWeights(Pass):
+    """Choose scales and codes of quantized weights by the error that they make in results, not in the weight.
+
+    Over the calibration set, whose activations are quantized as planned, H = E[x x^T] of each layer's input is
+    observed. ``search`` finds the scale of each output channel by d H d^T, d its rounding error (the weight half of
+    TQ-DiT's Hessian-guided search), and rounds to nearest; ``feedback`` rounds column after column, so that later
+    columns make up for the errors of earlier ones (GPTQ, arXiv 2210.17323). Codes and scales become constants that
+    the fact RoundedWeights holds until insert-qdq takes them; without this pass it takes the nearest codes of scales
+    that cover the largest weight.
+
+    Attributes:
+        method: ``feedback`` or ``search``.
+    """
+
+    name: ClassVar[str] = "round-weights"
+    requires: ClassVar[tuple[type, ...]] = (CalibrationSet, QuantPlan)
+    precedes: ClassVar[tuple[type, ...]] = (Requantization, Precision)
+    provides: ClassVar[tuple[type, ...]] = (RoundedWeights,)
+
+    method: Literal["feedback", "search"] = "feedback"
+
+    def forwards(self, work: Workload) -> float:
+        return FORWARDS_PER_ROW * work.rows
+
+    def run(self, program: Program, context: PassContext) -> Program:
+        check_integers(program.facts[QuantPlan])
+        plan = program.facts[QuantPlan].sites
+        variant = program.variants[program.facts[StepPlan].computing]
+        sites = [site for site in find_sites(variant) if site.name in plan]
+        weights = weight_names(variant, sites)
+        names = names_of_codes(weights)
+        rounded: dict[str, RoundedWeight | None] = {}
+        rows = Rows.of(program)
+        rows = rows.spread(min(rows_together(sites), max(2, TOKENS // _tokens(sites))))
+        context.progress.note(f"  round-weights: {len(rows)} rows, {len(sites)} sites")
+        # Without the codes that an earlier run of this pass chose.
+        earlier = program.facts.without(RoundedWeights)
+        constants = used_constants(program.variants.values(), program.constants, earlier)
+        for site, value in entering(program, rows, set(plan)):
+            weight, quant = constants[weights[site.name]], plan[site.name].weight
+            moment = _second_moment(rounded_activation(value, rows.groups, plan[site.name].activation))
+            if not (_is_finite(value) and _is_finite(moment)):
+                context.refuse(site.name, "rounded to nearest: its activation is not finite on the calibration set")
+                rounded[site.name] = None
+                continue
+            scale = search_scales(weight, moment, quant.high)
+            release_memory()  # that scales and activations took, before feedback takes matrices as large as H
+            if self.method == "feedback":
+                codes = round_with_feedback(weight, moment, scale, quant.high)
+            else:
+                codes = nearest(weight, scale, quant.high).to(torch.int8)
+            name = f"{names[site.name]}_rounded"
+            chosen = RoundedWeight(name, f"{name}_scale", tensor_digest(weight), quant)
+            constants[chosen.codes], constants[chosen.scale] = codes, scale
+            rounded[site.name] = chosen
+            release_memory()  # that those took, before the next layer runs
+        return replace(program, constants=constants).with_facts(RoundedWeights(self.method, rounded))
+
+
+def _second_moment(value: torch.Tensor) -> torch.Tensor:
+    """E[x x^T] of activations [..., C]."""
+    flat = value.flatten(0, -2)
+    return (flat.t() @ flat).div_(len(flat))
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """Whether all are; `torch.isfinite` of them would take more memory than they do."""
+    return bool(torch.isfinite(values.amin()) and torch.isfinite(values.amax()))
+
+
+def _tokens(sites: Sequence[Site]) -> int:
+    """The most values of a channel that a row has at any site."""
+    return max((prod(dim for dim in site.input_shape[:-1] if isinstance(dim, int)) for site in sites), default=1)

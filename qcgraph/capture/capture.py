@@ -1,0 +1,248 @@
+"""From a PyTorch denoiser to a Program, with `torch.export` and a symbolic batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qcgraph.capture.contractions import contract_by_linears
+from qcgraph.capture.identities import SPELLED, UNDEFINED, is_identity, simplify
+from qcgraph.capture.obstacles import refuse_module, refuse_operator, refuse_trace
+from qcgraph.capture.wrappers import unwrapped
+from qcgraph.errors import CaptureError, ContractError
+from qcgraph.facts import Facts
+from qcgraph.ir import legality
+from qcgraph.ir.admitted import is_quiet
+from qcgraph.ir.graph import DTYPE_NAMES, Variant, copy_graph, is_name, returned_nodes, spec_of
+from qcgraph.ir.program import Program, used_constants
+from qcgraph.plan.spec import OUTPUT, Interface, ModelSpec
+
+INPUTS = ("latent", "timestep", "class_label")
+MAX_BATCH = 4096
+REPORT = "if the model is sound without it, report the operator and this message to the authors of qcgraph"
+
+aten = torch.ops.aten
+
+
+def capture(module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, str]) -> Program:
+    """Capture a denoiser as a program with the single variant ``main``.
+
+    What the trace writes in place becomes values (`torch.export` functionalizes it), and contractions with a constant
+    become linear layers, however they are written; a model that has neither is captured as it is.
+
+    Args:
+        module: the denoiser, in eval mode; called as ``module(latent, timestep, class_label)`` and returning one
+            tensor [B, C_out, H, W].
+        spec: what it is.
+        input_names: the names its ``forward`` gives to latent, timestep and class label.
+
+    Returns:
+        A program whose inputs are ``latent`` f32[B,C,H,W], ``timestep`` f32[B] and ``class_label`` i64[B], and whose
+        output is ``noise_prediction`` f32[B,C_out,H,W].
+
+    Raises:
+        CaptureError: `torch.export` cannot trace it, or the trace holds something a program may not hold; says what.
+    """
+    module = unwrapped(module)
+    refuse_module(module, spec)
+    with torch.inference_mode(mode=False), torch.no_grad():
+        exported = _exported(module, spec, input_names)
+        _refuse_state(exported, spec)
+        graph, constants = _own_graph(exported, input_names)
+        variant = Variant(graph, _interface(graph, spec))
+        program = Program({"main": variant}, used_constants([variant], constants, Facts()), Facts([spec]))
+        program = contract_by_linears(program)
+    try:
+        legality.verify(program)
+    except ContractError as error:
+        raise CaptureError(error.message, where=error.where, hint=REPORT) from error
+    return program
+
+
+def _exported(module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, str]) -> torch.export.ExportedProgram:
+    """What `torch.export` makes of a module.
+
+    It is functionalized where it writes in place, or calls what a program may not call: many operators, such as `mT`,
+    are short for others, which then take their place.
+    """
+    batch = torch.export.Dim("B", min=1, max=MAX_BATCH)
+    latent = torch.zeros(3, *spec.latent_shape)
+    arguments = (latent, torch.ones(3), torch.zeros(3, dtype=torch.int64))
+    named = dict(zip(input_names, arguments, strict=True))
+    dynamic = {name: {0: batch} for name in input_names}
+    try:
+        exported = torch.export.export(module, (), named, dynamic_shapes=dynamic, strict=False)
+        if _writes(exported.graph):
+            return exported.run_decompositions({})
+        return exported if _is_taken(exported.graph) else _spelled_out(exported)
+    except Exception as error:  # torch.export raises many types; each means that this model cannot be captured
+        refuse_trace(module, named, spec, error)
+        raise
+
+
+def _writes(graph: fx.Graph) -> bool:
+    """Whether a trace writes in place, or holds graphs in graphs, which might."""
+    return any(node.op == "get_attr" or _is_writing(node) for node in graph.nodes)
+
+
+def _is_taken(graph: fx.Graph) -> bool:
+    """Whether a program takes each call of a trace: as it is, by another name, or dropped."""
+    return all(
+        node.op != "call_function"
+        or legality.illegal_target(node.target) is None
+        or is_identity(node)
+        or node.target in UNDEFINED
+        or node.target in SPELLED
+        or node.target is aten._assert_tensor_metadata.default
+        for node in graph.nodes
+    )
+
+
+def _spelled_out(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """A trace in the terms that its operators are short for, unless a program does not take these either."""
+    decomposed = exported.run_decompositions({})
+    return decomposed if _is_taken(decomposed.graph) else exported
+
+
+def _refuse_state(exported: torch.export.ExportedProgram, spec: ModelSpec) -> None:
+    """Refuse a module that writes to its own parameters or buffers."""
+    signature = exported.graph_signature
+    written = [*signature.buffers_to_mutate.values(), *getattr(signature, "parameters_to_mutate", {}).values()]
+    if written:
+        raise CaptureError(
+            f"the model keeps state between calls: its forward writes to {written[0]!r}",
+            where=spec.name,
+            hint="a denoiser is a function of latent, timestep and class label: compute the value anew",
+        )
+
+
+def _own_graph(
+    exported: torch.export.ExportedProgram, input_names: tuple[str, str, str]
+) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
+    """The exported graph with lifted parameters as constants again, canonical input names, and no identities."""
+    lifted = _lifted_constants(exported)
+    prefix = _common_prefix(target for target, _ in lifted.values())
+    renamed = dict(zip(input_names, INPUTS, strict=True))
+    graph = copy_graph(exported.graph)
+    _keep_results(graph, exported)
+    constants: dict[str, torch.Tensor] = {}
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and node.name in lifted:
+            target, value = lifted[node.name]
+            name = _constant_name(target.removeprefix(prefix))
+            constants[name] = value
+            with graph.inserting_before(node):
+                constant = graph.create_node("get_attr", name, name=name.replace(".", "_"))
+            constant.meta = {"val": node.meta["val"]}
+            node.replace_all_uses_with(constant)
+            graph.erase_node(node)
+        elif node.op == "placeholder":
+            if node.target not in renamed:
+                raise CaptureError(f"unexpected input {node.target!r}", hint=f"give defaults to all but {input_names}")
+            node.name = node.target = renamed[node.target]
+        elif node.op == "call_function" and is_identity(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.op not in ("call_function", "output"):
+            raise CaptureError(f"the trace holds a {node.op} ({node.target}), which a program cannot", where=node.name)
+        _strip_path(node, prefix)
+    simplify(graph)
+    _refuse_operators(graph)
+    graph.lint()
+    return graph, constants
+
+
+def _keep_results(graph: fx.Graph, exported: torch.export.ExportedProgram) -> None:
+    """Drop what a functionalized trace returns for the caller's arguments, which a program does not write to."""
+    (output,) = graph.find_nodes(op="output")
+    kinds = [spec.kind for spec in exported.graph_signature.output_specs]
+    if any(kind is not torch.export.graph_signature.OutputKind.USER_OUTPUT for kind in kinds):
+        results = [
+            node
+            for node, kind in zip(output.args[0], kinds, strict=True)
+            if kind is torch.export.graph_signature.OutputKind.USER_OUTPUT
+        ]
+        output.args = (tuple(results),)
+
+
+def _refuse_operators(graph: fx.Graph) -> None:
+    """Refuse what a program may not call. What writes in place counts, used or not.
+
+    Raises:
+        CaptureError: names the operator, the module and the line of the model.
+    """
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _is_writing(node))
+    for node in graph.nodes:
+        reason = legality.illegal_target(node.target) if node.op == "call_function" else None
+        if reason is None and not is_quiet(node):
+            reason = f"calls {node.target} so that it draws random numbers or keeps state"
+        if reason is not None:
+            refuse_operator(node, reason)
+
+
+def _lifted_constants(exported: torch.export.ExportedProgram) -> dict[str, tuple[str, torch.Tensor]]:
+    """Placeholder name -> (qualified name, detached value) of every parameter, buffer and constant."""
+    signature = exported.graph_signature
+    named = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
+    named |= dict(signature.inputs_to_lifted_tensor_constants)
+    values: dict[str, Any] = dict(exported.constants) | dict(exported.state_dict)
+    # Tensors made in inference mode count no writes, by which digests are remembered: those are copied.
+    plain = {
+        name: value.clone() if value.is_inference() else value.detach()
+        for name, value in values.items()
+        if isinstance(value, torch.Tensor)
+    }
+    return {placeholder: (name, plain[name]) for placeholder, name in named.items()}
+
+
+def _constant_name(name: str) -> str:
+    """The name of a constant, which becomes text of a program that runs.
+
+    Raises:
+        CaptureError: it has characters that such text cannot hold.
+    """
+    if not is_name(name):
+        raise CaptureError(f"the parameter {name!r} has quotes or line breaks in its name", hint="rename its module")
+    return name
+
+
+def _common_prefix(names: Any) -> str:
+    """``model.`` when every constant lives under one wrapping module ``model``, else nothing."""
+    heads = {name.split(".")[0] if "." in name else "" for name in names}
+    return f"{heads.pop()}." if len(heads) == 1 and "" not in heads else ""
+
+
+def _strip_path(node: fx.Node, prefix: str) -> None:
+    """Take the wrapping module's name off the module path of a node."""
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        path, kind = list(stack.values())[-1]
+        real = path if path != "_empty_nn_module_stack_from_metadata_hook" else ""
+        short = real.removeprefix(prefix) if real + "." != prefix else ""
+        node.meta["nn_module_stack"] = {short: (short, kind)}
+
+
+def _is_writing(node: fx.Node) -> bool:
+    """Whether a call writes to its arguments. Detaching a constant in place changes no value."""
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False)) and (
+        node.target is not aten.detach_.default
+    )
+
+
+def _interface(graph: fx.Graph, spec: ModelSpec) -> Interface:
+    inputs = tuple(spec_of(node.name, node.meta["val"]) for node in graph.nodes if node.op == "placeholder")
+    outputs = returned_nodes(graph)
+    if len(outputs) != 1:
+        raise CaptureError(
+            "the model returns more than one tensor", hint="wrap it to return the noise prediction alone"
+        )
+    value = outputs[0].meta["val"]
+    expected = (spec.output_channels, *spec.latent_shape[1:])
+    if value.dtype != torch.float32 or tuple(value.shape[1:]) != expected:
+        shown = f"{DTYPE_NAMES.get(value.dtype, value.dtype)} {tuple(value.shape)}"
+        raise CaptureError(f"the model returns {shown}, its spec says f32 (B, {', '.join(map(str, expected))})")
+    return Interface(inputs, (spec_of(OUTPUT, value),))

@@ -1,0 +1,234 @@
+"""What a trace means: the captured program and its module, called with the same random inputs, must agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qcgraph.capture.capture import INPUTS
+from qcgraph.capture.obstacles import call_error, first_line
+from qcgraph.capture.wrappers import unwrapped
+from qcgraph.errors import CaptureError
+from qcgraph.ir.program import Program
+from qcgraph.ir.structure import find_sites, total_macs
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
+
+# None of them is that of the trace. A batch of one is where sizes of one are mistaken; two alike in a row are what a
+# cache between calls would confuse.
+BATCHES = (1, 1, 2, 5)
+COUNTS = (12, 4, 3)  # calls: of a small model, of a large one, and of one whose single forward takes seconds
+MACS = 2e11  # multiply-accumulates that the calls of one side may take: seconds on two cores
+FLOOR = 1e-5  # relative L2: what float32 leaves of a sum of a few thousand terms, in another order
+NUDGE = 1e-6  # relative change of the latent, some units in the last place of float32, whose effect is allowed ten-fold
+TIMES = 10.0
+CEILING = 1e-2  # beyond which two results are two things, however sensitive the model is
+SEED = 0
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Inputs of one call.
+
+    Attributes:
+        inputs: latent, timestep and class label by their names in a program.
+        where: timestep, batch and labels in words.
+    """
+
+    inputs: Mapping[str, Tensor]
+    where: str
+
+
+def check_meaning(program: Program, module: nn.Module, input_names: tuple[str, str, str], plan: StepPlan) -> None:
+    """Compare a captured program with its module on random latents, at timesteps of the plan.
+
+    Several batch sizes are tried and all kinds of class labels; the null class where the plan has guidance. The limit
+    of the relative L2 distance, sample by sample, is what the module's own result moves by when the latent moves by
+    its rounding, ten-fold, and at least 1e-5.
+
+    Args:
+        program: as captured, the variant ``main`` alone.
+        module: what it was captured from; it is called about ten times.
+        input_names: of the parameters of its ``forward``.
+        plan: whose timesteps.
+
+    Raises:
+        CaptureError: they differ, with the distance and the limit; or the module's result is not finite, is another
+            one each time, depends on whether gradients are recorded, or on what else is in the batch.
+    """
+    spec = program.facts[ModelSpec]
+    comparison = _Comparison(program, unwrapped(module), input_names, spec.name)
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(mode=False):
+        calls = list(_calls(program, spec, plan))
+        first = comparison.check(calls[0])
+        second = comparison.check(calls[1])
+        comparison.check_repeatable(calls[0], first)
+        comparison.check_apart(calls[:2], (first, second))
+        for call in calls[2:]:
+            comparison.check(call)
+        comparison.check_repeatable(calls[0], first, inference=True)
+
+
+def _calls(program: Program, spec: ModelSpec, plan: StepPlan) -> Iterator[_Call]:
+    """The inputs to compare at: fewer, and of smaller batches, for models that take long."""
+    macs = max(1, total_macs(find_sites(program.variants["main"])))
+    count = next((count for count in COUNTS if macs * _samples(count) <= MACS), COUNTS[-1])
+    generator = torch.Generator().manual_seed(SEED)
+    labels = [0, spec.class_count - 1, spec.class_count // 2]
+    if plan.halves > 1:
+        labels.insert(0, spec.null_class)
+    used = 0
+    places = [0, count - 1, *range(1, count - 1)]  # the first two far apart, which `check_apart` puts into one batch
+    for index, place in enumerate(places):
+        batch = BATCHES[index % len(BATCHES)]
+        timestep = plan.timesteps[round(place * (len(plan) - 1) / max(1, count - 1))]
+        chosen = [labels[(used + offset) % len(labels)] for offset in range(batch)]
+        used += batch
+        latent = torch.randn(batch, *spec.latent_shape, generator=generator)
+        values = (latent, torch.full((batch,), timestep), torch.tensor(chosen, dtype=torch.int64))
+        where = f"timestep {timestep:g}, batch {batch}, class labels {chosen}"
+        yield _Call(dict(zip(INPUTS, values, strict=True)), where)
+
+
+def _samples(count: int) -> int:
+    return sum(BATCHES[index % len(BATCHES)] for index in range(count))
+
+
+class _Comparison:
+    """Calls a module and its program with the same inputs."""
+
+    def __init__(self, program: Program, module: nn.Module, input_names: tuple[str, str, str], name: str) -> None:
+        self._program = program
+        self._module = module
+        self._names = dict(zip(INPUTS, input_names, strict=True))
+        self._name = name
+
+    def expected(
+        self, call: _Call, *, gradients: bool = False, inference: bool = False, nudged: bool = False
+    ) -> Tensor:
+        """What the module gives. It gets inputs of its own, since it may write to them."""
+        inputs = {self._names[name]: value.clone() for name, value in call.inputs.items()}
+        if nudged:
+            latent = inputs[self._names["latent"]]
+            latent += NUDGE * latent * torch.randn(latent.shape, generator=torch.Generator().manual_seed(SEED))
+        try:
+            with torch.inference_mode(inference), torch.set_grad_enabled(gradients):  # the first sets the second
+                result = self._module(**inputs)
+        except Exception as error:  # a model is anybody's code; what it raises is told
+            hint = "the spec says which latents and class labels there are, and which label is the null class"
+            raise call_error(self._module, f"at {call.where}", self._name, error, hint) from error
+        assert isinstance(result, Tensor)
+        return result.detach()
+
+    def check(self, call: _Call) -> Tensor:
+        """Compare both at one input; the module's result.
+
+        Raises:
+            CaptureError: see `check_meaning`.
+        """
+        expected = self.expected(call)
+        if not bool(torch.isfinite(expected).all()):
+            raise CaptureError(
+                f"the model's result is not finite at {call.where}, on a latent of normal numbers",
+                where=self._name,
+                hint="its weights are damaged, or a formula divides by zero or overflows there",
+            )
+        try:
+            found = self._program.run("main", call.inputs)["noise_prediction"]
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise CaptureError(
+                f"the captured program fails at {call.where}, and the model does not: {first_line(error)}",
+                where=self._name,
+                hint="the model treats this batch otherwise; write it so that any batch takes the same way",
+            ) from error
+        if found.shape != expected.shape:
+            raise CaptureError(
+                f"the captured program gives {list(found.shape)} and the model {list(expected.shape)} at {call.where}",
+                where=self._name,
+                hint="the model treats this batch otherwise; write it so that any batch takes the same way",
+            )
+        apart = distance(found, expected)
+        if apart > FLOOR and apart > (limit := self._limit(call, expected)):
+            self.check_repeatable(call, expected)
+            raise CaptureError(
+                f"the captured program computes something else than the model: relative L2 distance {apart:.3g}, "
+                f"limit {limit:.3g}, at {call.where}",
+                where=self._name,
+                hint="torch.export saw the model take another way than it takes when it is called: look for branches "
+                "on sizes or modes, for values computed by NumPy or Python, and for state that is kept between calls",
+            )
+        return expected
+
+    def _limit(self, call: _Call, expected: Tensor) -> float:
+        """How far rounding may carry the result of a call."""
+        moved = distance(self.expected(call, nudged=True), expected)
+        return min(CEILING, max(FLOOR, TIMES * moved))
+
+    def check_repeatable(self, call: _Call, expected: Tensor, *, inference: bool = False) -> None:
+        """Call the module again, with gradients recorded or in inference mode.
+
+        Raises:
+            CaptureError: the result is another one.
+        """
+        error = self._moved(call, expected, gradients=not inference, inference=inference)
+        if error <= FLOOR or error <= self._limit(call, expected):
+            return
+        again = self._moved(call, expected)
+        if again <= FLOOR:
+            raise CaptureError(
+                f"the model's result depends on whether gradients are recorded: relative L2 distance {error:.3g}",
+                where=self._name,
+                hint="a denoiser gives the same result either way: remove what asks torch.is_grad_enabled() or "
+                "torch.is_inference_mode_enabled()",
+            )
+        raise CaptureError(
+            f"the model gives another result each time: relative L2 distance {again:.3g} between two calls with the "
+            f"same input, at {call.where}",
+            where=self._name,
+            hint="it draws random numbers (dropout that is left active?) or keeps state between calls (a counter, a "
+            "cache): a denoiser is a function of latent, timestep and class label",
+        )
+
+    def check_apart(self, calls: Sequence[_Call], alone: Sequence[Tensor]) -> None:
+        """Put calls of one sample each, at timesteps and with labels of their own, into one batch.
+
+        Calibration observes such batches, hoisting prepares many timesteps in one, and a cache of guidance computes
+        half of one.
+
+        Args:
+            calls: of one sample each.
+            alone: what the module gave for each.
+
+        Raises:
+            CaptureError: a sample's result is another one when it is not alone.
+        """
+        joined = {name: torch.cat([call.inputs[name] for call in calls]) for name in INPUTS}
+        together = _Call(joined, "in one batch: " + "; ".join(call.where for call in calls))
+        found, expected = self.check(together), torch.cat(list(alone))
+        apart = distance(found, expected)
+        if apart > FLOOR and apart > self._limit(together, found):
+            raise CaptureError(
+                f"what the model gives for a sample depends on the others in its batch: relative L2 distance "
+                f"{apart:.3g} from the same sample alone, {together.where}",
+                where=self._name,
+                hint="compute each sample from its own latent, timestep and class label: look for t[0], and for means "
+                "and norms along the batch",
+            )
+
+    def _moved(self, call: _Call, expected: Tensor, *, gradients: bool = False, inference: bool = False) -> float:
+        again = self.expected(call, gradients=gradients, inference=inference)
+        return distance(again, expected) if again.shape == expected.shape else math.inf
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """The largest relative L2 distance of a sample; infinite where only one of both is zero or finite."""
+    if torch.equal(found, expected):
+        return 0.0
+    difference = (found.double() - expected.double()).flatten(1).norm(dim=1)
+    size = expected.double().flatten(1).norm(dim=1)
+    relative = torch.where(difference == 0, 0.0, difference / size)
+    return float(torch.nan_to_num(relative, nan=math.inf, posinf=math.inf).max())

@@ -1,0 +1,102 @@
+"""What a compilation shows before it is written: caches above the quantization noise, and the quality asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qcgraph.errors import RefusedError
+from qcgraph.evaluation.edges import LEAST_SNR, CachedEdge, measure_edges
+from qcgraph.evaluation.evaluate import Options, evaluate
+from qcgraph.evaluation.metrics import check_installed, choose_metrics
+from qcgraph.evaluation.settings import Subject
+from qcgraph.export.run.onnxruntime import OnnxRuntimeRunner
+from qcgraph.export.targets import Target
+from qcgraph.facts import precision_of
+from qcgraph.ir.execute import TorchRunner
+from qcgraph.ir.program import Program
+from qcgraph.models import LoadedModel
+from qcgraph.plan.steps import StepPlan
+from qcgraph.progress import Progress
+from qcgraph.recipe.gate import Gate, Verdict, require
+from qcgraph.sampling.loop import Runner
+
+UNSAFE = "unsafe-cache"  # the override that the manifest then records
+
+
+def check_conditions(gate: Gate, model: LoadedModel) -> None:
+    """Refuse a gate that can not be measured, before any work begins.
+
+    Raises:
+        UsageError: a condition needs a judge that the model does not have, or a library that is not installed.
+    """
+    check_installed(choose_metrics(gate.metrics, judged=model.judge is not None, model=model.spec.name))
+
+
+def admit_edges(program: Program, origin: Program, seed: int, *, allow_unsafe: bool, progress: Progress) -> list[Any]:
+    """Measure the cached edges of a program, and refuse a cache that carries more noise than the change it leaves out.
+
+    Args:
+        program: the compiled program.
+        origin: the captured model.
+        seed: the seed of the calibration.
+        allow_unsafe: whether an unsafe cache is let through.
+        progress: reports the measurement.
+
+    Returns:
+        What was measured, as JSON data.
+
+    Raises:
+        RefusedError: an edge is unsafe, and that is not allowed.
+    """
+    edges = measure_edges(program, origin, seed, progress)
+    unsafe = [edge for edge in edges if not edge.is_safe]
+    if unsafe and not allow_unsafe:
+        raise RefusedError(
+            f"quantization and cache do not go together: {_measured(unsafe[0])}",
+            where=f"cached edge {unsafe[0].name}",
+            hint="use more bits or --cache off; --allow-unsafe compiles it all the same, and the manifest says so",
+        )
+    return [asdict(edge) | {"snr": edge.snr} for edge in edges]
+
+
+def _measured(edge: CachedEdge) -> str:
+    return (
+        f"quantization noise is {edge.noise:.1%} of the cached value, which changes by {edge.change:.1%} from step to "
+        f"step, {edge.snr:.1f} dB where {LEAST_SNR:g} dB is the least"
+    )
+
+
+def overrides(edges: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """What was let through although it is unsafe, for the manifest."""
+    return (UNSAFE,) if any(edge["snr"] < LEAST_SNR for edge in edges) else ()
+
+
+def admit_quality(
+    gate: Gate, model: LoadedModel, origin: Program, program: Program, folder: Path, target: Target, progress: Progress
+) -> tuple[Verdict, ...]:
+    """Sample what was exported, and refuse it when the gate is not met.
+
+    Args:
+        gate: the conditions.
+        model: the model.
+        origin: the model, captured.
+        program: the compiled program.
+        folder: where it was exported to.
+        target: what for.
+        progress: reports the samples.
+
+    Raises:
+        UsageError: a condition does not apply to the model.
+        RefusedError: the gate is not met; says by which term.
+    """
+    runner: Runner = TorchRunner(program)
+    if target.backend_for(precision_of(program.facts)) == "onnxruntime":
+        runner = OnnxRuntimeRunner(folder, program.interfaces, exact=target.may_saturate)
+    subject = Subject(model, origin, program, program.facts[StepPlan], runner, folder, target)
+    progress.note(f"measuring the gate {gate.text}")
+    evaluation = evaluate(subject, Options(metrics=gate.metrics, attribution=False, gate=gate), progress)
+    require(evaluation.verdicts, hint="nothing was written; qcgraph eval without a gate shows which part costs it")
+    return evaluation.verdicts

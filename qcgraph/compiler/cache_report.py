@@ -1,0 +1,54 @@
+"""What a compilation cached, by which schedule, and how well what reuses does. Plain data for reports and views."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from qcgraph.facts import CachePlan, Facts, ForecastFit, SchedulePlan
+from qcgraph.plan.steps import StepPlan
+
+
+def cache_report(facts: Facts) -> dict[str, Any] | None:
+    """The cache of a compiled program as JSON data, None when it caches nothing."""
+    cache, plan = facts.get(CachePlan), facts[StepPlan]
+    if cache is None or not set(cache.modes) & set(plan.variants):
+        return None
+    return {
+        "schedule": plan.schedule(),
+        "values": {value.name: str(value) for value in cache.values},
+        "modes": {name: list(values) for name, values in cache.modes.items()},
+        "history": cache.history,
+        "planned": _planned(facts.get(SchedulePlan)),
+        "forecast": _forecast(facts.get(ForecastFit)),
+    }
+
+
+def _planned(plan: SchedulePlan | None) -> dict[str, Any] | None:
+    """How the schedule was found; None for an even or a given one."""
+    if plan is None:
+        return None
+    return {
+        "strategy": plan.strategy,
+        "spent": round(plan.spent, 4),
+        "measured": plan.measured,
+        "costs": plan.costs,
+        "expected_error": plan.expected_error,
+        "rehearsed_error": plan.rehearsed_error,
+    }
+
+
+def _forecast(fit: ForecastFit | None) -> dict[str, Any] | None:
+    """Root mean squares, over steps and cached values, of the relative errors of forecasts and of plain reuse."""
+    if fit is None or not fit.steps:
+        return None
+    return {
+        "kind": fit.kind,
+        "error": round(_root_mean_square([step.forecast for step in fit.steps]), 5),
+        "reuse_error": round(_root_mean_square([step.reuse for step in fit.steps]), 5),
+        "largest_error": round(max(step.forecast for step in fit.steps), 5),
+    }
+
+
+def _root_mean_square(values: list[float]) -> float:
+    return math.sqrt(math.fsum(value**2 for value in values) / len(values))

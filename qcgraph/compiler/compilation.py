@@ -1,0 +1,463 @@
+"""The composition root: from a model's name and a recipe to a verified bundle."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from qcgraph.bundle import Bundle, check_output, write_plan, writing
+from qcgraph.bundle.plan_file import PlanFile
+from qcgraph.capture.capture import capture
+from qcgraph.capture.meaning import check_meaning
+from qcgraph.compiler.admission import admit_edges, admit_quality, check_conditions, overrides
+from qcgraph.compiler.costs import measure_costs
+from qcgraph.compiler.default_pipeline import default_pipeline, target_notes
+from qcgraph.compiler.estimate import estimate
+from qcgraph.compiler.least_bits import compile_with_least, is_asked_for, most_bits
+from qcgraph.compiler.rejection import forget_rejected, reject
+from qcgraph.compiler.report import compile_report, quantizable
+from qcgraph.errors import UsageError, closest
+from qcgraph.evaluation.ablation import is_quantized
+from qcgraph.export.check.check import Check
+from qcgraph.export.check.verify import verify_export
+from qcgraph.export.targets import Target, target_named
+from qcgraph.facts import Rehearsed, precision_of
+from qcgraph.ir.memory import release_memory
+from qcgraph.ir.program import Program
+from qcgraph.ir.serialize import load_program, save_program
+from qcgraph.ir.structure import Site, find_sites
+from qcgraph.models import LoadedModel, check_loaded, load_model
+from qcgraph.models.origin import SOURCE
+from qcgraph.passes.quantization.plan_quant import PlanQuant, nothing_quantized
+from qcgraph.pipeline import Instrument, Pass, Pipeline
+from qcgraph.pipeline.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
+from qcgraph.plan.schedule import FULL, TimedSchedule
+from qcgraph.plan.schedulers import check_compensable, check_name, make_step_plan
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
+from qcgraph.progress import Progress
+from qcgraph.recipe import Recipe
+
+EQUALIZING = "equalize"  # where it comes first, the weights that it replaced are let go before the other passes run
+HELD_BYTES = 2**28  # of weights that are kept, and their capture, instead of being loaded and captured again
+COMPENSATING = "fit-compensation"  # does not fit every plan, which is better said before anything is sampled
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What a compilation gave.
+
+    Attributes:
+        bundle: the bundle, or None when nothing was to be written.
+        report: the summary, as JSON data.
+        program_text: the program as text after the last pass that ran.
+    """
+
+    bundle: Bundle | None
+    report: dict[str, Any]
+    program_text: str
+
+
+class _ReleaseMemory(Instrument):
+    """After every pass, what it freed goes back to the system."""
+
+    def after(self, pass_: Pass, before: Program, after: Program) -> None:
+        release_memory()
+
+
+def compile_model(
+    model: str | LoadedModel,
+    recipe: Recipe,
+    output: Path | None,
+    *,
+    plan: PlanFile | None = None,
+    force: bool = False,
+    stop_after: str | None = None,
+    verify_each: bool = False,
+    print_after: tuple[str, ...] = (),
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    out: TextIO | None = None,
+) -> CompileResult:
+    """Compile a denoiser.
+
+    Args:
+        model: a model's name, or a loaded model.
+        recipe: what to do with it.
+        output: the folder of the bundle; not needed when nothing is written.
+        plan: a schedule to take instead of the recipe's; the recipe in the bundle holds it.
+        force: whether an existing bundle there is replaced.
+        stop_after: stop after this pass and write nothing.
+        verify_each: run and check the program after every pass.
+        print_after: passes after which the program is printed to ``out``, or ``all``.
+        dry_run: resolve everything, run nothing that samples, write nothing.
+        progress: where progress goes.
+        out: where printed programs go, standard output by default.
+
+    Raises:
+        UsageError: the input is wrong; nothing was written.
+        VerificationError: the exported graphs do not do what the program does (what was exported is kept beside the
+            output), a cache is unsafe, or the gate of the recipe is not met; nothing was written to the output.
+    """
+    compilation = _Compilation(
+        model=model,
+        output=output,
+        plan=plan,
+        force=force,
+        stop_after=stop_after,
+        verify_each=verify_each,
+        print_after=print_after,
+        dry_run=dry_run,
+        progress=progress or Progress(),
+        out=out or sys.stdout,
+    )
+    with torch.inference_mode(mode=False):  # tensors made in it count no writes, and nothing is differentiated there
+        if not is_asked_for(recipe):
+            return compilation.run(recipe)
+        if dry_run:
+            return compilation.run(recipe.override(bits=most_bits()))
+        return compile_with_least(
+            recipe, lambda fixed, again: replace(compilation, force=force or again).run(fixed), compilation.progress
+        )
+
+
+@dataclass(frozen=True)
+class _Compilation:
+    """What `compile_model` was given, but the recipe, whose bits may have to be found."""
+
+    model: str | LoadedModel
+    output: Path | None
+    plan: PlanFile | None
+    force: bool
+    stop_after: str | None
+    verify_each: bool
+    print_after: tuple[str, ...]
+    dry_run: bool
+    progress: Progress
+    out: TextIO
+
+    def run(self, recipe: Recipe) -> CompileResult:
+        """Compile by a recipe whose bits are known."""
+        recipe = following(recipe, self.plan)
+        target = target_named(recipe.target.name)
+        pipeline = default_pipeline(recipe, target)
+        _check_pass_names(pipeline, (*self.print_after, *([self.stop_after] if self.stop_after else [])))
+        output = self._place()
+        check_name(recipe.sampling.scheduler)
+        notes = self._noted(target_notes(recipe, target))
+        started, timer = time.perf_counter(), Timer(self.progress)
+        loaded, captured = _captured(self.model, recipe, self.progress, timer)
+        notes += self._noted(loaded.notes)
+        if self.plan is not None:
+            self.plan.check_model(captured.facts[StepPlan].fingerprint.model)
+        _check_applicable(recipe, pipeline, loaded, captured)
+        sites, dump = find_sites(captured.variants["main"]), Dump(captured)
+        instruments = (*self._instruments(captured), timer, dump)
+        start, kept = [captured], captured if self.dry_run else None
+        held = (loaded, captured) if _is_small(captured) else None
+        elapsed = time.perf_counter() - started
+        del loaded, captured  # the weights of a large model are not held while the passes run, once they have others
+        program = self._transformed(start, _prefix(pipeline, self.stop_after, self.dry_run), instruments, target)
+        report = compile_report(sites, program, recipe, target, pipeline, timer.seconds)
+        report[SOURCE] = self.model if isinstance(self.model, str) else None
+        report["followed_plan"] = _followed(recipe, self.plan, program)
+        if recipe.is_quantized and not report["planned_sites" if self.dry_run else "quantized_sites"]:
+            notes += self._noted([f"{recipe.quantization.bits} was asked for, but {_left_alone(program, sites)}"])
+        report["notes"] = notes
+        found = None if kept is None else estimate(kept, program, pipeline, quantizable(sites), target, elapsed)
+        report["estimate"] = found and asdict(found)
+        if output is not None:
+            self._write(output, program, held, recipe, target, report, dump, timer, started)
+            forget_rejected(output)
+            return CompileResult(Bundle.open(output, check=False), report, program.text)
+        return CompileResult(None, report, program.text)
+
+    def _place(self) -> Path | None:
+        """Return where the bundle goes, None where nothing is to be written.
+
+        Raises:
+            UsageError: no place was given, or nothing can be written there.
+        """
+        if self.dry_run or self.stop_after is not None:
+            return None
+        if self.output is None:
+            raise UsageError("no output folder", hint="say where the bundle goes: -o FOLDER")
+        check_output(self.output, force=self.force)
+        return self.output
+
+    def _instruments(self, captured: Program) -> Iterator[Instrument]:
+        """Return what watches the passes besides time and text."""
+        yield Reproduce(lambda: _reproducer_folder(self.output), self.progress)
+        yield _ReleaseMemory()
+        if self.verify_each:
+            yield VerifyEach(captured, self.progress)
+        if self.print_after:
+            yield PrintAfter(self.print_after, self.out)
+
+    def _transformed(
+        self, start: list[Program], pipeline: Pipeline, instruments: Sequence[Instrument], target: Target
+    ) -> Program:
+        """Return what the passes make of the program in ``start``, which is taken out so that nothing else holds it."""
+        program = start.pop()
+        for part in _parts(pipeline):
+            program = part.run(
+                program, instruments, self.progress, lambda program: measure_costs(program, target, self.progress)
+            )
+            gc.collect()  # graphs and their modules refer to each other; with them go the weights that were replaced
+            release_memory()
+        return program
+
+    def _noted(self, notes: Iterable[str]) -> tuple[str, ...]:
+        """Print notes, and return them for the report."""
+        printed = tuple(notes)
+        for note in printed:
+            self.progress.note(f"note: {note}")
+        return printed
+
+    def _write(
+        self,
+        output: Path,
+        program: Program,
+        held: tuple[LoadedModel, Program] | None,
+        recipe: Recipe,
+        target: Target,
+        report: dict[str, Any],
+        dump: Dump,
+        timer: Timer,
+        started: float,
+    ) -> None:
+        """Export, check and judge the program, and write the bundle.
+
+        Raises:
+            VerificationError: see `compile_model`.
+        """
+
+        def origin() -> tuple[LoadedModel, Program]:
+            """Return what was captured, and its model."""
+            return held or _loaded_again(self.model, recipe, program, self.progress, timer)
+
+        edges, original = _admitted_edges(origin, recipe, program, self.progress, timer)
+        report["cached_edges"] = edges
+        gc.collect()  # with what was measured goes the model
+
+        def fill(folder: Path) -> None:
+            """Write all of a bundle but its graphs and weights."""
+            self.progress.stage("write")
+            report["seconds"] = round(time.perf_counter() - started, 2)
+            report["stages"] = {name: round(seconds, 3) for name, seconds in timer.stages.items()}
+            _write(folder, program, recipe, report, dump)
+
+        made = {"model": program.facts[ModelSpec].name, "target": target.name, "precision": precision_of(program.facts)}
+        with writing(output, **made, overrides=overrides(edges), force=self.force) as folder:
+            checks = _export(program, folder, target, self.progress, timer)
+            report["checks"] = [asdict(check) for check in checks]
+            if any(check.failed for check in checks):
+                raise reject(checks, folder, output, fill, **made)
+            if recipe.conditions is not None and original is not None:
+                with timer.stage("gate"):
+                    verdicts = admit_quality(recipe.conditions, *original, program, folder, target, self.progress)
+                report["gate"] = [asdict(verdict) for verdict in verdicts]
+            fill(folder)
+
+
+def _is_small(program: Program) -> bool:
+    """Tell whether weights are kept until the bundle is judged; those of large models are loaded again."""
+    return sum(constant.nbytes for constant in program.constants.values()) <= HELD_BYTES
+
+
+def _left_alone(program: Program, sites: Iterable[Site]) -> str:
+    """Say why nothing is quantized: as the pass that plans quantization says, or as the graph of the model shows."""
+    planned = [record for record in program.history if record.text.startswith(PlanQuant.name) and record.refusals]
+    if planned:
+        return planned[-1].refusals[-1].reason
+    return nothing_quantized(site.refusal or "no pass quantized it" for site in sites)
+
+
+def following(recipe: Recipe, plan: PlanFile | None) -> Recipe:
+    """A recipe with the schedule of a plan in it: a bundle can be compiled again from its recipe alone.
+
+    Raises:
+        UsageError: the recipe brings a pipeline of its own.
+    """
+    if plan is None:
+        return recipe
+    schedule = f"plan={plan.schedule.text}"
+    if recipe.pipeline.passes:
+        raise UsageError(
+            "the recipe has a pipeline of its own, which decides the steps",
+            where=plan.where,
+            hint=f"put follow-plan{{{schedule}}} into it, after insert-cache",
+        )
+    return recipe.override(cache=schedule)
+
+
+def _followed(recipe: Recipe, plan: PlanFile | None, program: Program) -> dict[str, Any] | None:
+    """What became of a schedule that was given, and what it does to the final latents (see `Rehearsed`)."""
+    if recipe.followed is None:
+        return None
+    schedule, steps = TimedSchedule.parse(recipe.followed), program.facts[StepPlan]
+    rehearsed = program.facts.get(Rehearsed)
+    return {
+        "source": plan.describe() if plan else f"{len(schedule.timesteps)} steps",
+        "schedule": schedule.text,
+        "is_retargeted": schedule.timesteps != steps.timesteps,
+        "other_guidance": plan is not None and plan.guidance not in (None, steps.fingerprint.guidance),
+        "computing": sum(step.variant in (FULL, "main") for step in steps.steps),
+        "error": rehearsed.error if rehearsed else None,
+        "even_error": rehearsed.even_error if rehearsed else None,
+    }
+
+
+def _write(folder: Path, program: Program, recipe: Recipe, report: dict[str, Any], dump: Dump) -> None:
+    """Write all of a bundle but its graphs and weights."""
+    dump.write(folder / "ir")
+    write_plan(folder, program.facts[ModelSpec], program.facts[StepPlan], program.interfaces)
+    (folder / "recipe.lock.toml").write_text(recipe.to_toml(), "utf-8")
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+
+
+def verify_bundle(bundle: Bundle, progress: Progress | None = None, target: str | None = None) -> tuple[Check, ...]:
+    """Check legality and parity of every exported variant of a bundle against its program in PyTorch.
+
+    Args:
+        bundle: the bundle.
+        progress: reports what takes long.
+        target: a target that the graphs are to conform to as well (see `qcgraph.export.check.conformance`).
+
+    Raises:
+        BundleError: the bundle's files are not those that were written, or it has no graphs to conform.
+        UsageError: there is no such target, it takes no graphs, or what has to judge is not installed.
+    """
+    progress, compiled_for = progress or Progress(), target_named(bundle.manifest.target)
+    if target is None:
+        return verify_export(load_program(bundle.path), bundle.path, compiled_for, bundle.interfaces, progress)
+    from qcgraph.export.check.conformance import check_conformance, judge_of
+
+    asked = target_named(target)
+    judge_of(asked)  # before the program is loaded, which may take long
+    for variant in bundle.interfaces:
+        bundle.file(f"{variant}.onnx")
+    return check_conformance(load_program(bundle.path), bundle.path, asked, bundle.interfaces, progress)
+
+
+def _captured(
+    model: str | LoadedModel, recipe: Recipe, progress: Progress, timer: Timer, *, again: bool = False
+) -> tuple[LoadedModel, Program]:
+    """The model, and the captured program with its step plan."""
+    suffix = " again" if again else ""
+    progress.note(f"loading {model}" if isinstance(model, str) else f"taking {model.spec.name}")
+    with timer.stage(f"load{suffix}"):
+        loaded = load_model(model) if isinstance(model, str) else check_loaded(model)
+    progress.note("capturing with torch.export")
+    sampling = recipe.sampling
+    with timer.stage(f"capture{suffix}"):
+        program = capture(loaded.module, loaded.spec, loaded.input_names)
+        plan = make_step_plan(
+            sampling.scheduler, sampling.steps, sampling.guidance, loaded.spec.schedule, program.constants_digest
+        )
+        if not again:
+            check_meaning(program, loaded.module, loaded.input_names, plan)
+    return loaded, program.with_facts(plan)
+
+
+def _loaded_again(
+    model: str | LoadedModel, recipe: Recipe, program: Program, progress: Progress, timer: Timer
+) -> tuple[LoadedModel, Program]:
+    """The model that a program was compiled from, and its capture: neither was held while the passes ran.
+
+    Raises:
+        UsageError: it has other weights now.
+    """
+    loaded, captured = _captured(model, recipe, progress, timer, again=True)
+    found, expected = (of.facts[StepPlan].fingerprint.model for of in (captured, program))
+    if found != expected:
+        raise UsageError(
+            f"the model has other weights than when it was loaded first: their digest is {found}, it was {expected}",
+            where=loaded.spec.name,
+            hint="its file was written to meanwhile, or its factory draws weights without a seed",
+        )
+    return loaded, captured
+
+
+def _admitted_edges(
+    origin: Callable[[], tuple[LoadedModel, Program]],
+    recipe: Recipe,
+    program: Program,
+    progress: Progress,
+    timer: Timer,
+) -> tuple[list[Any], tuple[LoadedModel, Program] | None]:
+    """What `admit_edges` measured, and the model again where a gate will judge by it."""
+    judges = recipe.conditions is not None
+    has_edges = is_quantized(program) and len(program.facts[StepPlan].variants) > 1
+    if not judges and not has_edges:
+        return [], None
+    loaded, captured = origin()
+    with timer.stage("cached edges"):
+        edges = admit_edges(
+            program, captured, recipe.calibration.seed, allow_unsafe=recipe.gate.allow_unsafe, progress=progress
+        )
+    return edges, (loaded, captured) if judges else None
+
+
+def _export(program: Program, folder: Path, target: Target, progress: Progress, timer: Timer) -> tuple[Check, ...]:
+    """Write the program and its graphs for the target, and return what was checked of them."""
+    if not target.emits_onnx:
+        with timer.stage("export"):
+            save_program(program, folder)
+        return ()
+    from qcgraph.export.onnx.emit import emit_onnx
+
+    with timer.stage("export"):
+        emit_onnx(program, folder, target.opset, progress, **target.forms)
+    progress.note("verifying the exported graphs")
+    with timer.stage("verify"):
+        return verify_export(program, folder, target, program.interfaces, progress)
+
+
+def _check_pass_names(pipeline: Pipeline, names: tuple[str, ...]) -> None:
+    known = [pass_.name for pass_ in pipeline]
+    for name in names:
+        if name not in known and name != "all":
+            raise UsageError(f"no pass {name!r} in this pipeline", hint=closest(name, known))
+
+
+def _check_applicable(recipe: Recipe, pipeline: Pipeline, loaded: LoadedModel, captured: Program) -> None:
+    """Refuse what will not go with the model or its steps, before anything is sampled."""
+    if any(pass_.name == COMPENSATING for pass_ in pipeline):
+        check_compensable(captured.facts[StepPlan])
+    if recipe.conditions is not None:
+        check_conditions(recipe.conditions, loaded)
+
+
+def _prefix(pipeline: Pipeline, stop_after: str | None, dry_run: bool) -> Pipeline:
+    """Return the passes that run: up to the one to stop after, and in a dry run only those that need no samples."""
+    names = [pass_.name for pass_ in pipeline]
+    chosen = Pipeline(pipeline.passes[: names.index(stop_after) + 1] if stop_after else pipeline.passes)
+    return chosen.without_sampling() if dry_run else chosen
+
+
+def _parts(pipeline: Pipeline) -> tuple[Pipeline, ...]:
+    """A pipeline, with equalize apart where it comes first.
+
+    What starts from its result does not hold the weights that it replaced; and it is the captured model as well to
+    those passes that compare with what they started from.
+    """
+    first, rest = pipeline.passes[:1], pipeline.passes[1:]
+    return (Pipeline(first), Pipeline(rest)) if first and first[0].name == EQUALIZING else (pipeline,)
+
+
+def _reproducer_folder(output: Path | None) -> Path:
+    if output is None:
+        user = os.getuid() if hasattr(os, "getuid") else 0
+        return Path(tempfile.gettempdir()) / f"qcgraph-{user}.reproducer"  # the last one of a user: they are large
+    return output.with_name(f"{output.name}.reproducer")

@@ -1,0 +1,254 @@
+"""The default pipeline, on one page: what runs, in which order, and why there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from qcgraph.errors import UsageError
+from qcgraph.export.targets import TARGETS, Target
+from qcgraph.export.tensorrt.provider import PROVIDERS
+from qcgraph.pipeline import Pass, Pipeline, make_pass
+from qcgraph.recipe import MOST_BITS, Recipe
+
+HISTORY = {"reuse": 1, "dec": 1, "taylor": 2, "affine": 3}  # computed values that each forecast looks back to
+
+
+def default_pipeline(recipe: Recipe, target: Target) -> Pipeline:
+    """The passes a recipe asks for, its own or the default ones, then what its target asks for and they lack.
+
+    Raises:
+        UsageError: the recipe's own pipeline text is wrong, or it asks for what the target cannot hold.
+    """
+    if recipe.pipeline.passes:
+        chosen = Pipeline.parse(recipe.pipeline.passes)
+    else:
+        chosen = Pipeline(tuple(_passes(recipe, target)))
+    return Pipeline((*chosen, *_lacking(chosen, recipe, target)))
+
+
+def target_notes(recipe: Recipe, target: Target) -> tuple[str, ...]:
+    """What a target means for what a recipe asks for or leaves open, in words for the report.
+
+    Raises:
+        UsageError: see `default_pipeline`.
+    """
+    if recipe.pipeline.passes:
+        added = ", ".join(pass_.name for pass_ in _lacking(Pipeline.parse(recipe.pipeline.passes), recipe, target))
+        return (f"after the passes of the recipe come those that {target.name} asks for: {added}",) if added else ()
+    if not recipe.is_quantized:
+        return ()
+    asked, notes = recipe.quantization, []
+    could_have_regions = recipe.activation_bits < MOST_BITS or recipe.bit_budget is not None or asked.attention
+    if asked.regions == "auto" and target.constant_scales and could_have_regions:
+        notes.append(f"{target.name} takes constant scales: no activation has two regions")
+    if recipe.bit_budget is not None and target.constant_scales:
+        notes.append(f"{target.name} takes constant scales: an activation has the same bits in all timestep groups")
+    if asked.attention and target.name in PROVIDERS:
+        notes.append("attention of quantized products is not fused: TensorRT has kernels for all of it in 16 bits only")
+    return tuple(notes)
+
+
+def _lacking(chosen: Pipeline, recipe: Recipe, target: Target) -> Iterator[Pass]:
+    """What a target asks for at the end of a pipeline, as far as that does not have it."""
+    names = {pass_.name for pass_ in chosen}
+    legalization = Pipeline.parse(target.legalize) if target.legalize else Pipeline(())
+    yield from (pass_ for pass_ in (*legalization, *_reduced(recipe, target)) if pass_.name not in names)
+
+
+def _passes(recipe: Recipe, target: Target) -> Iterator[Pass]:
+    quantized = recipe.is_quantized
+    compensated = recipe.compensation.mode != "off"
+
+    if quantized and recipe.quantization.equalize and not recipe.is_float8:
+        # Before there are variants: it changes the constants that all of them will share.
+        yield _pass(
+            "equalize",
+            weight_bits=round(recipe.bit_budget or recipe.weight_bits),
+            activation_bits=round(recipe.bit_budget or recipe.activation_bits),
+            **_sampling(recipe),
+        )
+    if recipe.is_cached:
+        # Before calibration: ranges and errors are only worth observing on the steps, and in the graphs, that will run.
+        yield from _caching(recipe, quantized=quantized)
+    if quantized or compensated or recipe.forecast != "reuse":
+        # Still in full precision, so that one run gives the reference and the other the ranges of the cached path.
+        yield _calibrate(recipe, quantized=quantized)
+    if quantized:
+        yield from _quantizing(recipe, target)
+    if recipe.is_cached:
+        # On the quantized model: a step that reuses carries on the noise of quantization.
+        yield from _settling(recipe, quantized=quantized)
+    if compensated:
+        # Last: what is compensated is the drift that quantization and caching leave together.
+        form = "masked" if recipe.compensation.mode == "vc-masked" else "ratio"
+        yield _pass("fit-compensation", clamp=recipe.compensation.clamp, form=form)
+        yield _pass("insert-compensation")
+    if recipe.modulation.hoist:
+        # When all is decided: it changes no value, and what observes and fits before need not prepare any.
+        yield _pass("hoist-adaln")
+
+
+def _reduced(recipe: Recipe, target: Target) -> Iterator[Pass]:
+    """The type of what is not quantized, last of all: what is fitted and searched before is so in float32."""
+    precision = recipe.target.precision
+    if precision != "float32" and target.integer_products:
+        if precision != "auto":
+            raise UsageError(
+                f"{target.name} computes what is not quantized in float32, not in {precision}",
+                hint="leave precision out, or choose another target (see qcgraph targets)",
+            )
+        return
+    dtype = target.precision if precision == "auto" else precision
+    if dtype != "float32":
+        asked = _sampling(recipe)
+        counts = {"samples": asked["trajectories"]} if "trajectories" in asked else {}
+        yield _pass("reduce-precision", dtype=dtype, seed=asked["seed"], **counts)
+
+
+def _calibrate(recipe: Recipe, *, quantized: bool) -> Pass:
+    calibration = recipe.calibration
+    samples = {} if calibration.samples == "auto" else {"samples": calibration.samples}
+    selection = calibration.selection if quantized else "none"
+    return _pass("calibrate", selection=selection, **samples, **_sampling(recipe))
+
+
+def _sampling(recipe: Recipe) -> dict[str, int]:
+    """The trajectories of every pass that samples: the seed, and how many where the recipe says it."""
+    asked = recipe.calibration
+    return {"seed": asked.seed} | ({} if asked.trajectories == "auto" else {"trajectories": asked.trajectories})
+
+
+def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
+    """What is quantized and how, then the quantizers."""
+    asked, seed = recipe.quantization, recipe.calibration.seed
+    if recipe.is_float8:
+        yield from _quantizing_to_float8(recipe, target)
+        return
+    regions = _has_regions(recipe, target)
+    # Groups before scales: a scale belongs to a group.
+    yield _pass("group-timesteps", groups=asked.groups, strategy=asked.grouping)
+    yield _pass(
+        "plan-quant",
+        weight_bits=recipe.weight_bits,
+        activation_bits=recipe.activation_bits,
+        symmetric=target.activation == "symmetric",
+        weight_high=target.weight_high,
+    )
+    if recipe.bit_budget is not None:
+        # Before scales are searched, which depend on the bits.
+        yield _pass(
+            "allocate-bits",
+            budget=recipe.bit_budget,
+            rounding=asked.rounding,
+            groups=not target.constant_scales,
+            seed=seed,
+        )
+    if asked.scales == "fisher" or regions:
+        yield _pass("search-scales", objective=asked.scales, regions=regions, seed=seed)
+    if asked.rounding != "nearest":
+        # After the scales: weights are rounded for activations as they will be.
+        yield _pass("round-weights", method=asked.rounding)
+    if asked.correction != "off":
+        # While weights are still whole: what is fitted is the difference that quantizing them makes.
+        yield _pass("fit-requantization", sites=asked.correction)
+    if asked.attention:
+        # After what is decided on the model as it is; before insert-qdq, which drops the calibration set.
+        yield _pass("split-attention")
+        yield _pass(
+            "quantize-attention",
+            bits=round(recipe.bit_budget or recipe.activation_bits),
+            symmetric=target.activation == "symmetric",
+            high=target.weight_high,
+            objective=asked.scales,
+            regions=regions,
+            seed=seed,
+        )
+    yield _pass("insert-qdq")
+
+
+def _quantizing_to_float8(recipe: Recipe, target: Target) -> Iterator[Pass]:
+    """Fewer passes: numbers whose precision is relative gain nothing from scales that clip or that channels share."""
+    asked = recipe.quantization
+    if not target.multiplies_float8 or (target.emits_onnx and recipe.target.precision == "float32"):
+        takers = ", ".join(name for name, known in TARGETS.items() if known.multiplies_float8)
+        raise UsageError(f"{target.name} does not multiply fp8", hint=f"targets that do, in 16 bits: {takers}")
+    if asked.attention:
+        raise UsageError("products of attention are not quantized to fp8", hint="leave quantization.attention out")
+    yield _pass("group-timesteps", groups=asked.groups, strategy=asked.grouping)
+    yield _pass("plan-quant", format="fp8")
+    if asked.correction != "off":
+        yield _pass("fit-requantization", sites=asked.correction)
+    yield _pass("insert-qdq")
+
+
+def _has_regions(recipe: Recipe, target: Target) -> bool:
+    """Whether activations may have two regions: as asked for, else where the target can hold them."""
+    asked = recipe.quantization.regions
+    if asked is True and target.constant_scales:
+        raise UsageError(
+            f"{target.name} takes constant scales, and an activation with two regions has none",
+            where="quantization.regions",
+            hint="leave regions out, or choose another target (see qcgraph targets)",
+        )
+    return not target.constant_scales if asked == "auto" else asked
+
+
+def _caching(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
+    """What is cached, and the steps as far as they are known before calibration, which should see about these."""
+    yield _pass(
+        "plan-cache",
+        **_spacing(recipe),
+        blocks=recipe.cache.blocks,
+        what=recipe.cache.what,
+        history=HISTORY[recipe.forecast],
+        memory=recipe.cache.memory,
+    )
+    yield _pass("insert-cache")
+    if recipe.followed:
+        yield _pass("follow-plan", plan=recipe.followed)
+    if recipe.is_searched:
+        # With quantization it is a draft.
+        yield _schedule(recipe, final=not quantized)
+
+
+def _settling(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
+    """The schedule that will run, and the forecasts that go with it."""
+    if recipe.is_searched and quantized:
+        # Again, because errors are others now, and because costs can be measured.
+        yield _schedule(recipe, final=True)
+    if recipe.followed:
+        # What is given is not looked for; what it does is told all the same.
+        yield _pass("rehearse-steps", forecast=recipe.forecast, **_sampling(recipe))
+    if recipe.is_searched or recipe.followed or "+" in recipe.cache.blocks:
+        # Only now is it known which of the variants the schedule uses.
+        yield _pass("drop-variants")
+    if recipe.forecast != "reuse":
+        # Closed loop: what a forecast amplifies has to be there when it is fitted.
+        yield _pass("insert-forecast")
+        yield _pass("fit-forecast", kind=recipe.forecast)
+
+
+def _spacing(recipe: Recipe) -> dict[str, Any]:
+    """The draft of a schedule; one that is given needs none, but the variants that a draft brings about."""
+    if recipe.cache_budget is not None:
+        return {"budget": recipe.cache_budget}
+    return {"interval": recipe.cache_interval} if recipe.cache_interval else {}
+
+
+def _schedule(recipe: Recipe, *, final: bool) -> Pass:
+    budget = recipe.cache_budget
+    if budget is None:
+        return _pass("plan-steps", strategy="dps", interval=recipe.cache_interval, **_sampling(recipe))
+    return _pass(
+        "plan-steps",
+        budget=budget,
+        forecast=recipe.forecast,
+        measured=final and recipe.cache.cost == "latency",
+        rounds=recipe.cache.rounds if final else 0,
+        **_sampling(recipe),
+    )
+
+
+def _pass(name: str, **options: Any) -> Pass:
+    return make_pass(name, options)

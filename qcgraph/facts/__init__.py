@@ -1,0 +1,68 @@
+"""The typed facts that passes leave for each other. Plain data, no torch.
+
+A fact is a frozen dataclass of numbers, strings and tuples; a program holds at most one fact of a type. All of them
+survive a JSON round trip exactly (see `encode` and `decode`).
+"""
+
+from qcgraph.facts.caching import NO_BLOCK, CachedValue, CachePlan, ForecastFit, ForecastStep, Rehearsed, SchedulePlan
+from qcgraph.facts.calibration import CalibrationSet, Ranges, Reference, SiteRange
+from qcgraph.facts.compensation import Compensation
+from qcgraph.facts.precision import Precision
+from qcgraph.facts.quantization import (
+    FLOAT8,
+    LARGEST_FLOAT8,
+    ActivationQuant,
+    AttentionPlan,
+    AttentionQuant,
+    Equalization,
+    QuantPlan,
+    RegionQuant,
+    Requantization,
+    RoundedWeight,
+    RoundedWeights,
+    SiteCorrection,
+    SiteQuant,
+    TimestepGroups,
+    WeightQuant,
+    WeightSources,
+    codes,
+)
+from qcgraph.facts.store import FACT_TYPES, Facts, decode, encode, precision_of
+
+__all__ = [
+    "FACT_TYPES",
+    "FLOAT8",
+    "LARGEST_FLOAT8",
+    "NO_BLOCK",
+    "ActivationQuant",
+    "AttentionPlan",
+    "AttentionQuant",
+    "CachePlan",
+    "CachedValue",
+    "CalibrationSet",
+    "Compensation",
+    "Equalization",
+    "Facts",
+    "ForecastFit",
+    "ForecastStep",
+    "Precision",
+    "QuantPlan",
+    "Ranges",
+    "Reference",
+    "RegionQuant",
+    "Rehearsed",
+    "Requantization",
+    "RoundedWeight",
+    "RoundedWeights",
+    "SchedulePlan",
+    "SiteCorrection",
+    "SiteQuant",
+    "SiteRange",
+    "TimestepGroups",
+    "WeightQuant",
+    "WeightSources",
+    "codes",
+    "decode",
+    "encode",
+    "precision_of",
+]

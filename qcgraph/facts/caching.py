@@ -1,0 +1,120 @@
+"""What is cached, when it is reused, and how it is forecast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NO_BLOCK = -1
+
+
+@dataclass(frozen=True)
+class CachedValue:
+    """A value that computing steps store and others reuse.
+
+    Attributes:
+        name: what its tensor is called in interfaces, ``cache_0`` for example.
+        first_block: the first block that is skipped when it is reused; `NO_BLOCK` for the difference of the noise
+            predictions of both halves of guidance, with which one half is skipped in all blocks.
+        last_block: the last one, inclusive.
+        branch: which branch of the (one) block it is the output of, before its gate, counted from 0; -1 for the change
+            of the residual stream over all of the blocks.
+    """
+
+    name: str
+    first_block: int
+    last_block: int
+    branch: int = -1
+
+    @property
+    def is_guidance(self) -> bool:
+        """Whether it is the difference of both halves of guidance."""
+        return self.first_block == NO_BLOCK
+
+    def __str__(self) -> str:
+        if self.is_guidance:
+            return "difference of the halves of guidance"
+        blocks = f"{self.first_block}..{self.last_block}" if self.branch < 0 else str(self.first_block)
+        return f"change over blocks {blocks}" if self.branch < 0 else f"branch {self.branch} of block {blocks}"
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What is cached, which variants reuse it, and how many computed values of each are kept.
+
+    Attributes:
+        values: what computing steps store.
+        modes: by the name of a variant that reuses, the names of the values that it reuses; it computes the rest.
+        history: how many of the last computed values a forecast may use; 1 is plain reuse.
+        draft: the variant of each step to begin with, ``full`` or a mode. The step plan holds what became of it.
+    """
+
+    values: tuple[CachedValue, ...]
+    modes: dict[str, tuple[str, ...]]
+    history: int
+    draft: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SchedulePlan:
+    """How the step plan came to its variants, and what they are expected to do.
+
+    Attributes:
+        strategy: ``joint`` or ``dps``.
+        costs: what one run of each variant costs: milliseconds where measured, else multiply-accumulates.
+        measured: whether costs are measured on the target.
+        spent: cost of sampling relative to computing every step.
+        expected_error: mean squared error of the final latent that the measured errors of skipped steps add up to.
+        rehearsed_error: the same, of trajectories sampled under this schedule.
+    """
+
+    strategy: str
+    costs: dict[str, float]
+    measured: bool
+    spent: float
+    expected_error: float | None
+    rehearsed_error: float | None
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What reusing does to the final latents: their mean squared error against those of steps that all compute.
+
+    Attributes:
+        error: under the step plan.
+        even_error: under a schedule of the same cost whose computing steps are evenly spaced.
+        trajectories: how many were sampled; 0 where nothing reuses.
+    """
+
+    error: float
+    even_error: float
+    trajectories: int
+
+
+@dataclass(frozen=True)
+class ForecastStep:
+    """How well a cached value is forecast at a step that reuses it, closed loop.
+
+    Attributes:
+        name: the cached value.
+        step: the index of the step.
+        reuse: relative L2 error of taking the last computed value as it is.
+        forecast: relative L2 error of the forecast, on samples that it was not fitted on where there are enough.
+    """
+
+    name: str
+    step: int
+    reuse: float
+    forecast: float
+
+
+@dataclass(frozen=True)
+class ForecastFit:
+    """That the forecasts were fitted, and how well they do; the coefficients are constants of the program.
+
+    Attributes:
+        kind: ``affine``, ``taylor``, ``dec`` or ``reuse``.
+        steps: per cached value and reusing step, in order.
+    """
+
+    kind: str
+    steps: tuple[ForecastStep, ...]

@@ -1,0 +1,205 @@
+"""How sites and attention are quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+FLOAT8 = "float8_e4m3fn"
+LARGEST_FLOAT8 = 448
+
+
+@dataclass(frozen=True)
+class Equalization:
+    """What the channels of activations were divided by, so that they share a range.
+
+    Attributes:
+        inputs: per site (by name), the factors of what enters it, with which its weight was multiplied.
+        outputs: the factors by which the rows of a site were divided, where its result makes such an activation.
+    """
+
+    inputs: dict[str, tuple[float, ...]]
+    outputs: dict[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class TimestepGroups:
+    """Groups of neighbouring steps that share activation scales.
+
+    Attributes:
+        lower_timesteps: the smallest timestep value of each group, falling; group 0 is the noisiest.
+    """
+
+    lower_timesteps: tuple[float, ...]
+
+
+def codes(bits: int, *, symmetric: bool) -> tuple[int, int]:
+    """Smallest and largest code: ``-2^(b-1) .. 2^(b-1)-1`` when symmetric, else ``0 .. 2^b-1``."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+
+
+@dataclass(frozen=True)
+class ActivationQuant:
+    """Affine quantization of an activation: ``q = clamp(round(x / scale) + zero_point, low, high)``.
+
+    Attributes:
+        scales: one scale a timestep group, or a single one for all groups.
+        zero_points: as many as there are scales.
+        low: smallest code.
+        high: largest code.
+        dtype: ``uint8``, ``int8`` or ``float8_e4m3fn``; codes of the last are floating point and have no zero point.
+        shift: with two regions (TQ-DiT's MRQ), codes above the zero point are multiples of 2 to this power, so that
+            positive values have a coarser step than negative ones; 0 for one step.
+        bits: the bits of each timestep group, where they differ; ``low`` and ``high`` are those of the most.
+    """
+
+    scales: tuple[float, ...]
+    zero_points: tuple[int, ...]
+    low: int
+    high: int
+    dtype: str
+    shift: int = 0
+    bits: tuple[int, ...] = ()
+
+    def at(self, group: int) -> ActivationQuant:
+        """The codes that one timestep group uses."""
+        if not self.bits:
+            return self
+        low, high = codes(self.bits[group], symmetric=self.dtype == "int8")
+        return replace(self, low=low, high=high, bits=())
+
+
+@dataclass(frozen=True)
+class WeightQuant:
+    """Symmetric quantization of a weight, one scale an output channel.
+
+    Attributes:
+        high: codes are in ``[-high, high]``.
+        dtype: what holds them, ``int8`` or ``float8_e4m3fn``.
+    """
+
+    high: int
+    dtype: str = "int8"
+
+
+@dataclass(frozen=True)
+class SiteQuant:
+    """How one site is quantized."""
+
+    activation: ActivationQuant
+    weight: WeightQuant
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Per site (by name), how it is quantized; a site that is not here stays in floating point."""
+
+    sites: dict[str, SiteQuant]
+
+    @property
+    def floating(self) -> tuple[str, ...]:
+        """The sites that are planned to be 8-bit floating point."""
+        return tuple(name for name, site in self.sites.items() if FLOAT8 in (site.weight.dtype, site.activation.dtype))
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """The codes that were chosen for the weight of one site, and what they were chosen for.
+
+    Attributes:
+        codes: the constant that holds the codes, i8[out,in].
+        scale: the constant that holds their scales, f32[out].
+        weight: the digest of the weight (see `qcgraph.ir.program.tensor_digest`).
+        quant: the codes that were allowed.
+    """
+
+    codes: str
+    scale: str
+    weight: str
+    quant: WeightQuant
+
+
+@dataclass(frozen=True)
+class RoundedWeights:
+    """The codes of weights that were chosen, which the program holds until they are inserted.
+
+    Attributes:
+        method: how they were chosen, ``feedback`` or ``search``.
+        sites: per site (by name), its codes; None where none could be chosen, and the nearest ones are to be taken.
+    """
+
+    method: str
+    sites: dict[str, RoundedWeight | None]
+
+    @property
+    def held_constants(self) -> tuple[str, ...]:
+        """The constants that a program must hold for this fact."""
+        return tuple(name for found in self.sites.values() if found for name in (found.codes, found.scale))
+
+
+@dataclass(frozen=True)
+class WeightSources:
+    """Per quantized site (by name), the constant of the captured model that its weight codes were made from."""
+
+    sites: dict[str, str]
+
+
+@dataclass(frozen=True)
+class RegionQuant:
+    """Probabilities in two regions, each with a step and ``levels`` codes besides zero (TQ-DiT's MRQ, after a softmax).
+
+    Attributes:
+        splits: one a timestep group, or a single one: values below it have the step ``split / levels``, the others
+            ``1 / levels``.
+        levels: ``2^(bits-1) - 1``, since one of the bits says which region it is.
+        dtype: ``uint8`` or ``int8``.
+        planes: 2 where each region is a tensor that is multiplied on its own, 1 where one tensor holds both.
+    """
+
+    splits: tuple[float, ...]
+    levels: int
+    dtype: str
+    planes: int
+
+
+@dataclass(frozen=True)
+class AttentionQuant:
+    """How both products of an attention are quantized.
+
+    Attributes:
+        query: queries, scaled by one over the root of their length.
+        key: keys.
+        probabilities: what the softmax gives.
+        value: values.
+    """
+
+    query: ActivationQuant
+    key: ActivationQuant
+    probabilities: ActivationQuant | RegionQuant
+    value: ActivationQuant
+
+    @property
+    def operands(self) -> dict[str, ActivationQuant | RegionQuant]:
+        """The codes of each operand, by name."""
+        return {"query": self.query, "key": self.key, "probabilities": self.probabilities, "value": self.value}
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Per attention (by name), how its products are quantized; one that is not here stays in floating point."""
+
+    sites: dict[str, AttentionQuant]
+
+
+@dataclass(frozen=True)
+class SiteCorrection:
+    """Correction of a quantized linear's result without bias, per output channel: ``gain * result + offset``."""
+
+    gains: tuple[float, ...]
+    offsets: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Requantization:
+    """Per site (by name), the correction that is folded into its weight's scales and its bias."""
+
+    sites: dict[str, SiteCorrection]

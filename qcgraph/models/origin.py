@@ -1,0 +1,72 @@
+"""The model that a bundle was compiled from: found again, loaded, and known by its digest to be that one."""
+
+from __future__ import annotations
+
+from qcgraph.bundle import Bundle
+from qcgraph.capture.capture import capture
+from qcgraph.errors import UsageError
+from qcgraph.ir.program import Program
+from qcgraph.models import CodeError, LoadedModel, load_model
+
+SOURCE = "source"  # the field of the report that holds what was typed where the model was asked for
+
+
+def find_model(bundle: Bundle, name: str | None = None) -> LoadedModel:
+    """Load the model that a bundle was compiled from.
+
+    It is loaded, not recognised: `captured_origin` tells whether it is the one. A bundle is data: a file or folder of
+    weights that it names is read, a function that it names is never imported.
+
+    Args:
+        bundle: the bundle.
+        name: where the model is, as for `qcgraph.models.load_model`; by default what was typed when the bundle was
+            compiled, with relative paths relative to the current folder.
+
+    Raises:
+        UsageError: it cannot be found or loaded, or the bundle names a function.
+    """
+    if name is not None:
+        return load_model(name)
+    recorded = _recorded_source(bundle)
+    try:
+        return load_model(recorded, calls=False)
+    except CodeError as error:
+        raise UsageError(
+            f"was compiled from {recorded!r}, and what a bundle names is not called: it may come from a stranger",
+            where=str(bundle.path),
+            hint="name the model's function yourself, if you trust it: --model PACKAGE.MODULE:FACTORY",
+        ) from error
+    except UsageError as error:
+        raise UsageError(
+            f"cannot load the model that the bundle was compiled from, {recorded!r}: {error.message}",
+            where=str(bundle.path),
+            hint="say where it is now: --model NAME, for example --model dit-xl-2:FILE.pt",
+        ) from error
+
+
+def captured_origin(bundle: Bundle, model: LoadedModel) -> Program:
+    """Capture the model that a bundle was compiled from, as the compilation did before any pass.
+
+    Returns:
+        The program with the single variant ``main``, in full precision; it has no step plan.
+
+    Raises:
+        UsageError: the bundle was compiled from a model with other weights.
+        CaptureError: the model cannot be captured.
+    """
+    program = capture(model.module, model.spec, model.input_names)
+    found, expected = program.constants_digest, bundle.plan.fingerprint.model
+    if found != expected:
+        raise UsageError(
+            f"was compiled from another model: its weights have the digest {expected}, those of "
+            f"{model.spec.name} have {found}",
+            where=str(bundle.path),
+            hint="give --model the name, file or folder that the bundle was compiled from",
+        )
+    return program
+
+
+def _recorded_source(bundle: Bundle) -> str:
+    """Return what was typed when the bundle was compiled; the model's own name where it came as an object."""
+    source = bundle.report.get(SOURCE)
+    return source if isinstance(source, str) else bundle.spec.name

@@ -1,0 +1,35 @@
+"""How many trajectories a measurement may sample."""
+
+from __future__ import annotations
+
+from math import prod
+
+from qcgraph.ir.program import Program
+from qcgraph.ir.structure import find_sites, total_macs
+from qcgraph.plan.schedule import FULL
+from qcgraph.plan.steps import StepPlan
+
+TRAJECTORY_LIMITS = (2, 16)
+RECORD_MACS = 0.6e12  # multiply-accumulates that each part of the measurement may take: seconds on two cores
+RECORD_BYTES = 2**30  # that recorded cached values may take; one trajectory is recorded whatever it takes
+FLOAT_BYTES = 4
+
+
+def affordable_trajectories(program: Program) -> int:
+    """How many trajectories on which every step computes can be recorded, by arithmetic and by memory."""
+    plan, values = program.facts[StepPlan], program.variants[FULL].interface.outputs[1:]
+    size = FLOAT_BYTES * sum(prod(dim for dim in value.shape if isinstance(dim, int)) for value in values)
+    held = RECORD_BYTES // max(1, size * plan.halves * len(plan))
+    return max(1, min(held, affordable(trajectory_macs(program), RECORD_MACS, TRAJECTORY_LIMITS)))
+
+
+def affordable(macs: float, limit: float, bounds: tuple[int, int]) -> int:
+    """How many times so many multiply-accumulates fit into a limit, at least and at most so often."""
+    least, most = bounds
+    return max(least, min(most, int(limit / macs)))
+
+
+def trajectory_macs(program: Program, variant: str = FULL) -> float:
+    """Multiply-accumulates of one trajectory on which every step runs a variant."""
+    plan = program.facts[StepPlan]
+    return float(total_macs(find_sites(program.variants[variant]))) * len(plan) * plan.halves

@@ -1,0 +1,193 @@
+"""What watches a pipeline: time, dump, print, numerics, reproduce. Passes know nothing of them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from qcgraph.bundle.manifest import entry_of
+from qcgraph.errors import ContractError, UsageError
+from qcgraph.files.atomic import FolderKind, Written
+from qcgraph.files.folder import record_of, recorded_hashes
+from qcgraph.ir.graph import DTYPES
+from qcgraph.ir.program import Program
+from qcgraph.ir.serialize import program_from_json, program_to_json, save_program
+from qcgraph.pipeline import Instrument, Pass, Pipeline
+from qcgraph.plan.spec import BATCH, OUTPUT, ModelSpec, TensorSpec, is_preparation
+from qcgraph.progress import Progress
+from qcgraph.sampling.cache_state import aged, depths
+
+RECORD = "reproducer.json"
+
+
+class Timer(Instrument):
+    """Measures the seconds of every pass, and of the stages around the passes; announces both.
+
+    Attributes:
+        seconds: of the passes, in order.
+        stages: seconds of the other stages, by name.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self.seconds: list[float] = []
+        self.stages: dict[str, float] = {}
+        self._progress = progress
+        self._start = 0.0
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure what is done inside as a stage of this name."""
+        self._progress.stage(name)
+        start = time.perf_counter()
+        yield
+        self.stages[name] = time.perf_counter() - start
+
+    def before(self, pass_: Pass, program: Program) -> None:
+        self._progress.stage(pass_.name)
+        self._start = time.perf_counter()
+
+    def after(self, pass_: Pass, before: Program, after: Program) -> None:
+        self.seconds.append(time.perf_counter() - self._start)
+        changed = "" if after.history[-1].changed else "  (changed nothing)"
+        self._progress.note(f"  {pass_.text}  {self.seconds[-1]:.1f} s{changed}")
+
+
+class Dump(Instrument):
+    """Keeps the program's text after every pass, the captured one first."""
+
+    def __init__(self, captured: Program) -> None:
+        self.texts: list[tuple[str, str]] = [("capture", captured.text)]
+
+    def after(self, pass_: Pass, before: Program, after: Program) -> None:
+        self.texts.append((pass_.name, after.text))
+
+    def write(self, folder: Path) -> None:
+        """Write ``NNN_pass.txt``, and ``NNN_pass.diff`` against the pass before, into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = ""
+        for index, (name, text) in enumerate(self.texts):
+            stem = f"{index:03d}_{name}"
+            (folder / f"{stem}.txt").write_text(text, "utf-8")
+            if index:
+                lines = difflib.unified_diff(earlier.splitlines(True), text.splitlines(True), "before", stem)
+                (folder / f"{stem}.diff").write_text("".join(lines), "utf-8")
+            earlier = text
+
+
+class PrintAfter(Instrument):
+    """Prints the program after the passes asked for, ``all`` meaning every one that changed something."""
+
+    def __init__(self, names: tuple[str, ...], out: TextIO) -> None:
+        self._names = names
+        self._out = out
+
+    def after(self, pass_: Pass, before: Program, after: Program) -> None:
+        everything = "all" in self._names and after.history[-1].changed
+        if everything or pass_.name in self._names:
+            print(f"; after {pass_.text}\n{after.text}", file=self._out)
+
+
+class VerifyEach(Instrument):
+    """After every pass: the input was left alone, the program survives a round trip to disk, and it runs."""
+
+    def __init__(self, captured: Program, progress: Progress) -> None:
+        self._progress = progress
+        self._digest = captured.digest
+        self._inputs = example_inputs(captured)
+        self._reference = captured.run("main", self._inputs)[OUTPUT]
+
+    def after(self, pass_: Pass, before: Program, after: Program) -> None:
+        if before.compute_digest() != self._digest:
+            raise ContractError("wrote to the program it was given", hint="edit a copy: see GraphEditor")
+        if program_from_json(program_to_json(after), after.constants).digest != after.digest:
+            raise ContractError("made a program that does not survive being written and read")
+        self._digest = after.digest
+        for name, error in self._errors(after).items():
+            self._progress.note(f"    {name}: noise prediction {error:.2e} from the captured one (relative L2)")
+
+    def _errors(self, program: Program) -> dict[str, float]:
+        inputs = dict(self._inputs)
+        inputs |= {name: torch.zeros((), dtype=torch.int64) for name in ("group", "row")}
+        errors: dict[str, float] = {}
+        depth = depths(program.interfaces.values())
+        for name in program.variants:
+            if is_preparation(name):
+                continue
+            outputs = program.run(name, program.prepared(name, inputs))
+            # Cache tensors that a computing variant writes, for those that reuse them, whatever their age.
+            ages = range(1 + max(depth.values(), default=0))
+            inputs |= {aged(output, age): value for output, value in outputs.items() for age in ages}
+            difference = outputs[OUTPUT] - self._reference
+            errors[name] = float(difference.norm() / self._reference.norm())
+        return errors
+
+
+class Reproduce(Instrument):
+    """On failure, saves the program before the failing pass and the rest of the pipeline.
+
+    Wrong input is the user's to mend and leaves nothing; what a pass did wrong leaves a folder for ``tools/replay.py``.
+    """
+
+    def __init__(self, folder: Callable[[], Path], progress: Progress) -> None:
+        self._folder = folder
+        self._progress = progress
+
+    def failed(self, pass_: Pass, rest: Pipeline, program: Program, error: Exception) -> None:
+        if isinstance(error, UsageError):
+            return
+        folder = self._folder()
+        try:
+            with REPRODUCER_FOLDER.writing(folder, force=True) as partial:
+                save_program(program, partial)
+                (partial / "pipeline.txt").write_text(rest.text + "\n", "utf-8")
+                (partial / "error.txt").write_text("".join(traceback.format_exception(error)), "utf-8")
+                _write_record(partial)
+        except UsageError as problem:  # what the pass did wrong is still to be told
+            self._progress.note(f"  saved no reproducer: {problem.where} {problem.message}")
+            return
+        self._progress.note(f"  saved the program before {pass_.name} and the rest of the pipeline in {folder}")
+
+
+def _write_record(folder: Path) -> None:
+    """Write ``reproducer.json`` into a folder that holds all other files."""
+    entries = {path.name: entry_of(path).model_dump() for path in sorted(folder.iterdir())}
+    record = {"qcgraph": metadata.version("qcgraph"), "kind": "reproducer", "files": entries}
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
+
+def written_reproducer(folder: Path) -> Written | None:
+    """Return the files of a reproducer and their sha256; None of another folder."""
+    data = record_of(folder, RECORD)
+    hashes = recorded_hashes(data)
+    return {RECORD: None, **hashes} if hashes is not None and data.get("kind") == "reproducer" else None
+
+
+REPRODUCER_FOLDER = FolderKind(written_reproducer, "exists and is not a reproducer")
+
+
+def example_inputs(program: Program, batch: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Inputs for a captured program: a normal latent, timesteps in the middle, classes from 0."""
+    generator = torch.Generator().manual_seed(seed)
+    spec = program.facts[ModelSpec]
+    made: dict[str, torch.Tensor] = {}
+    for item in next(iter(program.variants.values())).interface.inputs:
+        shape = [batch if dim == BATCH else int(dim) for dim in item.shape]
+        made[item.name] = _example(item, shape, spec, generator)
+    return made
+
+
+def _example(item: TensorSpec, shape: list[int], spec: ModelSpec, generator: torch.Generator) -> torch.Tensor:
+    if item.name == "timestep":
+        return torch.full(shape, spec.schedule.train_steps / 2, dtype=DTYPES[item.dtype])
+    if item.name == "class_label":
+        return torch.arange(shape[0]) % spec.class_count
+    return torch.randn(shape, generator=generator, dtype=DTYPES[item.dtype])

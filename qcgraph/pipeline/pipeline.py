@@ -1,0 +1,326 @@
+"""Pass, its registry, and Pipeline: a tuple of passes that round-trips to text.
+
+The text of a pass is its name and the options that differ from their defaults, ``insert-qdq`` or
+``plan-cache{interval=3}``; the text of a pipeline is its passes with commas between. The framework, not the pass,
+checks the contract: the facts a pass requires and provides, the legality of what it returns, and whether it changed
+anything.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from typing import Any, ClassVar
+
+from qcgraph.errors import ContractError, QcgraphError, UsageError, closest, shown
+from qcgraph.files.documents import is_text
+from qcgraph.ir import legality
+from qcgraph.ir.program import PassRecord, Program, Refusal
+from qcgraph.pipeline.options import check_options, converted
+from qcgraph.pipeline.workload import Workload
+from qcgraph.progress import Progress
+
+MOST_CHARACTERS = 200_000  # of a pipeline's text, which may hold a schedule
+_BARE = re.compile(r"[A-Za-z0-9_.:/+-]+")
+_TOKEN = re.compile(r"\s*(?P<name>[a-z][a-z0-9-]*)\s*(?:\{(?P<options>[^{}]*)\})?\s*(?P<end>,|$)")
+_OPTION = re.compile(r"\s*(?P<key>[a-z][a-z0-9-]*)=(?P<value>\"(?:[^\"\\]|\\.)*\"|[^\s\"]+)(?:\s+|$)")
+
+
+Costs = Callable[[Program], Mapping[str, float]]
+
+
+@dataclass
+class PassContext:
+    """What the framework hands to a running pass.
+
+    Attributes:
+        progress: where to report progress.
+        refusals: what was refused.
+        costs: milliseconds of every variant of a program on its target, or None where nothing can measure them.
+        origin: the program that the pipeline started from.
+    """
+
+    progress: Progress = field(default_factory=Progress)
+    refusals: list[Refusal] = field(default_factory=list)
+    costs: Costs | None = None
+    origin: Program | None = None
+
+    def refuse(self, where: str, reason: str) -> None:
+        """Record a node or site that the pass leaves alone, and why."""
+        self.refusals.append(Refusal(where, reason))
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A program transformation. Its fields are its options, its CLI spelling, its docs and its recipe entry.
+
+    Attributes:
+        name: the spelling in pipelines; also the file's name.
+        requires: the facts that must be there before.
+        precedes: the facts that must not be there yet, because they are decided on what this pass changes.
+        provides: the facts that are there after.
+        provides_with: facts that are there after only with an option: the text of the pass with it, and the fact.
+        is_sampling: whether the pass samples trajectories; a dry run leaves it out.
+
+    Raises:
+        UsageError: an option has a wrong type or is out of range.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[tuple[type, ...]] = ()
+    precedes: ClassVar[tuple[type, ...]] = ()
+    provides: ClassVar[tuple[type, ...]] = ()
+    provides_with: ClassVar[tuple[tuple[str, type], ...]] = ()
+    is_sampling: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @abstractmethod
+    def run(self, program: Program, context: PassContext) -> Program:
+        """The transformed program; the one given is not touched."""
+
+    def forwards(self, work: Workload) -> float:
+        """Return about how many runs of the model on one latent the pass takes; a dry run estimates time by it."""
+        return 0.0
+
+    @property
+    def text(self) -> str:
+        """The pass as pipeline text."""
+        changed = {item.name: getattr(self, item.name) for item in fields(self)}
+        options = [
+            f"{item.name.replace('_', '-')}={_format(changed[item.name])}"
+            for item in fields(self)
+            if changed[item.name] != item.default
+        ]
+        return f"{self.name}{{{' '.join(options)}}}" if options else self.name
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first sentence of the docstring: the help of the pass."""
+        return (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+
+
+class Instrument:
+    """Watches a pipeline run; every hook does nothing unless it is overridden."""
+
+    def before(self, pass_: Pass, program: Program) -> None:
+        """Called before a pass."""
+
+    def after(self, pass_: Pass, before: Program, after: Program) -> None:
+        """Called after a pass whose result is legal; its record is the last of ``after.history``."""
+
+    def failed(self, pass_: Pass, rest: Pipeline, program: Program, error: Exception) -> None:
+        """Called when a pass, or the check of its result, raised; ``rest`` starts with that pass."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order."""
+
+    passes: tuple[Pass, ...]
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.passes)
+
+    def without_sampling(self) -> Pipeline:
+        """Return the passes that can run where nothing is sampled, in their order.
+
+        A pass that samples is left out, and so is every pass after it that requires a fact which only a pass that was
+        left out would have provided.
+        """
+        kept: list[Pass] = []
+        missing: set[type] = set()
+        for pass_ in self.passes:
+            if pass_.is_sampling or missing.intersection(pass_.requires):
+                missing.update(pass_.provides)
+            else:
+                missing.difference_update(pass_.provides)
+                kept.append(pass_)
+        return Pipeline(tuple(kept))
+
+    @property
+    def text(self) -> str:
+        """The pipeline as text; `parse` is the inverse."""
+        return ",".join(pass_.text for pass_ in self.passes)
+
+    @classmethod
+    def parse(cls, text: str) -> Pipeline:
+        """A pipeline from its text.
+
+        Raises:
+            UsageError: the text is malformed, or names an unknown pass or option, or an option has a wrong value.
+        """
+        return cls(tuple(_parse(text)))
+
+    def run(
+        self,
+        program: Program,
+        instruments: Sequence[Instrument] = (),
+        progress: Progress | None = None,
+        costs: Costs | None = None,
+    ) -> Program:
+        """Run the passes one after the other, each checked against its contract.
+
+        Args:
+            program: what they start from.
+            instruments: what watches them.
+            progress: where they report it.
+            costs: measures the variants of a program on its target.
+
+        Raises:
+            QcgraphError: a pass refused its input, or broke its contract; says after which passes.
+        """
+        origin = program
+        for index, pass_ in enumerate(self.passes):
+            try:
+                for instrument in instruments:
+                    instrument.before(pass_, program)
+                context = PassContext(progress or Progress(), costs=costs, origin=origin)
+                result = _run_checked(pass_, program, context)
+                for instrument in instruments:
+                    instrument.after(pass_, program, result)
+            except Exception as error:
+                for instrument in instruments:
+                    instrument.failed(pass_, Pipeline(self.passes[index:]), program, error)
+                raise _located(error, pass_, self.passes[:index]) from error
+            program = result
+        return program
+
+
+def _run_checked(pass_: Pass, program: Program, context: PassContext) -> Program:
+    """Run one pass under its contract: requires -> run -> provides and legality, on the result."""
+    if missing := [kind.__name__ for kind in pass_.requires if kind not in program.facts]:
+        providers = _providers(missing)
+        hint = f"run {' or '.join(providers)} before it" if providers else "give the program this fact first"
+        raise ContractError(f"needs {', '.join(missing)}, which the program does not hold", hint=hint)
+    if stale := [kind.__name__ for kind in pass_.precedes if kind in program.facts]:
+        providers = _providers(stale)
+        raise ContractError(
+            f"comes too late: {', '.join(stale)} is decided on what it changes, and is there already",
+            hint=f"run it before {' and '.join(providers)}" if providers else "run it on a program without that fact",
+        )
+    result = pass_.run(program, context)
+    if missing := [kind.__name__ for kind in pass_.provides if kind not in result.facts]:
+        raise ContractError(f"promised {', '.join(missing)} and did not provide it")
+    legality.verify(result)
+    record = PassRecord(pass_.text, changed=result.digest != program.digest, refusals=tuple(context.refusals))
+    return replace(result, history=(*program.history, record))
+
+
+def _providers(facts: Sequence[str]) -> list[str]:
+    """The passes that provide any of these facts, as their texts."""
+    offers = [(name, fact) for name, kind in registry().items() for fact in kind.provides]
+    offers += [offer for kind in registry().values() for offer in kind.provides_with]
+    return list(dict.fromkeys(text for text, fact in offers if fact.__name__ in facts))
+
+
+def _located(error: Exception, pass_: Pass, done: Sequence[Pass]) -> QcgraphError:
+    after = f" (after {', '.join(item.name for item in done)})" if done else ""
+    where = f"pass {pass_.text}{after}"
+    if not isinstance(error, QcgraphError):
+        return ContractError(f"{type(error).__name__}: {error}", where=where, hint="this is a bug of the pass")
+    inner = f"{where}, {error.where}" if error.where else where
+    return type(error)(error.message, where=inner, hint=error.hint)
+
+
+@cache
+def registry() -> dict[str, type[Pass]]:
+    """Every pass of `qcgraph.passes` by name; one pass a file, the file named like the pass."""
+    package = importlib.import_module("qcgraph.passes")
+    found: dict[str, type[Pass]] = {}
+    for info in pkgutil.walk_packages(package.__path__, "qcgraph.passes."):
+        file = info.name.rpartition(".")[2]
+        if info.ispkg or file.startswith("_"):  # a room, or a helper
+            continue
+        module = importlib.import_module(info.name)
+        classes = [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, Pass) and value.__module__ == module.__name__
+        ]
+        expected = file.replace("_", "-")
+        if [kind.name for kind in classes] != [expected]:
+            raise ContractError(f"{info.name} must hold one pass, called {expected!r}")
+        found[expected] = classes[0]
+    return dict(sorted(found.items()))
+
+
+def make_pass(name: str, options: dict[str, Any]) -> Pass:
+    """A pass from its name and options (keys spelled with ``-`` or ``_``).
+
+    Raises:
+        UsageError: the pass or an option is unknown, or a value does not fit.
+    """
+    kind = registry().get(name)
+    if kind is None:
+        raise UsageError(f"unknown pass {shown(name)}", hint=closest(name, registry()))
+    known = {item.name for item in fields(kind)}
+    values = {key.replace("-", "_"): value for key, value in options.items()}
+    for key in values:
+        if key not in known:
+            hint = (
+                closest(key.replace("_", "-"), {item.replace("_", "-") for item in known}) if known else "it has none"
+            )
+            raise UsageError(f"pass {name!r} has no option {shown(key.replace('_', '-'))}", hint=hint)
+    return kind(**{name: converted(kind, name, value) for name, value in values.items()})
+
+
+def _parse(text: str) -> Iterator[Pass]:
+    if not is_text(text):
+        raise UsageError("is no text", where="pipeline", hint="write it in UTF-8, without NUL")
+    if len(text) > MOST_CHARACTERS:
+        hint = f"{MOST_CHARACTERS} are allowed; the default pipeline has 600"
+        raise UsageError(f"a text of {len(text)} characters", where="pipeline", hint=hint)
+    position = 0
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if match is None or match.end() == position:
+            raise UsageError(
+                f"cannot read {shown(text[position:])}",
+                where="pipeline",
+                hint="write name{key=value key=value},name,...",
+            )
+        yield make_pass(match["name"], _parse_options(match["options"] or ""))
+        position = match.end()
+        if match["end"] == "," and position == len(text):
+            raise UsageError("ends with a comma", where="pipeline", hint="take the last comma away")
+
+
+def _parse_options(text: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    position = 0
+    text = text.strip()
+    while position < len(text):
+        match = _OPTION.match(text, position)
+        if match is None:
+            raise UsageError(
+                f"cannot read options {shown(text[position:])}", where="pipeline", hint="write key=value key=value"
+            )
+        if match["key"] in options:
+            raise UsageError(f"says {match['key']!r} twice", where="pipeline", hint="say every option once")
+        options[match["key"]] = _value(match["value"])
+        position = match.end()
+    return options
+
+
+def _value(text: str) -> Any:
+    """A number, true/false, a quoted string, or a bare word."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # a number of thousands of digits is no number here, nor is a nest a list
+        return text
+    return text if isinstance(value, dict | list) else value
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, str) and _BARE.fullmatch(value) and _value(value) == value:
+        return value
+    return json.dumps(value)

@@ -1,0 +1,27 @@
+"""Which sampling steps compute and which reuse cached features. NumPy only, no model.
+
+`uniform`, `even` and `spread` space the computing steps evenly, `dps` is the schedule of CacheQuant, `plan` finds the
+schedule of least measured error under a budget, and `climb` improves a schedule by its true error. A `TimedSchedule`
+knows its steps by their timestep values, and carries over to other steps.
+"""
+
+from qcgraph.plan.schedule.climbing import climb
+from qcgraph.plan.schedule.planner import CONDITIONAL, FULL, Mode, Schedule, SkipErrors, expected_error, plan
+from qcgraph.plan.schedule.spacing import dps, even, spread, uniform
+from qcgraph.plan.schedule.timed import TimedSchedule
+
+__all__ = [
+    "CONDITIONAL",
+    "FULL",
+    "Mode",
+    "Schedule",
+    "SkipErrors",
+    "TimedSchedule",
+    "climb",
+    "dps",
+    "even",
+    "expected_error",
+    "plan",
+    "spread",
+    "uniform",
+]

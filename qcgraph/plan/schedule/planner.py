@@ -1,0 +1,184 @@
+"""The joint planner: per step compute, or reuse in one of several modes, at the least error that a budget allows.
+
+It extends the schedule of CacheQuant (CVPR 2025, arXiv 2503.01323), which knows one mode of unit cost, errors of
+features and bounded windows, by errors measured on the final latent for every place and history, by several modes, and
+by what each of them costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qcgraph.errors import UsageError, closest
+from qcgraph.plan.schedule.search import SLACK, Prices, least_ticks, search
+
+FULL = "full"  # the name of a step that computes
+CONDITIONAL = "conditional"  # the name of a step that computes one half of guidance
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to skip a step: a variant that reuses.
+
+    Attributes:
+        name: the name of the variant; ``full`` is taken.
+        cost: its cost relative to that of a computing step, at least 0 and below 1.
+
+    Raises:
+        UsageError: the name is taken or the cost out of range.
+    """
+
+    name: str
+    cost: float
+
+    def __post_init__(self) -> None:
+        if self.name == FULL:
+            raise UsageError(f"a mode named {FULL!r}", hint="that is the name of steps that compute")
+        if not 0 <= self.cost < 1:
+            raise UsageError(
+                f"mode {self.name!r} costs {self.cost:g} of a computing step",
+                hint="a mode that saves nothing is none: leave it out",
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class SkipErrors:
+    """What it does to the final latent to skip one step.
+
+    The effects of several skipped steps are taken to add up, as squares of independent disturbances do.
+
+    Attributes:
+        values: float64 [modes, T, G + 1, G + 1], at [mode, k, gap, earlier] the expected squared effect on the final
+            latent of skipping step k in that mode, when the last computing step is r = k - gap and the one before it
+            r' = r - earlier. earlier = 0: there is none before r, which is then step 0. What was not measured is
+            infinite, and so is all that the array has no room for. gap = 0 is not read, nor are places before step 0.
+
+    Raises:
+        UsageError: the array has another shape, or holds NaN or something negative.
+    """
+
+    values: Array
+
+    def __post_init__(self) -> None:
+        shape = self.values.shape
+        if self.values.ndim != 4 or shape[2] != shape[3] or 0 in shape:
+            raise UsageError(f"skip errors of the shape {shape}", hint="modes, steps, gap + 1, gap + 1")
+        if not (self.values >= 0).all():  # NaN is not
+            raise UsageError("a skip error is negative or not a number", hint="infinity stands for: not measured")
+
+    @property
+    def steps(self) -> int:
+        """Number of sampling steps T."""
+        return self.values.shape[1]
+
+    @property
+    def largest_gap(self) -> int:
+        """The most steps from a computing step to one that reuses it, G."""
+        return self.values.shape[2] - 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What every sampling step does.
+
+    Attributes:
+        modes: per step, ``full`` or the name of a mode.
+        error: the expected squared effect on the final latent, summed over the skipped steps.
+        cost: the summed cost of the steps, in computing steps.
+    """
+
+    modes: tuple[str, ...]
+    error: float
+    cost: float
+
+
+def plan(
+    errors: SkipErrors, modes: Sequence[Mode], steps: int, budget: float, *, fixed: Collection[int] = (0,)
+) -> Schedule:
+    """The schedule of least expected error within a budget.
+
+    It is the best one if all modes cost the same. If they differ, a mode may count for more than it costs, by 1/32 of
+    a computing step at most (see `Prices`): a schedule that needs the last of the budget may be missed.
+
+    Args:
+        errors: the error of every skip.
+        modes: the ways to skip, in the order of the first axis of ``errors``.
+        steps: number of sampling steps T.
+        budget: what the schedule may cost, in computing steps: T computes everywhere, T / 4 costs a quarter of that.
+        fixed: steps that must compute. Step 0 always does.
+
+    Returns:
+        The schedule, of an error that never rises with the budget. Among equals it is the cheapest.
+
+    Raises:
+        UsageError: the arguments do not fit together, or no schedule meets the budget; the hint says which budget one
+            does.
+    """
+    check_arguments(errors, modes, steps, fixed)
+    prices = Prices.of([mode.cost for mode in modes])
+    ticks = prices.affordable(budget, steps)
+    least = least_ticks(errors.values, prices, fixed)
+    if ticks < least:
+        share = math.ceil(prices.share(least, steps) * 1e4 - SLACK) / 1e4
+        raise UsageError(
+            f"no schedule costs at most {budget / steps:.4g} of computing every step",
+            hint=f"the least reachable budget is {share:.4f}; cheaper modes or longer gaps lower it",
+        )
+    found = search(errors.values, prices, fixed, ticks)
+    names = tuple(FULL if mode is None else modes[mode].name for mode in found)
+    costs = {FULL: 1.0} | {mode.name: mode.cost for mode in modes}
+    return Schedule(names, expected_error(names, errors, modes), math.fsum(costs[name] for name in names))
+
+
+def expected_error(names: Sequence[str], errors: SkipErrors, modes: Sequence[Mode]) -> float:
+    """The error that a schedule of any origin is expected to have: the sum of the errors of its skips.
+
+    Args:
+        names: per step, ``full`` or the name of a mode, T of them.
+        errors: the error of every skip.
+        modes: the ways to skip, in the order of the first axis of ``errors``.
+
+    Returns:
+        The expected squared effect on the final latent; infinite where a skip was not measured.
+
+    Raises:
+        UsageError: there are more or fewer steps than errors, the first step skips, or a mode is not known.
+    """
+    if len(names) != errors.steps or names[0] != FULL:
+        raise UsageError(
+            f"a schedule of {len(names)} steps, the first {names[0] if names else 'missing'}",
+            hint=f"there are {errors.steps} steps, and the first has nothing to reuse",
+        )
+    indices = {mode.name: index for index, mode in enumerate(modes)}
+    total, last, earlier = 0.0, 0, 0
+    for step, name in enumerate(names[1:], start=1):
+        if name == FULL:
+            last, earlier = step, step - last
+        elif name not in indices:
+            raise UsageError(f"unknown mode {name!r}", hint=closest(name, [FULL, *indices]))
+        elif max(step - last, earlier) > errors.largest_gap:
+            return math.inf
+        else:
+            total += float(errors.values[indices[name], step, step - last, earlier])
+    return total
+
+
+def check_arguments(errors: SkipErrors, modes: Sequence[Mode], steps: int, fixed: Collection[int]) -> None:
+    """Refuse arguments of `plan` that do not fit together, with UsageError."""
+    if errors.values.shape[:2] != (len(modes), steps):
+        raise UsageError(
+            f"skip errors of {errors.values.shape[0]} modes and {errors.steps} steps",
+            hint=f"there are {len(modes)} modes and {steps} steps",
+        )
+    if len({mode.name for mode in modes}) != len(modes):
+        raise UsageError("two modes share a name", hint="schedules name modes; give each its own")
+    unknown = sorted(step for step in fixed if not 0 <= step < steps)
+    if unknown:
+        raise UsageError(f"step {unknown[0]} is to compute", hint=f"the steps are 0 to {steps - 1}")

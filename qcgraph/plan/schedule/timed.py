@@ -1,0 +1,158 @@
+"""A schedule by timestep values: its text, and what becomes of it on the steps of another scheduler or step count."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from qcgraph.errors import UsageError, closest, shown
+from qcgraph.plan.schedule.planner import CONDITIONAL, FULL
+
+# As plan-cache names them.
+MODES = {"F": FULL, "R": "reuse", "C": CONDITIONAL} | {str(number): f"reuse_{number}" for number in range(1, 10)}
+_LETTERS = {mode: letter for letter, mode in MODES.items()}
+_NUMBER = r"[0-9]{1,400}(?:\.[0-9]{1,400})?"
+_RUN = re.compile(rf"(?P<first>{_NUMBER})(?:-(?P<spacing>{_NUMBER}))?:(?P<letters>[FRC1-9]+)")
+MOST_CHARACTERS = 100_000  # of the text of a schedule; one of a thousand uneven steps has 7000
+TEXT_HINT = (
+    "980-20:FRR+900-30:FR is timesteps 980, 960, 940, then 900, 870; F computes, R reuses, 1 .. 9 reuse a later range, "
+    "C computes the conditional half"
+)
+
+
+@dataclass(frozen=True)
+class TimedSchedule:
+    """What a trajectory does at which timestep value.
+
+    Attributes:
+        timesteps: the timestep values of the steps, falling.
+        modes: what each of them does: ``full`` computes, ``reuse``, ``reuse_1`` .. ``reuse_9`` reuse,
+            ``conditional`` computes the conditional half.
+
+    Raises:
+        UsageError: there is no step, the timesteps do not fall, a mode is unknown, or the first step does not compute.
+    """
+
+    timesteps: tuple[float, ...]
+    modes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.timesteps or len(self.timesteps) != len(self.modes):
+            raise UsageError(
+                f"a schedule of {len(self.timesteps)} timesteps and {len(self.modes)} modes",
+                hint="give every timestep a mode, one timestep at least",
+            )
+        for value, mode in zip(self.timesteps, self.modes, strict=True):
+            if not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"timestep {value:g}", hint="a timestep is a number, 0 or larger")
+            if mode not in _LETTERS:
+                raise UsageError(f"timestep {value:g} has the unknown mode {shown(mode)}", hint=closest(mode, _LETTERS))
+        for before, after in pairwise(self.timesteps):
+            if after >= before:
+                raise UsageError(
+                    f"timestep {after:g} comes after {before:g}, but timesteps fall",
+                    hint="write the noisiest step, of the largest timestep, first, and every timestep once",
+                )
+        if self.modes[0] != FULL:
+            raise UsageError(
+                f"timestep {self.timesteps[0]:g}, the first one, is to reuse ({self.modes[0]}), "
+                "and nothing is computed before it",
+                hint="let the first step be full",
+            )
+
+    @property
+    def computing(self) -> int:
+        """How many steps compute."""
+        return self.modes.count(FULL)
+
+    @property
+    def text(self) -> str:
+        """One word: per run of evenly spaced timesteps the first one, the spacing, and a letter a step."""
+        runs, start = [], 0
+        while start < len(self.timesteps):
+            end = self._run_end(start)
+            head = _number(self.timesteps[start])
+            if end - start > 1:
+                head += f"-{_number(self.timesteps[start] - self.timesteps[start + 1])}"
+            runs.append(f"{head}:{''.join(_LETTERS[mode] for mode in self.modes[start:end])}")
+            start = end
+        return "+".join(runs)
+
+    @classmethod
+    def parse(cls, text: str) -> TimedSchedule:
+        """The inverse of `text`.
+
+        Raises:
+            UsageError: the text is malformed, or not of a schedule that can run.
+        """
+        timesteps: list[float] = []
+        modes: list[str] = []
+        if len(text) > MOST_CHARACTERS:
+            raise UsageError(
+                f"a schedule of {len(text)} characters", hint=f"a schedule has {MOST_CHARACTERS} characters at most"
+            )
+        for part in text.split("+"):
+            match = _RUN.fullmatch(part)
+            if match is None or (len(match["letters"]) > 1 and match["spacing"] is None):
+                raise UsageError(f"cannot read {shown(part)} of a schedule", hint=TEXT_HINT)
+            first, spacing = float(match["first"]), float(match["spacing"] or 0)
+            timesteps += [first - index * spacing for index in range(len(match["letters"]))]
+            modes += [MODES[letter] for letter in match["letters"]]
+        return cls(tuple(timesteps), tuple(modes))
+
+    def at(self, timesteps: Sequence[float]) -> tuple[str, ...]:
+        """The modes of other steps, computing as large a share of them and as densely at each time.
+
+        Every computing step opens a run that lasts until the next one, the last run until one spacing after the last
+        timestep. Counted in runs, and linear in the timestep within each, time goes from 0 to the number of runs K.
+        With T' steps in the place of T, K' = K * T' / T of them compute (rounded, 1 at least): those nearest to the
+        times j * K / K', j = 0 .. K' - 1. The first step computes always, two that fall on one step take neighbours. A
+        step that reuses does so in the mode of the nearest step that does. At its own timesteps a schedule is itself.
+
+        Args:
+            timesteps: those of the other steps, falling.
+        """
+        times = np.asarray(timesteps, dtype=np.float64)
+        own = np.asarray(self.timesteps, dtype=np.float64)
+        computes = np.array([mode == FULL for mode in self.modes])
+        runs, steps = self.computing, len(times)
+        count = max(1, math.floor(runs * steps / len(own) + 0.5))
+        end = own[-1] - (own[-2] - own[-1] if len(own) > 1 else 1.0)
+        wanted = np.interp(np.arange(count) * runs / count, np.arange(runs + 1), [*own[computes], end])
+        chosen = _distinct([int(np.abs(times - time).argmin()) for time in wanted], steps)
+        skipped = own[~computes]
+        names = [mode for mode in self.modes if mode != FULL]
+        return tuple(
+            FULL if step in chosen else names[int(np.abs(skipped - time).argmin())] for step, time in enumerate(times)
+        )
+
+    def _run_end(self, start: int) -> int:
+        """Where the evenly spaced timesteps that begin at a step end."""
+        if start + 1 == len(self.timesteps):
+            return start + 1
+        first, spacing = self.timesteps[start], self.timesteps[start] - self.timesteps[start + 1]
+        end = start + 2
+        while end < len(self.timesteps) and self.timesteps[end] == first - (end - start) * spacing:
+            end += 1
+        return end
+
+
+def _distinct(positions: list[int], steps: int) -> set[int]:
+    """Rising positions, the first moved to step 0 and each other one as little as makes them differ."""
+    moved = [0, *positions[1:]]
+    for place in range(1, len(moved)):
+        moved[place] = max(moved[place], moved[place - 1] + 1)
+    following = steps
+    for place in reversed(range(len(moved))):
+        following = moved[place] = min(moved[place], following - 1)
+    return set(moved)
+
+
+def _number(value: float) -> str:
+    """The shortest decimal number that is this value."""
+    return np.format_float_positional(value, trim="-")

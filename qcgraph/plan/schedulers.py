@@ -1,0 +1,313 @@
+"""From a diffusers scheduler to a step plan: its update is probed once, at compile time.
+
+A sampler update that is linear, ``x' = c1 * x + c2 * eps + c3 * z``, is three numbers a step. A multistep solver also
+takes latents and predictions of a few earlier steps, ``sum_j (a_j * x_j + b_j * eps_j)``: two numbers more for each.
+So DPM-Solver++ (Lu et al., 2022, arXiv 2211.01095), whose order 2 in algorithm 2, "2M", is::
+
+    x' = (s' / s) * x - a' * (exp(-h) - 1) * ((1 + 1 / 2r) * m - 1 / 2r * m_before),    m = (x - s * eps) / a
+
+a and s are the square roots of the cumulative alpha and of one less it, h the step in log(a / s), and r the step before
+over h. The clean latent m_before is linear in the x and eps of its step, which is how it enters the plan.
+
+None of this is written down here: the coefficients are found by giving the scheduler's own ``step`` one input at a
+time, and checked with random ones. A scheduler whose update is not linear, or remembers more, is refused with that
+reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from qcgraph.errors import UsageError, closest
+from qcgraph.plan.spec import NoiseSchedule
+from qcgraph.plan.steps import Earlier, Fingerprint, Step, StepPlan, Update
+
+AUTO = "auto"  # the scheduler that the folder of the model samples with, or the first-order solver of its process
+FLOW_SOLVER = "flow-euler"  # the first-order solver of flows, as DDIM is of diffusions
+DIFFUSION_SOLVER = "ddim"
+# How a scheduler is called here -> the diffusers class, and the settings without which its update is not linear.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    DIFFUSION_SOLVER: ("DDIMScheduler", {"clip_sample": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
+    FLOW_SOLVER: ("FlowMatchEulerDiscreteScheduler", {}),
+}
+# Schedulers that have no linear update: who asks for one is told why, but none is offered.
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "euler": ("EulerDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+}
+# Schedulers that solve flows, with the settings that make them do so.
+FLOWS: dict[str, dict[str, Any]] = {FLOW_SOLVER: {}, "dpmsolver++": {"use_flow_sigmas": True}}
+_SHIFT = {FLOW_SOLVER: "shift", "dpmsolver++": "flow_shift"}  # what diffusers calls the shift of a flow
+LINEAR_HINT = "ddim, ddpm and dpmsolver++ have linear updates, flow-euler for flow matching"
+LONGEST_HISTORY = 3  # earlier steps that an update may look back to; each costs two tensors of the latent's size
+TOLERANCE = 1e-6  # relative; probing runs in float64 on coefficients that diffusers keeps in float32
+PROBE_SHAPE = (1, 1, 4, 4)
+_SLOTS = LONGEST_HISTORY + 2  # impulses that are followed at once: one step beyond the longest history
+
+
+def make_step_plan(name: str, steps: int, guidance: float, schedule: NoiseSchedule, model_digest: str) -> StepPlan:
+    """Plan a full sampling run: every step computes, in one timestep group.
+
+    Args:
+        name: a key of `SCHEDULERS`, or `AUTO`.
+        steps: number of sampling steps.
+        guidance: weight of classifier-free guidance; 1 means none.
+        schedule: the noise schedule the model was trained on.
+        model_digest: the digest of the model's weights.
+
+    Raises:
+        UsageError: the scheduler is unknown, does not fit the steps, or has no linear update; says why.
+    """
+    if not 1 <= steps <= schedule.train_steps:
+        raise UsageError(
+            f"{steps} steps", hint=f"the model knows {schedule.train_steps} timesteps: 1 to that many steps"
+        )
+    name = resolve(name, schedule)
+    scheduler = make_scheduler(name, schedule)
+    timesteps = _timesteps(name, scheduler, steps, schedule)
+    updates = _probe(name, scheduler)
+    _check_linear(name, scheduler, updates)
+    fingerprint = Fingerprint(model_digest, name, steps, guidance)
+    return StepPlan(
+        fingerprint,
+        tuple(
+            Step(timestep, update, row=row)
+            for row, (timestep, update) in enumerate(zip(timesteps, updates, strict=True))
+        ),
+    )
+
+
+def resolve(name: str, schedule: NoiseSchedule) -> str:
+    """Return the name of the scheduler that `AUTO` means for a model; any other name means itself."""
+    if name != AUTO:
+        return name
+    if schedule.sampler is not None:
+        return schedule.sampler.scheduler
+    return FLOW_SOLVER if schedule.is_flow else DIFFUSION_SOLVER
+
+
+def check_name(name: str) -> None:
+    """Refuse the name of a scheduler that is unknown for every model, before any model is loaded.
+
+    Raises:
+        UsageError: there is no such scheduler.
+    """
+    if name != AUTO and name not in SCHEDULERS and name not in REFUSED:
+        raise UsageError(f"unknown scheduler {name!r}", hint=closest(name, [AUTO, *SCHEDULERS]))
+
+
+def make_scheduler(name: str, schedule: NoiseSchedule) -> Any:
+    """Make the diffusers scheduler that a name means for a model, with the settings of the model's folder.
+
+    Args:
+        name: a key of `SCHEDULERS`, or `AUTO`.
+        schedule: the noise schedule the model was trained on; where its folder samples with the scheduler of this
+            name, that takes the folder's settings.
+
+    Raises:
+        UsageError: the name is unknown, the scheduler does not solve what the model predicts, or diffusers refuses the
+            settings.
+    """
+    name = resolve(name, schedule)
+    if name not in SCHEDULERS and name not in REFUSED:
+        raise UsageError(f"unknown scheduler {name!r}", hint=closest(name, _solvers(schedule)))
+    import diffusers
+
+    class_name, settings = (SCHEDULERS | REFUSED)[name]
+    settings = settings | _process(name, schedule)
+    if schedule.sampler is not None and schedule.sampler.scheduler == name:
+        settings |= dict(schedule.sampler.settings)
+    try:
+        return getattr(diffusers, class_name)(**settings)
+    except (TypeError, ValueError, NotImplementedError, ImportError) as error:
+        raise UsageError(
+            f"diffusers cannot make the scheduler {name}: {error}",
+            hint="its settings come from the folder of the model; another --scheduler does not take them",
+        ) from error
+
+
+def _solvers(schedule: NoiseSchedule) -> Iterable[str]:
+    """The names of the schedulers that solve what a model was trained on."""
+    return FLOWS if schedule.is_flow else [name for name in SCHEDULERS if name != FLOW_SOLVER]
+
+
+def _process(name: str, schedule: NoiseSchedule) -> dict[str, Any]:
+    """The settings of a diffusers scheduler that say what the model was trained on."""
+    process: dict[str, Any] = {"num_train_timesteps": schedule.train_steps}
+    if name != FLOW_SOLVER:
+        process["prediction_type"] = schedule.prediction
+    if schedule.is_flow:
+        if name not in FLOWS:
+            raise UsageError(f"{name} does not solve flows, which this model is", hint=f"take {' or '.join(FLOWS)}")
+        return process | FLOWS[name] | ({_SHIFT[name]: schedule.shift} if schedule.shift != 1 else {})
+    if name == FLOW_SOLVER:
+        raise UsageError(f"{name} solves flows; this model predicts {schedule.prediction}", hint="take ddim")
+    process |= {key: getattr(schedule, key) for key in ("beta_start", "beta_end", "beta_schedule")}
+    return process | ({"rescale_betas_zero_snr": True} if schedule.rescale_zero_snr else {})
+
+
+def _timesteps(name: str, scheduler: Any, steps: int, schedule: NoiseSchedule) -> list[float]:
+    """Set the timesteps of a scheduler and return them.
+
+    Raises:
+        UsageError: it does not make that many steps, or not at timesteps that the model was trained on.
+    """
+    try:
+        scheduler.set_timesteps(steps)
+        timesteps = [float(value) for value in scheduler.timesteps]
+    except (ValueError, IndexError, ArithmeticError) as error:
+        raise UsageError(f"{name} cannot make {steps} steps: {error}", hint="choose another number of steps") from None
+    if len(set(timesteps)) < len(timesteps):
+        if len(timesteps) == steps:
+            raise UsageError(
+                f"{name} cannot make {steps} steps: two of them round to one timestep", hint="choose fewer steps"
+            )
+        raise _refused(name, "it calls the denoiser twice at one timestep")
+    if len(timesteps) != steps:
+        raise UsageError(
+            f"{name} cannot make {steps} steps: diffusers makes {len(timesteps)} of them with the settings of the "
+            "model's folder",
+            hint="choose a number of steps that divides the training timesteps, or another scheduler",
+        )
+    last = schedule.train_steps - (0 if schedule.is_flow else 1)
+    outside = [timestep for timestep in timesteps if not 0 <= timestep <= last]
+    if outside:
+        raise UsageError(
+            f"{name} cannot make {steps} steps: one of them is at timestep {outside[0]:g}, and the model knows 0 to "
+            f"{last}",
+            hint="choose fewer steps: the folder of the model moves all of them (steps_offset)",
+        )
+    if schedule.rescale_zero_snr and schedule.prediction == "epsilon" and timesteps[0] == last:
+        raise UsageError(
+            f"{name} cannot start at timestep {last}: rescale_betas_zero_snr leaves no signal there, so that the noise "
+            "which the model predicts says nothing of the image, and the update divides by zero",
+            hint="a scheduler or number of steps that starts earlier, ddim with 50 steps for example",
+        )
+    return timesteps
+
+
+def check_compensable(plan: StepPlan) -> None:
+    """Refuse variance compensation for updates that look back.
+
+    Compensation corrects what an update gives, K * x' + (1 - K) * mu, by another noise prediction at the denoiser's
+    output, which is an affine of the prediction and the latent of that step. With history, x' also holds latents and
+    predictions of earlier steps: correcting them takes inputs that no graph of a single step has. And a prediction
+    that was changed for its own step would enter the later updates changed, as a correction that nobody fitted.
+
+    Raises:
+        UsageError: an update of the plan has history.
+    """
+    looking_back = [index for index, step in enumerate(plan.steps) if step.update.history]
+    if looking_back:
+        raise UsageError(
+            f"variance compensation does not fit {plan.fingerprint.scheduler}: the update of step {looking_back[0]} "
+            "also takes earlier latents and predictions, which the graph of a single step does not have",
+            hint="--compensate off, or a scheduler without memory, ddim for example",
+        )
+
+
+def _refused(name: str, reason: str) -> UsageError:
+    return UsageError(f"scheduler {name!r} has no linear update: {reason}", hint=LINEAR_HINT)
+
+
+def _probe(name: str, scheduler: Any) -> tuple[Update, ...]:
+    """Find the coefficients of every step: what a one at a single input of one step adds to that step and later ones.
+
+    All of them come from one walk over the steps. Its batch has a row whose inputs are all zero, and two rows for each
+    of the last few steps, one with a one in place of the latent of that step, one in place of its prediction. After as
+    many steps as an update may look back to, a step's rows are those of a later step.
+    """
+    import torch
+
+    one = torch.ones(PROBE_SHAPE, dtype=torch.float64)
+    walker, count = copy.deepcopy(scheduler), len(scheduler.timesteps)
+    scale = getattr(walker, "scale_model_input", None)
+    step = _stepper(walker, rows=1 + 2 * _SLOTS)
+    latents: list[list[float]] = []  # for each step, what a one there adds to it and to each of the later steps
+    predictions: list[list[float]] = []
+    noises = []
+    for index in range(count):
+        if scale is not None and not torch.equal(scale(one, scheduler.timesteps[index]), one):
+            raise _refused(name, "it scales the input of the denoiser")
+        latent, prediction = (torch.zeros(1 + 2 * _SLOTS, *PROBE_SHAPE[1:], dtype=torch.float64) for _ in range(2))
+        row = _row(index)
+        latent[row], prediction[row + 1] = 1, 1
+        result = step(index, latent, prediction)
+        if not result.isfinite().all():
+            raise _refused(name, f"at timestep {float(scheduler.timesteps[index]):g} it is not finite")
+        noises.append(result[:1])
+        latents.append([])
+        predictions.append([])
+        for source in range(max(0, index - _SLOTS + 1), index + 1):
+            row = _row(source)
+            latents[source].append((result[row] - result[0]).mean().item())
+            predictions[source].append((result[row + 1] - result[0]).mean().item())
+    updates = []
+    for index in range(count):
+        looks_back = range(min(index, LONGEST_HISTORY + 1) + 1)
+        terms = [Earlier(latents[index - back][back], predictions[index - back][back]) for back in looks_back]
+        now, history = terms[0], terms[1:]
+        while history and history[-1] == Earlier(0.0, 0.0):
+            history.pop()
+        if len(history) > LONGEST_HISTORY:
+            raise _refused(name, f"a step depends on the predictions of more than {LONGEST_HISTORY} earlier steps")
+        updates.append(Update(now.latent, now.noise_prediction, _noise_weight(name, noises[index]), tuple(history)))
+    return tuple(updates)
+
+
+def _row(index: int) -> int:
+    """The first of the two rows of the probe's batch that follow a step."""
+    return 1 + 2 * (index % _SLOTS)
+
+
+def _noise_weight(name: str, noise: Any) -> float:
+    """How much of a step's fresh noise its result is when all inputs are zero."""
+    import torch
+
+    drawn = torch.randn(PROBE_SHAPE, generator=_noise_generator(), dtype=torch.float64)
+    weight: float = (noise / drawn).mean().item()
+    if not torch.allclose(noise, weight * drawn, rtol=TOLERANCE, atol=TOLERANCE):
+        raise _refused(name, "its noise is not one normal draw a step")
+    return weight
+
+
+def _check_linear(name: str, scheduler: Any, updates: Sequence[Update]) -> None:
+    """Walk the whole trajectory with random inputs: every step must be the sum of its terms."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randn(PROBE_SHAPE, generator=_noise_generator(), dtype=torch.float64)
+    step = _stepper(copy.deepcopy(scheduler), rows=1)
+    inputs: list[tuple[Any, Any]] = []  # the latest first
+    for index, update in enumerate(updates):
+        x, eps = (100 * torch.randn(PROBE_SHAPE, generator=generator, dtype=torch.float64) for _ in range(2))
+        inputs = [(x, eps), *inputs[:LONGEST_HISTORY]]
+        terms = (Earlier(update.latent, update.noise_prediction), *update.history)
+        expected = update.noise * drawn
+        for term, (latent, prediction) in zip(terms, inputs, strict=False):
+            expected = expected + term.latent * latent + term.noise_prediction * prediction
+        if not torch.allclose(step(index, x, eps), expected, rtol=TOLERANCE, atol=TOLERANCE * 100):
+            raise _refused(name, "it clips or thresholds")
+
+
+def _noise_generator() -> Any:
+    import torch
+
+    return torch.Generator().manual_seed(0)
+
+
+def _stepper(scheduler: Any, rows: int) -> Callable[[int, Any, Any], Any]:
+    """Return a function (index, latent, prediction) of diffusers' ``step``, whose noise is the same in every row."""
+    draws = "generator" in inspect.signature(scheduler.step).parameters
+
+    def step(index: int, latent: Any, prediction: Any) -> Any:
+        extra = {"generator": [_noise_generator() for _ in range(rows)]} if draws else {}
+        return scheduler.step(prediction, scheduler.timesteps[index], latent, **extra).prev_sample
+
+    return step

@@ -1,0 +1,5 @@
+"""What is asked of a compilation: recipes, presets and gates."""
+
+from qcgraph.recipe.recipe import AUTO_BITS, MOST_BITS, PRESETS, Calibration, Recipe, preset_names
+
+__all__ = ["AUTO_BITS", "MOST_BITS", "PRESETS", "Calibration", "Recipe", "preset_names"]

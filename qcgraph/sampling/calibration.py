@@ -1,0 +1,103 @@
+"""What calibration passes share: their trajectories, and streaming statistics. NumPy only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
+from qcgraph.progress import Progress
+from qcgraph.sampling.loop import AfterUpdate, Array, Runner, sample
+from qcgraph.sampling.noise import Noise
+
+FIRST_INDEX = 1_000_000_000  # calibration samples count from here, so that they never share noise with a user's samples
+
+
+def calibration_labels(count: int, seed: int, spec: ModelSpec) -> list[int]:
+    """Class labels of calibration trajectories: every class equally often as far as the count goes, shuffled."""
+    generator = np.random.default_rng([seed, FIRST_INDEX])
+    rounds = -(-count // spec.class_count)
+    labels = np.concatenate([generator.permutation(spec.class_count) for _ in range(rounds)])
+    return [int(label) for label in labels[:count]]
+
+
+def sample_calibration(
+    runner: Runner,
+    plan: StepPlan,
+    spec: ModelSpec,
+    count: int,
+    seed: int,
+    *,
+    batch: int | None = None,
+    after_update: AfterUpdate | None = None,
+    progress: Progress | None = None,
+) -> Array:
+    """The final latents [N,C,H,W] of calibration trajectories; the same count and seed are the same everywhere.
+
+    Args:
+        runner: the backend.
+        plan: the step plan.
+        spec: what the denoiser is.
+        count: how many trajectories.
+        seed: seeds labels and noise.
+        batch: how many run together; all of them when None.
+        after_update: see `qcgraph.sampling.loop.sample`.
+        progress: reports the steps.
+    """
+    return sample(
+        runner,
+        plan,
+        spec,
+        calibration_labels(count, seed, spec),
+        seed,
+        batch=batch or count,
+        first_index=FIRST_INDEX,
+        after_update=after_update,
+        progress=progress,
+    )
+
+
+def calibration_noise(count: int, seed: int, spec: ModelSpec) -> Noise:
+    """The noise of calibration trajectories, for those that walk them on their own."""
+    return Noise(seed, range(FIRST_INDEX, FIRST_INDEX + count), spec.latent_shape)
+
+
+class LatentStatistics:
+    """Streaming mean and standard deviation of latents per step and channel, in float64.
+
+    Args:
+        steps: number of steps.
+        channels: latent channels.
+    """
+
+    def __init__(self, steps: int, channels: int) -> None:
+        self._count = np.zeros(steps)
+        self._sum = np.zeros((steps, channels))
+        self._squares = np.zeros((steps, channels))
+
+    def add(self, step: int, latent: Array) -> None:
+        """Count latents [B,C,H,W] in at a step."""
+        values = latent.astype(np.float64)
+        self._count[step] += values.shape[0] * values.shape[2] * values.shape[3]
+        self._sum[step] += values.sum(axis=(0, 2, 3))
+        self._squares[step] += (values**2).sum(axis=(0, 2, 3))
+
+    @property
+    def means(self) -> npt.NDArray[np.float64]:
+        """[steps, channels]."""
+        result: Any = self._sum / self._count[:, None]
+        return np.asarray(result)
+
+    @property
+    def deviations(self) -> npt.NDArray[np.float64]:
+        """Standard deviations, [steps, channels]."""
+        variance = self._squares / self._count[:, None] - self.means**2
+        return np.sqrt(np.maximum(variance, 0.0))
+
+
+def rows(table: npt.NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
+    """A table as nested tuples, the form that facts hold."""
+    return tuple(tuple(float(value) for value in row) for row in table)

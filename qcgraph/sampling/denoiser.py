@@ -1,0 +1,367 @@
+"""A compiled denoiser in the place of a diffusers transformer.
+
+It runs on NumPy, and imports torch only where a host uses it. Engines take tensors of their device as they are.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from qcgraph.errors import BundleError, UsageError
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
+from qcgraph.sampling.device import NOT_FINITE, NOT_FINITE_HINT, DeviceRunner, LateFollowing, OnDevice
+from qcgraph.sampling.host_check import HALF_TOLERANCES, TOLERANCE, Following
+from qcgraph.sampling.loop import Request, Runner
+from qcgraph.sampling.tensors import FLOATS, INTEGERS, Fetched, as_array, checked_values, is_tensor, like, on_device
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("torch.float32", "torch.float16", "torch.bfloat16")  # of the latents that a host may want to work with
+DIFFUSERS_NULL_CLASS = 1000  # what DiTPipeline gives for the unconditional half, whatever the model
+LARGEST_CLASS = 2**53  # of those that floating-point numbers hold exactly
+
+
+class UncheckedLatentsWarning(UserWarning):
+    """A denoiser cannot tell whether the latents it is given are updated as its plan says."""
+
+
+@dataclass(frozen=True)
+class DenoiserOutput:
+    """What a diffusers transformer returns.
+
+    Attributes:
+        sample: the noise prediction [B,C_out,H,W].
+    """
+
+    sample: Any
+
+    def __getitem__(self, index: int | str) -> Any:
+        return (self.sample,)[index] if isinstance(index, int) else {"sample": self.sample}[index]
+
+
+@dataclass(frozen=True)
+class DenoiserConfig(Mapping[str, Any]):
+    """What a diffusers pipeline asks of its transformer's configuration, as attributes and as a mapping.
+
+    Attributes:
+        in_channels: channels of a latent.
+        out_channels: channels of the prediction, the learned sigma among them.
+        sample_size: height and width of a latent; one number where they are the same.
+        num_embeds_ada_norm: number of classes.
+    """
+
+    in_channels: int
+    out_channels: int
+    sample_size: int | tuple[int, int]
+    num_embeds_ada_norm: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> DenoiserConfig:
+        """The configuration of a denoiser."""
+        channels, height, width = spec.latent_shape
+        return cls(channels, spec.output_channels, height if height == width else (height, width), spec.class_count)
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in set(self):
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return (field.name for field in fields(self))
+
+    def __len__(self) -> int:
+        return len(fields(self))
+
+
+class Denoiser:
+    """A compiled denoiser with the call of a diffusers transformer, holding the cache state of one request.
+
+    It takes the place of the transformer in a pipeline: ``pipe.transformer = qcgraph.load("out")``. The state follows
+    the rules of `qcgraph.sampling.loop.Request`: the first timestep of the plan starts a new trajectory; trajectories
+    that interleave, in threads or in turns, need a `request` each. Those that share one are told apart by their
+    latents, and refused; where the latents may be any (``own_updates``), a trajectory that has not ended has to be
+    given up with `restart` before another one begins. Calls may come from any thread; those that come at once wait for
+    each other.
+
+    A copy (``copy.copy``, ``copy.deepcopy``) is a `request`. It cannot be pickled.
+
+    Args:
+        runner: the backend.
+        plan: the step plan the denoiser was compiled for.
+        spec: what the denoiser is.
+        own_updates: whether latents may change in another way than the plan's sampler changes them (see
+            `qcgraph.sampling.host_check`).
+    """
+
+    def __init__(self, runner: Runner, plan: StepPlan, spec: ModelSpec, *, own_updates: bool = False) -> None:
+        self._runner = runner
+        self._device_runner = runner if isinstance(runner, DeviceRunner) else None
+        self._request = Request(runner if self._device_runner is None else OnDevice(self._device_runner), plan)
+        self._following = None if own_updates else Following(plan, spec)
+        self._late = None if self._device_runner is None else LateFollowing(self._following, len(plan))
+        self._first: Any = None  # the first latent of the trajectory, where the latents do not identify it
+        self._precision = ""  # of the latents of the trajectory
+        self._labels_fetched = Fetched()
+        self._warned = False
+        self._lock = threading.Lock()
+        self._dtype = "float32"
+        self.plan = plan
+        self.spec = spec
+        self.config = DenoiserConfig.of(spec)
+
+    def __repr__(self) -> str:
+        return f"Denoiser({self.spec.name}: {self.plan.describe()})"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that a pipeline draws its latents in. The denoiser computes in float32 whatever it is given."""
+        import torch
+
+        chosen: torch.dtype = getattr(torch, self._dtype)
+        return chosen
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs; tensors from elsewhere are copied, and the prediction goes back to where they came from."""
+        import torch
+
+        return torch.device("cpu") if self._device_runner is None else self._device_runner.device
+
+    def to(self, *args: Any, **kwargs: Any) -> Denoiser:
+        """Itself: where it runs, and with latents of a dtype: float32, float16 or bfloat16.
+
+        Raises:
+            UsageError: another device or dtype.
+        """
+        place = "cpu" if self._device_runner is None else str(self._device_runner.device)
+        for asked in map(str, (*args, *(kwargs[name] for name in ("device", "dtype") if name in kwargs))):
+            if asked in DTYPES:
+                self._dtype = asked.removeprefix("torch.")
+            elif asked != "None" and asked.removesuffix(":0") != place.removesuffix(":0"):
+                raise UsageError(
+                    f"{self!r} runs on {'the CPU' if place == 'cpu' else place}, not on {asked}",
+                    hint="leave it there: it takes tensors of any device and answers on the same; its latents may be "
+                    + " or ".join(DTYPES),
+                )
+        return self
+
+    def request(self) -> Denoiser:
+        """The same denoiser for another trajectory, with a state of its own; graphs and weights are shared."""
+        another = Denoiser(self._runner, self.plan, self.spec, own_updates=self._following is None)
+        another._dtype = self._dtype
+        return another
+
+    def restart(self) -> None:
+        """Give up the trajectory that is under way; the next one begins with the first timestep of the plan."""
+        with self._lock:
+            self._request.restart()
+            self._first = None
+            if self._late is not None:
+                self._late.forget()
+            if self._following is not None:
+                self._following.restart()
+
+    def __copy__(self) -> Denoiser:
+        return self.request()
+
+    def __deepcopy__(self, memo: object) -> Denoiser:
+        return self.request()
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            f"{self!r} cannot be pickled: it holds what runs its graphs",
+            hint="give the other process the path of the bundle, and call qcgraph.load there",
+        )
+
+    def __call__(
+        self,
+        hidden_states: Any,
+        timestep: Any = None,
+        class_labels: Any = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """The noise prediction at one timestep of the plan.
+
+        Args:
+            hidden_states: the latent [B,C,H,W], NumPy or torch.
+            timestep: a number, or one value a sample, all the same; of any dtype.
+            class_labels: integers [B]; with guidance the batch holds both halves.
+            cross_attention_kwargs: must be empty: the denoiser has no cross attention.
+            return_dict: whether to return an object with ``.sample``, or a tuple.
+
+        Returns:
+            the noise prediction, of the kind, dtype and device of ``hidden_states``.
+
+        Raises:
+            BundleError: the timestep is not the next one of the plan, the batch or its classes are not what the
+                trajectory began with, the latents come from another sampler than the plan's or from another
+                trajectory, or ``own_updates`` is set and another trajectory has not ended.
+            UsageError: the latent does not have the model's shape or is not finite, a class is out of range, the
+                timesteps of the batch differ, or something is not made of numbers.
+
+        Warns:
+            UncheckedLatentsWarning: once, when latents come in a form in which they cannot be checked.
+        """
+        if cross_attention_kwargs:
+            names = cross_attention_kwargs if isinstance(cross_attention_kwargs, Mapping) else ["given"]
+            raise UsageError(
+                f"cross_attention_kwargs {', '.join(map(str, names))} have no effect on a compiled denoiser",
+                hint="leave them out; fuse a LoRA into the weights before compiling",
+            )
+        with self._lock:
+            latent = self._latent(hidden_states)
+            labels = self._labels(class_labels, len(latent))
+            value = self._timestep(timestep)
+            precision = _precision(hidden_states)
+            prediction = self._denoise(latent, value, labels, precision)
+            try:
+                self._note(latent, value, labels, prediction, precision)
+                sample = like(hidden_states, prediction)
+            except BaseException:
+                self._request.interrupt()  # the host has no prediction to go on with
+                raise
+            unchecked = "" if self._following is None or self._warned else self._following.unchecked
+            self._warned |= bool(unchecked)
+        if unchecked:
+            warnings.warn(unchecked, UncheckedLatentsWarning, stacklevel=2)
+        return DenoiserOutput(sample) if return_dict else (sample,)
+
+    def _denoise(self, latent: Any, timestep: float, labels: npt.NDArray[np.int64], precision: str) -> Any:
+        index = self.plan.index_of(timestep)
+        self._request.check(index, tuple(latent.shape), labels)
+        if index == 0:
+            self._begin(latent, labels, precision)
+        elif precision != self._precision:
+            raise BundleError(
+                f"the latent is {precision}, this trajectory began with {self._precision}",
+                hint="keep the dtype of latents within a trajectory",
+            )
+        if self._late is None and self._following is not None:
+            self._following.check(index, latent, labels, HALF_TOLERANCES.get(precision, TOLERANCE))
+        return self._request.denoise(latent, timestep, labels)
+
+    def _note(
+        self, latent: Any, timestep: float, labels: npt.NDArray[np.int64], prediction: Any, precision: str
+    ) -> None:
+        """Remember a step that was taken, or judge the one before it."""
+        index = self.plan.index_of(timestep)
+        if self._late is not None:
+            self._late.took(index, latent, labels, prediction, HALF_TOLERANCES.get(precision, TOLERANCE))
+        elif self._following is not None:
+            self._following.note(index, latent, labels, prediction)
+
+    def _begin(self, latent: Any, labels: npt.NDArray[np.int64], precision: str) -> None:
+        """Begin a trajectory, unless another one may go on that its latents do not tell from this one."""
+        if self._following is None:
+            taken = self._request.taken
+            is_again = taken == 1 and self._request.began_with(labels) and _same(latent, self._first)
+            if taken and not is_again:
+                raise BundleError(
+                    f"a trajectory is under way, of which timestep {self.plan.timesteps[taken]:g} comes next; where "
+                    "latents may be any, nothing tells it from another one",
+                    hint="use denoiser.request() for each trajectory, in threads or in turns; or give this one up with "
+                    "denoiser.restart()",
+                )
+            self._first = latent if self._device_runner is None else latent.clone()
+        self._precision = precision
+
+    def _latent(self, hidden_states: Any) -> Any:
+        """The latent as a copy: what the host does to its own later does not matter. On a device, it comes later."""
+        hint = f"{self.spec.name} takes floating-point numbers (batch, {', '.join(map(str, self.spec.latent_shape))})"
+        given = checked_values(hidden_states, FLOATS, "the latent", hint)
+        if given.ndim != 4 or tuple(given.shape[1:]) != self.spec.latent_shape or not len(given):
+            shape = ", ".join(map(str, self.spec.latent_shape))
+            raise UsageError(
+                f"the latent has shape {tuple(given.shape)}", hint=f"{self.spec.name} takes (batch, {shape})"
+            )
+        if self._device_runner is not None:
+            return on_device(given, self._device_runner.device)
+        with np.errstate(over="ignore", invalid="ignore"):  # what float32 does not hold becomes infinity
+            latent = np.array(as_array(given), dtype=np.float32, order="C")
+            if not np.isfinite(latent.sum()) and not np.isfinite(latent).all():
+                raise UsageError(NOT_FINITE, hint=NOT_FINITE_HINT)
+        return latent
+
+    def _timestep(self, timestep: Any) -> float:
+        """The timestep of the plan that is meant; one of few digits stands for the one that rounds to it."""
+        first = f"the plan starts at timestep {self.plan.timesteps[0]:g}"
+        if timestep is None:
+            raise UsageError("no timestep was given", hint=first)
+        given = as_array(checked_values(timestep, FLOATS + INTEGERS, "the timestep", f"give a number; {first}"))
+        if not given.size:
+            raise UsageError("no timestep was given", hint=first)
+        if not np.isfinite(given).all():
+            raise UsageError("the timestep is NaN or infinite", hint=first)
+        values = np.unique(given)
+        if len(values) != 1:
+            raise UsageError("the timesteps of a batch differ", hint="all samples of a call are at the same timestep")
+        if given.dtype.kind != "f":
+            return float(values[0])
+        planned = list(self.plan.timesteps)
+        rounded = as_array(timestep.new_tensor(planned)) if is_tensor(timestep) else np.array(planned, given.dtype)
+        (meant,) = np.nonzero(rounded == values[0])
+        if len(meant) > 1:
+            between = " or ".join(f"{planned[index]:g}" for index in meant)
+            raise UsageError(
+                f"timestep {values[0]:g} may be {between}, which {getattr(timestep, 'dtype', given.dtype)} does not "
+                "tell apart",
+                hint="give timesteps as float32 or as integers",
+            )
+        return planned[meant[0]] if len(meant) else float(values[0])
+
+    def _labels(self, class_labels: Any, batch: int) -> npt.NDArray[np.int64]:
+        """One class a sample."""
+        if class_labels is None:
+            raise UsageError("no class labels were given", hint=f"{self.spec.name} takes one a sample, {self._known()}")
+        hint = f"one integer a sample: {self.spec.name} takes {self._known()}"
+        given = self._labels_fetched.array(checked_values(class_labels, FLOATS + INTEGERS, "class_labels", hint))
+        whole = given.dtype.kind != "f" or bool((np.abs(given) < np.float64(LARGEST_CLASS)).all())  # NaN is not
+        labels = given.astype(np.int64) if whole else np.zeros(given.shape, dtype=np.int64)
+        if not (whole and np.array_equal(labels, given)) or labels.shape not in ((), (1,), (batch,)):
+            raise UsageError(
+                f"class labels {given.dtype}{list(given.shape)} for a batch of {batch}", hint="one integer a sample"
+            )
+        wrong = labels[(labels < 0) | ((labels >= self.spec.class_count) & (labels != self.spec.null_class))]
+        if len(wrong):
+            first, hint = int(wrong.flat[0]), f"{self.spec.name} takes {self._known()}"
+            if first == DIFFUSERS_NULL_CLASS:
+                hint += f"; DiTPipeline gives {first} for that half, so it fits models of {first} classes"
+            raise UsageError(f"class {first} is out of range", hint=hint)
+        labels = np.broadcast_to(labels, (batch,)).copy()
+        self._check_order(labels)
+        return labels
+
+    def _check_order(self, labels: npt.NDArray[np.int64]) -> None:
+        """Refuse an unconditional half that comes first where the other one is restored from the first."""
+        if self.plan.paired and not np.all(labels[len(labels) // 2 :] == self.spec.null_class):
+            raise UsageError(
+                "some steps compute one half of guidance and restore the other; the second half of this batch is not "
+                f"unconditional: its classes are {labels[len(labels) // 2 :].tolist()}, not {self.spec.null_class}",
+                hint="give both halves of guidance in one batch, the conditional one first (guidance_scale > 1 in a "
+                "diffusers pipeline)",
+            )
+
+    def _known(self) -> str:
+        last = self.spec.class_count - 1
+        return f"the classes 0 to {last}, and {self.spec.null_class} for the unconditional half of guidance"
+
+
+def _precision(hidden_states: Any) -> str:
+    """The floating-point type that a host computes in, as `qcgraph.sampling.host_check` tells them apart."""
+    name = str(getattr(hidden_states, "dtype", "")).removeprefix("torch.")
+    return name if name in HALF_TOLERANCES else "float32"
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two latents are the same, on a device, too."""
+    return other is not None and one.shape == other.shape and bool((one == other).all())

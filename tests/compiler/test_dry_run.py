@@ -1,0 +1,88 @@
+"""Dry runs: nothing is sampled or written, whatever the target, and what is said of the plan is what compiling does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qcgraph.compiler.compilation import compile_model
+from qcgraph.export.targets import TARGETS
+from qcgraph.models import LoadedModel
+from qcgraph.pipeline import registry
+from qcgraph.progress import Progress
+from qcgraph.recipe import Recipe
+
+RECIPES = {
+    "planned": {"bits": "w8a8", "cache": "budget=0.4", "forecast": "affine"},
+    "dps": {"bits": "w4a8", "cache": "dps=3", "forecast": "dec"},
+    "compensated": {"bits": "w8a8", "cache": "interval=2", "compensate": "vc", "hoist_adaln": True},
+    "float": {"bits": "off", "cache": "budget=0.5", "compensate": "vc"},
+    "followed": {"bits": "w6a6", "cache": "plan=900-300:FRRF"},
+}
+
+
+@pytest.fixture
+def no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling any trajectory is an error."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a dry run samples")
+
+    monkeypatch.setattr("qcgraph.sampling.loop.Sampler.__init__", refuse)
+    for kind in registry().values():
+        if kind.is_sampling:
+            monkeypatch.setattr(kind, "run", refuse)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_samples")
+@pytest.mark.parametrize(
+    ("name", "target"), [("planned", target) for target in TARGETS] + [(name, "tensorrt-rtx") for name in RECIPES]
+)
+def test_nothing_is_sampled_or_written(
+    tiny_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, target: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe().override(steps=8, target=target, **RECIPES[name])
+    result = compile_model(tiny_model, recipe, tmp_path / "out", dry_run=True)
+    assert result.bundle is None
+    assert not list(tmp_path.iterdir())
+    planned = 0 if name == "float" else 8  # four linear layers in each of two blocks
+    assert result.report["planned_sites"] == planned
+    assert result.report["quantized_sites"] == 0
+
+
+@pytest.mark.slow
+def test_what_is_planned_is_what_is_compiled(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    recipe = Recipe().override(steps=4, bits="w8a8", cache="interval=2", target="torch")
+    planned = compile_model(tiny_model, recipe, None, dry_run=True).report
+    made = compile_model(tiny_model, recipe, tmp_path / "out").report
+    assert planned["planned_sites"] == made["planned_sites"] == made["quantized_sites"]
+    assert planned["linear_sites"] == made["linear_sites"]
+    assert planned["plan"] == made["plan"]
+    assert planned["variants"]["full"]["steps"] == made["variants"]["full"]["steps"]
+
+
+@pytest.mark.usefixtures("no_samples")
+def test_the_fewest_bits_are_not_searched_for(tiny_model: LoadedModel) -> None:
+    recipe = Recipe().override(steps=4, bits="auto", gate="psnr>=20")
+    assert compile_model(tiny_model, recipe, None, dry_run=True).report["recipe"]["quantization"]["bits"] == "auto=8"
+
+
+@pytest.mark.slow
+def test_bits_that_come_to_nothing_are_said(tiny_model: LoadedModel) -> None:
+    class Listening(Progress):
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    passes = {"pipeline": {"passes": "lower-linear"}}
+    recipe, progress = Recipe.model_validate(Recipe().override(steps=2, bits="w8a8").model_dump() | passes), Listening()
+    result = compile_model(tiny_model, recipe, None, stop_after="lower-linear", progress=progress)
+    (note,) = (note for note in result.report["notes"] if "nothing is quantized" in note)
+    assert f"note: {note}" in progress.notes
+    assert "w8a8 was asked for" in note
+    assert "8: no pass quantized it" in note

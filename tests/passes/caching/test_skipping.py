@@ -1,0 +1,143 @@
+"""What skipping costs: errors by definition, lines between what is measured, and rehearsals that are the real thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from qcgraph.facts import CachePlan
+from qcgraph.ir.execute import TorchRunner
+from qcgraph.ir.program import Program
+from qcgraph.passes.caching import _skipping as skipping
+from qcgraph.passes.caching._forecast import KINDS
+from qcgraph.passes.caching._skipping import Forecaster, Rehearsal, skip_errors
+from qcgraph.passes.caching._trajectories import OneStep, Trajectories, record
+from qcgraph.plan.schedulers import make_step_plan
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
+from qcgraph.progress import Progress
+from qcgraph.sampling.calibration import FIRST_INDEX
+from qcgraph.sampling.loop import guided, sample
+
+Run = Callable[[str, Program], Program]
+COUNT = 3
+
+
+@pytest.fixture(scope="module")
+def split(captured: Program, run: Run) -> Program:
+    """Two modes: all blocks, and the second one alone."""
+    return run('plan-cache{interval=3 blocks="0..1+1..1" history=3},insert-cache', captured)
+
+
+@pytest.fixture(scope="module")
+def trajectories(split: Program) -> Trajectories:
+    return record(split, COUNT, 0, Progress())
+
+
+def errors_of(program: Program, trajectories: Trajectories, kind: str, gap: int = 8) -> np.ndarray:
+    """With all steps of the same weight."""
+    modes, forecaster = list(program.facts[CachePlan].modes), Forecaster(program, trajectories, kind)
+    weight = np.ones(len(program.facts[StepPlan]))
+    return skip_errors(program, trajectories, forecaster, weight, modes, gap, Progress()).values
+
+
+def test_the_error_of_reuse_is_that_of_running_the_variant(split: Program, trajectories: Trajectories) -> None:
+    errors = errors_of(split, trajectories, "reuse")
+    plan, spec = split.facts[StepPlan], split.facts[ModelSpec]
+    for mode, (name, values) in enumerate(split.facts[CachePlan].modes.items()):
+        for index, gap, earlier in [(1, 1, 0), (5, 2, 3), (8, 1, 1), (8, 8, 0)]:
+            state = {value: trajectories.values[value][index - gap] for value in values}
+            step = plan.with_variants([name] * len(plan)).steps[index]
+            request = OneStep(TorchRunner(split), step, state)
+            found = guided(request, trajectories.latents[index], step, trajectories.labels, plan, spec)
+            expected = np.mean(np.square(found - trajectories.predictions[index]))
+            assert errors[mode, index, gap, earlier] == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_can_be_skipped_is_finite_and_nothing_else(split: Program, trajectories: Trajectories) -> None:
+    for largest in (2, 8):
+        errors = errors_of(split, trajectories, "affine", largest)
+        for index in range(9):
+            for gap in range(1, largest + 1):
+                for earlier in range(largest + 1):
+                    last = index - gap
+                    known = last == 0 if earlier == 0 else last - earlier >= 0
+                    assert np.isfinite(errors[:, index, gap, earlier]).all() == known, (index, gap, earlier)
+
+
+def test_a_better_forecast_has_a_smaller_error(split: Program, trajectories: Trajectories) -> None:
+    """Fitted where it is judged, least squares of D is better than reuse on nearly every skip of the whole range."""
+    reuse, affine = (errors_of(split, trajectories, kind)[0, 2:] for kind in ("reuse", "affine"))
+    known = np.isfinite(reuse)
+    assert (affine[known] <= reuse[known]).mean() > 0.9
+    assert affine[known].mean() < 0.7 * reuse[known].mean()
+
+
+def test_between_measured_places_are_lines(
+    split: Program, trajectories: Trajectories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = errors_of(split, trajectories, "reuse")
+    monkeypatch.setattr(skipping, "FEW_DISTANCES", (1, 4))
+    monkeypatch.setattr(skipping, "SLOW_SHARE", 0.3)  # the second mode computes one of the two blocks
+    sparse = errors_of(split, trajectories, "reuse")
+    np.testing.assert_allclose(sparse[0], every[0], rtol=1e-4)
+    index = 8
+    for gap, earlier in [(1, 1), (1, 4), (4, 1), (4, 4), (7, 1), (1, 7), (8, 0)]:
+        assert sparse[1, index, gap, earlier] == pytest.approx(every[1, index, gap, earlier], rel=1e-4)
+    line = np.interp([2, 3], [1, 4], sparse[1, index, [1, 4], 1])
+    np.testing.assert_allclose(sparse[1, index, [2, 3], 1], line)
+    # Reuse does not look at the earlier computing step, so that a line along it is exact.
+    np.testing.assert_allclose(sparse[1, index, 4, 2:4], every[1, index, 4, 2:4], rtol=1e-4)
+
+
+def test_batches_change_nothing_but_roundings(
+    split: Program, trajectories: Trajectories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = errors_of(split, trajectories, "affine")
+    monkeypatch.setattr(skipping, "BYTES", 1)
+    np.testing.assert_allclose(errors_of(split, trajectories, "affine"), together, rtol=1e-3)
+
+
+def test_weights_count_squared(split: Program, trajectories: Trajectories) -> None:
+    forecaster, weight = Forecaster(split, trajectories, "reuse"), np.arange(9.0)
+    found = skip_errors(split, trajectories, forecaster, weight, ["reuse"], 8, Progress()).values[0, :, 1, 1]
+    plain = errors_of(split, trajectories, "reuse")[0, :, 1, 1]
+    np.testing.assert_allclose(found[2:], plain[2:] * weight[2:] ** 2)
+
+
+def test_the_rehearsal_of_computing_every_step_has_no_error(split: Program, trajectories: Trajectories) -> None:
+    rehearsal = Rehearsal(split, trajectories, Forecaster(split, trajectories, "affine"))
+    assert rehearsal.final_error(["full"] * 9) == 0.0
+
+
+def test_a_rehearsal_of_reuse_is_sampling_with_the_program(split: Program, trajectories: Trajectories) -> None:
+    rehearsal = Rehearsal(split, trajectories, Forecaster(split, trajectories, "reuse"))
+    schedule = ["full", "reuse_1", "reuse", "full", "full", "reuse", "reuse_1", "reuse_1", "full"]
+    labels, plan = trajectories.labels.tolist(), split.facts[StepPlan].with_variants(schedule)
+    final = sample(TorchRunner(split), plan, split.facts[ModelSpec], labels, 0, first_index=FIRST_INDEX)
+    expected = np.mean(np.square(final - trajectories.latents[-1]))
+    assert rehearsal.final_error(schedule) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_guidance_there_is_one_half(captured: Program, run: Run, kind: str) -> None:
+    schedule = captured.facts[ModelSpec].schedule
+    plan = make_step_plan("ddim", 4, 1.0, schedule, captured.facts[StepPlan].fingerprint.model)
+    program = run("plan-cache{interval=2 history=2},insert-cache", captured.with_facts(plan))
+    trajectories = record(program, 2, 0, Progress())
+    assert len(trajectories.values["cache_0"][0]) == 2
+    errors = errors_of(program, trajectories, kind, 3)
+    assert np.isfinite(errors[0, 3, 1, 2])
+    rehearsal = Rehearsal(program, trajectories, Forecaster(program, trajectories, kind))
+    assert 0 < rehearsal.final_error(["full", "full", "reuse", "reuse"]) < np.inf
+
+
+def test_branches_are_forecast_like_ranges(captured: Program, run: Run) -> None:
+    program = run("plan-cache{interval=3 what=branches history=2},insert-cache", captured)
+    trajectories = record(program, 2, 0, Progress())
+    assert list(trajectories.values) == [f"cache_{index}" for index in range(4)]
+    errors = errors_of(program, trajectories, "reuse", 3)
+    assert np.isfinite(errors[0, 8, 1, 1])
+    assert errors[0, 8, 3, 3] > errors[0, 8, 1, 3] > 0
