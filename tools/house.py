@@ -1,0 +1,78 @@
+"""Counts the rooms of the house, and how its imports run.
+
+    python tools/house.py [CHECKOUT]
+
+A room is a folder of modules; loose modules stand in ``qcgraph/``, ``passes/`` or ``export/`` themselves. A climb is an
+import of a room that, directly or by way of others, imports the importer's room: the two know each other.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+HOMES = {"qcgraph": "qcgraph", "qcgraph.passes": "passes", "qcgraph.export": "export"}
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """The modules of a checkout, by the name they are imported as."""
+    found = {}
+    for package, home in HOMES.items():
+        for path in (root / home).rglob("*.py"):
+            parts = path.relative_to(root / home).with_suffix("").parts
+            found[".".join([package, *parts]).removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of the house that a file imports, inside functions, too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else node.module for name in whole}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & known.keys()
+
+
+def room_of(module: str, known: dict[str, Path]) -> str:
+    """The room of a module: the folder that it stands in; a loose module is its own."""
+    if known[module].name == "__init__.py":
+        return module
+    parent = module.rpartition(".")[0]
+    return module if parent in HOMES else parent
+
+
+def reachable(start: str, edges: dict[str, set[str]]) -> set[str]:
+    """The rooms that a room imports, directly or by way of others."""
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        for room in edges[waiting.pop()] - found:
+            found.add(room)
+            waiting.append(room)
+    return found
+
+
+def main() -> None:
+    """Count and print."""
+    root = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
+    known = modules(root)
+    rooms = {module: room_of(module, known) for module in known}
+    edges: dict[str, set[str]] = defaultdict(set)
+    for module, path in known.items():
+        edges[rooms[module]] |= {rooms[other] for other in imports(path, known)} - {rooms[module]}
+    loose = [name for name in known if known[name].name not in ("__init__.py", "__main__.py") and rooms[name] == name]
+    climbs = [(one, other) for one in sorted(edges) for other in sorted(edges[one]) if one in reachable(other, edges)]
+    folders = {rooms[name] for name in known} - set(loose) - {"qcgraph.__main__"}
+    print(f"{len(known)} modules in {len(folders)} folders, {len(loose)} of them loose")
+    print(f"{len(loose) + len(folders)} places to look for something; {len(climbs)} climbs between them")
+    for one, other in climbs:
+        print(f"  {one} -> {other}")
+
+
+if __name__ == "__main__":
+    main()
