@@ -128,8 +128,9 @@ def _as_it_is(program: Program, variant: str) -> torch.export.ExportedProgram:
             inputs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(mapping[node].name), None))
     results = [mapping[node] for node in returned_nodes(source)]
     outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results]
-    taken, given = ((tuple(interface.inputs), {}), tuple(results))
-    signature = ModuleCallSignature([], [], tree_structure(taken), tree_structure(given), [*interface.input_names])
+    taken: tuple[tuple[Any, ...], dict[str, Any]] = (interface.input_names, {})
+    forms = tree_structure(taken), tree_structure(tuple(results))
+    signature = ModuleCallSignature([], [], *forms, [*interface.input_names])
     exported = torch.export.ExportedProgram(
         torch.nn.Module(),
         graph,
