@@ -1,7 +1,7 @@
 """Forecasts of cached values: their coefficients by formula, or fitted from streaming sufficient statistics.
 
-A forecast is an affine of the last computed values of a cached tensor (see passes/insert_forecast). All of these are
-cases of it, by the gains on D_r, D_r', D_r'' and the offset:
+A forecast is an affine of the last computed values of a cached tensor (see passes/caching/insert_forecast). All of
+these are cases of it, by the gains on D_r, D_r', D_r'' and the offset:
 
 * reuse:   (1, 0, 0, 0)
 * taylor:  (1 + k, -k, 0, 0), k = (u - u_r) / (u_r - u_r') with u the log signal-to-noise ratio (TaylorSeer)

@@ -164,7 +164,7 @@ class _Compilation:
         sites, dump = find_sites(captured.variants["main"]), Dump(captured)
         instruments = (*self._instruments(captured), timer, dump)
         start, kept = [captured], captured if self.dry_run else None
-        held = (loaded, captured) if _is_small(captured) else None
+        held = (loaded, captured) if captured.constant_bytes <= HELD_BYTES else None
         elapsed = time.perf_counter() - started
         del loaded, captured  # the weights of a large model are not held while the passes run, once they have others
         program = self._transformed(start, _prefix(pipeline, self.stop_after, self.dry_run), instruments, target)
@@ -268,11 +268,6 @@ class _Compilation:
                     verdicts = admit_quality(recipe.conditions, *original, program, folder, target, self.progress)
                 report["gate"] = [asdict(verdict) for verdict in verdicts]
             fill(folder)
-
-
-def _is_small(program: Program) -> bool:
-    """Tell whether weights are kept until the bundle is judged; those of large models are loaded again."""
-    return sum(constant.nbytes for constant in program.constants.values()) <= HELD_BYTES
 
 
 def _left_alone(program: Program, sites: Iterable[Site]) -> str:

@@ -68,7 +68,7 @@ def estimate(
     if target.emits_onnx:
         forwards += len(program.variants) * min(JUDGED_FORWARDS, JUDGED_MACS / max(macs, 1))
     nodes = [len(variant.graph.nodes) for variant in program.variants.values()] if target.emits_onnx else []
-    weights = sum(constant.nbytes for constant in captured.constants.values())
+    weights = captured.constant_bytes
     chosen = set(weight_names(captured.variants["main"], planned).values())
     codes = sum(constant.numel() for name, constant in captured.constants.items() if name in chosen)
     is_reduced = any(Precision in pass_.provides for pass_ in pipeline)

@@ -9,9 +9,10 @@ Scales and zero points are tensors, so that a timestep group can select them at 
 * region:      x where x < split (or, of the upper one, where not), else 0
 * dequantize:  x = (q - zero_point) * scale
 * select:      table[index]
-* forecast:    D = sum_a gain[a, half] * value[a] + offset[half], per channel (see passes/insert_forecast)
-* guidance_difference, conditional_half, restore_half:  see passes/insert_cache
-* compensate:  eps' = gain[row] * eps + slope[row] * latent + offset[row], per channel (see passes/insert_compensation)
+* forecast:    D = sum_a gain[a, half] * value[a] + offset[half], per channel (see passes/caching/insert_forecast)
+* guidance_difference, conditional_half, restore_half:  see passes/caching/insert_cache
+* compensate:  eps' = gain[row] * eps + slope[row] * latent + offset[row], per channel
+               (see passes/compensation/insert_compensation)
 """
 
 from __future__ import annotations

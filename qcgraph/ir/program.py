@@ -92,6 +92,11 @@ class Program:
         takes = MODULATION in self.variants[variant].interface.input_names
         return {**inputs, **(self.run(preparation(variant), inputs) if takes else {})}
 
+    @property
+    def constant_bytes(self) -> int:
+        """What the constants take in memory, in bytes."""
+        return sum(constant.nbytes for constant in self.constants.values())
+
     @cached_property
     def text(self) -> str:
         """The program as text (see `qcgraph.ir.printer`)."""

@@ -42,7 +42,7 @@ class QuantizedSite:
 
     @property
     def is_rescaled(self) -> bool:
-        """Whether it has a constant scale, and a ratio for each timestep group (see passes/reference_scales)."""
+        """Whether it has a constant scale and a ratio for each timestep group (passes/lowering/reference_scales)."""
         return self.rescaled != self.product
 
     @property
