@@ -122,7 +122,7 @@ def tiny_model() -> LoadedModel:
     config = DiTConfig(input_size=8, patch_size=2, channels=2, width=32, depth=2, heads=2, class_count=5)
     module = DiT(config)
     initialize_random(module, torch.Generator().manual_seed(0))
-    spec = ModelSpec("tiny", (2, 8, 8), 5, 5, output_channels=4)
+    spec = ModelSpec.class_conditional("tiny", (2, 8, 8), 5, 5, output_channels=4)
     return LoadedModel(module.eval().requires_grad_(False), spec, ("x", "t", "y"))
 
 

@@ -270,7 +270,7 @@ def engine_rows(report: ModelReport, bundle: Bundle, options: Options, progress:
         report.agreement |= {reference: errors} if errors else {}
     for samples in options.samples:
         for name, plan in (
-            ("engines", bundle.plan.throughout(computing_variant(bundle.plan))),
+            ("engines", bundle.plan.all_computing),
             ("cached", bundle.plan),
         ):
             title = "engines, every step computed" if name == "engines" else "engines, cached"

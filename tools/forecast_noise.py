@@ -98,10 +98,10 @@ def fitted(captured: Program, bits: str, options: argparse.Namespace, progress: 
 def measure(exact: Mapping[str, Program], quantized: Mapping[str, Program], bits: str, options: Any) -> dict[str, Any]:
     """All of one precision."""
     one, other = exact["reuse"], quantized["reuse"]
-    every = one.facts[StepPlan].throughout(FULL)
+    every = one.facts[StepPlan].all_computing
     both = Both(one, other)
     reference = draw(both, every, one, options)
-    alone = distances(draw(TorchRunner(other), other.facts[StepPlan].throughout(FULL), other, options), reference)
+    alone = distances(draw(TorchRunner(other), other.facts[StepPlan].all_computing, other, options), reference)
     forecasts = []
     for kind in KINDS:
         runs = [

@@ -111,7 +111,9 @@ def make_samples(folder: Path) -> Samples:
     config = DiTConfig(input_size=4, patch_size=2, channels=1, width=16, depth=1, heads=2, class_count=3)
     module = DiT(config)
     initialize_random(module, torch.Generator().manual_seed(0))
-    loaded = LoadedModel(module.eval(), ModelSpec("tiny", (1, 4, 4), 3, 3, output_channels=2), ("x", "t", "y"))
+    loaded = LoadedModel(
+        module.eval(), ModelSpec.class_conditional("tiny", (1, 4, 4), 3, 3, output_channels=2), ("x", "t", "y")
+    )
     recipe = {
         "sampling": {"steps": 4},
         "quantization": {"groups": 2, "scales": "range", "rounding": "nearest", "equalize": False, "correction": "off"},

@@ -62,7 +62,9 @@ def tiny() -> LoadedModel:
     config = DiTConfig(input_size=8, patch_size=2, channels=1, width=16, depth=1, heads=2, class_count=3)
     module = DiT(config)
     initialize_random(module, torch.Generator().manual_seed(0))
-    return LoadedModel(module, ModelSpec("tiny", (1, 8, 8), 3, 3, output_channels=2, is_image=True), ("x", "t", "y"))
+    return LoadedModel(
+        module, ModelSpec.class_conditional("tiny", (1, 8, 8), 3, 3, output_channels=2, is_image=True), ("x", "t", "y")
+    )
 
 
 def whole_bundle(place: Path) -> None:

@@ -14,16 +14,17 @@ from qcgraph.export.onnx.valid import load_graph, problem_of
 from qcgraph.export.targets import TARGETS, Target
 from qcgraph.export.tensorrt.provider import PROVIDERS
 from qcgraph.ir.program import Program
-from qcgraph.plan.spec import OUTPUT, Interface, TensorSpec, is_preparation, preparation
+from qcgraph.plan.roles import TensorRole
+from qcgraph.plan.spec import Interface, TensorSpec
+from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
-from qcgraph.sampling.cache_state import aged, depths
 
 if TYPE_CHECKING:
     from onnxscript import ir
 
 PORTABLE = ("onnx", "onnx-opset21")
 STANDARD = ("", "ai.onnx")  # both mean the operators of ONNX itself
-FROM_HOST = ("latent", "timestep", "class_label", "group", "row")  # inputs that no variant computes
+MADE = (TensorRole.CACHE, TensorRole.MODULATION)  # roles of inputs that other variants compute
 
 
 def check_conformance(
@@ -54,7 +55,7 @@ def check_conformance(
     checks = [_check_valid(variant, path) for variant, path in paths.items()]
     if not all(check.passed for check in checks):
         return tuple(checks)  # what follows reads them
-    checks.append(check_cache_tensors(interfaces, paths))
+    checks.append(check_cache_tensors(program.facts[StepPlan], interfaces, paths))
     if target.name in PORTABLE:
         checks += (_check_operators(variant, path, target) for variant, path in paths.items())
     if library is not None:
@@ -79,34 +80,32 @@ def judge_of(target: Target) -> Library | None:
     return Library.load(target.name) if target.name in PROVIDERS else None
 
 
-def check_cache_tensors(interfaces: Mapping[str, Interface], paths: Mapping[str, Path]) -> Check:
+def check_cache_tensors(plan: StepPlan, interfaces: Mapping[str, Interface], paths: Mapping[str, Path]) -> Check:
     """What one variant leaves is what another takes: names, types and shapes, in the plan and in the graphs.
 
     Args:
+        plan: says which variant prepares which.
         interfaces: inputs and outputs by variant, as the plan has them.
         paths: the graphs by variant, which are valid ONNX.
     """
     wrong = [problem for variant, path in paths.items() for problem in _differences(interfaces[variant], path)]
     left: dict[str, tuple[str, TensorSpec]] = {}  # cached value, as the first variant that computes it leaves it
-    ages = depths(interfaces.values())
     for variant, interface in interfaces.items():
-        for spec in () if is_preparation(variant) else interface.outputs:
-            maker, known = left.setdefault(spec.name, (variant, spec))
-            if spec.name != OUTPUT and str(spec) != str(known):
+        for spec in interface.caches:
+            maker, known = left.setdefault(spec.value, (variant, spec))
+            if str(spec) != str(known):
                 wrong.append(f"{spec.name} is {known} from {maker}, {spec} from {variant}")
-    left |= {aged(name, age): left[name] for name in ages.keys() & left.keys() for age in range(1, ages[name] + 1)}
     for variant, interface in interfaces.items():
-        prepared = interfaces.get(preparation(variant))
-        makers = left | {spec.name: (preparation(variant), spec) for spec in (prepared.outputs if prepared else ())}
-        for spec in interface.inputs:
-            if spec.name in FROM_HOST:
-                continue
-            if spec.name not in makers:
+        preparing = plan.preparing.get(variant)
+        for spec in interface.taken(*MADE):
+            made = left.get(spec.value)
+            if spec.role is TensorRole.MODULATION:
+                made = (preparing, interfaces[preparing].result) if preparing and preparing in interfaces else None
+            if made is None:
                 wrong.append(f"no variant computes {spec.name}, which {variant} takes")
-            elif str(spec) != str(makers[spec.name][1]):
-                maker, known = makers[spec.name]
-                wrong.append(f"{spec.name} is {known} from {maker}, {variant} takes {spec}")
-    names = {name for interface in interfaces.values() for name in interface.input_names if name not in FROM_HOST}
+            elif str(spec) != str(made[1]):
+                wrong.append(f"{spec.name} is {made[1]} from {made[0]}, {variant} takes {spec}")
+    names = {spec.name for interface in interfaces.values() for spec in interface.taken(*MADE)}
     detail = "; ".join(wrong) or f"taken as they are left: {', '.join(sorted(names)) or 'none'}"
     return Check("cache tensors", "", passed=not wrong, value=len(wrong), limit=0, detail=detail)
 

@@ -14,7 +14,7 @@ from qcgraph.errors import VerificationError
 from qcgraph.export.onnx.valid import load_graph, tensor_type
 from qcgraph.export.run.onnxruntime import load_session, session_options
 from qcgraph.ir.quantized_sites import QuantizedSite
-from qcgraph.sampling.loop import Array
+from qcgraph.sampling.runner import Array
 
 if TYPE_CHECKING:
     from onnxscript import ir

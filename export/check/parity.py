@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,12 @@ from qcgraph.ir.ops import HALVES
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantized_sites import QuantizedSite, record
 from qcgraph.ir.structure import macs_by_variant
-from qcgraph.plan.spec import ModelSpec, preparation
-from qcgraph.plan.steps import Step, StepPlan
-from qcgraph.sampling.cache_state import depths, remember
+from qcgraph.plan.roles import TensorRole
+from qcgraph.plan.spec import GROUP, ROW, ModelSpec
+from qcgraph.plan.steps import StepPlan
+from qcgraph.sampling.cache_state import cached, depths, remember
+from qcgraph.sampling.conditions import in_turn
+from qcgraph.sampling.runner import step_inputs
 
 FLIPS = 1.5  # how far above the distance that flipped codes make in the program they may take a graph
 # How many times the program's own rounding another evaluation may be off. One that leaves roundings out is at most as
@@ -81,9 +84,9 @@ def check_sites(program: Program, variant: str, sites: Sequence[QuantizedSite], 
         return Check("site exactness", variant, passed=False, value=NO_NUMBER, limit=FUNCTIONS, detail=str(missing))
     references = {site.name: SiteReference(program, variant, site) for site in sites}
     worst = {site.name: _Margin(0.0, FUNCTIONS) for site in sites}
-    for index, step in enumerate(_steps(program, variant)):
-        inputs = _inputs(program, variant, step, 1, np.random.default_rng(index))
-        selectors = {name: inputs[name].numpy() for name in ("group", "row")}
+    for draw, step in enumerate(_steps(program, variant)):
+        inputs = _inputs(program, variant, step, 1, np.random.default_rng(draw))
+        selectors = {spec.name: inputs[spec.name].numpy() for spec in (GROUP, ROW)}
         for position, values in record(program, variant, inputs, [cut.nodes for cut in cuts]):
             found = cuts[position].run(values, selectors)
             for site in cuts[position].sites:
@@ -232,9 +235,10 @@ def _limit(roundings: Sequence[float], flips: _Flips) -> float:
     return float(np.sqrt(rounded.mean() + FLIPS**2 * flipped)) + FUNCTIONS
 
 
-def _steps(program: Program, variant: str) -> list[Step]:
-    """Steps of the plan that run a variant or are prepared by it, spread over it."""
-    steps = [step for step in program.facts[StepPlan].steps if variant in (step.variant, preparation(step.variant))]
+def _steps(program: Program, variant: str) -> list[int]:
+    """Return steps of the plan that run a variant or are prepared by it, spread over it."""
+    plan = program.facts[StepPlan]
+    steps = [index for index, step in enumerate(plan.steps) if step.variant == plan.serves(variant)]
     count = min(len(steps), STEPS if _macs(program) < MACS else STEPS // 2)
     return [steps[position] for position in np.linspace(0, len(steps) - 1, count).round().astype(int)]
 
@@ -245,47 +249,39 @@ def _macs(program: Program) -> int:
 
 
 def _inputs(
-    program: Program, variant: str, step: Step, samples: int, generator: np.random.Generator
+    program: Program, variant: str, step: int, samples: int, generator: np.random.Generator
 ) -> dict[str, torch.Tensor]:
-    """Inputs of one step: noise as the latent, every class in turn, and caches that computing steps make of that.
+    """Return inputs of one step: noise as the latent, conditions in turn, and what computing steps cache of that.
 
     Where variants take both halves of guidance in one batch, the number of samples is even.
     """
     spec = program.facts[ModelSpec]
-    if program.facts[StepPlan].paired:
+    if program.facts[StepPlan].restores_half:
         samples += samples % HALVES
     latent = torch.from_numpy(generator.standard_normal((samples, *spec.latent_shape), dtype=np.float32))
-    inputs = _without_caches(program, variant, step, latent)
-    missing = [name for name in program.variants[variant].interface.input_names if name not in inputs]
-    if missing:
-        caches = _caches(program, step, latent)
-        inputs |= {name: caches[name] for name in missing}
-    return inputs
+    return _without_caches(program, variant, step, latent) | _caches(program, variant, step, latent)
 
 
-def _without_caches(program: Program, variant: str, step: Step, latent: torch.Tensor) -> dict[str, torch.Tensor]:
-    spec, samples = program.facts[ModelSpec], len(latent)
-    labels = [spec.null_class, *range(spec.class_count)]
-    inputs = {
-        "latent": latent,
-        "timestep": torch.full((samples,), step.timestep, dtype=torch.float32),
-        "class_label": torch.tensor([labels[index % len(labels)] for index in range(samples)]),
-        "group": torch.tensor(step.group),
-        "row": torch.tensor(step.row),
-    }
-    return program.prepared(variant, inputs)
+def _without_caches(program: Program, variant: str, step: int, latent: torch.Tensor) -> dict[str, torch.Tensor]:
+    plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
+    conditions = in_turn(len(latent), spec, with_null=True)
+    inputs = step_inputs(plan, spec, step, latent.numpy(), conditions)
+    return program.prepared(variant, {name: torch.from_numpy(value) for name, value in inputs.items()})
 
 
-def _caches(program: Program, step: Step, latent: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the steps that computed last before a step leave in the state of a request."""
+def _caches(program: Program, variant: str, step: int, latent: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the cached values that a variant takes, as the steps that computed last before a step leave them."""
+    taken = program.interfaces[variant].taken(TensorRole.CACHE)
+    if not taken:
+        return {}
     plan, ages = program.facts[StepPlan], depths(program.interfaces.values())
-    earlier = plan.steps[: plan.index_of(step.timestep)]
-    writing = [other for other in earlier if len(program.variants[other.variant].interface.outputs) > 1]
-    state: dict[str, object] = {}
+    writing = [index for index in range(step) if program.interfaces[plan.steps[index].variant].caches]
+    state: dict[tuple[str, int], object] = {}
     for other in writing[-1 - max(ages.values(), default=0) :]:
-        outputs = program.run(other.variant, _without_caches(program, other.variant, other, latent))
-        remember(state, outputs, ages)
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        name = plan.steps[other].variant
+        outputs = program.run(name, _without_caches(program, name, other, latent))
+        remember(state, {spec.value: outputs[spec.name] for spec in program.interfaces[name].caches}, ages)
+    return {spec.name: cast(torch.Tensor, cached(spec, variant, state)) for spec in taken}
 
 
 def _distances(found: npt.NDArray[np.floating[Any]], expected: npt.NDArray[np.floating[Any]]) -> list[float]:

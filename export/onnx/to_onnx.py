@@ -27,6 +27,7 @@ from qcgraph.export.onnx.annotate import place_nodes
 from qcgraph.ir.graph import DTYPES, returned_nodes
 from qcgraph.ir.ops import HALVES, OPS
 from qcgraph.ir.program import Program
+from qcgraph.plan.roles import VariantKind
 from qcgraph.plan.spec import BATCH
 from qcgraph.plan.steps import StepPlan
 from qcgraph.quiet import quiet
@@ -94,7 +95,7 @@ def _exported(program: Program, variant: str) -> torch.export.ExportedProgram:
 def _traced(program: Program, variant: str) -> torch.export.ExportedProgram:
     batch = torch.export.Dim(BATCH, min=1, max=MAX_BATCH)
     plan = program.facts.get(StepPlan)
-    if plan and variant in plan.paired:
+    if plan and plan.roles[variant].kind is VariantKind.HALF:
         batch = HALVES * torch.export.Dim(f"half_{BATCH}", min=1, max=MAX_BATCH // HALVES)
     inputs = program.variants[variant].interface.inputs
     shapes = [[EXAMPLE_BATCH if dim == BATCH else int(dim) for dim in spec.shape] for spec in inputs]

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from qcgraph.bundle import Bundle
 from qcgraph.errors import BundleError
 from qcgraph.export.onnx.valid import load_graph, tensor_type
-from qcgraph.export.package.single_model import START, VARIANT, CacheTensor, SingleModel
+from qcgraph.export.package.single_model import START, VARIANT, HostedCache, SingleModel
 from qcgraph.files.folder import AGAIN
-from qcgraph.plan.spec import MODULATION, TensorSpec, preparation
+from qcgraph.plan.roles import TensorRole
+from qcgraph.plan.spec import TensorSpec
 
 if TYPE_CHECKING:
     from onnxscript import ir
@@ -39,15 +40,15 @@ class _Joining:
         self._indices: list[ir.Value] = []
         self._ir_version = 0
         self._opsets: dict[str, int] = {}
-        self._inputs = [_value(spec) for spec in single.interface.inputs]
+        self._inputs = [_value(spec) for spec in single.all_inputs]
         self._unpack: list[ir.Node] = []  # numbers out of their tensors of one element
         self._outer: dict[str, ir.Value] = {}  # what branches take from around them, by its name in the bundle
-        for value, spec in zip(self._inputs, single.interface.inputs, strict=True):
+        for value, spec in zip(self._inputs, single.all_inputs, strict=True):
             if spec.name in single.numbers:
                 self._unpack.append(_node("Squeeze", [value], [TensorSpec(f"{spec.name}_number", spec.dtype, ())]))
                 value = self._unpack[-1].outputs[0]
             self._outer[spec.name] = value
-        self._outer |= {item.name: self._outer[item.taken.name] for item in single.cache}
+        self._held = {(item.value, item.age): self._outer[item.taken.name] for item in single.cache}
 
     def model(self) -> ir.Model:
         """All of it."""
@@ -59,7 +60,7 @@ class _Joining:
         graph.insert_before(graph[0], self._unpack)
         for value in (*self._indices, *self._weights.values()):
             graph.register_initializer(value)
-        for value, spec in zip(graph.outputs, self._single.interface.outputs, strict=True):
+        for value, spec in zip(graph.outputs, self._single.all_outputs, strict=True):
             value.name = spec.name
         graph.opset_imports.update(self._opsets)
         version = metadata.version("qcgraph")
@@ -77,9 +78,7 @@ class _Joining:
         number = ir.Value(name=f"index_of_{variant}", const_value=ir.tensor(index, ir.DataType.INT64))
         self._indices.append(number)
         is_it = _node("Equal", [self._outer[VARIANT], number], [TensorSpec(f"is_{variant}", "bool", ())])
-        outputs = [
-            TensorSpec(f"{variant}_or/{spec.name}", spec.dtype, spec.shape) for spec in self._single.interface.outputs
-        ]
+        outputs = [TensorSpec(f"{variant}_or/{spec.name}", spec.dtype, spec.shape) for spec in self._single.all_outputs]
         chosen = _if(is_it.outputs[0], branch, other, outputs)
         return ir.Graph([], chosen.outputs, nodes=[is_it, chosen], name=f"{variant}_or")
 
@@ -87,15 +86,20 @@ class _Joining:
         """A variant, and what prepares it, with the outputs of the one model."""
         outer = dict(self._outer)
         preparing: ir.Graph | None = None
-        if variant in self._bundle.plan.prepared:
-            preparing = self._adopted(preparation(variant), outer)
-            outer[MODULATION] = preparing.outputs[0]
+        interface, other = self._bundle.interfaces[variant], self._bundle.plan.preparing.get(variant)
+        if other is not None:
+            preparing = self._adopted(other, outer)
+            outer |= {spec.name: preparing.outputs[0] for spec in interface.taken(TensorRole.MODULATION)}
+        outer |= {spec.name: self._held[spec.value, spec.age] for spec in interface.taken(TensorRole.CACHE)}
         graph = self._adopted(variant, outer)
         if preparing is not None:
             _prepend(preparing, graph)
-        prediction, *caches = graph.outputs
-        given = dict(zip(self._bundle.interfaces[variant].output_names[1:], caches, strict=True))
-        outputs = [prediction, *(self._cached(item, given, graph, variant) for item in self._single.cache)]
+        by_name = dict(zip(interface.output_names, graph.outputs, strict=True))
+        given = {spec.value: by_name[spec.name] for spec in interface.caches}
+        outputs = [
+            by_name[interface.result.name],
+            *(self._cached(item, given, graph, variant) for item in self._single.cache),
+        ]
         graph.outputs.clear()
         graph.outputs.extend(outputs)
         return graph
@@ -150,19 +154,20 @@ class _Joining:
             self._weights[place] = ir.Value(name=name, shape=value.shape, type=value.type, const_value=content)
         return self._weights[place]
 
-    def _cached(self, item: CacheTensor, given: Mapping[str, ir.Value], graph: ir.Graph, variant: str) -> ir.Value:
+    def _cached(self, item: HostedCache, given: Mapping[str, ir.Value], graph: ir.Graph, variant: str) -> ir.Value:
         """A cached value after a variant that computes the ones given."""
-        if item.name in given:
-            return given[item.name]
+        if item.value in given and not item.age:
+            return given[item.value]
         spec = TensorSpec(f"{variant}/{item.given.name}", item.spec.dtype, item.spec.shape)
-        if item.computed in given:
-            assert item.younger is not None
+        if item.value in given:
             # The first value of a trajectory stands for those before it, as in `qcgraph.sampling.cache_state.remember`.
-            first = _passing(given[item.computed], TensorSpec(f"{spec.name}/first", spec.dtype, spec.shape))
-            later = _passing(self._outer[item.younger], TensorSpec(f"{spec.name}/later", spec.dtype, spec.shape))
+            first = _passing(given[item.value], TensorSpec(f"{spec.name}/first", spec.dtype, spec.shape))
+            later = _passing(
+                self._held[item.value, item.age - 1], TensorSpec(f"{spec.name}/later", spec.dtype, spec.shape)
+            )
             node = _if(self._outer[START], first, later, [spec])
         else:
-            node = _node("Identity", [self._outer[item.name]], [spec])
+            node = _node("Identity", [self._held[item.value, item.age]], [spec])
         graph.append(node)
         return node.outputs[0]
 

@@ -2,45 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qcgraph.bundle import Bundle
 from qcgraph.facts import encode
-from qcgraph.plan.spec import MODULATION, Interface, TensorSpec, preparation
-from qcgraph.sampling.cache_state import aged, depths
+from qcgraph.plan.roles import TensorRole
+from qcgraph.plan.spec import GROUP, ROW, Interface, TensorSpec
+from qcgraph.sampling.cache_state import depths
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 VARIANT = "variant"  # i64[1]: the variant that runs, as an index
 START = "start"  # bool[1]: whether a trajectory begins
 
 
 @dataclass(frozen=True)
-class CacheTensor:
+class HostedCache:
     """A cached value of the request, which the host hands back as it came.
 
     Attributes:
-        name: its name in the bundle.
+        value: the cached value.
+        age: how many computing steps before the last one it was computed.
         spec: its type and shape.
-        younger: the cached value that becomes this one when a step computes; None where this is what is computed.
-        computed: the output of a variant that starts the chain.
     """
 
-    name: str
+    value: str
+    age: int
     spec: TensorSpec
-    younger: str | None
-    computed: str
 
     @property
     def taken(self) -> TensorSpec:
         """The input."""
-        return TensorSpec(f"{self.name}_in", self.spec.dtype, self.spec.shape)
+        return replace(self.spec, name=f"{self._name}_in", age=self.age)
 
     @property
     def given(self) -> TensorSpec:
         """The output."""
-        return TensorSpec(f"{self.name}_out", self.spec.dtype, self.spec.shape)
+        return replace(self.spec, name=f"{self._name}_out", age=self.age)
+
+    @property
+    def _name(self) -> str:
+        return f"{self.value}_age{self.age}" if self.age else self.value
 
 
 @dataclass(frozen=True)
@@ -57,31 +60,32 @@ class SingleModel:
     variants: tuple[str, ...]
     inputs: tuple[TensorSpec, ...]
     output: TensorSpec
-    cache: tuple[CacheTensor, ...]
+    cache: tuple[HostedCache, ...]
 
     @classmethod
     def of(cls, bundle: Bundle) -> SingleModel:
         """What a bundle becomes."""
         variants, interfaces = bundle.plan.variants, bundle.interfaces
-        cache = _cache({name: interfaces[name] for name in variants})
-        handed = {MODULATION, *(item.name for item in cache)}
+        cache = _cache([interfaces[name] for name in variants])
         inputs: dict[str, TensorSpec] = {}
         for name in variants:
             for spec in (*interfaces[name].inputs, *_preparing(bundle, name)):
-                if spec.name not in handed:
-                    inputs.setdefault(spec.name, TensorSpec(spec.name, spec.dtype, spec.shape or (1,)))
+                if spec.role not in (TensorRole.CACHE, TensorRole.MODULATION):
+                    inputs.setdefault(spec.name, replace(spec, shape=spec.shape or (1,)))
         inputs[VARIANT] = TensorSpec(VARIANT, "i64", (1,))
-        if any(item.younger for item in cache):
+        if any(item.age for item in cache):
             inputs[START] = TensorSpec(START, "bool", (1,))
-        return cls(variants, tuple(inputs.values()), interfaces[variants[0]].outputs[0], cache)
+        return cls(variants, tuple(inputs.values()), interfaces[variants[0]].result, cache)
 
     @property
-    def interface(self) -> Interface:
-        """All inputs and outputs; caches come last, inputs and outputs in the same order."""
-        return Interface(
-            (*self.inputs, *(item.taken for item in self.cache)),
-            (self.output, *(item.given for item in self.cache)),
-        )
+    def all_inputs(self) -> tuple[TensorSpec, ...]:
+        """All inputs, caches last."""
+        return (*self.inputs, *(item.taken for item in self.cache))
+
+    @property
+    def all_outputs(self) -> tuple[TensorSpec, ...]:
+        """All outputs, caches last and in the order of the inputs."""
+        return (self.output, *(item.given for item in self.cache))
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -94,7 +98,7 @@ def host_plan(bundle: Bundle, single: SingleModel) -> dict[str, Any]:
     plan, spec = bundle.plan, bundle.spec
     steps = []
     for index, step in enumerate(plan.steps):
-        numbers = {VARIANT: single.variants.index(step.variant), "group": step.group, "row": step.row}
+        numbers = {VARIANT: single.variants.index(step.variant), GROUP.name: step.group, ROW.name: step.row}
         every = {**numbers, START: index == 0}
         chosen = {name: every[name] for name in single.numbers}
         steps.append({"timestep": step.timestep, **chosen, "update": encode(step.update)})
@@ -102,11 +106,10 @@ def host_plan(bundle: Bundle, single: SingleModel) -> dict[str, Any]:
         "format": PLAN_FORMAT,
         "model": spec.name,
         "latent_shape": spec.latent_shape,
-        "class_count": spec.class_count,
-        "null_class": spec.null_class,
+        "conditions": [encode(condition) for condition in spec.conditions],
         "scheduler": plan.fingerprint.scheduler,
         "guidance": plan.fingerprint.guidance,
-        "paired": bool(plan.paired),
+        "paired": plan.restores_half,
         "variants": single.variants,
         "numbers": single.numbers,
         "cache": {item.taken.name: item.given.name for item in single.cache},
@@ -114,20 +117,18 @@ def host_plan(bundle: Bundle, single: SingleModel) -> dict[str, Any]:
     }
 
 
-def _cache(interfaces: Mapping[str, Interface]) -> tuple[CacheTensor, ...]:
-    """The cached values that a variant reads, and those between them and what is computed."""
-    depth = depths(interfaces.values())
-    found: dict[str, CacheTensor] = {}
-    read = {name for interface in interfaces.values() for name in interface.input_names}
-    for spec in (spec for interface in interfaces.values() for spec in interface.outputs[1:]):
-        for age in range(depth.get(spec.name, 0) + 1):
-            name = aged(spec.name, age)
-            younger = aged(spec.name, age - 1) if age else None
-            if name in read or spec.name in depth:
-                found.setdefault(name, CacheTensor(name, spec, younger, spec.name))
+def _cache(interfaces: Sequence[Interface]) -> tuple[HostedCache, ...]:
+    """Return the cached values that a variant reads, and those between them and what is computed."""
+    depth = depths(interfaces)
+    read = {spec.value for interface in interfaces for spec in interface.taken(TensorRole.CACHE)}
+    found: dict[tuple[str, int], HostedCache] = {}
+    for spec in (spec for interface in interfaces for spec in interface.caches if spec.value in read):
+        for age in range(depth.get(spec.value, 0) + 1):
+            found.setdefault((spec.value, age), HostedCache(spec.value, age, spec))
     return tuple(found.values())
 
 
 def _preparing(bundle: Bundle, variant: str) -> tuple[TensorSpec, ...]:
-    """The inputs of what prepares a variant."""
-    return bundle.interfaces[preparation(variant)].inputs if variant in bundle.plan.prepared else ()
+    """Return the inputs of what prepares a variant."""
+    preparing = bundle.plan.preparing.get(variant)
+    return bundle.interfaces[preparing].inputs if preparing else ()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qcgraph.bundle import Bundle
 from qcgraph.export.package.single_file import PLAN_KEY, write_single_file
-from qcgraph.export.package.single_model import START, CacheTensor, SingleModel, host_plan
+from qcgraph.export.package.single_model import START, HostedCache, SingleModel, host_plan
 from qcgraph.plan.spec import TensorSpec
 
 CONFIG = "config.pbtxt"
@@ -80,7 +80,7 @@ def _sequences(single: SingleModel) -> str:
     return "\n".join(["sequence_batching {", *_indented(lines), "}"])
 
 
-def _state(item: CacheTensor) -> list[str]:
+def _state(item: HostedCache) -> list[str]:
     kind = _TYPES[item.spec.dtype]
     start = f'{{ name: "zero" data_type: {kind} dims: {_dims(item.spec, 1)} zero_data: true }}'
     return [

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 
-class CacheTensor:
+class HeldBuffer:
     """A cache tensor in the state of a request. Once nothing refers to it, its memory is free for a later step.
 
     Attributes:
@@ -43,11 +43,11 @@ class Buffers:
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def take(self) -> CacheTensor:
+    def take(self) -> HeldBuffer:
         """A buffer that no request holds; what is in it is arbitrary."""
         if not self._free:
             self._tensors.append(self._allocate())
             self._free.add(len(self._tensors) - 1)
         place = min(self._free)
         self._free.remove(place)
-        return CacheTensor(self._tensors[place], place, self._free)
+        return HeldBuffer(self._tensors[place], place, self._free)

@@ -14,17 +14,18 @@ import torch
 
 from qcgraph.bundle.engines import Batch
 from qcgraph.errors import BundleError, UsageError, closest
-from qcgraph.export.run.cache_buffers import Buffers, CacheTensor
+from qcgraph.export.run.cache_buffers import Buffers, HeldBuffer
 from qcgraph.export.tensorrt.device import device_memory
 from qcgraph.ir.graph import DTYPES
-from qcgraph.plan.spec import BATCH, Interface, TensorSpec, is_preparation
-from qcgraph.sampling.cache_state import State, aged, cached, depths, remember
-from qcgraph.sampling.loop import Array
+from qcgraph.plan.roles import TensorRole
+from qcgraph.plan.spec import BATCH, Interface, TensorSpec
+from qcgraph.sampling.cache_state import State, cached, depths, remember
+from qcgraph.sampling.runner import Array, Call
 
 MOST_CALLS = 64  # that are kept ready; each has an execution context and a CUDA graph
 
 
-class Call(Protocol):
+class BoundVariant(Protocol):
     """A variant with every input and output at an address of its own."""
 
     def run(self) -> None:
@@ -52,7 +53,7 @@ class Engines(Protocol):
         """Where work is put in order: after what the host did before, and before what it does after."""
         ...
 
-    def bind(self, variant: str, tensors: Mapping[str, torch.Tensor]) -> Call:
+    def bind(self, variant: str, tensors: Mapping[str, torch.Tensor]) -> BoundVariant:
         """A variant on these tensors, which stay where they are as long as it is used."""
         ...
 
@@ -62,7 +63,7 @@ class Engines(Protocol):
 
 
 class EngineRunner:
-    """Runs engines (see `qcgraph.sampling.loop.Runner`), on NumPy arrays or on tensors of the device.
+    """Runs engines (see `qcgraph.sampling.runner.Runner`), on NumPy arrays or on tensors of the device.
 
     Inputs and the result of a variant have one place each. A cache tensor that a step computes is written where no
     request holds one, and never again while a request does; steps that reuse read it there. Threads take turns: the
@@ -80,7 +81,7 @@ class EngineRunner:
         self._inputs: dict[tuple[str, str, tuple[int, ...]], _Input] = {}
         self._results: dict[tuple[str, int], torch.Tensor] = {}
         self._buffers: dict[tuple[str, tuple[int, ...]], Buffers] = {}
-        self._calls: OrderedDict[tuple[object, ...], Call] = OrderedDict()
+        self._calls: OrderedDict[tuple[object, ...], BoundVariant] = OrderedDict()
         self._turn = threading.RLock()
 
     @property
@@ -96,42 +97,42 @@ class EngineRunner:
     @property
     def largest_batch(self) -> int:
         """The largest batch that every step takes."""
-        return min(self._engines.batch(name).maximum for name in self._interfaces if not is_preparation(name))
+        steps = (name for name, each in self._interfaces.items() if each.given(TensorRole.PREDICTION))
+        return min(self._engines.batch(name).maximum for name in steps)
 
     @property
-    def calls(self) -> tuple[Call, ...]:
+    def calls(self) -> tuple[BoundVariant, ...]:
         """What is kept ready, the last one that ran last."""
         return tuple(self._calls.values())
 
-    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
+    def run(self, call: Call) -> Array:
         """Run one variant; the result is float32, whatever the engine gives.
 
         Raises:
             UsageError: the engine does not take the batch, or the device has not enough memory.
             BundleError: there is no such variant, it reuses what was never computed, or TensorRT cannot run it.
         """
-        return cast(Array, self.run_tensors(variant, inputs, state).to("cpu", torch.float32).numpy())
+        return cast(Array, self.run_tensors(call).to("cpu", torch.float32).numpy())
 
-    def run_tensors(self, variant: str, inputs: Mapping[str, Any], state: State) -> torch.Tensor:
-        """As `run`, without leaving the device.
+    def run_tensors(self, call: Call) -> torch.Tensor:
+        """Run one variant as `run` does, without leaving the device.
 
         Args:
-            variant: its name.
-            inputs: NumPy arrays, and tensors of any device and floating-point type.
-            state: cache tensors of the request.
+            call: its inputs are NumPy arrays, and tensors of any device and floating-point type.
 
         Returns:
-            The first output, a tensor of the device that is the caller's own.
+            The result, a tensor of the device that is the caller's own.
         """
+        variant, inputs, state = call.variant, call.inputs, call.state
         interface = self._interface(variant)
         batch = self._batch(variant, interface, inputs)
         with self._turn, device_memory(f"{variant} at a batch of {batch}"), self._engines.stream():
             tensors = self._filled(variant, interface, batch, inputs, state)
             self._forget(interface, tensors, state)
-            first, *others = interface.outputs
+            first = interface.result
             result = tensors[first.name] = self._result(variant, first, batch)
-            computed = {spec.name: self._buffers_of(spec, batch).take() for spec in others}
-            tensors |= {name: value.tensor for name, value in computed.items()}
+            computed = {spec.value: self._buffers_of(spec, batch).take() for spec in interface.caches}
+            tensors |= {spec.name: computed[spec.value].tensor for spec in interface.caches}
             self._call(variant, tensors).run()
             answer = result.clone()
             remember(state, computed, self._depths)
@@ -167,7 +168,7 @@ class EngineRunner:
             if spec.name in inputs:
                 tensors[spec.name] = self._input(spec, batch).filled(inputs[spec.name])
             else:
-                tensors[spec.name] = cast(CacheTensor, cached(spec.name, variant, state)).tensor
+                tensors[spec.name] = cast(HeldBuffer, cached(spec, variant, state)).tensor
         return tensors
 
     def _forget(self, interface: Interface, read: Mapping[str, torch.Tensor], state: State) -> None:
@@ -175,9 +176,10 @@ class EngineRunner:
 
         Only where this call does not read it: a call that fails is then repeated as it was.
         """
-        for name in interface.output_names[1:]:
-            oldest = aged(name, self._depths.get(name, 0))
-            if oldest not in read:
+        reading = {(spec.value, spec.age) for spec in interface.taken(TensorRole.CACHE) if spec.name in read}
+        for spec in interface.caches:
+            oldest = (spec.value, self._depths.get(spec.value, 0))
+            if oldest not in reading:
                 state.pop(oldest, None)
 
     def _input(self, spec: TensorSpec, batch: int) -> _Input:
@@ -201,7 +203,7 @@ class EngineRunner:
     def _empty(self, spec: TensorSpec, batch: int) -> torch.Tensor:
         return torch.empty(_shape(spec, batch), dtype=DTYPES[spec.dtype], device=self.device)
 
-    def _call(self, variant: str, tensors: Mapping[str, torch.Tensor]) -> Call:
+    def _call(self, variant: str, tensors: Mapping[str, torch.Tensor]) -> BoundVariant:
         """A variant on these tensors, as it was bound before if it was."""
         key = (variant, *((name, tensor.data_ptr(), tuple(tensor.shape)) for name, tensor in tensors.items()))
         if key not in self._calls:

@@ -14,8 +14,8 @@ import numpy.typing as npt
 from qcgraph.errors import BundleError, closest
 from qcgraph.files.atomic import scratch_folder
 from qcgraph.plan.spec import Interface
-from qcgraph.sampling.cache_state import State, cached, depths, remember
-from qcgraph.sampling.loop import Array
+from qcgraph.sampling.cache_state import cached, depths, remember
+from qcgraph.sampling.runner import Array, Call
 
 # It joins the last sum to the norm that follows where graphs state all shapes, and then rounds otherwise than both do.
 DISABLED_OPTIMIZERS = ["SkipLayerNormFusion"]
@@ -23,7 +23,7 @@ PROVIDERS = ["CPUExecutionProvider"]
 
 
 class OnnxRuntimeRunner:
-    """Runs the exported graphs of a folder (see `qcgraph.sampling.loop.Runner`).
+    """Runs the exported graphs of a folder (see `qcgraph.sampling.runner.Runner`).
 
     A graph is loaded by `load`, or when it is first run. Cache tensors in a request's state are OrtValues: a computing
     step makes new ones, a reusing step reads them in place, and nothing ever writes to them again. Several threads may
@@ -69,19 +69,20 @@ class OnnxRuntimeRunner:
         for variant in self._interfaces:
             self._session(variant)
 
-    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
+    def run(self, call: Call) -> Array:
         """Run one variant.
 
         Raises:
             BundleError: there is no such variant, its graph cannot be loaded, or it reuses what was never computed.
         """
-        outputs = self.run_outputs(variant, inputs, state)
-        result: Array = outputs.pop(self._interfaces[variant].output_names[0]).numpy()
-        remember(state, outputs, self._depths)
+        outputs = self.run_outputs(call.variant, call.inputs, call.state)
+        interface = self._interfaces[call.variant]
+        result: Array = outputs[interface.result.name].numpy()
+        remember(call.state, {spec.value: outputs[spec.name] for spec in interface.caches}, self._depths)
         return result
 
     def run_outputs(
-        self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: Mapping[str, object]
+        self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: Mapping[tuple[str, int], object]
     ) -> dict[str, Any]:
         """All outputs of one variant by name, as OrtValues; what ``inputs`` lacks is taken from ``state``."""
         session = self._session(variant)
@@ -90,11 +91,11 @@ class OnnxRuntimeRunner:
         interface = self._interfaces[variant]
         binding = session.io_binding()
         given = {name: np.asarray(inputs[name], order="C") for name in interface.input_names if name in inputs}
-        for name in interface.input_names:
-            if name in given:
-                binding.bind_cpu_input(name, given[name])  # it reads the array in place, and does not keep it alive
+        for spec in interface.inputs:
+            if spec.name in given:
+                binding.bind_cpu_input(spec.name, given[spec.name])  # it reads the array in place; we keep it alive
             else:
-                binding.bind_ortvalue_input(name, cached(name, variant, state))
+                binding.bind_ortvalue_input(spec.name, cached(spec, variant, state))
         for name in interface.output_names:
             binding.bind_output(name)  # into memory that ONNX Runtime allocates for this call
         session.run_with_iobinding(binding)

@@ -14,7 +14,7 @@ from qcgraph.errors import BundleError, UsageError, closest
 from qcgraph.export.targets import target_named
 from qcgraph.export.tensorrt.provider import PROVIDERS
 from qcgraph.plan.steps import StepPlan
-from qcgraph.sampling.loop import Runner
+from qcgraph.sampling.runner import Runner
 
 BACKENDS = ("onnxruntime", "torch", *PROVIDERS)
 WEIGHTS = "weights.safetensors"  # of the graphs and of the program

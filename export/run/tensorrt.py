@@ -171,7 +171,7 @@ class TensorRTEngines:
 
 
 class TensorRTCall:
-    """A context of a variant, at its addresses (see `qcgraph.export.run.engines.Call`)."""
+    """A context of a variant, at its addresses (see `qcgraph.export.run.engines.BoundVariant`)."""
 
     def __init__(self, engines: TensorRTEngines, variant: str, context: Any, shapes: tuple[object, ...]) -> None:
         self._engines = engines

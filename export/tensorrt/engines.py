@@ -25,7 +25,7 @@ from qcgraph.errors import BundleError, UsageError
 from qcgraph.export.tensorrt import provider as tensorrt
 from qcgraph.export.tensorrt.steps import PROBED_VERSIONS, FusedSteps, fused_steps
 from qcgraph.files.folder import read_file
-from qcgraph.plan.spec import is_preparation
+from qcgraph.plan.roles import VariantKind
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.sampling.modulation import TOGETHER
@@ -137,13 +137,14 @@ def batch_for(variant: str, batch: Batch, plan: StepPlan) -> Batch:
         UsageError: the variant takes both halves of guidance, and a batch is odd.
     """
     odd = [size for size in (batch.minimum, batch.optimum, batch.maximum) if size % 2]
-    if odd and variant in plan.paired:
+    kind = plan.roles[variant].kind
+    if odd and kind is VariantKind.HALF:
         raise UsageError(
             f"{variant} takes both halves of guidance in one batch, and {odd[0]} is odd",
             where="--batch",
             hint="give even numbers: two a sample",
         )
-    if is_preparation(variant):
+    if kind is VariantKind.PREPARES:
         most = max(TOGETHER, batch.maximum)
         return Batch(minimum=1, optimum=max(batch.optimum, min(TOGETHER, most)), maximum=most)
     return batch

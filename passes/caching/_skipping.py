@@ -19,14 +19,16 @@ from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites, total_macs
 from qcgraph.passes.caching._forecast import Products, fit, log_signal_to_noise, taylor_gain
-from qcgraph.passes.caching._trajectories import OneStep, Trajectories
-from qcgraph.plan.schedule import FULL, SkipErrors
+from qcgraph.passes.caching._trajectories import Stateless, Trajectories
+from qcgraph.plan.roles import VariantKind
+from qcgraph.plan.schedule import SkipErrors
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
-from qcgraph.sampling.cache_state import State
 from qcgraph.sampling.calibration import sample_calibration
-from qcgraph.sampling.loop import Array, guided
+from qcgraph.sampling.conditions import joined
+from qcgraph.sampling.loop import guided
+from qcgraph.sampling.runner import Array, Call
 
 ROWS = 512  # of the batch that errors of one step are measured in
 BYTES = 2**26  # that its forecasts may take
@@ -52,7 +54,7 @@ class Forecaster:
         spec, plan = program.facts[ModelSpec], program.facts[StepPlan]
         self._values, self._kind = trajectories.values, kind
         self._times = log_signal_to_noise(spec.schedule, plan.timesteps)
-        count = len(trajectories.labels)
+        count = len(trajectories.conditions)
         self._halves = [slice(half * count, (half + 1) * count) for half in range(plan.halves)]
         self._windows: dict[str, _Window] = {}
 
@@ -140,7 +142,7 @@ def skip_errors(
 
 
 def _is_slow(program: Program, mode: str) -> bool:
-    reusing, computing = (total_macs(find_sites(program.variants[name])) for name in (mode, FULL))
+    reusing, computing = (total_macs(find_sites(program.variants[name])) for name in (mode, program.computing))
     return reusing > SLOW_SHARE * computing or len(program.facts[CachePlan].modes[mode]) > SLOW_VALUES
 
 
@@ -191,7 +193,7 @@ class _Prober:
     def squared_errors(self, mode: str, index: int, places: Sequence[tuple[int, ...]]) -> list[float]:
         """The mean squared error of the guided prediction of a step, by the computing steps that it looks back to."""
         size = sum(self._trajectories.values[name][index].nbytes for name in self._cache.modes[mode])
-        together = max(1, min(ROWS // len(self._trajectories.labels), BYTES // size))
+        together = max(1, min(ROWS // len(self._trajectories.conditions), BYTES // size))
         return [
             error
             for start in range(0, len(places), together)
@@ -200,17 +202,18 @@ class _Prober:
 
     def _together(self, mode: str, index: int, places: Sequence[tuple[int, ...]]) -> list[float]:
         recorded = self._trajectories
-        state: dict[str, object] = {name: self._forecasts(name, index, places) for name in self._cache.modes[mode]}
-        step = replace(self._plan.steps[index], variant=mode)
+        cached = {name: self._forecasts(name, index, places) for name in self._cache.modes[mode]}
+        plan = self._plan.with_variants([mode] * len(self._plan))
         latents = np.concatenate([recorded.latents[index]] * len(places))
-        labels = np.concatenate([recorded.labels] * len(places))
-        found = guided(OneStep(self._runner, step, state), latents, step, labels, self._plan, self._spec)
+        conditions = joined([recorded.conditions] * len(places))
+        stateless = Stateless(self._runner, plan, self._spec, cached)
+        found = guided(stateless, index, latents, conditions, plan, self._spec)
         errors = found.reshape(len(places), -1) - recorded.predictions[index].reshape(1, -1)
         return [float(value) for value in np.mean(np.square(errors, dtype=np.float64), axis=1)]
 
     def _forecasts(self, name: str, index: int, places: Sequence[tuple[int, ...]]) -> Tensor:
         """All conditional halves, then all unconditional ones: the order of a guided batch."""
-        values, count = self._trajectories.values[name], len(self._trajectories.labels)
+        values, count = self._trajectories.values[name], len(self._trajectories.conditions)
         made = [self._forecaster.at(name, index, computed, [values[step] for step in computed]) for computed in places]
         return torch.cat([part for half in zip(*(value.split(count) for value in made), strict=True) for part in half])
 
@@ -227,12 +230,12 @@ class Rehearsal:
     def __init__(self, program: Program, trajectories: Trajectories, forecaster: Forecaster) -> None:
         self._program, self._trajectories, self._forecaster = program, trajectories, forecaster
 
-    def final_error(self, schedule: Sequence[str]) -> float:
-        """The mean squared error of the final latents, the variants of the steps being these."""
+    def final_error(self, schedule: Sequence[str | None]) -> float:
+        """Return the mean squared error of the final latents under a schedule: per step None (computes) or a mode."""
         recorded, spec = self._trajectories, self._program.facts[ModelSpec]
-        plan = self._program.facts[StepPlan].with_variants(schedule)
+        plan = self._program.facts[StepPlan].with_modes(schedule)
         runner = _Forecasting(self._program, self._forecaster)
-        final = sample_calibration(runner, plan, spec, len(recorded.labels), recorded.seed)
+        final = sample_calibration(runner, plan, spec, len(recorded.conditions), recorded.seed)
         error = float(np.mean(np.square(final - recorded.latents[-1], dtype=np.float64)))
         return error if np.isfinite(error) else float("inf")
 
@@ -242,21 +245,20 @@ class _Forecasting:
 
     def __init__(self, program: Program, forecaster: Forecaster) -> None:
         self._runner, self._forecaster = TorchRunner(program), forecaster
-        self._plan, self._cache = program.facts[StepPlan], program.facts[CachePlan]
+        self._cache = program.facts[CachePlan]
         self._computed: list[int] = []
         self._values: list[Mapping[str, Tensor]] = []
 
-    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
-        index = self._plan.index_of(float(inputs["timestep"].flat[0]))
-        if variant == FULL:
-            made: dict[str, object] = {}
-            prediction = self._runner.run(variant, inputs, made)
-            self._computed = [index, *self._computed][: self._cache.history]
-            new = {name: value for name, value in made.items() if isinstance(value, Tensor)}
+    def run(self, call: Call) -> Array:
+        if call.kind is VariantKind.COMPUTES:
+            made: dict[tuple[str, int], object] = {}
+            prediction = self._runner.run(replace(call, state=made))
+            self._computed = [call.index, *self._computed][: self._cache.history]
+            new = {name: value for (name, age), value in made.items() if not age and isinstance(value, Tensor)}
             self._values = [new, *self._values][: self._cache.history]
             return prediction
-        forecasts: dict[str, object] = {
-            name: self._forecaster.at(name, index, self._computed, [values[name] for values in self._values])
-            for name in self._cache.modes[variant]
+        forecasts: dict[tuple[str, int], object] = {
+            (name, 0): self._forecaster.at(name, call.index, self._computed, [values[name] for values in self._values])
+            for name in self._cache.modes[call.variant]
         }
-        return self._runner.run(variant, inputs, forecasts)
+        return self._runner.run(replace(call, state=forecasts))

@@ -6,7 +6,7 @@ Both take a program whose variants exist (after insert-cache), quantized or not,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,13 @@ from torch import Tensor
 from qcgraph.errors import UsageError
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
-from qcgraph.plan.schedule import FULL
 from qcgraph.plan.spec import ModelSpec
-from qcgraph.plan.steps import Step, StepPlan
+from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
-from qcgraph.sampling.cache_state import State
-from qcgraph.sampling.calibration import calibration_labels, calibration_noise
-from qcgraph.sampling.loop import Array, Request, Runner, Sampler, guided, step_inputs
+from qcgraph.sampling.calibration import calibration_conditions, calibration_noise
+from qcgraph.sampling.conditions import Conditions
+from qcgraph.sampling.loop import Request, Sampler, trajectory
+from qcgraph.sampling.runner import Array, Call, Runner, step_call, step_inputs
 
 DISTURBANCE = 0.02  # of the prediction's own size, about what a skipped step leaves
 
@@ -31,14 +31,14 @@ class Trajectories:
     """Trajectories on which every step computed.
 
     Attributes:
-        labels: i64[N].
+        conditions: of the N trajectories.
         seed: of their noise.
         latents: per step, what the denoiser was given, f32[N,C,H,W]; one more, the final ones.
         predictions: per step, the guided noise prediction f32[N,C,H,W].
         values: by cached value and step, both halves of guidance in a batch.
     """
 
-    labels: npt.NDArray[np.int64]
+    conditions: Conditions
     seed: int
     latents: tuple[Array, ...]
     predictions: tuple[Array, ...]
@@ -47,7 +47,7 @@ class Trajectories:
     def first(self, count: int) -> Trajectories:
         """The first so many of them, without the cached values."""
         latents, predictions = (tuple(array[:count] for array in arrays) for arrays in (self.latents, self.predictions))
-        return Trajectories(self.labels[:count], self.seed, latents, predictions, {})
+        return Trajectories(self.conditions[:count], self.seed, latents, predictions, {})
 
 
 class _Recorder:
@@ -57,12 +57,13 @@ class _Recorder:
         self._runner = TorchRunner(program)
         self.values: dict[str, list[Tensor]] = {}
 
-    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
-        made: dict[str, object] = {}
-        prediction = self._runner.run(variant, inputs, made)
-        for name, value in made.items():
+    def run(self, call: Call) -> Array:
+        made: dict[tuple[str, int], object] = {}
+        prediction = self._runner.run(replace(call, state=made))
+        for (name, age), value in made.items():
             assert isinstance(value, Tensor)
-            self.values.setdefault(name, []).append(value)
+            if not age:
+                self.values.setdefault(name, []).append(value)
         return prediction
 
 
@@ -79,22 +80,24 @@ def record(program: Program, count: int, seed: int, progress: Progress) -> Traje
         UsageError: their latents are not finite.
     """
     plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
-    every = plan.throughout(FULL)
-    labels = np.asarray(calibration_labels(count, seed, spec), dtype=np.int64)
+    every = plan.all_computing
+    conditions = calibration_conditions(count, seed, spec)
     recorder = _Recorder(program)
     noise = calibration_noise(count, seed, spec)
-    request, sampler = Request(recorder, every), Sampler(every, noise)
+    request, sampler = Request(recorder, every, spec), Sampler(every, noise)
     latents, predictions = [noise.initial()], []
-    for step in progress.track(every.steps, "trajectories"):
-        predictions.append(guided(request, latents[-1], step, labels, every, spec))
-        latents.append(sampler.update(latents[-1], predictions[-1], step))
+    ticks = iter(progress.track(every.steps, "trajectories"))
+    for taken in trajectory(request, sampler, every, spec, conditions, latents[0]):
+        next(ticks)
+        predictions.append(taken.prediction)
+        latents.append(taken.after)
     if not np.isfinite(latents[-1]).all():
         raise UsageError(
             "the model draws latents that are not finite",
             hint="sample with it before compiling; its weights or its noise schedule may be wrong",
         )
     values = {name: tuple(found) for name, found in recorder.values.items()}
-    return Trajectories(labels, seed, tuple(latents), tuple(predictions), values)
+    return Trajectories(conditions, seed, tuple(latents), tuple(predictions), values)
 
 
 def weights(
@@ -131,25 +134,36 @@ def weights(
 
 def _continued(program: Program, trajectories: Trajectories, index: int, prediction: Array) -> Array:
     """The final latents [N,C,H,W] of trajectories, had step ``index`` predicted this."""
-    plan, spec, labels = program.facts[StepPlan], program.facts[ModelSpec], trajectories.labels
-    every = plan.throughout(FULL)
-    noise = calibration_noise(len(labels), trajectories.seed, spec)
+    plan, spec, conditions = program.facts[StepPlan], program.facts[ModelSpec], trajectories.conditions
+    every = plan.all_computing
+    noise = calibration_noise(len(conditions), trajectories.seed, spec)
     noise.initial()
-    sampler, runner = Sampler(every, noise), TorchRunner(program)
-    for step, latent, known in zip(every.steps[:index], trajectories.latents, trajectories.predictions, strict=False):
-        sampler.update(latent, known, step)  # for the noise that it draws, and for solvers that look back
-    latent = sampler.update(trajectories.latents[index], prediction, every.steps[index])
-    for step in every.steps[index + 1 :]:
-        prediction = guided(OneStep(runner, step, {}), latent, step, labels, every, spec)
-        latent = sampler.update(latent, prediction, step)
+    sampler, stateless = Sampler(every, noise), Stateless(TorchRunner(program), every, spec)
+    for before in range(index):  # for the noise that it draws, and for solvers that look back
+        sampler.update(before, trajectories.latents[before], trajectories.predictions[before])
+    latent = sampler.update(index, trajectories.latents[index], prediction)
+    for taken in trajectory(stateless, sampler, every, spec, conditions, latent, start=index + 1):
+        latent = taken.after
     return latent
 
 
-class OneStep:
-    """Runs one step in a given state."""
+class Stateless:
+    """Denoises any step at any time, with the cached values that it is given.
 
-    def __init__(self, runner: Runner, step: Step, state: State) -> None:
-        self._runner, self._step, self._state = runner, step, state
+    Args:
+        runner: the backend.
+        plan: the step plan.
+        spec: what the denoiser is.
+        cached: cached values by name; only steps that compute run without.
+    """
 
-    def denoise(self, latent: Array, timestep: float, class_label: npt.NDArray[np.int64]) -> Array:
-        return self._runner.run(self._step.variant, step_inputs(self._step, latent, class_label), self._state)
+    def __init__(
+        self, runner: Runner, plan: StepPlan, spec: ModelSpec, cached: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self._runner, self._plan, self._spec = runner, plan, spec
+        self._cached = {(name, 0): value for name, value in (cached or {}).items()}
+
+    def denoise(self, index: int, latent: Array, conditions: Conditions) -> Array:
+        """Return the noise prediction [B,C_out,H,W] of a step."""
+        inputs = step_inputs(self._plan, self._spec, index, latent, conditions)
+        return self._runner.run(step_call(self._plan, index, inputs, dict(self._cached)))

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from qcgraph.errors import ContractError
@@ -18,12 +17,12 @@ from qcgraph.ir.program import Program
 from qcgraph.passes.caching._forecast import Moments, fit, log_signal_to_noise, taylor_gain
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.workload import Workload
-from qcgraph.plan.schedule import FULL
+from qcgraph.plan.roles import VariantKind
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
-from qcgraph.sampling.cache_state import State, aged
 from qcgraph.sampling.calibration import sample_calibration
-from qcgraph.sampling.loop import Array
+from qcgraph.sampling.conditions import Conditions
+from qcgraph.sampling.runner import Array, Call, step_call
 
 ops = torch.ops.qcgraph
 FOLDS = 2
@@ -92,28 +91,34 @@ class _Fitting:
         self._times = log_signal_to_noise(self._spec.schedule, self._plan.timesteps)
         self._computed: list[int] = []
 
-    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
-        index = self._plan.index_of(float(inputs["timestep"].flat[0]))
-        if variant not in self._cache.modes:
-            self._computed.insert(0, index)
+    def run(self, call: Call) -> Array:
+        if call.kind is VariantKind.COMPUTES:
+            self._computed.insert(0, call.index)
         else:
-            computed: dict[str, object] = {}
-            self._runner.run(FULL, inputs, computed)
-            for name in self._cache.modes[variant]:
+            computed: dict[tuple[str, int], object] = {}
+            self._runner.run(step_call(self._plan, call.index, call.inputs, computed, self._plan.computing))
+            null = self._is_null(call)
+            for name in self._cache.modes[call.variant]:
                 if name not in self._tables:
                     raise ContractError(
                         "is reused without a forecast, and others have one",
-                        where=f"{variant}, {name}",
+                        where=f"{call.variant}, {name}",
                         hint="run insert-forecast after insert-cache, on all variants",
                     )
-                self._fit(name, index, inputs["class_label"], state, cast(torch.Tensor, computed[name]))
-        return self._runner.run(variant, inputs, state)
+                self._fit(name, call, null, cast(torch.Tensor, computed[name, 0]))
+        return self._runner.run(call)
 
-    def _fit(self, name: str, index: int, labels: npt.NDArray[np.generic], state: State, target: torch.Tensor) -> None:
-        values = [cast(torch.Tensor, state[aged(name, age)]) for age in range(self._cache.history)]
+    def _is_null(self, call: Call) -> torch.Tensor:
+        """Return which samples of a call are unconditional, bool[B]."""
+        values = {item.name: call.inputs[item.name] for item in self._spec.conditions}
+        batch = len(call.inputs[self._spec.latent.name])
+        return torch.from_numpy(Conditions(batch, values).is_null(self._spec))
+
+    def _fit(self, name: str, call: Call, null: torch.Tensor, target: torch.Tensor) -> None:
+        index = call.index
+        values = [cast(torch.Tensor, call.state[name, age]) for age in range(self._cache.history)]
         table = self._tables[name][self._plan.steps[index].row]  # [history + 1, 2, C], written in place
         taylor = taylor_gain(self._times, index, self._computed)
-        null = torch.from_numpy(labels == self._spec.null_class)
         errors, reuse_errors = 0.0, 0.0
         for half in range(HALVES):
             members = torch.nonzero(null == bool(half)).flatten()

@@ -10,8 +10,8 @@ from qcgraph.facts import CachePlan, Compensation, ForecastFit
 from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.options import option
-from qcgraph.plan.schedule import FULL, TimedSchedule
-from qcgraph.plan.schedule.timed import TEXT_HINT
+from qcgraph.plan.schedule import TimedSchedule
+from qcgraph.plan.schedule.timed import COMPUTES_WORD, TEXT_HINT
 from qcgraph.plan.steps import StepPlan
 
 LONGEST_PLAN = 100_000  # characters: thousands of steps, each with a timestep and a mode of its own
@@ -48,15 +48,16 @@ class FollowPlan(Pass):
         if not self.plan:
             raise UsageError("there is no plan to follow", hint=TEXT_HINT)
         schedule, steps = TimedSchedule.parse(self.plan), program.facts[StepPlan]
-        known = [FULL, *program.facts[CachePlan].modes]
+        known = program.facts[CachePlan].modes
         for timestep, mode in zip(schedule.timesteps, schedule.modes, strict=True):
-            if mode not in known:
+            if mode is not None and mode not in known:
                 raise UsageError(
                     f"the plan has timestep {timestep:g} in the mode {mode}, which this compilation has not",
-                    hint=f"it has {', '.join(known)}; blocks in [cache] of the recipe names a range for each that "
-                    "reuses, 0..3+0..5 for example, and guidance for conditional: give those that it was made with",
+                    hint=f"it has {', '.join([COMPUTES_WORD, *known])}; blocks in [cache] of the recipe names a range "
+                    "for each that reuses, 0..3+0..5 for example, and guidance for conditional: give those that it was "
+                    "made with",
                 )
-        if FULL not in program.variants:
+        if not steps.reusing:
             context.refuse("step plan", "no variant reuses, so every step computes")
             return program
-        return program.with_facts(steps.with_variants(schedule.at(steps.timesteps)))
+        return program.with_facts(steps.with_modes(schedule.at(steps.timesteps)))

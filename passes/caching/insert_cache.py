@@ -12,22 +12,22 @@ from torch import fx
 from qcgraph.errors import ContractError
 from qcgraph.facts import CachedValue, CachePlan
 from qcgraph.ir.edit import GraphEditor
-from qcgraph.ir.graph import Variant, output_node, returned_nodes, spec_of
+from qcgraph.ir.graph import Variant, cache_spec, output_node, returned_nodes
 from qcgraph.ir.infer import infer_types
 from qcgraph.ir.program import Program, used_constants
 from qcgraph.ir.structure import Block, cached_node, find_blocks
 from qcgraph.pipeline import Pass, PassContext
-from qcgraph.plan.schedule import FULL
-from qcgraph.plan.spec import BATCH
+from qcgraph.plan.roles import COMPUTES, HALF, REUSES
 from qcgraph.plan.steps import StepPlan
 
 aten = torch.ops.aten
 ops = torch.ops.qcgraph
+SPLIT = "full"  # what the computing variant is called once there are others
 
 
 @dataclass(frozen=True)
 class InsertCache(Pass):
-    """Split ``main`` into ``full``, which gives the cached values as outputs, and variants that take them as inputs.
+    """Split the captured variant into ``full``, which gives the cached values, and variants that take them as inputs.
 
     Over a range of blocks the change of the residual stream is cached: D = x_leaving - x_entering at the last computing
     step; a reusing step skips the range and continues with x_entering(now) + D. Of a branch the output before its gate
@@ -40,23 +40,23 @@ class InsertCache(Pass):
     requires: ClassVar[tuple[type, ...]] = (CachePlan, StepPlan)
 
     def run(self, program: Program, context: PassContext) -> Program:
-        if set(program.variants) != {"main"}:
+        if len(program.variants) > 1:
             raise ContractError("the program is split already", hint="run insert-cache once, on the captured program")
-        plan = program.facts[CachePlan]
-        if all(variant == FULL for variant in plan.draft):
-            context.refuse("main", "every step computes, so there is nothing to cache")
+        plan, ((captured, main),) = program.facts[CachePlan], program.variants.items()
+        if not any(plan.draft):
+            context.refuse(captured, "every step computes, so there is nothing to cache")
             return program
-        main = program.variants["main"]
         blocks = find_blocks(main)
-        variants, paired = {FULL: self._full(main, program, blocks, plan.values)}, []
+        variants, roles = {SPLIT: self._full(main, program, blocks, plan.values)}, {SPLIT: COMPUTES}
         for mode, names in plan.modes.items():
             reused = [value for value in plan.values if value.name in names]
             if any(value.is_guidance for value in reused):
-                variants[mode] = self._conditional(main, program, *reused)
-                paired.append(mode)
+                variants[mode], roles[mode] = self._conditional(main, program, *reused), HALF
             else:
-                variants[mode] = self._reuse(main, program, blocks, reused)
-        steps = replace(program.facts[StepPlan].with_variants(plan.draft), paired=tuple(paired))
+                variants[mode], roles[mode] = self._reuse(main, program, blocks, reused), REUSES
+        given = program.facts[StepPlan].steps
+        drafted = (replace(step, variant=mode or SPLIT) for step, mode in zip(given, plan.draft, strict=True))
+        steps = replace(program.facts[StepPlan], steps=tuple(drafted), roles=roles)
         constants = used_constants(variants.values(), program.constants, program.facts)
         return Program(variants, constants, program.facts.with_(steps), program.history)
 
@@ -76,8 +76,10 @@ class InsertCache(Pass):
                     node = editor.call(aten.sub.Tensor, node, entering, source=node, name=name, top_level=True)
             found.append(node)
         (prediction,) = returned_nodes(editor.graph)
-        names = [*main.interface.output_names, *(value.name for value in values)]
-        editor.set_outputs([prediction, *found], names)
+        caches = (
+            cache_spec(value.name, node.meta["val"], value.name) for value, node in zip(values, found, strict=True)
+        )
+        editor.set_outputs([prediction, *found], [*main.interface.outputs, *caches])
         return editor.finish()
 
     def _reuse(
@@ -88,7 +90,7 @@ class InsertCache(Pass):
         for value in values:
             node = editor.node(cached_node(main, blocks, value))
             fake = node.meta["val"]
-            resumed = editor.input(spec_of(value.name, fake), like=fake, source=node)
+            resumed = editor.input(cache_spec(value.name, fake, value.name), like=fake, source=node)
             if value.branch < 0:
                 entering, name = editor.node(blocks[value.first_block].entering), f"{node.name}_reused"
                 with editor.before(node):
@@ -100,17 +102,18 @@ class InsertCache(Pass):
         """The denoiser of the conditional half of the batch; the prediction of the other half is restored."""
         editor = GraphEditor(main, program.constants, self.name)
         inputs = {node.target: node for node in editor.graph.nodes if node.op == "placeholder"}
-        batched = [inputs[spec.name] for spec in main.interface.inputs if spec.shape[:1] == (BATCH,)]
+        batched = [inputs[spec.name] for spec in main.interface.inputs if spec.batch_axis == 0]
         with editor.before(editor.first_call):
             for node in batched:
                 half = editor.call(ops.conditional_half.default, node, source=node, top_level=True)
                 node.replace_all_uses_with(half, delete_user_cb=lambda user, half=half: user is not half)
         (prediction,) = returned_nodes(editor.graph)
         fake = prediction.meta["val"].movedim(1, -1)
-        cached = editor.input(spec_of(difference.name, fake), like=fake, source=prediction)
+        spec = cache_spec(difference.name, fake, difference.name)
+        cached = editor.input(spec, like=fake, source=prediction)
         with editor.before(output_node(editor.graph)):
             both = editor.call(ops.restore_half.default, prediction, cached, source=prediction, top_level=True)
-        editor.set_outputs([both], main.interface.output_names)
+        editor.set_outputs([both], main.interface.outputs)
         variant = editor.finish()
         infer_types(variant.graph, variant.interface, program.constants)  # of half the batch
         return variant

@@ -11,14 +11,14 @@ from torch import fx
 from qcgraph.errors import ContractError
 from qcgraph.facts import CachePlan, ForecastFit, Precision
 from qcgraph.ir.edit import GraphEditor, with_edits
-from qcgraph.ir.graph import spec_of
+from qcgraph.ir.graph import DTYPES, cache_spec
 from qcgraph.ir.ops import HALVES
 from qcgraph.ir.program import Program
 from qcgraph.passes.caching._forecast import table_name
 from qcgraph.pipeline import Pass, PassContext
-from qcgraph.plan.spec import BATCH, ModelSpec, TensorSpec
+from qcgraph.plan.roles import TensorRole
+from qcgraph.plan.spec import ROW, ModelSpec, TensorSpec
 from qcgraph.plan.steps import StepPlan
-from qcgraph.sampling.cache_state import aged
 
 aten = torch.ops.aten
 ops = torch.ops.qcgraph
@@ -46,7 +46,7 @@ class InsertForecast(Pass):
                 context.refuse(mode, "the program has no such variant, because every step computes")
                 continue
             editor = edits[mode] = GraphEditor(program.variants[mode], program.constants, self.name)
-            half = _half(editor, spec.null_class)
+            half = _half(editor, spec)
             for name in names:
                 self._forecast(editor, editor.node(name), plan.history, rows, half)
         return with_edits(program, edits)
@@ -55,10 +55,10 @@ class InsertForecast(Pass):
         fake, users = cache.meta["val"], list(cache.users)
         if any(user.target is ops.forecast.default for user in users):
             raise ContractError("is forecast already", where=cache.name, hint="run insert-forecast once")
-        ages = [editor.input(spec_of(aged(cache.name, age), fake), fake, cache) for age in range(history)]
+        ages = [editor.input(_aged(cache.name, fake, age), fake, cache) for age in range(history)]
         table = torch.zeros(rows, history + 1, HALVES, fake.shape[-1])
         table[:, 0] = 1.0
-        row = editor.scalar_input("row", cache)
+        row = editor.scalar_input(ROW, cache)
         with editor.before(_first(users, editor.graph)):
             constant = editor.constant(table_name(cache.name), table, cache)
             coefficients = editor.call(ops.select.default, constant, row, source=cache)
@@ -67,13 +67,34 @@ class InsertForecast(Pass):
             user.replace_input_with(cache, value)
 
 
-def _half(editor: GraphEditor, null_class: int) -> fx.Node:
-    """Which half of guidance each sample is, i64[B]: the unconditional one has the null class."""
-    latent = next(node for node in editor.graph.nodes if node.op == "placeholder" and node.target == "latent")
-    labels = editor.input(TensorSpec("class_label", "i64", (BATCH,)), latent.meta["val"][:, 0, 0, 0].long(), latent)
+def _aged(name: str, value: torch.Tensor, age: int) -> TensorSpec:
+    """Return the input that holds a cached value as it was some computing steps before the last one."""
+    return cache_spec(f"{name}_age{age}" if age else name, value, name, age)
+
+
+def _half(editor: GraphEditor, spec: ModelSpec) -> fx.Node:
+    """Return which half of guidance each sample is, i64[B]: in the unconditional one all conditions are null."""
+    latent = editor.input_of(TensorRole.STATE)
+    batch = latent.meta["val"].flatten(1)[:, 0]
+    found: list[fx.Node] = []
+    for condition in spec.conditions:
+        if condition.null is None:
+            continue
+        if condition.shape:
+            raise ContractError(
+                f"{condition.name} is no number", hint="forecasts tell halves apart by one number a sample"
+            )
+        given = editor.input(condition.tensor, batch.to(DTYPES[condition.dtype]), latent)
+        with editor.before(editor.first_call):
+            found.append(editor.call(aten.eq.Scalar, given, condition.null, source=given, top_level=True))
     with editor.before(editor.first_call):
-        null = editor.call(aten.eq.Scalar, labels, null_class, source=labels, top_level=True)
-        return editor.call(aten.to.dtype, null, torch.int64, source=labels, name="half", top_level=True)
+        if not found:
+            label = editor.call(aten.sym_size.int, latent, 0, source=latent, top_level=True)
+            return editor.call(aten.zeros.default, [label], source=latent, name="half", top_level=True)
+        null = found[0]
+        for other in found[1:]:
+            null = editor.call(aten.logical_and.default, null, other, source=other, top_level=True)
+        return editor.call(aten.to.dtype, null, torch.int64, source=null, name="half", top_level=True)
 
 
 def _first(nodes: list[fx.Node], graph: fx.Graph) -> fx.Node:

@@ -16,7 +16,7 @@ from qcgraph.ir.program import Program
 from qcgraph.ir.structure import Block, cached_node, find_blocks, find_branches
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.options import SHOWN, option
-from qcgraph.plan.schedule import CONDITIONAL, FULL, spread, uniform
+from qcgraph.plan.schedule import CONDITIONAL, spread, uniform
 from qcgraph.plan.steps import StepPlan
 
 _RANGE = re.compile(r"([0-9]{1,9})\.\.([0-9]{1,9})")
@@ -85,7 +85,7 @@ class PlanCache(Pass):
                 values=values,
                 modes={name: tuple(names[value] for value in mode) for name, mode in zip(variants, modes, strict=True)},
                 history=self._affordable(variant, blocks, values, plan, context),
-                draft=tuple(FULL if computing else variants[0] for computing in computes),
+                draft=tuple(None if computing else variants[0] for computing in computes),
             )
         )
 

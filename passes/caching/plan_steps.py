@@ -19,7 +19,7 @@ from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.effort import RECORD_MACS, affordable_trajectories, trajectory_macs
 from qcgraph.pipeline.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline.workload import Workload
-from qcgraph.plan.schedule import FULL, Mode, climb, dps, expected_error, plan
+from qcgraph.plan.schedule import Mode, climb, dps, expected_error, plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
@@ -85,7 +85,7 @@ class PlanSteps(Pass):
         measure = context.costs if self.measured else None
         arithmetic = {name: float(macs) for name, macs in macs_by_variant(program.variants).items()}
         costs = measure(program) if measure else arithmetic
-        relative = {name: rounded(cost / costs[FULL]) for name, cost in costs.items()}
+        relative = {name: rounded(cost / costs[program.computing]) for name, cost in costs.items()}
         count = self.trajectories or affordable_trajectories(program)
         trajectories = record(program, count, self.seed, context.progress)
         expected: float | None = None
@@ -94,18 +94,18 @@ class PlanSteps(Pass):
             schedule = self._dps(program, trajectories)
         else:
             schedule, expected, rehearsed = self._joint(program, trajectories, relative, context.progress)
-        steps = program.facts[StepPlan].with_variants(schedule)
-        spent = sum(relative[name] for name in schedule) / len(schedule)
+        steps = program.facts[StepPlan].with_modes(schedule)
+        spent = sum(relative[step.variant] for step in steps.steps) / len(steps)
         fact = SchedulePlan(self.strategy, dict(costs), measure is not None, spent, expected, rehearsed)
         return program.with_facts(steps, fact)
 
-    def _dps(self, program: Program, trajectories: Trajectories) -> tuple[str, ...]:
+    def _dps(self, program: Program, trajectories: Trajectories) -> tuple[str | None, ...]:
         mode = next(iter(program.facts[CachePlan].modes))
-        return tuple(FULL if computes else mode for computes in dps(differences(trajectories), self.interval))
+        return tuple(None if computes else mode for computes in dps(differences(trajectories), self.interval))
 
     def _joint(
         self, program: Program, trajectories: Trajectories, relative: Mapping[str, float], progress: Progress
-    ) -> tuple[tuple[str, ...], float, float]:
+    ) -> tuple[tuple[str | None, ...], float, float]:
         steps = len(program.facts[StepPlan])
         modes = [Mode(name, relative[name]) for name in program.facts[CachePlan].modes if relative[name] < 1]
         if not modes:
@@ -118,7 +118,7 @@ class PlanSteps(Pass):
         rehearsal = Rehearsal(program, trajectories, forecaster)
         ticks = iter(progress.track(range(self.rounds + 1), "schedules"))
 
-        def evaluate(schedule: tuple[str, ...]) -> float:
+        def evaluate(schedule: tuple[str | None, ...]) -> float:
             next(ticks, None)
             known = math.isfinite(expected_error(schedule, errors, modes))  # else it has a longer gap
             return rehearsal.final_error(schedule) if known else math.inf
@@ -128,7 +128,7 @@ class PlanSteps(Pass):
 
     def _weighing(self, program: Program, trajectories: Trajectories) -> tuple[int, int]:
         """At how many steps and on how many trajectories weights are measured."""
-        samples, steps = min(WEIGHT_SAMPLES, len(trajectories.labels)), len(program.facts[StepPlan])
+        samples, steps = min(WEIGHT_SAMPLES, len(trajectories.conditions)), len(program.facts[StepPlan])
         affordable = int(2 * RECORD_MACS / (trajectory_macs(program) * samples))
         return (max(FEWEST_WEIGHTS, min(affordable, steps)) if self.weighting == "measured" else 0), samples
 

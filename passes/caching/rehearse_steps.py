@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,7 +14,7 @@ from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.effort import affordable_trajectories
 from qcgraph.pipeline.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline.workload import Workload
-from qcgraph.plan.schedule import FULL, even
+from qcgraph.plan.schedule import even
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 
@@ -52,13 +52,13 @@ class RehearseSteps(Pass):
         count = self.trajectories or affordable_trajectories(program)
         trajectories = record(program, count, self.seed, context.progress)
         rehearsal = Rehearsal(program, trajectories, Forecaster(program, trajectories, self.forecast))
-        planned = [step.variant for step in program.facts[StepPlan].steps]
-        error, even_error = rehearsal.final_error(planned), rehearsal.final_error(list(evenly(planned)))
+        planned = program.facts[StepPlan].modes
+        error, even_error = rehearsal.final_error(planned), rehearsal.final_error(tuple(evenly(planned)))
         return program.with_facts(Rehearsed(error, even_error, count))
 
 
-def evenly(planned: list[str]) -> Iterator[str]:
-    """An even schedule with the modes of another one."""
-    skips = (mode for mode in planned if mode != FULL)
-    for computes in even(len(planned), planned.count(FULL)):
-        yield FULL if computes else next(skips)
+def evenly(planned: Sequence[str | None]) -> Iterator[str | None]:
+    """Yield an even schedule with the modes of another one."""
+    skips = (mode for mode in planned if mode is not None)
+    for computes in even(len(planned), list(planned).count(None)):
+        yield None if computes else next(skips)

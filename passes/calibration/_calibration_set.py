@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -15,10 +15,11 @@ from qcgraph.facts import CalibrationSet
 from qcgraph.ir.execute import walk
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import Site, find_sites
-from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.spec import TIMESTEP, ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
-from qcgraph.sampling.loop import Array
+from qcgraph.sampling.conditions import Conditions
+from qcgraph.sampling.runner import Array
 
 FLOAT_BYTES = 4
 HELD_BYTES = 96 * 2**20  # that the widest activation of rows which run together may take
@@ -30,6 +31,11 @@ def encode_latents(latents: Array) -> str:
     return base64.b64encode(np.ascontiguousarray(latents, dtype="<f4").tobytes()).decode()
 
 
+def held(conditions: Conditions) -> dict[str, tuple[int | float, ...]]:
+    """Return conditions of one number a sample in the form that a `CalibrationSet` holds."""
+    return {name: tuple(values.tolist()) for name, values in conditions.values.items()}
+
+
 @dataclass(frozen=True)
 class Rows:
     """Inputs of the denoiser, a row for each half of guidance of each item of the set.
@@ -37,14 +43,14 @@ class Rows:
     Attributes:
         latents: f32[R,C,H,W].
         timesteps: f32[R].
-        labels: i64[R].
+        conditions: of the R rows, by name.
         steps: i64[R], the index of the step of each.
         groups: i64[R], its timestep group.
     """
 
     latents: torch.Tensor
     timesteps: torch.Tensor
-    labels: torch.Tensor
+    conditions: Mapping[str, torch.Tensor]
     steps: torch.Tensor
     groups: torch.Tensor
 
@@ -54,19 +60,24 @@ class Rows:
         found, spec, plan = program.facts[CalibrationSet], program.facts[ModelSpec], program.facts[StepPlan]
         raw = np.frombuffer(base64.b64decode(found.latents), dtype="<f4")
         latents = torch.from_numpy(raw.reshape(-1, *spec.latent_shape).copy())
-        labels = torch.tensor(found.labels).repeat_interleave(plan.halves)
-        labels[1 :: plan.halves] = spec.null_class if plan.halves > 1 else labels[1 :: plan.halves]
+        conditions = {}
+        for condition in spec.conditions:
+            values = torch.tensor(found.conditions[condition.name]).repeat_interleave(plan.halves, dim=0)
+            if plan.halves > 1 and condition.null is not None:
+                values[1::2] = condition.null
+            conditions[condition.name] = values
         steps = torch.tensor(found.steps).repeat_interleave(plan.halves)
         timesteps = torch.tensor([plan.timesteps[step] for step in steps], dtype=torch.float32)
         groups = torch.tensor([plan.steps[step].group for step in steps])
-        return cls(latents.repeat_interleave(plan.halves, dim=0), timesteps, labels, steps, groups)
+        return cls(latents.repeat_interleave(plan.halves, dim=0), timesteps, conditions, steps, groups)
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __getitem__(self, index: slice | torch.Tensor) -> Rows:
-        parts = (self.latents, self.timesteps, self.labels, self.steps, self.groups)
-        return Rows(*(part[index] for part in parts))
+        conditions = {name: values[index] for name, values in self.conditions.items()}
+        steps, groups = self.steps[index], self.groups[index]
+        return Rows(self.latents[index], self.timesteps[index], conditions, steps, groups)
 
     def spread(self, count: int) -> Rows:
         """So many of them, evenly spread over the steps."""
@@ -80,7 +91,8 @@ class Rows:
 
     def inputs(self, program: Program, variant: str) -> list[torch.Tensor]:
         """The inputs of a variant that takes no cache, in order."""
-        named = {"latent": self.latents, "timestep": self.timesteps, "class_label": self.labels}
+        latent = program.facts[ModelSpec].latent.name
+        named = {latent: self.latents, TIMESTEP.name: self.timesteps, **self.conditions}
         prepared = program.prepared(variant, named)
         return [prepared[name] for name in program.variants[variant].interface.input_names]
 

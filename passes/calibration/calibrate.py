@@ -26,7 +26,7 @@ from qcgraph.facts import (
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
-from qcgraph.passes.calibration._calibration_set import encode_latents
+from qcgraph.passes.calibration._calibration_set import encode_latents, held
 from qcgraph.passes.calibration._selection import Method, Pool, select
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.effort import affordable, trajectory_macs
@@ -36,12 +36,13 @@ from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.sampling.calibration import (
     LatentStatistics,
-    calibration_labels,
+    calibration_conditions,
     calibration_noise,
     rows,
     sample_calibration,
 )
-from qcgraph.sampling.loop import Array
+from qcgraph.sampling.loop import TakenStep
+from qcgraph.sampling.runner import Array, Call
 
 AUTO_MACS = 2.5e12  # what an automatic number of trajectories may cost: a minute or less on two cores
 AUTO_LIMITS = (2, 64)
@@ -79,18 +80,17 @@ class Calibrate(Pass):
     samples: int | None = option(None, least=1, hint=AUTO_HINT)
 
     def forwards(self, work: Workload) -> float:
-        return self._count(work.program, work.computing) * work.trajectory * (1 + work.share)
+        return self._count(work.program) * work.trajectory * (1 + work.share)
 
-    def sizes(self, program: Program, computing: str) -> tuple[int, int]:
+    def sizes(self, program: Program) -> tuple[int, int]:
         """Return how many trajectories there will be, and latents of the calibration set, both halves of guidance."""
-        rows = 0 if self.selection == "none" else self._samples(program, computing) * program.facts[StepPlan].halves
-        return self._count(program, computing), rows
+        rows = 0 if self.selection == "none" else self._samples(program) * program.facts[StepPlan].halves
+        return self._count(program), rows
 
     def run(self, program: Program, context: PassContext) -> Program:
         plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
-        computing = plan.computing
-        count = self._count(program, computing)
-        full_plan = plan.throughout(computing)
+        count = self._count(program)
+        full_plan = plan.all_computing
         latents = LatentStatistics(len(plan), spec.latent_shape[0])
         full = self._observe(program, full_plan, count, context, "full precision")
         for index in range(len(plan)):
@@ -108,13 +108,13 @@ class Calibrate(Pass):
             return program
         return program.with_facts(self._select(program, planned, count, self.selection))
 
-    def _count(self, program: Program, computing: str) -> int:
+    def _count(self, program: Program) -> int:
         """Return how many trajectories are sampled."""
-        return self.trajectories or affordable(trajectory_macs(program, computing), AUTO_MACS, AUTO_LIMITS)
+        return self.trajectories or affordable(trajectory_macs(program), AUTO_MACS, AUTO_LIMITS)
 
-    def _samples(self, program: Program, computing: str) -> int:
+    def _samples(self, program: Program) -> int:
         """Return how many latents the calibration set is to have."""
-        cost = PASSES * trajectory_macs(program, computing) / len(program.facts[StepPlan])
+        cost = PASSES * trajectory_macs(program) / len(program.facts[StepPlan])
         return self.samples or affordable(cost, AUTO_MACS, SAMPLES)
 
     def _observe(
@@ -130,7 +130,7 @@ class Calibrate(Pass):
             count,
             self.seed,
             batch=BATCH,
-            after_update=observer.after_update,
+            observe=observer.keep,
             progress=context.progress,
         )
         return observer
@@ -138,18 +138,17 @@ class Calibrate(Pass):
     def _select(self, program: Program, observer: _RangeObserver, count: int, method: Method) -> CalibrationSet:
         """The calibration set, of what computing steps were given on the trajectory that the plan takes."""
         plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
-        computing = plan.computing
-        steps = [index for index, step in enumerate(plan.steps) if step.variant == computing]
+        steps = [index for index in range(len(plan)) if plan.computes(index)]
         latents = np.concatenate([observer.latents(step) for step in steps])
-        samples = self._samples(program, computing)
+        samples = self._samples(program)
         pool = Pool(latents.reshape(len(latents), -1), np.repeat(steps, count))
         chosen = select(pool, samples, method, self.seed)
-        labels = np.tile(calibration_labels(count, self.seed, spec), len(steps))
+        conditions = calibration_conditions(count, self.seed, spec).repeated(len(steps))[chosen]
         return CalibrationSet(
             method=method,
             pool=len(latents),
             steps=tuple(pool.steps[chosen].tolist()),
-            labels=tuple(labels[chosen].tolist()),
+            conditions=held(conditions),
             latents=encode_latents(latents[chosen]),
         )
 
@@ -164,7 +163,6 @@ class _RangeObserver:
 
     def __init__(self, program: Program, initial: Array) -> None:
         self._latents: dict[int, list[Array]] = defaultdict(list, {0: [initial]})
-        self._steps = len(program.facts[StepPlan])
         self._sites = {
             (name, site.node): site.name
             for name, variant in program.variants.items()
@@ -172,18 +170,15 @@ class _RangeObserver:
             if not site.refusal
         }
         self._stats: dict[str, dict[int, _Running]] = defaultdict(lambda: defaultdict(_Running))
-        self.step = 0
 
-    def __call__(self, variant: str, node: fx.Node, value: torch.Tensor) -> None:
-        site = self._sites.get((variant, node.name))
+    def __call__(self, call: Call, node: fx.Node, value: torch.Tensor) -> None:
+        site = self._sites.get((call.variant, node.name))
         if site is not None:
-            self._stats[site][self.step].add(value)
+            self._stats[site][call.index].add(value)
 
-    def after_update(self, index: int, latent: Array) -> Array:
-        """To be called after every update; the latent goes on as it is."""
-        self._latents[index + 1].append(latent)
-        self.step = (index + 1) % self._steps
-        return latent
+    def keep(self, taken: TakenStep) -> None:
+        """Keep the latent that a step gave to the next one."""
+        self._latents[taken.index + 1].append(taken.after)
 
     def latents(self, index: int) -> Array:
         """The latents [N,C,H,W] that a step was given; after the last step, the final ones."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -18,8 +19,11 @@ from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.schedulers import check_compensable
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan, Update
-from qcgraph.sampling.calibration import calibration_labels, calibration_noise, rows
-from qcgraph.sampling.loop import Array, Request, guided
+from qcgraph.sampling.calibration import calibration_conditions, calibration_noise, rows
+from qcgraph.sampling.conditions import Conditions
+from qcgraph.sampling.loop import Request, Sampler, Updates, trajectory
+from qcgraph.sampling.noise import Noise
+from qcgraph.sampling.runner import Array
 
 Table = npt.NDArray[np.float64]
 SMALLEST_WEIGHT = 1e-6  # an update that all but ignores the noise prediction cannot carry a correction
@@ -57,56 +61,80 @@ class FitCompensation(Pass):
     def run(self, program: Program, context: PassContext) -> Program:
         check_compensable(program.facts[StepPlan])
         plan, spec, reference = program.facts[StepPlan], program.facts[ModelSpec], program.facts[Reference]
-        means, deviations = np.array(reference.means), np.array(reference.deviations)
-        count = reference.trajectories
-        labels = np.asarray(calibration_labels(count, reference.seed, spec), dtype=np.int64)
-        noise = calibration_noise(count, reference.seed, spec)
-        ours = _Trajectory(program, plan, labels, noise.initial())
-        exact = _exact(context, labels, ours.latent) if self.form == "masked" else None
-        gains, drifts, clamped = np.ones_like(means), np.ones_like(means), 0
-        context.progress.note(f"  fit-compensation: {count} trajectories")
-        for index in context.progress.track(range(len(plan)), "compensation"):
-            update = plan.steps[index].update
-            reached = ours.reach(index)
-            ratio = _ratio(deviations[index], reached.std(axis=(0, 2, 3), dtype=np.float64), update)
-            raw = _masked(reached, exact.reach(index), means[index], update) if exact else ratio
-            gains[index] = np.clip(raw, 1 - self.clamp, 1 + self.clamp)
-            clamped += int((gains[index] != raw).sum())
-            drifts[index] = 1 / ratio
-            gain, mean = (table[index].astype(np.float32)[:, None, None] for table in (gains, means))
-            ours.latent = mean + gain * (reached - mean)
-            if update.noise:
-                fresh = np.float32(update.noise) * noise.next()
-                for trajectory in (ours, exact) if exact else (ours,):
-                    trajectory.latent = trajectory.latent + fresh
-        return program.with_facts(Compensation(rows(gains), rows(means), clamped, rows(drifts)))
+        conditions = calibration_conditions(reference.trajectories, reference.seed, spec)
+        noise = calibration_noise(reference.trajectories, reference.seed, spec)
+        initial = noise.initial()
+        exact = _exact(context, conditions, reference.seed) if self.form == "masked" else None
+        fitting = _Fitting(self, plan, reference, noise, exact)
+        context.progress.note(f"  fit-compensation: {reference.trajectories} trajectories")
+        ticks = iter(context.progress.track(range(len(plan)), "compensation"))
+        request = Request(TorchRunner(program), plan, spec)
+        for _ in trajectory(request, fitting, plan, spec, conditions, initial):
+            next(ticks)
+        return program.with_facts(fitting.fact)
 
 
-class _Trajectory:
-    """Latents on their way, [N,C,H,W], and what the next update makes of them."""
+class _Fitting:
+    """A solver that fits the correction of every step to what the step reaches, and goes on from the corrected latent.
 
-    def __init__(self, program: Program, plan: StepPlan, labels: npt.NDArray[np.int64], latent: Array) -> None:
-        self.latent = latent
-        self._plan, self._spec, self._labels = plan, program.facts[ModelSpec], labels
-        self._request = Request(TorchRunner(program), plan)
+    Args:
+        options: of the pass.
+        plan: the step plan.
+        reference: statistics of full precision.
+        noise: of the trajectories, past their initial draw.
+        exact: what each step of full precision reaches before fresh noise, from the same noise; of the masked form.
+    """
 
-    def reach(self, index: int) -> Array:
-        """What the update of a step gives without fresh noise; it is the latent that goes on."""
-        step = self._plan.steps[index]
-        prediction = guided(self._request, self.latent, step, self._labels, self._plan, self._spec)
-        self.latent = step.update.latent * self.latent + step.update.noise_prediction * prediction
-        return self.latent
+    def __init__(
+        self,
+        options: FitCompensation,
+        plan: StepPlan,
+        reference: Reference,
+        noise: Noise,
+        exact: Iterator[Array] | None,
+    ) -> None:
+        self._options, self._plan, self._noise, self._exact = options, plan, noise, exact
+        self._updates = Updates(plan)
+        self._means, self._deviations = np.array(reference.means), np.array(reference.deviations)
+        self._gains, self._drifts = np.ones_like(self._means), np.ones_like(self._means)
+        self._clamped = 0
+
+    def update(self, index: int, latent: Array, prediction: Array) -> Array:
+        """Return the corrected latent [N,C,H,W] with its fresh noise."""
+        update, mean = self._plan.steps[index].update, self._means[index]
+        reached = self._updates.update(index, latent, prediction)
+        ratio = _ratio(self._deviations[index], reached.std(axis=(0, 2, 3), dtype=np.float64), update)
+        raw = _masked(reached, next(self._exact), mean, update) if self._exact else ratio
+        self._gains[index] = np.clip(raw, 1 - self._options.clamp, 1 + self._options.clamp)
+        self._clamped += int((self._gains[index] != raw).sum())
+        self._drifts[index] = 1 / ratio
+        gain, centre = (values.astype(np.float32)[:, None, None] for values in (self._gains[index], mean))
+        corrected: Array = centre + gain * (reached - centre)
+        return corrected + np.float32(update.noise) * self._noise.next() if update.noise else corrected
+
+    @property
+    def fact(self) -> Compensation:
+        """The corrections that were fitted."""
+        return Compensation(rows(self._gains), rows(self._means), self._clamped, rows(self._drifts))
 
 
-def _exact(context: PassContext, labels: npt.NDArray[np.int64], latent: Array) -> _Trajectory:
-    """The trajectory of full precision from the same noise."""
+def _exact(context: PassContext, conditions: Conditions, seed: int) -> Iterator[Array]:
+    """Yield what each step of full precision reaches before fresh noise, on the trajectories of this noise.
+
+    Raises:
+        UsageError: the pipeline does not start from the captured program.
+    """
     origin = context.origin
-    if origin is None or set(origin.variants) != {"main"} or QuantPlan in origin.facts:
+    if origin is None or len(origin.variants) > 1 or QuantPlan in origin.facts:
         raise UsageError(
             "the masked form samples the captured program, which this pipeline does not start from",
             hint="run it in a whole pipeline, or take form=ratio",
         )
-    return _Trajectory(origin, origin.facts[StepPlan], labels, latent)
+    plan, spec = origin.facts[StepPlan], origin.facts[ModelSpec]
+    noise = calibration_noise(len(conditions), seed, spec)
+    initial, request, updates = noise.initial(), Request(TorchRunner(origin), plan, spec), Updates(plan)
+    for taken in trajectory(request, Sampler(plan, noise), plan, spec, conditions, initial):
+        yield updates.update(taken.index, taken.latent, taken.prediction)
 
 
 def _ratio(reference: Table, reached: Table, update: Update) -> Table:

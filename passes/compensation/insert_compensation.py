@@ -14,8 +14,9 @@ from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.graph import output_node, returned_nodes
 from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pass, PassContext
+from qcgraph.plan.roles import TensorRole
 from qcgraph.plan.schedulers import check_compensable
-from qcgraph.plan.spec import is_preparation
+from qcgraph.plan.spec import ROW
 from qcgraph.plan.steps import StepPlan
 
 ops = torch.ops.qcgraph
@@ -41,7 +42,7 @@ class InsertCompensation(Pass):
         tables = compensation_tables(program.facts[Compensation], program.facts[StepPlan])
         edits: dict[str, GraphEditor] = {}
         for name, variant in program.variants.items():
-            if is_preparation(name):
+            if not variant.interface.given(TensorRole.PREDICTION):
                 continue
             editor = edits[name] = GraphEditor(variant, program.constants, self.name)
             output = output_node(editor.graph)
@@ -50,8 +51,8 @@ class InsertCompensation(Pass):
                 raise ContractError(
                     "its prediction is compensated already", where=name, hint="run insert-compensation once"
                 )
-            latent = next(node for node in editor.graph.nodes if node.op == "placeholder" and node.target == "latent")
-            row = editor.scalar_input("row", prediction)
+            latent = editor.input_of(TensorRole.STATE)
+            row = editor.scalar_input(ROW, prediction)
             with editor.before(output):
                 selected = [
                     editor.call(
@@ -63,7 +64,7 @@ class InsertCompensation(Pass):
                     for key, table in tables.items()
                 ]
                 fixed = editor.call(ops.compensate.default, prediction, latent, *selected, source=prediction)
-            editor.set_outputs([fixed, *others], variant.interface.output_names)
+            editor.set_outputs([fixed, *others], variant.interface.outputs)
         return with_edits(program, edits)
 
 

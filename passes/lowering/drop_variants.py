@@ -10,7 +10,6 @@ from qcgraph.ir.edit import GraphEditor
 from qcgraph.ir.graph import returned_nodes
 from qcgraph.ir.program import Program, used_constants
 from qcgraph.pipeline import Pass, PassContext
-from qcgraph.plan.spec import preparation
 from qcgraph.plan.steps import StepPlan
 
 
@@ -26,8 +25,7 @@ class DropVariants(Pass):
 
     def run(self, program: Program, context: PassContext) -> Program:
         cache, steps = program.facts[CachePlan], program.facts[StepPlan]
-        prepared = tuple(name for name in steps.prepared if name in steps.variants)
-        used = {*steps.variants, *(preparation(name) for name in prepared)}
+        used = {name for name in steps.roles if steps.uses(name)}
         if set(program.variants) <= used:
             return program
         modes = {name: values for name, values in cache.modes.items() if name in used}
@@ -36,11 +34,11 @@ class DropVariants(Pass):
         variants = {}
         for name in [name for name in program.variants if name in used]:
             editor = GraphEditor(program.variants[name], program.constants, self.name)
-            outputs = zip(program.variants[name].interface.output_names, returned_nodes(editor.graph), strict=True)
-            kept = [(output, node) for output, node in outputs if output not in dropped]
+            outputs = zip(program.variants[name].interface.outputs, returned_nodes(editor.graph), strict=True)
+            kept = [(output, node) for output, node in outputs if output.value not in dropped]
             editor.set_outputs([node for _, node in kept], [output for output, _ in kept])
             variants[name] = editor.finish()
         plan = replace(cache, values=tuple(value for value in cache.values if value.name in taken), modes=modes)
-        steps = replace(steps, paired=tuple(name for name in steps.paired if name in used), prepared=prepared)
+        steps = replace(steps, roles={name: role for name, role in steps.roles.items() if name in used})
         constants = used_constants(variants.values(), program.constants, program.facts)
         return replace(program.with_facts(plan, steps), variants=variants, constants=constants)

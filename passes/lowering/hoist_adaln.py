@@ -1,4 +1,4 @@
-"""hoist-adaln: take what depends on timestep and class alone out of the steps."""
+"""hoist-adaln: take what depends on timestep and conditions alone out of the steps."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from qcgraph.ir.edit import GraphEditor
 from qcgraph.ir.graph import Variant, dimension_text, output_node, returned_nodes, spec_of
 from qcgraph.ir.program import Program, used_constants
 from qcgraph.pipeline import Pass, PassContext
-from qcgraph.plan.spec import BATCH, MODULATION, preparation
+from qcgraph.plan.roles import TensorRole, prepares
+from qcgraph.plan.spec import BATCH, MODULATION_NAME
 from qcgraph.plan.steps import StepPlan
 
 aten = torch.ops.aten
-CONDITION = frozenset({"timestep", "class_label"})
+CONDITIONING = (TensorRole.STEP, TensorRole.REQUEST)
 VIEWS = (
     aten.alias.default,
     aten.expand.default,
@@ -35,12 +36,12 @@ VIEWS = (
 
 @dataclass(frozen=True)
 class HoistAdaln(Pass):
-    """Compute what depends on timestep and class alone in a graph of its own, ahead of the steps and many at a time.
+    """Compute what depends on timestep and conditions alone in a graph of its own, ahead of the steps, many at a time.
 
     In a DiT that is the embedders and every adaLN projection. Where such a value meets the latent, the variant takes it
     from ``modulation`` f32[B,M], which holds all of its values side by side; the variant ``prepare_<name>`` makes it of
-    timestep and class. Each variant has its own, so that a step that skips blocks needs no values for them. The values
-    are those that the variant would compute itself, up to float rounding.
+    timestep and conditions. Each variant has its own, so that a step that skips blocks needs no values for them. The
+    values are those that the variant would compute itself, up to float rounding.
     """
 
     name: ClassVar[str] = "hoist-adaln"
@@ -48,19 +49,21 @@ class HoistAdaln(Pass):
 
     def run(self, program: Program, context: PassContext) -> Program:
         plan = program.facts[StepPlan]
-        if plan.prepared:
+        if plan.preparing:
             raise ContractError("the modulation is hoisted already", hint="run hoist-adaln once")
         variants, preparing = dict(program.variants), {}
         for name, variant in program.variants.items():
             cut = self._cut(name, variant, context)
             if not cut:
-                context.refuse(name, "no value that depends on timestep and class alone meets the latent")
+                context.refuse(name, "no value that depends on timestep and conditions alone meets the latent")
                 continue
             preparing[name] = self._prepare(variant, program, cut)
             variants[name] = self._hoisted(variant, program, cut, preparing[name])
-        variants |= {preparation(name): variant for name, variant in preparing.items()}
+        variants |= {f"prepare_{name}": variant for name, variant in preparing.items()}
         constants = used_constants(variants.values(), program.constants, program.facts)
-        facts = program.facts.with_(replace(plan, prepared=tuple(preparing)))
+        facts = program.facts.with_(
+            replace(plan, roles=plan.roles | {f"prepare_{name}": prepares(name) for name in preparing})
+        )
         return Program(variants, constants, facts, program.history)
 
     def _cut(self, name: str, variant: Variant, context: PassContext) -> list[fx.Node]:
@@ -77,14 +80,14 @@ class HoistAdaln(Pass):
     def _prepare(self, variant: Variant, program: Program, cut: Sequence[fx.Node]) -> Variant:
         """The graph that computes the values alone."""
         editor = GraphEditor(variant, program.constants, self.name)
-        _read_batch_of(editor, "timestep")
+        _read_batch_of(editor, TensorRole.STEP)
         output = output_node(editor.graph)
         with editor.before(output):
             values = [editor.node(node.name) for node in cut]
             rows = [_reshaped(editor, value, value, [-1, _width(value.meta["val"])]) for value in values]
-            joined = editor.call(aten.cat.default, rows, 1, source=rows[0], name=MODULATION, top_level=True)
-        editor.set_outputs([joined], [MODULATION])
-        editor.drop_unused_inputs(variant.interface.input_names)
+            joined = editor.call(aten.cat.default, rows, 1, source=rows[0], name=MODULATION_NAME, top_level=True)
+        editor.set_outputs([joined], [spec_of(MODULATION_NAME, joined.meta["val"], TensorRole.MODULATION)])
+        editor.drop_unused_inputs()
         return editor.finish()
 
     def _hoisted(self, variant: Variant, program: Program, cut: Sequence[fx.Node], preparing: Variant) -> Variant:
@@ -92,7 +95,7 @@ class HoistAdaln(Pass):
         editor = GraphEditor(variant, program.constants, self.name)
         first, widths = editor.node(cut[0].name), [_width(node.meta["val"]) for node in cut]
         (made,), (spec,) = returned_nodes(preparing.graph), preparing.interface.outputs
-        _read_batch_of(editor, "latent")
+        _read_batch_of(editor, TensorRole.STATE)
         modulation = editor.input(spec, like=made.meta["val"], source=first)
         with editor.before(editor.first_call):
             parts = editor.call(aten.split_with_sizes.default, modulation, widths, 1, source=first, top_level=True)
@@ -101,16 +104,17 @@ class HoistAdaln(Pass):
                 row = editor.call(getitem, parts, index, source=original)
                 shape = [-1, *(int(dim) for dim in node.meta["val"].shape[1:])]
                 original.replace_all_uses_with(_reshaped(editor, row, original, shape))
-        editor.drop_unused_inputs(CONDITION)
+        editor.drop_unused_inputs(*CONDITIONING)
         return editor.finish()
 
 
 def find_cut(variant: Variant) -> list[fx.Node]:
-    """Where a graph is cut: the values that depend on timestep and class alone and are used by what does not.
+    """Return where a graph is cut: the values that depend on timestep and conditions alone and meet others.
 
     Where such a value is a mere view of another that is no larger, the other is taken, so that one that is expanded
     over the tokens is kept once. Sizes do not count as a dependence.
     """
+    hoisted = {spec.name for spec in variant.interface.taken(*CONDITIONING)}
     sources: dict[fx.Node, frozenset[str]] = {}
     for node in variant.graph.nodes:
         if node.op == "placeholder":
@@ -119,8 +123,8 @@ def find_cut(variant: Variant) -> list[fx.Node]:
             sources[node] = frozenset()
         else:
             sources[node] = frozenset().union(*(sources[source] for source in node.all_input_nodes))
-    conditional = [node for node, names in sources.items() if names and names <= CONDITION]
-    frontier = [node for node in conditional if any(sources[user] - CONDITION for user in node.users)]
+    conditional = [node for node, names in sources.items() if names and names <= hoisted]
+    frontier = [node for node in conditional if any(sources[user] - hoisted for user in node.users)]
     found = dict.fromkeys(map(_compact, frontier))
     return [node for node in variant.graph.nodes if node in found and node.op == "call_function"]
 
@@ -152,9 +156,9 @@ def _is_row(value: torch.Tensor) -> bool:
     return value.dtype == torch.float32 and sizes[:1] == [BATCH] and all(isinstance(dim, int) for dim in sizes[1:])
 
 
-def _read_batch_of(editor: GraphEditor, name: str) -> None:
+def _read_batch_of(editor: GraphEditor, role: TensorRole) -> None:
     """Read the size of the batch from this input, wherever it is read from another one, which may be dropped."""
-    (chosen,) = (node for node in editor.graph.nodes if node.op == "placeholder" and node.target == name)
+    chosen = editor.input_of(role)
     for node in editor.graph.nodes:
         source = node.args[0] if node.target is aten.sym_size.int else None
         if isinstance(source, fx.Node) and source.op == "placeholder" and node.args[1] == 0:

@@ -19,15 +19,17 @@ from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.options import MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline.workload import Workload
-from qcgraph.plan.spec import OUTPUT, ModelSpec, TensorSpec
+from qcgraph.plan.roles import TensorRole
+from qcgraph.plan.spec import Interface, ModelSpec, TensorSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.sampling.calibration import sample_calibration
+from qcgraph.sampling.runner import Call
 
 aten = torch.ops.aten
 ops = torch.ops.qcgraph
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 HEADROOM = 8.0  # how much larger values may be than those that were seen, before float16 overflows
-WIDE_INPUTS = ("latent", "timestep")
+WIDE = (TensorRole.STATE, TensorRole.STEP, TensorRole.REQUEST, TensorRole.PREDICTION)  # roles that stay float32
 PRODUCTS = (aten.linear.default, aten.matmul.default, aten.addmm.default, aten.mm.default, aten.bmm.default)
 CASTS = (aten.to.dtype, aten._to_copy.default)
 
@@ -85,10 +87,10 @@ class ReducePrecision(Pass):
     def _largest(self, program: Program, context: PassContext) -> float:
         """The largest magnitude that enters an operator as its first argument, or that a constant has."""
         found = [float(value.abs().max()) for value in program.constants.values() if value.dtype == torch.float32]
-        wide = {name: _wide_nodes(variant.graph) for name, variant in program.variants.items()}
+        wide = {name: _wide_nodes(variant.graph, variant.interface) for name, variant in program.variants.items()}
 
-        def observe(variant: str, node: fx.Node, value: torch.Tensor) -> None:
-            if value.dtype == torch.float32 and node not in wide[variant]:
+        def observe(call: Call, node: fx.Node, value: torch.Tensor) -> None:
+            if value.dtype == torch.float32 and node not in wide[call.variant]:
                 found.append(float(value.abs().max()))
 
         runner, plan, spec = TorchRunner(program, observe), program.facts[StepPlan], program.facts[ModelSpec]
@@ -98,7 +100,7 @@ class ReducePrecision(Pass):
 
 def _reduce(editor: GraphEditor, program: Program, dtype: torch.dtype) -> None:
     """Change the types of a graph; its nodes are typed anew afterwards."""
-    wide = _wide_nodes(editor.graph)
+    wide = _wide_nodes(editor.graph, editor.interface)
     narrow_inputs = {spec.name for spec in editor.inputs if _is_reduced(spec)}
     casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
 
@@ -130,12 +132,13 @@ def _reduce(editor: GraphEditor, program: Program, dtype: torch.dtype) -> None:
     editor.outputs = list(_reduced(editor.outputs, dtype))
 
 
-def _wide_nodes(graph: fx.Graph) -> set[fx.Node]:
+def _wide_nodes(graph: fx.Graph, interface: Interface) -> set[fx.Node]:
     """The nodes that stay as they are: see `ReducePrecision`."""
     wide: set[fx.Node] = set()
+    timesteps = {spec.name for spec in interface.taken(TensorRole.STEP)}
     for node in graph.nodes:
         sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
-        timely = all(source in wide or source.target == "timestep" for source in sources)
+        timely = all(source in wide or source.target in timesteps for source in sources)
         timely &= bool(sources) or not node.all_input_nodes  # of constants alone, such as weights: reduced
         if node.op == "call_function" and node.target not in PRODUCTS and timely and _is_float(node):
             wide.add(node)
@@ -162,7 +165,7 @@ def _cast_to(node: fx.Node, dtype: torch.dtype) -> None:
 
 
 def _is_reduced(spec: TensorSpec) -> bool:
-    return spec.dtype == DTYPE_NAMES[torch.float32] and spec.name not in (*WIDE_INPUTS, OUTPUT)
+    return spec.dtype == DTYPE_NAMES[torch.float32] and spec.role not in WIDE
 
 
 def _reduced(specs: Iterable[TensorSpec], dtype: torch.dtype) -> Iterable[TensorSpec]:

@@ -24,6 +24,7 @@ from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.sampling.calibration import sample_calibration
+from qcgraph.sampling.runner import Call
 
 MACS, LIMITS = 0.6e12, (1, 16)  # ranges of channels settle sooner than what scales are searched with
 BATCH = 64  # trajectories that run together
@@ -62,13 +63,13 @@ class Equalize(Pass):
     seed: int = option(0, most=MOST_SEED)
 
     def forwards(self, work: Workload) -> float:
-        return self._count(work.program, work.computing) * work.trajectory
+        return self._count(work.program) * work.trajectory
 
     def run(self, program: Program, context: PassContext) -> Program:
         if len(program.variants) > 1:
             raise UsageError("equalize takes the one graph of the model", hint="run it before insert-cache")
         inputs = tuple(_inputs(program, context))
-        channels = _observe(program, inputs, self._count(program, *program.variants), self.seed, context)
+        channels = _observe(program, inputs, self._count(program), self.seed, context)
         constants = dict(program.constants)
         found: dict[str, tuple[float, ...]] = {}
         divided: dict[str, torch.Tensor] = {}
@@ -92,8 +93,8 @@ class Equalize(Pass):
         made = Equalization(_multiplied(earlier.inputs, found), _multiplied(earlier.outputs, outputs))
         return replace(program, variants=variants, constants=constants).with_facts(made)
 
-    def _count(self, program: Program, name: str) -> int:
-        return self.trajectories or affordable(trajectory_macs(program, name), MACS, LIMITS)
+    def _count(self, program: Program) -> int:
+        return self.trajectories or affordable(trajectory_macs(program), MACS, LIMITS)
 
     def _factors(self, observed: _Channels, weight: torch.Tensor) -> torch.Tensor:
         """The factors [C] of an activation that weights [out, C] multiply."""
@@ -229,7 +230,7 @@ def _observe(
     watched = {item.nodes[0]: item.name for item in inputs}
     found = {item.name: _Channels() for item in inputs}
 
-    def observe(_: str, node: fx.Node, value: torch.Tensor) -> None:
+    def observe(_: Call, node: fx.Node, value: torch.Tensor) -> None:
         if node.name in watched:
             found[watched[node.name]].add(value)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from qcgraph.benchmark import inputs, onnxruntime_peers, openvino_peers, torch_peers
 from qcgraph.benchmark.workspace import Workspace
 from qcgraph.errors import UsageError, closest
-from qcgraph.sampling.loop import Runner
+from qcgraph.sampling.runner import Runner
 
 REFERENCE = "torch"  # what speed-ups are against
 DEFAULT = (REFERENCE, "onnxruntime-fp32")

@@ -11,7 +11,7 @@ from qcgraph.benchmark.baselines import BASELINES, DEFAULT, REFERENCE, Baseline
 from qcgraph.benchmark.candidates import Candidate, build, check_all, make_candidates, open_all, try_alone
 from qcgraph.benchmark.machine import read_machine, usable_cores, versions
 from qcgraph.benchmark.report import BenchReport, Ratio, Row, Throughput, cache_bytes
-from qcgraph.benchmark.timing import Call, Timing, paired
+from qcgraph.benchmark.timing import TimedCall, Timing, paired
 from qcgraph.benchmark.turns import FORWARD, Turn, by_variant, counted, denoiser_batch, first_step, section
 from qcgraph.benchmark.workspace import Workspace
 from qcgraph.bundle import Bundle
@@ -62,7 +62,7 @@ class Measured:
     """Turns of one candidate: the seconds of each, and the calls of the denoiser in each."""
 
     seconds: Timing
-    calls: tuple[tuple[Call, ...], ...]
+    calls: tuple[tuple[TimedCall, ...], ...]
 
 
 def bench(
@@ -180,9 +180,9 @@ def _take_turns(
     progress: Progress,
 ) -> dict[str, Measured]:
     """Warm everyone up with a section, then time turns; a baseline that fails on the way is not in the result."""
-    calls: dict[str, list[tuple[Call, ...]]] = {candidate.name: [] for candidate in candidates}
+    calls: dict[str, list[tuple[TimedCall, ...]]] = {candidate.name: [] for candidate in candidates}
 
-    def draw(candidate: Candidate, plan: StepPlan) -> tuple[Call, ...]:
+    def draw(candidate: Candidate, plan: StepPlan) -> tuple[TimedCall, ...]:
         runner = candidate.runner
         if runner is None:
             return ()

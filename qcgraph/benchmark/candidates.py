@@ -19,6 +19,7 @@ from qcgraph.errors import BundleError
 from qcgraph.export.run.open import open_runner
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
+from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.loop import Request
 
 RUNS_ALONE = 3  # of a process of its own; it is compared with the median of the rounds, not paired with any
@@ -155,15 +156,16 @@ def check_all(candidates: Sequence[Candidate], workspace: Workspace, samples: in
     plan = workspace.bundle.plan
     recorder = _record(workspace, section(plan) if forward_only else plan, samples)
     index = _middle_computing_step(candidates, len(recorder.inputs))
-    latent = recorder.inputs[index]["latent"].astype(np.float32)
-    labels = recorder.inputs[index]["class_label"].astype(np.int64)
-    expected = recorder.predictions[index][:, : workspace.bundle.spec.latent_shape[0]]
+    spec, inputs = workspace.bundle.spec, recorder.inputs[index]
+    latent = inputs[spec.latent.name].astype(np.float32)
+    conditions = Conditions(len(latent), {item.name: inputs[item.name] for item in spec.conditions})
+    expected = recorder.predictions[index][:, : spec.latent_shape[0]]
 
     def compare(candidate: Candidate) -> None:
         assert candidate.runner is not None
         step = replace(candidate.plan.steps[index], variant=candidate.computing)
-        request = Request(candidate.runner, replace(candidate.plan, steps=(step,)))
-        found = request.denoise(latent, step.timestep, labels)[:, : expected.shape[1]]
+        request = Request(candidate.runner, replace(candidate.plan, steps=(step,)), spec)
+        found = request.denoise(0, latent, conditions)[:, : expected.shape[1]]
         candidate.runner.take()
         candidate.error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
@@ -186,11 +188,7 @@ def _record(workspace: Workspace, plan: StepPlan, samples: int) -> RecordingRunn
 
 def _middle_computing_step(candidates: Sequence[Candidate], steps: int) -> int:
     """The index, among the first steps, of one in the middle of those that everyone computes."""
-    computing = [
-        index
-        for index in range(steps)
-        if all(candidate.plan.steps[index].variant == candidate.computing for candidate in candidates)
-    ]
+    computing = [index for index in range(steps) if all(candidate.plan.computes(index) for candidate in candidates)]
     return computing[len(computing) // 2]
 
 

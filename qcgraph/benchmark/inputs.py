@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qcgraph.benchmark.workspace import INPUTS, Workspace
-from qcgraph.plan.spec import is_preparation
-from qcgraph.sampling.cache_state import State
+from qcgraph.benchmark.workspace import Workspace
 from qcgraph.sampling.calibration import sample_calibration
-from qcgraph.sampling.loop import Array, Runner
+from qcgraph.sampling.runner import Array, Call, Runner
 
 Inputs = dict[str, npt.NDArray[np.generic]]
 
@@ -24,18 +21,18 @@ CALIBRATION_STEPS = 16
 
 
 class RecordingRunner:
-    """Another runner (see `qcgraph.sampling.loop.Runner`), with the inputs and the prediction of every step."""
+    """Another runner (see `qcgraph.sampling.runner.Runner`), with the inputs and the prediction of every step."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self.inputs: list[Inputs] = []
         self.predictions: list[Array] = []
 
-    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
+    def run(self, call: Call) -> Array:
         """Run one variant and keep copies of what went in and out."""
-        result = self._runner.run(variant, inputs, state)
-        if not is_preparation(variant):
-            self.inputs.append({name: value.copy() for name, value in inputs.items()})
+        result = self._runner.run(call)
+        if call.is_step:
+            self.inputs.append({name: value.copy() for name, value in call.inputs.items()})
             self.predictions.append(result.copy())
         return result
 
@@ -52,12 +49,15 @@ def write_calibration(workspace: Workspace, path: Path) -> None:
     sample_calibration(recorder, plan, spec, CALIBRATION_TRAJECTORIES, 0)
     count = min(CALIBRATION_STEPS, len(plan))
     picked = np.unique(np.linspace(0, len(plan) - 1, count).round().astype(int))
-    columns: dict[str, Any] = {name: np.stack([recorder.inputs[index][name] for index in picked]) for name in INPUTS}
+    columns: dict[str, Any] = {
+        name: np.stack([recorder.inputs[index][name] for index in picked]) for name in workspace.inputs
+    }
     np.savez(path, **columns)
 
 
 def read_calibration(path: Path) -> list[dict[str, npt.NDArray[np.generic]]]:
     """The inputs that `write_calibration` wrote, one dictionary a step."""
     with np.load(path) as stored:
-        columns = {name: stored[name] for name in INPUTS}
-    return [{name: column[index] for name, column in columns.items()} for index in range(len(columns["latent"]))]
+        columns = {name: stored[name] for name in stored.files}
+    steps = min(map(len, columns.values()))
+    return [{name: column[index] for name, column in columns.items()} for index in range(steps)]

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from qcgraph.benchmark.inputs import read_calibration
 from qcgraph.benchmark.machine import read_machine
-from qcgraph.benchmark.workspace import INPUTS, Workspace
+from qcgraph.benchmark.workspace import Workspace
 from qcgraph.export.run.onnxruntime import load_session, session_options
-from qcgraph.plan.spec import OUTPUT
-from qcgraph.sampling.cache_state import State
-from qcgraph.sampling.loop import Array
+from qcgraph.plan.spec import PREDICTION_NAME
+from qcgraph.sampling.runner import Array, Call
 
 FLOAT = "model.onnx"
 CALIBRATION = "calibration.npz"
@@ -27,14 +22,16 @@ PRODUCTS = ["MatMul", "Gemm"]  # Attention is not quantized: the quantizer makes
 
 
 class OnnxRuntimePeer:
-    """Runs one ONNX graph for every step (see `qcgraph.sampling.loop.Runner`)."""
+    """Runs one ONNX graph for every step (see `qcgraph.sampling.runner.Runner`)."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, inputs: tuple[str, ...], threads: int) -> None:
+        self._inputs = inputs
         self._session = load_session(path, session_options(threads))
 
-    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
-        """The noise prediction, f32[B,C_out,H,W]."""
-        prediction: Array = self._session.run([OUTPUT], {name: inputs[name] for name in INPUTS})[0]
+    def run(self, call: Call) -> Array:
+        """Return the noise prediction, f32[B,C_out,H,W]."""
+        inputs = {name: call.inputs[name] for name in self._inputs}
+        prediction: Array = self._session.run([PREDICTION_NAME], inputs)[0]
         return prediction
 
 
@@ -49,8 +46,8 @@ def export_float(workspace: Workspace, path: Path) -> None:
         dynamo=True,
         opset_version=OPSET,
         dynamic_shapes=workspace.dynamic_batch(),
-        input_names=list(INPUTS),
-        output_names=[OUTPUT],
+        input_names=list(workspace.inputs),
+        output_names=[PREDICTION_NAME],
         verbose=False,
     )
     assert program is not None
@@ -109,14 +106,14 @@ def quantize_statically(workspace: Workspace, path: Path) -> None:
 
 def open_float(workspace: Workspace) -> OnnxRuntimePeer:
     """The exported model."""
-    return OnnxRuntimePeer(workspace.folder / FLOAT, workspace.threads)
+    return OnnxRuntimePeer(workspace.folder / FLOAT, workspace.inputs, workspace.threads)
 
 
 def open_dynamic(workspace: Workspace) -> OnnxRuntimePeer:
     """The dynamically quantized model."""
-    return OnnxRuntimePeer(workspace.folder / DYNAMIC, workspace.threads)
+    return OnnxRuntimePeer(workspace.folder / DYNAMIC, workspace.inputs, workspace.threads)
 
 
 def open_static(workspace: Workspace) -> OnnxRuntimePeer:
     """The statically quantized model."""
-    return OnnxRuntimePeer(workspace.folder / STATIC, workspace.threads)
+    return OnnxRuntimePeer(workspace.folder / STATIC, workspace.inputs, workspace.threads)

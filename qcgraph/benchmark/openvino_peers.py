@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from qcgraph.benchmark.inputs import read_calibration
 from qcgraph.benchmark.onnxruntime_peers import CALIBRATION
-from qcgraph.benchmark.workspace import INPUTS, Workspace
-from qcgraph.sampling.cache_state import State
-from qcgraph.sampling.loop import Array
+from qcgraph.benchmark.workspace import Workspace
+from qcgraph.sampling.runner import Array, Call
 
 FLOAT = "openvino.xml"
 QUANTIZED = "nncf.xml"
 
 
 class OpenVinoPeer:
-    """Runs one OpenVINO model for every step (see `qcgraph.sampling.loop.Runner`).
+    """Runs one OpenVINO model for every step (see `qcgraph.sampling.runner.Runner`).
 
     It is compiled for each batch size when that first comes: static shapes made int8 a tenth faster than a dynamic
     batch on a DiT-S/2.
     """
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, inputs: tuple[str, ...], threads: int) -> None:
         import openvino
 
         self._core = openvino.Core()
         self._path = path
+        self._inputs = inputs
         self._settings = {
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
@@ -40,9 +36,9 @@ class OpenVinoPeer:
         }
         self._requests: dict[tuple[int, ...], Any] = {}
 
-    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
-        """The noise prediction, f32[B,C_out,H,W]."""
-        values = [inputs[name] for name in INPUTS]
+    def run(self, call: Call) -> Array:
+        """Return the noise prediction, f32[B,C_out,H,W]."""
+        values = [call.inputs[name] for name in self._inputs]
         shape = values[0].shape
         if shape not in self._requests:
             model = self._core.read_model(self._path)
@@ -73,16 +69,16 @@ def quantize(workspace: Workspace, path: Path) -> None:
 
     model = openvino.Core().read_model(workspace.folder / FLOAT)
     items = read_calibration(workspace.folder / CALIBRATION)
-    dataset = nncf.Dataset(items, lambda item: [item[name] for name in INPUTS])
+    dataset = nncf.Dataset(items, lambda item: [item[name] for name in workspace.inputs])
     quantized = nncf.quantize(model, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(items))
     openvino.save_model(quantized, path, compress_to_fp16=False)
 
 
 def open_float(workspace: Workspace) -> OpenVinoPeer:
     """The converted model."""
-    return OpenVinoPeer(workspace.folder / FLOAT, workspace.threads)
+    return OpenVinoPeer(workspace.folder / FLOAT, workspace.inputs, workspace.threads)
 
 
 def open_quantized(workspace: Workspace) -> OpenVinoPeer:
     """The model that NNCF quantized."""
-    return OpenVinoPeer(workspace.folder / QUANTIZED, workspace.threads)
+    return OpenVinoPeer(workspace.folder / QUANTIZED, workspace.inputs, workspace.threads)

@@ -11,7 +11,8 @@ from typing import Any
 from qcgraph.benchmark.machine import Machine
 from qcgraph.benchmark.timing import Timing
 from qcgraph.benchmark.worker import Alone
-from qcgraph.plan.spec import BATCH, MODULATION, OUTPUT, Interface
+from qcgraph.plan.roles import TensorRole
+from qcgraph.plan.spec import BATCH, Interface
 
 FORMAT = 1
 
@@ -171,8 +172,7 @@ class BenchReport:
 
 def cache_bytes(interfaces: Mapping[str, Interface], batch: int) -> int:
     """Bytes of the cache tensors that variants take as inputs, for a batch of the denoiser (both halves counted)."""
-    made = {spec.name for interface in interfaces.values() for spec in interface.outputs} - {OUTPUT, MODULATION}
-    taken = {spec for interface in interfaces.values() for spec in interface.inputs if spec.name in made}
+    taken = {spec for interface in interfaces.values() for spec in interface.taken(TensorRole.CACHE)}
     return sum(
         _bytes_of(spec.dtype) * prod(batch if dim == BATCH else int(dim) for dim in spec.shape) for spec in taken
     )

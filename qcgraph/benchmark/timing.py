@@ -8,13 +8,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-from qcgraph.plan.spec import is_preparation
 from qcgraph.progress import Progress
-from qcgraph.sampling.cache_state import State
-from qcgraph.sampling.loop import Array, Runner
+from qcgraph.sampling.runner import Array, Call, Runner
 
 # Threads that wait for work spin for a few milliseconds before they sleep; those of one candidate must not take cores
 # from the next.
@@ -56,7 +51,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Call:
+class TimedCall:
     """One call of a denoiser: the variant that ran, and how long it took."""
 
     variant: str
@@ -64,24 +59,24 @@ class Call:
 
 
 class TimedRunner:
-    """Another runner (see `qcgraph.sampling.loop.Runner`), with the seconds of every step.
+    """Another runner (see `qcgraph.sampling.runner.Runner`), with the seconds of every step.
 
     A call that prepares steps is none; its time is part of whole sampling.
     """
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._calls: list[Call] = []
+        self._calls: list[TimedCall] = []
 
-    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
+    def run(self, call: Call) -> Array:
         """Run one variant, timed."""
         start = time.perf_counter()
-        result = self._runner.run(variant, inputs, state)
-        if not is_preparation(variant):
-            self._calls.append(Call(variant, time.perf_counter() - start))
+        result = self._runner.run(call)
+        if call.is_step:
+            self._calls.append(TimedCall(call.variant, time.perf_counter() - start))
         return result
 
-    def take(self) -> tuple[Call, ...]:
+    def take(self) -> tuple[TimedCall, ...]:
         """The calls since the last time this was asked, in order."""
         taken = tuple(self._calls)
         self._calls.clear()

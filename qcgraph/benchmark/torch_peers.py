@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from qcgraph.benchmark.workspace import Workspace
 
 if TYPE_CHECKING:
-    from qcgraph.sampling.loop import Runner
+    from qcgraph.sampling.runner import Runner
 
 
 def open_eager(workspace: Workspace) -> Runner:

@@ -6,10 +6,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from qcgraph.benchmark.timing import Call
+from qcgraph.benchmark.timing import TimedCall
+from qcgraph.plan.roles import COMPUTES
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
-from qcgraph.sampling.loop import Runner, sample
+from qcgraph.sampling.conditions import in_turn
+from qcgraph.sampling.loop import sample
+from qcgraph.sampling.runner import Runner
 
 FORWARD = "forward"  # the variant of baselines, which have one
 
@@ -30,8 +33,7 @@ class Turn:
 
     def draw(self, runner: Runner) -> None:
         """Sample."""
-        labels = [index % self.spec.class_count for index in range(self.samples)]
-        sample(runner, self.plan, self.spec, labels, seed=0, batch=self.samples)
+        sample(runner, self.plan, self.spec, in_turn(self.samples, self.spec), seed=0, batch=self.samples)
 
 
 def section(plan: StepPlan) -> StepPlan:
@@ -52,16 +54,17 @@ def first_step(plan: StepPlan) -> StepPlan:
 
 def single_variant(plan: StepPlan) -> StepPlan:
     """The same steps for a baseline."""
-    return plan.throughout(FORWARD)
+    steps = tuple(replace(step, variant=FORWARD) for step in plan.steps)
+    return replace(plan, steps=steps, roles={FORWARD: COMPUTES})
 
 
-def counted(calls: Sequence[Call]) -> tuple[Call, ...]:
+def counted(calls: Sequence[TimedCall]) -> tuple[TimedCall, ...]:
     """The calls of a section that count: all but the first, which counts only where its variant does not come again."""
     first, *rest = calls
     return tuple(rest) if any(call.variant == first.variant for call in rest) else tuple(calls)
 
 
-def by_variant(calls: Sequence[Call]) -> dict[str, list[float]]:
+def by_variant(calls: Sequence[TimedCall]) -> dict[str, list[float]]:
     """The seconds of calls by variant, in the order of first use."""
     found: dict[str, list[float]] = defaultdict(list)
     for call in calls:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from qcgraph.benchmark.baselines import BASELINES, BUILDERS
 from qcgraph.benchmark.machine import peak_resident_bytes, resident_bytes
-from qcgraph.benchmark.timing import Call, TimedRunner, timed
+from qcgraph.benchmark.timing import TimedCall, TimedRunner, timed
 from qcgraph.benchmark.turns import Turn, by_variant, counted, first_step, section, single_variant
 from qcgraph.benchmark.workspace import Workspace
 from qcgraph.bundle import Bundle
@@ -29,7 +29,7 @@ from qcgraph.errors import QcgraphError
 from qcgraph.export.run.open import open_runner
 from qcgraph.export.targets import target_named
 from qcgraph.files.atomic import scratch_folder
-from qcgraph.sampling.loop import Runner
+from qcgraph.sampling.runner import Runner
 
 _Value = TypeVar("_Value")
 _STDERR_END = 2000  # characters of a dead process's messages that are looked at
@@ -155,7 +155,7 @@ def _alone(request: dict[str, Any]) -> dict[str, Any]:
         runner.take()
 
     sampling: list[float] = []
-    calls: list[Call] = []
+    calls: list[TimedCall] = []
     for _ in range(request["runs"]):
         if request["forward_only"]:
             part.draw(runner)

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-INPUTS = ("latent", "timestep", "class_label")  # the inputs of a denoiser, in the order its graphs have them
 EXAMPLE_BATCH = 3  # any but 1, which torch.export would take for a constant
 
 
@@ -60,16 +59,19 @@ class Workspace:
 
         return find_model(self.bundle, self.model_name)
 
-    def example_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A latent, timestep and class label to trace the model with, batch `EXAMPLE_BATCH`."""
-        import torch
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the model's inputs, in the order its graphs have them."""
+        return tuple(tensor.name for tensor in self.model.spec.inputs)
 
-        spec = self.model.spec
-        latent = torch.zeros(EXAMPLE_BATCH, *spec.latent_shape)
-        return latent, torch.ones(EXAMPLE_BATCH), torch.zeros(EXAMPLE_BATCH, dtype=torch.int64)
+    def example_inputs(self) -> tuple[torch.Tensor, ...]:
+        """Return inputs to trace the model with, batch `EXAMPLE_BATCH`."""
+        from qcgraph.capture.capture import example_inputs
+
+        return tuple(example_inputs(self.model.spec, EXAMPLE_BATCH).values())
 
     def positional_module(self) -> nn.Module:
-        """The model as a module that is called as (latent, timestep, class_label), whatever it calls these itself."""
+        """Return the model as a module that takes its inputs in order, whatever it calls them itself."""
         import torch
 
         class Positional(torch.nn.Module):
@@ -78,16 +80,16 @@ class Workspace:
                 self.model = model.module
                 self.names = model.input_names
 
-            def forward(self, latent: torch.Tensor, timestep: torch.Tensor, class_label: torch.Tensor) -> torch.Tensor:
-                return self.model(**dict(zip(self.names, (latent, timestep, class_label), strict=True)))
+            def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+                return self.model(**dict(zip(self.names, inputs, strict=True)))
 
         return Positional(self.model).eval()
 
-    def dynamic_batch(self) -> tuple[dict[int, Any], ...]:
-        """The dynamic shapes of `example_inputs`, for torch.export: the batch of all three."""
+    def dynamic_batch(self) -> tuple[tuple[dict[int, Any], ...]]:
+        """Return the dynamic shapes of `positional_module`'s one parameter, its inputs: the batch of each."""
         import torch
 
         from qcgraph.capture.capture import MAX_BATCH
 
         batch = torch.export.Dim("B", min=1, max=MAX_BATCH)
-        return ({0: batch}, {0: batch}, {0: batch})
+        return (tuple({tensor.batch_axis or 0: batch} for tensor in self.model.spec.inputs),)

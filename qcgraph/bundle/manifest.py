@@ -20,7 +20,7 @@ from qcgraph.files.folder import (
     text_of,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 RECIPE = "recipe.lock.toml"
 PLAN = "plan.json"

@@ -30,7 +30,8 @@ from qcgraph.bundle.read import decode_plan
 from qcgraph.errors import BundleError, UsageError, closest, shown
 from qcgraph.files.documents import parse_json, parse_toml, read_text
 from qcgraph.files.folder import parsed
-from qcgraph.plan.schedule import FULL, TimedSchedule
+from qcgraph.plan.schedule import TimedSchedule
+from qcgraph.plan.schedule.timed import COMPUTES_WORD
 from qcgraph.plan.steps import Step, StepPlan
 
 MOST_PLAN_BYTES = 2**24  # the plan.json of a thousand steps is below 1 MB
@@ -118,7 +119,10 @@ def plan_data(plan: StepPlan) -> dict[str, Any]:
         "scheduler": mark.scheduler,
         "steps": len(plan),
         "guidance": mark.guidance,
-        "timesteps": {f"{step.timestep!r}".removesuffix(".0"): _mode(step) for step in plan.steps},
+        "timesteps": {
+            f"{step.timestep!r}".removesuffix(".0"): mode or COMPUTES_WORD
+            for step, mode in zip(plan.steps, plan.modes, strict=True)
+        },
     }
 
 
@@ -156,22 +160,18 @@ def _of_data(data: Any, where: str) -> PlanFile:
             hint="a timestep is missing or too many; without the line `steps` any number will do",
         )
     timesteps = tuple(_timestep(key, where) for key in written.timesteps)
-    schedule = _schedule(timesteps, tuple(written.timesteps.values()), where)
+    modes = tuple(None if word == COMPUTES_WORD else word for word in written.timesteps.values())
+    schedule = _schedule(timesteps, modes, where)
     return PlanFile(schedule, where, written.model, written.scheduler, written.guidance)
 
 
 def _of_bundle(plan: StepPlan, where: str) -> PlanFile:
-    schedule = _schedule(plan.timesteps, tuple(_mode(step) for step in plan.steps), where)
+    schedule = _schedule(plan.timesteps, plan.modes, where)
     mark = plan.fingerprint
     return PlanFile(schedule, where, mark.model, mark.scheduler, mark.guidance)
 
 
-def _mode(step: Step) -> str:
-    """What a step does; the only graph of a model without a cache computes."""
-    return FULL if step.variant == "main" else step.variant
-
-
-def _schedule(timesteps: tuple[float, ...], modes: tuple[str, ...], where: str) -> TimedSchedule:
+def _schedule(timesteps: tuple[float, ...], modes: tuple[str | None, ...], where: str) -> TimedSchedule:
     try:
         return TimedSchedule(timesteps, modes)
     except UsageError as error:

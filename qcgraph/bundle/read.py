@@ -32,14 +32,14 @@ from qcgraph.plan.spec import Interface, ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.recipe import Recipe
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 PROGRAM = "program.json"
 REPORT = "report.json"
 IR_FOLDER = "ir"
 _KEPT = (PLAN, RECIPE, REPORT)  # read when a bundle is opened, so that they are of one bundle
 _LARGEST_KEPT = 2**24  # bytes
 _ATTEMPTS = 20  # at opening a bundle that is replaced meanwhile
-_LARGEST_CLASS_COUNT = 10**6
+_LARGEST_COUNT = 10**6  # values of a condition
 _LARGEST_LATENT = 2**28  # numbers of one sample
 
 _IR_NAME = re.compile(rf"{IR_FOLDER}/(?P<index>[0-9]+)_(?P<name>.+)\.txt")
@@ -224,9 +224,9 @@ class Bundle:
     @cached_property
     def _plan_file(self) -> tuple[ModelSpec, StepPlan, dict[str, Interface]]:
         spec, plan, interfaces = self._parsed(PLAN, decode_plan)
-        if unknown := set(plan.variants) - set(interfaces):
-            where = str(self.path / PLAN)
-            raise BundleError(f"a step runs {min(unknown)!r}, which is no variant", where=where, hint=AGAIN)
+        if unknown := plan.roles.keys() ^ interfaces.keys():
+            problem = f"says of {min(unknown)!r} what it is for, or what it takes, and not both"
+            raise BundleError(problem, where=str(self.path / PLAN), hint=AGAIN)
         return spec, plan, interfaces
 
     def _parsed(self, name: str, build: Callable[[Any], _Value]) -> _Value:
@@ -301,8 +301,11 @@ def _check_sizes(spec: ModelSpec) -> None:
     """Refuse sizes that no model has, before anything is made of such a size."""
     if min(spec.latent_shape) < 1 or math.prod(spec.latent_shape) > _LARGEST_LATENT:
         raise ValueError(f"a latent of {spec.latent_shape} is none")
-    if not 0 < spec.class_count <= _LARGEST_CLASS_COUNT:
-        raise ValueError(f"{spec.class_count} classes")
+    for condition in spec.conditions:
+        if condition.count is not None and not 0 < condition.count <= _LARGEST_COUNT:
+            raise ValueError(f"{condition.count} values of {condition.name}")
+        if math.prod(condition.shape, start=1) > _LARGEST_LATENT or min(condition.shape, default=1) < 1:
+            raise ValueError(f"{condition.name} of shape {condition.shape} is no condition")
 
 
 def _check_finite(data: Any) -> None:

@@ -15,32 +15,32 @@ from qcgraph.errors import CaptureError, ContractError
 from qcgraph.facts import Facts
 from qcgraph.ir import legality
 from qcgraph.ir.admitted import is_quiet
-from qcgraph.ir.graph import DTYPE_NAMES, Variant, copy_graph, is_name, returned_nodes, spec_of
+from qcgraph.ir.graph import DTYPE_NAMES, DTYPES, Variant, copy_graph, is_name, returned_nodes, spec_of
 from qcgraph.ir.program import Program, used_constants
-from qcgraph.plan.spec import OUTPUT, Interface, ModelSpec
+from qcgraph.plan.roles import TensorRole
+from qcgraph.plan.spec import BATCH, PREDICTION_NAME, Interface, ModelSpec, TensorSpec
+from qcgraph.plan.steps import CAPTURED
 
-INPUTS = ("latent", "timestep", "class_label")
 MAX_BATCH = 4096
 REPORT = "if the model is sound without it, report the operator and this message to the authors of qcgraph"
 
 aten = torch.ops.aten
 
 
-def capture(module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, str]) -> Program:
-    """Capture a denoiser as a program with the single variant ``main``.
+def capture(module: nn.Module, spec: ModelSpec, input_names: tuple[str, ...]) -> Program:
+    """Capture a denoiser as a program with a single variant.
 
     What the trace writes in place becomes values (`torch.export` functionalizes it), and contractions with a constant
     become linear layers, however they are written; a model that has neither is captured as it is.
 
     Args:
-        module: the denoiser, in eval mode; called as ``module(latent, timestep, class_label)`` and returning one
+        module: the denoiser, in eval mode; it takes latent, timestep and the conditions of the spec, and returns one
             tensor [B, C_out, H, W].
         spec: what it is.
-        input_names: the names its ``forward`` gives to latent, timestep and class label.
+        input_names: the names its ``forward`` gives to the inputs of the spec, in their order.
 
     Returns:
-        A program whose inputs are ``latent`` f32[B,C,H,W], ``timestep`` f32[B] and ``class_label`` i64[B], and whose
-        output is ``noise_prediction`` f32[B,C_out,H,W].
+        A program whose inputs are those of the spec, and whose output is the prediction f32[B,C_out,H,W].
 
     Raises:
         CaptureError: `torch.export` cannot trace it, or the trace holds something a program may not hold; says what.
@@ -50,9 +50,9 @@ def capture(module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, str
     with torch.inference_mode(mode=False), torch.no_grad():
         exported = _exported(module, spec, input_names)
         _refuse_state(exported, spec)
-        graph, constants = _own_graph(exported, input_names)
+        graph, constants = _own_graph(exported, spec, input_names)
         variant = Variant(graph, _interface(graph, spec))
-        program = Program({"main": variant}, used_constants([variant], constants, Facts()), Facts([spec]))
+        program = Program({CAPTURED: variant}, used_constants([variant], constants, Facts()), Facts([spec]))
         program = contract_by_linears(program)
     try:
         legality.verify(program)
@@ -61,17 +61,16 @@ def capture(module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, str
     return program
 
 
-def _exported(module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, str]) -> torch.export.ExportedProgram:
+def _exported(module: nn.Module, spec: ModelSpec, input_names: tuple[str, ...]) -> torch.export.ExportedProgram:
     """What `torch.export` makes of a module.
 
     It is functionalized where it writes in place, or calls what a program may not call: many operators, such as `mT`,
     are short for others, which then take their place.
     """
     batch = torch.export.Dim("B", min=1, max=MAX_BATCH)
-    latent = torch.zeros(3, *spec.latent_shape)
-    arguments = (latent, torch.ones(3), torch.zeros(3, dtype=torch.int64))
-    named = dict(zip(input_names, arguments, strict=True))
-    dynamic = {name: {0: batch} for name in input_names}
+    named = dict(zip(input_names, example_inputs(spec, 3).values(), strict=True))
+    axes = {name: tensor.batch_axis for name, tensor in zip(input_names, spec.inputs, strict=True)}
+    dynamic = {name: {axis: batch} for name, axis in axes.items()}
     try:
         exported = torch.export.export(module, (), named, dynamic_shapes=dynamic, strict=False)
         if _writes(exported.graph):
@@ -80,6 +79,17 @@ def _exported(module: nn.Module, spec: ModelSpec, input_names: tuple[str, str, s
     except Exception as error:  # torch.export raises many types; each means that this model cannot be captured
         refuse_trace(module, named, spec, error)
         raise
+
+
+def example_inputs(spec: ModelSpec, batch: int) -> dict[str, torch.Tensor]:
+    """Return inputs of a batch by name: a latent and conditions of zeros, at timestep 1."""
+    return {tensor.name: _example(tensor, batch) for tensor in spec.inputs}
+
+
+def _example(tensor: TensorSpec, batch: int) -> torch.Tensor:
+    shape = [batch if dim == BATCH else int(dim) for dim in tensor.shape]
+    fill = 1 if tensor.role is TensorRole.STEP else 0
+    return torch.full(shape, fill, dtype=DTYPES[tensor.dtype])
 
 
 def _writes(graph: fx.Graph) -> bool:
@@ -114,17 +124,17 @@ def _refuse_state(exported: torch.export.ExportedProgram, spec: ModelSpec) -> No
         raise CaptureError(
             f"the model keeps state between calls: its forward writes to {written[0]!r}",
             where=spec.name,
-            hint="a denoiser is a function of latent, timestep and class label: compute the value anew",
+            hint="a denoiser is a function of latent, timestep and conditions: compute the value anew",
         )
 
 
 def _own_graph(
-    exported: torch.export.ExportedProgram, input_names: tuple[str, str, str]
+    exported: torch.export.ExportedProgram, spec: ModelSpec, input_names: tuple[str, ...]
 ) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
     """The exported graph with lifted parameters as constants again, canonical input names, and no identities."""
     lifted = _lifted_constants(exported)
     prefix = _common_prefix(target for target, _ in lifted.values())
-    renamed = dict(zip(input_names, INPUTS, strict=True))
+    renamed = dict(zip(input_names, (tensor.name for tensor in spec.inputs), strict=True))
     graph = copy_graph(exported.graph)
     _keep_results(graph, exported)
     constants: dict[str, torch.Tensor] = {}
@@ -234,7 +244,9 @@ def _is_writing(node: fx.Node) -> bool:
 
 
 def _interface(graph: fx.Graph, spec: ModelSpec) -> Interface:
-    inputs = tuple(spec_of(node.name, node.meta["val"]) for node in graph.nodes if node.op == "placeholder")
+    roles = {tensor.name: tensor.role for tensor in spec.inputs}
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    inputs = tuple(spec_of(node.name, node.meta["val"], roles[node.name]) for node in placeholders)
     outputs = returned_nodes(graph)
     if len(outputs) != 1:
         raise CaptureError(
@@ -245,4 +257,4 @@ def _interface(graph: fx.Graph, spec: ModelSpec) -> Interface:
     if value.dtype != torch.float32 or tuple(value.shape[1:]) != expected:
         shown = f"{DTYPE_NAMES.get(value.dtype, value.dtype)} {tuple(value.shape)}"
         raise CaptureError(f"the model returns {shown}, its spec says f32 (B, {', '.join(map(str, expected))})")
-    return Interface(inputs, (spec_of(OUTPUT, value),))
+    return Interface(inputs, (spec_of(PREDICTION_NAME, value, TensorRole.PREDICTION),))

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qcgraph.capture.capture import INPUTS
 from qcgraph.capture.obstacles import call_error, first_line
 from qcgraph.capture.wrappers import unwrapped
 from qcgraph.errors import CaptureError
+from qcgraph.ir.graph import DTYPES
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites, total_macs
-from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.spec import PREDICTION_NAME, TIMESTEP, ModelSpec
 from qcgraph.plan.steps import StepPlan
 
 # None of them is that of the trace. A batch of one is where sizes of one are mistaken; two alike in a row are what a
@@ -35,25 +35,25 @@ class _Call:
     """Inputs of one call.
 
     Attributes:
-        inputs: latent, timestep and class label by their names in a program.
-        where: timestep, batch and labels in words.
+        inputs: latent, timestep and conditions by their names in a program.
+        where: timestep, batch and conditions in words.
     """
 
     inputs: Mapping[str, Tensor]
     where: str
 
 
-def check_meaning(program: Program, module: nn.Module, input_names: tuple[str, str, str], plan: StepPlan) -> None:
+def check_meaning(program: Program, module: nn.Module, input_names: tuple[str, ...], plan: StepPlan) -> None:
     """Compare a captured program with its module on random latents, at timesteps of the plan.
 
-    Several batch sizes are tried and all kinds of class labels; the null class where the plan has guidance. The limit
+    Several batch sizes are tried and all kinds of conditions; null values where the plan has guidance. The limit
     of the relative L2 distance, sample by sample, is what the module's own result moves by when the latent moves by
     its rounding, ten-fold, and at least 1e-5.
 
     Args:
-        program: as captured, the variant ``main`` alone.
+        program: as captured, with a single variant.
         module: what it was captured from; it is called about ten times.
-        input_names: of the parameters of its ``forward``.
+        input_names: of the parameters of its ``forward``, in the order of the inputs of the spec.
         plan: whose timesteps.
 
     Raises:
@@ -61,7 +61,7 @@ def check_meaning(program: Program, module: nn.Module, input_names: tuple[str, s
             one each time, depends on whether gradients are recorded, or on what else is in the batch.
     """
     spec = program.facts[ModelSpec]
-    comparison = _Comparison(program, unwrapped(module), input_names, spec.name)
+    comparison = _Comparison(program, unwrapped(module), input_names, spec)
     with torch.random.fork_rng(devices=[]), torch.inference_mode(mode=False):
         calls = list(_calls(program, spec, plan))
         first = comparison.check(calls[0])
@@ -75,23 +75,38 @@ def check_meaning(program: Program, module: nn.Module, input_names: tuple[str, s
 
 def _calls(program: Program, spec: ModelSpec, plan: StepPlan) -> Iterator[_Call]:
     """The inputs to compare at: fewer, and of smaller batches, for models that take long."""
-    macs = max(1, total_macs(find_sites(program.variants["main"])))
+    macs = max(1, total_macs(find_sites(program.variants[program.computing])))
     count = next((count for count in COUNTS if macs * _samples(count) <= MACS), COUNTS[-1])
     generator = torch.Generator().manual_seed(SEED)
-    labels = [0, spec.class_count - 1, spec.class_count // 2]
-    if plan.halves > 1:
-        labels.insert(0, spec.null_class)
     used = 0
     places = [0, count - 1, *range(1, count - 1)]  # the first two far apart, which `check_apart` puts into one batch
     for index, place in enumerate(places):
         batch = BATCHES[index % len(BATCHES)]
         timestep = plan.timesteps[round(place * (len(plan) - 1) / max(1, count - 1))]
-        chosen = [labels[(used + offset) % len(labels)] for offset in range(batch)]
+        told = _conditions(spec, batch, used, generator, is_guided=plan.halves > 1)
         used += batch
         latent = torch.randn(batch, *spec.latent_shape, generator=generator)
-        values = (latent, torch.full((batch,), timestep), torch.tensor(chosen, dtype=torch.int64))
-        where = f"timestep {timestep:g}, batch {batch}, class labels {chosen}"
-        yield _Call(dict(zip(INPUTS, values, strict=True)), where)
+        inputs = {spec.latent.name: latent, TIMESTEP.name: torch.full((batch,), timestep), **told}
+        shown = "".join(f", {name} {value.tolist()}" for name, value in told.items() if value.dim() == 1)
+        yield _Call(inputs, f"timestep {timestep:g}, batch {batch}{shown}")
+
+
+def _conditions(
+    spec: ModelSpec, batch: int, used: int, generator: torch.Generator, *, is_guided: bool
+) -> dict[str, Tensor]:
+    """Return conditions of a batch: the ends and the middle of what may be counted, normal numbers of what may not."""
+    found = {}
+    for condition in spec.conditions:
+        if condition.count is None:
+            found[condition.name] = torch.randn(batch, *condition.shape, generator=generator)
+            continue
+        values: list[int | float] = [0, condition.count - 1, condition.count // 2]
+        if is_guided and condition.null is not None:
+            values.insert(0, condition.null)
+        chosen = torch.tensor([values[(used + offset) % len(values)] for offset in range(batch)])
+        whole = chosen.reshape(batch, *[1] * len(condition.shape)).expand(batch, *condition.shape)
+        found[condition.name] = whole.to(DTYPES[condition.dtype]).contiguous()
+    return found
 
 
 def _samples(count: int) -> int:
@@ -101,11 +116,12 @@ def _samples(count: int) -> int:
 class _Comparison:
     """Calls a module and its program with the same inputs."""
 
-    def __init__(self, program: Program, module: nn.Module, input_names: tuple[str, str, str], name: str) -> None:
+    def __init__(self, program: Program, module: nn.Module, input_names: tuple[str, ...], spec: ModelSpec) -> None:
         self._program = program
         self._module = module
-        self._names = dict(zip(INPUTS, input_names, strict=True))
-        self._name = name
+        self._names = dict(zip((tensor.name for tensor in spec.inputs), input_names, strict=True))
+        self._latent = self._names[spec.latent.name]
+        self._name = spec.name
 
     def expected(
         self, call: _Call, *, gradients: bool = False, inference: bool = False, nudged: bool = False
@@ -113,13 +129,15 @@ class _Comparison:
         """What the module gives. It gets inputs of its own, since it may write to them."""
         inputs = {self._names[name]: value.clone() for name, value in call.inputs.items()}
         if nudged:
-            latent = inputs[self._names["latent"]]
+            latent = inputs[self._latent]
             latent += NUDGE * latent * torch.randn(latent.shape, generator=torch.Generator().manual_seed(SEED))
         try:
             with torch.inference_mode(inference), torch.set_grad_enabled(gradients):  # the first sets the second
                 result = self._module(**inputs)
         except Exception as error:  # a model is anybody's code; what it raises is told
-            hint = "the spec says which latents and class labels there are, and which label is the null class"
+            hint = (
+                "the spec says which latents and conditions there are, and which value of a condition is its null value"
+            )
             raise call_error(self._module, f"at {call.where}", self._name, error, hint) from error
         assert isinstance(result, Tensor)
         return result.detach()
@@ -138,7 +156,7 @@ class _Comparison:
                 hint="its weights are damaged, or a formula divides by zero or overflows there",
             )
         try:
-            found = self._program.run("main", call.inputs)["noise_prediction"]
+            found = self._program.run(self._program.computing, call.inputs)[PREDICTION_NAME]
         except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CaptureError(
                 f"the captured program fails at {call.where}, and the model does not: {first_line(error)}",
@@ -190,11 +208,11 @@ class _Comparison:
             f"same input, at {call.where}",
             where=self._name,
             hint="it draws random numbers (dropout that is left active?) or keeps state between calls (a counter, a "
-            "cache): a denoiser is a function of latent, timestep and class label",
+            "cache): a denoiser is a function of latent, timestep and conditions",
         )
 
     def check_apart(self, calls: Sequence[_Call], alone: Sequence[Tensor]) -> None:
-        """Put calls of one sample each, at timesteps and with labels of their own, into one batch.
+        """Put calls of one sample each, at timesteps and with conditions of their own, into one batch.
 
         Calibration observes such batches, hoisting prepares many timesteps in one, and a cache of guidance computes
         half of one.
@@ -206,7 +224,7 @@ class _Comparison:
         Raises:
             CaptureError: a sample's result is another one when it is not alone.
         """
-        joined = {name: torch.cat([call.inputs[name] for call in calls]) for name in INPUTS}
+        joined = {name: torch.cat([call.inputs[name] for call in calls]) for name in self._names}
         together = _Call(joined, "in one batch: " + "; ".join(call.where for call in calls))
         found, expected = self.check(together), torch.cat(list(alone))
         apart = distance(found, expected)
@@ -215,7 +233,7 @@ class _Comparison:
                 f"what the model gives for a sample depends on the others in its batch: relative L2 distance "
                 f"{apart:.3g} from the same sample alone, {together.where}",
                 where=self._name,
-                hint="compute each sample from its own latent, timestep and class label: look for t[0], and for means "
+                hint="compute each sample from its own latent, timestep and conditions: look for t[0], and for means "
                 "and norms along the batch",
             )
 

@@ -50,7 +50,8 @@ def refuse_trace(module: nn.Module, inputs: Mapping[str, torch.Tensor], spec: Mo
     called = _called(module, inputs)
     if called is not None:
         types = [f"{name} {_type_name(value.dtype)}{list(value.shape)}" for name, value in inputs.items()]
-        hint = f"its spec says latent_shape {spec.latent_shape} and {spec.class_count} classes: is that what it takes?"
+        takes = "; ".join(f"{tensor.name} {tensor}" for tensor in spec.inputs)
+        hint = f"its spec says that it takes {takes}: is that so?"
         raise call_error(module, f"with {', '.join(types)}", spec.name, called, hint) from called
     reason, hint = _reason(error)
     raise CaptureError(

@@ -43,7 +43,7 @@ def _overview(bundle: Bundle) -> dict[str, Any]:
         "model": {
             "name": spec.name,
             "latent_shape": list(spec.latent_shape),
-            "classes": spec.class_count,
+            "conditions": spec.conditions_text,
             "prediction": spec.schedule.prediction,
         },
         "target": manifest.target,
@@ -99,7 +99,7 @@ def _print_overview(data: Mapping[str, Any]) -> None:
     print_fields(
         [
             ("bundle", f"{data['bundle']}, {size_text(data['bytes'])}, written by qcgraph {data['qcgraph']}"),
-            ("model", f"{model['name']}: latent {latent}, {model['classes']} classes, predicts {model['prediction']}"),
+            ("model", f"{model['name']}: latent {latent}, {model['conditions']}, predicts {model['prediction']}"),
             ("target", data["target"]),
             ("sampling", data["plan"]),
             ("schedule", data["schedule"]),

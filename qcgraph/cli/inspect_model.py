@@ -43,13 +43,13 @@ def _model_data(program: Any) -> dict[str, Any]:
     from qcgraph.ir.structure import find_blocks, find_sites, total_macs
     from qcgraph.plan.spec import ModelSpec
 
-    variant = program.variants["main"]
+    variant = program.variants[program.computing]
     sites, blocks = find_sites(variant), find_blocks(variant)
     spec = program.facts[ModelSpec]
     return {
         "model": spec.name,
         "latent_shape": list(spec.latent_shape),
-        "classes": spec.class_count,
+        "conditions": spec.conditions_text,
         "prediction": spec.schedule.prediction,
         "parameters": sum(value.numel() for value in program.constants.values()),
         "nodes": sum(node.op == "call_function" for node in variant.graph.nodes),
@@ -73,7 +73,7 @@ def _print_model(data: dict[str, Any]) -> None:
     blocks = count_text(len(data["blocks"]), "block")
     print_fields(
         [
-            ("model", f"{data['model']}: latent {latent}, {data['classes']} classes, predicts {data['prediction']}"),
+            ("model", f"{data['model']}: latent {latent}, {data['conditions']}, predicts {data['prediction']}"),
             ("size", f"{data['parameters']:,} parameters, {data['nodes']} nodes"),
             ("work", f"{data['macs']:,} multiply-accumulates a sample and step"),
             ("blocks", f"{blocks} with {_share(cached, data)} of the work; a cache can skip them"),

@@ -15,7 +15,8 @@ from qcgraph.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
     from qcgraph.plan.spec import ModelSpec
-    from qcgraph.sampling.loop import Array
+    from qcgraph.sampling.conditions import Conditions
+    from qcgraph.sampling.runner import Array
 
 MOST_BY_DEFAULT = 16
 MOST_BYTES = 2**32  # of latents, which are all in memory until the picture is drawn
@@ -71,38 +72,47 @@ def sample_command(
     from qcgraph.evaluation.images import save_grid
     from qcgraph.export.run.open import open_runner, samples_at_once
     from qcgraph.progress import progress_for
-    from qcgraph.sampling.loop import check_labels, sample
+    from qcgraph.sampling.loop import sample
     from qcgraph.sampling.noise import check_seed
 
     opened = Bundle.open(bundle)
     plan, spec = opened.plan, opened.spec
     plan.require(steps=steps, scheduler=scheduler, guidance=guidance)
     _check_amount(count or 0, spec)
-    labels = choose_labels(count, classes or [], spec.class_count)
-    check_labels(labels, spec)
+    conditions = choose_conditions(count, classes or [], spec)
+    labels = conditions.labels(spec).tolist() if spec.label is not None else []
     check_seed(seed)
     progress = progress_for(sys.stderr)
     runner = open_runner(opened, backend, threads)
     progress.note(f"{spec.name}: {plan.describe()}, seed {seed}")
     together = samples_at_once(runner, plan)
-    latents = sample(runner, plan, spec, labels, seed, batch=together, progress=progress)
+    latents = sample(runner, plan, spec, conditions, seed, batch=together, progress=progress)
     _check_finite(latents, bundle)
     if not spec.is_image:
         progress.note(_latents_note(spec))
-    columns = columns_for(len(labels), len(classes or ()) or spec.class_count)
+    cycle = len(classes or ()) or (spec.label.count if spec.label is not None else None)
+    columns = columns_for(len(conditions), cycle or 1)
     save_grid(latents, output, columns, is_image=spec.is_image)
     _print_result(output, labels, columns)
     if save_latents is not None:
-        _save_latents(save_latents, latents, labels, seed)
+        _save_latents(save_latents, latents, conditions, seed)
         print(save_latents)
 
 
-def choose_labels(count: int | None, classes: Sequence[int], class_count: int) -> list[int]:
-    """One label a sample: the classes asked for in turn, or all of them in turn."""
-    cycle = list(classes) or list(range(class_count))
+def choose_conditions(count: int | None, classes: Sequence[int], spec: ModelSpec) -> Conditions:
+    """Return the conditions of the samples: the classes asked for in turn, or all values of the conditions in turn.
+
+    Raises:
+        UsageError: no samples, a class that the model does not know, or classes of a model that takes none.
+    """
+    from qcgraph.sampling.conditions import in_turn, of_labels
+
     if count is None:
-        count = len(classes) or min(class_count, MOST_BY_DEFAULT)
-    return [cycle[index % len(cycle)] for index in range(count)]
+        values = [condition.count for condition in spec.conditions if condition.count is not None]
+        count = len(classes) or min(max(values, default=MOST_BY_DEFAULT), MOST_BY_DEFAULT)
+    if classes or not count:
+        return of_labels([classes[index % len(classes)] for index in range(count)], spec)
+    return in_turn(count, spec)
 
 
 def _check_amount(count: int, spec: ModelSpec) -> None:
@@ -154,10 +164,11 @@ def _print_result(output: Path, labels: Sequence[int], columns: int) -> None:
         print(f"{'classes' if start == 0 else '':8}{row}")
 
 
-def _save_latents(path: Path, latents: Array, labels: Sequence[int], seed: int) -> None:
+def _save_latents(path: Path, latents: Array, conditions: Conditions, seed: int) -> None:
     import numpy as np
 
     from qcgraph.files.atomic import writing_file
 
     with writing_file(path) as partial:
-        np.savez(partial, latents=latents, labels=np.asarray(labels, dtype=np.int64), seed=np.asarray(seed))
+        labels = next((conditions.values[name] for name in conditions.values), np.empty(0, dtype=np.int64))
+        np.savez(partial, latents=latents, labels=labels, seed=np.asarray(seed))

@@ -21,7 +21,7 @@ from qcgraph.models import LoadedModel
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.recipe.gate import Gate, Verdict, require
-from qcgraph.sampling.loop import Runner
+from qcgraph.sampling.runner import Runner
 
 UNSAFE = "unsafe-cache"  # the override that the manifest then records
 

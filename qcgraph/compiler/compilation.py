@@ -41,7 +41,7 @@ from qcgraph.models.origin import SOURCE
 from qcgraph.passes.quantization.plan_quant import PlanQuant, nothing_quantized
 from qcgraph.pipeline import Instrument, Pass, Pipeline
 from qcgraph.pipeline.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
-from qcgraph.plan.schedule import FULL, TimedSchedule
+from qcgraph.plan.schedule import TimedSchedule
 from qcgraph.plan.schedulers import check_compensable, check_name, make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
@@ -161,7 +161,7 @@ class _Compilation:
         if self.plan is not None:
             self.plan.check_model(captured.facts[StepPlan].fingerprint.model)
         _check_applicable(recipe, pipeline, loaded, captured)
-        sites, dump = find_sites(captured.variants["main"]), Dump(captured)
+        sites, dump = find_sites(captured.variants[captured.computing]), Dump(captured)
         instruments = (*self._instruments(captured), timer, dump)
         start, kept = [captured], captured if self.dry_run else None
         held = (loaded, captured) if captured.constant_bytes <= HELD_BYTES else None
@@ -307,7 +307,7 @@ def _followed(recipe: Recipe, plan: PlanFile | None, program: Program) -> dict[s
         "schedule": schedule.text,
         "is_retargeted": schedule.timesteps != steps.timesteps,
         "other_guidance": plan is not None and plan.guidance not in (None, steps.fingerprint.guidance),
-        "computing": sum(step.variant in (FULL, "main") for step in steps.steps),
+        "computing": steps.modes.count(None),
         "error": rehearsed.error if rehearsed else None,
         "even_error": rehearsed.even_error if rehearsed else None,
     }

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 
 from qcgraph.export.onnx.emit import emit_onnx
 from qcgraph.export.run.onnxruntime import OnnxRuntimeRunner
@@ -16,11 +15,11 @@ from qcgraph.files.atomic import scratch_folder
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pipeline
-from qcgraph.plan.schedule import FULL
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
-from qcgraph.sampling.loop import Runner, step_inputs
+from qcgraph.sampling.conditions import in_turn
+from qcgraph.sampling.runner import Runner, step_call, step_inputs
 
 ROUNDS = 15
 WARM_UP = 3
@@ -43,20 +42,15 @@ def measure_costs(program: Program, target: Target, progress: Progress) -> dict[
 
 
 def _turns(runner: Runner, program: Program) -> dict[str, float]:
-    inputs, state = _inputs(program), dict[str, object]()
-    names = [FULL, *(name for name in program.variants if name != FULL)]  # the first makes the caches of the others
+    plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
+    latent = np.random.default_rng(0).standard_normal((plan.halves, *spec.latent_shape), dtype=np.float32)
+    inputs = step_inputs(plan, spec, 0, latent, in_turn(plan.halves, spec, with_null=True))
+    names, state = [plan.computing, *plan.reusing], dict[tuple[str, int], object]()  # the first makes the caches
     seconds: Mapping[str, list[float]] = {name: [] for name in names}
     for turn in range(WARM_UP + ROUNDS):
         for name in names:
             started = time.perf_counter()
-            runner.run(name, inputs, state)
+            runner.run(step_call(plan, 0, inputs, state, name))
             if turn >= WARM_UP:
                 seconds[name].append(time.perf_counter() - started)
     return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
-
-
-def _inputs(program: Program) -> dict[str, npt.NDArray[np.generic]]:
-    spec, plan = program.facts[ModelSpec], program.facts[StepPlan]
-    rows = plan.halves
-    latent = np.random.default_rng(0).standard_normal((rows, *spec.latent_shape), dtype=np.float32)
-    return step_inputs(plan.steps[0], latent, np.arange(rows, dtype=np.int64) % (spec.class_count + 1))

@@ -19,7 +19,8 @@ from qcgraph.pipeline import Pipeline
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
-from qcgraph.sampling.loop import step_inputs
+from qcgraph.sampling.conditions import in_turn
+from qcgraph.sampling.runner import step_call, step_inputs
 
 TIMED_MACS = 2e9  # multiply-accumulates of the batch that one run is timed with; small models need a batch
 TIMED_ROWS = 64  # the largest such batch
@@ -69,25 +70,25 @@ def estimate(
         forwards += len(program.variants) * min(JUDGED_FORWARDS, JUDGED_MACS / max(macs, 1))
     nodes = [len(variant.graph.nodes) for variant in program.variants.values()] if target.emits_onnx else []
     weights = captured.constant_bytes
-    chosen = set(weight_names(captured.variants["main"], planned).values())
+    chosen = set(weight_names(captured.variants[captured.computing], planned).values())
     codes = sum(constant.numel() for name, constant in captured.constants.items() if name in chosen)
     is_reduced = any(Precision in pass_.provides for pass_ in pipeline)
     numbers = (weights - codes * FLOAT_BYTES) // (2 if is_reduced else 1)
     return Estimate(
         seconds=elapsed + forwards * seconds_per_forward(captured) + EXPORT_SECONDS * sum(nodes),
         memory_bytes=int((resident_bytes() or weights) + WORKING_SHARE * weights + WORKING_BYTES),
-        bundle_bytes=codes * CODE_BYTES + numbers + len(captured.variants["main"].graph.nodes) * NODE_BYTES,
+        bundle_bytes=codes * CODE_BYTES + numbers + len(captured.variants[captured.computing].graph.nodes) * NODE_BYTES,
     )
 
 
 def workload(program: Program, pipeline: Pipeline) -> Workload:
     """Return the sizes that the work of passes depends on."""
     plan, macs = program.facts[StepPlan], macs_by_variant(program.variants)
-    computing = plan.computing
     spent = sum(macs[name] * plan.uses(name) for name in macs)
-    sizes = [pass_.sizes(program, computing) for pass_ in pipeline if isinstance(pass_, Calibrate)]
+    sizes = [pass_.sizes(program) for pass_ in pipeline if isinstance(pass_, Calibrate)]
     trajectories, rows = max(sizes, default=(0, 0))
-    return Workload(program, trajectories, rows, spent / (macs[computing] * len(plan)) if macs[computing] else 1.0)
+    whole = macs[program.computing] * len(plan)
+    return Workload(program, trajectories, rows, spent / whole if whole else 1.0)
 
 
 def seconds_per_forward(program: Program) -> float:
@@ -96,10 +97,10 @@ def seconds_per_forward(program: Program) -> float:
     (macs,) = macs_by_variant(program.variants).values()
     count = int(np.clip(TIMED_MACS // max(macs, 1), 1, TIMED_ROWS))
     latent = np.random.default_rng(0).standard_normal((count, *spec.latent_shape), dtype=np.float32)
-    inputs = step_inputs(plan.steps[0], latent, np.arange(count, dtype=np.int64) % spec.class_count)
+    inputs = step_inputs(plan, spec, 0, latent, in_turn(count, spec))
     runner, seconds = TorchRunner(program), 0.0
     for _ in range(2):
         started = time.perf_counter()
-        runner.run("main", inputs, {})
+        runner.run(step_call(plan, 0, inputs, {}))
         seconds = time.perf_counter() - started
     return seconds / count

@@ -13,7 +13,6 @@ from qcgraph.facts import Equalization, Requantization, SiteCorrection, WeightSo
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantized_sites import QuantizedSite, operands_of_attention, quantized_sites
-from qcgraph.plan.steps import StepPlan
 
 ops = torch.ops.qcgraph
 NEUTRAL = (1.0, 0.0, 0.0)  # gain, slope and offset that leave the noise prediction as it is, to the last bit
@@ -124,11 +123,6 @@ def float_weight(site: QuantizedSite, model: Program, program: Program) -> torch
     if equalized is not None and site.name in equalized.inputs:
         weight = weight * torch.tensor(equalized.inputs[site.name])
     return weight.t() if transposed else weight  # a view: a large model should not be in memory twice
-
-
-def every_step_computes(plan: StepPlan) -> StepPlan:
-    """The plan without its cache; a step that reused stays in the timestep group of the last computing step."""
-    return plan.throughout(plan.computing)
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from qcgraph.evaluation.ablation import is_quantized, without_quantization
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.pipeline.effort import affordable, trajectory_macs
-from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.roles import TensorRole
+from qcgraph.plan.spec import Interface, ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
-from qcgraph.sampling.cache_state import State
 from qcgraph.sampling.calibration import sample_calibration
-from qcgraph.sampling.loop import Array
+from qcgraph.sampling.runner import Array, Call
 
 TRAJECTORIES = 8  # fewer for large models
 MACS = 1e12  # multiply-accumulates that they may cost, about half a minute on two cores
@@ -67,9 +66,9 @@ def measure_edges(program: Program, origin: Program, seed: int, progress: Progre
     if not is_quantized(program) or len(plan.variants) < 2:
         return ()
     exact = without_quantization(program, origin)
-    count = affordable(PROGRAMS * trajectory_macs(origin, "main"), MACS, (1, TRAJECTORIES))
+    count = affordable(PROGRAMS * trajectory_macs(origin), MACS, (1, TRAJECTORIES))
     progress.note(f"measuring the cached edges on {count} trajectories")
-    runner = _Comparing(exact, program, plan)
+    runner = _Comparing(exact, program)
     sample_calibration(runner, plan, spec, count, seed, progress=progress)
     return runner.edges()
 
@@ -77,36 +76,35 @@ def measure_edges(program: Program, origin: Program, seed: int, progress: Progre
 class _Comparing:
     """Runs the float program; wherever it writes a cache, the quantized one computes it from the same input."""
 
-    def __init__(self, exact: Program, quantized: Program, plan: StepPlan) -> None:
+    def __init__(self, exact: Program, quantized: Program) -> None:
         self._exact = TorchRunner(exact)
         self._quantized = quantized
-        self._plan = plan
         self._last: dict[str, tuple[int, torch.Tensor]] = {}
         self._noise: dict[str, list[float]] = {}
         self._change: dict[str, list[float]] = {}
 
-    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
-        prediction = self._exact.run(variant, inputs, state)
-        written = self._quantized.variants[variant].interface.output_names[1:]
-        if written:
-            self._compare(variant, inputs, state, written)
+    def run(self, call: Call) -> Array:
+        prediction = self._exact.run(call)
+        interface = self._quantized.variants[call.variant].interface
+        if interface.caches:
+            self._compare(call, interface)
         return prediction
 
-    def _compare(
-        self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State, written: Sequence[str]
-    ) -> None:
-        index = self._plan.index_of(float(inputs["timestep"].flat[0]))
-        values = {name: torch.from_numpy(value) for name, value in inputs.items()}
-        values |= {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-        found = self._quantized.run(variant, values)
-        for name in written:
-            exact = state[name]
+    def _compare(self, call: Call, interface: Interface) -> None:
+        values = {name: torch.from_numpy(value) for name, value in call.inputs.items()}
+        for spec in interface.taken(TensorRole.CACHE):
+            value = call.state[spec.value, spec.age]
+            assert isinstance(value, torch.Tensor)
+            values[spec.name] = value
+        found = self._quantized.run(call.variant, values)
+        for spec in interface.caches:
+            exact = call.state[spec.value, 0]
             assert isinstance(exact, torch.Tensor)
-            self._noise.setdefault(name, []).append(_relative(found[name], exact))
-            if name in self._last:
-                before, value = self._last[name]
-                self._change.setdefault(name, []).append(_relative(value, exact) / (index - before))
-            self._last[name] = (index, exact)
+            self._noise.setdefault(spec.value, []).append(_relative(found[spec.name], exact))
+            if spec.value in self._last:
+                before, value = self._last[spec.value]
+                self._change.setdefault(spec.value, []).append(_relative(value, exact) / (call.index - before))
+            self._last[spec.value] = (call.index, exact)
 
     def edges(self) -> tuple[CachedEdge, ...]:
         """What was found."""

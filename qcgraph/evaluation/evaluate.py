@@ -33,7 +33,8 @@ from qcgraph.files.atomic import scratch_folder
 from qcgraph.pipeline.effort import affordable
 from qcgraph.progress import Progress
 from qcgraph.recipe.gate import Gate, Verdict
-from qcgraph.sampling.loop import Array
+from qcgraph.sampling.conditions import in_turn
+from qcgraph.sampling.runner import Array
 
 SAMPLES = 128  # of a seed, unless it is said how many
 CONVERGED_SAMPLES = 64  # of the first seed; the converged reference takes hundreds of steps
@@ -186,7 +187,8 @@ class _Run:
         samples = options.samples or affordable(macs, MACS, (needed, SAMPLES))
         pin_threads(subject.threads)
         self._subject, self._options, self._progress = subject, options, progress
-        self._labels = [index % subject.spec.class_count for index in range(samples)]
+        self._conditions = in_turn(samples, subject.spec)
+        self._labels = self._conditions.labels(subject.spec).tolist()
         self._bootstrap = Bootstrap(options.seeds, self._labels)
 
     def evaluation(self) -> Evaluation:
@@ -236,13 +238,13 @@ class _Run:
         first: Trajectory | None = None
         for seed in self._options.noise_seeds:
             self._progress.note(f"  seed {seed}: {len(self._labels)} samples of {len(drawn)} settings")
-            exact = Trajectory.draw(settings[0], self._labels, seed)
+            exact = Trajectory.draw(settings[0], self._conditions, seed)
             first = first or exact
             for key, tallying in self._progress.track(list(drawn.items()), "sampling"):
                 if key == settings[0].key:
                     tallying.take(exact)
                 else:
-                    tallying.add(self._labels, seed, exact)
+                    tallying.add(self._conditions, seed, exact)
         assert first is not None
         return {key: tallying.tally() for key, tallying in drawn.items()}, first
 
@@ -252,14 +254,14 @@ class _Run:
             return None, None
         self._progress.note(f"  converged reference: {CONVERGED_STEPS} and {CONVERGED_STEPS // 2} steps")
         count = affordable(self._subject.macs(CONVERGED_STEPS * 3 // 2), MACS, (1, CONVERGED_SAMPLES))
-        labels, seed = self._labels[:count], self._options.noise_seeds[0]
-        goal, half = (setting.draw(labels, seed, None) for setting in converged(self._subject) if setting.draw)
+        told, seed = self._conditions[:count], self._options.noise_seeds[0]
+        goal, half = (setting.draw(told, seed, None) for setting in converged(self._subject) if setting.draw)
         return goal, half
 
     def _sites(self, trajectory: Trajectory) -> tuple[tuple[SiteEffect, ...], tuple[ScaleFit, ...]]:
-        labels, seed = self._labels[:SITE_SAMPLES], self._options.noise_seeds[0]
-        sites = measure_sites(self._subject, trajectory, labels, seed, self._progress)
-        return sites, fit_scales(self._subject, labels, seed, self._progress) if sites else ()
+        told, seed = self._conditions[:SITE_SAMPLES], self._options.noise_seeds[0]
+        sites = measure_sites(self._subject, trajectory, told, seed, self._progress)
+        return sites, fit_scales(self._subject, told, seed, self._progress) if sites else ()
 
     def _compensation(self, errors: Mapping[str, Values]) -> Estimate | None:
         bare = uncompensated(errors)

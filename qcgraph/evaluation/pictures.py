@@ -55,7 +55,7 @@ def draw_curves(evaluation: Evaluation, plan: StepPlan) -> bytes:
     if {"quantization", "cache"} <= set(drawn):
         alone = [np.array(drawn[key].latent_errors) for key in ("quantization", "cache")]
         errors.plot(steps, np.hypot(*alone), ":", color="gray", label="both, without interaction")
-    computing = [index + 1 for index, step in enumerate(plan.steps) if step.variant == plan.computing]
+    computing = [index + 1 for index in range(len(plan)) if plan.computes(index)]
     if len(computing) < len(plan):
         errors.plot(computing, np.zeros(len(computing)), "|", color="black", label="steps that compute")
     errors.set_ylabel("relative L2 error of the latent")

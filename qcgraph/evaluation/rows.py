@@ -13,7 +13,7 @@ from qcgraph.evaluation.metrics import Distances, Metric, peak, psnr, shown, ssi
 from qcgraph.evaluation.tally import Tally, Values, mean_squares
 from qcgraph.models.judge import Judge
 from qcgraph.plan.spec import ModelSpec
-from qcgraph.sampling.loop import Array
+from qcgraph.sampling.runner import Array
 
 
 @dataclass(frozen=True)

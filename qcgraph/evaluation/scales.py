@@ -12,8 +12,11 @@ from torch import fx
 from qcgraph.evaluation.ablation import Quantizer, activation_quantizers
 from qcgraph.evaluation.settings import Subject
 from qcgraph.ir.execute import TorchRunner
+from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
-from qcgraph.sampling.loop import Array, sample
+from qcgraph.sampling.conditions import Conditions
+from qcgraph.sampling.loop import sample
+from qcgraph.sampling.runner import Call
 
 SMALLEST = float(np.finfo(np.float32).tiny)
 
@@ -50,7 +53,7 @@ class _Sums:
     clipped: float = 0.0
 
 
-def fit_scales(subject: Subject, labels: Sequence[int], seed: int, progress: Progress) -> tuple[ScaleFit, ...]:
+def fit_scales(subject: Subject, conditions: Conditions, seed: int, progress: Progress) -> tuple[ScaleFit, ...]:
     """How every activation scale fits, on trajectories of the compiled program.
 
     They run twice: first the ranges are found, then the errors, with the scales that are there and with those that the
@@ -58,28 +61,23 @@ def fit_scales(subject: Subject, labels: Sequence[int], seed: int, progress: Pro
 
     Args:
         subject: the compilation.
-        labels: one class a trajectory.
+        conditions: of the trajectories.
         seed: the seed of the noise.
         progress: reports the steps.
     """
-    watch = _Watch(activation_quantizers(subject.program), subject.plan.steps[0].group)
+    watch = _Watch(activation_quantizers(subject.program), subject.plan)
     runner = TorchRunner(subject.program, watch)
     plan = subject.plan
 
-    def enter_next_group(index: int, latent: Array) -> Array:
-        watch.group = plan.steps[(index + 1) % len(plan)].group
-        return latent
-
     for watch.measures_errors in (False, True):
-        progress.note(f"  scales: {len(labels)} trajectories, {'errors' if watch.measures_errors else 'ranges'}")
+        progress.note(f"  scales: {len(conditions)} trajectories, {'errors' if watch.measures_errors else 'ranges'}")
         sample(
             runner,
             plan,
             subject.spec,
-            labels,
+            conditions,
             seed,
-            batch=len(labels),
-            after_update=enter_next_group,
+            batch=len(conditions),
             progress=progress,
         )
     return tuple(watch.fits())
@@ -88,19 +86,20 @@ def fit_scales(subject: Subject, labels: Sequence[int], seed: int, progress: Pro
 class _Watch:
     """Sees what enters every quantizer (see `qcgraph.ir.execute.Observe`)."""
 
-    def __init__(self, quantizers: Sequence[Quantizer], group: int) -> None:
+    def __init__(self, quantizers: Sequence[Quantizer], plan: StepPlan) -> None:
         self._quantizers = {(item.variant, item.node): item for item in quantizers}
         self._sums: dict[tuple[tuple[str, ...], int], _Sums] = {}
-        self.group = group
+        self._plan = plan
         self.measures_errors = False
 
-    def __call__(self, variant: str, node: fx.Node, value: torch.Tensor) -> None:
-        quantizer = self._quantizers.get((variant, node.name))
+    def __call__(self, call: Call, node: fx.Node, value: torch.Tensor) -> None:
+        quantizer = self._quantizers.get((call.variant, node.name))
         if quantizer is None:
             return
-        sums = self._sums.setdefault((quantizer.sites, self.group), _Sums())
+        group = self._plan.steps[call.index].group
+        sums = self._sums.setdefault((quantizer.sites, group), _Sums())
         if self.measures_errors:
-            _add_errors(sums, quantizer, value, self.group)
+            _add_errors(sums, quantizer, value, group)
         else:
             sums.low, sums.high = min(sums.low, value.min().item()), max(sums.high, value.max().item())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from qcgraph.bundle import Bundle
 from qcgraph.errors import BundleError
 from qcgraph.evaluation.ablation import (
     compensation_tables,
-    every_step_computes,
     is_quantized,
     without_compensation,
     without_quantization,
@@ -31,9 +30,12 @@ from qcgraph.plan.schedulers import FLOW_SOLVER, make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
-from qcgraph.sampling.loop import AfterUpdate, Array, Runner, sample
+from qcgraph.sampling.conditions import Conditions
+from qcgraph.sampling.loop import TakenStep, sample
+from qcgraph.sampling.runner import Array, Runner
 
-Draw = Callable[[Sequence[int], int, AfterUpdate | None], Array]
+Observe = Callable[[TakenStep], None]
+Draw = Callable[[Conditions, int, Observe | None], Array]
 
 CONVERGED_STEPS = 250  # of the reference that both rivals converge to
 RIVAL = "dpmsolver++"
@@ -106,12 +108,12 @@ class Subject:
 
     def macs(self, steps: int) -> int:
         """Multiply-accumulates of so many steps of the model, both halves of guidance."""
-        return total_macs(find_sites(self.origin.variants["main"])) * steps * self.plan.halves
+        return total_macs(find_sites(self.origin.variants[self.origin.computing])) * steps * self.plan.halves
 
     def cost(self, plan: StepPlan) -> float:
         """Multiply-accumulates of sampling with a plan, in steps of the model."""
         macs = macs_by_variant(self.program.variants)
-        whole = total_macs(find_sites(self.origin.variants["main"]))
+        whole = total_macs(find_sites(self.origin.variants[self.origin.computing]))
         unknown = [step.variant for step in plan.steps if step.variant not in macs]
         if unknown:
             raise BundleError(f"the plan names variant {unknown[0]!r}, which the program has not", where="plan.json")
@@ -126,7 +128,7 @@ class Setting:
         key: its name in the JSON.
         title: its heading.
         cost: multiply-accumulates of a sample, in steps of the model.
-        draw: labels, seed and what to call after every update -> final latents f32[N,C,H,W].
+        draw: conditions, seed and what to call with every step -> final latents f32[N,C,H,W].
         planned: whether it takes the steps of the plan, so that its latents compare with full precision step by step.
         absent: why it is not sampled, or nothing.
     """
@@ -141,7 +143,7 @@ class Setting:
 
 def full_precision(subject: Subject) -> Setting:
     """The model itself, in PyTorch eager, with the steps of the plan."""
-    draw = _drawing(subject, EagerRunner(subject.model), every_step_computes(subject.plan))
+    draw = _drawing(subject, EagerRunner(subject.model), subject.plan.all_computing)
     return Setting("full_precision", "full precision", len(subject.plan), draw)
 
 
@@ -160,7 +162,7 @@ def parts(subject: Subject, folder: Path, progress: Progress) -> tuple[Setting, 
     """
     program, plan = subject.program, subject.plan
     quantized, cached = is_quantized(program), len(plan.variants) > 1
-    every = every_step_computes(plan)
+    every = plan.all_computing
     runner = subject.runner
     if subject.is_compensated and (quantized or cached):
         runner = _uncompensated(subject)
@@ -223,16 +225,16 @@ def _part(key: str, title: str, subject: Subject, runner: Runner, plan: StepPlan
 
 
 def _drawing(subject: Subject, runner: Runner, plan: StepPlan) -> Draw:
-    def draw(labels: Sequence[int], seed: int, after_update: AfterUpdate | None) -> Array:
-        return sample(runner, plan, subject.spec, labels, seed, batch=len(labels), after_update=after_update)
+    def draw(conditions: Conditions, seed: int, observe: Observe | None) -> Array:
+        return sample(runner, plan, subject.spec, conditions, seed, batch=len(conditions), observe=observe)
 
     return draw
 
 
 def _solving(subject: Subject, scheduler: str, steps: int) -> Draw:
-    def draw(labels: Sequence[int], seed: int, after_update: AfterUpdate | None) -> Array:
+    def draw(conditions: Conditions, seed: int, observe: Observe | None) -> Array:
         guidance = subject.plan.fingerprint.guidance
-        return sample_with(scheduler, steps, guidance, EagerRunner(subject.model), subject.spec, labels, seed)
+        return sample_with(scheduler, steps, guidance, EagerRunner(subject.model), subject.spec, conditions, seed)
 
     return draw
 

@@ -21,9 +21,11 @@ from qcgraph.ir.program import Program
 from qcgraph.ir.quantized_sites import QuantizedSite, quantized_sites, record
 from qcgraph.ir.structure import find_sites, total_macs
 from qcgraph.pipeline.effort import affordable
-from qcgraph.plan.spec import OUTPUT
+from qcgraph.plan.spec import PREDICTION_NAME
 from qcgraph.progress import Progress
+from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.noise import Noise
+from qcgraph.sampling.runner import step_inputs
 
 STEPS = 4  # steps at which the effect of a site is measured
 SAMPLES = 16  # samples a step, fewer for large models
@@ -49,14 +51,14 @@ class SiteEffect:
 
 
 def measure_sites(
-    subject: Subject, trajectory: Trajectory, labels: Sequence[int], seed: int, progress: Progress
+    subject: Subject, trajectory: Trajectory, conditions: Conditions, seed: int, progress: Progress
 ) -> tuple[SiteEffect, ...]:
     """What every quantized site costs, the worst first.
 
     Args:
         subject: the compilation.
         trajectory: latents of full precision.
-        labels: the classes of those latents.
+        conditions: of those latents.
         seed: the seed they were drawn with.
         progress: reports the sites.
     """
@@ -67,16 +69,16 @@ def measure_sites(
         return ()
     probes = [
         replace(probe, inputs=program.prepared(variant, probe.inputs))
-        for probe in _probes(subject, trajectory, labels, seed, len(sites))
+        for probe in _probes(subject, trajectory, conditions, seed, len(sites))
     ]
     exact = without_quantization(program, subject.origin)
-    expected = [exact.run(variant, probe.inputs)[OUTPUT] for probe in probes]
+    expected = [exact.run(variant, probe.inputs)[PREDICTION_NAME] for probe in probes]
     entering = _entering(exact, variant, probes[len(probes) // 2], sites)
     found = []
     for site in progress.track(sites, "sites"):
         alone = without_quantization(program, subject.origin, keep=(site.name,))
         errors = [
-            probe.weight * float((alone.run(variant, probe.inputs)[OUTPUT] - wanted).norm())
+            probe.weight * float((alone.run(variant, probe.inputs)[PREDICTION_NAME] - wanted).norm())
             for probe, wanted in zip(probes, expected, strict=True)
         ]
         effect = float(np.sqrt(np.mean(np.square(errors))))
@@ -94,26 +96,23 @@ class _Probe:
 
 
 def _probes(
-    subject: Subject, trajectory: Trajectory, labels: Sequence[int], seed: int, sites: int
+    subject: Subject, trajectory: Trajectory, conditions: Conditions, seed: int, sites: int
 ) -> tuple[_Probe, ...]:
     """A few steps of the full-precision trajectory, every second sample unconditional."""
     plan, spec = subject.plan, subject.spec
-    cost = total_macs(find_sites(subject.origin.variants["main"])) * (sites + 1) * STEPS
-    count = affordable(cost, MACS, (1, min(SAMPLES, len(labels))))
+    cost = total_macs(find_sites(subject.origin.variants[subject.origin.computing])) * (sites + 1) * STEPS
+    count = affordable(cost, MACS, (1, min(SAMPLES, len(conditions))))
     initial = Noise(seed, range(count), spec.latent_shape).initial()
     latents = [initial, *(latent[:count] for latent in trajectory.latents)]
-    classes = [label if index % 2 == 0 else spec.null_class for index, label in enumerate(labels[:count])]
+    told = conditions[:count].copy()
+    for name, null in told.unconditional(spec).values.items():
+        told.values[name][1::2] = null[1::2]
     probes = []
     for index in sorted({int(index) for index in np.linspace(0, len(plan) - 1, STEPS).round()}):
-        step = plan.steps[index]
-        inputs = {
-            "latent": torch.from_numpy(latents[index]),
-            "timestep": torch.full((count,), step.timestep, dtype=torch.float32),
-            "class_label": torch.tensor(classes),
-            "group": torch.tensor(step.group),
-            "row": torch.tensor(step.row),
-        }
-        probes.append(_Probe(inputs, abs(step.update.noise_prediction) / float(np.linalg.norm(latents[index + 1]))))
+        given = step_inputs(plan, spec, index, latents[index], told)
+        inputs = {name: torch.from_numpy(value) for name, value in given.items()}
+        weight = abs(plan.steps[index].update.noise_prediction) / float(np.linalg.norm(latents[index + 1]))
+        probes.append(_Probe(inputs, weight))
     return tuple(probes)
 
 

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
-import numpy as np
 import torch
 
 from qcgraph.plan.schedulers import make_scheduler
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
-from qcgraph.sampling.loop import Array, Request, Runner, guided
+from qcgraph.sampling.conditions import Conditions
+from qcgraph.sampling.loop import Request, trajectory
 from qcgraph.sampling.noise import Noise
+from qcgraph.sampling.runner import Array, Runner
 
 UNUSED = Update(0.0, 0.0)  # the scheduler itself makes the updates
 
 
 def sample_with(
-    scheduler: str, steps: int, guidance: float, runner: Runner, spec: ModelSpec, labels: Sequence[int], seed: int
+    scheduler: str,
+    steps: int,
+    guidance: float,
+    runner: Runner,
+    spec: ModelSpec,
+    conditions: Conditions,
+    seed: int,
 ) -> Array:
-    """Sample one latent per label with a diffusers scheduler that makes its own updates.
+    """Sample one latent for each of some conditions with a diffusers scheduler that makes its own updates.
 
     Args:
         scheduler: a key of `qcgraph.plan.schedulers.SCHEDULERS`; one that neither draws noise nor scales its input.
         steps: number of sampling steps.
         guidance: weight of classifier-free guidance; 1 means none.
-        runner: the denoiser; every step runs its variant ``main``.
+        runner: the denoiser; every step runs its captured variant.
         spec: what the denoiser is.
-        labels: one class a sample.
+        conditions: of the samples.
         seed: seeds the initial noise, which is that of `qcgraph.sampling.loop.sample`.
 
     Returns:
@@ -38,10 +44,20 @@ def sample_with(
     solver.set_timesteps(steps)
     calls = tuple(Step(float(timestep), UNUSED) for timestep in solver.timesteps)
     plan = StepPlan(Fingerprint("", scheduler, steps, guidance), calls)
-    request = Request(runner, plan)
-    classes = np.asarray(labels, dtype=np.int64)
-    latent = Noise(seed, range(len(classes)), spec.latent_shape).initial()
-    for step, timestep in zip(plan.steps, solver.timesteps, strict=True):
-        prediction = torch.from_numpy(guided(request, latent, step, classes, plan, spec))
-        latent = cast(Array, solver.step(prediction, timestep, torch.from_numpy(latent)).prev_sample.numpy())
+    latent = Noise(seed, range(len(conditions)), spec.latent_shape).initial()
+    for taken in trajectory(Request(runner, plan, spec), _Diffusers(solver), plan, spec, conditions, latent):
+        latent = taken.after
     return latent
+
+
+class _Diffusers:
+    """A diffusers scheduler as the solver of a trajectory."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+
+    def update(self, index: int, latent: Array, prediction: Array) -> Array:
+        """Return the latent [B,C,H,W] after a step."""
+        tensors = torch.from_numpy(prediction), torch.from_numpy(latent)
+        after = self._scheduler.step(tensors[0], self._scheduler.timesteps[index], tensors[1])
+        return cast(Array, after.prev_sample.numpy())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +9,9 @@ import numpy.typing as npt
 
 from qcgraph.evaluation.settings import Setting
 from qcgraph.sampling.calibration import LatentStatistics
-from qcgraph.sampling.loop import Array
+from qcgraph.sampling.conditions import Conditions
+from qcgraph.sampling.loop import TakenStep
+from qcgraph.sampling.runner import Array
 
 Values = npt.NDArray[np.float64]
 BROKEN = 1e30  # stands for the squared error of a latent that is not finite
@@ -23,16 +24,12 @@ class Trajectory:
     latents: tuple[Array, ...]
 
     @classmethod
-    def draw(cls, setting: Setting, labels: Sequence[int], seed: int) -> Trajectory:
+    def draw(cls, setting: Setting, conditions: Conditions, seed: int) -> Trajectory:
         """Sample a setting and keep every latent."""
         latents: list[Array] = []
 
-        def keep(index: int, latent: Array) -> Array:
-            latents.append(latent)
-            return latent
-
         assert setting.draw is not None
-        setting.draw(labels, seed, keep)
+        setting.draw(conditions, seed, lambda taken: latents.append(taken.after))
         return cls(tuple(latents))
 
 
@@ -80,17 +77,16 @@ class Tallying:
         self._finals.append(trajectory.latents[-1])
         self._errors.append(np.stack([mean_squares(latent) for latent in trajectory.latents]))
 
-    def add(self, labels: Sequence[int], seed: int, exact: Trajectory) -> None:
+    def add(self, conditions: Conditions, seed: int, exact: Trajectory) -> None:
         """Sample a seed and compare it with full precision."""
         assert self._setting.draw is not None
         errors: list[Values] = []
 
-        def compare(index: int, latent: Array) -> Array:
-            errors.append(mean_squares(latent, exact.latents[index]))
-            self._spread.add(index, latent)
-            return latent
+        def compare(taken: TakenStep) -> None:
+            errors.append(mean_squares(taken.after, exact.latents[taken.index]))
+            self._spread.add(taken.index, taken.after)
 
-        final = self._setting.draw(labels, seed, compare if self._setting.planned else None)
+        final = self._setting.draw(conditions, seed, compare if self._setting.planned else None)
         self._finals.append(final)
         self._errors.append(np.stack(errors) if errors else mean_squares(final, exact.latents[-1])[None])
 

@@ -45,13 +45,13 @@ class CachePlan:
         values: what computing steps store.
         modes: by the name of a variant that reuses, the names of the values that it reuses; it computes the rest.
         history: how many of the last computed values a forecast may use; 1 is plain reuse.
-        draft: the variant of each step to begin with, ``full`` or a mode. The step plan holds what became of it.
+        draft: what each step does to begin with: None computes, else a mode. The step plan holds what became of it.
     """
 
     values: tuple[CachedValue, ...]
     modes: dict[str, tuple[str, ...]]
     history: int
-    draft: tuple[str, ...]
+    draft: tuple[str | None, ...]
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class Reference:
     Attributes:
         means: per step and channel.
         deviations: standard deviation per step and channel.
-        seed: the seed of the noise and of the labels the trajectories started from.
+        seed: the seed of the noise and of the conditions the trajectories started from.
         trajectories: how many trajectories there were.
     """
 
@@ -90,12 +90,12 @@ class CalibrationSet:
         method: how they were selected from the pool.
         pool: how many there were to select from.
         steps: the index of the step of each.
-        labels: the class of each.
+        conditions: by name, the value of each condition for each.
         latents: f32[N,C,H,W], little-endian, as base64.
     """
 
     method: str
     pool: int
     steps: tuple[int, ...]
-    labels: tuple[int, ...]
+    conditions: dict[str, tuple[int | float, ...]]
     latents: str

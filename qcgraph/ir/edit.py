@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,10 +18,12 @@ from qcgraph.ir.graph import (
     eliminate_dead_code,
     fake_mode_of,
     fake_value,
+    input_node,
     output_node,
     spec_of,
 )
 from qcgraph.ir.program import Program, used_constants
+from qcgraph.plan.roles import TensorRole
 from qcgraph.plan.spec import Interface, TensorSpec
 
 
@@ -109,29 +111,46 @@ class GraphEditor:
         self.inputs.append(spec)
         return node
 
-    def scalar_input(self, name: str, source: fx.Node) -> fx.Node:
-        """An int64 scalar input of this name."""
-        return self.input(TensorSpec(name, "i64", ()), torch.empty((), dtype=torch.int64), source)
+    def scalar_input(self, spec: TensorSpec, source: fx.Node) -> fx.Node:
+        """Return the node of an int64 scalar input, which is added when it is new."""
+        return self.input(spec, torch.empty((), dtype=torch.int64), source)
 
-    def drop_unused_inputs(self, names: Collection[str]) -> None:
-        """Drop those of these inputs that no output depends on."""
+    def input_of(self, role: TensorRole) -> fx.Node:
+        """Return the node of the only input of a role.
+
+        Raises:
+            ContractError: there is none, or several.
+        """
+        return input_node(self.graph, self.interface, role)
+
+    @property
+    def interface(self) -> Interface:
+        """The inputs and outputs as they are by now."""
+        return Interface(tuple(self.inputs), tuple(self.outputs))
+
+    def drop_unused_inputs(self, *roles: TensorRole) -> None:
+        """Drop the inputs that no output depends on: of these roles, or of any where none is given."""
         eliminate_dead_code(self.graph)
+        droppable = {spec.name for spec in self.inputs if not roles or spec.role in roles}
         for node in list(self.graph.nodes):
-            if node.op == "placeholder" and node.target in names and not node.users:
+            if node.op == "placeholder" and node.target in droppable and not node.users:
                 self.graph.erase_node(node)
                 self.inputs = [spec for spec in self.inputs if spec.name != node.target]
 
-    def set_outputs(self, nodes: Sequence[fx.Node], names: Sequence[str]) -> None:
-        """Make these nodes, in this order, the outputs."""
+    def set_outputs(self, nodes: Sequence[fx.Node], specs: Sequence[TensorSpec]) -> None:
+        """Make these nodes, in this order, the outputs: with the names and roles of the specs, and their own types."""
         output = output_node(self.graph)
         output.args = (tuple(nodes),)
-        self.outputs = [spec_of(name, node.meta["val"]) for name, node in zip(names, nodes, strict=True)]
+        types = [spec_of("", node.meta["val"]) for node in nodes]
+        self.outputs = [
+            replace(spec, dtype=kind.dtype, shape=kind.shape) for spec, kind in zip(specs, types, strict=True)
+        ]
 
     def finish(self) -> Variant:
         """The edited variant, without dead nodes."""
         eliminate_dead_code(self.graph)
         self.graph.lint()
-        return Variant(self.graph, Interface(tuple(self.inputs), tuple(self.outputs)))
+        return Variant(self.graph, self.interface)
 
     def _stamp(self, node: fx.Node, value: Any, source: fx.Node, *, top_level: bool = False) -> None:
         node.meta["val"] = value

@@ -6,16 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import fx
 
 from qcgraph.ir.program import Program
-from qcgraph.sampling.cache_state import State, cached, depths, remember
-from qcgraph.sampling.loop import Array
+from qcgraph.sampling.cache_state import cached, depths, remember
+from qcgraph.sampling.runner import Array, Call
 
-Observe = Callable[[str, fx.Node, torch.Tensor], None]
+Observe = Callable[[Call, fx.Node, torch.Tensor], None]
 
 
 @contextmanager
@@ -37,11 +35,11 @@ def ordinary_torch() -> Iterator[None]:
 
 
 class TorchRunner:
-    """The reference backend: runs the graphs of a program as they are (see `qcgraph.sampling.loop.Runner`).
+    """The reference backend: runs the graphs of a program as they are (see `qcgraph.sampling.runner.Runner`).
 
     Args:
         program: what to run.
-        observe: called with (variant, node, first argument's value) before every op; slower, for calibration.
+        observe: called with (call, node, first argument's value) before every op; slower, for calibration.
     """
 
     def __init__(self, program: Program, observe: Observe | None = None) -> None:
@@ -54,25 +52,26 @@ class TorchRunner:
         """The program that it runs."""
         return self._program
 
-    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
-        """Run one variant; cache tensors in ``state`` are torch tensors."""
+    def run(self, call: Call) -> Array:
+        """Run one variant; cached values in the state are torch tensors."""
         with ordinary_torch():
-            return self._run(variant, inputs, state)
+            return self._run(call)
 
-    def _run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
-        interface = self._program.variants[variant].interface
-        tensors = {name: torch.from_numpy(inputs[name]) for name in interface.input_names if name in inputs}
-        for name in interface.input_names:
-            if name not in tensors:
-                tensors[name] = cast(torch.Tensor, cached(name, variant, state))
-        outputs = self._program.run(variant, tensors) if self._observe is None else self._watch(variant, tensors)
-        result = outputs.pop(interface.output_names[0])
-        remember(state, outputs, self._depths)
-        return cast(Array, result.numpy())
+    def _run(self, call: Call) -> Array:
+        interface = self._program.variants[call.variant].interface
+        tensors = {
+            spec.name: torch.from_numpy(call.inputs[spec.name])
+            if spec.name in call.inputs
+            else cast(torch.Tensor, cached(spec, call.variant, call.state))
+            for spec in interface.inputs
+        }
+        outputs = self._program.run(call.variant, tensors) if self._observe is None else self._watch(call, tensors)
+        remember(call.state, {spec.value: outputs[spec.name] for spec in interface.caches}, self._depths)
+        return cast(Array, outputs[interface.result.name].numpy())
 
-    def _watch(self, variant: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        interface = self._program.variants[variant].interface
-        watcher = _Watcher(self._program.module(variant), variant, cast(Observe, self._observe))
+    def _watch(self, call: Call, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        interface = self._program.variants[call.variant].interface
+        watcher = _Watcher(self._program.module(call.variant), call, cast(Observe, self._observe))
         with torch.no_grad():
             outputs = watcher.run(*(tensors[name] for name in interface.input_names))
         return dict(zip(interface.output_names, outputs, strict=True))
@@ -81,16 +80,16 @@ class TorchRunner:
 class _Watcher(fx.Interpreter):
     """Interprets a graph and shows the first argument of every op."""
 
-    def __init__(self, module: fx.GraphModule, variant: str, observe: Observe) -> None:
+    def __init__(self, module: fx.GraphModule, call: Call, observe: Observe) -> None:
         super().__init__(module)
-        self._variant = variant
+        self._call = call
         self._show = observe
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_function" and n.args and isinstance(n.args[0], fx.Node):
             value = self.env[n.args[0]]
             if isinstance(value, torch.Tensor):
-                self._show(self._variant, n, value)
+                self._show(self._call, n, value)
         return super().run_node(n)
 
 

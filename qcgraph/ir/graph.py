@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qcgraph.errors import ContractError
+from qcgraph.plan.roles import TensorRole
 from qcgraph.plan.spec import BATCH, Interface, TensorSpec
 
 if TYPE_CHECKING:
@@ -60,10 +61,27 @@ def is_name(text: object) -> bool:
     return isinstance(text, str) and _NAME.fullmatch(text) is not None
 
 
-def spec_of(name: str, value: torch.Tensor) -> TensorSpec:
-    """The spec of a (possibly fake) tensor; a symbolic dimension is printed as the batch."""
+def spec_of(name: str, value: torch.Tensor, role: TensorRole | None = None) -> TensorSpec:
+    """Return the spec of a (possibly fake) tensor; a symbolic dimension is printed as the batch."""
     shape = tuple(dimension_text(dim) for dim in value.shape)
-    return TensorSpec(name, DTYPE_NAMES[value.dtype], shape)
+    return TensorSpec(name, DTYPE_NAMES[value.dtype], shape, role)
+
+
+def cache_spec(name: str, value: torch.Tensor, cached: str, age: int = 0) -> TensorSpec:
+    """Return the spec of an input or output that holds a cached value, as it was some computing steps ago."""
+    return replace(spec_of(name, value, TensorRole.CACHE), value=cached, age=age)
+
+
+def input_node(graph: fx.Graph, interface: Interface, role: TensorRole) -> fx.Node:
+    """Return the placeholder of the only input of a role.
+
+    Raises:
+        ContractError: the variant takes none or several of this role.
+    """
+    names = [spec.name for spec in interface.taken(role)]
+    if len(names) != 1:
+        raise ContractError(f"a variant takes {len(names)} inputs of the role {role}, not one")
+    return next(node for node in graph.nodes if node.op == "placeholder" and node.target == names[0])
 
 
 def dimension_text(dim: int | torch.SymInt) -> int | str:

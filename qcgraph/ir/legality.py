@@ -14,7 +14,8 @@ from qcgraph.ir.admitted import is_admitted, is_quiet
 from qcgraph.ir.graph import Variant, module_path, returned_nodes, spec_of
 from qcgraph.ir.ops import OPS
 from qcgraph.ir.program import Program
-from qcgraph.plan.spec import MODULATION, preparation
+from qcgraph.plan.roles import TensorRole
+from qcgraph.plan.spec import GROUP, ROW
 from qcgraph.plan.steps import StepPlan
 
 NAMESPACES = ("aten", "qcgraph")
@@ -63,15 +64,23 @@ def _plan_names_variants(program: Program) -> Iterator[str]:
             yield f"the step plan uses variant {name!r}, which does not exist"
 
 
-def _plan_names_prepared(program: Program) -> Iterator[str]:
+def _every_variant_has_a_role(program: Program) -> Iterator[str]:
     plan = program.facts.get(StepPlan)
-    prepared = plan.prepared if plan else ()
-    taking = [name for name, variant in program.variants.items() if MODULATION in variant.interface.input_names]
-    if set(prepared) != set(taking):
-        yield f"the step plan prepares {list(prepared)}, a modulation is taken by {taking}"
-    for name in prepared:
-        if preparation(name) not in program.variants:
-            yield f"the step plan prepares variant {name!r}, and there is no {preparation(name)!r}"
+    if plan is None:
+        return
+    for name in sorted(plan.roles.keys() ^ program.variants.keys()):
+        yield f"variant {name!r} " + ("has no role" if name in program.variants else "has a role, and does not exist")
+    taking = {name for name, variant in program.variants.items() if variant.interface.taken(TensorRole.MODULATION)}
+    if taking != plan.preparing.keys():
+        yield f"a modulation is taken by {sorted(taking)}, and prepared for {sorted(plan.preparing)}"
+
+
+def _cached_values_are_computed(program: Program) -> Iterator[str]:
+    made = {spec.value for interface in program.interfaces.values() for spec in interface.caches}
+    for name, interface in program.interfaces.items():
+        for spec in interface.taken(TensorRole.CACHE):
+            if spec.value not in made:
+                yield f"variant {name!r} takes {spec.name!r}, and no variant computes the cached value {spec.value!r}"
 
 
 def _facts_hold_constants(program: Program) -> Iterator[str]:
@@ -151,7 +160,7 @@ def _table_covers_plan(node: fx.Node, program: Program) -> str | None:
         return None
     table, index = node.args
     assert isinstance(table, fx.Node) and isinstance(index, fx.Node)
-    needed = {"group": plan.group_count, "row": 1 + max(step.row for step in plan.steps)}.get(str(index.target))
+    needed = {GROUP.name: plan.group_count, ROW.name: 1 + max(step.row for step in plan.steps)}.get(str(index.target))
     if needed is None:
         return "its index is neither the group nor the row input"
     rows = table.meta["val"].shape[0]
@@ -160,7 +169,8 @@ def _table_covers_plan(node: fx.Node, program: Program) -> str | None:
 
 PROGRAM_RULES: tuple[Callable[[Program], Iterator[str]], ...] = (
     _plan_names_variants,
-    _plan_names_prepared,
+    _every_variant_has_a_role,
+    _cached_values_are_computed,
     _facts_hold_constants,
 )
 VARIANT_RULES: tuple[Callable[[Variant], Iterator[str]], ...] = (_inputs_match, _outputs_match)

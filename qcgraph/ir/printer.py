@@ -119,7 +119,7 @@ def _lines_of(facts: Facts, kind: type, show: Callable[[Any], list[str]]) -> lis
 
 def _model(spec: ModelSpec) -> list[str]:
     shape = "x".join(map(str, spec.latent_shape))
-    return [f"model {spec.name}: latent {shape}, {spec.class_count} classes, predicts {spec.schedule.prediction}"]
+    return [f"model {spec.name}: latent {shape}, {spec.conditions_text}, predicts {spec.schedule.prediction}"]
 
 
 def _steps(plan: StepPlan) -> list[str]:

@@ -14,8 +14,8 @@ from qcgraph.errors import ContractError
 from qcgraph.facts import Facts
 from qcgraph.ir.graph import Variant
 from qcgraph.ir.printer import print_program
-from qcgraph.plan.spec import MODULATION, Interface, preparation
-from qcgraph.plan.steps import digest, digest_of
+from qcgraph.plan.spec import Interface
+from qcgraph.plan.steps import StepPlan, digest, digest_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Program:
     """A denoiser under compilation.
 
     Attributes:
-        variants: the graphs by name; ``main`` alone until a cache splits it into ``full`` and ``reuse``.
+        variants: the graphs by name; a single one until a cache splits it. The step plan says what each is for.
         constants: every parameter and table by name, shared by all variants.
         facts: what the passes know, by type.
         history: the passes run so far.
@@ -88,9 +88,24 @@ class Program:
         return dict(zip(interface.output_names, outputs, strict=True))
 
     def prepared(self, variant: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Inputs of a variant, with the modulation that another computes of them where it takes one."""
-        takes = MODULATION in self.variants[variant].interface.input_names
-        return {**inputs, **(self.run(preparation(variant), inputs) if takes else {})}
+        """Return the inputs of a variant, with the modulation that another one computes of them where it takes one."""
+        plan = self.facts.get(StepPlan)
+        preparing = plan.preparing.get(variant) if plan else None
+        return {**inputs, **(self.run(preparing, inputs) if preparing else {})}
+
+    @property
+    def computing(self) -> str:
+        """The variant that computes the whole network; before there is a step plan, the captured one.
+
+        Raises:
+            ContractError: there is no step plan, and several variants.
+        """
+        plan = self.facts.get(StepPlan)
+        if plan is not None:
+            return plan.computing
+        if len(self.variants) != 1:
+            raise ContractError("several variants and no step plan to say which of them computes")
+        return next(iter(self.variants))
 
     @property
     def constant_bytes(self) -> int:

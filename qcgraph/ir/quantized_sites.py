@@ -12,7 +12,7 @@ from qcgraph.ir.execute import walk
 from qcgraph.ir.graph import DTYPE_NAMES, Variant
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
-from qcgraph.sampling.loop import Array
+from qcgraph.sampling.runner import Array
 
 aten = torch.ops.aten
 ops = torch.ops.qcgraph

@@ -8,6 +8,7 @@ from torch import fx
 from qcgraph.facts import ActivationQuant
 from qcgraph.ir.edit import GraphEditor
 from qcgraph.ir.quantize import clip_limits, parameters
+from qcgraph.plan.spec import GROUP
 
 aten = torch.ops.aten
 ops = torch.ops.qcgraph
@@ -44,4 +45,4 @@ def parameter(editor: GraphEditor, name: str, values: torch.Tensor, source: fx.N
     if len(values) == 1:
         return editor.constant(name, values.reshape(()), source)
     table = editor.constant(name, values, source)
-    return editor.call(ops.select.default, table, editor.scalar_input("group", source), source=source)
+    return editor.call(ops.select.default, table, editor.scalar_input(GROUP, source), source=source)

@@ -31,7 +31,7 @@ _STRANGE = "this file was not written by qcgraph"
 INTEGERS = {function.__name__: function for function in INTEGER_FUNCTIONS}
 # What ops and decoders raise of wrong arguments; PyTorch's own errors are RuntimeErrors, pydantic's ValueErrors.
 READING_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-FORMAT = 1
+FORMAT = 2
 PROGRAM = "program.json"
 WEIGHTS = "weights.safetensors"
 LARGEST_PROGRAM = 2**30  # bytes

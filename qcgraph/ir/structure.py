@@ -19,7 +19,7 @@ from torch import fx
 
 from qcgraph.facts import CachedValue
 from qcgraph.ir.graph import DTYPE_NAMES, Variant, dimension_text, module_path, returned_nodes, size_of
-from qcgraph.plan.spec import MODULATION, TensorSpec
+from qcgraph.plan.roles import TensorRole
 
 aten = torch.ops.aten
 PAIR = 2  # samples: both halves of guidance
@@ -94,7 +94,8 @@ def latent_dependent(variant: Variant) -> set[fx.Node]:
 
     Sizes do not count: a value that uses only the batch size of the latent does not depend on it.
     """
-    dependent = {node for node in variant.graph.nodes if node.op == "placeholder" and node.target == "latent"}
+    states = {spec.name for spec in variant.interface.taken(TensorRole.STATE)}
+    dependent = {node for node in variant.graph.nodes if node.op == "placeholder" and node.target in states}
     for node in variant.graph.nodes:
         if isinstance(node.meta.get("val"), (int, torch.SymInt)):
             continue
@@ -266,16 +267,11 @@ def outer_layers(variant: Variant) -> set[fx.Node]:
     if inner:
         after, before = _downstream(variant, inner), _upstream(variant, inner)
         return {node for node in nodes if node not in inner and (node not in after or node not in before)}
-    if any(_is_cached(spec) for spec in variant.interface.inputs):
+    if variant.interface.taken(TensorRole.CACHE):
         return set(nodes)  # the blocks are what reusing skips
     after, before = _downstream(variant, nodes), _upstream(variant, nodes)
     outer = {node for node in nodes if node not in after or node not in before}
     return outer if outer != set(nodes) else set()
-
-
-def _is_cached(spec: TensorSpec) -> bool:
-    """Whether an input is a tensor that an earlier step computed."""
-    return spec.dtype.startswith(("f", "bf")) and len(spec.shape) > 1 and spec.name not in ("latent", MODULATION)
 
 
 def _element(node: fx.Node) -> str:

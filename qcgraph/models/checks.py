@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qcgraph.errors import UsageError
-from qcgraph.plan.spec import FLOW, ModelSpec, NoiseSchedule
+from qcgraph.plan.spec import FLOW, GROUP, MODULATION_NAME, ROW, ModelSpec, NoiseSchedule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,14 +42,23 @@ class _Schedule(_Strict):
     sampler: _Sampler | None
 
 
+class _Condition(_Strict):
+    """The values that a `Condition` may have."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=100)]
+    dtype: Literal["i64", "f32"]
+    shape: Annotated[tuple[_Size, ...], Field(max_length=6)]
+    count: _Size | None
+    null: Annotated[int, Field(ge=0)] | float | None
+
+
 class _Spec(_Strict):
     """The values that a `ModelSpec` may have."""
 
     name: Annotated[str, Field(min_length=1)]
     latent_shape: tuple[_Size, _Size, _Size]
-    class_count: _Size
-    null_class: Annotated[int, Field(ge=0)]
     output_channels: _Size
+    conditions: tuple[_Condition, ...]
     schedule: _Schedule
     is_image: bool
 
@@ -81,6 +90,11 @@ def check_spec(spec: ModelSpec, where: str) -> None:
             where=where,
             hint="see qcgraph.plan.spec.ModelSpec",
         ) from None
+    names = [tensor.name for tensor in (*spec.inputs, GROUP, ROW)] + [MODULATION_NAME]
+    if shared := {name for name in names if names.count(name) > 1}:
+        raise UsageError(
+            f"the condition {min(shared)!r} has a name that is taken", where=where, hint="give it a name of its own"
+        )
     if spec.output_channels < spec.latent_shape[0]:
         raise UsageError(
             f"output_channels {spec.output_channels} are fewer than the {spec.latent_shape[0]} of the latent",

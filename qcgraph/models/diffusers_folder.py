@@ -58,7 +58,7 @@ def load_diffusers_folder(folder: Path) -> LoadedModel:
     config, notes = read_transformer_config(model_folder)
     schedule, said = read_schedule(folder) if is_pipeline else _no_schedule(folder)
     transformer, found = _load_transformer(model_folder, config)
-    spec = ModelSpec(
+    spec = ModelSpec.class_conditional(
         name=folder.resolve().name,
         latent_shape=(config.in_channels, config.sample_size, config.sample_size),
         class_count=config.num_embeds_ada_norm,

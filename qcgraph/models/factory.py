@@ -81,19 +81,17 @@ def check_parameters(model: LoadedModel, where: str) -> None:
     Raises:
         UsageError: names the first one.
     """
-    if not isinstance(model.input_names, (tuple, list)) or len(model.input_names) != 3:
-        raise UsageError(
-            f"input_names are {model.input_names!r}, not three names",
-            where=where,
-            hint="input_names are the forward parameters for latent, timestep and class label, in this order",
-        )
+    wanted = [tensor.name for tensor in model.spec.inputs]
+    hint = f"input_names are the forward parameters for {', '.join(wanted)}, in this order"
+    if not isinstance(model.input_names, (tuple, list)) or len(model.input_names) != len(wanted):
+        raise UsageError(f"input_names are {model.input_names!r}, not {len(wanted)} names", where=where, hint=hint)
     parameters = inspect.signature(model.module.forward).parameters
     absent = [name for name in model.input_names if name not in parameters]
     if absent:
         raise UsageError(
             f"the module's forward has no parameter {absent[0]!r}; it has {', '.join(parameters)}",
             where=where,
-            hint="input_names are the forward parameters for latent, timestep and class label, in this order",
+            hint=hint,
         )
 
 
@@ -103,26 +101,30 @@ def try_forward(model: LoadedModel, where: str, *, is_guided: bool = False) -> N
     Args:
         model: the model.
         where: what an error calls it.
-        is_guided: whether it also has to take the null class.
+        is_guided: whether it also has to take null values.
 
     Raises:
         UsageError: the module raises, or returns something else than one tensor [B, C_out, H, W].
     """
     import torch
 
+    from qcgraph.capture.capture import example_inputs
+
     spec = model.spec
-    shape = (2, *spec.latent_shape)
-    labels = [0, spec.null_class if is_guided else 0]
-    inputs = (torch.zeros(shape), torch.ones(2), torch.tensor(labels))
+    shape, inputs = (2, *spec.latent_shape), example_inputs(spec, 2)
+    for condition in spec.conditions:
+        if is_guided and condition.null is not None:
+            inputs[condition.name][1] = condition.null
     try:
         with torch.inference_mode():
-            output: Any = model.module(**dict(zip(model.input_names, inputs, strict=True)))
+            output: Any = model.module(**dict(zip(model.input_names, inputs.values(), strict=True)))
     except QcgraphError:
         raise
     except Exception as error:  # whatever code of the user's raises
         if is_guided and isinstance(error, IndexError):
+            nulls = [f"{item.name} {item.null}" for item in spec.conditions if item.null is not None]
             raise UsageError(
-                f"the module has no row for the null class {spec.null_class}, which guidance needs: {_said(error)}",
+                f"the module has no row for the null value {', '.join(nulls)}, which guidance needs: {_said(error)}",
                 where=where,
                 hint="sample with --guidance 1, or give the embedding of classes one row more than there are classes",
             ) from error

@@ -113,7 +113,7 @@ class DiTConfig:
             schedule: the training noise schedule, by default the original's.
             is_image: whether the latent is an image in [-1, 1].
         """
-        return ModelSpec(
+        return ModelSpec.class_conditional(
             name=name,
             latent_shape=(self.channels, self.input_size, self.input_size),
             class_count=self.class_count,

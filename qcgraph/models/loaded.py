@@ -21,8 +21,8 @@ class LoadedModel:
         module: the network, in evaluation mode, frozen, float32. It returns one tensor, [B, C_out, H, W]. Wrappers that
             compile it or spread it over devices are taken off.
         spec: what the host must know of it.
-        input_names: names of the module's forward parameters in the order latent [B, C, H, W], timestep [B],
-            class label [B].
+        input_names: names of the module's forward parameters in the order of the inputs of the spec: latent
+            [B, C, H, W], timestep [B], and the conditions.
         judge: makes what samples are judged with (class accuracy, FID-small), or None where nothing can judge them. It
             is called on demand, because a judge may need data and libraries that compiling does not; a factory of
             your own may supply one for its model.
@@ -31,6 +31,6 @@ class LoadedModel:
 
     module: nn.Module
     spec: ModelSpec
-    input_names: tuple[str, str, str]
+    input_names: tuple[str, ...]
     judge: Callable[[], Judge] | None = None
     notes: tuple[str, ...] = ()

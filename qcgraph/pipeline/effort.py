@@ -6,7 +6,6 @@ from math import prod
 
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites, total_macs
-from qcgraph.plan.schedule import FULL
 from qcgraph.plan.steps import StepPlan
 
 TRAJECTORY_LIMITS = (2, 16)
@@ -17,7 +16,7 @@ FLOAT_BYTES = 4
 
 def affordable_trajectories(program: Program) -> int:
     """How many trajectories on which every step computes can be recorded, by arithmetic and by memory."""
-    plan, values = program.facts[StepPlan], program.variants[FULL].interface.outputs[1:]
+    plan, values = program.facts[StepPlan], program.variants[program.computing].interface.caches
     size = FLOAT_BYTES * sum(prod(dim for dim in value.shape if isinstance(dim, int)) for value in values)
     held = RECORD_BYTES // max(1, size * plan.halves * len(plan))
     return max(1, min(held, affordable(trajectory_macs(program), RECORD_MACS, TRAJECTORY_LIMITS)))
@@ -29,7 +28,7 @@ def affordable(macs: float, limit: float, bounds: tuple[int, int]) -> int:
     return max(least, min(most, int(limit / macs)))
 
 
-def trajectory_macs(program: Program, variant: str = FULL) -> float:
-    """Multiply-accumulates of one trajectory on which every step runs a variant."""
+def trajectory_macs(program: Program) -> float:
+    """Return the multiply-accumulates of one trajectory on which every step computes."""
     plan = program.facts[StepPlan]
-    return float(total_macs(find_sites(program.variants[variant]))) * len(plan) * plan.halves
+    return float(total_macs(find_sites(program.variants[program.computing]))) * len(plan) * plan.halves

@@ -18,13 +18,13 @@ from qcgraph.bundle.manifest import entry_of
 from qcgraph.errors import ContractError, UsageError
 from qcgraph.files.atomic import FolderKind, Written
 from qcgraph.files.folder import record_of, recorded_hashes
-from qcgraph.ir.graph import DTYPES
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import program_from_json, program_to_json, save_program
 from qcgraph.pipeline import Instrument, Pass, Pipeline
-from qcgraph.plan.spec import BATCH, OUTPUT, ModelSpec, TensorSpec, is_preparation
+from qcgraph.plan.roles import TensorRole
+from qcgraph.plan.spec import GROUP, PREDICTION_NAME, ROW, TIMESTEP, ModelSpec
 from qcgraph.progress import Progress
-from qcgraph.sampling.cache_state import aged, depths
+from qcgraph.sampling.conditions import in_turn
 
 RECORD = "reproducer.json"
 
@@ -103,7 +103,7 @@ class VerifyEach(Instrument):
         self._progress = progress
         self._digest = captured.digest
         self._inputs = example_inputs(captured)
-        self._reference = captured.run("main", self._inputs)[OUTPUT]
+        self._reference = captured.run(captured.computing, self._inputs)[PREDICTION_NAME]
 
     def after(self, pass_: Pass, before: Program, after: Program) -> None:
         if before.compute_digest() != self._digest:
@@ -116,17 +116,16 @@ class VerifyEach(Instrument):
 
     def _errors(self, program: Program) -> dict[str, float]:
         inputs = dict(self._inputs)
-        inputs |= {name: torch.zeros((), dtype=torch.int64) for name in ("group", "row")}
+        inputs |= {spec.name: torch.zeros((), dtype=torch.int64) for spec in (GROUP, ROW)}
         errors: dict[str, float] = {}
-        depth = depths(program.interfaces.values())
-        for name in program.variants:
-            if is_preparation(name):
+        cached: dict[str, torch.Tensor] = {}  # what the computing variant caches, for reuse at whatever age
+        for name, interface in program.interfaces.items():
+            if not interface.given(TensorRole.PREDICTION):
                 continue
-            outputs = program.run(name, program.prepared(name, inputs))
-            # Cache tensors that a computing variant writes, for those that reuse them, whatever their age.
-            ages = range(1 + max(depth.values(), default=0))
-            inputs |= {aged(output, age): value for output, value in outputs.items() for age in ages}
-            difference = outputs[OUTPUT] - self._reference
+            taken = {spec.name: cached[spec.value] for spec in interface.taken(TensorRole.CACHE)}
+            outputs = program.run(name, program.prepared(name, inputs | taken))
+            cached |= {spec.value: outputs[spec.name] for spec in interface.caches}
+            difference = outputs[interface.result.name] - self._reference
             errors[name] = float(difference.norm() / self._reference.norm())
         return errors
 
@@ -175,19 +174,12 @@ REPRODUCER_FOLDER = FolderKind(written_reproducer, "exists and is not a reproduc
 
 
 def example_inputs(program: Program, batch: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs for a captured program: a normal latent, timesteps in the middle, classes from 0."""
+    """Return inputs for a captured program: a normal latent, timesteps in the middle, conditions in turn."""
     generator = torch.Generator().manual_seed(seed)
     spec = program.facts[ModelSpec]
-    made: dict[str, torch.Tensor] = {}
-    for item in next(iter(program.variants.values())).interface.inputs:
-        shape = [batch if dim == BATCH else int(dim) for dim in item.shape]
-        made[item.name] = _example(item, shape, spec, generator)
-    return made
-
-
-def _example(item: TensorSpec, shape: list[int], spec: ModelSpec, generator: torch.Generator) -> torch.Tensor:
-    if item.name == "timestep":
-        return torch.full(shape, spec.schedule.train_steps / 2, dtype=DTYPES[item.dtype])
-    if item.name == "class_label":
-        return torch.arange(shape[0]) % spec.class_count
-    return torch.randn(shape, generator=generator, dtype=DTYPES[item.dtype])
+    conditions = in_turn(batch, spec)
+    return {
+        spec.latent.name: torch.randn(batch, *spec.latent_shape, generator=generator),
+        TIMESTEP.name: torch.full((batch,), spec.schedule.train_steps / 2),
+        **{name: torch.from_numpy(values) for name, values in conditions.values.items()},
+    }

@@ -36,9 +36,4 @@ class Workload:
     def run(self, variant: str) -> float:
         """Return what one run of a variant costs, relative to one of the computing graph."""
         macs = macs_by_variant(self.program.variants)
-        return (macs[variant] + RUN_MACS) / (macs[self.computing] + RUN_MACS)
-
-    @property
-    def computing(self) -> str:
-        """The variant that computes the whole model."""
-        return self.program.facts[StepPlan].computing
+        return (macs[variant] + RUN_MACS) / (macs[self.program.computing] + RUN_MACS)

@@ -4,23 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qcgraph.plan.roles import TensorRole
+
 BATCH = "B"  # how the one symbolic dimension, the batch, is called wherever shapes are shown
-OUTPUT = "noise_prediction"  # the first output of every variant that is a step; the others are cache tensors
-MODULATION = "modulation"  # f32[B,M]: the only output of a preparing variant, and an input of the one it prepares
 FLOW = "flow_prediction"
-_PREPARATION = "prepare_"
-
-
-def preparation(variant: str) -> str:
-    """The name of the variant that computes, of timestep and class alone, the modulation of another."""
-    return f"{_PREPARATION}{variant}"
-
-
-def is_preparation(variant: str) -> bool:
-    """Whether a variant only prepares another."""
-    return variant.startswith(_PREPARATION)
-
-
 Setting = bool | int | float | str
 
 
@@ -73,47 +60,176 @@ class NoiseSchedule:
 
 
 @dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype, shape and role of a graph input or output.
+
+    Attributes:
+        name: its name in the graph.
+        dtype: ``f32``, ``i64`` ...
+        shape: its dimensions; a string is symbolic: the batch `BATCH`, or an expression of it.
+        role: what it is for; None for a value inside of a graph.
+        value: the cached value that it holds; of CACHE alone.
+        age: how many computing steps before the last one the cached value was computed; of CACHE alone.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    role: TensorRole | None = None
+    value: str = ""
+    age: int = 0
+
+    @property
+    def batch_axis(self) -> int | None:
+        """The axis of the batch, or None where it has none."""
+        return self.shape.index(BATCH) if BATCH in self.shape else None
+
+    @property
+    def type(self) -> tuple[str, tuple[int | str, ...]]:
+        """Its dtype and shape."""
+        return self.dtype, self.shape
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+# The inputs of a captured denoiser but its conditions, which the model's spec names; what passes add, and the result.
+TIMESTEP = TensorSpec("timestep", "f32", (BATCH,), TensorRole.STEP)
+GROUP = TensorSpec("group", "i64", (), TensorRole.GROUP)
+ROW = TensorSpec("row", "i64", (), TensorRole.ROW)
+LATENT_NAME = "latent"
+PREDICTION_NAME = "noise_prediction"
+MODULATION_NAME = "modulation"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """An input of a denoiser that says what to draw. It is constant over the steps of a request.
+
+    Attributes:
+        name: its name in the graphs, ``class_label`` for example.
+        dtype: ``i64`` or ``f32``.
+        shape: of one sample; empty for one number.
+        count: its values are ``0 .. count - 1``; None where it may have any.
+        null: the value of all of its elements in the unconditional half of guidance; None where there is none.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] = ()
+    count: int | None = None
+    null: int | float | None = None
+
+    @property
+    def tensor(self) -> TensorSpec:
+        """The graph input."""
+        return TensorSpec(self.name, self.dtype, (BATCH, *self.shape), TensorRole.REQUEST)
+
+
+def class_label(count: int, null: int | None = None, name: str = "class_label") -> Condition:
+    """Return the condition of a class-conditional model.
+
+    Args:
+        count: number of classes; labels are ``0 .. count - 1``.
+        null: the label of the unconditional half of guidance; ``count`` when None.
+        name: its name in the graphs.
+    """
+    return Condition(name, "i64", (), count, count if null is None else null)
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """A class-conditional denoiser as its host sees it.
+    """A denoiser as its host sees it.
 
     Attributes:
         name: how the model is called, e.g. ``digits`` or ``dit-s-2``.
         latent_shape: (channels, height, width) of one latent.
-        class_count: number of classes; labels are ``0 .. class_count - 1``.
-        null_class: the label of the unconditional half of guidance.
         output_channels: channels the network returns; the first ``latent_shape[0]`` are the noise prediction,
             the rest (a learned sigma) is not used by the samplers.
+        conditions: what it is told besides latent and timestep, in the order of its inputs.
         schedule: the training noise schedule.
         is_image: whether the latent is an image in [-1, 1] rather than the latent of an autoencoder.
     """
 
     name: str
     latent_shape: tuple[int, int, int]
-    class_count: int
-    null_class: int
     output_channels: int
+    conditions: tuple[Condition, ...]
     schedule: NoiseSchedule = NoiseSchedule()
     is_image: bool = False
 
+    @classmethod
+    def class_conditional(
+        cls,
+        name: str,
+        latent_shape: tuple[int, int, int],
+        class_count: int,
+        null_class: int,
+        output_channels: int,
+        schedule: NoiseSchedule = NoiseSchedule(),
+        is_image: bool = False,
+    ) -> ModelSpec:
+        """Describe a model whose only condition is a class label.
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, dtype (``f32``, ``i64`` ...) and shape of a graph input or output; a string dimension is symbolic."""
+        Args:
+            name: see `ModelSpec`.
+            latent_shape: see `ModelSpec`.
+            class_count: number of classes; labels are ``0 .. class_count - 1``.
+            null_class: the label of the unconditional half of guidance.
+            output_channels: see `ModelSpec`.
+            schedule: see `ModelSpec`.
+            is_image: see `ModelSpec`.
+        """
+        label = class_label(class_count, null_class)
+        return cls(name, latent_shape, output_channels, (label,), schedule, is_image)
 
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+    @property
+    def latent(self) -> TensorSpec:
+        """The graph input that every step changes, f32[B,C,H,W]."""
+        return TensorSpec(LATENT_NAME, "f32", (BATCH, *self.latent_shape), TensorRole.STATE)
 
-    def __str__(self) -> str:
-        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The inputs of the captured denoiser, in order: latent, timestep, and the conditions."""
+        return (self.latent, TIMESTEP, *(condition.tensor for condition in self.conditions))
+
+    @property
+    def label(self) -> Condition | None:
+        """The condition that names the class of a sample; None where the model has none, or several."""
+        labels = [condition for condition in self.conditions if condition.count is not None and not condition.shape]
+        return labels[0] if len(labels) == 1 else None
+
+    @property
+    def conditions_text(self) -> str:
+        """What it is told besides latent and timestep, in a few words: ``10 classes``."""
+        if self.label is not None and len(self.conditions) == 1:
+            return f"{self.label.count} classes"
+        texts = [f"{item.name} {item.tensor}" for item in self.conditions]
+        return f"conditions {', '.join(texts)}" if texts else "no conditions"
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether classifier-free guidance has an unconditional half: some condition has a null value."""
+        return any(condition.null is not None for condition in self.conditions)
 
 
 @dataclass(frozen=True)
 class Interface:
-    """The ordered inputs and outputs of a variant."""
+    """The ordered inputs and outputs of a variant.
+
+    Raises:
+        ValueError: an input or output has no role, or two share a name.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    def __post_init__(self) -> None:
+        for specs in (self.inputs, self.outputs):
+            if nameless := [spec.name for spec in specs if spec.role is None]:
+                raise ValueError(f"{nameless[0]} has no role")
+            if len({spec.name for spec in specs}) != len(specs):
+                raise ValueError("two inputs or two outputs share a name")
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -124,3 +240,26 @@ class Interface:
     def output_names(self) -> tuple[str, ...]:
         """Names of the outputs, in order."""
         return tuple(spec.name for spec in self.outputs)
+
+    def taken(self, *roles: TensorRole) -> tuple[TensorSpec, ...]:
+        """Return the inputs of these roles, in order."""
+        return tuple(spec for spec in self.inputs if spec.role in roles)
+
+    def given(self, *roles: TensorRole) -> tuple[TensorSpec, ...]:
+        """Return the outputs of these roles, in order."""
+        return tuple(spec for spec in self.outputs if spec.role in roles)
+
+    @property
+    def result(self) -> TensorSpec:
+        """The output that a step is run for: the noise prediction, or the modulation of a preparing variant.
+
+        Raises:
+            ValueError: it has no such output, or both.
+        """
+        (result,) = self.given(TensorRole.PREDICTION, TensorRole.MODULATION)
+        return result
+
+    @property
+    def caches(self) -> tuple[TensorSpec, ...]:
+        """The cached values that it computes."""
+        return self.given(TensorRole.CACHE)

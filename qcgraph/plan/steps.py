@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from string import ascii_uppercase
 
 from qcgraph.errors import BundleError, UsageError, shown
-from qcgraph.plan.spec import preparation
+from qcgraph.plan.roles import COMPUTES, VariantKind, VariantRole
+
+CAPTURED = "main"  # the variant of a captured program
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Step:
 
     timestep: float
     update: Update
-    variant: str = "main"
+    variant: str = CAPTURED
     group: int = 0
     row: int = 0
 
@@ -82,17 +84,16 @@ class StepPlan:
     Attributes:
         fingerprint: what the plan was made for.
         steps: the steps.
-        prepared: the variants that take a modulation, which others compute ahead (see `qcgraph.plan.spec.preparation`).
-        paired: the variants that compute one half of guidance and restore the other: their batch must hold both.
+        roles: what each variant is for, those that no step runs included.
 
     Raises:
-        UsageError: there are no steps, or two steps share a timestep value.
+        UsageError: there are no steps, two steps share a timestep value, a step runs a variant without a role or one
+            that prepares another, or not exactly one variant computes.
     """
 
     fingerprint: Fingerprint
     steps: tuple[Step, ...]
-    prepared: tuple[str, ...] = ()
-    paired: tuple[str, ...] = ()
+    roles: dict[str, VariantRole] = field(default_factory=lambda: {CAPTURED: COMPUTES})
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -102,6 +103,11 @@ class StepPlan:
             raise UsageError(
                 "the timesteps of a plan must fall strictly", hint="use a scheduler that visits each timestep once"
             )
+        runs = {name for name, role in self.roles.items() if role.kind is not VariantKind.PREPARES}
+        if unknown := [name for name in self.variants if name not in runs]:
+            raise UsageError(f"a step runs {unknown[0]!r}, which is no variant of steps", hint="give it a role")
+        if len(self._of_kind(VariantKind.COMPUTES)) != 1:
+            raise UsageError("not exactly one variant computes", hint="give one variant the role of computing")
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -123,15 +129,39 @@ class StepPlan:
 
     @property
     def computing(self) -> str:
-        """The variant that the first step runs: it computes everything."""
-        return self.steps[0].variant
+        """The variant that computes the whole network."""
+        (name,) = self._of_kind(VariantKind.COMPUTES)
+        return name
+
+    @property
+    def reusing(self) -> tuple[str, ...]:
+        """The variants that take cached values in the place of what they leave out."""
+        return self._of_kind(VariantKind.REUSES, VariantKind.HALF)
+
+    @property
+    def preparing(self) -> Mapping[str, str]:
+        """The variant that computes the modulation, by the variant that takes it."""
+        return {role.of: name for name, role in self.roles.items() if role.kind is VariantKind.PREPARES}
+
+    @property
+    def restores_half(self) -> bool:
+        """Whether a variant computes one half of guidance alone, so that every batch must hold both."""
+        return bool(self._of_kind(VariantKind.HALF))
+
+    def _of_kind(self, *kinds: VariantKind) -> tuple[str, ...]:
+        return tuple(name for name, role in self.roles.items() if role.kind in kinds)
+
+    def computes(self, index: int) -> bool:
+        """Tell whether a step computes the whole network."""
+        return self.roles[self.steps[index].variant].kind is VariantKind.COMPUTES
+
+    def serves(self, variant: str) -> str:
+        """Return the variant of the steps that a variant runs for: itself, or the one that it prepares."""
+        return self.roles[variant].of or variant
 
     def uses(self, variant: str) -> int:
-        """How many steps run a variant, or are prepared by it."""
-        return sum(
-            variant == step.variant or (step.variant in self.prepared and variant == preparation(step.variant))
-            for step in self.steps
-        )
+        """Count the steps that run a variant, or that it prepares."""
+        return sum(step.variant == self.serves(variant) for step in self.steps)
 
     @property
     def group_count(self) -> int:
@@ -162,6 +192,15 @@ class StepPlan:
                 "makes it with its settings), or compile for the ones you use",
             ) from None
 
+    @property
+    def modes(self) -> tuple[str | None, ...]:
+        """What each step does: None where it computes, else the name of the variant that reuses."""
+        return tuple(None if self.computes(index) else step.variant for index, step in enumerate(self.steps))
+
+    def with_modes(self, modes: Sequence[str | None]) -> StepPlan:
+        """Return this plan with every step computing, or reusing in a variant."""
+        return self.with_variants([mode or self.computing for mode in modes])
+
     def with_variants(self, variants: Sequence[str]) -> StepPlan:
         """This plan with another variant at each step."""
         return replace(
@@ -169,9 +208,10 @@ class StepPlan:
             steps=tuple(replace(step, variant=name) for step, name in zip(self.steps, variants, strict=True)),
         )
 
-    def throughout(self, variant: str) -> StepPlan:
-        """This plan with one variant at all steps."""
-        return self.with_variants([variant] * len(self))
+    @property
+    def all_computing(self) -> StepPlan:
+        """This plan with every step computing."""
+        return self.with_variants([self.computing] * len(self))
 
     def with_groups(self, groups: Sequence[int]) -> StepPlan:
         """This plan with another timestep group at each step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,18 +11,22 @@ import numpy.typing as npt
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
-from qcgraph.sampling.loop import AfterUpdate, Array, Runner, sample
+from qcgraph.sampling import conditions
+from qcgraph.sampling.conditions import Conditions
+from qcgraph.sampling.loop import TakenStep, sample
 from qcgraph.sampling.noise import Noise
+from qcgraph.sampling.runner import Array, Runner
 
 FIRST_INDEX = 1_000_000_000  # calibration samples count from here, so that they never share noise with a user's samples
 
 
-def calibration_labels(count: int, seed: int, spec: ModelSpec) -> list[int]:
-    """Class labels of calibration trajectories: every class equally often as far as the count goes, shuffled."""
-    generator = np.random.default_rng([seed, FIRST_INDEX])
-    rounds = -(-count // spec.class_count)
-    labels = np.concatenate([generator.permutation(spec.class_count) for _ in range(rounds)])
-    return [int(label) for label in labels[:count]]
+def calibration_conditions(count: int, seed: int, spec: ModelSpec) -> Conditions:
+    """Return the conditions of calibration trajectories: every class equally often as far as the count goes, shuffled.
+
+    Raises:
+        UsageError: the model has a condition of which no values are known.
+    """
+    return conditions.drawn(count, np.random.default_rng([seed, FIRST_INDEX]), spec)
 
 
 def sample_calibration(
@@ -32,7 +37,7 @@ def sample_calibration(
     seed: int,
     *,
     batch: int | None = None,
-    after_update: AfterUpdate | None = None,
+    observe: Callable[[TakenStep], None] | None = None,
     progress: Progress | None = None,
 ) -> Array:
     """The final latents [N,C,H,W] of calibration trajectories; the same count and seed are the same everywhere.
@@ -42,20 +47,20 @@ def sample_calibration(
         plan: the step plan.
         spec: what the denoiser is.
         count: how many trajectories.
-        seed: seeds labels and noise.
+        seed: seeds conditions and noise.
         batch: how many run together; all of them when None.
-        after_update: see `qcgraph.sampling.loop.sample`.
+        observe: see `qcgraph.sampling.loop.sample`.
         progress: reports the steps.
     """
     return sample(
         runner,
         plan,
         spec,
-        calibration_labels(count, seed, spec),
+        calibration_conditions(count, seed, spec),
         seed,
         batch=batch or count,
         first_index=FIRST_INDEX,
-        after_update=after_update,
+        observe=observe,
         progress=progress,
     )
 

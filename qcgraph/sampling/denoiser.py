@@ -15,17 +15,20 @@ import numpy as np
 import numpy.typing as npt
 
 from qcgraph.errors import BundleError, UsageError
-from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.spec import Condition, ModelSpec
 from qcgraph.plan.steps import StepPlan
+from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.device import NOT_FINITE, NOT_FINITE_HINT, DeviceRunner, LateFollowing, OnDevice
 from qcgraph.sampling.host_check import HALF_TOLERANCES, TOLERANCE, Following
-from qcgraph.sampling.loop import Request, Runner
+from qcgraph.sampling.loop import Request
+from qcgraph.sampling.runner import Runner
 from qcgraph.sampling.tensors import FLOATS, INTEGERS, Fetched, as_array, checked_values, is_tensor, like, on_device
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("torch.float32", "torch.float16", "torch.bfloat16")  # of the latents that a host may want to work with
+DIFFUSERS_LABEL = "class_label"  # the condition that diffusers calls class_labels
 DIFFUSERS_NULL_CLASS = 1000  # what DiTPipeline gives for the unconditional half, whatever the model
 LARGEST_CLASS = 2**53  # of those that floating-point numbers hold exactly
 
@@ -56,19 +59,20 @@ class DenoiserConfig(Mapping[str, Any]):
         in_channels: channels of a latent.
         out_channels: channels of the prediction, the learned sigma among them.
         sample_size: height and width of a latent; one number where they are the same.
-        num_embeds_ada_norm: number of classes.
+        num_embeds_ada_norm: number of classes; None where the model has no class label.
     """
 
     in_channels: int
     out_channels: int
     sample_size: int | tuple[int, int]
-    num_embeds_ada_norm: int
+    num_embeds_ada_norm: int | None
 
     @classmethod
     def of(cls, spec: ModelSpec) -> DenoiserConfig:
-        """The configuration of a denoiser."""
+        """Return the configuration of a denoiser."""
         channels, height, width = spec.latent_shape
-        return cls(channels, spec.output_channels, height if height == width else (height, width), spec.class_count)
+        classes = None if spec.label is None else spec.label.count
+        return cls(channels, spec.output_channels, height if height == width else (height, width), classes)
 
     def __getitem__(self, key: str) -> Any:
         if key not in set(self):
@@ -105,12 +109,12 @@ class Denoiser:
     def __init__(self, runner: Runner, plan: StepPlan, spec: ModelSpec, *, own_updates: bool = False) -> None:
         self._runner = runner
         self._device_runner = runner if isinstance(runner, DeviceRunner) else None
-        self._request = Request(runner if self._device_runner is None else OnDevice(self._device_runner), plan)
+        self._request = Request(runner if self._device_runner is None else OnDevice(self._device_runner), plan, spec)
         self._following = None if own_updates else Following(plan, spec)
         self._late = None if self._device_runner is None else LateFollowing(self._following, len(plan))
         self._first: Any = None  # the first latent of the trajectory, where the latents do not identify it
         self._precision = ""  # of the latents of the trajectory
-        self._labels_fetched = Fetched()
+        self._fetched = {condition.name: Fetched() for condition in spec.conditions}
         self._warned = False
         self._lock = threading.Lock()
         self._dtype = "float32"
@@ -189,15 +193,18 @@ class Denoiser:
         class_labels: Any = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         return_dict: bool = True,
+        **conditions: Any,
     ) -> Any:
-        """The noise prediction at one timestep of the plan.
+        """Return the noise prediction at one timestep of the plan.
 
         Args:
             hidden_states: the latent [B,C,H,W], NumPy or torch.
             timestep: a number, or one value a sample, all the same; of any dtype.
-            class_labels: integers [B]; with guidance the batch holds both halves.
+            class_labels: diffusers' name for the condition ``class_label``, integers [B]; with guidance the batch holds
+                both halves.
             cross_attention_kwargs: must be empty: the denoiser has no cross attention.
             return_dict: whether to return an object with ``.sample``, or a tuple.
+            conditions: the other conditions of the model by name, [B, ...]; or one value for the batch.
 
         Returns:
             the noise prediction, of the kind, dtype and device of ``hidden_states``.
@@ -220,12 +227,12 @@ class Denoiser:
             )
         with self._lock:
             latent = self._latent(hidden_states)
-            labels = self._labels(class_labels, len(latent))
-            value = self._timestep(timestep)
+            given = self._conditions(class_labels, conditions, len(latent))
+            index = self.plan.index_of(self._timestep(timestep))
             precision = _precision(hidden_states)
-            prediction = self._denoise(latent, value, labels, precision)
+            prediction = self._denoise(index, latent, given, precision)
             try:
-                self._note(latent, value, labels, prediction, precision)
+                self._note(index, latent, given, prediction, precision)
                 sample = like(hidden_states, prediction)
             except BaseException:
                 self._request.interrupt()  # the host has no prediction to go on with
@@ -236,35 +243,31 @@ class Denoiser:
             warnings.warn(unchecked, UncheckedLatentsWarning, stacklevel=2)
         return DenoiserOutput(sample) if return_dict else (sample,)
 
-    def _denoise(self, latent: Any, timestep: float, labels: npt.NDArray[np.int64], precision: str) -> Any:
-        index = self.plan.index_of(timestep)
-        self._request.check(index, tuple(latent.shape), labels)
+    def _denoise(self, index: int, latent: Any, conditions: Conditions, precision: str) -> Any:
+        self._request.check(index, tuple(latent.shape), conditions)
         if index == 0:
-            self._begin(latent, labels, precision)
+            self._begin(latent, conditions, precision)
         elif precision != self._precision:
             raise BundleError(
                 f"the latent is {precision}, this trajectory began with {self._precision}",
                 hint="keep the dtype of latents within a trajectory",
             )
         if self._late is None and self._following is not None:
-            self._following.check(index, latent, labels, HALF_TOLERANCES.get(precision, TOLERANCE))
-        return self._request.denoise(latent, timestep, labels)
+            self._following.check(index, latent, conditions, HALF_TOLERANCES.get(precision, TOLERANCE))
+        return self._request.denoise(index, latent, conditions)
 
-    def _note(
-        self, latent: Any, timestep: float, labels: npt.NDArray[np.int64], prediction: Any, precision: str
-    ) -> None:
+    def _note(self, index: int, latent: Any, conditions: Conditions, prediction: Any, precision: str) -> None:
         """Remember a step that was taken, or judge the one before it."""
-        index = self.plan.index_of(timestep)
         if self._late is not None:
-            self._late.took(index, latent, labels, prediction, HALF_TOLERANCES.get(precision, TOLERANCE))
+            self._late.took(index, latent, conditions, prediction, HALF_TOLERANCES.get(precision, TOLERANCE))
         elif self._following is not None:
-            self._following.note(index, latent, labels, prediction)
+            self._following.note(index, latent, conditions, prediction)
 
-    def _begin(self, latent: Any, labels: npt.NDArray[np.int64], precision: str) -> None:
+    def _begin(self, latent: Any, conditions: Conditions, precision: str) -> None:
         """Begin a trajectory, unless another one may go on that its latents do not tell from this one."""
         if self._following is None:
             taken = self._request.taken
-            is_again = taken == 1 and self._request.began_with(labels) and _same(latent, self._first)
+            is_again = taken == 1 and self._request.began_with(conditions) and _same(latent, self._first)
             if taken and not is_again:
                 raise BundleError(
                     f"a trajectory is under way, of which timestep {self.plan.timesteps[taken]:g} comes next; where "
@@ -319,41 +322,84 @@ class Denoiser:
             )
         return planned[meant[0]] if len(meant) else float(values[0])
 
-    def _labels(self, class_labels: Any, batch: int) -> npt.NDArray[np.int64]:
-        """One class a sample."""
-        if class_labels is None:
-            raise UsageError("no class labels were given", hint=f"{self.spec.name} takes one a sample, {self._known()}")
-        hint = f"one integer a sample: {self.spec.name} takes {self._known()}"
-        given = self._labels_fetched.array(checked_values(class_labels, FLOATS + INTEGERS, "class_labels", hint))
-        whole = given.dtype.kind != "f" or bool((np.abs(given) < np.float64(LARGEST_CLASS)).all())  # NaN is not
-        labels = given.astype(np.int64) if whole else np.zeros(given.shape, dtype=np.int64)
-        if not (whole and np.array_equal(labels, given)) or labels.shape not in ((), (1,), (batch,)):
-            raise UsageError(
-                f"class labels {given.dtype}{list(given.shape)} for a batch of {batch}", hint="one integer a sample"
-            )
-        wrong = labels[(labels < 0) | ((labels >= self.spec.class_count) & (labels != self.spec.null_class))]
-        if len(wrong):
-            first, hint = int(wrong.flat[0]), f"{self.spec.name} takes {self._known()}"
-            if first == DIFFUSERS_NULL_CLASS:
-                hint += f"; DiTPipeline gives {first} for that half, so it fits models of {first} classes"
-            raise UsageError(f"class {first} is out of range", hint=hint)
-        labels = np.broadcast_to(labels, (batch,)).copy()
-        self._check_order(labels)
-        return labels
+    def _conditions(self, class_labels: Any, named: Mapping[str, Any], batch: int) -> Conditions:
+        """Return the conditions of a batch.
 
-    def _check_order(self, labels: npt.NDArray[np.int64]) -> None:
+        Raises:
+            UsageError: one is missing, or is none that the model takes, or holds values that it does not take.
+        """
+        given = dict(named)
+        if class_labels is not None:
+            given[DIFFUSERS_LABEL] = class_labels
+        known = {condition.name for condition in self.spec.conditions}
+        if unknown := sorted(given.keys() - known):
+            takes = ", ".join(sorted(known)) or "no conditions"
+            raise UsageError(
+                f"{_argument(unknown[0])} is no condition of the model", hint=f"{self.spec.name} takes {takes}"
+            )
+        values = {item.name: self._values(item, given.get(item.name), batch) for item in self.spec.conditions}
+        conditions = Conditions(batch, values)
+        self._check_order(conditions)
+        return conditions
+
+    def _values(self, condition: Condition, value: Any, batch: int) -> npt.NDArray[np.generic]:
+        """Return the values of one condition, [B, *shape]."""
+        argument, takes = _argument(condition.name), f"{self.spec.name} takes {_known(condition)}"
+        if value is None:
+            raise UsageError(f"no {argument} were given", hint=takes)
+        given = self._fetched[condition.name].array(checked_values(value, FLOATS + INTEGERS, argument, takes))
+        of_one = given.shape in (condition.shape, (1, *condition.shape))
+        if not of_one and given.shape != (batch, *condition.shape):
+            raise UsageError(f"{argument} {given.dtype}{list(given.shape)} for a batch of {batch}", hint=takes)
+        values = given.astype(np.float32) if condition.dtype == "f32" else _whole(given, argument, takes)
+        if condition.count is not None:
+            wrong = values[(values < 0) | ((values >= condition.count) & (values != condition.null))]
+            if len(wrong):
+                first, hint = int(wrong.flat[0]), takes
+                if first == DIFFUSERS_NULL_CLASS:
+                    hint += f"; DiTPipeline gives {first} for that half, so it fits models of {first} classes"
+                raise UsageError(f"{argument}: {first} is out of range", hint=hint)
+        return np.broadcast_to(values, (batch, *condition.shape)).copy()
+
+    def _check_order(self, conditions: Conditions) -> None:
         """Refuse an unconditional half that comes first where the other one is restored from the first."""
-        if self.plan.paired and not np.all(labels[len(labels) // 2 :] == self.spec.null_class):
+        second = conditions[len(conditions) // 2 :]
+        if self.plan.restores_half and not second.is_null(self.spec).all():
+            came = "; ".join(f"{name} {value.tolist()}" for name, value in second.values.items())
             raise UsageError(
                 "some steps compute one half of guidance and restore the other; the second half of this batch is not "
-                f"unconditional: its classes are {labels[len(labels) // 2 :].tolist()}, not {self.spec.null_class}",
+                f"unconditional: {came}",
                 hint="give both halves of guidance in one batch, the conditional one first (guidance_scale > 1 in a "
                 "diffusers pipeline)",
             )
 
-    def _known(self) -> str:
-        last = self.spec.class_count - 1
-        return f"the classes 0 to {last}, and {self.spec.null_class} for the unconditional half of guidance"
+
+def _argument(name: str) -> str:
+    """Return what a host calls a condition."""
+    return "class_labels" if name == DIFFUSERS_LABEL else name
+
+
+def _known(condition: Condition) -> str:
+    """Say which values of a condition there are."""
+    shape = "one number a sample" if not condition.shape else f"numbers [B, {', '.join(map(str, condition.shape))}]"
+    if condition.count is None:
+        return shape
+    null = f", and {condition.null} for the unconditional half of guidance" if condition.null is not None else ""
+    return f"{shape.replace('number', 'integer')}: 0 to {condition.count - 1}{null}"
+
+
+def _whole(given: npt.NDArray[np.generic], argument: str, takes: str) -> npt.NDArray[np.int64]:
+    """Return integers.
+
+    Raises:
+        UsageError: some are none, or larger than floating-point numbers hold exactly.
+    """
+    if given.dtype.kind == "f" and not bool((np.abs(given) < np.float64(LARGEST_CLASS)).all()):  # NaN is not
+        raise UsageError(f"{argument} are not integers", hint=takes)
+    whole = given.astype(np.int64)
+    if not np.array_equal(whole, given):
+        raise UsageError(f"{argument} are not integers", hint=takes)
+    return whole
 
 
 def _precision(hidden_states: Any) -> str:

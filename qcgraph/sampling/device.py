@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 
 from qcgraph.errors import UsageError
-from qcgraph.sampling.cache_state import State
+from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.host_check import Following
+from qcgraph.sampling.runner import Call
 
 NOT_FINITE = "the latent holds NaN or infinity"
 NOT_FINITE_HINT = (
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class DeviceRunner(Protocol):
-    """A backend that also takes torch tensors of a device, and gives them (see `qcgraph.sampling.loop.Runner`)."""
+    """A backend that also takes torch tensors of a device, and gives them (see `qcgraph.sampling.runner.Runner`)."""
 
     @property
     def device(self) -> torch.device:
         """Where they are."""
         ...
 
-    def run_tensors(self, variant: str, inputs: Mapping[str, Any], state: State) -> torch.Tensor:
-        """As `qcgraph.sampling.loop.Runner.run`, without leaving the device."""
+    def run_tensors(self, call: Call) -> torch.Tensor:
+        """Run one variant as `qcgraph.sampling.runner.Runner.run` does, without leaving the device."""
         ...
 
 
@@ -43,9 +43,9 @@ class OnDevice:
 
     runner: DeviceRunner
 
-    def run(self, variant: str, inputs: Mapping[str, Any], state: State) -> Any:
-        """The first output, on the device."""
-        return self.runner.run_tensors(variant, inputs, state)
+    def run(self, call: Call) -> Any:
+        """Run one variant; the result is on the device."""
+        return self.runner.run_tensors(call)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class _Taken:
     Attributes:
         index: the step.
         latent: [B,C,H,W] on the host, once the device got there; its largest value where it is not to be judged.
-        labels: [B].
+        conditions: of the batch.
         prediction: [B,C_out,H,W], likewise; of no use where it is not to be judged.
         tolerance: of rounding in the host.
         arrive: waits for both.
@@ -63,7 +63,7 @@ class _Taken:
 
     index: int
     latent: torch.Tensor
-    labels: npt.NDArray[np.int64]
+    conditions: Conditions
     prediction: torch.Tensor
     tolerance: float
     arrive: Callable[[], None]
@@ -89,7 +89,7 @@ class LateFollowing:
         self,
         index: int,
         latent: torch.Tensor,
-        labels: npt.NDArray[np.int64],
+        conditions: Conditions,
         prediction: torch.Tensor,
         tolerance: float,
     ) -> None:
@@ -101,7 +101,7 @@ class LateFollowing:
         """
         earlier, self._waiting = self._waiting, None
         judged = (latent, prediction) if self._following is not None else (latent.abs().amax(),) * 2
-        taken = _sent(index, judged[0], labels, judged[1], tolerance)
+        taken = _sent(index, judged[0], conditions, judged[1], tolerance)
         if earlier is not None and index > 0:
             self._judge(earlier)
         elif earlier is not None:
@@ -121,21 +121,21 @@ class LateFollowing:
         if not np.isfinite(latent).all():
             raise UsageError(NOT_FINITE, hint=NOT_FINITE_HINT)
         if self._following is not None:
-            self._following.check(taken.index, latent, taken.labels, taken.tolerance)
+            self._following.check(taken.index, latent, taken.conditions, taken.tolerance)
         self._note(taken)
 
     def _note(self, taken: _Taken) -> None:
         taken.arrive()
         if self._following is not None:
-            self._following.note(taken.index, taken.latent.numpy(), taken.labels, taken.prediction.numpy())
+            self._following.note(taken.index, taken.latent.numpy(), taken.conditions, taken.prediction.numpy())
 
 
 def _sent(
-    index: int, latent: torch.Tensor, labels: npt.NDArray[np.int64], prediction: torch.Tensor, tolerance: float
+    index: int, latent: torch.Tensor, conditions: Conditions, prediction: torch.Tensor, tolerance: float
 ) -> _Taken:
     """A step with its tensors on their way; what the host does to them later comes after that."""
     if not latent.is_cuda:
-        return _Taken(index, latent.clone(), labels, prediction.clone(), tolerance, lambda: None)
+        return _Taken(index, latent.clone(), conditions, prediction.clone(), tolerance, lambda: None)
     import torch
 
     copies = [torch.empty(source.shape, dtype=source.dtype, pin_memory=True) for source in (latent, prediction)]
@@ -143,4 +143,4 @@ def _sent(
         copy.copy_(source, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(latent.device))
-    return _Taken(index, copies[0], labels, copies[1], tolerance, arrived.synchronize)
+    return _Taken(index, copies[0], conditions, copies[1], tolerance, arrived.synchronize)

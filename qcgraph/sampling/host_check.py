@@ -17,7 +17,9 @@ import numpy.typing as npt
 from qcgraph.errors import BundleError
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import Earlier, Step, StepPlan
-from qcgraph.sampling.loop import Array, Updates
+from qcgraph.sampling.conditions import Conditions
+from qcgraph.sampling.loop import Updates
+from qcgraph.sampling.runner import Array
 
 # What rounding in the host may leave of an update, relative to the terms it is made of: a hundred times the last digit
 # of float32, ten times that of the others. By the dtype that the host computes in.
@@ -57,9 +59,9 @@ class GuidedBatch:
     unconditional: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, latent: Array, labels: npt.NDArray[np.int64], spec: ModelSpec) -> GuidedBatch:
-        """Read latents [B,C,H,W] and labels [B]: the halves may come in either order, or sample by sample."""
-        null, everything, count = labels == spec.null_class, np.arange(len(labels)), len(labels) // 2
+    def of(cls, latent: Array, conditions: Conditions, spec: ModelSpec) -> GuidedBatch:
+        """Read latents [B,C,H,W] and their conditions: the halves may come in either order, or sample by sample."""
+        null, everything, count = conditions.is_null(spec), np.arange(len(conditions)), len(conditions) // 2
         if not null.any():
             return cls(Form.CONDITIONAL, everything, everything[:0])
         first, second = everything[:count], everything[count:]
@@ -78,9 +80,9 @@ class GuidedBatch:
         return cls(Form.OTHER, everything, everything[:0])
 
 
-def form_of(latent: Array, labels: npt.NDArray[np.int64], spec: ModelSpec) -> Form:
-    """What a batch of latents [B,C,H,W] with labels [B] holds."""
-    return GuidedBatch.of(latent, labels, spec).form
+def form_of(latent: Array, conditions: Conditions, spec: ModelSpec) -> Form:
+    """Return what a batch of latents [B,C,H,W] with these conditions holds."""
+    return GuidedBatch.of(latent, conditions, spec).form
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class _Expectation:
     Attributes:
         index: the step that was taken.
         form: what its batch held.
-        labels: its classes, [B] of the whole batch.
+        conditions: of the whole batch.
         before: its latent, [N,C,H,W] of one half.
         latent: the next latent, [N,C,H,W] of one half; without guidance where its other half is not there.
         per_weight: what each 1 of guidance weight adds, of the same shape; None without guidance.
@@ -100,7 +102,7 @@ class _Expectation:
 
     index: int
     form: Form
-    labels: npt.NDArray[np.int64]
+    conditions: Conditions
     before: Array
     latent: Array
     per_weight: Array | None
@@ -117,7 +119,7 @@ class _Expectation:
         """Whether the next batch of another trajectory may look like the one of this one."""
         return (
             self.index == other.index
-            and np.array_equal(self.labels, other.labels)
+            and self.conditions == other.conditions
             and self.before.shape == other.before.shape
         )
 
@@ -152,20 +154,20 @@ class Following:
         """Forget the trajectory that is under way: its host gives it up."""
         self._expected = None
 
-    def check(self, index: int, latent: Array, labels: npt.NDArray[np.int64], tolerance: float) -> None:
+    def check(self, index: int, latent: Array, conditions: Conditions, tolerance: float) -> None:
         """Refuse a batch that another sampler made of the last prediction; nothing else changes.
 
         Args:
             index: the step that the batch is for.
             latent: [B,C,H,W].
-            labels: [B].
+            conditions: of the batch.
             tolerance: of rounding in the host, relative to the terms of an update.
 
         Raises:
             BundleError: the host samples without guidance, with another weight, or with other updates; or the batch
                 goes on from another trajectory.
         """
-        batch = GuidedBatch.of(latent, labels, self._spec)
+        batch = GuidedBatch.of(latent, conditions, self._spec)
         if batch.form is Form.PAIRED and self._plan.halves == 1:
             raise BundleError(
                 f"the bundle was compiled for {self._plan.describe()}, which is no guidance; this batch of "
@@ -173,7 +175,7 @@ class Following:
                 hint="sample without guidance (guidance_scale=1), or compile with the guidance that you use",
             )
         expected = self._expected
-        if expected is None or index != expected.index + 1 or len(labels) != len(expected.labels):
+        if expected is None or index != expected.index + 1 or len(conditions) != len(expected.conditions):
             return
         if expected.form is Form.PAIRED:
             if batch.form is not Form.PAIRED:
@@ -220,7 +222,7 @@ class Following:
             # of it is unconditional, where guidance changes nothing.
             moved = _norm(latent - expected.before)
             if (
-                not (expected.noise or np.all(expected.labels == self._spec.null_class))
+                not (expected.noise or np.all(expected.conditions.is_null(self._spec)))
                 and _norm(difference) <= allowed < moved / 10
             ):
                 raise self._refused("the latents that came were sampled without guidance", self._guidance_hint())
@@ -254,13 +256,13 @@ class Following:
     def _refused(self, came: str, hint: str) -> BundleError:
         return BundleError(f"the bundle was compiled for {self._plan.describe()}; {came}", hint=hint)
 
-    def note(self, index: int, latent: Array, labels: npt.NDArray[np.int64], prediction: Array) -> None:
+    def note(self, index: int, latent: Array, conditions: Conditions, prediction: Array) -> None:
         """Remember a step that was taken.
 
         Args:
             index: the step.
             latent: what it was given, [B,C,H,W]; it is kept, and must not be written to any more.
-            labels: [B].
+            conditions: of the batch.
             prediction: what it gave, [B,C_out,H,W].
         """
         expected = self._expected
@@ -268,15 +270,15 @@ class Following:
             if expected is not None and expected.index + 1 < len(self._plan):
                 self._given_up.append(expected)
             self._updates = Updates(self._plan)
-        batch = GuidedBatch.of(latent, labels, self._spec)
+        batch = GuidedBatch.of(latent, conditions, self._spec)
         if index > 0 and (expected is None or (index, batch.form) != (expected.index + 1, expected.form)):
             self._expected = None  # what comes next cannot be told, up to the end of the trajectory
             self.unchecked = "the form of the batches changed within a trajectory: its latents are not checked any more"
             return
-        self._expected = self._expectation(index, latent, labels, batch, prediction)
+        self._expected = self._expectation(index, latent, conditions, batch, prediction)
 
     def _expectation(
-        self, index: int, latent: Array, labels: npt.NDArray[np.int64], batch: GuidedBatch, prediction: Array
+        self, index: int, latent: Array, conditions: Conditions, batch: GuidedBatch, prediction: Array
     ) -> _Expectation:
         """What comes next."""
         step, per_weight = self._plan.steps[index], None
@@ -286,9 +288,9 @@ class Following:
             conditional, null = eps[batch.conditional], eps[batch.unconditional]
             eps = null + np.float32(self._plan.fingerprint.guidance) * (conditional - null)
             per_weight = np.float32(step.update.noise_prediction) * (conditional - null)
-        after = self._updates.update(latent, eps, step)
+        after = self._updates.update(index, latent, eps)
         return _Expectation(
-            index, batch.form, labels, latent, after, per_weight, step.update.noise, self._terms(step, latent, eps)
+            index, batch.form, conditions, latent, after, per_weight, step.update.noise, self._terms(step, latent, eps)
         )
 
     def _terms(self, step: Step, latent: Array, eps: Array) -> float:

@@ -3,66 +3,63 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from qcgraph.errors import BundleError, UsageError
-from qcgraph.plan.spec import MODULATION, ModelSpec
+from qcgraph.errors import BundleError
+from qcgraph.plan.spec import MODULATION_NAME, ModelSpec
 from qcgraph.plan.steps import Step, StepPlan
 from qcgraph.progress import Progress
-from qcgraph.sampling.cache_state import State
+from qcgraph.sampling.conditions import Conditions, joined, of_labels
 from qcgraph.sampling.modulation import Modulation
 from qcgraph.sampling.noise import Noise
-
-Array = npt.NDArray[np.float32]
-AfterUpdate = Callable[[int, Array], Array]
+from qcgraph.sampling.runner import Array, Runner, step_call, step_inputs
 
 
-class Runner(Protocol):
-    """Runs the variants of one compiled denoiser on some backend."""
+class Denoising(Protocol):
+    """What predicts the noise of a batch; a `Request` does, with a state."""
 
-    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
-        """Run one variant.
+    def denoise(self, index: int, latent: Array, conditions: Conditions) -> Array:
+        """Return the noise prediction [B,C_out,H,W] of a step of the plan."""
+        ...
 
-        Args:
-            variant: its name.
-            inputs: ``latent`` f32[B,C,H,W], ``timestep`` f32[B], ``class_label`` i64[B], ``group`` i64[], ``row``
-                i64[] and, for a variant that the plan says is prepared, ``modulation`` f32[B,M]; a variant takes those
-                that it has, a preparing one timestep and class alone.
-            state: cache tensors of the request by name, in the backend's own form; the variant reads those that it
-                takes as inputs, and those that it gives as outputs are remembered there (see
-                `qcgraph.sampling.cache_state`).
 
-        Returns:
-            Its first output: the noise prediction f32[B,C_out,H,W], of a preparing variant the modulation.
-        """
+class Solver(Protocol):
+    """What makes the next latent of a noise prediction; a `Sampler` does, as the plan says."""
+
+    def update(self, index: int, latent: Array, prediction: Array) -> Array:
+        """Return the latent [B,C,H,W] after a step, from what the denoiser was given and its guided prediction."""
         ...
 
 
 class Request:
     """One trajectory through a step plan, with the cache and the modulation that belong to it and to nothing else.
 
-    The first timestep of the plan starts the trajectory anew (an aborted one is forgotten); after it, the steps must
-    come in the order of the plan, each once, with one batch shape and the same classes. A step that was refused, or
-    that failed, was not taken: it is the one that comes next. After a step that was interrupted (KeyboardInterrupt),
-    the trajectory has to be started anew.
+    Step 0 starts the trajectory anew (an aborted one is forgotten); after it, the steps must come in the order of the
+    plan, each once, with one batch shape and the same conditions. A step that was refused, or that failed, was not
+    taken: it is the one that comes next. After a step that was interrupted (KeyboardInterrupt), the trajectory has to
+    be started anew.
 
     Args:
         runner: the backend.
         plan: the step plan the denoiser was compiled for.
+        spec: what the denoiser is.
     """
 
-    def __init__(self, runner: Runner, plan: StepPlan) -> None:
+    def __init__(self, runner: Runner, plan: StepPlan, spec: ModelSpec) -> None:
         self._runner = runner
         self._plan = plan
-        self._state: dict[str, object] = {}
-        self._modulation = Modulation(plan, lambda variant, inputs: runner.run(variant, inputs, {}))
+        self._spec = spec
+        self._preparing = plan.preparing
+        self._restores_half = plan.restores_half
+        self._state: dict[tuple[str, int], object] = {}
+        self._modulation = Modulation(plan, runner.run)
         self._next = 0
         self._shape: tuple[int, ...] = ()
-        self._labels: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._conditions = Conditions(0, {})
         self._interrupted = False
 
     @property
@@ -70,19 +67,19 @@ class Request:
         """How many steps of a trajectory were taken that can go on; 0 where none is under way."""
         return self._next if self._next < len(self._plan) and not self._interrupted else 0
 
-    def began_with(self, class_label: npt.NDArray[np.int64]) -> bool:
-        """Whether the trajectory has these classes."""
-        return np.array_equal(class_label, self._labels)
+    def began_with(self, conditions: Conditions) -> bool:
+        """Tell whether the trajectory has these conditions."""
+        return conditions == self._conditions
 
     def interrupt(self) -> None:
-        """Say that the last step was taken in vain: what it gave did not reach the host."""
+        """Record that the last step was taken in vain: what it gave did not reach the host."""
         self._interrupted = True
 
     def restart(self) -> None:
         """Give up the trajectory that is under way, and let go of its tensors."""
-        self._begin((), np.empty(0, dtype=np.int64))
+        self._begin((), Conditions(0, {}))
 
-    def check(self, index: int, shape: tuple[int, ...], class_label: npt.NDArray[np.int64]) -> None:
+    def check(self, index: int, shape: tuple[int, ...], conditions: Conditions) -> None:
         """Refuse a step that is not the next one, or that is of another batch; the first one is always taken.
 
         Raises:
@@ -102,35 +99,32 @@ class Request:
                 f"the latent is {shape}, this trajectory began with {self._shape}",
                 hint="start a new request for another batch; cached tensors belong to one shape",
             )
-        if not np.array_equal(class_label, self._labels):
-            sample = int(np.flatnonzero(class_label != self._labels)[0])
+        if difference := conditions.difference(self._conditions):
             raise BundleError(
-                f"sample {sample} has class {class_label[sample]}, this trajectory began with class "
-                f"{self._labels[sample]} there",
-                hint="classes, and the order of a batch, stay the same in a trajectory, because cached tensors belong "
-                "to them; start with the first timestep of the plan, or use one request per trajectory",
+                difference,
+                hint="conditions, and the order of a batch, stay the same in a trajectory, because cached tensors "
+                "belong to them; start with the first timestep of the plan, or use one request per trajectory",
             )
 
-    def denoise(self, latent: Array, timestep: float, class_label: npt.NDArray[np.int64]) -> Array:
-        """The noise prediction [B,C_out,H,W] for a latent [B,C,H,W] at the next timestep of the plan.
+    def denoise(self, index: int, latent: Array, conditions: Conditions) -> Array:
+        """Return the noise prediction [B,C_out,H,W] for a latent [B,C,H,W] at the next step of the plan.
 
         Raises:
-            BundleError: the timestep is not in the plan, is not the next one, the batch shape or a class changed
-                midway, a step was interrupted before, or the plan restores one half of guidance from the other and
-                this batch does not hold both.
+            BundleError: the step is not the next one, the batch shape or a condition changed midway, a step was
+                interrupted before, or the plan restores one half of guidance from the other and this batch does not
+                hold both.
         """
-        index = self._plan.index_of(timestep)
-        self.check(index, tuple(latent.shape), class_label)
+        self.check(index, tuple(latent.shape), conditions)
         step = self._plan.steps[index]
-        if self._plan.paired:
+        if self._restores_half:
             _check_paired(latent)
         if index == 0:
-            self._begin(tuple(latent.shape), class_label.copy())
-        inputs = step_inputs(step, latent, class_label)
+            self._begin(tuple(latent.shape), conditions.copy())
+        inputs = step_inputs(self._plan, self._spec, index, latent, conditions)
         try:
-            if step.variant in self._plan.prepared:
-                inputs[MODULATION] = self._modulation.at(index, class_label)
-            prediction = self._runner.run(step.variant, inputs, self._state)
+            if step.variant in self._preparing:
+                inputs[MODULATION_NAME] = self._modulation.at(index, conditions)
+            prediction = self._runner.run(step_call(self._plan, index, inputs, self._state))
             self._next = index + 1
         except Exception:
             raise  # the backend left the state as it was
@@ -139,10 +133,10 @@ class Request:
             raise
         return prediction
 
-    def _begin(self, shape: tuple[int, ...], labels: npt.NDArray[np.int64]) -> None:
+    def _begin(self, shape: tuple[int, ...], conditions: Conditions) -> None:
         self._state.clear()
         self._modulation.clear()
-        self._next, self._shape, self._labels, self._interrupted = 0, shape, labels, False
+        self._next, self._shape, self._conditions, self._interrupted = 0, shape, conditions, False
 
     def _check_order(self, index: int) -> None:
         if index == self._next:
@@ -169,89 +163,120 @@ def _check_paired(latent: Array) -> None:
         )
 
 
-class Denoising(Protocol):
-    """What predicts the noise of a batch; a `Request` does, with a state."""
-
-    def denoise(self, latent: Array, timestep: float, class_label: npt.NDArray[np.int64]) -> Array:
-        """The noise prediction [B,C_out,H,W]."""
-        ...
-
-
-def step_inputs(step: Step, latent: Array, class_label: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.generic]]:
-    """The inputs of a variant at a step but its cache tensors and modulation, for a latent [B,C,H,W] and labels [B]."""
-    return {
-        "latent": latent,
-        "timestep": np.full(len(latent), step.timestep, dtype=np.float32),
-        "class_label": class_label,
-        "group": np.asarray(step.group, dtype=np.int64),
-        "row": np.asarray(step.row, dtype=np.int64),
-    }
-
-
 def guided(
-    request: Denoising, latent: Array, step: Step, labels: npt.NDArray[np.int64], plan: StepPlan, spec: ModelSpec
+    denoising: Denoising, index: int, latent: Array, conditions: Conditions, plan: StepPlan, spec: ModelSpec
 ) -> Array:
-    """The noise prediction [B,C,H,W] under classifier-free guidance, both halves in one batch.
+    """Return the noise prediction [B,C,H,W] under classifier-free guidance, both halves in one batch.
 
     ``eps = eps_null + w * (eps_class - eps_null)`` (Ho and Salimans, 2022); with w = 1 the null half is not computed.
     """
     weight = plan.fingerprint.guidance
     channels = spec.latent_shape[0]
     if weight == 1.0:
-        return request.denoise(latent, step.timestep, labels)[:, :channels]
-    both = np.concatenate([labels, np.full_like(labels, spec.null_class)])
-    prediction = request.denoise(np.concatenate([latent, latent]), step.timestep, both)[:, :channels]
+        return denoising.denoise(index, latent, conditions)[:, :channels]
+    both = joined([conditions, conditions.unconditional(spec)])
+    prediction = denoising.denoise(index, np.concatenate([latent, latent]), both)[:, :channels]
     conditional, unconditional = np.split(prediction, 2)
     return unconditional + np.float32(weight) * (conditional - unconditional)
+
+
+@dataclass(frozen=True)
+class TakenStep:
+    """A step of a trajectory.
+
+    Attributes:
+        index: its place in the plan.
+        step: what the plan says of it.
+        latent: what the denoiser was given, [B,C,H,W].
+        prediction: its guided noise prediction, [B,C,H,W].
+        after: the latent that the solver made of both, [B,C,H,W].
+    """
+
+    index: int
+    step: Step
+    latent: Array
+    prediction: Array
+    after: Array
+
+
+def trajectory(
+    denoising: Denoising,
+    solver: Solver,
+    plan: StepPlan,
+    spec: ModelSpec,
+    conditions: Conditions,
+    latent: Array,
+    *,
+    start: int = 0,
+) -> Iterator[TakenStep]:
+    """Walk a trajectory step by step: predict the noise, let the solver make the next latent, go on from there.
+
+    Sampling, calibration, fitting and evaluation all walk this way; they differ in the three parts that they give.
+
+    Args:
+        denoising: predicts the noise.
+        solver: makes the next latent.
+        plan: the step plan; its fingerprint holds the guidance weight.
+        spec: what the denoiser is.
+        conditions: of the B samples.
+        latent: what the first step is given, [B,C,H,W].
+        start: the index of that step.
+
+    Yields:
+        Every step, once it was taken.
+    """
+    for index in range(start, len(plan)):
+        prediction = guided(denoising, index, latent, conditions, plan, spec)
+        taken = TakenStep(index, plan.steps[index], latent, prediction, solver.update(index, latent, prediction))
+        yield taken
+        latent = taken.after
 
 
 def sample(
     runner: Runner,
     plan: StepPlan,
     spec: ModelSpec,
-    labels: Sequence[int],
+    conditions: Conditions | Sequence[int],
     seed: int,
     *,
     batch: int = 64,
     first_index: int = 0,
-    after_update: AfterUpdate | None = None,
+    observe: Callable[[TakenStep], None] | None = None,
     progress: Progress | None = None,
 ) -> Array:
-    """Sample one latent per label.
+    """Sample one latent for each of some conditions.
 
     Args:
         runner: the backend.
         plan: the step plan; its fingerprint holds the guidance weight.
         spec: what the denoiser is.
-        labels: one class a sample.
+        conditions: of the N samples; of a model that is conditioned on a class alone, also the class of each.
         seed: seeds all noise. Sample i gets the same noise whatever the batch and the backend.
         batch: how many samples run together; with guidance the denoiser sees twice as many.
         first_index: the index of the first sample, so that a run can be split.
-        after_update: called with (step index, latent [B,C,H,W]) after every sampler update; what it returns goes on.
+        observe: called with every step that a batch takes.
         progress: reports the steps.
 
     Returns:
         f32[N,C,H,W], the final latents.
 
     Raises:
-        UsageError: no labels, a label out of range, or a negative seed.
+        UsageError: no samples, a class out of range, or a negative seed.
     """
-    check_labels(labels, spec)
+    if not isinstance(conditions, Conditions):
+        conditions = of_labels(conditions, spec)
     parts = []
-    total = range((len(labels) + batch - 1) // batch * len(plan))
+    total = range((len(conditions) + batch - 1) // batch * len(plan))
     ticks = (progress or Progress()).track(total, "sampling")
-    for start in range(0, len(labels), batch):
-        chunk = np.asarray(labels[start : start + batch], dtype=np.int64)
+    for start in range(0, len(conditions), batch):
+        chunk = conditions[start : start + batch]
         noise = Noise(seed, range(first_index + start, first_index + start + len(chunk)), spec.latent_shape)
-        request, sampler = Request(runner, plan), Sampler(plan, noise)
-        latent = noise.initial()
-        for index, step in enumerate(plan.steps):
+        request, sampler = Request(runner, plan, spec), Sampler(plan, noise)
+        for taken in trajectory(request, sampler, plan, spec, chunk, noise.initial()):
             next(ticks)
-            prediction = guided(request, latent, step, chunk, plan, spec)
-            latent = sampler.update(latent, prediction, step)
-            if after_update is not None:
-                latent = after_update(index, latent)
-        parts.append(latent)
+            if observe is not None:
+                observe(taken)
+        parts.append(taken.after)
     return np.concatenate(parts)
 
 
@@ -266,20 +291,22 @@ class Updates:
     """
 
     def __init__(self, plan: StepPlan) -> None:
+        self._plan = plan
         depth = max(len(step.update.history) for step in plan.steps)
         self._earlier: deque[tuple[Array, Array]] = deque(maxlen=depth)  # the latest first
 
-    def update(self, latent: Array, prediction: Array, step: Step) -> Array:
-        """The latent [B,C,H,W] after the next step of the plan, before its noise (see `qcgraph.plan.steps.Update`).
+    def update(self, index: int, latent: Array, prediction: Array) -> Array:
+        """Return the latent [B,C,H,W] after a step of the plan, before its noise (see `qcgraph.plan.steps.Update`).
 
         Args:
+            index: the step; steps come in the order of the plan.
             latent: what the denoiser was given, [B,C,H,W]; it may be kept, and must not be written to any more.
             prediction: its guided noise prediction, [B,C,H,W]; likewise.
-            step: the step.
 
         Raises:
             BundleError: the update looks back to more steps than there were.
         """
+        step = self._plan.steps[index]
         linear = step.update
         if len(linear.history) > len(self._earlier):
             raise BundleError(
@@ -297,7 +324,7 @@ class Updates:
 
 
 class Sampler:
-    """The updates of one trajectory with their noise.
+    """The updates of one trajectory with their noise; a `Solver`.
 
     Args:
         plan: the step plan.
@@ -305,25 +332,11 @@ class Sampler:
     """
 
     def __init__(self, plan: StepPlan, noise: Noise) -> None:
+        self._plan = plan
         self._updates = Updates(plan)
         self._noise = noise
 
-    def update(self, latent: Array, prediction: Array, step: Step) -> Array:
-        """The latent [B,C,H,W] after the next step of the plan; see `Updates.update`."""
-        result = self._updates.update(latent, prediction, step)
-        return result + np.float32(step.update.noise) * self._noise.next() if step.update.noise else result
-
-
-def check_labels(labels: Sequence[int], spec: ModelSpec) -> None:
-    """Refuse an empty list of labels, or labels the model does not know.
-
-    Raises:
-        UsageError: says which.
-    """
-    if not len(labels):
-        raise UsageError("nothing to sample", hint="ask for at least one sample")
-    for label in labels:
-        if not 0 <= label < spec.class_count:
-            raise UsageError(
-                f"class {label} is out of range", hint=f"{spec.name} knows the classes 0 to {spec.class_count - 1}"
-            )
+    def update(self, index: int, latent: Array, prediction: Array) -> Array:
+        """Return the latent [B,C,H,W] after a step of the plan; see `Updates.update`."""
+        result, noise = self._updates.update(index, latent, prediction), self._plan.steps[index].update.noise
+        return result + np.float32(noise) * self._noise.next() if noise else result

@@ -27,7 +27,7 @@ from qcgraph.plan.spec import Interface, ModelSpec, TensorSpec
 from qcgraph.plan.steps import Earlier, Fingerprint, Step, StepPlan, Update
 from qcgraph.recipe import Recipe
 
-SPEC = ModelSpec("toy", (1, 8, 8), class_count=10, null_class=10, output_channels=1, is_image=True)
+SPEC = ModelSpec.class_conditional("toy", (1, 8, 8), class_count=10, null_class=10, output_channels=1, is_image=True)
 PLAN = StepPlan(
     Fingerprint("0123456789abcdef", "ddim", 3, 1.5),
     (

@@ -15,7 +15,7 @@ from qcgraph.errors import BundleError, QcgraphError, UsageError
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
 
-SPEC = ModelSpec("toy", (1, 8, 8), 10, 10, 1)
+SPEC = ModelSpec.class_conditional("toy", (1, 8, 8), 10, 10, 1)
 UPDATE = Update(1.0, -0.1)
 VARIANTS = ("full", "reuse", "reuse_1", "full")
 WRITTEN = """\

@@ -15,7 +15,7 @@ from qcgraph.ir.program import Program
 from qcgraph.models import LoadedModel
 from qcgraph.plan.spec import ModelSpec
 
-SPEC = ModelSpec("toy", (2, 4, 4), 3, 3, output_channels=2)
+SPEC = ModelSpec.class_conditional("toy", (2, 4, 4), 3, 3, output_channels=2)
 NAMES = ("x", "t", "y")
 
 

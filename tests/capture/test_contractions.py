@@ -14,7 +14,7 @@ from qcgraph.ir.structure import find_sites
 from qcgraph.plan.spec import ModelSpec
 
 IN, OUT, TOKENS = 8, 6, 16
-SPEC = ModelSpec("toy", (IN, 4, 4), 3, 3, output_channels=IN)
+SPEC = ModelSpec.class_conditional("toy", (IN, 4, 4), 3, 3, output_channels=IN)
 NAMES = ("x", "t", "y")
 Contraction = Callable[[nn.Module, Tensor], Tensor]
 

@@ -25,7 +25,7 @@ from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.recipe import Calibration, Recipe
 
-SPEC = ModelSpec("toy", (2, 4, 4), 3, 3, output_channels=2)
+SPEC = ModelSpec.class_conditional("toy", (2, 4, 4), 3, 3, output_channels=2)
 NAMES = ("x", "t", "y")
 Forward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 

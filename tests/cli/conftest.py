@@ -73,7 +73,7 @@ def interfaces() -> dict[str, Interface]:
 
 def make_bundle(path: Path, *, guidance: float = 1.5, is_image: bool = True, history: tuple[Earlier, ...] = ()) -> Path:
     """A bundle as a compilation would write it, without graphs that could run."""
-    spec = ModelSpec("toy", (1, 8, 8), 10, 10, 1, is_image=is_image)
+    spec = ModelSpec.class_conditional("toy", (1, 8, 8), 10, 10, 1, is_image=is_image)
     plan = StepPlan(
         Fingerprint("0123456789abcdef", "ddim", 3, guidance),
         (

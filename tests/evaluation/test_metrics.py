@@ -19,8 +19,8 @@ from qcgraph.evaluation.metrics import (
 )
 from qcgraph.plan.spec import ModelSpec
 
-SPEC = ModelSpec("toy", (1, 8, 8), 10, 10, output_channels=1, is_image=True)
-LATENT_SPEC = ModelSpec("toy", (4, 8, 8), 10, 10, output_channels=4)
+SPEC = ModelSpec.class_conditional("toy", (1, 8, 8), 10, 10, output_channels=1, is_image=True)
+LATENT_SPEC = ModelSpec.class_conditional("toy", (4, 8, 8), 10, 10, output_channels=4)
 
 
 def images(seed: int, *shape: int) -> np.ndarray:

@@ -46,7 +46,7 @@ SITE = SiteRange((0, 2), (-THIRD, -1e-30), (0.1, 5e300), (THIRD, 0.0))
 CODES = ActivationQuant((THIRD, 0.1), (3, 4), 0, 255, "uint8")
 QUANT = SiteQuant(CODES, WeightQuant(64))
 EXAMPLES = (
-    ModelSpec("toy", (1, 8, 8), 10, 10, 1),
+    ModelSpec.class_conditional("toy", (1, 8, 8), 10, 10, 1),
     StepPlan(
         Fingerprint("m", "ddpm", 2, THIRD), (Step(9.5, Update(THIRD, -0.1, 1e-17)), Step(0.0, Update(1, 1), "reuse", 1))
     ),

@@ -18,7 +18,7 @@ from qcgraph.ir.structure import find_sites
 from qcgraph.plan.spec import ModelSpec
 
 WIDTH, TOKENS = 8, 16
-SPEC = ModelSpec("rows", (2, 8, 8), 5, 5, output_channels=2)
+SPEC = ModelSpec.class_conditional("rows", (2, 8, 8), 5, 5, output_channels=2)
 CHANNELS = (0, 1, 17, 31)  # of the tiny denoiser's 32
 
 Form = Callable[["Block", Tensor, Tensor, Tensor], Tensor]

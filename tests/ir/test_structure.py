@@ -92,7 +92,7 @@ class Other(nn.Module):
 
 
 def test_another_architecture() -> None:
-    spec = ModelSpec("other", (4, 4, 4), 3, 3, output_channels=4)
+    spec = ModelSpec.class_conditional("other", (4, 4, 4), 3, 3, output_channels=4)
     program = capture(Other().eval().requires_grad_(False), spec, ("latent", "timestep", "label"))
     blocks = find_blocks(program.variants["main"])
     assert [block.path for block in blocks] == [f"trunk.layers.{index}" for index in range(3)]
@@ -129,14 +129,14 @@ class DiffusersDiT(nn.Module):
 @pytest.mark.slow
 def test_branches_of_diffusers_blocks() -> None:
     """Its attention divides its output by 1, which is part of the branch."""
-    spec = ModelSpec("folder", (4, 8, 8), 10, 10, output_channels=8)
+    spec = ModelSpec.class_conditional("folder", (4, 8, 8), 10, 10, output_channels=8)
     program = capture(DiffusersDiT().eval(), spec, ("hidden_states", "timestep", "class_labels"))
     names = [f"transformer_blocks.{index}" for index in range(2)]
     assert branch_paths(program) == [[f"{name}.attn1", f"{name}.ff.net.2"] for name in names]
 
 
 def test_branches_without_gates_are_what_is_added() -> None:
-    spec = ModelSpec("other", (4, 4, 4), 3, 3, output_channels=4)
+    spec = ModelSpec.class_conditional("other", (4, 4, 4), 3, 3, output_channels=4)
     program = capture(Other().eval().requires_grad_(False), spec, ("latent", "timestep", "label"))
     assert branch_paths(program) == [[f"trunk.layers.{index}.output"] for index in range(3)]
 
@@ -174,7 +174,7 @@ class TwoLinears(nn.Module):
         return x + self.two(torch.relu(self.one(x * positions)))
 
 
-SMALL = ModelSpec("small", (4, 4, 4), 3, 3, output_channels=4)
+SMALL = ModelSpec.class_conditional("small", (4, 4, 4), 3, 3, output_channels=4)
 SMALL_NAMES = ("latent", "timestep", "label")
 
 

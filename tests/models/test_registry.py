@@ -42,7 +42,7 @@ class Denoiser(nn.Module):
     def forward(self, latent, when, label):
         return latent * self.scale
 
-SPEC = ModelSpec(name="mine", latent_shape=(1, 4, 4), class_count=2, null_class=2, output_channels=1)
+SPEC = ModelSpec.class_conditional(name="mine", latent_shape=(1, 4, 4), class_count=2, null_class=2, output_channels=1)
 
 def good():
     return LoadedModel(Denoiser(), SPEC, ("latent", "when", "label"))
@@ -375,7 +375,9 @@ def test_loaded_model_is_frozen() -> None:
         def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             return x
 
-    spec = ModelSpec(name="identity", latent_shape=(1, 2, 2), class_count=1, null_class=1, output_channels=1)
+    spec = ModelSpec.class_conditional(
+        name="identity", latent_shape=(1, 2, 2), class_count=1, null_class=1, output_channels=1
+    )
     model = LoadedModel(Identity(), spec, ("x", "t", "y"))
     with pytest.raises(AttributeError):
         model.spec = replace(spec, name="other")  # type: ignore[misc]

@@ -114,7 +114,7 @@ def test_samples_are_those_of_the_folders_own_scheduler(
     folder = folder_with(FOLLOWED[name])
     schedule, notes = read_schedule(folder)
     assert not any("not followed" in note for note in notes)
-    spec = ModelSpec("tiny", (2, 4, 4), 5, 5, 4, schedule)
+    spec = ModelSpec.class_conditional("tiny", (2, 4, 4), 5, 5, 4, schedule)
 
     class Model(torch.nn.Module):
         def forward(self, x: Any, t: Any, y: Any) -> Any:

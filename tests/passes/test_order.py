@@ -77,7 +77,7 @@ def test_dropping_variants_keeps_those_that_prepare(stages: dict[str, Program], 
     """And drops those that prepare what is dropped."""
     hoisted = stages["hoisted"]
     assert run("drop-variants", hoisted).digest == hoisted.digest
-    steps = hoisted.facts[StepPlan].throughout("full")
+    steps = hoisted.facts[StepPlan].all_computing
     program = run("drop-variants", hoisted.with_facts(steps))
     assert set(program.variants) == {"full", preparation("full")}
     assert program.facts[StepPlan].prepared == ("full",)

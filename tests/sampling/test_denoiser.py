@@ -371,7 +371,7 @@ def test_its_configuration(denoiser: Denoiser) -> None:
         config["of"]
     with pytest.raises(FrozenInstanceError):
         config.sample_size = 16  # type: ignore[misc]
-    assert DenoiserConfig.of(ModelSpec("wide", (2, 8, 16), 5, 5, 4)).sample_size == (8, 16)
+    assert DenoiserConfig.of(ModelSpec.class_conditional("wide", (2, 8, 16), 5, 5, 4)).sample_size == (8, 16)
 
 
 def test_where_it_is(denoiser: Denoiser) -> None:
@@ -432,7 +432,7 @@ def test_rounding_in_a_host_is_not_another_sampler(dtype: torch.dtype, betas: st
     """With diffusers' own schedulers, and also where coefficients are in the thousands."""
     process = NoiseSchedule(prediction=FLOW) if betas == "flow" else NoiseSchedule(beta_schedule=betas)
     solver = "flow-euler" if betas == "flow" and solver != "dpmsolver++" else solver
-    spec = ModelSpec("arbitrary", (4, 8, 8), 5, 5, 4, process)
+    spec = ModelSpec.class_conditional("arbitrary", (4, 8, 8), 5, 5, 4, process)
     for steps, guidance in [(2, 4.0), (9, 1.0), (20, 30.0)]:
         denoiser = Denoiser(Arbitrary(), make_step_plan(solver, steps, guidance, process, "m"), spec)
         scheduler = make_scheduler(solver, process)

@@ -14,7 +14,7 @@ from qcgraph.sampling.host_check import HALF_TOLERANCES, TOLERANCE, Following, F
 from qcgraph.sampling.loop import Array, Sampler, Updates
 from qcgraph.sampling.noise import Noise
 
-SPEC = ModelSpec("made-up", (2, 4, 4), 5, 5, output_channels=4)
+SPEC = ModelSpec.class_conditional("made-up", (2, 4, 4), 5, 5, output_channels=4)
 PLAIN = [Update(0.9, 0.3), Update(0.95, 0.2), Update(0.98, 0.1)]
 WITH_HISTORY = [Update(0.9, 0.3), Update(0.95, 0.2, 0.0, (Earlier(0.1, -0.05),)), Update(0.98, 0.1)]
 

@@ -6,13 +6,12 @@ knows its steps by their timestep values, and carries over to other steps.
 """
 
 from qcgraph.plan.schedule.climbing import climb
-from qcgraph.plan.schedule.planner import CONDITIONAL, FULL, Mode, Schedule, SkipErrors, expected_error, plan
+from qcgraph.plan.schedule.planner import CONDITIONAL, Mode, Schedule, SkipErrors, expected_error, plan
 from qcgraph.plan.schedule.spacing import dps, even, spread, uniform
 from qcgraph.plan.schedule.timed import TimedSchedule
 
 __all__ = [
     "CONDITIONAL",
-    "FULL",
     "Mode",
     "Schedule",
     "SkipErrors",

@@ -9,17 +9,16 @@ from itertools import combinations
 import numpy as np
 
 from qcgraph.errors import UsageError
-from qcgraph.plan.schedule.planner import FULL
 
 
 def climb(
-    start: Sequence[str],
-    evaluate: Callable[[tuple[str, ...]], float],
+    start: Sequence[str | None],
+    evaluate: Callable[[tuple[str | None, ...]], float],
     *,
     rounds: int,
     seed: int,
     fixed: Collection[int] = (0,),
-) -> tuple[tuple[str, ...], float]:
+) -> tuple[tuple[str | None, ...], float]:
     """Improve a schedule by its true error, which is not the sum that planners take it for.
 
     A move exchanges what two steps do, which keeps the cost as it is: a computing step shifts or goes to another place,
@@ -27,7 +26,7 @@ def climb(
     evaluated twice.
 
     Args:
-        start: per step, ``full`` or the name of a mode.
+        start: per step, None where it computes, or the name of a mode.
         evaluate: the true error of a schedule; infinite for one that cannot run.
         rounds: how often to evaluate at most, the start included.
         seed: of the order of moves that are equally likely to help.
@@ -61,8 +60,8 @@ def climb(
 
 
 def neighbours(
-    schedule: tuple[str, ...], fixed: Collection[int], generator: np.random.Generator
-) -> Iterator[tuple[str, ...]]:
+    schedule: tuple[str | None, ...], fixed: Collection[int], generator: np.random.Generator
+) -> Iterator[tuple[str | None, ...]]:
     """All schedules one exchange away, the likely ones first and otherwise in random order.
 
     First a computing step shifts by one step, then by two; then come all other places for it and, among them, the
@@ -74,7 +73,7 @@ def neighbours(
 
     def rank(pair: tuple[int, int]) -> int:
         first, second = pair
-        return min(second - first, 3) if FULL in (schedule[first], schedule[second]) else 3
+        return min(second - first, 3) if None in (schedule[first], schedule[second]) else 3
 
     for first, second in sorted(shuffled, key=rank):
         changed = list(schedule)

@@ -17,8 +17,7 @@ import numpy.typing as npt
 from qcgraph.errors import UsageError, closest
 from qcgraph.plan.schedule.search import SLACK, Prices, least_ticks, search
 
-FULL = "full"  # the name of a step that computes
-CONDITIONAL = "conditional"  # the name of a step that computes one half of guidance
+CONDITIONAL = "conditional"  # the name of the mode that computes one half of guidance
 
 Array = npt.NDArray[np.float64]
 
@@ -28,19 +27,17 @@ class Mode:
     """A way to skip a step: a variant that reuses.
 
     Attributes:
-        name: the name of the variant; ``full`` is taken.
+        name: the name of the variant.
         cost: its cost relative to that of a computing step, at least 0 and below 1.
 
     Raises:
-        UsageError: the name is taken or the cost out of range.
+        UsageError: the cost is out of range.
     """
 
     name: str
     cost: float
 
     def __post_init__(self) -> None:
-        if self.name == FULL:
-            raise UsageError(f"a mode named {FULL!r}", hint="that is the name of steps that compute")
         if not 0 <= self.cost < 1:
             raise UsageError(
                 f"mode {self.name!r} costs {self.cost:g} of a computing step",
@@ -89,12 +86,12 @@ class Schedule:
     """What every sampling step does.
 
     Attributes:
-        modes: per step, ``full`` or the name of a mode.
+        modes: per step, None where it computes, or the name of a mode.
         error: the expected squared effect on the final latent, summed over the skipped steps.
         cost: the summed cost of the steps, in computing steps.
     """
 
-    modes: tuple[str, ...]
+    modes: tuple[str | None, ...]
     error: float
     cost: float
 
@@ -132,16 +129,16 @@ def plan(
             hint=f"the least reachable budget is {share:.4f}; cheaper modes or longer gaps lower it",
         )
     found = search(errors.values, prices, fixed, ticks)
-    names = tuple(FULL if mode is None else modes[mode].name for mode in found)
-    costs = {FULL: 1.0} | {mode.name: mode.cost for mode in modes}
+    names = tuple(None if mode is None else modes[mode].name for mode in found)
+    costs: dict[str | None, float] = {None: 1.0} | {mode.name: mode.cost for mode in modes}
     return Schedule(names, expected_error(names, errors, modes), math.fsum(costs[name] for name in names))
 
 
-def expected_error(names: Sequence[str], errors: SkipErrors, modes: Sequence[Mode]) -> float:
+def expected_error(names: Sequence[str | None], errors: SkipErrors, modes: Sequence[Mode]) -> float:
     """The error that a schedule of any origin is expected to have: the sum of the errors of its skips.
 
     Args:
-        names: per step, ``full`` or the name of a mode, T of them.
+        names: per step, None where it computes, or the name of a mode; T of them.
         errors: the error of every skip.
         modes: the ways to skip, in the order of the first axis of ``errors``.
 
@@ -151,18 +148,18 @@ def expected_error(names: Sequence[str], errors: SkipErrors, modes: Sequence[Mod
     Raises:
         UsageError: there are more or fewer steps than errors, the first step skips, or a mode is not known.
     """
-    if len(names) != errors.steps or names[0] != FULL:
+    if len(names) != errors.steps or names[0] is not None:
         raise UsageError(
-            f"a schedule of {len(names)} steps, the first {names[0] if names else 'missing'}",
+            f"a schedule of {len(names)} steps, the first {(names[0] or 'computes') if names else 'missing'}",
             hint=f"there are {errors.steps} steps, and the first has nothing to reuse",
         )
     indices = {mode.name: index for index, mode in enumerate(modes)}
     total, last, earlier = 0.0, 0, 0
     for step, name in enumerate(names[1:], start=1):
-        if name == FULL:
+        if name is None:
             last, earlier = step, step - last
         elif name not in indices:
-            raise UsageError(f"unknown mode {name!r}", hint=closest(name, [FULL, *indices]))
+            raise UsageError(f"unknown mode {name!r}", hint=closest(name, indices))
         elif max(step - last, earlier) > errors.largest_gap:
             return math.inf
         else:

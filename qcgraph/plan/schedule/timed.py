@@ -11,11 +11,15 @@ from itertools import pairwise
 import numpy as np
 
 from qcgraph.errors import UsageError, closest, shown
-from qcgraph.plan.schedule.planner import CONDITIONAL, FULL
+from qcgraph.plan.schedule.planner import CONDITIONAL
 
-# As plan-cache names them.
-MODES = {"F": FULL, "R": "reuse", "C": CONDITIONAL} | {str(number): f"reuse_{number}" for number in range(1, 10)}
+COMPUTES_WORD = "full"  # what a plan file calls a step that computes; in a schedule it is None
+# The letters of a text and what they stand for; modes are as plan-cache names them.
+MODES: dict[str, str | None] = {"F": None, "R": "reuse", "C": CONDITIONAL} | {
+    str(number): f"reuse_{number}" for number in range(1, 10)
+}
 _LETTERS = {mode: letter for letter, mode in MODES.items()}
+_WORDS = [mode or COMPUTES_WORD for mode in MODES.values()]
 _NUMBER = r"[0-9]{1,400}(?:\.[0-9]{1,400})?"
 _RUN = re.compile(rf"(?P<first>{_NUMBER})(?:-(?P<spacing>{_NUMBER}))?:(?P<letters>[FRC1-9]+)")
 MOST_CHARACTERS = 100_000  # of the text of a schedule; one of a thousand uneven steps has 7000
@@ -31,15 +35,15 @@ class TimedSchedule:
 
     Attributes:
         timesteps: the timestep values of the steps, falling.
-        modes: what each of them does: ``full`` computes, ``reuse``, ``reuse_1`` .. ``reuse_9`` reuse,
-            ``conditional`` computes the conditional half.
+        modes: what each of them does: None computes, ``reuse``, ``reuse_1`` .. ``reuse_9`` reuse, ``conditional``
+            computes the conditional half.
 
     Raises:
         UsageError: there is no step, the timesteps do not fall, a mode is unknown, or the first step does not compute.
     """
 
     timesteps: tuple[float, ...]
-    modes: tuple[str, ...]
+    modes: tuple[str | None, ...]
 
     def __post_init__(self) -> None:
         if not self.timesteps or len(self.timesteps) != len(self.modes):
@@ -51,14 +55,16 @@ class TimedSchedule:
             if not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"timestep {value:g}", hint="a timestep is a number, 0 or larger")
             if mode not in _LETTERS:
-                raise UsageError(f"timestep {value:g} has the unknown mode {shown(mode)}", hint=closest(mode, _LETTERS))
+                raise UsageError(
+                    f"timestep {value:g} has the unknown mode {shown(mode)}", hint=closest(str(mode), _WORDS)
+                )
         for before, after in pairwise(self.timesteps):
             if after >= before:
                 raise UsageError(
                     f"timestep {after:g} comes after {before:g}, but timesteps fall",
                     hint="write the noisiest step, of the largest timestep, first, and every timestep once",
                 )
-        if self.modes[0] != FULL:
+        if self.modes[0] is not None:
             raise UsageError(
                 f"timestep {self.timesteps[0]:g}, the first one, is to reuse ({self.modes[0]}), "
                 "and nothing is computed before it",
@@ -68,7 +74,7 @@ class TimedSchedule:
     @property
     def computing(self) -> int:
         """How many steps compute."""
-        return self.modes.count(FULL)
+        return self.modes.count(None)
 
     @property
     def text(self) -> str:
@@ -91,7 +97,7 @@ class TimedSchedule:
             UsageError: the text is malformed, or not of a schedule that can run.
         """
         timesteps: list[float] = []
-        modes: list[str] = []
+        modes: list[str | None] = []
         if len(text) > MOST_CHARACTERS:
             raise UsageError(
                 f"a schedule of {len(text)} characters", hint=f"a schedule has {MOST_CHARACTERS} characters at most"
@@ -105,7 +111,7 @@ class TimedSchedule:
             modes += [MODES[letter] for letter in match["letters"]]
         return cls(tuple(timesteps), tuple(modes))
 
-    def at(self, timesteps: Sequence[float]) -> tuple[str, ...]:
+    def at(self, timesteps: Sequence[float]) -> tuple[str | None, ...]:
         """The modes of other steps, computing as large a share of them and as densely at each time.
 
         Every computing step opens a run that lasts until the next one, the last run until one spacing after the last
@@ -119,16 +125,16 @@ class TimedSchedule:
         """
         times = np.asarray(timesteps, dtype=np.float64)
         own = np.asarray(self.timesteps, dtype=np.float64)
-        computes = np.array([mode == FULL for mode in self.modes])
+        computes = np.array([mode is None for mode in self.modes])
         runs, steps = self.computing, len(times)
         count = max(1, math.floor(runs * steps / len(own) + 0.5))
         end = own[-1] - (own[-2] - own[-1] if len(own) > 1 else 1.0)
         wanted = np.interp(np.arange(count) * runs / count, np.arange(runs + 1), [*own[computes], end])
         chosen = _distinct([int(np.abs(times - time).argmin()) for time in wanted], steps)
         skipped = own[~computes]
-        names = [mode for mode in self.modes if mode != FULL]
+        names = [mode for mode in self.modes if mode is not None]
         return tuple(
-            FULL if step in chosen else names[int(np.abs(skipped - time).argmin())] for step, time in enumerate(times)
+            None if step in chosen else names[int(np.abs(skipped - time).argmin())] for step, time in enumerate(times)
         )
 
     def _run_end(self, start: int) -> int:

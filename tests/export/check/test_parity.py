@@ -129,7 +129,7 @@ def deep() -> Callable[[int], Program]:
     config = DiTConfig(input_size=8, patch_size=2, channels=2, width=64, depth=4, heads=2, class_count=5)
     module = DiT(config).eval().requires_grad_(False)
     initialize_random(module, torch.Generator().manual_seed(0))
-    spec = ModelSpec("random", (2, 8, 8), 5, 5, output_channels=4)
+    spec = ModelSpec.class_conditional("random", (2, 8, 8), 5, 5, output_channels=4)
     traced = capture(module, spec, ("x", "t", "y"))
 
     def make(seed: int) -> Program:

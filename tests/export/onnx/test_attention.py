@@ -146,7 +146,7 @@ class Masked(torch.nn.Module):
 
 def test_a_captured_mask_of_keys(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    spec = ModelSpec("masked", (2, 4, 4), 5, 5, output_channels=2)
+    spec = ModelSpec.class_conditional("masked", (2, 4, 4), 5, 5, output_channels=2)
     program = capture(Masked().eval().requires_grad_(False), spec, ("x", "t", "y"))
     emit_onnx(program, tmp_path, 23, Progress(), integer_products=True)
     inputs = {

@@ -136,7 +136,7 @@ def test_where_every_step_computes_there_is_nothing_to_choose(
     bundle_of: BundleOf, unquantized: Any, tmp_path: Path
 ) -> None:
     program = unquantized.program
-    plan = program.facts[StepPlan].throughout("full")
+    plan = program.facts[StepPlan].all_computing
     bundle = bundle_of(replace(unquantized, program=program.with_facts(plan)))
     single = write_single_file(bundle, tmp_path)
     assert (single.variants, single.cache, single.numbers) == (("full",), (), ("variant",))

@@ -48,7 +48,7 @@ def engine(capability: str, variant: str = "full") -> Engine:
 
 
 def make_bundle(path: Path, model: str = "toy") -> Bundle:
-    spec = ModelSpec(model, (1, 1, 1), 10, 10, 1)
+    spec = ModelSpec.class_conditional(model, (1, 1, 1), 10, 10, 1)
     with writing(path, model=model, target="tensorrt-rtx") as folder:
         write_plan(folder, spec, PLAN, {"full": Interface((LATENT,), (PREDICTION,))})
         (folder / "recipe.lock.toml").write_text(Recipe().to_toml())

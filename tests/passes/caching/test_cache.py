@@ -49,7 +49,7 @@ class Product(nn.Module):
 
 @pytest.fixture(scope="module")
 def products() -> Program:
-    spec = ModelSpec("product", (2, 4, 4), 3, 3, output_channels=2)
+    spec = ModelSpec.class_conditional("product", (2, 4, 4), 3, 3, output_channels=2)
     program = capture(Product().eval().requires_grad_(False), spec, ("latent", "timestep", "label"))
     return program.with_facts(make_step_plan("ddim", 4, 1.5, spec.schedule, program.constants_digest))
 

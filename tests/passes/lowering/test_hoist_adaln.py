@@ -259,7 +259,7 @@ class Odd(nn.Module):
 
 
 def odd(kind: str) -> Program:
-    spec = ModelSpec("odd", (2, 8, 8), 5, 5, output_channels=2)
+    spec = ModelSpec.class_conditional("odd", (2, 8, 8), 5, 5, output_channels=2)
     torch.manual_seed(0)
     module = Odd(kind).eval().requires_grad_(False)
     program = capture(module, spec, ("latent", "timestep", "class_label"))
@@ -314,7 +314,7 @@ def test_a_diffusers_model(run: Run) -> None:
             assert isinstance(found, Tensor)
             return found
 
-    spec = ModelSpec("folder", (4, 8, 8), 10, 10, output_channels=8)
+    spec = ModelSpec.class_conditional("folder", (4, 8, 8), 10, 10, output_channels=8)
     captured = capture(Plain().eval(), spec, ("hidden_states", "timestep", "class_labels"))
     captured = captured.with_facts(make_step_plan("ddim", 6, 1.5, spec.schedule, "folder"))
     plain = run("plan-cache{interval=2},insert-cache", captured)

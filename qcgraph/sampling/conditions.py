@@ -1,0 +1,168 @@
+"""The conditions of a few samples: what the denoiser is told of each, such as its class. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qcgraph.errors import UsageError
+from qcgraph.plan.spec import Condition, ModelSpec
+
+Values = npt.NDArray[np.generic]
+DTYPES: Mapping[str, type[np.generic]] = {"i64": np.int64, "f32": np.float32}
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """A value of every condition of the model for each of a few samples.
+
+    Attributes:
+        count: number of samples N; a model without conditions has no array to tell it by.
+        values: by the name of the condition, [N, *shape].
+    """
+
+    count: int
+    values: Mapping[str, Values]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: slice | npt.NDArray[np.integer]) -> Conditions:
+        count = len(np.arange(self.count)[index])
+        return Conditions(count, {name: value[index] for name, value in self.values.items()})
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Conditions)
+            and self.count == other.count
+            and self.values.keys() == other.values.keys()
+            and all(np.array_equal(value, other.values[name]) for name, value in self.values.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # arrays have none
+
+    def copy(self) -> Conditions:
+        """Return a copy with arrays of its own."""
+        return Conditions(self.count, {name: value.copy() for name, value in self.values.items()})
+
+    def repeated(self, times: int) -> Conditions:
+        """Return all samples, then all of them again, and so on."""
+        return joined([self] * times)
+
+    def difference(self, other: Conditions) -> str:
+        """Say in what the first sample that differs from another batch of the same size differs; empty if none does."""
+        for name, value in self.values.items():
+            wrong = [
+                index for index in range(self.count) if not np.array_equal(value[index], other.values[name][index])
+            ]
+            if wrong:
+                own, others = (f"{name} {values[wrong[0]]}" for values in (value, other.values[name]))
+                return f"sample {wrong[0]} has {own}, this trajectory began with {others} there"
+        return ""
+
+    def distinct(self) -> tuple[Conditions, npt.NDArray[np.intp]]:
+        """Return one sample of each kind, sorted by their values, and the place of each sample among them, [N]."""
+        columns = [np.asarray(value, dtype=np.float64).reshape(self.count, -1) for value in self.values.values()]
+        rows = np.hstack(columns) if columns else np.zeros((self.count, 1))
+        _, first, places = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+        return self[first], places.reshape(-1)
+
+    def unconditional(self, spec: ModelSpec) -> Conditions:
+        """Return the conditions of the unconditional half of guidance: null values where a condition has one."""
+        values = dict(self.values)
+        for condition in spec.conditions:
+            if condition.null is not None:
+                values[condition.name] = np.full_like(values[condition.name], condition.null)
+        return Conditions(self.count, values)
+
+    def is_null(self, spec: ModelSpec) -> npt.NDArray[np.bool_]:
+        """Tell of each sample, bool[N], whether it is unconditional: all conditions with a null value have it."""
+        nulls = [condition for condition in spec.conditions if condition.null is not None]
+        flat = [self.values[item.name].reshape(self.count, -1) == item.null for item in nulls]
+        found: npt.NDArray[np.bool_] = np.all(np.hstack(flat), axis=1) if flat else np.zeros(self.count, dtype=np.bool_)
+        return found
+
+    def labels(self, spec: ModelSpec) -> npt.NDArray[np.int64]:
+        """Return the class of each sample, i64[N]; 0 where the model has no class label."""
+        if spec.label is None:
+            return np.zeros(self.count, dtype=np.int64)
+        return self.values[spec.label.name].astype(np.int64)
+
+
+def joined(parts: Sequence[Conditions]) -> Conditions:
+    """Return the samples of some batches, one after the other."""
+    values = {name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values}
+    return Conditions(sum(len(part) for part in parts), values)
+
+
+def of_labels(labels: Sequence[int] | npt.NDArray[np.integer], spec: ModelSpec) -> Conditions:
+    """Return the conditions of samples of these classes.
+
+    Raises:
+        UsageError: there is no sample, the model knows no such class, or a label is not all that it has to be told.
+    """
+    if not len(labels):
+        raise UsageError("nothing to sample", hint="ask for at least one sample")
+    if spec.label is None or len(spec.conditions) != 1:
+        names = ", ".join(condition.name for condition in spec.conditions) or "nothing but latent and timestep"
+        raise UsageError(f"{spec.name} takes no class alone", hint=f"it is conditioned on: {names}")
+    for label in labels:
+        if not 0 <= label < (spec.label.count or 0):
+            raise UsageError(
+                f"class {label} is out of range",
+                hint=f"{spec.name} knows the classes 0 to {(spec.label.count or 0) - 1}",
+            )
+    return Conditions(len(labels), {spec.label.name: np.asarray(labels, dtype=np.int64)})
+
+
+def in_turn(count: int, spec: ModelSpec, *, with_null: bool = False) -> Conditions:
+    """Return the conditions of samples that take every value of each condition in turn.
+
+    Args:
+        count: number of samples.
+        spec: the model.
+        with_null: whether the null value is one of them, the first one.
+
+    Raises:
+        UsageError: a condition may have any value, so that there is no next one.
+    """
+    found: dict[str, Values] = {}
+    for condition in spec.conditions:
+        values: list[int | float] = list(range(_count(condition)))
+        if with_null and condition.null is not None:
+            values = [condition.null, *values]
+        found[condition.name] = _filled([values[index % len(values)] for index in range(count)], condition)
+    return Conditions(count, found)
+
+
+def drawn(count: int, generator: np.random.Generator, spec: ModelSpec) -> Conditions:
+    """Draw conditions: of each every value equally often as far as the count goes, in random order.
+
+    Raises:
+        UsageError: a condition may have any value, and there is no example of it.
+    """
+    found: dict[str, Values] = {}
+    for condition in spec.conditions:
+        rounds = -(-count // _count(condition))
+        values = np.concatenate([generator.permutation(_count(condition)) for _ in range(rounds)])
+        found[condition.name] = _filled(values[:count].tolist(), condition)
+    return Conditions(count, found)
+
+
+def _count(condition: Condition) -> int:
+    """Return the number of values of a condition."""
+    if condition.count is None:
+        raise UsageError(
+            f"the condition {condition.name} may have any value, and none is known to calibrate with",
+            hint="give it a count: its values are then 0 to count - 1",
+        )
+    return condition.count
+
+
+def _filled(values: Sequence[int | float], condition: Condition) -> Values:
+    """Return [N, *shape]: one value for all elements of a sample."""
+    column = np.asarray(values, dtype=DTYPES[condition.dtype]).reshape(-1, *[1] * len(condition.shape))
+    return np.ascontiguousarray(np.broadcast_to(column, (len(values), *condition.shape)))
