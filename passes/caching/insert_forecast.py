@@ -74,27 +74,28 @@ def _aged(name: str, value: torch.Tensor, age: int) -> TensorSpec:
 
 def _half(editor: GraphEditor, spec: ModelSpec) -> fx.Node:
     """Return which half of guidance each sample is, i64[B]: in the unconditional one all conditions are null."""
-    latent = editor.input_of(TensorRole.STATE)
+    latent, first = editor.input_of(TensorRole.STATE), editor.first_call
     batch = latent.meta["val"].flatten(1)[:, 0]
-    found: list[fx.Node] = []
+    nulls: list[fx.Node] = []
     for condition in spec.conditions:
         if condition.null is None:
             continue
         if condition.shape:
-            raise ContractError(
-                f"{condition.name} is no number", hint="forecasts tell halves apart by one number a sample"
-            )
+            hint = "forecasts tell the halves apart by conditions of one number a sample"
+            raise ContractError(f"the condition {condition.name} is no number", hint=hint)
         given = editor.input(condition.tensor, batch.to(DTYPES[condition.dtype]), latent)
-        with editor.before(editor.first_call):
-            found.append(editor.call(aten.eq.Scalar, given, condition.null, source=given, top_level=True))
-    with editor.before(editor.first_call):
-        if not found:
-            label = editor.call(aten.sym_size.int, latent, 0, source=latent, top_level=True)
-            return editor.call(aten.zeros.default, [label], source=latent, name="half", top_level=True)
-        null = found[0]
-        for other in found[1:]:
+        with editor.before(first):
+            nulls.append(editor.call(aten.eq.Scalar, given, condition.null, source=given, top_level=True))
+    with editor.before(first):
+        if not nulls:
+            size = editor.call(aten.sym_size.int, latent, 0, source=latent, top_level=True)
+            return editor.call(aten.zeros.default, [size], source=latent, name="half", top_level=True)
+        null = nulls[0]
+        for other in nulls[1:]:
             null = editor.call(aten.logical_and.default, null, other, source=other, top_level=True)
-        return editor.call(aten.to.dtype, null, torch.int64, source=null, name="half", top_level=True)
+        return editor.call(
+            aten.to.dtype, null, torch.int64, source=null.all_input_nodes[0], name="half", top_level=True
+        )
 
 
 def _first(nodes: list[fx.Node], graph: fx.Graph) -> fx.Node:

@@ -6,7 +6,7 @@ import copy
 import pickle
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
@@ -21,8 +21,10 @@ from qcgraph.ir.program import Program
 from qcgraph.plan.schedulers import make_scheduler, make_step_plan
 from qcgraph.plan.spec import FLOW, ModelSpec, NoiseSchedule
 from qcgraph.plan.steps import StepPlan
+from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.denoiser import Denoiser, DenoiserConfig, UncheckedLatentsWarning
-from qcgraph.sampling.loop import Array, Request
+from qcgraph.sampling.loop import Request
+from qcgraph.sampling.runner import Array, Call
 
 
 def parts(program: Program) -> tuple[TorchRunner, StepPlan, ModelSpec]:
@@ -45,11 +47,11 @@ def first(denoiser: Denoiser, labels: Any = (0, 1), timestep: Any = 888) -> Arra
 
 def test_it_has_the_call_of_a_diffusers_transformer(cached: Program) -> None:
     runner, plan, spec = parts(cached)
-    request, labels = Request(runner, plan), np.arange(2)
+    request, conditions = Request(runner, plan, spec), Conditions(2, {"class_label": np.arange(2)})
     denoiser = Denoiser(runner, plan, spec)
-    for timestep in plan.timesteps:
+    for index, timestep in enumerate(plan.timesteps):
         result = denoiser(torch.from_numpy(latents()), timestep=torch.tensor(timestep), class_labels=torch.arange(2))
-        expected = torch.from_numpy(request.denoise(latents(), timestep, labels))
+        expected = torch.from_numpy(request.denoise(index, latents(), conditions))
         assert torch.equal(result.sample, expected)
         assert result[0] is result["sample"] is result.sample
     half = denoiser(torch.from_numpy(latents()).half(), plan.timesteps[0], torch.arange(2), return_dict=False)
@@ -130,14 +132,14 @@ def test_labels_of_every_kind(denoiser: Denoiser) -> None:
 @pytest.mark.parametrize(
     ("labels", "message", "hint"),
     [
-        ([0, 6], "class 6 is out of range", "the classes 0 to 4, and 5 for the unconditional half"),
-        ([-1, 0], "class -1 is out of range", "0 to 4"),
-        ([0, 1000], "class 1000 is out of range", "DiTPipeline gives 1000 for that half"),
-        ([0, 1, 2], r"class labels int64\[3\] for a batch of 2", "one integer a sample"),
-        ([0.5, 1.0], r"class labels float64\[2\] for a batch of 2", "one integer a sample"),
-        ([float("nan"), 1], r"class labels float64\[2\] for a batch of 2", "one integer a sample"),
-        ([1e300, 1], r"class labels float64\[2\] for a batch of 2", "one integer a sample"),
-        ([], r"class labels float64\[0\] for a batch of 2", "one integer a sample"),
+        ([0, 6], "class_labels: 6 is out of range", "0 to 4, and 5 for the unconditional half"),
+        ([-1, 0], "class_labels: -1 is out of range", "0 to 4"),
+        ([0, 1000], "class_labels: 1000 is out of range", "DiTPipeline gives 1000 for that half"),
+        ([0, 1, 2], r"class_labels int64\[3\] for a batch of 2", "one integer a sample"),
+        ([0.5, 1.0], "class_labels are not integers", "one integer a sample"),
+        ([float("nan"), 1], "class_labels are not integers", "one integer a sample"),
+        ([1e300, 1], "class_labels are not integers", "one integer a sample"),
+        ([], r"class_labels float64\[0\] for a batch of 2", "one integer a sample"),
         ("abc", "class_labels is 'abc'", "one integer a sample"),
         ([True, False], "class_labels has dtype bool", "one integer a sample"),
         ([1j, 0], "class_labels has dtype complex128", "one integer a sample"),
@@ -146,7 +148,7 @@ def test_labels_of_every_kind(denoiser: Denoiser) -> None:
         (2**64, "class_labels is an integer that 64 bits do not hold", "one integer a sample"),
         (torch.tensor([True, False]), r"class_labels has dtype torch\.bool", "one integer a sample"),
         (torch.zeros(2, device="meta"), "class_labels is on the device meta", "a dense tensor"),
-        (None, "no class labels were given", "tiny takes one a sample"),
+        (None, "no class_labels were given", "tiny takes one integer a sample"),
     ],
 )
 def test_labels_that_are_refused(denoiser: Denoiser, labels: Any, message: str, hint: str) -> None:
@@ -421,8 +423,8 @@ class Arbitrary:
     def __init__(self) -> None:
         self._generator = np.random.default_rng(0)
 
-    def run(self, variant: str, inputs: Mapping[str, np.ndarray], state: object) -> Array:
-        return self._generator.standard_normal(inputs["latent"].shape, dtype=np.float32)
+    def run(self, call: Call) -> Array:
+        return self._generator.standard_normal(call.inputs["latent"].shape, dtype=np.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

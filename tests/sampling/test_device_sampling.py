@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,10 +13,12 @@ from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
-from qcgraph.sampling.cache_state import State
 from qcgraph.sampling.denoiser import Denoiser
 from qcgraph.sampling.loop import Updates
+from qcgraph.sampling.runner import Call
 from qcgraph.sampling.tensors import Fetched
+
+NULL = 5  # the class of the unconditional half
 
 
 class TensorRunner(TorchRunner):
@@ -25,9 +26,10 @@ class TensorRunner(TorchRunner):
 
     device = torch.device("cpu")
 
-    def run_tensors(self, variant: str, inputs: Mapping[str, Any], state: State) -> torch.Tensor:
-        arrays = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-        return torch.from_numpy(self.run(variant, arrays, state))
+    def run_tensors(self, call: Call) -> torch.Tensor:
+        given = call.inputs.items()
+        arrays = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in given}
+        return torch.from_numpy(self.run(replace(call, inputs=arrays)))
 
 
 @pytest.fixture
@@ -38,14 +40,14 @@ def denoiser(cached: Program) -> Denoiser:
 def follow(denoiser: Denoiser, weight: float, steps: int) -> None:
     """The plan's sampler with a guidance weight, on torch tensors."""
     updates, latent = Updates(denoiser.plan), np.random.default_rng(0).standard_normal((1, 2, 8, 8), dtype=np.float32)
-    labels = torch.tensor([1, denoiser.spec.null_class])
-    for step in denoiser.plan.steps[:steps]:
+    labels = torch.tensor([1, NULL])
+    for index, timestep in enumerate(denoiser.plan.timesteps[:steps]):
         both = torch.from_numpy(np.concatenate([latent, latent]))
-        prediction = denoiser(both, step.timestep, labels).sample
+        prediction = denoiser(both, timestep, labels).sample
         assert isinstance(prediction, torch.Tensor)
         both.zero_()  # the denoiser has what it needs
         conditional, null = prediction[:, :2].numpy()[:1], prediction[:, :2].numpy()[1:]
-        latent = updates.update(latent, null + np.float32(weight) * (conditional - null), step)
+        latent = updates.update(index, latent, null + np.float32(weight) * (conditional - null))
 
 
 def test_the_sampler_of_the_plan_passes(denoiser: Denoiser) -> None:
@@ -58,7 +60,7 @@ def test_another_weight_is_refused_one_step_late(denoiser: Denoiser) -> None:
     with pytest.raises(BundleError, match="were sampled with guidance 4"):
         follow(denoiser, 4.0, 3)
     with pytest.raises(BundleError, match="the trajectory was interrupted in a step"):  # it does not go on
-        denoiser(torch.zeros(2, 2, 8, 8), denoiser.plan.timesteps[3], torch.tensor([1, denoiser.spec.null_class]))
+        denoiser(torch.zeros(2, 2, 8, 8), denoiser.plan.timesteps[3], torch.tensor([1, NULL]))
     follow(denoiser, 1.5, len(denoiser.plan))
 
 
@@ -67,7 +69,7 @@ def test_the_last_step_is_judged_at_once(denoiser: Denoiser) -> None:
     follow(denoiser, 1.5, count - 1)
     wrong = torch.full((2, 2, 8, 8), 9.0)
     with pytest.raises(BundleError, match="from what this scheduler makes of the prediction"):
-        denoiser(wrong, plan.timesteps[-1], torch.tensor([1, denoiser.spec.null_class]))
+        denoiser(wrong, plan.timesteps[-1], torch.tensor([1, NULL]))
 
 
 def test_a_trajectory_that_was_given_up_is_not_judged(denoiser: Denoiser) -> None:

@@ -10,9 +10,11 @@ import pytest
 from qcgraph.errors import BundleError
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import Earlier, Fingerprint, Step, StepPlan, Update
+from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.host_check import HALF_TOLERANCES, TOLERANCE, Following, Form, form_of
-from qcgraph.sampling.loop import Array, Sampler, Updates
+from qcgraph.sampling.loop import Sampler, Updates
 from qcgraph.sampling.noise import Noise
+from qcgraph.sampling.runner import Array
 
 SPEC = ModelSpec.class_conditional("made-up", (2, 4, 4), 5, 5, output_channels=4)
 PLAIN = [Update(0.9, 0.3), Update(0.95, 0.2), Update(0.98, 0.1)]
@@ -22,6 +24,10 @@ WITH_HISTORY = [Update(0.9, 0.3), Update(0.95, 0.2, 0.0, (Earlier(0.1, -0.05),))
 def plan_of(updates: list[Update], guidance: float = 1.5) -> StepPlan:
     steps = tuple(Step(float(len(updates) - index), update) for index, update in enumerate(updates))
     return StepPlan(Fingerprint("m", "ddim", len(steps), guidance), steps)
+
+
+def told(*labels: int) -> Conditions:
+    return Conditions(len(labels), {"class_label": np.array(labels)})
 
 
 def drawn(seed: int, count: int, channels: int = 2) -> Array:
@@ -51,8 +57,8 @@ def host(
     """
     following, sampler, latent = Following(plan, SPEC), Sampler(updates, Noise(3, range(2), (2, 4, 4))), drawn(0, 2)
     places = np.arange(2) if guidance is None else np.array(ORDERS[order])
-    labels = np.array([1, 2, 5, 5])[places]
-    for index, step in enumerate(updates.steps):
+    labels = told(1, 2, 5, 5)[places]
+    for index in range(len(updates)):
         batch = np.concatenate([latent, latent])[places]
         following.check(index, batch, labels, TOLERANCE if dtype == "f4" else HALF_TOLERANCES["float16"])
         prediction = drawn(index + 1, len(batch), channels=4)
@@ -62,7 +68,7 @@ def host(
         if guidance is not None:
             conditional, null = np.split(eps, 2)
             eps = null + np.float32(guidance) * (conditional - null)
-        latent = sampler.update(latent, eps, step).astype(dtype).astype(np.float32)
+        latent = sampler.update(index, latent, eps).astype(dtype).astype(np.float32)
         latent = latent + np.float32(change) * drawn(9, 2)
     return following
 
@@ -88,17 +94,17 @@ def test_halves_in_whatever_order(order: str, updates: list[Update]) -> None:
 
 def test_halves_that_come_apart_are_refused() -> None:
     following, latent = Following(plan_of(PLAIN), SPEC), np.concatenate([drawn(0, 1)] * 2)
-    following.note(0, latent, np.array([5, 1]), drawn(1, 2, channels=4))
+    following.note(0, latent, told(5, 1), drawn(1, 2, channels=4))
     with pytest.raises(BundleError, match="the latents of the two halves of guidance differ after timestep 3"):
-        following.check(1, drawn(2, 2), np.array([5, 1]), TOLERANCE)
+        following.check(1, drawn(2, 2), told(5, 1), TOLERANCE)
 
 
 def test_unconditional_samples_are_checked_where_there_is_no_guidance() -> None:
     """All that is sampled is checked then, whatever its class."""
-    plan, labels = plan_of(PLAIN, 1.0), np.array([5, 5])
+    plan, labels = plan_of(PLAIN, 1.0), told(5, 5)
     following, latent, prediction = Following(plan, SPEC), drawn(0, 2), drawn(1, 2, channels=4)
     following.note(0, latent, labels, prediction)
-    following.check(1, Updates(plan).update(latent, prediction[:, :2], plan.steps[0]), labels, TOLERANCE)
+    following.check(1, Updates(plan).update(0, latent, prediction[:, :2]), labels, TOLERANCE)
     with pytest.raises(BundleError, match="off"):
         following.check(1, drawn(2, 2), labels, TOLERANCE)
 
@@ -111,13 +117,13 @@ def test_a_trajectory_is_not_taken_for_another(guidance: float, noise: float) ->
     for labels in ([1, 2], [5, 5]):  # where guidance is planned, batches without both halves are not known
         following = Following(plan, SPEC)
         samplers = [Sampler(plan, Noise(seed, range(2), (2, 4, 4))) for seed in (1, 2)]
-        latents, classes, came = [drawn(seed, 2) for seed in (1, 2)], np.array(labels), []
+        latents, classes, came = [drawn(seed, 2) for seed in (1, 2)], told(*labels), []
         for sampler, latent in zip(samplers, latents, strict=True):
             following.check(0, latent, classes, TOLERANCE)
             prediction = drawn(3, 2, channels=4)
             following.note(0, latent, classes, prediction)
             eps = prediction[:, :2] * np.float32(0.3 if guidance > 1 else 1.0)  # of a half that is not here
-            came.append(sampler.update(latent, eps, replace(plan.steps[0], update=replace(PLAIN[0], noise=noise))))
+            came.append(sampler.update(0, latent, eps))
         with pytest.raises(BundleError, match=r"does not go on from the trajectory that was begun last") as caught:
             following.check(1, came[0], classes, TOLERANCE)
         assert "denoiser.request()" in str(caught.value.hint)
@@ -150,7 +156,7 @@ def test_no_guidance_where_there_should_be_is_refused() -> None:
 def test_guidance_where_there_should_be_none_is_refused_at_once() -> None:
     latent = np.concatenate([drawn(0, 1)] * 2)
     with pytest.raises(BundleError, match="which is no guidance; this batch of 2 holds both halves of guidance"):
-        Following(plan_of(PLAIN, 1.0), SPEC).check(0, latent, np.array([1, 5]), TOLERANCE)
+        Following(plan_of(PLAIN, 1.0), SPEC).check(0, latent, told(1, 5), TOLERANCE)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
@@ -166,7 +172,7 @@ def test_other_updates_are_refused(guidance: float, updates: list[Update], chang
 
 def test_what_cannot_be_told_passes() -> None:
     """The halves apart and combined out of sight, and latents that stay where they are."""
-    for labels in (np.array([1, 2]), np.array([5, 5])):
+    for labels in (told(1, 2), told(5, 5)):
         following, latent = Following(plan_of(PLAIN), SPEC), drawn(0, 2)
         for index in range(3):
             following.check(index, latent, labels, TOLERANCE)
@@ -199,21 +205,21 @@ def test_a_new_trajectory_begins_anew() -> None:
     for seed in (0, 1):
         sampler, latent = Updates(plan), drawn(seed, 1 + seed)
         for index in range(2):  # aborted
-            following.check(index, latent, np.arange(1 + seed), TOLERANCE)
+            following.check(index, latent, told(*range(1 + seed)), TOLERANCE)
             prediction = drawn(index, 1 + seed, channels=4)
-            following.note(index, latent, np.arange(1 + seed), prediction)
-            latent = sampler.update(latent, prediction[:, :2], plan.steps[index])
+            following.note(index, latent, told(*range(1 + seed)), prediction)
+            latent = sampler.update(index, latent, prediction[:, :2])
 
 
 def test_forms() -> None:
     latent = drawn(0, 2)
     same = latent[[0, 0]]
-    assert form_of(latent, np.array([1, 2]), SPEC) is Form.CONDITIONAL
-    assert form_of(same, np.array([1, 5]), SPEC) is Form.PAIRED
-    assert form_of(latent, np.array([1, 5]), SPEC) is Form.OTHER  # not the same latents
-    assert form_of(same, np.array([5, 1]), SPEC) is Form.PAIRED  # in the other order
-    assert form_of(latent[[0, 0, 1, 1]], np.array([1, 5, 2, 5]), SPEC) is Form.PAIRED  # sample by sample
-    assert form_of(latent[[0, 0, 1, 1]], np.array([1, 5, 5, 2]), SPEC) is Form.PAIRED
-    assert form_of(latent[[0, 1, 0, 1]], np.array([1, 5, 5, 2]), SPEC) is Form.OTHER
-    assert form_of(same, np.array([5, 5]), SPEC) is Form.OTHER
-    assert form_of(drawn(0, 3), np.array([1, 2, 5]), SPEC) is Form.OTHER
+    assert form_of(latent, told(1, 2), SPEC) is Form.CONDITIONAL
+    assert form_of(same, told(1, 5), SPEC) is Form.PAIRED
+    assert form_of(latent, told(1, 5), SPEC) is Form.OTHER  # not the same latents
+    assert form_of(same, told(5, 1), SPEC) is Form.PAIRED  # in the other order
+    assert form_of(latent[[0, 0, 1, 1]], told(1, 5, 2, 5), SPEC) is Form.PAIRED  # sample by sample
+    assert form_of(latent[[0, 0, 1, 1]], told(1, 5, 5, 2), SPEC) is Form.PAIRED
+    assert form_of(latent[[0, 1, 0, 1]], told(1, 5, 5, 2), SPEC) is Form.OTHER
+    assert form_of(same, told(5, 5), SPEC) is Form.OTHER
+    assert form_of(drawn(0, 3), told(1, 2, 5), SPEC) is Form.OTHER

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pipeline
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import Earlier, Fingerprint, Step, StepPlan, Update
+from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.loop import Request, Sampler, sample
 from qcgraph.sampling.noise import Noise
+from qcgraph.sampling.runner import Call, step_call, step_inputs
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +51,12 @@ def test_the_batch_size_does_not_change_the_samples(captured: Program) -> None:
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 1.5])
 def test_guidance_is_its_formula(captured: Program, weight: float) -> None:
-    from dataclasses import replace
-
     runner, plan, spec = parts(captured)
     plan = StepPlan(replace(plan.fingerprint, guidance=weight), plan.steps[:1])
     latent = Noise(0, range(2), spec.latent_shape).initial()
-    timestep = np.full(2, plan.steps[0].timestep, dtype=np.float32)
 
     def denoise(labels: list[int]) -> np.ndarray:
-        inputs = {"latent": latent, "timestep": timestep, "class_label": np.array(labels)}
-        return runner.run("main", inputs, {})[:, :2]
+        return runner.run(step_call(plan, 0, step_inputs(plan, spec, 0, latent, told(labels)), {}))[:, :2]
 
     conditional, null = denoise([1, 4]), denoise([5, 5])
     update = plan.steps[0].update
@@ -82,9 +80,13 @@ def test_a_seed_that_is_none_is_refused(captured: Program, seed: Any) -> None:
     assert "smaller than 2^64" in str(caught.value.hint)
 
 
+def told(labels: Any) -> Conditions:
+    return Conditions(len(labels), {"class_label": np.asarray(labels)})
+
+
 def walk(request: Request, plan: StepPlan, latent: np.ndarray, steps: int | None = None) -> list[np.ndarray]:
-    labels = np.arange(len(latent))
-    return [request.denoise(latent, step.timestep, labels) for step in plan.steps[:steps]]
+    conditions = told(np.arange(len(latent)))
+    return [request.denoise(index, latent, conditions) for index in range(len(plan))[:steps]]
 
 
 def latents(seed: int, batch: int = 2) -> np.ndarray:
@@ -92,56 +94,56 @@ def latents(seed: int, batch: int = 2) -> np.ndarray:
 
 
 def test_interleaved_requests_equal_separate_ones(cached: Program) -> None:
-    runner, plan, _ = parts(cached)
-    apart = [walk(Request(runner, plan), plan, latents(seed)) for seed in (0, 1)]
-    requests = [Request(runner, plan), Request(runner, plan)]
-    for index, step in enumerate(plan.steps):
+    runner, plan, spec = parts(cached)
+    apart = [walk(Request(runner, plan, spec), plan, latents(seed)) for seed in (0, 1)]
+    requests = [Request(runner, plan, spec), Request(runner, plan, spec)]
+    for index in range(len(plan)):
         for seed in (0, 1):
-            result = requests[seed].denoise(latents(seed), step.timestep, np.arange(2))
+            result = requests[seed].denoise(index, latents(seed), told(range(2)))
             assert np.array_equal(result, apart[seed][index])
 
 
 def test_the_first_timestep_starts_anew_after_an_aborted_trajectory(cached: Program) -> None:
-    runner, plan, _ = parts(cached)
-    request = Request(runner, plan)
+    runner, plan, spec = parts(cached)
+    request = Request(runner, plan, spec)
     walk(request, plan, latents(0), steps=5)
     again = walk(request, plan, latents(1, batch=3))
-    for one, other in zip(again, walk(Request(runner, plan), plan, latents(1, batch=3)), strict=True):
+    for one, other in zip(again, walk(Request(runner, plan, spec), plan, latents(1, batch=3)), strict=True):
         assert np.array_equal(one, other)
 
 
 def test_steps_come_in_order_and_once(cached: Program) -> None:
-    runner, plan, _ = parts(cached)
-    request = Request(runner, plan)
+    runner, plan, spec = parts(cached)
+    request = Request(runner, plan, spec)
     with pytest.raises(BundleError, match="out of order; timestep 888 comes next"):
-        request.denoise(latents(0), plan.timesteps[1], np.arange(2))
+        request.denoise(1, latents(0), told(range(2)))
     walk(request, plan, latents(0), steps=2)
     with pytest.raises(BundleError, match="out of order"):
-        request.denoise(latents(0), plan.timesteps[1], np.arange(2))
+        request.denoise(1, latents(0), told(range(2)))
     with pytest.raises(BundleError, match="is not in the plan"):
-        request.denoise(latents(0), 999.0, np.arange(2))
+        plan.index_of(999.0)
 
 
 def test_the_shape_stays_the_same_within_a_trajectory(cached: Program) -> None:
-    runner, plan, _ = parts(cached)
-    request = Request(runner, plan)
+    runner, plan, spec = parts(cached)
+    request = Request(runner, plan, spec)
     walk(request, plan, latents(0), steps=1)
     with pytest.raises(BundleError, match="this trajectory began with"):
-        request.denoise(latents(0, batch=4), plan.timesteps[1], np.arange(4))
+        request.denoise(1, latents(0, batch=4), told(range(4)))
 
 
 @pytest.mark.parametrize("classes", [[7, 1], [1, 0], [0, 0]])
 def test_the_classes_stay_the_same_within_a_trajectory(cached: Program, classes: list[int]) -> None:
-    runner, plan, _ = parts(cached)
-    expected = walk(Request(runner, plan), plan, latents(0))
-    request = Request(runner, plan)
+    runner, plan, spec = parts(cached)
+    expected = walk(Request(runner, plan, spec), plan, latents(0))
+    request = Request(runner, plan, spec)
     found = walk(request, plan, latents(0), steps=1)
     with pytest.raises(
-        BundleError, match=r"sample \d has class \d, this trajectory began with class \d there"
+        BundleError, match=r"sample \d has class_label \d, this trajectory began with class_label \d there"
     ) as caught:
-        request.denoise(latents(0), plan.timesteps[1], np.array(classes))
+        request.denoise(1, latents(0), told(classes))
     assert "the order of a batch" in str(caught.value.hint)
-    found += [request.denoise(latents(0), step.timestep, np.arange(2)) for step in plan.steps[1:]]
+    found += [request.denoise(index, latents(0), told(range(2))) for index in range(1, len(plan))]
     assert all(map(np.array_equal, found, expected))
 
 
@@ -150,8 +152,8 @@ class Breaking(TorchRunner):
 
     breaks: BaseException | None = None
 
-    def run(self, variant: str, inputs: Mapping[str, np.ndarray], state: MutableMapping[str, object]) -> np.ndarray:
-        result = super().run(variant, inputs, state)
+    def run(self, call: Call) -> np.ndarray:
+        result = super().run(call)
         if self.breaks is not None:
             error, self.breaks = self.breaks, None
             raise error
@@ -159,17 +161,17 @@ class Breaking(TorchRunner):
 
 
 def test_an_interrupted_trajectory_is_started_anew(cached: Program) -> None:
-    runner, plan = Breaking(cached), cached.facts[StepPlan]
-    expected = walk(Request(runner, plan), plan, latents(0))
-    request = Request(runner, plan)
+    runner, plan, spec = Breaking(cached), cached.facts[StepPlan], cached.facts[ModelSpec]
+    expected = walk(Request(runner, plan, spec), plan, latents(0))
+    request = Request(runner, plan, spec)
     walk(request, plan, latents(0), steps=3)
     runner.breaks = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        request.denoise(latents(0), plan.timesteps[3], np.arange(2))
+        request.denoise(3, latents(0), told(range(2)))
     assert request.taken == 0
     for index in (3, 4):
         with pytest.raises(BundleError, match="the trajectory was interrupted in a step") as caught:
-            request.denoise(latents(0), plan.timesteps[index], np.arange(2))
+            request.denoise(index, latents(0), told(range(2)))
         assert "anew with the first timestep of the plan, 888" in str(caught.value.hint)
     assert all(map(np.array_equal, walk(request, plan, latents(0)), expected))
 
@@ -177,16 +179,16 @@ def test_an_interrupted_trajectory_is_started_anew(cached: Program) -> None:
 def test_a_step_that_failed_is_retried_to_the_last_bit(captured: Program) -> None:
     """Also where its modulation was prepared together with that of the steps after it."""
     program = Pipeline.parse("plan-cache{interval=3},insert-cache,hoist-adaln").run(captured)
-    plan = program.facts[StepPlan]
-    assert plan.prepared
-    expected = walk(Request(TorchRunner(program), plan), plan, latents(0))
+    _, plan, spec = parts(program)
+    assert plan.preparing
+    expected = walk(Request(TorchRunner(program), plan, spec), plan, latents(0))
     runner, found = Failing(program), []
-    request = Request(runner, plan)
-    for step in plan.steps:
+    request = Request(runner, plan, spec)
+    for index, step in enumerate(plan.steps):
         runner.fails = step.variant
         with pytest.raises(MemoryError):
-            request.denoise(latents(0), step.timestep, np.arange(2))
-        found.append(request.denoise(latents(0), step.timestep, np.arange(2)))
+            request.denoise(index, latents(0), told(range(2)))
+        found.append(request.denoise(index, latents(0), told(range(2))))
     assert all(map(np.array_equal, found, expected))
 
 
@@ -195,30 +197,31 @@ class Failing(TorchRunner):
 
     fails = ""
 
-    def run(self, variant: str, inputs: Mapping[str, np.ndarray], state: MutableMapping[str, object]) -> np.ndarray:
-        if variant == self.fails:
+    def run(self, call: Call) -> np.ndarray:
+        if call.variant == self.fails:
             self.fails = ""
             raise MemoryError
-        return super().run(variant, inputs, state)
+        return super().run(call)
 
 
 def test_reuse_before_compute_is_an_error(cached: Program) -> None:
-    inputs = {"latent": latents(0), "timestep": np.zeros(2, dtype=np.float32), "class_label": np.arange(2)}
+    runner, plan, spec = parts(cached)
+    inputs = step_inputs(plan, spec, 1, latents(0), told(range(2)))
     with pytest.raises(BundleError, match="reuses 'cache_0' before any step computed it"):
-        TorchRunner(cached).run("reuse", inputs, {})
+        runner.run(step_call(plan, 1, inputs, {}))
 
 
 def test_a_runner_gets_what_the_plan_says(captured: Program) -> None:
-    seen: list[tuple[str, int, int]] = []
+    seen: list[tuple[str, int, int, int]] = []
 
     class Recorder:
-        def run(self, variant: str, inputs: Mapping[str, np.ndarray], state: object) -> np.ndarray:
-            seen.append((variant, int(inputs["group"]), int(inputs["row"])))
-            return np.zeros_like(inputs["latent"])
+        def run(self, call: Call) -> np.ndarray:
+            seen.append((call.variant, call.index, int(call.inputs["group"]), int(call.inputs["row"])))
+            return np.zeros_like(call.inputs["latent"])
 
     plan = captured.facts[StepPlan].with_groups([0, 0, 0, 1, 1, 1, 2, 2, 2])
     sample(Recorder(), plan, captured.facts[ModelSpec], [0], seed=0)
-    assert seen == [("main", index // 3, index) for index in range(9)]
+    assert seen == [("main", index, index // 3, index) for index in range(9)]
 
 
 def plan_of(*updates: Update) -> StepPlan:
@@ -234,7 +237,7 @@ def test_an_update_takes_what_it_looks_back_to() -> None:
     sampler = Sampler(plan, noise)
     x = [np.array([value], dtype=np.float32) for value in ([1, 2], [3, 5], [7, 11], [13, 17])]
     eps = [np.array([value], dtype=np.float32) for value in ([19, 23], [29, 31], [37, 41], [43, 47])]
-    found = [sampler.update(*inputs) for inputs in zip(x, eps, plan.steps, strict=True)]
+    found = [sampler.update(index, *inputs) for index, inputs in enumerate(zip(x, eps, strict=True))]
     assert all(result.dtype == np.float32 for result in found)
     assert np.array_equal(found[0], x[0] + 2 * eps[0])
     assert np.array_equal(found[1], x[1] - 0.5 * eps[1] + 0.5 * x[0] + 0.25 * eps[0])
@@ -249,10 +252,10 @@ def test_no_more_is_kept_than_the_plan_looks_back_to(depth: int) -> None:
     plan = plan_of(Update(1.0, 1.0), Update(1.0, 1.0), deepest, Update(1.0, 1.0), Update(1.0, 1.0))
     sampler = Sampler(plan, Noise(0, [0], (2,)))
     kept: list[weakref.ref[np.ndarray]] = []
-    for step in plan.steps:
+    for index in range(len(plan)):
         latent, prediction = np.zeros((1, 2), dtype=np.float32), np.zeros((1, 2), dtype=np.float32)
         kept.append(weakref.ref(latent))
-        sampler.update(latent, prediction, step)
+        sampler.update(index, latent, prediction)
         del latent, prediction
         assert sum(reference() is not None for reference in kept) <= depth
 
@@ -261,7 +264,7 @@ def test_an_update_whose_history_is_not_known_is_refused() -> None:
     plan = plan_of(Update(1.0, 1.0), Update(1.0, 1.0, 0.0, (Earlier(1.0, 1.0),)))
     sampler, zeros = Sampler(plan, Noise(0, [0], (2,))), np.zeros((1, 2), dtype=np.float32)
     with pytest.raises(BundleError, match="at timestep 1 looks back 1 steps, 0 are known") as caught:
-        sampler.update(zeros, zeros, plan.steps[1])
+        sampler.update(1, zeros, zeros)
     assert "first timestep" in str(caught.value.hint)
-    sampler.update(zeros, zeros, plan.steps[0])
-    sampler.update(zeros, zeros, plan.steps[1])
+    sampler.update(0, zeros, zeros)
+    sampler.update(1, zeros, zeros)

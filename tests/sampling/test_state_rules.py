@@ -5,7 +5,7 @@ Everything goes through the denoiser that `qcgraph.load` gives, on each backend.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,8 @@ from qcgraph.errors import BundleError, UsageError
 from qcgraph.export.run.open import open_runner
 from qcgraph.models import LoadedModel
 from qcgraph.recipe import Recipe
-from qcgraph.sampling.cache_state import State
 from qcgraph.sampling.denoiser import Denoiser
-from qcgraph.sampling.loop import Array, Runner
+from qcgraph.sampling.runner import Array, Call, Runner
 
 SCHEDULE = "FFRFRFFRR"  # values of three computing steps are there from step 3 on, and grow older
 
@@ -181,11 +180,11 @@ class Failing:
     def __init__(self, runner: Runner, calls: set[int]) -> None:
         self._runner, self._failing, self._calls = runner, calls, 0
 
-    def run(self, variant: str, inputs: Mapping[str, np.ndarray], state: State) -> Array:
+    def run(self, call: Call) -> Array:
         self._calls += 1
         if self._calls - 1 in self._failing:
             raise MemoryError
-        return self._runner.run(variant, inputs, state)
+        return self._runner.run(call)
 
 
 @pytest.mark.parametrize("failing", [0, 1, 5])
