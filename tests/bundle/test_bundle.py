@@ -23,6 +23,7 @@ from qcgraph.bundle.watch import reading
 from qcgraph.errors import BundleError, UsageError
 from qcgraph.facts import Facts
 from qcgraph.files import atomic
+from qcgraph.plan.roles import COMPUTES, REUSES, TensorRole
 from qcgraph.plan.spec import Interface, ModelSpec, TensorSpec
 from qcgraph.plan.steps import Earlier, Fingerprint, Step, StepPlan, Update
 from qcgraph.recipe import Recipe
@@ -35,12 +36,13 @@ PLAN = StepPlan(
         Step(961.0, Update(1.1, -0.2), "reuse", group=0, row=1),
         Step(1.0, Update(1.2, -0.3, 0.25, (Earlier(0.1, -1 / 3),)), "full", group=1, row=2),
     ),
+    {"full": COMPUTES, "reuse": REUSES},
 )
-LATENT = TensorSpec("latent", "f32", ("B", 1, 8, 8))
-PREDICTION = TensorSpec("noise_prediction", "f32", ("B", 1, 8, 8))
+LATENT = SPEC.latent
+PREDICTION = TensorSpec("noise_prediction", "f32", ("B", 1, 8, 8), TensorRole.PREDICTION)
 INTERFACES = {
     "full": Interface((LATENT,), (PREDICTION,)),
-    "reuse": Interface((LATENT, TensorSpec("cache", "f32", ("B", 16, 4))), (PREDICTION,)),
+    "reuse": Interface((LATENT, TensorSpec("cache", "f32", ("B", 16, 4), TensorRole.CACHE, "cache")), (PREDICTION,)),
 }
 
 
@@ -91,7 +93,7 @@ def test_a_step_is_a_line(tmp_path: Path, history: tuple[Earlier, ...]) -> None:
     write_plan(tmp_path, SPEC, plan, INTERFACES)
     lines = (tmp_path / "plan.json").read_text().splitlines()
     assert [line.count('"timestep"') for line in lines].count(1) == 50
-    assert json.loads("\n".join(lines))["format"] == 1
+    assert json.loads("\n".join(lines))["format"] == 2
 
 
 def test_readable_json_is_json() -> None:
@@ -159,12 +161,12 @@ def test_damaged_file_is_named(tmp_path: Path, harm: object, problem: str) -> No
     [
         (MANIFEST, "{", "is not valid JSON"),
         (MANIFEST, "[]", "is not of the expected form"),
-        (MANIFEST, '{"schema_version": 1}', "Field required"),
-        (MANIFEST, '{"schema_version": 2}', "has schema version 2; this qcgraph reads version 1"),
+        (MANIFEST, '{"schema_version": 2}', "Field required"),
+        (MANIFEST, '{"schema_version": 3}', "has schema version 3; this qcgraph reads version 2"),
         (MANIFEST, "\xff", "is not valid JSON"),
-        ("plan.json", '{"format": 1, "model"', "is not valid JSON"),
-        ("plan.json", '{"format": 1}', "is not of the expected form"),
-        ("plan.json", '{"format": 9}', "has format 9, not 1"),
+        ("plan.json", '{"format": 2, "model"', "is not valid JSON"),
+        ("plan.json", '{"format": 2}', "is not of the expected form"),
+        ("plan.json", '{"format": 9}', "has format 9, not 2"),
         ("plan.json", "[" * 100000, "is nested more than 64 levels deep"),
         ("recipe.lock.toml", "[sampling]\nstepz = 1", "unknown key 'stepz'"),
     ],
@@ -583,7 +585,7 @@ def test_only_regular_files_of_the_bundle_are_read(tmp_path: Path, name: str, ha
 
 
 DIGEST = "0" * 64
-DEEP = '{"schema_version": 1, "qcgraph": "1", "files": ' + '{"a": ' * 100000
+DEEP = '{"schema_version": 2, "qcgraph": "1", "files": ' + '{"a": ' * 100000
 
 
 @pytest.mark.parametrize(
@@ -596,7 +598,7 @@ DEEP = '{"schema_version": 1, "qcgraph": "1", "files": ' + '{"a": ' * 100000
         (MANIFEST, '{"schema_version": true}'),
         (MANIFEST, '{"schema_version": [1]}'),
         (MANIFEST, '{"schema_version": 1, "schema_version": 1}'),
-        ("plan.json", '{"format": 1, "model": {}, "plan": [[[]]], "variants": 7}'),
+        ("plan.json", '{"format": 2, "model": {}, "plan": [[[]]], "variants": 7}'),
         ("plan.json", "null"),
         ("plan.json", '{"format": 1e400}'),
         ("report.json", "[]"),
@@ -655,16 +657,17 @@ def test_a_manifest_of_a_million_entries_is_refused_at_once(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
-        ('"class_count": 10', '"class_count": 1000000000000', "1000000000000 classes"),
-        ('"class_count": 10', '"class_count": -1', "-1 classes"),
+        ('"count": 10', '"count": 1000000000000', "1000000000000 values of class_label"),
+        ('"count": 10', '"count": -1', "-1 values of class_label"),
+        ('"shape": [], "count"', '"shape": [1000000, 1000000], "count"', "is no condition"),
         ("[1, 8, 8]", "[1, 1000000, 1000000]", "a latent of"),
         ("[1, 8, 8]", "[0, 8, 8]", "a latent of"),
         ('"group": 1', '"group": 1000000000000', "a group or a row"),
         ('"row": 2', '"row": -1', "a group or a row"),
         ("-0.1", "NaN", "holds NaN, which is no finite number"),
         ("-0.1", "1e999", "holds 1e999, which is no finite number"),
-        ('"variant": "reuse"', '"variant": "other"', "a step runs 'other', which is no variant"),
-        ('"reuse": {"inputs"', '"../../x": {"inputs"', "no name of a variant"),
+        ('"variant": "reuse"', '"variant": "other"', "a step runs 'other', which is no variant of steps"),
+        ('"reuse": {\n      "inputs"', '"../../x": {\n      "inputs"', "no name of a variant"),
     ],
 )
 def test_numbers_that_no_plan_has(tmp_path: Path, old: str, new: str, problem: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from qcgraph.bundle import write_plan
 from qcgraph.bundle.plan_file import plan_data, plan_toml, read_plan
 from qcgraph.errors import BundleError, QcgraphError, UsageError
+from qcgraph.plan.roles import COMPUTES, REUSES
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
 
@@ -34,7 +35,8 @@ guidance = 1.5
 @pytest.fixture
 def plan() -> StepPlan:
     steps = [Step(900.0 - 100 * row, UPDATE, variant, row=row) for row, variant in enumerate(VARIANTS)]
-    return StepPlan(Fingerprint("0123456789abcdef", "ddim", 4, 1.5), tuple(steps))
+    roles = {"full": COMPUTES, "reuse": REUSES, "reuse_1": REUSES}
+    return StepPlan(Fingerprint("0123456789abcdef", "ddim", 4, 1.5), tuple(steps), roles)
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_what_is_printed_can_be_read(plan: StepPlan, write: Callable[[str], Path
     text = plan_toml(plan_data(plan))
     assert '900 = "full"\n800 = "reuse"\n700 = "reuse_1"\n600 = "full"\n' in text
     read = read_plan(write(text))
-    assert (read.schedule.timesteps, read.schedule.modes) == (plan.timesteps, VARIANTS)
+    assert (read.schedule.timesteps, read.schedule.modes) == (plan.timesteps, (None, "reuse", "reuse_1", None))
     assert (read.model, read.scheduler, read.guidance) == ("0123456789abcdef", "ddim", 1.5)
     assert read.describe() == "ddim, 4 steps, guidance 1.5"
 
@@ -133,12 +135,12 @@ def test_wrong_files(write: Callable[[str], Path], old: str, new: str, message: 
     ("old", "new", "message"),
     [
         ('"variant": "reuse"', '"varient": "reuse"', "step 1 has the unknown key 'varient'"),
-        ('"variant": "reuse"', '"variant": "half"', "unknown mode 'half'"),
+        ('"variant": "reuse"', '"variant": "half"', "a step runs 'half', which is no variant of steps"),
         ('"variant": "full"', '"variant": "reuse"', "the first one, is to reuse"),
         ('"timestep": 800.0', '"timestep": 950.0', "the timesteps of a plan must fall strictly"),
         ('"timestep": 800.0', '"timestep": "late"', "timestep: Input should be a valid number"),
         ('"fingerprint"', '"finger"', "fingerprint: Field required"),
-        ('"format": 1', '"format": 2', "has format 2, not 1"),
+        ('"format": 2', '"format": 1', "has format 1, not 2"),
         ('"plan"', '"plan" ', None),
         ('"steps": [', '"steps": [7, ', "steps"),
     ],
@@ -170,4 +172,4 @@ def test_no_such_file(tmp_path: Path) -> None:
 def test_a_plan_without_a_cache_computes_every_step(write: Callable[[str], Path]) -> None:
     steps: Any = tuple(Step(timestep, UPDATE) for timestep in (2.0, 1.0))
     data = plan_data(StepPlan(Fingerprint("m", "ddim", 2, 1.0), steps))
-    assert read_plan(write(plan_toml(data))).schedule.modes == ("full", "full")
+    assert read_plan(write(plan_toml(data))).schedule.modes == (None, None)

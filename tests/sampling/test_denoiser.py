@@ -240,7 +240,7 @@ def test_what_a_trajectory_began_with_stays(cached: Program, own_updates: bool) 
     expected, (begin, second, *_) = walk(denoiser), denoiser.plan.timesteps
     denoiser(latents(), begin, [0, 1])
     for labels in ([0, 4], [1, 0], [5, 1], 1):
-        with pytest.raises(BundleError, match=r"has class \d, this trajectory began with class \d there"):
+        with pytest.raises(BundleError, match=r"has class_label \d, this trajectory began with class_label \d there"):
             denoiser(latents(), second, labels)
     with pytest.raises(BundleError, match="this trajectory began with"):
         denoiser(latents(batch=3), second, [0, 1, 1])
@@ -357,7 +357,7 @@ def test_a_null_half_that_comes_first_is_refused_where_it_is_restored(
 ) -> None:
     halved = run("plan-cache{interval=2 blocks=guidance},insert-cache", captured)
     denoiser, both = Denoiser(*parts(halved)), np.concatenate([latents(batch=1)] * 2)
-    with pytest.raises(UsageError, match=r"the second half of this batch is not unconditional: its classes are \[1\]"):
+    with pytest.raises(UsageError, match=r"the second half of this batch is not unconditional: class_label \[1\]"):
         denoiser(both, 888, [5, 1])
     assert denoiser(both, 888, [1, 5]).sample.shape == (2, 4, 8, 8)
 

@@ -164,15 +164,16 @@ def test_a_damage_fails_its_check(
 
 def test_tensors_that_are_left_and_taken_otherwise_are_found(program: Program, folder: Path, copy: Path) -> None:
     interfaces = program.interfaces
-    paths = {variant: folder / f"{variant}.onnx" for variant in interfaces}
-    assert check_cache_tensors(interfaces, paths).passed
+    plan, paths = program.facts[StepPlan], {variant: folder / f"{variant}.onnx" for variant in interfaces}
+    assert check_cache_tensors(plan, interfaces, paths).passed
     (cache,) = (spec for spec in interfaces["reuse"].inputs if spec.name == "cache_0")
-    for changed, what in [
+    for other, what in [
         (replace(cache, dtype="f16"), f"cache_0 is {cache} from full, reuse takes f16[B,16,32]"),
-        (replace(cache, name="cache_7"), "no variant computes cache_7, which reuse takes"),
+        (replace(cache, name="cache_7", value="cache_7"), "no variant computes cache_7, which reuse takes"),
     ]:
-        inputs = tuple(changed if spec is cache else spec for spec in interfaces["reuse"].inputs)
-        found = check_cache_tensors(interfaces | {"reuse": replace(interfaces["reuse"], inputs=inputs)}, paths)
+        inputs = tuple(other if spec is cache else spec for spec in interfaces["reuse"].inputs)
+        changed = interfaces | {"reuse": replace(interfaces["reuse"], inputs=inputs)}
+        found = check_cache_tensors(plan, changed, paths)
         assert not found.passed
         assert what in found.detail
         assert "reuse.onnx takes cache_0 as " in found.detail

@@ -14,7 +14,6 @@ from qcgraph.export.check.reference import Perturbed, Shadowed, SiteReference
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantized_sites import QuantizedSite, quantized_sites, record
 from qcgraph.pipeline import Pipeline
-from qcgraph.plan.steps import StepPlan
 
 SITE = "blocks.1.mlp.fc1"
 
@@ -40,7 +39,7 @@ def reduced(constant_scales: Program) -> Program:
 
 @pytest.fixture(scope="module")
 def inputs(reduced: Program) -> dict[str, torch.Tensor]:
-    return parity._inputs(reduced, "full", reduced.facts[StepPlan].steps[0], 3, np.random.default_rng(0))
+    return parity._inputs(reduced, "full", 0, 3, np.random.default_rng(0))
 
 
 @pytest.fixture(scope="module")

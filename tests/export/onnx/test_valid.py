@@ -22,6 +22,8 @@ from qcgraph.export.package.formats import export_bundle
 from qcgraph.export.run.onnxruntime import OnnxRuntimeRunner
 from qcgraph.export.run.open_engines import read_engine
 from qcgraph.ir.serialize import load_program
+from qcgraph.plan.roles import VariantKind
+from qcgraph.sampling.runner import Call
 
 BundleOf = Callable[[Any], Bundle]
 
@@ -68,7 +70,7 @@ def test_weights_come_from_the_bundle_alone(
             assert run([command, str(path), *target]) == 2
         runner = OnnxRuntimeRunner(path, opened.interfaces)
         with pytest.raises(BundleError):
-            runner.run("full", {}, {})
+            runner.run(Call("full", VariantKind.COMPUTES, 0, {}, {}))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00", b"\xff" * 100, b"graph", b"\x08\x07"])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -22,17 +22,19 @@ from qcgraph.export.run.onnxruntime import OptimizedGraph
 from qcgraph.export.run.open import open_runner
 from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pipeline
-from qcgraph.plan.spec import Interface, ModelSpec, TensorSpec, is_preparation
+from qcgraph.plan.roles import COMPUTES, REUSES, TensorRole
+from qcgraph.plan.spec import GROUP, ROW, Interface, ModelSpec, TensorSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.recipe import Recipe
 from qcgraph.sampling.loop import sample
+from qcgraph.sampling.runner import Call
 
 BundleOf = Callable[[Any], Bundle]
 INT8 = "MatMulIntegerToFloat"
 
 
 class SingleRunner:
-    """Runs the one model as its metadata says, in the loop of qcgraph (see `qcgraph.sampling.loop.Runner`)."""
+    """Runs the one model as its metadata says, in the loop of qcgraph (see `qcgraph.sampling.runner.Runner`)."""
 
     def __init__(self, path: Path) -> None:
         options = onnxruntime.SessionOptions()
@@ -41,10 +43,11 @@ class SingleRunner:
         self.plan = json.loads(self.session.get_modelmeta().custom_metadata_map[PLAN_KEY])
         self._shapes = {item.name: item.shape[1:] for item in self.session.get_inputs()}
 
-    def run(self, variant: str, inputs: Mapping[str, Any], state: Any) -> Any:
-        if is_preparation(variant):
+    def run(self, call: Call) -> Any:
+        inputs, state = call.inputs, cast(dict[Any, Any], call.state)
+        if not call.is_step:
             return np.zeros((len(inputs["timestep"]), 1), np.float32)  # each branch prepares itself
-        (step,) = (step for step in self.plan["steps"] if step["timestep"] == inputs["timestep"][0])
+        step = self.plan["steps"][call.index]
         feeds = {name: np.array([step[name]]) for name in self.plan["numbers"]}
         feeds |= {name: inputs[name] for name in ("latent", "timestep", "class_label")}
         for taken in self.plan["cache"]:
@@ -66,7 +69,7 @@ def prepared(captured: Program, export_of: Callable[..., Any], tmp_path: Path) -
     """Three variants: one restores half of the guidance, and the modulation of all is hoisted."""
     pipeline = "plan-cache{interval=3 blocks=all+guidance},insert-cache,hoist-adaln"
     program = Pipeline.parse(pipeline).run(captured)
-    variants = [name for name in program.variants if not is_preparation(name)]
+    variants = [name for name, role in program.facts[StepPlan].roles.items() if not role.of]
     schedule = [variants[index % len(variants)] for index in range(len(program.facts[StepPlan]))]
     program = program.with_facts(program.facts[StepPlan].with_variants(schedule))
     return export_of(program, tmp_path)
@@ -144,31 +147,29 @@ def test_where_every_step_computes_there_is_nothing_to_choose(
     assert_same_samples(bundle, SingleRunner(tmp_path / "model.onnx"))
 
 
-def tensor(name: str, dtype: str = "f32", *shape: int | str) -> TensorSpec:
-    return TensorSpec(name, dtype, shape)
-
-
 def test_the_outside_of_the_model(captured: Program, tmp_path: Path) -> None:
     """Types of caches are those of the bundle, numbers are tensors of one element, and a chain of ages has no gap."""
-    latent, prediction = tensor("latent", "f32", "B", 2, 8, 8), tensor("noise_prediction", "f32", "B", 4, 8, 8)
-    group, row = tensor("group", "i64"), tensor("row", "i64")
-    cache = [tensor(name, "f16", "B", 16) for name in ("cache_0", "cache_0_age2")]
-    unread = tensor("cache_1", "bf16", "B", 8)
+    latent = captured.facts[ModelSpec].latent
+    prediction = TensorSpec("noise_prediction", "f32", ("B", 4, 8, 8), TensorRole.PREDICTION)
+    cache = [TensorSpec(f"any_{age}", "f16", ("B", 16), TensorRole.CACHE, "cache_0", age) for age in (0, 2)]
+    unread = TensorSpec("cache_1", "bf16", ("B", 8), TensorRole.CACHE, "cache_1")
     interfaces = {
-        "full": Interface((latent, group), (prediction, cache[0], unread)),
-        "reuse": Interface((latent, *cache, row), (prediction,)),
+        "full": Interface((latent, GROUP), (prediction, cache[0], unread)),
+        "reuse": Interface((latent, *cache, ROW), (prediction,)),
     }
-    plan = captured.facts[StepPlan].with_variants(["full", "reuse", *["reuse"] * 7])
+    steps = captured.facts[StepPlan].steps
+    steps = tuple(replace(step, variant="reuse" if index else "full") for index, step in enumerate(steps))
+    plan = replace(captured.facts[StepPlan], steps=steps, roles={"full": COMPUTES, "reuse": REUSES})
     with writing(tmp_path / "bundle", model="tiny", target="tensorrt") as folder:
         write_plan(folder, captured.facts[ModelSpec], plan, interfaces)
         (folder / "recipe.lock.toml").write_text(Recipe().to_toml())
     bundle = Bundle.open(tmp_path / "bundle")
     single = SingleModel.of(bundle)
-    numbers = [replace(group, shape=(1,)), replace(row, shape=(1,)), tensor("variant", "i64", 1)]
-    assert single.inputs == (latent, *numbers, tensor("start", "bool", 1))
+    numbers = [replace(GROUP, shape=(1,)), replace(ROW, shape=(1,)), TensorSpec("variant", "i64", (1,))]
+    assert single.inputs == (latent, *numbers, TensorSpec("start", "bool", (1,)))
     names = ("cache_0", "cache_0_age1", "cache_0_age2")
-    assert single.interface.input_names[-3:] == tuple(f"{name}_in" for name in names)
-    assert single.interface.output_names == ("noise_prediction", *(f"{name}_out" for name in names))
+    assert [spec.name for spec in single.all_inputs[-3:]] == [f"{name}_in" for name in names]
+    assert [spec.name for spec in single.all_outputs] == ["noise_prediction", *(f"{name}_out" for name in names)]
     assert {item.spec.dtype for item in single.cache} == {"f16"}
     steps = host_plan(bundle, single)["steps"]
     assert [steps[0][name] for name in single.numbers] == [0, 0, 0, True]

@@ -19,8 +19,9 @@ from google.protobuf import text_format
 from qcgraph.bundle import Bundle
 from qcgraph.cli import run as command
 from qcgraph.export.run.open import open_runner
-from qcgraph.sampling.loop import sample
+from qcgraph.sampling.loop import TakenStep, sample
 from qcgraph.sampling.noise import Noise
+from qcgraph.sampling.runner import Call
 
 GUIDE = Path(__file__).resolve().parents[3] / "docs" / "serving.md"
 TYPES = {"TYPE_FP32": np.float32, "TYPE_INT64": np.int64, "TYPE_BOOL": np.bool_}
@@ -94,17 +95,16 @@ class Server:
 
 
 class Client:
-    """A `qcgraph.sampling.loop.Runner` that sends a trajectory's steps to the server, and keeps nothing itself."""
+    """A `qcgraph.sampling.runner.Runner` that sends a trajectory's steps to the server, and keeps nothing itself."""
 
     def __init__(self, server: Server, bundle: Bundle, sequence: int) -> None:
         self.server, self.bundle, self.sequence = server, bundle, sequence
 
-    def run(self, variant: str, inputs: Mapping[str, Any], state: Any) -> Any:
-        index = self.bundle.plan.index_of(float(inputs["timestep"][0]))
-        values = {**inputs, "variant": self.bundle.plan.variants.index(variant)}
+    def run(self, call: Call) -> Any:
+        values = {**call.inputs, "variant": self.bundle.plan.variants.index(call.variant)}
         sent = {item.name: values[item.name] for item in self.server.config.input}
         sent = {name: np.atleast_1d(np.asarray(value)) for name, value in sent.items()}
-        ends = {"start": index == 0, "end": index == len(self.bundle.plan) - 1}
+        ends = {"start": call.index == 0, "end": call.index == len(self.bundle.plan) - 1}
         return self.server.infer(sent, self.sequence, **ends)
 
 
@@ -145,14 +145,13 @@ def test_two_sequences_in_turn_draw_the_images_of_the_bundle(served: tuple[Serve
     # The second trajectory runs in the middle of the first; then a third has the number of the first.
     drawn: dict[int, np.ndarray] = {}
 
-    def interrupt(index: int, latent: np.ndarray) -> np.ndarray:
-        if index == 4:
+    def interrupt(taken: TakenStep) -> None:
+        if taken.index == 4:
             drawn[1] = sample(Client(server, bundle, 12), bundle.plan, bundle.spec, labels[1], seed=5)
-        return latent
 
     for number in (0, 2):
         drawn[number] = sample(
-            Client(server, bundle, 7), bundle.plan, bundle.spec, labels[0], seed=5, after_update=interrupt
+            Client(server, bundle, 7), bundle.plan, bundle.spec, labels[0], seed=5, observe=interrupt
         )
     for number, latents in drawn.items():
         reference = expected[number % 2]

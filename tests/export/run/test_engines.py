@@ -20,10 +20,13 @@ from qcgraph.export.run import engines as run_engines
 from qcgraph.export.run.engines import EngineRunner
 from qcgraph.export.run.open import samples_at_once
 from qcgraph.ir.graph import DTYPES
+from qcgraph.plan.roles import TensorRole, VariantKind
 from qcgraph.plan.spec import Interface, ModelSpec, TensorSpec
 from qcgraph.plan.steps import StepPlan
+from qcgraph.sampling.conditions import of_labels
 from qcgraph.sampling.denoiser import Denoiser
 from qcgraph.sampling.loop import Request, sample
+from qcgraph.sampling.runner import Call
 
 NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
 
@@ -77,6 +80,11 @@ class GraphEngines:
         return BoundCall(tensors, lambda: session.run_with_iobinding(binding))
 
 
+def call(variant: str, given: Mapping[str, Any], state: Any) -> Call:
+    """A call of the first step."""
+    return Call(variant, VariantKind.COMPUTES if variant == "full" else VariantKind.REUSES, 0, given, state)
+
+
 def engine_runner(export: Any) -> EngineRunner:
     return EngineRunner(GraphEngines(export.folder, export.interfaces), export.interfaces)
 
@@ -104,25 +112,26 @@ def test_trajectories_are_those_of_the_graphs(request: pytest.FixtureRequest, na
 @pytest.mark.parametrize("name", ["unquantized", pytest.param("forecasting", marks=pytest.mark.slow)])
 def test_requests_that_interleave_stay_apart(request: pytest.FixtureRequest, name: str) -> None:
     export = request.getfixturevalue(name)
-    plan, runner = export.program.facts[StepPlan], engine_runner(export)
-    latents, labels = [inputs(seed)["latent"] for seed in (1, 2)], np.array([0, 3])
+    plan, spec, runner = export.program.facts[StepPlan], export.program.facts[ModelSpec], engine_runner(export)
+    latents, conditions = [inputs(seed)["latent"] for seed in (1, 2)], of_labels([0, 3], spec)
 
-    def run(order: list[tuple[int, float]]) -> dict[tuple[int, float], np.ndarray]:
-        requests = [Request(runner, plan) for _ in latents]
-        return {(which, value): requests[which].denoise(latents[which], value, labels) for which, value in order}
+    def run(order: list[tuple[int, int]]) -> dict[tuple[int, int], np.ndarray]:
+        requests = [Request(runner, plan, spec) for _ in latents]
+        return {(which, step): requests[which].denoise(step, latents[which], conditions) for which, step in order}
 
-    separate = run([(which, timestep) for which in (0, 1) for timestep in plan.timesteps])
-    interleaved = run([(which, timestep) for timestep in plan.timesteps for which in (0, 1)])
+    separate = run([(which, step) for which in (0, 1) for step in range(len(plan))])
+    interleaved = run([(which, step) for step in range(len(plan)) for which in (0, 1)])
     for key, prediction in separate.items():
         np.testing.assert_array_equal(prediction, interleaved[key])
 
 
 def test_threads_take_turns(unquantized: Any) -> None:
-    plan, runner, labels = unquantized.program.facts[StepPlan], engine_runner(unquantized), np.array([0, 3])
+    plan, spec = unquantized.program.facts[StepPlan], unquantized.program.facts[ModelSpec]
+    runner, conditions = engine_runner(unquantized), of_labels([0, 3], spec)
 
     def walk(seed: int) -> list[np.ndarray]:
-        request, latent = Request(runner, plan), inputs(seed)["latent"]
-        return [request.denoise(latent, timestep, labels) for timestep in plan.timesteps]
+        request, latent = Request(runner, plan, spec), inputs(seed)["latent"]
+        return [request.denoise(step, latent, conditions) for step in range(len(plan))]
 
     alone = [walk(seed) for seed in range(6)]
     with ThreadPoolExecutor(6) as pool:
@@ -132,62 +141,62 @@ def test_threads_take_turns(unquantized: Any) -> None:
 
 def test_one_buffer_is_enough_for_one_request(unquantized: Any) -> None:
     runner = engine_runner(unquantized)
-    state: dict[str, Any] = {}
+    state: dict[tuple[str, int], Any] = {}
     addresses = set()
     for seed in range(3):
-        runner.run("full", inputs(seed), state)
-        addresses.add(state["cache_0"].tensor.data_ptr())
-        runner.run("reuse", inputs(seed), state)
+        runner.run(call("full", inputs(seed), state))
+        addresses.add(state["cache_0", 0].tensor.data_ptr())
+        runner.run(call("reuse", inputs(seed), state))
     assert len(addresses) == 1
     assert len(runner.calls) == 2
 
 
 def test_a_cache_that_is_held_is_not_written_to(unquantized: Any) -> None:
     runner = engine_runner(unquantized)
-    state: dict[str, Any] = {}
-    prediction = runner.run("full", inputs(1), state)
+    state: dict[tuple[str, int], Any] = {}
+    prediction = runner.run(call("full", inputs(1), state))
     kept = dict(state)
-    values, before = kept["cache_0"].tensor.clone(), prediction.copy()
-    runner.run("full", inputs(2), state)
-    assert torch.equal(kept["cache_0"].tensor, values)
+    values, before = kept["cache_0", 0].tensor.clone(), prediction.copy()
+    runner.run(call("full", inputs(2), state))
+    assert torch.equal(kept["cache_0", 0].tensor, values)
     np.testing.assert_array_equal(prediction, before)
     np.testing.assert_array_equal(
-        runner.run("reuse", inputs(3), kept), engine_runner(unquantized).run("reuse", inputs(3), kept)
+        runner.run(call("reuse", inputs(3), kept)), engine_runner(unquantized).run(call("reuse", inputs(3), kept))
     )
 
 
 def test_tensors_go_in_and_out(unquantized: Any) -> None:
     runner = engine_runner(unquantized)
     arrays = inputs(1)
-    expected = runner.run("full", arrays, {})
+    expected = runner.run(call("full", arrays, {}))
     tensors = arrays | {"latent": torch.from_numpy(arrays["latent"]).double(), "row": torch.tensor(0)}
-    result = runner.run_tensors("full", tensors, {})
+    result = runner.run_tensors(call("full", tensors, {}))
     assert result.dtype == torch.float32
     np.testing.assert_array_equal(result.numpy(), expected)
-    again = runner.run_tensors("full", inputs(2), {})
+    again = runner.run_tensors(call("full", inputs(2), {}))
     assert result.data_ptr() != again.data_ptr()
 
 
 def test_what_is_refused(unquantized: Any) -> None:
     runner = engine_runner(unquantized)
     with pytest.raises(BundleError, match="no variant 'ful'\n\nhint: did you mean 'full'"):
-        runner.run("ful", inputs(1), {})
+        runner.run(call("ful", inputs(1), {}))
     with pytest.raises(BundleError, match="variant 'reuse' reuses 'cache_0' before any step computed it"):
-        runner.run("reuse", inputs(1), {})
+        runner.run(call("reuse", inputs(1), {}))
     with pytest.raises(UsageError, match="the engine of full takes batches of 1 to 8, not 9") as raised:
-        runner.run("full", inputs(1, 9), {})
+        runner.run(call("full", inputs(1, 9), {}))
     assert "qcgraph build --batch MIN,OPT,MAX" in str(raised.value.hint)
     with pytest.raises(UsageError, match=r"timestep has shape \(1,\)\n\nhint: it takes \(2,\)"):
-        runner.run("full", inputs(1) | {"timestep": np.zeros(1, np.float32)}, {})
+        runner.run(call("full", inputs(1) | {"timestep": np.zeros(1, np.float32)}, {}))
 
 
 def test_a_call_that_fails_is_repeated(unquantized: Any) -> None:
     runner = engine_runner(unquantized)
-    state: dict[str, Any] = {}
-    expected = runner.run("full", inputs(1), state)
+    state: dict[tuple[str, int], Any] = {}
+    expected = runner.run(call("full", inputs(1), state))
     with pytest.raises(UsageError, match="timestep has shape"):
-        runner.run("full", inputs(2) | {"timestep": np.zeros(1, np.float32)}, state)
-    np.testing.assert_array_equal(runner.run("full", inputs(1), state), expected)
+        runner.run(call("full", inputs(2) | {"timestep": np.zeros(1, np.float32)}, state))
+    np.testing.assert_array_equal(runner.run(call("full", inputs(1), state)), expected)
 
 
 def test_calls_are_forgotten_the_oldest_first(unquantized: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +204,7 @@ def test_calls_are_forgotten_the_oldest_first(unquantized: Any, monkeypatch: pyt
     engines = GraphEngines(unquantized.folder, unquantized.interfaces)
     runner = EngineRunner(engines, unquantized.interfaces)
     for batch in (1, 2, 1, 3):
-        runner.run("full", inputs(0, batch), {})
+        runner.run(call("full", inputs(0, batch), {}))
     assert engines.settled == 1
     batches = [len(call.tensors["latent"]) for call in runner.calls if isinstance(call, BoundCall)]
     assert batches == [1, 3]
@@ -238,17 +247,23 @@ class DoublingEngines:
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_caches_and_modulation_have_the_type_of_the_plan(dtype: str) -> None:
-    latent, prediction = TensorSpec("latent", "f32", ("B", 3)), TensorSpec("noise_prediction", dtype, ("B", 3))
-    cache, modulation = TensorSpec("cache", dtype, ("B", 3)), TensorSpec("modulation", dtype, ("B", 3))
+    latent, prediction = (
+        TensorSpec("latent", "f32", ("B", 3), TensorRole.STATE),
+        TensorSpec("noise_prediction", dtype, ("B", 3), TensorRole.PREDICTION),
+    )
+    cache, modulation = (
+        TensorSpec("cache", dtype, ("B", 3), TensorRole.CACHE, "cache"),
+        TensorSpec("modulation", dtype, ("B", 3), TensorRole.MODULATION),
+    )
     interfaces = {
         "full": Interface((latent,), (prediction, cache)),
         "reuse": Interface((latent, cache, modulation), (prediction,)),
     }
     runner, state = EngineRunner(DoublingEngines(), interfaces), {}
-    runner.run("full", {"latent": np.full((1, 3), 1.5, np.float32)}, state)
-    assert state["cache"].tensor.dtype == DTYPES[dtype]
+    runner.run(call("full", {"latent": np.full((1, 3), 1.5, np.float32)}, state))
+    assert state["cache", 0].tensor.dtype == DTYPES[dtype]
     given = {"latent": np.zeros((1, 3), np.float32), "modulation": np.full((1, 3), 0.5, np.float32)}
-    result = runner.run("reuse", given, state)
+    result = runner.run(call("reuse", given, state))
     assert result.dtype == np.float32
     np.testing.assert_array_equal(result, np.full((1, 3), 1.5))
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from qcgraph.export.run.onnxruntime import OnnxRuntimeRunner, OptimizedGraph
 from qcgraph.facts import encode
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.serialize import WEIGHTS
+from qcgraph.plan.roles import VariantKind
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
+from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.loop import Request, sample
+from qcgraph.sampling.runner import Call
 
 SCRIPT = """
 import json, sys
@@ -39,6 +43,11 @@ latents = sample(runner, decode(StepPlan, data["plan"]), decode(ModelSpec, data[
 np.save(folder / "latents.npy", latents)
 assert not [name for name in sys.modules if name.split(".")[0] in ("torch", "onnx", "onnxscript")]
 """
+
+
+def call(variant: str, given: Mapping[str, Any], state: Any) -> Call:
+    """A call of the first step."""
+    return Call(variant, VariantKind.COMPUTES if variant == "full" else VariantKind.REUSES, 0, given, state)
 
 
 def inputs(seed: int) -> dict[str, np.ndarray]:
@@ -63,20 +72,19 @@ def test_trajectories_agree_with_torch(request: pytest.FixtureRequest, name: str
 
 
 def test_interleaved_requests_equal_separate_ones(compiled: Any) -> None:
-    plan = compiled.program.facts[StepPlan]
+    plan, spec = compiled.program.facts[StepPlan], compiled.program.facts[ModelSpec]
     runner = compiled.runner()
     latents = [inputs(seed)["latent"] for seed in (1, 2)]
-    labels = inputs(0)["class_label"]
+    conditions = Conditions(3, {"class_label": inputs(0)["class_label"]})
 
-    def run(order: list[tuple[int, float]]) -> dict[tuple[int, float], np.ndarray]:
-        requests = [Request(runner, plan) for _ in latents]
+    def run(order: list[tuple[int, int]]) -> dict[tuple[int, int], np.ndarray]:
+        requests = [Request(runner, plan, spec) for _ in latents]
         return {
-            (which, timestep): requests[which].denoise(latents[which], timestep, labels).copy()
-            for which, timestep in order
+            (which, step): requests[which].denoise(step, latents[which], conditions).copy() for which, step in order
         }
 
-    separate = run([(which, timestep) for which in (0, 1) for timestep in plan.timesteps])
-    interleaved = run([(which, timestep) for timestep in plan.timesteps for which in (0, 1)])
+    separate = run([(which, step) for which in (0, 1) for step in range(len(plan))])
+    interleaved = run([(which, step) for step in range(len(plan)) for which in (0, 1)])
     assert {step.variant for step in plan.steps} == {"full", "reuse"}
     for key, prediction in separate.items():
         np.testing.assert_array_equal(prediction, interleaved[key])
@@ -84,36 +92,36 @@ def test_interleaved_requests_equal_separate_ones(compiled: Any) -> None:
 
 def test_a_cache_is_never_written_to_again(compiled: Any) -> None:
     runner = compiled.runner()
-    state: dict[str, object] = {}
-    prediction = runner.run("full", inputs(1), state)
-    first = state["cache_0"]
+    state: dict[tuple[str, int], Any] = {}
+    prediction = runner.run(call("full", inputs(1), state))
+    first = state["cache_0", 0]
     kept, values = prediction.copy(), first.numpy().copy()
-    runner.run("full", inputs(2), state)
-    assert state["cache_0"] is not first
+    runner.run(call("full", inputs(2), state))
+    assert state["cache_0", 0] is not first
     np.testing.assert_array_equal(first.numpy(), values)
     np.testing.assert_array_equal(prediction, kept)
 
 
 def test_reuse_before_compute_is_refused(compiled: Any) -> None:
     with pytest.raises(BundleError, match="variant 'reuse' reuses 'cache_0' before any step computed it\n\nhint: "):
-        compiled.runner().run("reuse", inputs(1), {})
+        compiled.runner().run(call("reuse", inputs(1), {}))
 
 
 def test_unknown_variant_is_refused(compiled: Any) -> None:
     with pytest.raises(BundleError, match="no variant 'ful'\n\nhint: did you mean 'full'"):
-        compiled.runner().run("ful", inputs(1), {})
+        compiled.runner().run(call("ful", inputs(1), {}))
 
 
 def test_broken_graph_is_refused(compiled: Any, tmp_path: Path) -> None:
     (tmp_path / "full.onnx").write_bytes(b"not a graph")
     with pytest.raises(BundleError, match=r"full\.onnx: ONNX Runtime cannot load the graph"):
-        OnnxRuntimeRunner(tmp_path, compiled.interfaces).run("full", inputs(1), {})
+        OnnxRuntimeRunner(tmp_path, compiled.interfaces).run(call("full", inputs(1), {}))
 
 
 def test_graphs_are_loaded_when_they_are_run(compiled: Any, tmp_path: Path) -> None:
     shutil.copytree(compiled.folder, tmp_path / "part")
     (tmp_path / "part" / "reuse.onnx").unlink()
-    OnnxRuntimeRunner(tmp_path / "part", compiled.interfaces).run("full", inputs(1), {})
+    OnnxRuntimeRunner(tmp_path / "part", compiled.interfaces).run(call("full", inputs(1), {}))
 
 
 def test_runs_where_it_is_moved_and_without_torch(compiled: Any, tmp_path: Path) -> None:
@@ -145,10 +153,12 @@ def test_constants_take_the_place_of_those_in_the_weights_file(compiled: Any, tm
     with (folder / WEIGHTS).open("r+b") as stream:
         stream.seek(offset)
         stream.write(value.tobytes())
-    given = OnnxRuntimeRunner(compiled.folder, compiled.interfaces, constants={name: value}).run("full", inputs(1), {})
-    stored = OnnxRuntimeRunner(folder, compiled.interfaces).run("full", inputs(1), {})
+    given = OnnxRuntimeRunner(compiled.folder, compiled.interfaces, constants={name: value}).run(
+        call("full", inputs(1), {})
+    )
+    stored = OnnxRuntimeRunner(folder, compiled.interfaces).run(call("full", inputs(1), {}))
     np.testing.assert_array_equal(given, stored)
-    assert not np.array_equal(given, compiled.runner().run("full", inputs(1), {}))
+    assert not np.array_equal(given, compiled.runner().run(call("full", inputs(1), {})))
 
 
 def test_optimized_graph_counts_ops(compiled: Any) -> None:

@@ -16,12 +16,16 @@ from qcgraph.export.run import open_engines
 from qcgraph.export.run.open import open_runner
 from qcgraph.export.run.open_engines import choose_engines, read_engine
 from qcgraph.export.tensorrt import device
+from qcgraph.plan.roles import COMPUTES, TensorRole
 from qcgraph.plan.spec import Interface, ModelSpec, TensorSpec
 from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
 from qcgraph.recipe import Recipe
 
-PLAN = StepPlan(Fingerprint("0123456789abcdef", "ddim", 1, 1.5), (Step(1.0, Update(1.0, 0.1), "full", 0, 0),))
-LATENT, PREDICTION = TensorSpec("latent", "f32", ("B", 1)), TensorSpec("noise_prediction", "f32", ("B", 1))
+PLAN = StepPlan(
+    Fingerprint("0123456789abcdef", "ddim", 1, 1.5), (Step(1.0, Update(1.0, 0.1), "full"),), {"full": COMPUTES}
+)
+LATENT = TensorSpec("latent", "f32", ("B", 1), TensorRole.STATE)
+PREDICTION = TensorSpec("noise_prediction", "f32", ("B", 1), TensorRole.PREDICTION)
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 

@@ -23,13 +23,15 @@ from qcgraph.export.tensorrt.engines import batch_for, build_engines, default_ba
 from qcgraph.export.tensorrt.provider import NodeProblem, compute_capabilities, load_provider, refusal
 from qcgraph.facts import Facts
 from qcgraph.ir.program import Program
+from qcgraph.plan.roles import COMPUTES, HALF, TensorRole, prepares
 from qcgraph.plan.spec import Interface, ModelSpec, TensorSpec
 from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
 from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
 from qcgraph.sampling.modulation import TOGETHER
 
-GUIDED = StepPlan(Fingerprint("0123456789abcdef", "ddim", 1, 1.5), (Step(1.0, Update(1.0, 0.1), "full", 0, 0),))
+ROLES = {"full": COMPUTES, "half": HALF, "prepare_full": prepares("full")}
+GUIDED = StepPlan(Fingerprint("0123456789abcdef", "ddim", 1, 1.5), (Step(1.0, Update(1.0, 0.1), "full"),), ROLES)
 
 
 def batch(minimum: int, optimum: int, maximum: int) -> Batch:
@@ -88,18 +90,16 @@ def test_the_default_is_one_to_eight_samples() -> None:
 
 
 def test_a_variant_of_both_halves_takes_even_batches() -> None:
-    paired = replace(GUIDED, paired=("half",))
-    assert batch_for("full", batch(1, 3, 5), paired) == batch(1, 3, 5)
-    assert batch_for("half", batch(2, 4, 6), paired) == batch(2, 4, 6)
+    assert batch_for("full", batch(1, 3, 5), GUIDED) == batch(1, 3, 5)
+    assert batch_for("half", batch(2, 4, 6), GUIDED) == batch(2, 4, 6)
     with pytest.raises(UsageError, match="half takes both halves of guidance in one batch, and 3 is odd"):
-        batch_for("half", batch(2, 3, 6), paired)
+        batch_for("half", batch(2, 3, 6), GUIDED)
 
 
 def test_a_preparing_variant_sees_many_steps_at_once() -> None:
-    prepared = replace(GUIDED, prepared=("full",))
-    assert batch_for("full", batch(2, 2, 16), prepared) == batch(2, 2, 16)
-    assert batch_for("prepare_full", batch(2, 2, 16), prepared) == batch(1, TOGETHER, TOGETHER)
-    assert batch_for("prepare_full", batch(2, 2, 256), prepared) == batch(1, TOGETHER, 256)
+    assert batch_for("full", batch(2, 2, 16), GUIDED) == batch(2, 2, 16)
+    assert batch_for("prepare_full", batch(2, 2, 16), GUIDED) == batch(1, TOGETHER, TOGETHER)
+    assert batch_for("prepare_full", batch(2, 2, 256), GUIDED) == batch(1, TOGETHER, 256)
 
 
 def test_every_node_is_named_and_every_reason_once() -> None:
@@ -188,7 +188,9 @@ def test_every_node_that_the_library_refuses_is_found(module: Any, compiled: Any
 
 
 def test_another_interface_is_refused(module: Any, unquantized: Any) -> None:
-    wrong = Interface((TensorSpec("latent", "f32", ("B", 1, 8, 8)),), (TensorSpec("other", "f32", ("B",)),))
+    latent = TensorSpec("latent", "f32", ("B", 1, 8, 8), TensorRole.STATE)
+    wrong = Interface((latent,), (TensorSpec("other", "f32", ("B",), TensorRole.PREDICTION),))
+    )
     with pytest.raises(BundleError, match="not those of its plan"):
         tensorrt.build(module, unquantized.folder / "reuse.onnx", wrong, batch(2, 2, 2), "8.9")
 
