@@ -91,9 +91,7 @@ def rows() -> Iterator[str]:
     """Yield the row of every step, and the legend."""
     for index in range(len(COMPUTES)):
         yield text(x(index) + CELL / 2, ROW + 17, str(index))
-    yield text(
-        LEFT, ROW + 56, "arrows: a cached value, from the step that stored it to the steps that reuse it", "start"
-    )
+    yield text(LEFT, ROW + 56, "arrow: a cached value, from its computing step to a reusing step", "start")
 
 
 def x(step: int) -> float:
