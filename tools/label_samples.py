@@ -1,0 +1,51 @@
+"""Write the name and the PSNR of every setting beside its row of the samples that ``qcgraph eval -o FOLDER`` drew.
+
+usage: python tools/label_samples.py out/eval docs/digits.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+LEFT, TOP, MARGIN = 250, 34, 10  # pixels: of the labels, of the heading, around all
+INK, FAINT, PAPER = "#1f2328", "#59636e", "#ffffff"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("evaluation", type=Path, help="the folder with samples.png and eval.json")
+    parser.add_argument("output", type=Path, help="the picture to write")
+    asked = parser.parse_args()
+    evaluation = json.loads((asked.evaluation / "eval.json").read_text("utf-8"))
+    with Image.open(asked.evaluation / "samples.png") as samples:
+        labelled(samples, evaluation["rows"]).save(asked.output, optimize=True)
+
+
+def labelled(samples: Image.Image, rows: list[dict[str, Any]]) -> Image.Image:
+    """Return the samples, a row a setting, with a label to the left of every row and a heading above."""
+    height = samples.height / len(rows)
+    picture = Image.new("RGB", (LEFT + samples.width + MARGIN, TOP + samples.height + MARGIN), PAPER)
+    picture.paste(samples.convert("RGB"), (LEFT, TOP))
+    draw = ImageDraw.Draw(picture)
+    draw.text((LEFT, MARGIN), "the same noise in every column", INK, ImageFont.load_default(15))
+    for index, row in enumerate(rows):
+        middle = TOP + height * (index + 0.5)
+        draw.text((MARGIN, middle - 19), row["title"], INK, ImageFont.load_default(17))
+        draw.text((MARGIN, middle + 3), describe(row), FAINT, ImageFont.load_default(14))
+    return picture
+
+
+def describe(row: dict[str, Any]) -> str:
+    """Return what a setting computes, and how near it is to full precision."""
+    psnr = row["metrics"].get("psnr")
+    near = f", {psnr['value']:.1f} dB" if psnr else ""
+    return f"{row['cost']:.1f} steps of work{near}"
+
+
+if __name__ == "__main__":
+    main()
