@@ -190,7 +190,6 @@ def test_every_node_that_the_library_refuses_is_found(module: Any, compiled: Any
 def test_another_interface_is_refused(module: Any, unquantized: Any) -> None:
     latent = TensorSpec("latent", "f32", ("B", 1, 8, 8), TensorRole.STATE)
     wrong = Interface((latent,), (TensorSpec("other", "f32", ("B",), TensorRole.PREDICTION),))
-    )
     with pytest.raises(BundleError, match="not those of its plan"):
         tensorrt.build(module, unquantized.folder / "reuse.onnx", wrong, batch(2, 2, 2), "8.9")
 
