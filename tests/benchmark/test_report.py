@@ -8,8 +8,9 @@ import pytest
 
 from qcgraph.benchmark.bench import Measured, sampling_seconds
 from qcgraph.benchmark.report import Ratio, Row, cache_bytes
-from qcgraph.benchmark.timing import Call, Timing
+from qcgraph.benchmark.timing import TimedCall, Timing
 from qcgraph.benchmark.worker import Alone
+from qcgraph.plan.roles import COMPUTES, REUSES, TensorRole
 from qcgraph.plan.spec import Interface, TensorSpec
 from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
 
@@ -20,9 +21,10 @@ def test_a_speedup_is_of_medians_and_its_range_of_rounds() -> None:
 
 
 def test_cache_bytes_count_each_cached_tensor_once() -> None:
-    latent = TensorSpec("latent", "f32", ("B", 2, 8, 8))
-    prediction = TensorSpec("noise_prediction", "f32", ("B", 4, 8, 8))
-    trunk, gate = TensorSpec("trunk", "f32", ("B", 16, 32)), TensorSpec("gate", "f16", ("B", 32))
+    latent = TensorSpec("latent", "f32", ("B", 2, 8, 8), TensorRole.STATE)
+    prediction = TensorSpec("noise_prediction", "f32", ("B", 4, 8, 8), TensorRole.PREDICTION)
+    trunk = TensorSpec("trunk", "f32", ("B", 16, 32), TensorRole.CACHE, "trunk")
+    gate = TensorSpec("gate", "f16", ("B", 32), TensorRole.CACHE, "gate")
     interfaces = {
         "full": Interface((latent,), (prediction, trunk, gate)),
         "reuse": Interface((latent, trunk, gate), (prediction,)),
@@ -36,8 +38,8 @@ def test_sampling_follows_from_a_section() -> None:
     """Medians: full 10, reuse 1; around a step 0.5. The first call of each turn does not count."""
     names = ["full", "reuse", "reuse", "full", "reuse", "reuse"]
     steps = tuple(Step(float(9 - index), Update(1.0, -0.1), name) for index, name in enumerate(names))
-    plan = StepPlan(Fingerprint("", "ddim", 6, 1.5), steps)
-    turn = (Call("full", 99.0), Call("reuse", 1.0), Call("reuse", 1.0), Call("full", 10.0))
+    plan = StepPlan(Fingerprint("", "ddim", 6, 1.5), steps, {"full": COMPUTES, "reuse": REUSES})
+    turn = (TimedCall("full", 99.0), TimedCall("reuse", 1.0), TimedCall("reuse", 1.0), TimedCall("full", 10.0))
     measured = Measured(Timing.of([111.0 + 2.0]), (turn,))
     assert sampling_seconds(plan, measured) == pytest.approx(2 * 10 + 4 * 1 + 6 * 0.5)
 

@@ -7,13 +7,15 @@ import pytest
 
 from qcgraph.benchmark.timing import TimedRunner, Timing, paired
 from qcgraph.benchmark.turns import by_variant, counted, denoiser_batch, first_step, section, single_variant
+from qcgraph.plan.roles import COMPUTES, REUSES, VariantKind
 from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
+from qcgraph.sampling.runner import Call
 
 
 def plan_of(letters: str, guidance: float = 1.5) -> StepPlan:
     names = {"F": "full", "R": "reuse"}
     steps = tuple(Step(float(len(letters) - i), Update(1.0, -0.1), names[name]) for i, name in enumerate(letters))
-    return StepPlan(Fingerprint("", "ddim", len(letters), guidance), steps)
+    return StepPlan(Fingerprint("", "ddim", len(letters), guidance), steps, {"full": COMPUTES, "reuse": REUSES})
 
 
 def test_a_timing_is_least_median_and_largest() -> None:
@@ -35,15 +37,15 @@ def test_turns_alternate_and_every_other_round_is_reversed() -> None:
 
 def test_every_call_is_timed_and_passed_on() -> None:
     class Doubling:
-        def run(self, variant: str, inputs: dict[str, np.ndarray], state: dict[str, object]) -> np.ndarray:
-            state["seen"] = variant
-            return 2 * inputs["latent"]
+        def run(self, call: Call) -> np.ndarray:
+            call.state["seen", 0] = call.variant
+            return 2 * call.inputs["latent"]
 
-    runner, state = TimedRunner(Doubling()), {}
-    result = runner.run("full", {"latent": np.ones(2, np.float32)}, state)
-    runner.run("reuse", {"latent": np.ones(2, np.float32)}, state)
-    assert result.tolist() == [2.0, 2.0]
-    assert state == {"seen": "reuse"}
+    runner, state, inputs = TimedRunner(Doubling()), {}, {"latent": np.ones(2, np.float32)}
+    kinds = {"prepare_full": VariantKind.PREPARES, "full": VariantKind.COMPUTES, "reuse": VariantKind.REUSES}
+    results = [runner.run(Call(name, kind, 0, inputs, state)) for name, kind in kinds.items()]
+    assert all(result.tolist() == [2.0, 2.0] for result in results)
+    assert state == {("seen", 0): "reuse"}
     calls = runner.take()
     assert [call.variant for call in calls] == ["full", "reuse"]
     assert all(call.seconds > 0 for call in calls)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ from qcgraph.facts import (
     SiteQuant,
     WeightQuant,
 )
+from qcgraph.plan.roles import COMPUTES, REUSES, TensorRole
 from qcgraph.plan.spec import Interface, ModelSpec, TensorSpec
 from qcgraph.plan.steps import Earlier, Fingerprint, Step, StepPlan, Update
 from qcgraph.recipe import Recipe
+from qcgraph.sampling.runner import Call
 
 MAIN = """\
 model toy: latent 1x8x8, 10 classes, predicts epsilon
@@ -61,13 +63,13 @@ graph reuse(%latent: f32[B,1,8,8], %timestep: f32[B], %class_label: i64[B], %cac
   return noise_prediction = %add
 }
 """
-LATENT = TensorSpec("latent", "f32", ("B", 1, 8, 8))
+LATENT = TensorSpec("latent", "f32", ("B", 1, 8, 8), TensorRole.STATE)
 REFUSAL = {"where": "x_embedder.proj", "reason": "conv2d is not a linear layer"}
 
 
 def interfaces() -> dict[str, Interface]:
-    prediction = TensorSpec("noise_prediction", "f32", ("B", 1, 8, 8))
-    cache = TensorSpec("cache", "f32", ("B", 4))
+    prediction = TensorSpec("noise_prediction", "f32", ("B", 1, 8, 8), TensorRole.PREDICTION)
+    cache = TensorSpec("cache", "f32", ("B", 4), TensorRole.CACHE, "cache")
     return {"full": Interface((LATENT,), (prediction, cache)), "reuse": Interface((LATENT, cache), (prediction,))}
 
 
@@ -81,8 +83,9 @@ def make_bundle(path: Path, *, guidance: float = 1.5, is_image: bool = True, his
             Step(961.0, Update(1.1, -0.2, 0.0, history), "reuse", 0, 1),
             Step(1.0, Update(1.2, -0.3, 0.25), "full", 1, 2),
         ),
+        {"full": COMPUTES, "reuse": REUSES},
     )
-    cache = CachePlan((CachedValue("cache", 0, 0),), {"reuse": ("cache",)}, 1, ("full", "reuse", "full"))
+    cache = CachePlan((CachedValue("cache", 0, 0),), {"reuse": ("cache",)}, 1, (None, "reuse", None))
     site = SiteQuant(ActivationQuant((0.02, 0.03), (100, 110), 0, 255, "uint8"), WeightQuant(64))
     schedule = SchedulePlan("joint", {"full": 2.0, "reuse": 0.2}, True, 0.7, 0.01, 0.02)
     forecast = ForecastFit("affine", (ForecastStep("cache", 1, 0.2, 0.05),))
@@ -145,11 +148,9 @@ class PatternRunner:
 
     gain: float = 0.1
 
-    def run(
-        self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: dict[str, object]
-    ) -> npt.NDArray[np.float32]:
-        labels = inputs["class_label"].astype(np.float32)
-        return np.broadcast_to(self.gain * labels[:, None, None, None], inputs["latent"].shape).astype(np.float32)
+    def run(self, call: Call) -> npt.NDArray[np.float32]:
+        labels, shape = call.inputs["class_label"].astype(np.float32), call.inputs["latent"].shape
+        return np.broadcast_to(self.gain * labels[:, None, None, None], shape).astype(np.float32)
 
 
 @pytest.fixture

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qcgraph.cli.sample import choose_labels, columns_for
+from qcgraph.cli.sample import choose_conditions, columns_for
+from qcgraph.errors import UsageError
+from qcgraph.plan.spec import ModelSpec
 
 Command = Callable[..., Any]
 
@@ -136,11 +138,21 @@ def test_broken_samples_fail(qcgraph: Command, bundle: Path, tmp_path: Path, use
     ],
 )
 def test_labels(count: int | None, classes: list[int], expected: list[int]) -> None:
-    assert choose_labels(count, classes, 3) == expected
+    spec = ModelSpec.class_conditional("toy", (1, 8, 8), 3, 3, 1)
+    assert choose_conditions(count, classes, spec).labels(spec).tolist() == expected
 
 
 def test_at_most_sixteen_by_default() -> None:
-    assert choose_labels(None, [], 1000) == list(range(16))
+    spec = ModelSpec.class_conditional("toy", (1, 8, 8), 1000, 1000, 1)
+    assert choose_conditions(None, [], spec).labels(spec).tolist() == list(range(16))
+
+
+def test_a_model_without_classes_takes_none() -> None:
+    spec = ModelSpec("free", (1, 8, 8), 1, ())
+    assert len(choose_conditions(3, [], spec)) == 3
+    assert choose_conditions(3, [], spec).values == {}
+    with pytest.raises(UsageError, match="free takes no class alone"):
+        choose_conditions(3, [1], spec)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from qcgraph.cli.cache_view import cache_fields
 from qcgraph.compiler.cache_report import cache_report
 from qcgraph.facts import CachedValue, CachePlan, Facts, ForecastFit, ForecastStep, SchedulePlan
+from qcgraph.plan.roles import COMPUTES, REUSES
 from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
 
 VALUES = tuple(CachedValue(f"cache_{index}", index, index, 1) for index in range(3))
@@ -16,7 +17,8 @@ VALUES = tuple(CachedValue(f"cache_{index}", index, index, 1) for index in range
 
 def plan(*variants: str) -> StepPlan:
     steps = tuple(Step(float(len(variants) - index), Update(1, 1), name) for index, name in enumerate(variants))
-    return StepPlan(Fingerprint("m", "ddim", len(variants), 1.5), steps)
+    roles = {name: COMPUTES if name in ("main", "full") else REUSES for name in variants}
+    return StepPlan(Fingerprint("m", "ddim", len(variants), 1.5), steps, roles)
 
 
 def cache(*values: CachedValue, history: int = 1) -> CachePlan:

@@ -180,7 +180,7 @@ def test_tensors_that_are_left_and_taken_otherwise_are_found(program: Program, f
     with altered(copy, "reuse.onnx") as model:
         (value,) = (value for value in model.graph.input if value.name == "cache_0")
         value.type.tensor_type.shape.dim[1].dim_value = 9
-    found = check_cache_tensors(interfaces, {variant: copy / path.name for variant, path in paths.items()})
+    found = check_cache_tensors(plan, interfaces, {variant: copy / path.name for variant, path in paths.items()})
     assert found.detail == f"reuse.onnx takes cache_0 as f32[B,9,32], the plan says {cache}"
 
 
