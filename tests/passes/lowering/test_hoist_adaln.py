@@ -236,8 +236,8 @@ def test_twice_is_an_error(hoisted: Program, run: Run) -> None:
 
 
 def test_a_plan_that_does_not_prepare_is_illegal(hoisted: Program, run: Run) -> None:
+    plan = hoisted.facts[StepPlan]
     with pytest.raises(ContractError, match="modulation is taken by"):
-        plan = hoisted.facts[StepPlan]
         run("lower-linear", hoisted.with_facts(replace(plan, roles=plan.roles | {"prepare_reuse": REUSES})))
 
 
