@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_gpu_engines import compare, computing_variant, step_times
+from bench_gpu_engines import compare, step_times
 from bench_gpu_report import ModelReport, Row, document, markdown
-from bench_gpu_sampling import Denoise, device_times, sampling_times, torch_denoiser
+from bench_gpu_sampling import Denoise, Values, condition_tensors, device_times, sampling_times, torch_denoiser
 
 from qcgraph.benchmark.machine import read_machine, versions
 from qcgraph.bundle import Bundle
@@ -244,9 +244,9 @@ def torch_row(name: str, denoise: Denoise, model: LoadedModel, plan: StepPlan, s
     sampling = sampling_times(denoise, plan, model.spec, samples, options.rounds, options.device)
     batch = samples * plan.halves
     latent = torch.randn((batch, *model.spec.latent_shape), device=options.device)
-    labels = torch.zeros(batch, dtype=torch.int64, device=options.device)
+    work = partial(denoise, latent, plan.timesteps[0], condition_tensors(plan, model.spec, samples, options.device))
     with torch.no_grad():
-        forward = device_times(partial(denoise, latent, plan.timesteps[0], labels), options.rounds, options.device)
+        forward = device_times(work, options.rounds, options.device)
     return Row(name, samples, {"forward": forward}, "forward", sampling)
 
 
@@ -283,8 +283,8 @@ def first_step(runner: EngineRunner, bundle: Bundle) -> bool:
     """One step, in which TensorRT-RTX compiles its kernels unless they were kept."""
     denoiser = Denoiser(runner, bundle.plan, bundle.spec)
     latent = torch.zeros((bundle.plan.halves, *bundle.spec.latent_shape), device=runner.device)
-    labels = [0, bundle.spec.null_class][: bundle.plan.halves]
-    return bool(torch.isfinite(denoiser(latent, bundle.plan.timesteps[0], labels).sample).all())
+    conditions = condition_tensors(bundle.plan, bundle.spec, 1, runner.device)
+    return bool(torch.isfinite(denoiser(latent, bundle.plan.timesteps[0], **conditions).sample).all())
 
 
 def compared(runner: EngineRunner, bundle: Bundle, reference: str) -> dict[str, float]:
@@ -296,14 +296,14 @@ def engine_row(name: str, runner: EngineRunner, bundle: Bundle, plan: StepPlan, 
     """Figures of engines under a plan."""
     denoiser = Denoiser(runner, plan, bundle.spec)
 
-    def denoise(latent: torch.Tensor, timestep: float, labels: torch.Tensor) -> torch.Tensor:
-        prediction: torch.Tensor = denoiser(latent, timestep, labels).sample
+    def denoise(latent: torch.Tensor, timestep: float, conditions: Values) -> torch.Tensor:
+        prediction: torch.Tensor = denoiser(latent, timestep, **conditions).sample
         return prediction
 
     sampling = sampling_times(denoise, plan, bundle.spec, samples, options.rounds, options.device)
     times, graphs = step_times(runner, bundle, samples, options.rounds)
     used = {variant: timing for variant, timing in times.items() if variant in plan.variants}
-    return Row(name, samples, used, computing_variant(plan), sampling, (graphs, len(times)))
+    return Row(name, samples, used, plan.computing, sampling, (graphs, len(times)))
 
 
 if __name__ == "__main__":

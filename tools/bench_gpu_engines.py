@@ -6,7 +6,7 @@ from itertools import islice
 
 import numpy as np
 import torch
-from bench_gpu_sampling import event_times
+from bench_gpu_sampling import event_times, guided_conditions
 
 from qcgraph.benchmark.timing import Timing
 from qcgraph.bundle import Bundle
@@ -14,9 +14,10 @@ from qcgraph.errors import VerificationError
 from qcgraph.export.run.engines import EngineRunner
 from qcgraph.export.run.tensorrt import TensorRTCall
 from qcgraph.ir.graph import DTYPES
-from qcgraph.plan.spec import BATCH, is_preparation
-from qcgraph.plan.steps import StepPlan
-from qcgraph.sampling.loop import Request, Runner
+from qcgraph.plan.roles import TensorRole
+from qcgraph.plan.spec import BATCH
+from qcgraph.sampling.loop import Request
+from qcgraph.sampling.runner import Runner, step_call
 
 AGREES = 5e-2  # relative: rounding moves values to the next code of 8 bits, here and there
 MOST_STEPS = 8  # that are compared; with a reference on the CPU each may take seconds
@@ -30,12 +31,12 @@ def compare(runner: Runner, reference: Runner, bundle: Bundle, seed: int = 0) ->
         VerificationError: further than rounding explains.
     """
     plan, spec = bundle.plan, bundle.spec
-    generator, requests = np.random.default_rng(seed), [Request(each, plan) for each in (runner, reference)]
-    labels = np.array([0, spec.null_class][: plan.halves], dtype=np.int64)
+    generator, requests = np.random.default_rng(seed), [Request(each, plan, spec) for each in (runner, reference)]
+    conditions = guided_conditions(plan, spec, 1)
     errors = {}
     for index, step in enumerate(islice(plan.steps, MOST_STEPS)):
         latent = np.repeat(generator.standard_normal((1, *spec.latent_shape), dtype=np.float32), plan.halves, axis=0)
-        ours, theirs = (request.denoise(latent, step.timestep, labels) for request in requests)
+        ours, theirs = (request.denoise(index, latent, conditions) for request in requests)
         errors[f"{index} {step.variant}"] = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
     worst = max(errors, key=lambda step: errors[step] if np.isfinite(errors[step]) else np.inf)
     if not errors[worst] <= AGREES:
@@ -45,32 +46,28 @@ def compare(runner: Runner, reference: Runner, bundle: Bundle, seed: int = 0) ->
 
 def step_times(runner: EngineRunner, bundle: Bundle, samples: int, rounds: int) -> tuple[dict[str, Timing], int]:
     """Seconds of every variant on the device alone, by CUDA events, and how many of them ran as CUDA graphs."""
-    plan, state, found, graphs = bundle.plan, dict[str, object](), {}, 0
-    for variant in sorted(set(plan.variants), key=plan.variants.index):
-        inputs = variant_inputs(bundle, variant, samples * plan.halves)
+    plan, state, found, graphs = bundle.plan, dict[tuple[str, int], object](), {}, 0
+    for variant in plan.variants:
+        index = next(index for index, step in enumerate(plan.steps) if step.variant == variant)
+        call = step_call(plan, index, variant_inputs(bundle, variant, samples * plan.halves), state)
         for _ in range(UNTIL_CAPTURED):
-            runner.run_tensors(variant, inputs, state)
-        call = runner.calls[-1]
-        assert isinstance(call, TensorRTCall)
-        graphs += call.is_graph
+            runner.run_tensors(call)
+        bound = runner.calls[-1]
+        assert isinstance(bound, TensorRTCall)
+        graphs += bound.is_graph
         with runner.engines.stream():
-            found[variant] = event_times(call.run, rounds)
+            found[variant] = event_times(bound.run, rounds)
     return found, graphs
 
 
 def variant_inputs(bundle: Bundle, variant: str, batch: int) -> dict[str, torch.Tensor]:
-    """Inputs of a variant but its cache tensors, of values that say nothing."""
-    made = ("latent", "timestep", "class_label", "group", "row", "modulation")
+    """Return inputs of a variant but its cached values: a random latent, and zeros."""
     inputs = {}
     for spec in bundle.interfaces[variant].inputs:
-        if spec.name in made:
-            shape = [batch if dim == BATCH else int(dim) for dim in spec.shape]
-            inputs[spec.name] = torch.zeros(shape, dtype=DTYPES[spec.dtype])
-    if "latent" in inputs:
-        inputs["latent"].normal_(generator=torch.Generator().manual_seed(0))
+        if spec.role is TensorRole.CACHE:
+            continue
+        shape = [batch if dim == BATCH else int(dim) for dim in spec.shape]
+        inputs[spec.name] = torch.zeros(shape, dtype=DTYPES[spec.dtype])
+        if spec.role is TensorRole.STATE:
+            inputs[spec.name].normal_(generator=torch.Generator().manual_seed(0))
     return inputs
-
-
-def computing_variant(plan: StepPlan) -> str:
-    """The variant of the first step, which has nothing to reuse."""
-    return next(step.variant for step in plan.steps if not is_preparation(step.variant))

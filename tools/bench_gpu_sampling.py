@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import nn
 
 from qcgraph.benchmark.timing import Timing
+from qcgraph.capture.capture import example_inputs
 from qcgraph.errors import UsageError
 from qcgraph.models import LoadedModel
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
+from qcgraph.sampling.conditions import Conditions, in_turn, joined
 
 WARM_UP = 3  # untimed runs of whole sampling: the second captures graphs, the third replays them
-Denoise = Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
+Values = Mapping[str, torch.Tensor]  # of the conditions of a batch, by name
+Denoise = Callable[[torch.Tensor, float, Values], torch.Tensor]
+
+
+def guided_conditions(plan: StepPlan, spec: ModelSpec, samples: int) -> Conditions:
+    """Return the conditions of a batch of a plan: of samples in turn, with guidance also of their other halves."""
+    conditions = in_turn(samples, spec)
+    return conditions if plan.halves == 1 else joined([conditions, conditions.unconditional(spec)])
+
+
+def condition_tensors(plan: StepPlan, spec: ModelSpec, samples: int, device: torch.device) -> Values:
+    """Return the same as tensors of a device."""
+    conditions = guided_conditions(plan, spec, samples)
+    return {name: torch.from_numpy(values).to(device) for name, values in conditions.values.items()}
 
 
 def torch_denoiser(model: LoadedModel, dtype: torch.dtype, mode: str | None, device: torch.device) -> Denoise:
@@ -29,11 +44,12 @@ def torch_denoiser(model: LoadedModel, dtype: torch.dtype, mode: str | None, dev
         torch._dynamo.reset()
         call = torch.compile(module, dynamic=False, mode=mode)
 
-    def denoise(latent: torch.Tensor, timestep: float, labels: torch.Tensor) -> torch.Tensor:
+    def denoise(latent: torch.Tensor, timestep: float, conditions: Values) -> torch.Tensor:
         if mode == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
         timesteps = torch.full((len(latent),), timestep, device=device)
-        values = dict(zip(model.input_names, (latent.to(dtype), timesteps, labels), strict=True))
+        given = (latent.to(dtype), timesteps, *(conditions[item.name] for item in model.spec.conditions))
+        values = dict(zip(model.input_names, given, strict=True))
         return call(**values).float()
 
     return denoise
@@ -52,9 +68,8 @@ def cast_inputs(module: nn.Module, model: LoadedModel, device: torch.device) -> 
 
     hooks = {each: each.register_forward_pre_hook(cast) for each in module.modules() if isinstance(each, nn.Linear)}
     dtype = next(module.parameters()).dtype
-    labels = torch.zeros(1, dtype=torch.int64, device=device)
-    latent = torch.zeros((1, *model.spec.latent_shape), dtype=dtype, device=device)
-    module(**dict(zip(model.input_names, (latent, torch.zeros(1, device=device), labels), strict=True)))
+    latent, *others = (value.to(device) for value in example_inputs(model.spec, 1).values())
+    module(**dict(zip(model.input_names, (latent.to(dtype), *others), strict=True)))
     for layer, hook in hooks.items():
         if layer not in found:
             hook.remove()
@@ -70,11 +85,9 @@ def draw(denoise: Denoise, plan: StepPlan, spec: ModelSpec, samples: int, device
     if any(step.update.history or step.update.noise for step in plan.steps):
         raise UsageError(f"samples with ddim alone, not as {plan.describe()}", hint="compile with --scheduler ddim")
     latent = torch.randn((samples, *spec.latent_shape), generator=torch.Generator().manual_seed(0)).to(device)
-    labels = torch.arange(samples, device=device) % spec.class_count
-    if plan.halves == 2:
-        labels = torch.cat([labels, torch.full_like(labels, spec.null_class)])
+    conditions = condition_tensors(plan, spec, samples, device)
     for step in plan.steps:
-        prediction = denoise(torch.cat([latent] * plan.halves), step.timestep, labels)[:, : spec.latent_shape[0]]
+        prediction = denoise(torch.cat([latent] * plan.halves), step.timestep, conditions)[:, : spec.latent_shape[0]]
         if plan.halves == 2:
             conditional, null = prediction.chunk(2)
             prediction = null + plan.fingerprint.guidance * (conditional - null)

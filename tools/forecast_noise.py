@@ -17,12 +17,11 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from forecast_noise_report import markdown, save_figure
 
@@ -37,14 +36,14 @@ from qcgraph.ir.program import Program
 from qcgraph.models import load_model
 from qcgraph.passes.caching._forecast import log_signal_to_noise, taylor_gain
 from qcgraph.pipeline import Pipeline
-from qcgraph.plan.schedule import FULL
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress, progress_for
 from qcgraph.recipe import Recipe
-from qcgraph.sampling.cache_state import State
-from qcgraph.sampling.loop import Array, Runner, sample
+from qcgraph.sampling.conditions import in_turn
+from qcgraph.sampling.loop import TakenStep, sample
+from qcgraph.sampling.runner import Array, Call, Runner
 
 KINDS = ("reuse", "taylor", "affine")
 
@@ -134,11 +133,13 @@ class Both:
         self._runners = TorchRunner(one), TorchRunner(other)
         self.values: list[tuple[torch.Tensor, ...]] = []
 
-    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: State) -> Array:
+    def run(self, call: Call) -> Array:
         """Run a variant that computes."""
-        states: tuple[dict[str, Any], ...] = ({}, {})
-        predictions = [runner.run(variant, inputs, made) for runner, made in zip(self._runners, states, strict=True)]
-        self.values.append(tuple(made[self._name] for made in states))
+        states: tuple[dict[tuple[str, int], Any], ...] = ({}, {})
+        predictions = [
+            runner.run(replace(call, state=made)) for runner, made in zip(self._runners, states, strict=True)
+        ]
+        self.values.append(tuple(made[self._name, 0] for made in states))
         return predictions[0]
 
 
@@ -171,7 +172,7 @@ def probes(program: Program, both: Both) -> list[Probe]:
     halves = torch.arange(len(both.values[0][0])) * HALVES // len(both.values[0][0])
     found, computed = [], []
     for index, step in enumerate(plan.steps):
-        if step.variant == FULL:
+        if plan.computes(index):
             computed.insert(0, index)
             continue
         looked = [computed[min(age, len(computed) - 1)] for age in range(cache.history)]
@@ -197,13 +198,12 @@ def probes(program: Program, both: Both) -> list[Probe]:
 def draw(runner: Runner, plan: StepPlan, program: Program, options: argparse.Namespace) -> list[Array]:
     """The latents after every step, f32[N,C,H,W] each."""
     spec, latents = program.facts[ModelSpec], list[Array]()
-    labels = [index % spec.class_count for index in range(options.samples)]
+    conditions = in_turn(options.samples, spec)
 
-    def keep(index: int, latent: Array) -> Array:
-        latents.append(latent)
-        return latent
+    def keep(taken: TakenStep) -> None:
+        latents.append(taken.after)
 
-    sample(runner, plan, spec, labels, options.seed, batch=len(labels), after_update=keep)
+    sample(runner, plan, spec, conditions, options.seed, batch=len(conditions), observe=keep)
     return latents
 
 

@@ -35,7 +35,6 @@ from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.progress import Progress
 
 TARGET = TARGETS["tensorrt-rtx"]
-VARIANT = "full"
 STEPS, GUIDANCE, GROUPS = 4, 1.5, 3
 CACHED = "plan-cache{interval=2},insert-cache"
 QUANTIZED = (
@@ -124,7 +123,7 @@ def rows_of(name: str, options: argparse.Namespace, module: Any) -> Iterator[Row
         program = Pipeline.parse(",".join(form.passes)).run(captured)
         with TemporaryDirectory(prefix="qcgraph-") as folder:
             emit_onnx(program, Path(folder), TARGET.opset, Progress(), **TARGET.forms)
-            graph = Path(folder) / f"{VARIANT}.onnx"
+            graph = Path(folder) / f"{program.computing}.onnx"
             if form.name == RUNTIME:
                 drop_zero_points(graph)
             for device in options.devices:
@@ -147,17 +146,17 @@ def row_of(name: str, form: Form, device: str, program: Program, graph: Path, mo
     """One engine."""
     import onnx
 
-    nodes = program.variants[VARIANT].graph.nodes
-    paths = [block.path for block in find_blocks(program.variants[VARIANT])]
+    variant = program.variants[program.computing]
+    paths = [block.path for block in find_blocks(variant)]
     inside = {
         node.name
         for node in onnx.load(graph, load_external_data=False).graph.node
         if any(f"{node.name.split('/')[0]}.".startswith(f"{path}.") for path in paths)
     }
-    count, attentions = len(paths), sum("attention" in str(node.target) for node in nodes)
+    count, attentions = len(paths), sum("attention" in str(node.target) for node in variant.graph.nodes)
     start = time.perf_counter()
     try:
-        built = tensorrt.build(module, graph, program.variants[VARIANT].interface, BATCH, device)
+        built = tensorrt.build(module, graph, variant.interface, BATCH, device)
     except Exception as error:  # noqa: BLE001 - a form that cannot be built is a result
         return Row(name, form.name, device, count, problem=str(error).split(": ")[-1])
     fused = fused_steps(built.engine)

@@ -36,7 +36,7 @@ from qcgraph.export.run.open import open_runner
 from qcgraph.ir.serialize import load_program
 from qcgraph.models import load_model
 from qcgraph.passes.caching.plan_steps import rounded
-from qcgraph.plan.schedule import FULL, uniform
+from qcgraph.plan.schedule import uniform
 from qcgraph.plan.steps import digest_of
 from qcgraph.progress import Progress, progress_for
 from qcgraph.recipe import Recipe
@@ -136,8 +136,9 @@ class Model:
     def recipes(self, bits: str, interval: int) -> dict[str, Recipe]:
         """The methods that are asked for at a budget, as what to compile."""
         base = self.base(bits)
-        variants = self.bundle(METHODS["reuse"].recipe(base, interval, 1.0)).report["variants"]
-        reuse = {name: rounded(variant["macs"] / variants[FULL]["macs"]) for name, variant in variants.items()}
+        bundle = self.bundle(METHODS["reuse"].recipe(base, interval, 1.0))
+        variants, computing = bundle.report["variants"], bundle.plan.computing
+        reuse = {name: rounded(variant["macs"] / variants[computing]["macs"]) for name, variant in variants.items()}
         spent = sum(variant["steps"] * reuse[name] for name, variant in variants.items())
         share = math.ceil(1e6 * spent / self.options.steps) / 1e6
         return {key: METHODS[key].recipe(base, interval, share) for key in self.options.methods}

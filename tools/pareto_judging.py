@@ -19,6 +19,7 @@ from qcgraph.evaluation.rows import Measuring, Row
 from qcgraph.evaluation.settings import Subject, compiled, converged, full_precision
 from qcgraph.evaluation.tally import Tallying, Trajectory, Values
 from qcgraph.progress import Progress
+from qcgraph.sampling.conditions import in_turn
 
 METRICS = ("psnr", "fid_small", "accuracy")
 
@@ -39,17 +40,18 @@ class Judging:
     def __init__(self, subject: Subject, samples: int, seeds: int) -> None:
         make_judge = subject.model.judge
         judge = make_judge() if make_judge else None
-        self._labels = [index % subject.spec.class_count for index in range(samples)]
+        self._conditions = in_turn(samples, subject.spec)
+        labels = self._conditions.labels(subject.spec).tolist()
         self._metrics = choose_metrics(METRICS if judge else METRICS[:1], judged=bool(judge), model=subject.spec.name)
-        self._bootstrap = Bootstrap(seeds, self._labels)
+        self._bootstrap = Bootstrap(seeds, labels)
         setting = full_precision(subject)
-        self._exact = {seed: Trajectory.draw(setting, self._labels, seed) for seed in range(seeds)}
+        self._exact = {seed: Trajectory.draw(setting, self._conditions, seed) for seed in range(seeds)}
         tallying = Tallying(setting, len(subject.plan), subject.spec.latent_shape[0])
         for trajectory in self._exact.values():
             tallying.take(trajectory)
-        reference, labels = tallying.tally(), self._labels[:CONVERGED_SAMPLES]
-        goal, half = (setting.draw(labels, 0, None) for setting in converged(subject) if setting.draw)
-        self._measuring = Measuring(subject.spec, self._labels, judge, self._bootstrap, reference, goal)
+        reference, first = tallying.tally(), self._conditions[:CONVERGED_SAMPLES]
+        goal, half = (setting.draw(first, 0, None) for setting in converged(subject) if setting.draw)
+        self._measuring = Measuring(subject.spec, labels, judge, self._bootstrap, reference, goal)
         self.floor = self._measuring.plain_psnr(half, goal)
         self.exact = _metrics(self._measuring.row(reference, self._metrics))
 
@@ -68,7 +70,7 @@ class Judging:
         setting = replace(compiled(subject), planned=False)  # some take other steps; finals are all that is compared
         tallying = Tallying(setting, len(subject.plan), subject.spec.latent_shape[0])
         for seed, trajectory in self._exact.items():
-            tallying.add(self._labels, seed, trajectory)
+            tallying.add(self._conditions, seed, trajectory)
         tally = tallying.tally()
         return self._measuring.row(tally, self._metrics), self._measuring.squared_errors(tally)
 

@@ -30,7 +30,7 @@ from qcgraph.passes.calibration._selection import METHODS, Method, Pool, coverag
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.progress import Progress, progress_for
 from qcgraph.sampling.calibration import calibration_noise, sample_calibration
-from qcgraph.sampling.loop import Array
+from qcgraph.sampling.loop import TakenStep
 
 BATCH = 64
 DOUBLINGS = 5  # of the pool, under --scaling
@@ -70,14 +70,13 @@ def record(options: argparse.Namespace, trajectories: int, progress: Progress) -
     plan = make_step_plan(options.scheduler, options.steps, options.guidance, schedule, program.constants_digest)
     parts = [(0, calibration_noise(trajectories, options.seed, model.spec).initial())]
 
-    def keep(index: int, latent: Array) -> Array:
-        if index + 1 < len(plan):  # nothing is given the final latents
-            parts.append((index + 1, latent))
-        return latent
+    def keep(taken: TakenStep) -> None:
+        if taken.index + 1 < len(plan):  # nothing is given the final latents
+            parts.append((taken.index + 1, taken.after))
 
     runner = TorchRunner(program.with_facts(plan))
     seed = options.seed
-    sample_calibration(runner, plan, model.spec, trajectories, seed, batch=BATCH, after_update=keep, progress=progress)
+    sample_calibration(runner, plan, model.spec, trajectories, seed, batch=BATCH, observe=keep, progress=progress)
     steps = np.concatenate([np.full(len(latents), index) for index, latents in parts])
     return Pool(np.concatenate([latents.reshape(len(latents), -1) for _, latents in parts]), steps)
 

@@ -35,9 +35,12 @@ import numpy as np
 import qcgraph
 from qcgraph.benchmark.machine import resident_bytes
 from qcgraph.errors import QcgraphError
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.sampling.conditions import in_turn, joined
 from qcgraph.sampling.denoiser import Denoiser
-from qcgraph.sampling.loop import Array, Sampler
+from qcgraph.sampling.loop import Sampler
 from qcgraph.sampling.noise import Noise
+from qcgraph.sampling.runner import Array
 
 RIGHT, REFUSED, WRONG, GIVEN_UP = "right", "refused", "wrong", "given up"
 COUNTED = (RIGHT, REFUSED, WRONG, GIVEN_UP)
@@ -49,14 +52,14 @@ class Host:
 
     Attributes:
         seed: of its noise.
-        label: its class.
+        kind: which of the conditions that samples take in turn it has, such as its class.
         null_first: whether the unconditional half of a batch comes first.
         own: whether its latents are drawn anew at every step, and follow from nothing.
         gives_up: the step at which it stops; None for one that ends.
     """
 
     seed: int
-    label: int
+    kind: int
     null_first: bool = False
     own: bool = False
     gives_up: int | None = None
@@ -71,7 +74,7 @@ class Host:
             if index == self.gives_up:
                 return latent
             prediction = self._predict(denoiser, latent, step.timestep, weight)
-            latent = sampler.update(latent, prediction, step)
+            latent = sampler.update(index, latent, prediction)
             if self.own:
                 latent = latent * 0 + drawn.standard_normal(latent.shape, dtype=np.float32) + 0.01 * prediction
             yield
@@ -79,12 +82,14 @@ class Host:
 
     def _predict(self, denoiser: Denoiser, latent: Array, timestep: float, weight: np.float32) -> Array:
         channels = denoiser.spec.latent_shape[0]
+        conditions = in_turn(self.kind + 1, denoiser.spec)[self.kind :]
         if weight == 1:
-            return np.asarray(denoiser(latent, timestep, [self.label]).sample[:, :channels])
-        labels = [self.label, denoiser.spec.null_class]
+            return np.asarray(denoiser(latent, timestep, **conditions.values).sample[:, :channels])
+        both = [conditions, conditions.unconditional(denoiser.spec)]
         if self.null_first:
-            labels.reverse()
-        halves = np.split(denoiser(np.concatenate([latent, latent]), timestep, labels).sample[:, :channels], 2)
+            both.reverse()
+        together = np.concatenate([latent, latent])
+        halves = np.split(denoiser(together, timestep, **joined(both).values).sample[:, :channels], 2)
         conditional, null = reversed(halves) if self.null_first else halves
         return np.asarray(null + weight * (conditional - null))
 
@@ -127,14 +132,19 @@ class Referee:
         return RIGHT if np.array_equal(result, self.right(host)) else WRONG
 
 
+def kinds(spec: ModelSpec) -> int:
+    """Return how many samples in turn have different conditions."""
+    return max((condition.count or 1 for condition in spec.conditions), default=1)
+
+
 def draw_hosts(generator: random.Random, denoiser: Denoiser, count: int, *, own: bool, all_end: bool) -> list[Host]:
     """Trajectories that are easily mistaken for each other: few seeds, two classes."""
     hosts = []
     for _ in range(count):
         gives_up = generator.randrange(1, len(denoiser.plan)) if generator.random() < 0.1 and not all_end else None
-        null_first = not denoiser.plan.paired and generator.random() < 0.3
-        label = generator.randrange(min(2, denoiser.spec.class_count))
-        hosts.append(Host(generator.randrange(50), label, null_first, own, gives_up))
+        null_first = not denoiser.plan.restores_half and generator.random() < 0.3
+        kind = generator.randrange(min(2, kinds(denoiser.spec)))
+        hosts.append(Host(generator.randrange(50), kind, null_first, own, gives_up))
     return hosts
 
 
@@ -233,7 +243,7 @@ def repeat(denoiser: Denoiser, trajectories: int) -> dict[str, int]:
     Returns:
         ``right`` and ``wrong`` trajectories; resident bytes after the first tenth and at the end.
     """
-    hosts = [Host(seed, seed % denoiser.spec.class_count) for seed in range(4)]
+    hosts = [Host(seed, seed % kinds(denoiser.spec)) for seed in range(4)]
     first = [ended(host.walk(denoiser)) for host in hosts]
     counts: Counter[str] = Counter()
     settled = 0

@@ -74,28 +74,24 @@ def _aged(name: str, value: torch.Tensor, age: int) -> TensorSpec:
 
 def _half(editor: GraphEditor, spec: ModelSpec) -> fx.Node:
     """Return which half of guidance each sample is, i64[B]: in the unconditional one all conditions are null."""
-    latent, first = editor.input_of(TensorRole.STATE), editor.first_call
+    latent = editor.input_of(TensorRole.STATE)
     batch = latent.meta["val"].flatten(1)[:, 0]
-    nulls: list[fx.Node] = []
-    for condition in spec.conditions:
-        if condition.null is None:
-            continue
-        if condition.shape:
-            hint = "forecasts tell the halves apart by conditions of one number a sample"
-            raise ContractError(f"the condition {condition.name} is no number", hint=hint)
-        given = editor.input(condition.tensor, batch.to(DTYPES[condition.dtype]), latent)
-        with editor.before(first):
-            nulls.append(editor.call(aten.eq.Scalar, given, condition.null, source=given, top_level=True))
-    with editor.before(first):
-        if not nulls:
+    nulls = [condition for condition in spec.conditions if condition.null is not None]
+    if with_shape := [condition.name for condition in nulls if condition.shape]:
+        raise ContractError(f"{with_shape[0]} is no number", hint="forecasts tell halves apart by one number a sample")
+    given = [editor.input(item.tensor, batch.to(DTYPES[item.dtype]), latent) for item in nulls]
+    with editor.before(editor.first_call):
+        if not given:
             size = editor.call(aten.sym_size.int, latent, 0, source=latent, top_level=True)
-            return editor.call(aten.zeros.default, [size], source=latent, name="half", top_level=True)
-        null = nulls[0]
-        for other in nulls[1:]:
-            null = editor.call(aten.logical_and.default, null, other, source=other, top_level=True)
-        return editor.call(
-            aten.to.dtype, null, torch.int64, source=null.all_input_nodes[0], name="half", top_level=True
+            conditional = editor.call(aten.zeros.default, [size], source=latent, top_level=True)
+            return editor.call(aten.to.dtype, conditional, torch.int64, source=latent, name="half", top_level=True)
+        null, *others = (
+            editor.call(aten.eq.Scalar, node, condition.null, source=node, top_level=True)
+            for node, condition in zip(given, nulls, strict=True)
         )
+        for other in others:
+            null = editor.call(aten.logical_and.default, null, other, source=other, top_level=True)
+        return editor.call(aten.to.dtype, null, torch.int64, source=given[0], name="half", top_level=True)
 
 
 def _first(nodes: list[fx.Node], graph: fx.Graph) -> fx.Node:

@@ -165,4 +165,4 @@ def _count(condition: Condition) -> int:
 def _filled(values: Sequence[int | float], condition: Condition) -> Values:
     """Return [N, *shape]: one value for all elements of a sample."""
     column = np.asarray(values, dtype=DTYPES[condition.dtype]).reshape(-1, *[1] * len(condition.shape))
-    return np.broadcast_to(column, (len(values), *condition.shape)).copy()
+    return np.array(np.broadcast_to(column, (len(values), *condition.shape)))  # a copy, which may be written to

@@ -38,6 +38,7 @@ from qcgraph.facts import (
     WeightSources,
     decode,
 )
+from qcgraph.plan.roles import COMPUTES, REUSES, prepares
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
 
@@ -48,15 +49,19 @@ QUANT = SiteQuant(CODES, WeightQuant(64))
 EXAMPLES = (
     ModelSpec.class_conditional("toy", (1, 8, 8), 10, 10, 1),
     StepPlan(
-        Fingerprint("m", "ddpm", 2, THIRD), (Step(9.5, Update(THIRD, -0.1, 1e-17)), Step(0.0, Update(1, 1), "reuse", 1))
+        Fingerprint("m", "ddpm", 2, THIRD),
+        (Step(9.5, Update(THIRD, -0.1, 1e-17), "full"), Step(0.0, Update(1, 1), "reuse", 1)),
+        {"full": COMPUTES, "reuse": REUSES, "prepare_full": prepares("full")},
     ),
-    CachePlan((CachedValue("cache_0", 0, 5), CachedValue("cache_1", 3, 3, 1)), {"reuse": ("cache_0",)}, 3, ("full",)),
+    CachePlan(
+        (CachedValue("cache_0", 0, 5), CachedValue("cache_1", 3, 3, 1)), {"reuse": ("cache_0",)}, 3, (None, "reuse")
+    ),
     Rehearsed(0.001, 0.002, 8),
     SchedulePlan("joint", {"full": THIRD, "reuse": 0.1}, True, 0.3, 1e-30, None),
     Ranges({"a": SITE}, {"a": SITE}, 3),
     Reference(((THIRD,),), ((0.1,),), 7, 3),
     Equalization({"a": (THIRD, 1.0)}, {"a": (1.0, 3.0)}),
-    CalibrationSet("tap", 9, (0, 1), (3, 10), "AAAA"),
+    CalibrationSet("tap", 9, (0, 1), {"class_label": (3, 10), "strength": (THIRD, 1e-30)}, "AAAA"),
     TimestepGroups((THIRD, 0.0)),
     QuantPlan({"a": QUANT}),
     WeightSources({"a": "a.weight", "b": "a.weight"}),
@@ -89,7 +94,7 @@ def test_all_facts_survive_json_exactly() -> None:
 
 def test_data_of_another_shape_is_refused() -> None:
     with pytest.raises(ValidationError):
-        decode(CachePlan, {"values": [], "modes": {}, "history": "many", "draft": ["full"]})
+        decode(CachePlan, {"values": [], "modes": {}, "history": "many", "draft": [None]})
 
 
 def test_a_fact_replaces_the_one_of_its_type() -> None:

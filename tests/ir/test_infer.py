@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from qcgraph.ir.infer import infer_types
+from qcgraph.plan.roles import TensorRole
 from qcgraph.plan.spec import Interface, TensorSpec
 
 
@@ -20,7 +21,7 @@ def test_shapes_that_do_not_fit_are_raised_and_not_logged(caplog: pytest.LogCapt
     logger.addHandler(caplog.handler)
     try:
         with pytest.raises(RuntimeError):
-            infer_types(graph, Interface((TensorSpec("x", "f32", (2, 3)),), ()), {})
+            infer_types(graph, Interface((TensorSpec("x", "f32", (2, 3), TensorRole.STATE),), ()), {})
         assert caplog.messages == []
         logger.error("heard again")
     finally:
@@ -41,7 +42,7 @@ def test_equal_calls_share_a_value_and_others_do_not() -> None:
     nodes = [graph.call_function(target, arguments) for target, arguments in calls]
     nodes.append(graph.call_function(aten.add.Tensor, (nodes[-1], 1)))  # of the same type but for its strides
     graph.output(tuple(nodes))
-    infer_types(graph, Interface((TensorSpec("x", "i64", (2, 2)),), ()), {})
+    infer_types(graph, Interface((TensorSpec("x", "i64", (2, 2), TensorRole.STATE),), ()), {})
     first, again, real, turned, last = (node.meta["val"] for node in nodes)
     assert first is again
     assert (first.dtype, real.dtype) == (torch.int64, torch.float32)

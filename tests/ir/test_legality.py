@@ -15,6 +15,8 @@ from qcgraph.ir import legality
 from qcgraph.ir.admitted import ADMITTED
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.program import Program
+from qcgraph.plan.roles import REUSES
+from qcgraph.plan.spec import GROUP
 from qcgraph.plan.steps import StepPlan
 
 aten = torch.ops.aten
@@ -124,7 +126,7 @@ def test_a_table_must_cover_the_plan(captured: Program) -> None:
         assert isinstance(bias, fx.Node)
         table = torch.zeros(2, bias.meta["val"].shape[0])
         with editor.before(linear):
-            index = editor.scalar_input("group", linear)
+            index = editor.scalar_input(GROUP, linear)
             row = editor.call(ops.select.default, editor.constant("t", table, linear), index, source=linear)
         linear.args = (*linear.args[:2], row)
 
@@ -139,7 +141,50 @@ def test_a_table_must_cover_the_plan(captured: Program) -> None:
 def test_a_plan_must_name_variants_that_exist(captured: Program) -> None:
     plan = captured.facts[StepPlan]
     with pytest.raises(ContractError, match="variant 'reuse', which does not exist"):
-        legality.verify(captured.with_facts(plan.with_variants(["main"] + ["reuse"] * (len(plan) - 1))))
+        legality.verify(captured.with_facts(with_reuse(plan)))
+
+
+def with_reuse(plan: StepPlan) -> StepPlan:
+    """The plan with a variant that reuses at every step but the first."""
+    return replace(plan, roles=plan.roles | {"reuse": REUSES}).with_modes([None] + ["reuse"] * (len(plan) - 1))
+
+
+def test_every_variant_has_a_role(captured: Program, cached: Program) -> None:
+    """Those that no step runs included; and no role is that of a variant that is not there."""
+    plan = captured.facts[StepPlan]
+    other = replace(captured, variants={**captured.variants, "other": captured.variants["main"]})
+    with pytest.raises(ContractError, match="variant 'other' has no role"):
+        legality.verify(other)
+    unused = replace(plan, roles=plan.roles | {"reuse": REUSES})
+    with pytest.raises(ContractError, match="variant 'reuse' has a role, and does not exist"):
+        legality.verify(captured.with_facts(unused))
+    legality.verify(other.with_facts(replace(plan, roles=plan.roles | {"other": REUSES})))
+
+
+def test_a_modulation_is_prepared_where_it_is_taken(captured: Program, run: Callable[[str, Program], Program]) -> None:
+    hoisted = run("hoist-adaln", captured)
+    plan = hoisted.facts[StepPlan]
+    legality.verify(hoisted)
+    with pytest.raises(ContractError, match=r"a modulation is taken by \['main'\], and prepared for \[\]"):
+        legality.verify(hoisted.with_facts(replace(plan, roles=plan.roles | {"prepare_main": REUSES})))
+    untaken = replace(captured.facts[StepPlan], roles=plan.roles)
+    prepared = replace(captured, variants={**captured.variants, "prepare_main": hoisted.variants["prepare_main"]})
+    with pytest.raises(ContractError, match=r"a modulation is taken by \[\], and prepared for \['main'\]"):
+        legality.verify(prepared.with_facts(untaken))
+
+
+def test_cached_values_are_computed(cached: Program) -> None:
+    """By the value that a tensor holds, whatever the tensor is called."""
+    full, reuse = cached.variants["full"], cached.variants["reuse"]
+    legality.verify(cached)
+    (output,) = full.interface.caches
+    outputs = tuple(replace(spec, value="another") if spec is output else spec for spec in full.interface.outputs)
+    wrong = replace(full, interface=replace(full.interface, outputs=outputs))
+    with pytest.raises(ContractError, match=r"variant 'reuse' takes 'cache_0', and no variant computes.*'cache_0'"):
+        legality.verify(replace(cached, variants={"full": wrong, "reuse": reuse}))
+    inputs = tuple(replace(spec, value="another") if spec.value else spec for spec in reuse.interface.inputs)
+    asking = replace(reuse, interface=replace(reuse.interface, inputs=inputs))
+    legality.verify(replace(cached, variants={"full": wrong, "reuse": asking}))
 
 
 def test_a_missing_constant_is_found(captured: Program) -> None:

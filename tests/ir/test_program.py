@@ -67,7 +67,7 @@ def double_the_output(program: Program) -> Program:
     (prediction,) = output.all_input_nodes
     with editor.before(output):
         doubled = editor.call(aten.mul.Tensor, prediction, 2.0, source=prediction)
-    editor.set_outputs([doubled], ["noise_prediction"])
+    editor.set_outputs([doubled], editor.outputs)
     return with_edits(program, {"main": editor})
 
 
@@ -92,7 +92,7 @@ def test_a_constant_is_never_replaced_in_silence(captured: Program) -> None:
         factor = editor.constant("factor", torch.tensor(value), prediction)
         with editor.before(output):
             scaled = editor.call(aten.mul.Tensor, prediction, factor, source=prediction)
-        editor.set_outputs([scaled], ["noise_prediction"])
+        editor.set_outputs([scaled], editor.outputs)
         return editor
 
     one = editor_with(2.0)

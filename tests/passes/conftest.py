@@ -13,7 +13,7 @@ from qcgraph.plan.steps import StepPlan
 @pytest.fixture(scope="session")
 def ranged(cached: Program) -> Program:
     """The cached program with hand-written ranges: at the i-th computing step every site sees [-1, 1 + i]."""
-    steps = tuple(index for index, step in enumerate(cached.facts[StepPlan].steps) if step.variant == "full")
+    steps = tuple(index for index in range(9) if cached.facts[StepPlan].computes(index))
     site = SiteRange(
         steps=steps,
         lows=(-1.0,) * len(steps),

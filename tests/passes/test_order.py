@@ -12,7 +12,7 @@ from qcgraph.errors import ContractError
 from qcgraph.facts import CachePlan
 from qcgraph.ir.graph import Variant, copy_graph
 from qcgraph.ir.program import Program
-from qcgraph.plan.spec import preparation
+from qcgraph.plan.roles import COMPUTES, prepares
 from qcgraph.plan.steps import StepPlan
 
 Run = Callable[[str, Program], Program]
@@ -79,8 +79,8 @@ def test_dropping_variants_keeps_those_that_prepare(stages: dict[str, Program], 
     assert run("drop-variants", hoisted).digest == hoisted.digest
     steps = hoisted.facts[StepPlan].all_computing
     program = run("drop-variants", hoisted.with_facts(steps))
-    assert set(program.variants) == {"full", preparation("full")}
-    assert program.facts[StepPlan].prepared == ("full",)
+    assert set(program.variants) == {"full", "prepare_full"}
+    assert program.facts[StepPlan].roles == {"full": COMPUTES, "prepare_full": prepares("full")}
     assert not program.facts[CachePlan].modes
 
 

@@ -36,12 +36,11 @@ from qcgraph.ir.quantize import quantize_weight
 from qcgraph.ir.quantized_sites import quantized_sites
 from qcgraph.ir.structure import find_sites
 from qcgraph.pipeline import Pass, Pipeline, registry
-from qcgraph.plan.schedule import FULL
+from qcgraph.plan.roles import TensorRole
 from qcgraph.plan.schedulers import make_step_plan
-from qcgraph.plan.spec import OUTPUT, ModelSpec, is_preparation
-from qcgraph.plan.steps import StepPlan
+from qcgraph.plan.spec import PREDICTION_NAME, ModelSpec
+from qcgraph.plan.steps import CAPTURED, StepPlan
 from qcgraph.recipe import Recipe
-from qcgraph.sampling.cache_state import aged
 
 Pair = tuple[str, str]
 Choices = Mapping[str, Mapping[str, Any]]
@@ -286,7 +285,7 @@ def _codes_are_those_that_were_chosen(
     """What quantized layers hold is what was chosen, to the bit; dequantized, what corrects a result taken out."""
     for name, variant in program.variants.items():
         sites = quantized_sites(variant)
-        if name == FULL and sites:
+        if name == program.computing and sites:
             assert {site.name for site in sites} == set(chosen_codes)
         for site in sites:
             (codes, scale), held = chosen_codes[site.name], program.constants[site.codes]
@@ -311,11 +310,15 @@ def _subjects_exist(program: Program) -> None:
         assert set(observed.planned if observed else ()) <= sites
     if equalization := facts.get(Equalization):
         assert {*equalization.inputs, *equalization.outputs} <= sites
-    if (cache := facts.get(CachePlan)) and FULL in program.variants:
+    if (cache := facts.get(CachePlan)) and facts[StepPlan].computing != CAPTURED:
         steps = facts[StepPlan]
-        assert set(steps.variants) - {FULL} <= set(cache.modes) <= set(program.variants)
+        assert (
+            set(steps.variants) - {steps.computing} <= set(cache.modes) == set(steps.reusing) <= set(program.variants)
+        )
         values = {value.name for value in cache.values}
-        assert set(program.variants[FULL].interface.output_names) == {OUTPUT, *values}
+        computing = program.variants[steps.computing].interface
+        assert set(computing.output_names) == {PREDICTION_NAME, *values}
+        assert {spec.value for spec in computing.caches} == values
         for mode, reused in cache.modes.items():
             assert set(reused) <= set(program.variants[mode].interface.input_names)
         if fit := facts.get(ForecastFit):
@@ -335,21 +338,24 @@ def outputs(program: Program) -> Outputs:
     inputs: dict[str, torch.Tensor] = {
         "latent": latent,
         "timestep": torch.full((4,), step.timestep),
-        "class_label": torch.tensor([1, 3, spec.null_class, spec.null_class]),
+        "class_label": torch.tensor([1, 3, *[spec.conditions[0].null] * 2]),
         "group": torch.tensor(step.group),
         "row": torch.tensor(step.row),
     }
     found: Outputs = {}
-    for name in [name for name in program.variants if not is_preparation(name)]:  # the one that computes comes first
-        found[name] = program.run(name, program.prepared(name, inputs))
-        inputs |= {aged(value, age): tensor for value, tensor in found[name].items() for age in range(3)}
+    cached: dict[str, torch.Tensor] = {}
+    for name in (plan.computing, *plan.reusing):
+        interface = program.variants[name].interface
+        given = inputs | {spec.name: cached[spec.value] for spec in interface.taken(TensorRole.CACHE)}
+        found[name] = program.run(name, program.prepared(name, given))
+        cached |= {spec.value: found[name][spec.name] for spec in interface.caches}
     return found
 
 
 def _outputs_moved_as_promised(pass_: Pass, old: Outputs, new: Outputs) -> None:
     """Every value that both programs give is as near as the pass lets it be; what is split was the whole before."""
     limit = {**SAME, **CLOSE}[pass_.name]
-    whole = {FULL: old["main"]} if pass_.name == "insert-cache" else old
+    whole = {"full": old["main"]} if pass_.name == "insert-cache" else old
     for name, known in whole.items():
         for key in known.keys() & new.get(name, {}).keys():
             one, other = known[key].float(), new[name][key].float()

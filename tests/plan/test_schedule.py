@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -12,11 +13,12 @@ import numpy.typing as npt
 import pytest
 
 from qcgraph.errors import UsageError
-from qcgraph.plan.schedule import FULL, Mode, SkipErrors, climb, dps, expected_error, plan, spread, uniform
+from qcgraph.plan.schedule import Mode, SkipErrors, climb, dps, expected_error, plan, spread, uniform
 from qcgraph.plan.schedule.search import Prices
 from qcgraph.plan.schedule.spacing import group_costs
 
 Array = npt.NDArray[np.float64]
+Names = tuple[str | None, ...]  # per step, None where it computes, or a mode
 
 ONE = (Mode("reuse", 0.1),)
 TWO = (Mode("reuse", 0.1), Mode("half", 0.55))
@@ -39,26 +41,26 @@ def skip_errors(modes: int, steps: int, largest_gap: int, seed: int, unmeasured:
     return SkipErrors(values)
 
 
-def every_schedule(steps: int, modes: tuple[Mode, ...]) -> Iterator[tuple[str, ...]]:
-    names = [FULL, *(mode.name for mode in modes)]
+def every_schedule(steps: int, modes: tuple[Mode, ...]) -> Iterator[Names]:
+    names: list[str | None] = [None, *(mode.name for mode in modes)]
     for rest in itertools.product(names, repeat=steps - 1):
-        yield (FULL, *rest)
+        yield (None, *rest)
 
 
-def cost_of(names: tuple[str, ...], modes: tuple[Mode, ...]) -> float:
-    costs = {FULL: 1.0} | {mode.name: mode.cost for mode in modes}
+def cost_of(names: Names, modes: tuple[Mode, ...]) -> float:
+    costs: dict[str | None, float] = {None: 1.0} | {mode.name: mode.cost for mode in modes}
     return sum(costs[name] for name in names)
 
 
-def written_out(names: tuple[str, ...], errors: SkipErrors, modes: tuple[Mode, ...]) -> float:
+def written_out(names: Names, errors: SkipErrors, modes: tuple[Mode, ...]) -> float:
     """The error of a schedule by its definition."""
     index = {mode.name: position for position, mode in enumerate(modes)}
     room = errors.values.shape[2]
     total = 0.0
     for step, name in enumerate(names):
-        if name == FULL:
+        if name is None:
             continue
-        computing = [place for place in range(step) if names[place] == FULL]
+        computing = [place for place in range(step) if names[place] is None]
         gap = step - computing[-1]
         earlier = computing[-1] - computing[-2] if len(computing) > 1 else 0
         measured = gap < room and earlier < room
@@ -215,14 +217,14 @@ def test_modes_of_equal_cost_are_planned_exactly() -> None:
 def test_the_whole_budget_computes_every_step(modes: tuple[Mode, ...]) -> None:
     for budget in (20, 1000):
         found = plan(skip_errors(len(modes), 20, 6, seed=0), modes, 20, budget)
-        assert found.modes == (FULL,) * 20
+        assert found.modes == (None,) * 20
         assert (found.error, found.cost) == (0, 20)
 
 
 def test_equal_errors_are_reached_at_the_least_cost() -> None:
     errors = SkipErrors(np.zeros((2, 10, 4, 4)))
     found = plan(errors, TWO, 10, 9)
-    assert found.modes.count(FULL) == 3  # a computing step serves the 3 steps that follow it
+    assert found.modes.count(None) == 3  # a computing step serves the 3 steps that follow it
     assert "half" not in found.modes
 
 
@@ -251,16 +253,16 @@ def test_the_least_budget_is_the_one_of_gaps_that_were_measured() -> None:
 def test_fixed_steps_compute(modes: tuple[Mode, ...]) -> None:
     errors = skip_errors(len(modes), 16, 6, seed=3)
     free = plan(errors, modes, 16, 8)
-    fixed = {1, 2, 11, *(step for step in range(16) if free.modes[step] != FULL and step % 5 == 0)}
+    fixed = {1, 2, 11, *(step for step in range(16) if free.modes[step] is not None and step % 5 == 0)}
     found = plan(errors, modes, 16, 9, fixed=fixed)
-    assert {found.modes[step] for step in fixed} == {FULL}
-    assert found.modes[0] == FULL
+    assert {found.modes[step] for step in fixed} == {None}
+    assert found.modes[0] is None
     assert plan(errors, modes, 16, 8, fixed=fixed).error >= free.error
 
 
 def test_fixed_steps_leave_the_best_of_the_rest() -> None:
     errors = skip_errors(1, 9, 4, seed=7)
-    allowed = [names for names in every_schedule(9, ONE) if names[4] == names[5] == FULL and cost_of(names, ONE) <= 4.6]
+    allowed = [names for names in every_schedule(9, ONE) if names[4] is names[5] is None and cost_of(names, ONE) <= 4.6]
     expected = min(written_out(names, errors, ONE) for names in allowed)
     assert plan(errors, ONE, 9, 4.6, fixed=(4, 5)).error == pytest.approx(expected, rel=1e-12)
 
@@ -279,15 +281,15 @@ def test_budgets_are_met_to_the_last_step() -> None:
     errors = skip_errors(1, 50, 49, seed=6)
     for cost, computing in itertools.product((0.1, 0.3, 1 / 3, 0.7), range(4, 50)):
         budget = sum([1.0] * computing + [cost] * (50 - computing))
-        assert plan(errors, (Mode("reuse", cost),), 50, budget).modes.count(FULL) == computing
+        assert plan(errors, (Mode("reuse", cost),), 50, budget).modes.count(None) == computing
 
 
 def test_a_schedule_from_elsewhere_is_priced() -> None:
     errors = skip_errors(1, 12, 3, seed=8)
-    names = tuple(FULL if computes else "reuse" for computes in uniform(12, 3))
+    names = tuple(None if computes else "reuse" for computes in uniform(12, 3))
     assert expected_error(names, errors, ONE) == pytest.approx(written_out(names, errors, ONE), rel=1e-12)
-    unmeasured_gap = (FULL, *["reuse"] * 4, *[FULL] * 7)
-    unmeasured_earlier = (FULL, *["reuse"] * 3, FULL, "reuse", *[FULL] * 6)
+    unmeasured_gap = (None, *["reuse"] * 4, *[None] * 7)
+    unmeasured_earlier = (None, *["reuse"] * 3, None, "reuse", *[None] * 6)
     assert expected_error(unmeasured_gap, errors, ONE) == math.inf
     assert expected_error(unmeasured_earlier, errors, ONE) == math.inf
     assert plan(errors, ONE, 12, cost_of(names, ONE)).error <= expected_error(names, errors, ONE)
@@ -295,29 +297,29 @@ def test_a_schedule_from_elsewhere_is_priced() -> None:
 
 def test_one_step() -> None:
     assert uniform(1, 3) == spread(1, 1) == dps(np.zeros((1, 1)), 2) == [True]
-    assert plan(skip_errors(1, 1, 3, seed=0), ONE, 1, 1).modes == (FULL,)
+    assert plan(skip_errors(1, 1, 3, seed=0), ONE, 1, 1).modes == (None,)
 
 
-TARGET = (FULL, FULL, "reuse", "reuse", FULL, "half", "reuse", FULL, "reuse", "reuse", "half", "reuse")
-START = (FULL, FULL, FULL, FULL, "half", "half", *["reuse"] * 6)
+TARGET = (None, None, "reuse", "reuse", None, "half", "reuse", None, "reuse", "reuse", "half", "reuse")
+START = (None, None, None, None, "half", "half", *["reuse"] * 6)
 
 
-def distance(names: tuple[str, ...]) -> float:
+def distance(names: Names) -> float:
     return sum(own != other for own, other in zip(names, TARGET, strict=True))
 
 
-def recorded(evaluate: Callable[[tuple[str, ...]], float]) -> tuple[list[tuple[str, ...]], Callable[..., float]]:
-    calls: list[tuple[str, ...]] = []
+def recorded(evaluate: Callable[[Names], float]) -> tuple[list[Names], Callable[..., float]]:
+    calls: list[Names] = []
 
-    def record(names: tuple[str, ...]) -> float:
+    def record(names: Names) -> float:
         calls.append(names)
         return evaluate(names)
 
     return calls, record
 
 
-def rugged(names: tuple[str, ...]) -> float:
-    return float(np.random.default_rng([len(name) * index for index, name in enumerate(names)]).random())
+def rugged(names: Names) -> float:
+    return float(np.random.default_rng([len(name or "full") * index for index, name in enumerate(names)]).random())
 
 
 @pytest.mark.parametrize("evaluate", [distance, rugged])
@@ -329,8 +331,8 @@ def test_climbing_keeps_its_promises(evaluate: Callable[..., float], seed: int, 
     assert calls[0] == START
     assert len(calls) == len(set(calls)) == rounds
     assert error == evaluate(best) == min(map(evaluate, calls)) <= evaluate(START)
-    assert all(sorted(names) == sorted(START) for names in calls)  # so the cost stays
-    assert all(names[:2] == (FULL, FULL) for names in calls)
+    assert all(Counter(names) == Counter(START) for names in calls)  # so the cost stays
+    assert all(names[:2] == (None, None) for names in calls)
     again, record = recorded(evaluate)
     assert climb(START, record, rounds=rounds, seed=seed, fixed=(0, 1)) == (best, error)
     assert again == calls
@@ -352,15 +354,15 @@ def test_climbing_depends_on_the_seed() -> None:
 
 def test_climbing_shifts_computing_steps_first() -> None:
     calls, record = recorded(lambda names: 1.0)
-    start = (FULL, "reuse", "reuse", FULL, "reuse", "reuse", "reuse")
+    start = (None, "reuse", "reuse", None, "reuse", "reuse", "reuse")
     climb(start, record, rounds=100, seed=0)
-    places = [abs(names.index(FULL, 1) - 3) for names in calls[1:]]
+    places = [abs(names.index(None, 1) - 3) for names in calls[1:]]
     assert places == [1, 1, 2, 2, 3]  # every place but the first step's
 
 
 def test_climbing_ends_without_neighbours() -> None:
     calls, record = recorded(distance)
-    start = (FULL,) * 12
+    start = (None,) * 12
     assert climb(start, record, rounds=10, seed=0) == (start, distance(start))
     assert calls == [start]
 
@@ -376,7 +378,6 @@ def test_climbing_ends_without_neighbours() -> None:
         (lambda: dps(np.zeros((0, 0)), 2), "feature differences of the shape"),
         (lambda: dps(np.full((3, 3), np.nan), 2), "a feature difference is not finite"),
         (lambda: dps(np.zeros((2, 2)), 5), "2 steps are too few for groups of 3 to 10"),
-        (lambda: Mode("full", 0.1), "a mode named 'full'"),
         (lambda: Mode("reuse", 1.0), "mode 'reuse' costs 1 of a computing step"),
         (lambda: Mode("reuse", math.nan), "mode 'reuse' costs nan"),
         (lambda: SkipErrors(np.zeros((1, 4, 3, 2))), "skip errors of the shape"),
@@ -387,9 +388,9 @@ def test_climbing_ends_without_neighbours() -> None:
         (lambda: plan(skip_errors(1, 4, 2, 0), ONE, 5, 4), "skip errors of 1 modes and 4 steps"),
         (lambda: plan(skip_errors(2, 4, 2, 0), ONE * 2, 4, 4), "two modes share a name"),
         (lambda: plan(skip_errors(1, 4, 2, 0), ONE, 4, 4, fixed=(0, 4)), "step 4 is to compute"),
-        (lambda: expected_error((FULL,) * 3, skip_errors(1, 4, 2, 0), ONE), "a schedule of 3 steps"),
+        (lambda: expected_error((None,) * 3, skip_errors(1, 4, 2, 0), ONE), "a schedule of 3 steps"),
         (lambda: expected_error(("reuse",) * 4, skip_errors(1, 4, 2, 0), ONE), "the first reuse"),
-        (lambda: expected_error((FULL, "resue"), skip_errors(1, 2, 1, 0), ONE), "unknown mode 'resue'"),
+        (lambda: expected_error((None, "resue"), skip_errors(1, 2, 1, 0), ONE), "unknown mode 'resue'"),
         (lambda: climb(START, distance, rounds=0, seed=0), "0 rounds"),
         (lambda: climb(START, lambda names: math.nan, rounds=3, seed=0), "is not a number"),
     ],

@@ -15,6 +15,7 @@ import torch
 
 from qcgraph.errors import BundleError, UsageError
 from qcgraph.facts import decode, encode
+from qcgraph.plan.roles import COMPUTES, REUSES
 from qcgraph.plan.schedulers import SCHEDULERS, check_compensable, check_name, make_scheduler, make_step_plan, resolve
 from qcgraph.plan.spec import FolderSampler, NoiseSchedule
 from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
@@ -150,7 +151,9 @@ def test_a_plan_is_keyed_on_the_timestep_value() -> None:
 
 
 def test_the_letters_of_a_schedule_differ() -> None:
-    plan = plan_of([4, 3, 2, 1]).with_variants(["full", "forecast", "f", "reuse"])
+    roles = {"full": COMPUTES} | dict.fromkeys(["forecast", "f", "reuse"], REUSES)
+    steps = [replace(step, variant=name) for step, name in zip(plan_of([4, 3, 2, 1]).steps, roles, strict=True)]
+    plan = replace(plan_of([4, 3, 2, 1]), steps=tuple(steps), roles=roles)
     assert plan.schedule() == "FOAR   (F = full, O = forecast, A = f, R = reuse)"
 
 

@@ -17,9 +17,9 @@ def timesteps(scheduler: str, steps: int) -> tuple[float, ...]:
     return make_step_plan(scheduler, steps, 1.0, NoiseSchedule(), "").timesteps
 
 
-def letters(modes: tuple[str, ...]) -> str:
-    words = {"full": "F", "conditional": "C"}
-    return "".join(words.get(mode) or mode.removeprefix("reuse").removeprefix("_") or "R" for mode in modes)
+def letters(modes: tuple[str | None, ...]) -> str:
+    words = {None: "F", "conditional": "C"}
+    return "".join(words.get(mode) or str(mode).removeprefix("reuse").removeprefix("_") or "R" for mode in modes)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,8 @@ def test_what_is_carried_over_survives_as_text(scheduler: str, steps: int) -> No
 def test_at_its_own_steps_a_schedule_is_itself(scheduler: str, seed: int) -> None:
     generator = np.random.default_rng(seed)
     own = timesteps(scheduler, int(generator.integers(1, 60)))
-    modes = ("full", *(str(mode) for mode in generator.choice(["full", "reuse", "reuse_1"], len(own) - 1)))
+    choices = (None, "reuse", "reuse_1")
+    modes = (None, *(choices[index] for index in generator.integers(len(choices), size=len(own) - 1)))
     assert TimedSchedule(own, modes).at(own) == modes
 
 
@@ -61,8 +62,8 @@ def test_at_its_own_steps_a_schedule_is_itself(scheduler: str, seed: int) -> Non
 def test_the_share_of_computing_steps_stays(scheduler: str, steps: int) -> None:
     modes = TimedSchedule.parse(PLANNED).at(timesteps(scheduler, steps))
     assert len(modes) == steps
-    assert modes[0] == "full"
-    assert modes.count("full") == max(1, int(14 * steps / 50 + 0.5))
+    assert modes[0] is None
+    assert modes.count(None) == max(1, int(14 * steps / 50 + 0.5))
 
 
 @pytest.mark.parametrize("steps", [10, 25, 30, 100])
@@ -71,8 +72,8 @@ def test_computing_steps_stay_as_dense_at_each_time(steps: int) -> None:
     own, other = TimedSchedule.parse(PLANNED), timesteps("ddim", steps)
     modes = own.at(other)
     for bound in range(0, 1000, 50):
-        before = sum(mode == "full" for time, mode in zip(own.timesteps, own.modes, strict=True) if time >= bound)
-        after = sum(mode == "full" for time, mode in zip(other, modes, strict=True) if time >= bound)
+        before = sum(mode is None for time, mode in zip(own.timesteps, own.modes, strict=True) if time >= bound)
+        after = sum(mode is None for time, mode in zip(other, modes, strict=True) if time >= bound)
         assert abs(after - before * steps / 50) <= 1.5 + steps / 50
 
 
@@ -123,14 +124,14 @@ def test_wrong_texts(text: str, message: str) -> None:
     ("own", "modes", "message"),
     [
         ((), (), "0 timesteps"),
-        ((3.0, 2.0), ("full",), "2 timesteps and 1 modes"),
-        ((3.0, 2.0), ("full", "skip"), "unknown mode 'skip'"),
-        ((3.0, 2.0), ("full", "reuse_10"), "unknown mode 'reuse_10'"),
-        ((float("nan"), 2.0), ("full", "full"), "timestep nan"),
-        ((float("inf"), 2.0), ("full", "full"), "timestep inf"),
+        ((3.0, 2.0), (None,), "2 timesteps and 1 modes"),
+        ((3.0, 2.0), (None, "skip"), "unknown mode 'skip'"),
+        ((3.0, 2.0), (None, "reuse_10"), "unknown mode 'reuse_10'"),
+        ((float("nan"), 2.0), (None, None), "timestep nan"),
+        ((float("inf"), 2.0), (None, None), "timestep inf"),
     ],
 )
-def test_wrong_schedules(own: tuple[float, ...], modes: tuple[str, ...], message: str) -> None:
+def test_wrong_schedules(own: tuple[float, ...], modes: tuple[str | None, ...], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         TimedSchedule(own, modes)
     assert caught.value.hint
@@ -156,5 +157,5 @@ def test_even_refuses(computing: int) -> None:
 
 def test_many_uneven_timesteps_are_written_in_a_moment() -> None:
     timesteps = tuple(float(value) for value in np.cumsum(np.arange(1, 20_001))[::-1])
-    schedule = TimedSchedule(timesteps, ("full", *["reuse"] * (len(timesteps) - 1)))
+    schedule = TimedSchedule(timesteps, (None, *["reuse"] * (len(timesteps) - 1)))
     assert schedule.text.count(":") == 10_000  # two timesteps are always evenly spaced

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from qcgraph.ir.program import Program
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.sampling.denoiser import Denoiser
-from qcgraph.sampling.loop import Array
+from qcgraph.sampling.runner import Array, Call
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -43,10 +44,10 @@ def test_no_trajectory_is_wrong(tool: Any, cached: Program) -> None:
 class Mixing(TorchRunner):
     """A backend that is wrong as soon as caches of two trajectories meet: all share one state."""
 
-    shared: dict[str, Any] = {}  # noqa: RUF012
+    shared: dict[tuple[str, int], Any] = {}  # noqa: RUF012
 
-    def run(self, variant: str, inputs: Any, state: Any) -> Array:
-        return super().run(variant, inputs, self.shared)
+    def run(self, call: Call) -> Array:
+        return super().run(replace(call, state=self.shared))
 
 
 def test_what_is_wrong_is_found(tool: Any, cached: Program) -> None:

@@ -69,8 +69,8 @@ def test_insert_cache_golden(captured: Program, cached: Program, run: Run, golde
 def test_every_interval_computes_step_zero(captured: Program, run: Run) -> None:
     for interval in range(1, 12):
         plan = run(f"plan-cache{{interval={interval}}}", captured).facts[CachePlan]
-        assert plan.draft[0] == "full"
-        assert plan.draft.count("full") == -(-len(plan.draft) // interval)
+        assert plan.draft[0] is None
+        assert plan.draft.count(None) == -(-len(plan.draft) // interval)
 
 
 def test_interval_one_is_the_captured_program(captured: Program, run: Run) -> None:
@@ -81,8 +81,7 @@ def test_interval_one_is_the_captured_program(captured: Program, run: Run) -> No
 
 
 def test_an_all_full_schedule_is_bit_identical_to_no_cache(captured: Program, cached: Program) -> None:
-    plan = cached.facts[StepPlan]
-    assert np.array_equal(latents(cached, plan.with_variants(["full"] * len(plan))), latents(captured))
+    assert np.array_equal(latents(cached, cached.facts[StepPlan].all_computing), latents(captured))
 
 
 def inputs_of(batch: int = 4) -> dict[str, torch.Tensor]:
@@ -157,8 +156,8 @@ def test_a_longer_history_changes_no_graph(captured: Program, cached: Program, r
 @pytest.mark.parametrize(("budget", "computing"), [(1.0, 9), (0.5, 4), (0.34, 3), (0.01, 1)])
 def test_a_budget_is_a_number_of_computing_steps(captured: Program, run: Run, budget: float, computing: int) -> None:
     draft = run(f"plan-cache{{budget={budget}}}", captured).facts[CachePlan].draft
-    assert draft[0] == "full"
-    assert draft.count("full") == computing
+    assert draft[0] is None
+    assert draft.count(None) == computing
 
 
 def test_memory_cuts_the_history(captured: Program, run: Run) -> None:

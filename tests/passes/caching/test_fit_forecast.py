@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from qcgraph.facts import CachePlan, ForecastFit, Reference
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.passes.caching._forecast import Moments, fit, log_signal_to_noise, table_name, taylor_gain
+from qcgraph.plan.roles import VariantKind
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
-from qcgraph.sampling.cache_state import State
-from qcgraph.sampling.calibration import FIRST_INDEX, calibration_labels
+from qcgraph.sampling.calibration import FIRST_INDEX, calibration_conditions
 from qcgraph.sampling.loop import sample
+from qcgraph.sampling.runner import Call
 
 Run = Callable[[str, Program], Program]
 PREPARED = "plan-cache{interval=3 history=3},insert-cache,calibrate{trajectories=6},insert-forecast"
@@ -81,21 +83,21 @@ class _Watching(TorchRunner):
         self._computing = TorchRunner(program)
         self.seen: list[tuple[list[torch.Tensor], torch.Tensor]] = []
 
-    def run(self, variant: str, inputs: dict[str, np.ndarray], state: State) -> np.ndarray:
-        if variant == "reuse":
-            target: dict[str, object] = {}
-            self._computing.run("full", inputs, target)
-            values = [state[name] for name in ("cache_0", "cache_0_age1", "cache_0_age2")]
-            self.seen.append((values, target["cache_0"]))
-        return super().run(variant, inputs, state)
+    def run(self, call: Call) -> np.ndarray:
+        if call.kind is VariantKind.REUSES:
+            target: dict[tuple[str, int], object] = {}
+            self._computing.run(replace(call, variant="full", kind=VariantKind.COMPUTES, state=target))
+            values = [call.state["cache_0", age] for age in range(3)]
+            self.seen.append((values, target["cache_0", 0]))
+        return super().run(call)
 
 
 def test_the_fit_is_closed_loop_and_of_each_half(prepared: Program, run: Run) -> None:
     """On the trajectory of the *fitted* program, the coefficients are what fitting there gives once more."""
     program = run("fit-forecast", prepared)
     plan, spec, reference = (program.facts[kind] for kind in (StepPlan, ModelSpec, Reference))
-    runner, labels = _Watching(program), calibration_labels(reference.trajectories, reference.seed, spec)
-    sample(runner, plan, spec, labels, reference.seed, first_index=FIRST_INDEX)
+    runner, conditions = _Watching(program), calibration_conditions(reference.trajectories, reference.seed, spec)
+    sample(runner, plan, spec, conditions, reference.seed, first_index=FIRST_INDEX)
     times = log_signal_to_noise(spec.schedule, plan.timesteps)
     reusing = [index for index, step in enumerate(plan.steps) if step.variant == "reuse"]
     for index, (values, target) in zip(reusing, runner.seen, strict=True):

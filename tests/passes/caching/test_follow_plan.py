@@ -53,7 +53,7 @@ def test_the_text_of_a_long_option_survives(plan: str) -> None:
 def test_at_its_own_steps_a_plan_is_followed_exactly(split: Program, run: Run) -> None:
     """The plan that a compilation made for itself gives the same program, to the bit."""
     plan = split.facts[StepPlan]
-    text = TimedSchedule(plan.timesteps, tuple(step.variant for step in plan.steps)).text
+    text = TimedSchedule(plan.timesteps, plan.modes).text
     followed = run(f"follow-plan{{plan={text}}}", split)
     assert not followed.history[-1].changed
     assert followed.facts[StepPlan] == plan

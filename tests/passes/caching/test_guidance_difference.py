@@ -19,10 +19,12 @@ from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
 from qcgraph.ir.structure import find_sites, total_macs
 from qcgraph.models import load_model
+from qcgraph.plan.roles import COMPUTES, HALF, REUSES
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
+from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.loop import Request, sample
 
 Run = Callable[[str, Program], Program]
@@ -41,7 +43,7 @@ def inputs(spec: ModelSpec, timestep: float = 500.0) -> dict[str, torch.Tensor]:
     return {
         "latent": torch.cat([latent, latent]),
         "timestep": torch.full((6,), timestep),
-        "class_label": torch.cat([labels, torch.full_like(labels, spec.null_class)]),
+        "class_label": torch.cat([labels, torch.full_like(labels, spec.conditions[0].null)]),
     }
 
 
@@ -82,11 +84,13 @@ def test_it_costs_half(halved: Program, captured: Program) -> None:
 def test_it_stands_beside_ranges(captured: Program, run: Run) -> None:
     program = run("plan-cache{interval=2 blocks=all+guidance},insert-cache", captured)
     assert program.facts[CachePlan].modes == {"reuse": ("cache_0",), "conditional": ("cache_1",)}
-    assert program.facts[StepPlan].paired == ("conditional",)
+    assert program.facts[StepPlan].roles == {"full": COMPUTES, "reuse": REUSES, "conditional": HALF}
+    assert program.facts[StepPlan].restores_half
     assert program.facts[StepPlan].variants == ("full", "reuse")
     dropped = run("drop-variants", program)
     assert list(dropped.variants) == ["full", "reuse"]
-    assert dropped.facts[StepPlan].paired == ()
+    assert dropped.facts[StepPlan].roles == {"full": COMPUTES, "reuse": REUSES}
+    assert not dropped.facts[StepPlan].restores_half
     assert np.array_equal(latents(dropped), latents(run("plan-cache{interval=2},insert-cache", captured)))
 
 
@@ -145,13 +149,13 @@ def test_quantized_in_onnx_runtime(captured: Program, run: Run, tmp_path: Path) 
 
 def test_a_batch_that_is_not_both_halves_is_refused(halved: Program) -> None:
     given, plan = inputs(halved.facts[ModelSpec]), halved.facts[StepPlan]
-    latent, labels = given["latent"].numpy(), given["class_label"].numpy()
-    request = Request(TorchRunner(halved), plan)
+    latent, conditions = given["latent"].numpy(), Conditions(6, {"class_label": given["class_label"].numpy()})
+    request = Request(TorchRunner(halved), plan, halved.facts[ModelSpec])
     for wrong in (slice(0, 3), slice(1, 5)):
         with pytest.raises(BundleError, match="does not hold the same latents in both halves") as caught:
-            request.denoise(latent[wrong], plan.timesteps[0], labels[wrong])
+            request.denoise(0, latent[wrong], conditions[wrong])
         assert "both halves of guidance in one batch" in str(caught.value.hint)
-    assert request.denoise(latent, plan.timesteps[0], labels).shape == (6, 4, 8, 8)
+    assert request.denoise(0, latent, conditions).shape == (6, 4, 8, 8)
 
 
 def test_without_guidance_there_is_none(captured: Program, run: Run) -> None:

@@ -13,9 +13,11 @@ from qcgraph.facts import CachePlan
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.passes.caching._forecast import table_name
+from qcgraph.plan.roles import TensorRole
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
+from qcgraph.sampling.conditions import joined, of_labels
 from qcgraph.sampling.loop import Request, sample
 
 Run = Callable[[str, Program], Program]
@@ -43,8 +45,8 @@ def inputs_of(program: Program, labels: list[int], row: int = 4) -> dict[str, to
         "class_label": torch.tensor(labels),
         "row": torch.tensor(row),
     }
-    names = [spec for spec in program.variants["reuse"].interface.inputs if spec.name.startswith("cache")]
-    return inputs | {spec.name: torch.randn(batch, *spec.shape[1:], generator=generator) for spec in names}
+    caches = program.variants["reuse"].interface.taken(TensorRole.CACHE)
+    return inputs | {spec.name: torch.randn(batch, *spec.shape[1:], generator=generator) for spec in caches}
 
 
 def test_insert_forecast_golden(captured: Program, run: Run, golden_diff: Callable[..., None]) -> None:
@@ -59,7 +61,7 @@ def test_neutral_coefficients_are_plain_reuse_to_the_bit(
 ) -> None:
     plain = run(SPLIT.format(what=what, blocks=blocks, history=history), captured)
     forecasting = run("insert-forecast", plain)
-    modes = [name for name in plain.variants if name != "full"]
+    modes = plain.facts[StepPlan].reusing
     schedule = ["full", *(["full", modes[0], modes[-1], modes[0]] * 2)]
     plan = plain.facts[StepPlan].with_variants(schedule)
     assert np.array_equal(latents(forecasting, plan), latents(plain, plan))
@@ -68,7 +70,7 @@ def test_neutral_coefficients_are_plain_reuse_to_the_bit(
 
 def test_computing_every_step_is_the_captured_program(captured: Program, run: Run) -> None:
     program = random_tables(run("plan-cache{interval=3 history=3},insert-cache,insert-forecast", captured))
-    plan = program.facts[StepPlan].with_variants(["full"] * 9)
+    plan = program.facts[StepPlan].all_computing
     assert np.array_equal(latents(program, plan), latents(captured))
 
 
@@ -76,7 +78,7 @@ def test_the_forecast_is_that_of_the_formula(captured: Program, run: Run) -> Non
     """D^ = A D_r + B D_r' + E D_r'' + C; the change of the stream goes on from what entered the range."""
     program = random_tables(run("plan-cache{interval=3 history=3},insert-cache,insert-forecast", captured))
     plain = run("plan-cache{interval=3},insert-cache", captured)
-    null = program.facts[ModelSpec].null_class
+    null = program.facts[ModelSpec].conditions[0].null
     inputs = inputs_of(program, [0, null, 2], row=5)
     table = program.constants[table_name("cache_0")][5]
     halves = [0, 1, 0]
@@ -92,7 +94,7 @@ def test_the_forecast_is_that_of_the_formula(captured: Program, run: Run) -> Non
 
 def test_samples_of_both_halves_may_come_in_any_order(captured: Program, run: Run) -> None:
     program = random_tables(run("plan-cache{interval=3 history=2},insert-cache,insert-forecast", captured))
-    null = program.facts[ModelSpec].null_class
+    null = program.facts[ModelSpec].conditions[0].null
     inputs = inputs_of(program, [0, null, null, 3])
     order = torch.tensor([2, 0, 3, 1])
     shuffled = {name: value[order] if value.dim() else value for name, value in inputs.items()}
@@ -108,11 +110,12 @@ def test_one_request_for_each_half_is_both_in_a_batch(captured: Program, run: Ru
     plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
     runner = TorchRunner(program)
     latent = np.random.default_rng(0).standard_normal((2, *spec.latent_shape), dtype=np.float32)
-    labels = np.array([1, spec.null_class])
-    both, *halves = (Request(runner, plan) for _ in range(3))
-    for timestep in plan.timesteps[:4]:
-        together = both.denoise(latent, timestep, labels)
-        apart = [half.denoise(latent[i : i + 1], timestep, labels[i : i + 1]) for i, half in enumerate(halves)]
+    alone = of_labels([1], spec)
+    conditions = joined([alone, alone.unconditional(spec)])
+    both, *halves = (Request(runner, plan, spec) for _ in range(3))
+    for index in range(4):
+        together = both.denoise(index, latent, conditions)
+        apart = [half.denoise(index, latent[i : i + 1], conditions[i : i + 1]) for i, half in enumerate(halves)]
         np.testing.assert_allclose(np.concatenate(apart), together, rtol=1e-4, atol=1e-4)
 
 

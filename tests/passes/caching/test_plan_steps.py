@@ -81,7 +81,7 @@ def test_the_rehearsed_error_is_that_of_the_schedule(split: Program, run: Run) -
     program = run("plan-steps{budget=0.4 trajectories=2 forecast=taylor}", split)
     trajectories = record(split, 2, 0, Progress())
     rehearsal = Rehearsal(split, trajectories, Forecaster(split, trajectories, "taylor"))
-    assert rehearsal.final_error(names(program)) == program.facts[SchedulePlan].rehearsed_error
+    assert rehearsal.final_error(program.facts[StepPlan].modes) == program.facts[SchedulePlan].rehearsed_error
 
 
 def test_climbing_never_makes_it_worse_and_keeps_the_cost(split: Program, run: Run) -> None:

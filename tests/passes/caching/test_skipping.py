@@ -13,7 +13,7 @@ from qcgraph.ir.program import Program
 from qcgraph.passes.caching import _skipping as skipping
 from qcgraph.passes.caching._forecast import KINDS
 from qcgraph.passes.caching._skipping import Forecaster, Rehearsal, skip_errors
-from qcgraph.passes.caching._trajectories import OneStep, Trajectories, record
+from qcgraph.passes.caching._trajectories import Stateless, Trajectories, record
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
@@ -48,10 +48,10 @@ def test_the_error_of_reuse_is_that_of_running_the_variant(split: Program, traje
     plan, spec = split.facts[StepPlan], split.facts[ModelSpec]
     for mode, (name, values) in enumerate(split.facts[CachePlan].modes.items()):
         for index, gap, earlier in [(1, 1, 0), (5, 2, 3), (8, 1, 1), (8, 8, 0)]:
-            state = {value: trajectories.values[value][index - gap] for value in values}
-            step = plan.with_variants([name] * len(plan)).steps[index]
-            request = OneStep(TorchRunner(split), step, state)
-            found = guided(request, trajectories.latents[index], step, trajectories.labels, plan, spec)
+            cached = {value: trajectories.values[value][index - gap] for value in values}
+            reusing = plan.with_variants([name] * len(plan))
+            stateless = Stateless(TorchRunner(split), reusing, spec, cached)
+            found = guided(stateless, index, trajectories.latents[index], trajectories.conditions, plan, spec)
             expected = np.mean(np.square(found - trajectories.predictions[index]))
             assert errors[mode, index, gap, earlier] == pytest.approx(expected, rel=1e-4)
 
@@ -109,14 +109,14 @@ def test_weights_count_squared(split: Program, trajectories: Trajectories) -> No
 
 def test_the_rehearsal_of_computing_every_step_has_no_error(split: Program, trajectories: Trajectories) -> None:
     rehearsal = Rehearsal(split, trajectories, Forecaster(split, trajectories, "affine"))
-    assert rehearsal.final_error(["full"] * 9) == 0.0
+    assert rehearsal.final_error([None] * 9) == 0.0
 
 
 def test_a_rehearsal_of_reuse_is_sampling_with_the_program(split: Program, trajectories: Trajectories) -> None:
     rehearsal = Rehearsal(split, trajectories, Forecaster(split, trajectories, "reuse"))
-    schedule = ["full", "reuse_1", "reuse", "full", "full", "reuse", "reuse_1", "reuse_1", "full"]
-    labels, plan = trajectories.labels.tolist(), split.facts[StepPlan].with_variants(schedule)
-    final = sample(TorchRunner(split), plan, split.facts[ModelSpec], labels, 0, first_index=FIRST_INDEX)
+    schedule = [None, "reuse_1", "reuse", None, None, "reuse", "reuse_1", "reuse_1", None]
+    conditions, plan = trajectories.conditions, split.facts[StepPlan].with_modes(schedule)
+    final = sample(TorchRunner(split), plan, split.facts[ModelSpec], conditions, 0, first_index=FIRST_INDEX)
     expected = np.mean(np.square(final - trajectories.latents[-1]))
     assert rehearsal.final_error(schedule) == pytest.approx(expected, rel=1e-3)
 
@@ -131,7 +131,7 @@ def test_without_guidance_there_is_one_half(captured: Program, run: Run, kind: s
     errors = errors_of(program, trajectories, kind, 3)
     assert np.isfinite(errors[0, 3, 1, 2])
     rehearsal = Rehearsal(program, trajectories, Forecaster(program, trajectories, kind))
-    assert 0 < rehearsal.final_error(["full", "full", "reuse", "reuse"]) < np.inf
+    assert 0 < rehearsal.final_error([None, None, "reuse", "reuse"]) < np.inf
 
 
 def test_branches_are_forecast_like_ranges(captured: Program, run: Run) -> None:

@@ -19,8 +19,8 @@ from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
-from qcgraph.sampling.calibration import FIRST_INDEX, calibration_labels
-from qcgraph.sampling.loop import sample
+from qcgraph.sampling.calibration import FIRST_INDEX, calibration_conditions
+from qcgraph.sampling.loop import TakenStep, sample
 
 GAIN = 0.1  # of each block
 SCALE = 0.5  # of the output
@@ -62,16 +62,14 @@ def linear(request: pytest.FixtureRequest) -> Program:
 def test_trajectories_are_those_of_the_sampler(linear: Program) -> None:
     spec, plan = linear.facts[ModelSpec], linear.facts[StepPlan]
     found = record(linear, 3, 7, Progress())
-    labels = calibration_labels(3, 7, spec)
+    conditions = calibration_conditions(3, 7, spec)
     latents: list[np.ndarray] = []
 
-    def keep(_: int, latent: np.ndarray) -> np.ndarray:
-        latents.append(latent)
-        return latent
+    def keep(taken: TakenStep) -> None:
+        latents.append(taken.after)
 
-    every = plan.with_variants(["full"] * len(plan))
-    sample(TorchRunner(linear), every, spec, labels, 7, first_index=FIRST_INDEX, after_update=keep)
-    assert found.labels.tolist() == labels
+    sample(TorchRunner(linear), plan.all_computing, spec, conditions, 7, first_index=FIRST_INDEX, observe=keep)
+    assert found.conditions == conditions
     assert len(found.predictions) == len(plan) == len(found.latents) - 1
     for one, other in zip(found.latents[1:], latents, strict=True):
         assert np.array_equal(one, other)

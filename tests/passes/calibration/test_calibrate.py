@@ -17,8 +17,9 @@ from qcgraph.ir.program import Program
 from qcgraph.models import LoadedModel
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
-from qcgraph.sampling.calibration import FIRST_INDEX, calibration_labels
-from qcgraph.sampling.loop import Runner, sample
+from qcgraph.sampling.calibration import FIRST_INDEX, calibration_conditions
+from qcgraph.sampling.loop import sample
+from qcgraph.sampling.runner import Runner
 
 Run = Callable[[str, Program], Program]
 
@@ -39,8 +40,8 @@ def test_ranges_are_those_of_the_module(
         seen.append((arguments[0].min().item(), arguments[0].max().item()))
 
     handle = tiny_model.module.get_submodule(site).register_forward_pre_hook(record)
-    labels = calibration_labels(3, 0, tiny_model.spec)
-    sample(eager_runner(tiny_model), captured.facts[StepPlan], tiny_model.spec, labels, 0, first_index=FIRST_INDEX)
+    conditions = calibration_conditions(3, 0, tiny_model.spec)
+    sample(eager_runner(tiny_model), captured.facts[StepPlan], tiny_model.spec, conditions, 0, first_index=FIRST_INDEX)
     handle.remove()
     assert ranges.planned[site].steps == tuple(range(9))
     np.testing.assert_allclose(ranges.planned[site].lows, [low for low, _ in seen], rtol=1e-4)
@@ -82,7 +83,7 @@ def test_reference_statistics(captured: Program, run: Run) -> None:
         TorchRunner(captured),
         captured.facts[StepPlan],
         spec,
-        calibration_labels(4, 0, spec),
+        calibration_conditions(4, 0, spec),
         0,
         first_index=FIRST_INDEX,
     )
@@ -91,10 +92,10 @@ def test_reference_statistics(captured: Program, run: Run) -> None:
 
 
 def test_labels_are_balanced_and_seeded(tiny_model: LoadedModel) -> None:
-    labels = calibration_labels(10, 0, tiny_model.spec)
-    assert sorted(labels) == sorted(list(range(5)) * 2)
-    assert labels == calibration_labels(10, 0, tiny_model.spec)
-    assert labels != calibration_labels(10, 1, tiny_model.spec)
+    conditions = calibration_conditions(10, 0, tiny_model.spec)
+    assert sorted(conditions.labels(tiny_model.spec)) == sorted(list(range(5)) * 2)
+    assert conditions == calibration_conditions(10, 0, tiny_model.spec)
+    assert conditions != calibration_conditions(10, 1, tiny_model.spec)
 
 
 def test_calibration_needs_a_trajectory(captured: Program, run: Run) -> None:

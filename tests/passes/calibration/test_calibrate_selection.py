@@ -15,8 +15,9 @@ from qcgraph.ir.program import Program
 from qcgraph.passes.calibration._selection import METHODS
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
-from qcgraph.sampling.calibration import calibration_labels, calibration_noise, sample_calibration
-from qcgraph.sampling.loop import Array
+from qcgraph.sampling.calibration import calibration_conditions, calibration_noise, sample_calibration
+from qcgraph.sampling.loop import TakenStep
+from qcgraph.sampling.runner import Array
 
 Run = Callable[[str, Program], Program]
 COUNT, COMPUTING = 5, (0, 3, 6)  # trajectories; steps of the cached program that compute
@@ -38,21 +39,21 @@ def given(program: Program, steps: Sequence[int], seed: int = 0) -> dict[tuple[i
     plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
     seen = [calibration_noise(COUNT, seed, spec).initial()]
 
-    def keep(_: int, latent: Array) -> Array:
-        seen.append(latent)
-        return latent
+    def keep(taken: TakenStep) -> None:
+        seen.append(taken.after)
 
-    sample_calibration(TorchRunner(program), plan, spec, COUNT, seed, after_update=keep)
+    sample_calibration(TorchRunner(program), plan, spec, COUNT, seed, observe=keep)
     return {(step, index): seen[step][index] for step in steps for index in range(COUNT)}
 
 
 def check_items(found: CalibrationSet, program: Program, steps: Sequence[int], seed: int = 0) -> None:
     """Every item is the latent of another trajectory or step, with the class of that trajectory."""
     pool = given(program, steps, seed)
-    labels = calibration_labels(COUNT, seed, program.facts[ModelSpec])
+    spec = program.facts[ModelSpec]
+    labels = calibration_conditions(COUNT, seed, spec).labels(spec)
     latents, taken = latents_of(found, program), set()
-    assert len(latents) == len(found.steps) == len(found.labels)
-    for latent, step, label in zip(latents, found.steps, found.labels, strict=True):
+    assert len(latents) == len(found.steps) == len(found.conditions["class_label"])
+    for latent, step, label in zip(latents, found.steps, found.conditions["class_label"], strict=True):
         distances = {index: np.abs(pool[step, index] - latent).max() for index in range(COUNT)}
         trajectory = min(distances, key=distances.__getitem__)
         np.testing.assert_allclose(latent, pool[step, trajectory], rtol=1e-5, atol=1e-5)
@@ -122,7 +123,7 @@ def test_as_many_as_asked_for_and_there_are(
     cached: Program, run: Run, method: str, samples: int, expected: int
 ) -> None:
     found = selected(cached, run, f"selection={method} samples={samples}")
-    assert len(found.steps) == len(found.labels) == len(latents_of(found, cached)) == expected
+    assert len(found.steps) == len(found.conditions["class_label"]) == len(latents_of(found, cached)) == expected
 
 
 def test_by_default_a_small_model_affords_many(captured: Program, run: Run) -> None:
@@ -145,7 +146,7 @@ def test_batches_of_trajectories_change_nothing(cached: Program, run: Run, monke
     whole = selected(cached, run, "selection=uniform samples=15")
     monkeypatch.setattr("qcgraph.passes.calibration.calibrate.BATCH", 2)
     parts = selected(cached, run, "selection=uniform samples=15")
-    assert (parts.steps, parts.labels) == (whole.steps, whole.labels)
+    assert (parts.steps, parts.conditions) == (whole.steps, whole.conditions)
     np.testing.assert_allclose(latents_of(parts, cached), latents_of(whole, cached), rtol=1e-3, atol=1e-3)
 
 

@@ -24,6 +24,7 @@ from qcgraph.progress import Progress
 
 Run = Callable[[str, Program], Program]
 STEPS, LABELS = (4, 0, 8, 4, 1), (1, 0, 4, 4, 2)
+LABEL = "class_label"
 DIRECTIONS = 300
 SITES = {"blocks.0.attn.qkv", "blocks.0.mlp.fc2", "blocks.1.attn.proj"}
 
@@ -37,7 +38,7 @@ def with_set(program: Program, guidance: float = 1.5, groups: int = 3) -> Progra
     plan = program.facts[StepPlan]
     plan = replace(plan, fingerprint=replace(plan.fingerprint, guidance=guidance))
     plan = plan.with_groups([index * groups // len(plan) for index in range(len(plan))])
-    found = CalibrationSet("tap", 45, STEPS, LABELS, encode_latents(some_latents()))
+    found = CalibrationSet("tap", 45, STEPS, {LABEL: LABELS}, encode_latents(some_latents()))
     return program.with_facts(plan, found)
 
 
@@ -60,16 +61,16 @@ def test_without_guidance_an_item_is_a_row(captured: Program) -> None:
     rows = Rows.of(program)
     assert len(rows) == len(STEPS)
     np.testing.assert_array_equal(rows.latents, some_latents())
-    assert rows.labels.tolist() == list(LABELS)
+    assert rows.conditions[LABEL].tolist() == list(LABELS)
     assert rows.steps.tolist() == list(STEPS)
 
 
 def test_with_guidance_both_halves_of_an_item_stand_together(guided: Program) -> None:
-    rows, null = Rows.of(guided), guided.facts[ModelSpec].null_class
+    rows, null = Rows.of(guided), guided.facts[ModelSpec].conditions[0].null
     assert len(rows) == 2 * len(STEPS)
     np.testing.assert_array_equal(rows.latents[::2], some_latents())
     np.testing.assert_array_equal(rows.latents[1::2], some_latents())
-    assert rows.labels.tolist() == [label for item in LABELS for label in (item, null)]
+    assert rows.conditions[LABEL].tolist() == [label for item in LABELS for label in (item, null)]
     assert rows.steps.tolist() == [step for item in STEPS for step in (item, item)]
 
 
@@ -78,7 +79,7 @@ def test_rows_know_timestep_and_group_of_their_step(guided: Program) -> None:
     assert rows.timesteps.tolist() == [plan.timesteps[step] for step in rows.steps]
     assert rows.groups.tolist() == [plan.steps[step].group for step in rows.steps]
     assert sorted(set(rows.groups.tolist())) == [0, 1, 2]
-    kinds = (rows.latents, rows.timesteps, rows.labels, rows.steps, rows.groups)
+    kinds = (rows.latents, rows.timesteps, rows.conditions[LABEL], rows.steps, rows.groups)
     assert [kind.dtype for kind in kinds] == [torch.float32] * 2 + [torch.int64] * 3
 
 
@@ -94,8 +95,10 @@ def test_what_rows_hold_is_their_own(guided: Program) -> None:
 
 
 def same(rows: Rows, index: list[int], all_rows: Rows) -> bool:
-    pairs = [(getattr(rows, name), getattr(all_rows, name)[index]) for name in vars(all_rows)]
-    return all(torch.equal(one, other) for one, other in pairs)
+    names = [name for name in vars(all_rows) if name != "conditions"]
+    pairs = [(getattr(rows, name), getattr(all_rows, name)[index]) for name in names]
+    pairs += [(rows.conditions[name], values[index]) for name, values in all_rows.conditions.items()]
+    return rows.conditions.keys() == all_rows.conditions.keys() and all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_parts_of_rows(guided: Program) -> None:
@@ -133,7 +136,7 @@ def test_inputs_are_in_the_order_of_the_interface(guided: Program) -> None:
     assert guided.variants["main"].interface.input_names == ("latent", "timestep", "class_label")
     assert latent is rows.latents
     assert timestep is rows.timesteps
-    assert label is rows.labels
+    assert label is rows.conditions[LABEL]
 
 
 def test_the_first_step_computes_everything(captured: Program, cached: Program) -> None:
@@ -173,7 +176,7 @@ def test_what_enters_is_what_a_plain_run_shows(program: Program) -> None:
     names = {site.node: site.name for site in find_sites(program.variants[variant]) if site.name in SITES}
     recording = Recording(program.module(variant), names)
     with torch.no_grad():
-        recording.run(rows.latents, rows.timesteps, rows.labels)
+        recording.run(rows.latents, rows.timesteps, rows.conditions[LABEL])
     found = [(site.name, value) for site, value in entering(program, rows, SITES)]
     assert [name for name, _ in found] == list(names.values())  # in the order in which they run
     for name, value in found:
@@ -229,7 +232,7 @@ def exact_sensitivities(program: Program, rows: Rows, site: str) -> Tensor:
     node = next(found.node for found in find_sites(program.variants[variant]) if found.name == site)
     recording = Recording(program.module(variant), {node: site})
     latents = rows.latents.clone().requires_grad_()
-    prediction = recording.run(latents, rows.timesteps, rows.labels)[0][:, :2].flatten(1)
+    prediction = recording.run(latents, rows.timesteps, rows.conditions[LABEL])[0][:, :2].flatten(1)
     value = recording.found[site]
     total = torch.zeros_like(value)
     for column in prediction.unbind(1):  # rows are independent of each other, so one pass does for all of them

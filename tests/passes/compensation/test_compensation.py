@@ -14,22 +14,16 @@ from qcgraph.ir.program import Program
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import ModelSpec, NoiseSchedule
 from qcgraph.plan.steps import StepPlan
-from qcgraph.sampling.calibration import FIRST_INDEX, LatentStatistics, calibration_labels
-from qcgraph.sampling.loop import Request, guided, sample
+from qcgraph.sampling.calibration import FIRST_INDEX, LatentStatistics, calibration_conditions
+from qcgraph.sampling.conditions import of_labels
+from qcgraph.sampling.loop import Request, TakenStep, guided, sample
 from qcgraph.sampling.noise import Noise
 
 Run = Callable[[str, Program], Program]
 
 
-def latents(program: Program, steps: list[np.ndarray] | None = None, scale: np.ndarray | None = None) -> np.ndarray:
-    def after_update(index: int, latent: np.ndarray) -> np.ndarray:
-        if steps is not None:
-            steps.append(latent)
-        return latent
-
-    spec = program.facts[ModelSpec]
-    plan = program.facts[StepPlan]
-    return sample(TorchRunner(program), plan, spec, [0, 1, 2], seed=0, after_update=after_update)
+def latents(program: Program) -> np.ndarray:
+    return sample(TorchRunner(program), program.facts[StepPlan], program.facts[ModelSpec], [0, 1, 2], seed=0)
 
 
 def hand_made(program: Program) -> Compensation:
@@ -67,9 +61,9 @@ def test_the_node_equals_correcting_the_latent(captured: Program, run: Run, sche
     reference_steps: list[np.ndarray] = []
     source = Noise(0, range(3), spec.latent_shape)
     latent = source.initial()
-    request = Request(TorchRunner(program), plan)
+    request, conditions = Request(TorchRunner(program), plan, spec), of_labels([0, 1, 2], spec)
     for index, step in enumerate(plan.steps):
-        prediction = guided(request, latent, step, np.array([0, 1, 2]), plan, spec)
+        prediction = guided(request, index, latent, conditions, plan, spec)
         reached = step.update.latent * latent + step.update.noise_prediction * prediction
         gain = np.array(fact.gains[index], dtype=np.float32)[:, None, None]
         mean = np.array(fact.means[index], dtype=np.float32)[:, None, None]
@@ -93,12 +87,11 @@ def test_the_fit_restores_the_reference_deviation(cached: Program, run: Run) -> 
     reference, plan, spec = (program.facts[kind] for kind in (Reference, StepPlan, ModelSpec))
     statistics = LatentStatistics(len(plan), 2)
 
-    def after_update(index: int, latent: np.ndarray) -> np.ndarray:
-        statistics.add(index, latent)
-        return latent
+    def observe(taken: TakenStep) -> None:
+        statistics.add(taken.index, taken.after)
 
-    labels = calibration_labels(8, 0, spec)
-    sample(TorchRunner(program), plan, spec, labels, 0, first_index=FIRST_INDEX, after_update=after_update)
+    conditions = calibration_conditions(8, 0, spec)
+    sample(TorchRunner(program), plan, spec, conditions, 0, first_index=FIRST_INDEX, observe=observe)
     np.testing.assert_allclose(statistics.deviations, reference.deviations, rtol=1e-3)
 
 
@@ -110,14 +103,14 @@ def test_the_masked_form_is_its_weighted_least_squares(captured: Program, run: R
     text = "plan-cache{interval=3},insert-cache,calibrate{trajectories=8},fit-compensation{clamp=0.9 form=masked}"
     fitted = run(text, program)
     fact, plan = fitted.facts[Compensation], fitted.facts[StepPlan]
-    labels = np.array(calibration_labels(8, 0, spec))
+    conditions = calibration_conditions(8, 0, spec)
     noise = Noise(0, range(FIRST_INDEX, FIRST_INDEX + 8), spec.latent_shape)
     ours = exact = noise.initial()
-    requests = Request(TorchRunner(fitted), plan), Request(TorchRunner(program), program.facts[StepPlan])
+    requests = Request(TorchRunner(fitted), plan, spec), Request(TorchRunner(program), program.facts[StepPlan], spec)
     for index, step in enumerate(plan.steps):
         update, mean, gain = step.update, np.array(fact.means[index]), np.array(fact.gains[index])
         ours, exact = (
-            update.latent * latent + update.noise_prediction * guided(request, latent, step, labels, plan, spec)
+            update.latent * latent + update.noise_prediction * guided(request, index, latent, conditions, plan, spec)
             for latent, request in zip((ours, exact), requests, strict=True)
         )
         for channel in range(2) if update.noise_prediction else ():

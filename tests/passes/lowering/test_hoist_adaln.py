@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,15 @@ from qcgraph.ir.serialize import program_from_json, program_to_json
 from qcgraph.ir.structure import find_sites, total_macs
 from qcgraph.models import LoadedModel
 from qcgraph.models.eager import EagerRunner
+from qcgraph.plan.roles import COMPUTES, REUSES, prepares
 from qcgraph.plan.schedulers import make_step_plan
-from qcgraph.plan.spec import ModelSpec, is_preparation, preparation
+from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
 from qcgraph.progress import Progress
 from qcgraph.sampling import modulation
-from qcgraph.sampling.cache_state import State
-from qcgraph.sampling.loop import Array, Request, Runner, sample
+from qcgraph.sampling.conditions import Conditions
+from qcgraph.sampling.loop import Request, sample
+from qcgraph.sampling.runner import Array, Call, Runner
 
 EXACT = 1e-6  # relative L2
 TARGET = TARGETS["onnxruntime-cpu"]
@@ -63,10 +65,11 @@ class Watched:
         self._runner = runner
         self.prepared: list[tuple[str, list[float], list[int]]] = []
 
-    def run(self, variant: str, inputs: Mapping[str, npt.NDArray[Any]], state: State) -> Array:
-        if is_preparation(variant):
-            self.prepared.append((variant, inputs["timestep"].tolist(), inputs["class_label"].tolist()))
-        return self._runner.run(variant, inputs, state)
+    def run(self, call: Call) -> Array:
+        if not call.is_step:
+            inputs = call.inputs
+            self.prepared.append((call.variant, inputs["timestep"].tolist(), inputs["class_label"].tolist()))
+        return self._runner.run(call)
 
 
 def drawn(program: Program, runner: Runner | None = None, labels: tuple[int, ...] = (0, 1, 2), seed: int = 0) -> Array:
@@ -81,13 +84,20 @@ def latent_at(index: int, rows: int) -> Array:
     return np.random.default_rng(index).standard_normal((rows, 2, 8, 8), dtype=np.float32)
 
 
-def follow(runner: Runner, plan: StepPlan, labels: list[list[int]]) -> list[Array]:
-    """Predictions along a plan for latents that are noise, and for these labels at each step."""
-    request = Request(runner, plan)
-    return [
-        request.denoise(latent_at(index, len(row)), step.timestep, np.array(row))
-        for index, (step, row) in enumerate(zip(plan.steps, labels, strict=True))
-    ]
+def started(program: Program, runner: Runner | None = None) -> Request:
+    return Request(runner or TorchRunner(program), program.facts[StepPlan], program.facts[ModelSpec])
+
+
+def step(request: Request, index: int, labels: Sequence[int]) -> Array:
+    """The prediction at a step for latents that are noise, and for these labels, null ones among them."""
+    conditions = Conditions(len(labels), {"class_label": np.array(labels)})
+    return request.denoise(index, latent_at(index, len(labels)), conditions)
+
+
+def follow(program: Program, labels: Sequence[int], runner: Runner | None = None) -> list[Array]:
+    """Predictions along a plan."""
+    request = started(program, runner)
+    return [step(request, index, labels) for index in range(len(program.facts[StepPlan]))]
 
 
 def test_golden(cached: Program, hoisted: Program, golden_diff: Callable[..., None]) -> None:
@@ -97,10 +107,16 @@ def test_golden(cached: Program, hoisted: Program, golden_diff: Callable[..., No
 def test_steps_take_the_latent_and_the_modulation(hoisted: Program) -> None:
     interfaces = hoisted.interfaces
     assert list(interfaces) == ["full", "reuse", "prepare_full", "prepare_reuse"]
+    assert hoisted.facts[StepPlan].roles == {
+        "full": COMPUTES,
+        "reuse": REUSES,
+        "prepare_full": prepares("full"),
+        "prepare_reuse": prepares("reuse"),
+    }
     assert interfaces["full"].input_names == ("latent", "modulation")
     assert interfaces["reuse"].input_names == ("latent", "cache_0", "modulation")
     for name in ("full", "reuse"):
-        prepared = interfaces[preparation(name)]
+        prepared = interfaces[hoisted.facts[StepPlan].preparing[name]]
         assert prepared.input_names == ("timestep", "class_label")
         assert prepared.output_names == ("modulation",)
         assert prepared.outputs[0] == interfaces[name].inputs[-1]
@@ -111,7 +127,7 @@ def test_steps_take_the_latent_and_the_modulation(hoisted: Program) -> None:
 
 def test_no_arithmetic_is_added_or_lost(cached: Program, hoisted: Program) -> None:
     for name in ("full", "reuse"):
-        parts = [total_macs(find_sites(hoisted.variants[part])) for part in (name, preparation(name))]
+        parts = [total_macs(find_sites(hoisted.variants[part])) for part in (name, f"prepare_{name}")]
         assert sum(parts) == total_macs(find_sites(cached.variants[name]))
     refusals = {site.refusal for site in find_sites(hoisted.variants["prepare_full"])}
     assert refusals == {"depends on timestep and class only (embedder or adaLN modulation)"}
@@ -135,7 +151,7 @@ def test_one_call_prepares_all_steps_of_a_variant(hoisted: Program) -> None:
     drawn(hoisted, watched, labels=(3, 1, 1))
     assert [name for name, _, _ in watched.prepared] == ["prepare_full", "prepare_reuse"]
     for name, timesteps, classes in watched.prepared:
-        expected = [step.timestep for step in plan.steps if preparation(step.variant) == name]
+        expected = [step.timestep for step in plan.steps if plan.preparing[step.variant] == name]
         assert timesteps == [timestep for timestep in expected for _ in range(3)]
         assert classes == [1, 3, 5] * len(expected)  # each once, the null class of all samples among them
 
@@ -151,44 +167,37 @@ def test_chunks_are_the_same(hoisted: Program, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_new_trajectory_takes_its_own_labels(cached: Program, hoisted: Program, runner: Runner) -> None:
-    plan = hoisted.facts[StepPlan]
-    request = Request(runner, plan)
+    request = started(hoisted, runner)
     for labels in ([0, 1], [4, 1], [0, 1]):
-        expected = follow(TorchRunner(cached), cached.facts[StepPlan], [labels] * len(plan))
-        for index, step in enumerate(plan.steps):
-            found = request.denoise(latent_at(index, 2), step.timestep, np.array(labels))
-            assert distance(found, expected[index]) < EXACT
+        for index, expected in enumerate(follow(cached, labels)):
+            assert distance(step(request, index, labels), expected) < EXACT
 
 
 def test_an_aborted_trajectory_leaves_nothing_behind(hoisted: Program) -> None:
-    plan, watched = hoisted.facts[StepPlan], Watched(TorchRunner(hoisted))
-    request = Request(watched, plan)
+    watched = Watched(TorchRunner(hoisted))
+    request = started(hoisted, watched)
     for _ in range(2):
-        for index, step in enumerate(plan.steps[:2]):
-            request.denoise(latent_at(index, 1), step.timestep, np.array([2]))
+        for index in range(2):
+            step(request, index, [2])
     assert [name for name, _, _ in watched.prepared] == ["prepare_full", "prepare_reuse"] * 2
 
 
 def test_labels_may_change_from_one_trajectory_to_the_next(cached: Program, hoisted: Program, runner: Runner) -> None:
     """What was prepared for the labels of the trajectory before is not used."""
-    plan, count = hoisted.facts[StepPlan], len(hoisted.facts[StepPlan])
-    request, plain = Request(runner, plan), Request(TorchRunner(cached), cached.facts[StepPlan])
+    request, plain = started(hoisted, runner), started(cached)
     for labels in ([0, 1], [1, 0], [3, 3]):
-        for index in range(count):
-            latent, timestep = latent_at(index, len(labels)), plan.steps[index].timestep
-            found, expected = (one.denoise(latent, timestep, np.array(labels)) for one in (request, plain))
+        for index in range(len(hoisted.facts[StepPlan])):
+            found, expected = (step(one, index, labels) for one in (request, plain))
             assert distance(found, expected) < EXACT
 
 
 def test_interleaved_requests(hoisted: Program, runner: Runner) -> None:
-    plan = hoisted.facts[StepPlan]
     classes = ([0, 5], [3, 5, 2])
-    expected = [follow(runner, plan, [labels] * len(plan)) for labels in classes]
-    requests = [Request(runner, plan) for _ in classes]
-    for index, step in enumerate(plan.steps):
+    expected = [follow(hoisted, labels, runner) for labels in classes]
+    requests = [started(hoisted, runner) for _ in classes]
+    for index in range(len(hoisted.facts[StepPlan])):
         for request, labels, apart in zip(requests, classes, expected, strict=True):
-            found = request.denoise(latent_at(index, len(labels)), step.timestep, np.array(labels))
-            assert distance(found, apart[index]) < EXACT
+            assert distance(step(request, index, labels), apart[index]) < EXACT
 
 
 def test_without_a_cache_the_only_variant_is_prepared(captured: Program, run: Run) -> None:
@@ -199,8 +208,7 @@ def test_without_a_cache_the_only_variant_is_prepared(captured: Program, run: Ru
 
 def test_the_model_itself_needs_no_preparation(hoisted: Program, tiny_model: LoadedModel, captured: Program) -> None:
     """Whatever runs a plan of a compilation for comparison computes the modulation where it is used."""
-    plan = hoisted.facts[StepPlan]
-    every = plan.with_variants(["full"] * len(plan))
+    every = hoisted.facts[StepPlan].all_computing
     found = sample(EagerRunner(tiny_model), every, tiny_model.spec, [0, 1, 2], seed=0)
     assert distance(found, drawn(captured)) < EXACT
 
@@ -222,20 +230,15 @@ def test_round_trips(hoisted: Program) -> None:
     assert program_from_json(program_to_json(hoisted), hoisted.constants).digest == hoisted.digest
 
 
-def test_a_plan_from_before_is_not_prepared(cached: Program) -> None:
-    data = cached.facts.encode()
-    del data["StepPlan"]["prepared"]
-    assert Facts.decode(data)[StepPlan] == cached.facts[StepPlan]
-
-
 def test_twice_is_an_error(hoisted: Program, run: Run) -> None:
     with pytest.raises(ContractError, match="hoisted already"):
         run("hoist-adaln", hoisted)
 
 
 def test_a_plan_that_does_not_prepare_is_illegal(hoisted: Program, run: Run) -> None:
+    plan = hoisted.facts[StepPlan]
     with pytest.raises(ContractError, match="modulation is taken by"):
-        run("lower-linear", hoisted.with_facts(replace(hoisted.facts[StepPlan], prepared=("full",))))
+        run("lower-linear", hoisted.with_facts(replace(plan, roles=plan.roles | {"prepare_reuse": REUSES})))
 
 
 class Odd(nn.Module):
@@ -271,7 +274,7 @@ def odd(kind: str) -> Program:
 def test_a_model_without_such_values_is_refused(run: Run) -> None:
     program = run("hoist-adaln", odd("unconditional"))
     assert not program.history[-1].changed
-    assert "no value that depends on timestep and class alone" in program.history[-1].refusals[0].reason
+    assert "no value that depends on timestep and conditions alone" in program.history[-1].refusals[0].reason
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from qcgraph.models import LoadedModel
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.sampling.calibration import sample_calibration
-from qcgraph.sampling.loop import Array, sample
+from qcgraph.sampling.loop import sample
+from qcgraph.sampling.runner import Array, Call
 
 Run = Callable[[str, Program], Program]
 EQUALIZED = [f"blocks.{block}.{layer}" for block in range(2) for layer in ("attn.qkv", "attn.proj", "mlp.fc1")]
@@ -81,7 +82,7 @@ def observed(program: Program) -> Mapping[str, Channels]:
     sites = {site.node: site.name for site in find_sites(program.variants["main"]) if not site.refusal}
     found: dict[str, list[Tensor]] = {name: [] for name in sites.values()}
 
-    def observe(_: str, node: fx.Node, value: Tensor) -> None:
+    def observe(_: Call, node: fx.Node, value: Tensor) -> None:
         if node.name in sites:
             found[sites[node.name]].append(value.flatten(0, -2).clone())
 

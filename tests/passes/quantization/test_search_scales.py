@@ -73,7 +73,7 @@ def prediction_error(program: Program, run: Run) -> float:
     errors = []
     for group in (0, 1):
         part = rows[rows.groups == group]
-        inputs = {"latent": part.latents, "timestep": part.timesteps, "class_label": part.labels}
+        inputs = {"latent": part.latents, "timestep": part.timesteps, **part.conditions}
         exact = program.run("full", inputs)["noise_prediction"]
         found = quantized.run("full", {**inputs, "group": torch.tensor(group)})["noise_prediction"]
         errors.append((found - exact)[:, :2].square().flatten(1).mean(dim=1))
@@ -244,7 +244,10 @@ def with_samples(program: Program, count: int) -> Program:
     whole = program.facts[CalibrationSet]
     latents = Rows.of(program).latents[:: program.facts[StepPlan].halves][:count]
     few = replace(
-        whole, steps=whole.steps[:count], labels=whole.labels[:count], latents=encode_latents(latents.numpy())
+        whole,
+        steps=whole.steps[:count],
+        conditions={name: values[:count] for name, values in whole.conditions.items()},
+        latents=encode_latents(latents.numpy()),
     )
     return program.with_facts(few)
 
