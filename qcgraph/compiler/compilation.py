@@ -31,7 +31,7 @@ from qcgraph.evaluation.ablation import is_quantized
 from qcgraph.export.check.check import Check
 from qcgraph.export.check.verify import verify_export
 from qcgraph.export.targets import Target, target_named
-from qcgraph.facts import Rehearsed, precision_of
+from qcgraph.facts import Equalization, Rehearsed, precision_of
 from qcgraph.ir.memory import release_memory
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
@@ -48,7 +48,6 @@ from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
 
-EQUALIZING = "equalize"  # where it comes first, the weights that it replaced are let go before the other passes run
 HELD_BYTES = 2**28  # of weights that are kept, and their capture, instead of being loaded and captured again
 COMPENSATING = "fit-compensation"  # does not fit every plan, which is better said before anything is sampled
 
@@ -442,13 +441,14 @@ def _prefix(pipeline: Pipeline, stop_after: str | None, dry_run: bool) -> Pipeli
 
 
 def _parts(pipeline: Pipeline) -> tuple[Pipeline, ...]:
-    """A pipeline, with equalize apart where it comes first.
+    """Return a pipeline in parts, cut after the pass that equalizes.
 
     What starts from its result does not hold the weights that it replaced; and it is the captured model as well to
     those passes that compare with what they started from.
     """
-    first, rest = pipeline.passes[:1], pipeline.passes[1:]
-    return (Pipeline(first), Pipeline(rest)) if first and first[0].name == EQUALIZING else (pipeline,)
+    ends = (index + 1 for index, pass_ in enumerate(pipeline) if Equalization in pass_.provides)
+    end = next(ends, len(pipeline.passes))
+    return tuple(Pipeline(part) for part in (pipeline.passes[:end], pipeline.passes[end:]) if part)
 
 
 def _reproducer_folder(output: Path | None) -> Path:

@@ -7,7 +7,7 @@ survive a JSON round trip exactly (see `encode` and `decode`).
 from qcgraph.facts.caching import NO_BLOCK, CachedValue, CachePlan, ForecastFit, ForecastStep, Rehearsed, SchedulePlan
 from qcgraph.facts.calibration import CalibrationSet, Ranges, Reference, SiteRange
 from qcgraph.facts.compensation import Compensation
-from qcgraph.facts.precision import Precision
+from qcgraph.facts.precision import ComputeType, Precision
 from qcgraph.facts.quantization import (
     FLOAT8,
     LARGEST_FLOAT8,
@@ -15,6 +15,8 @@ from qcgraph.facts.quantization import (
     AttentionPlan,
     AttentionQuant,
     Equalization,
+    EqualizationPlan,
+    EqualizedActivation,
     QuantPlan,
     RegionQuant,
     Requantization,
@@ -41,7 +43,10 @@ __all__ = [
     "CachedValue",
     "CalibrationSet",
     "Compensation",
+    "ComputeType",
     "Equalization",
+    "EqualizationPlan",
+    "EqualizedActivation",
     "Facts",
     "ForecastFit",
     "ForecastStep",

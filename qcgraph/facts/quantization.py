@@ -9,6 +9,28 @@ LARGEST_FLOAT8 = 448
 
 
 @dataclass(frozen=True)
+class EqualizedActivation:
+    """The planned shift and division of the channels of an activation x, which becomes (x - offset) / factor.
+
+    Attributes:
+        sites: the sites (by name) that read it.
+        offsets: one a channel.
+        factors: one a channel.
+    """
+
+    sites: tuple[str, ...]
+    offsets: tuple[float, ...]
+    factors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class EqualizationPlan:
+    """The activations whose channels are to share a range, in the order of the graph."""
+
+    activations: tuple[EqualizedActivation, ...]
+
+
+@dataclass(frozen=True)
 class Equalization:
     """What the channels of activations were divided by, so that they share a range.
 

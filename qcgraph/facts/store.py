@@ -11,10 +11,11 @@ from qcgraph.errors import QcgraphError
 from qcgraph.facts.caching import CachePlan, ForecastFit, Rehearsed, SchedulePlan
 from qcgraph.facts.calibration import CalibrationSet, Ranges, Reference
 from qcgraph.facts.compensation import Compensation
-from qcgraph.facts.precision import Precision
+from qcgraph.facts.precision import ComputeType, Precision
 from qcgraph.facts.quantization import (
     AttentionPlan,
     Equalization,
+    EqualizationPlan,
     QuantPlan,
     Requantization,
     RoundedWeights,
@@ -32,6 +33,7 @@ FACT_TYPES: tuple[type, ...] = (
     CachePlan,
     SchedulePlan,
     Rehearsed,
+    EqualizationPlan,
     Equalization,
     Ranges,
     Reference,
@@ -45,6 +47,7 @@ FACT_TYPES: tuple[type, ...] = (
     ForecastFit,
     Compensation,
     Precision,
+    ComputeType,
 )
 
 
@@ -96,8 +99,8 @@ class Facts:
 
 def precision_of(facts: Facts) -> str:
     """The floating-point type of what is not quantized, ``f32`` unless it was reduced."""
-    precision = facts.get(Precision)
-    return precision.dtype if precision else "f32"
+    computed = facts.get(ComputeType)
+    return computed.dtype if computed else "f32"
 
 
 def encode(fact: Any) -> Any:

@@ -26,6 +26,7 @@ from qcgraph.facts import (
     CalibrationSet,
     Compensation,
     Equalization,
+    EqualizationPlan,
     Facts,
     ForecastFit,
     Precision,
@@ -158,6 +159,12 @@ def _reference(reference: Reference) -> list[str]:
     return [f"reference latent statistics at {len(reference.means)} steps, {reference.trajectories} trajectories"]
 
 
+def _equalization_plan(plan: EqualizationPlan) -> list[str]:
+    factors = [factor for item in plan.activations for factor in item.factors]
+    sites = sum(len(item.sites) for item in plan.activations)
+    return [f"equalization planned of {sites} sites, factors {min(factors):.3g} .. {max(factors):.3g}"] if sites else []
+
+
 def _equalization(fact: Equalization) -> list[str]:
     factors = [factor for site in fact.inputs.values() for factor in site]
     return (
@@ -247,6 +254,7 @@ _FACT_LINES: tuple[tuple[type, Callable[[Any], list[str]]], ...] = (
     (CachePlan, _cache),
     (SchedulePlan, _schedule),
     (Rehearsed, _rehearsed),
+    (EqualizationPlan, _equalization_plan),
     (Equalization, _equalization),
     (Ranges, _ranges),
     (Reference, _reference),

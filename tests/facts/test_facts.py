@@ -16,7 +16,10 @@ from qcgraph.facts import (
     CachePlan,
     CalibrationSet,
     Compensation,
+    ComputeType,
     Equalization,
+    EqualizationPlan,
+    EqualizedActivation,
     Facts,
     ForecastFit,
     ForecastStep,
@@ -55,6 +58,7 @@ EXAMPLES = (
     SchedulePlan("joint", {"full": THIRD, "reuse": 0.1}, True, 0.3, 1e-30, None),
     Ranges({"a": SITE}, {"a": SITE}, 3),
     Reference(((THIRD,),), ((0.1,),), 7, 3),
+    EqualizationPlan((EqualizedActivation(("a", "b"), (THIRD, 0.0), (THIRD, 1.0)),)),
     Equalization({"a": (THIRD, 1.0)}, {"a": (1.0, 3.0)}),
     CalibrationSet("tap", 9, (0, 1), (3, 10), "AAAA"),
     TimestepGroups((THIRD, 0.0)),
@@ -72,7 +76,8 @@ EXAMPLES = (
     ),
     ForecastFit("affine", (ForecastStep("cache_0", 1, THIRD, 1e-30),)),
     Compensation(((1.0, THIRD),), ((0.0, 0.1),), 1, ((1.0, 3.0),)),
-    Precision("f16", THIRD),
+    Precision("f16", THIRD, {"full": ("sin", "cos"), "reuse": ()}),
+    ComputeType("f16"),
 )
 
 
