@@ -79,7 +79,7 @@ class FitCompensation(Pass):
                 fresh = np.float32(update.noise) * noise.next()
                 for trajectory in (ours, exact) if exact else (ours,):
                     trajectory.latent = trajectory.latent + fresh
-        return program.with_facts(Compensation(rows(gains), rows(means), clamped, rows(drifts)))
+        return program.with_facts(Compensation(rows(gains), rows(means), clamped, float(np.abs(drifts - 1).max())))
 
 
 class _Trajectory:

@@ -32,7 +32,6 @@ def _planned(plan: SchedulePlan | None) -> dict[str, Any] | None:
         "strategy": plan.strategy,
         "spent": round(plan.spent, 4),
         "measured": plan.measured,
-        "costs": plan.costs,
         "expected_error": plan.expected_error,
         "rehearsed_error": plan.rehearsed_error,
     }

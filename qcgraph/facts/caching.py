@@ -60,15 +60,13 @@ class SchedulePlan:
 
     Attributes:
         strategy: ``joint`` or ``dps``.
-        costs: what one run of each variant costs: milliseconds where measured, else multiply-accumulates.
-        measured: whether costs are measured on the target.
+        measured: whether costs are milliseconds measured on the target; else they are multiply-accumulates.
         spent: cost of sampling relative to computing every step.
         expected_error: mean squared error of the final latent that the measured errors of skipped steps add up to.
         rehearsed_error: the same, of trajectories sampled under this schedule.
     """
 
     strategy: str
-    costs: dict[str, float]
     measured: bool
     spent: float
     expected_error: float | None

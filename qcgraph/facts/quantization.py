@@ -145,11 +145,9 @@ class RoundedWeights:
     """The codes of weights that were chosen, which the program holds until they are inserted.
 
     Attributes:
-        method: how they were chosen, ``feedback`` or ``search``.
         sites: per site (by name), its codes; None where none could be chosen, and the nearest ones are to be taken.
     """
 
-    method: str
     sites: dict[str, RoundedWeight | None]
 
     @property

@@ -55,7 +55,7 @@ EXAMPLES = (
     ),
     CachePlan((CachedValue("cache_0", 0, 5), CachedValue("cache_1", 3, 3, 1)), {"reuse": ("cache_0",)}, 3, ("full",)),
     Rehearsed(0.001, 0.002, 8),
-    SchedulePlan("joint", {"full": THIRD, "reuse": 0.1}, True, 0.3, 1e-30, None),
+    SchedulePlan("joint", True, 0.3, 1e-30, None),
     Ranges({"a": SITE}, {"a": SITE}, 3),
     Reference(((THIRD,),), ((0.1,),), 7, 3),
     EqualizationPlan((EqualizedActivation(("a", "b"), (THIRD, 0.0), (THIRD, 1.0)),)),
@@ -64,9 +64,7 @@ EXAMPLES = (
     TimestepGroups((THIRD, 0.0)),
     QuantPlan({"a": QUANT}),
     WeightSources({"a": "a.weight", "b": "a.weight"}),
-    RoundedWeights(
-        "feedback", {"a": RoundedWeight("a.weight_rounded", "a.weight_rounded_scale", "0f", WeightQuant(7)), "b": None}
-    ),
+    RoundedWeights({"a": RoundedWeight("a.weight_rounded", "a.weight_rounded_scale", "0f", WeightQuant(7)), "b": None}),
     Requantization({"a": SiteCorrection((THIRD, 1.0), (0.0, -1e-30))}),
     AttentionPlan(
         {
@@ -75,7 +73,7 @@ EXAMPLES = (
         }
     ),
     ForecastFit("affine", (ForecastStep("cache_0", 1, THIRD, 1e-30),)),
-    Compensation(((1.0, THIRD),), ((0.0, 0.1),), 1, ((1.0, 3.0),)),
+    Compensation(((1.0, THIRD),), ((0.0, 0.1),), 1, THIRD),
     Precision("f16", THIRD, {"full": ("sin", "cos"), "reuse": ()}),
     ComputeType("f16"),
 )
