@@ -45,6 +45,7 @@ def _overview(bundle: Bundle) -> dict[str, Any]:
             "latent_shape": list(spec.latent_shape),
             "classes": spec.class_count,
             "prediction": spec.schedule.prediction,
+            "description": spec.describe(),
         },
         "target": manifest.target,
         "plan": plan.describe(),
@@ -94,12 +95,10 @@ def refused_count(refusals: Iterable[Mapping[str, str]]) -> int:
 
 
 def _print_overview(data: Mapping[str, Any]) -> None:
-    model = data["model"]
-    latent = "x".join(map(str, model["latent_shape"]))
     print_fields(
         [
             ("bundle", f"{data['bundle']}, {size_text(data['bytes'])}, written by qcgraph {data['qcgraph']}"),
-            ("model", f"{model['name']}: latent {latent}, {model['classes']} classes, predicts {model['prediction']}"),
+            ("model", data["model"]["description"]),
             ("target", data["target"]),
             ("sampling", data["plan"]),
             ("schedule", data["schedule"]),

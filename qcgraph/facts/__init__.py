@@ -7,6 +7,7 @@ survive a JSON round trip exactly (see `encode` and `decode`).
 from qcgraph.facts.caching import NO_BLOCK, CachedValue, CachePlan, ForecastFit, ForecastStep, Rehearsed, SchedulePlan
 from qcgraph.facts.calibration import CalibrationSet, Ranges, Reference, SiteRange
 from qcgraph.facts.compensation import Compensation
+from qcgraph.facts.equalization import Equalization, EqualizationPlan, EqualizedActivation
 from qcgraph.facts.precision import ComputeType, Precision
 from qcgraph.facts.quantization import (
     FLOAT8,
@@ -14,9 +15,6 @@ from qcgraph.facts.quantization import (
     ActivationQuant,
     AttentionPlan,
     AttentionQuant,
-    Equalization,
-    EqualizationPlan,
-    EqualizedActivation,
     QuantPlan,
     RegionQuant,
     Requantization,
@@ -29,7 +27,7 @@ from qcgraph.facts.quantization import (
     WeightSources,
     codes,
 )
-from qcgraph.facts.store import FACT_TYPES, Facts, decode, encode, precision_of
+from qcgraph.facts.store import FACT_TYPES, Fact, Facts, decode, encode, precision_of
 
 __all__ = [
     "FACT_TYPES",
@@ -47,6 +45,7 @@ __all__ = [
     "Equalization",
     "EqualizationPlan",
     "EqualizedActivation",
+    "Fact",
     "Facts",
     "ForecastFit",
     "ForecastStep",

@@ -21,3 +21,9 @@ class Compensation:
     means: tuple[tuple[float, ...], ...]
     clamped: int
     largest_drift: float
+
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it."""
+        gains = [gain for row in self.gains for gain in row]
+        bounds = f"{min(gains):.4f} .. {max(gains):.4f}"
+        return [f"compensation gains {bounds} over {len(self.gains)} steps, {self.clamped} clamped"]

@@ -19,6 +19,10 @@ class Precision:
     largest: float
     wide: dict[str, tuple[str, ...]]
 
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it."""
+        return [f"computed in {self.dtype}, values up to {self.largest:.3g}"]
+
 
 @dataclass(frozen=True)
 class ComputeType:
@@ -29,3 +33,7 @@ class ComputeType:
     """
 
     dtype: str
+
+    def lines(self) -> list[str]:
+        """Return no line: the type stands at every value of the graphs."""
+        return []

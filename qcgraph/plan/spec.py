@@ -95,6 +95,15 @@ class ModelSpec:
     schedule: NoiseSchedule = NoiseSchedule()
     is_image: bool = False
 
+    def describe(self) -> str:
+        """Return one line: name, latent, classes and what the network predicts."""
+        shape = "x".join(map(str, self.latent_shape))
+        return f"{self.name}: latent {shape}, {self.class_count} classes, predicts {self.schedule.prediction}"
+
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it."""
+        return [f"model {self.describe()}"]
+
 
 @dataclass(frozen=True)
 class TensorSpec:
