@@ -136,9 +136,10 @@ class Model:
     def recipes(self, bits: str, interval: int) -> dict[str, Recipe]:
         """The methods that are asked for at a budget, as what to compile."""
         base = self.base(bits)
-        variants = self.bundle(METHODS["reuse"].recipe(base, interval, 1.0)).report["variants"]
-        reuse = {name: rounded(variant["macs"] / variants[FULL]["macs"]) for name, variant in variants.items()}
-        spent = sum(variant["steps"] * reuse[name] for name, variant in variants.items())
+        report = self.bundle(METHODS["reuse"].recipe(base, interval, 1.0)).report
+        assert report is not None
+        reuse = {name: rounded(entry.macs / report.variants[FULL].macs) for name, entry in report.variants.items()}
+        spent = sum(entry.steps * reuse[name] for name, entry in report.variants.items())
         share = math.ceil(1e6 * spent / self.options.steps) / 1e6
         return {key: METHODS[key].recipe(base, interval, share) for key in self.options.methods}
 
