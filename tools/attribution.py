@@ -94,14 +94,14 @@ def measure(model: str, bits: str, interval: int, options: argparse.Namespace, p
         result = compile_model(model, recipe, Path(folder) / "bundle")
         assert result.bundle is not None
         evaluation = evaluate(Subject.of_bundle(Bundle.open(result.bundle.path)), asked, Progress())
-    (edge,) = result.report["cached_edges"]
+    (edge,) = result.report.cached_edges
     return {
         "bits": bits,
         "interval": interval,
         "psnr": {key: psnr(evaluation, key) for key in SETTINGS},
         "interaction_db": asdict(evaluation.interaction) if evaluation.interaction else None,
         "compensation_db": asdict(evaluation.compensation) if evaluation.compensation else None,
-        "edge": edge,
+        "edge": edge.model_dump(),
         "faults": [asdict(fault) for fault in evaluation.faults],
     }
 

@@ -149,7 +149,7 @@ def measure(options: argparse.Namespace, samples: int, depth: int, trajectories:
     return Row(
         samples=samples,
         depth=depth,
-        sites=result.report["quantized_sites"],
+        sites=result.report.quantized_sites,
         weight_bytes=config.parameter_count * FLOAT32_BYTES,
         seconds=sum(stage.seconds for stage in meter.stages[first:]),
         all_seconds=sum(stage.seconds for stage in meter.stages),

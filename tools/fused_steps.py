@@ -41,7 +41,7 @@ QUANTIZED = (
     "calibrate{trajectories=2 samples=8},group-timesteps{groups=%d},plan-quant{symmetric=true},insert-qdq,lower-linear"
 )
 FLOAT8 = (QUANTIZED % GROUPS).replace("symmetric=true", "format=fp8")
-REDUCED = "reduce-precision{dtype=float16 samples=1}"
+REDUCED = "plan-precision{dtype=float16 samples=1},reduce-precision"
 RUNTIME = "runtime scales"
 BATCH = Batch(minimum=2, optimum=2, maximum=16)
 COLUMNS = ("model", "form", "device", "steps", "a block", "8-bit GEMMs", "of", "fused attention", "of", "MB", "seconds")

@@ -70,7 +70,8 @@ def tiny() -> LoadedModel:
 def whole_bundle(place: Path) -> None:
     opened = Bundle.open(place)
     assert len(opened.plan) in (3, 4)
-    assert opened.report["source"] == TINY
+    assert opened.report is not None
+    assert opened.report.source == TINY
 
 
 def whole_export(place: Path) -> None:

@@ -137,9 +137,10 @@ class Model:
         """The methods that are asked for at a budget, as what to compile."""
         base = self.base(bits)
         bundle = self.bundle(METHODS["reuse"].recipe(base, interval, 1.0))
-        variants, computing = bundle.report["variants"], bundle.plan.computing
-        reuse = {name: rounded(variant["macs"] / variants[computing]["macs"]) for name, variant in variants.items()}
-        spent = sum(variant["steps"] * reuse[name] for name, variant in variants.items())
+        report, computing = bundle.report, bundle.plan.computing
+        assert report is not None
+        reuse = {name: rounded(entry.macs / report.variants[computing].macs) for name, entry in report.variants.items()}
+        spent = sum(entry.steps * reuse[name] for name, entry in report.variants.items())
         share = math.ceil(1e6 * spent / self.options.steps) / 1e6
         return {key: METHODS[key].recipe(base, interval, share) for key in self.options.methods}
 

@@ -104,7 +104,7 @@ def measure(model: Model, options: argparse.Namespace, progress: Progress) -> It
                     "bits": bits,
                     "cache": cache,
                     "setting": title,
-                    "seconds": sum(row["seconds"] for row in bundle.report["passes"]),
+                    "seconds": sum(row.seconds for row in bundle.report.passes) if bundle.report else None,
                     **{name: cell[name] for name in ("psnr", "median_psnr", "fid_small") if name in cell},
                 }
 

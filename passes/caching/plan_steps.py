@@ -81,7 +81,7 @@ class PlanSteps(Pass):
         modes = program.facts[CachePlan].modes
         if not modes or not set(modes) <= set(program.variants):
             context.refuse("step plan", "no variant reuses, so every step computes")
-            return program.with_facts(SchedulePlan(self.strategy, {}, False, 1.0, None, None))
+            return program.with_facts(SchedulePlan(self.strategy, False, 1.0, None, None))
         measure = context.costs if self.measured else None
         arithmetic = {name: float(macs) for name, macs in macs_by_variant(program.variants).items()}
         costs = measure(program) if measure else arithmetic
@@ -96,7 +96,7 @@ class PlanSteps(Pass):
             schedule, expected, rehearsed = self._joint(program, trajectories, relative, context.progress)
         steps = program.facts[StepPlan].with_modes(schedule)
         spent = sum(relative[step.variant] for step in steps.steps) / len(steps)
-        fact = SchedulePlan(self.strategy, dict(costs), measure is not None, spent, expected, rehearsed)
+        fact = SchedulePlan(self.strategy, measure is not None, spent, expected, rehearsed)
         return program.with_facts(steps, fact)
 
     def _dps(self, program: Program, trajectories: Trajectories) -> tuple[str | None, ...]:

@@ -115,7 +115,7 @@ class _Fitting:
     @property
     def fact(self) -> Compensation:
         """The corrections that were fitted."""
-        return Compensation(rows(self._gains), rows(self._means), self._clamped, rows(self._drifts))
+        return Compensation(rows(self._gains), rows(self._means), self._clamped, float(np.abs(self._drifts - 1).max()))
 
 
 def _exact(context: PassContext, conditions: Conditions, seed: int) -> Iterator[Array]:

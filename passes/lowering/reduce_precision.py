@@ -1,37 +1,29 @@
-"""reduce-precision: what is not quantized, in 16 bits."""
+"""reduce-precision: compute what is not quantized in the planned type."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import fx
 
-from qcgraph.errors import UsageError
-from qcgraph.facts import Precision
+from qcgraph.errors import ContractError
+from qcgraph.facts import ComputeType, Precision
 from qcgraph.ir.edit import GraphEditor, with_edits
-from qcgraph.ir.execute import TorchRunner
-from qcgraph.ir.graph import DTYPE_NAMES, output_node, returned_nodes
+from qcgraph.ir.graph import DTYPE_NAMES, DTYPES, output_node, returned_nodes
 from qcgraph.ir.infer import infer_types
 from qcgraph.ir.program import Program
+from qcgraph.passes.lowering._float_types import is_float32
 from qcgraph.pipeline import Pass, PassContext
-from qcgraph.pipeline.options import MOST_SEED, MOST_TRAJECTORIES, option
-from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.roles import TensorRole
-from qcgraph.plan.spec import Interface, ModelSpec, TensorSpec
-from qcgraph.plan.steps import StepPlan
-from qcgraph.sampling.calibration import sample_calibration
-from qcgraph.sampling.runner import Call
+from qcgraph.plan.spec import TensorSpec
 
 aten = torch.ops.aten
-ops = torch.ops.qcgraph
-TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-HEADROOM = 8.0  # how much larger values may be than those that were seen, before float16 overflows
 WIDE = (TensorRole.STATE, TensorRole.STEP, TensorRole.REQUEST, TensorRole.PREDICTION)  # roles that stay float32
-PRODUCTS = (aten.linear.default, aten.matmul.default, aten.addmm.default, aten.mm.default, aten.bmm.default)
 CASTS = (aten.to.dtype, aten._to_copy.default)
+PLAN_AGAIN = "run plan-precision on the program as it is, right before reduce-precision"
 
 
 @dataclass(frozen=True)
@@ -39,68 +31,53 @@ class ReducePrecision(Pass):
     """Compute in 16 bits what is not quantized, the residual stream and attention among it.
 
     Constants, cached values and modulation become 16 bits, scales of quantizers too. Latent, timestep and prediction
-    stay float32, and so does what is computed of the timestep before the first linear layer, whose sines need the
-    digits, and the compensation of the prediction.
-
-    With ``auto``, calibration trajectories are sampled and the largest value of any node decides: float16, which has
-    three more bits, where it stays eight times below what that can hold, else bfloat16.
-
-    Attributes:
-        dtype: ``float16``, ``bfloat16`` or ``auto``.
-        samples: how many trajectories are sampled.
-        seed: seeds their labels and noise.
+    stay float32, and so do the nodes that the plan names (see `plan-precision`).
     """
 
     name: ClassVar[str] = "reduce-precision"
-    requires: ClassVar[tuple[type, ...]] = (StepPlan, ModelSpec)
-    precedes: ClassVar[tuple[type, ...]] = (Precision,)
-    provides: ClassVar[tuple[type, ...]] = (Precision,)
-    is_sampling: ClassVar[bool] = True
-
-    dtype: Literal["auto", "float16", "bfloat16"] = "auto"
-    samples: int = option(2, least=1, most=MOST_TRAJECTORIES, hint="no trajectories show no values")
-    seed: int = option(0, most=MOST_SEED)
-
-    def forwards(self, work: Workload) -> float:
-        return self.samples * work.trajectory * work.share
+    requires: ClassVar[tuple[type, ...]] = (Precision,)
+    provides: ClassVar[tuple[type, ...]] = (ComputeType,)
 
     def run(self, program: Program, context: PassContext) -> Program:
-        largest = self._largest(program, context)
-        fits = largest * HEADROOM <= torch.finfo(torch.float16).max
-        chosen = TYPES[self.dtype] if self.dtype != "auto" else torch.float16 if fits else torch.bfloat16
-        if chosen is torch.float16 and not fits:
-            raise UsageError(
-                f"values reach {largest:.3g}, too close to what float16 can hold",
-                hint="give bfloat16, or auto",
-            )
-        if not fits:
-            context.refuse("float16", f"values reach {largest:.3g}; computed in bfloat16")
+        if ComputeType in program.facts:
+            raise ContractError("the program is reduced already", hint="run reduce-precision once")
+        plan = program.facts[Precision]
+        _check_fits(plan, program)
+        made = ComputeType(plan.dtype)
+        dtype = DTYPES[plan.dtype]
+        if dtype is torch.float32:
+            return program.with_facts(made)
         edits = {}
         for name, variant in program.variants.items():
             edits[name] = GraphEditor(variant, program.constants, self.name)
-            _reduce(edits[name], program, chosen)
+            _reduce(edits[name], program, dtype, plan.wide[name])
         reduced = with_edits(program, edits)
         for variant in reduced.variants.values():
             infer_types(variant.graph, variant.interface, reduced.constants)
-        return reduced.with_facts(Precision(DTYPE_NAMES[chosen], largest))
-
-    def _largest(self, program: Program, context: PassContext) -> float:
-        """The largest magnitude that enters an operator as its first argument, or that a constant has."""
-        found = [float(value.abs().max()) for value in program.constants.values() if value.dtype == torch.float32]
-        wide = {name: _wide_nodes(variant.graph, variant.interface) for name, variant in program.variants.items()}
-
-        def observe(call: Call, node: fx.Node, value: torch.Tensor) -> None:
-            if value.dtype == torch.float32 and node not in wide[call.variant]:
-                found.append(float(value.abs().max()))
-
-        runner, plan, spec = TorchRunner(program, observe), program.facts[StepPlan], program.facts[ModelSpec]
-        sample_calibration(runner, plan, spec, self.samples, self.seed, progress=context.progress)
-        return max(found)
+        return reduced.with_facts(made)
 
 
-def _reduce(editor: GraphEditor, program: Program, dtype: torch.dtype) -> None:
-    """Change the types of a graph; its nodes are typed anew afterwards."""
-    wide = _wide_nodes(editor.graph, editor.interface)
+def _check_fits(plan: Precision, program: Program) -> None:
+    """Check that a plan speaks of the graphs of a program.
+
+    Raises:
+        ContractError: it names a variant or a node that the program does not have, or misses a variant.
+    """
+    for name in sorted(plan.wide.keys() ^ program.variants.keys()):
+        problem = "is not in the plan of precision" if name in program.variants else "is planned and not in the program"
+        raise ContractError(problem, where=name, hint=PLAN_AGAIN)
+    for name, variant in program.variants.items():
+        known = {node.name for node in variant.graph.nodes if node.op == "call_function"}
+        for node in plan.wide[name]:
+            if node not in known:
+                raise ContractError(
+                    "is planned to stay in float32 and not in the graph", where=f"%{node} of {name}", hint=PLAN_AGAIN
+                )
+
+
+def _reduce(editor: GraphEditor, program: Program, dtype: torch.dtype, planned: Collection[str]) -> None:
+    """Change the types of a graph, but for the nodes planned to stay in float32; nodes are typed anew afterwards."""
+    wide = {node for node in editor.graph.nodes if node.name in planned}
     narrow_inputs = {spec.name for spec in editor.inputs if _is_reduced(spec)}
     casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
 
@@ -109,7 +86,7 @@ def _reduce(editor: GraphEditor, program: Program, dtype: torch.dtype) -> None:
 
     def as_type(node: fx.Node, wanted: torch.dtype, user: fx.Node) -> fx.Node:
         """The value of a node in this type, made where it is first used."""
-        if not _is_float(node) or (node.op != "get_attr" and is_wide(node) == (wanted is torch.float32)):
+        if not is_float32(node) or (node.op != "get_attr" and is_wide(node) == (wanted is torch.float32)):
             return node
         if (node, wanted) not in casts:
             casts[node, wanted] = _converted(editor, node, wanted, user, program)
@@ -130,22 +107,6 @@ def _reduce(editor: GraphEditor, program: Program, dtype: torch.dtype) -> None:
     output_node(editor.graph).args = (tuple(nodes),)
     editor.inputs = list(_reduced(editor.inputs, dtype))
     editor.outputs = list(_reduced(editor.outputs, dtype))
-
-
-def _wide_nodes(graph: fx.Graph, interface: Interface) -> set[fx.Node]:
-    """The nodes that stay as they are: see `ReducePrecision`."""
-    wide: set[fx.Node] = set()
-    timesteps = {spec.name for spec in interface.taken(TensorRole.STEP)}
-    for node in graph.nodes:
-        sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
-        timely = all(source in wide or source.target in timesteps for source in sources)
-        timely &= bool(sources) or not node.all_input_nodes  # of constants alone, such as weights: reduced
-        if node.op == "call_function" and node.target not in PRODUCTS and timely and _is_float(node):
-            wide.add(node)
-        if node.target is ops.compensate.default:
-            coefficients = (source for source in sources if source.target is ops.select.default)
-            wide |= {node, *(source for source in coefficients if set(source.users) == {node})}
-    return wide
 
 
 def _converted(editor: GraphEditor, node: fx.Node, dtype: torch.dtype, user: fx.Node, program: Program) -> fx.Node:
@@ -170,8 +131,3 @@ def _is_reduced(spec: TensorSpec) -> bool:
 
 def _reduced(specs: Iterable[TensorSpec], dtype: torch.dtype) -> Iterable[TensorSpec]:
     return (replace(spec, dtype=DTYPE_NAMES[dtype]) if _is_reduced(spec) else spec for spec in specs)
-
-
-def _is_float(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dtype == torch.float32

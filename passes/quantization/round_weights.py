@@ -88,7 +88,7 @@ class RoundWeights(Pass):
             constants[chosen.codes], constants[chosen.scale] = codes, scale
             rounded[site.name] = chosen
             release_memory()  # that those took, before the next layer runs
-        return replace(program, constants=constants).with_facts(RoundedWeights(self.method, rounded))
+        return replace(program, constants=constants).with_facts(RoundedWeights(rounded))
 
 
 def _second_moment(value: torch.Tensor) -> torch.Tensor:

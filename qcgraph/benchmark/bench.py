@@ -101,7 +101,7 @@ def bench(
         throughput = _throughput(candidates, options, first.spec, progress)
     return BenchReport(
         bundle=str(first.path),
-        model=model or first.report.get("source") or first.spec.name,
+        model=model or (first.report and first.report.source) or first.spec.name,
         plan=first.plan.describe(),
         target=first.manifest.target,
         steps=len(first.plan),
@@ -233,7 +233,7 @@ def _row(candidate: Candidate, measured: Mapping[str, Measured], options: BenchO
         status=candidate.status,
         problem=candidate.problem,
         error=candidate.error,
-        mac_ratio=bundle.report.get("mac_ratio") if bundle else 1.0,
+        mac_ratio=_mac_ratio(bundle),
         cache_bytes=cache_bytes(bundle.interfaces, denoiser_batch(candidate.plan, options.samples)) if bundle else 0,
         alone=candidate.alone,
     )
@@ -250,6 +250,14 @@ def _row(candidate: Candidate, measured: Mapping[str, Measured], options: BenchO
     eager = _variants(reference, options)[FORWARD]
     speedup = None if options.forward_only else Ratio.of(reference.seconds, own.seconds)
     return replace(row, speedup=speedup, forward_speedup=eager.median / forward.median)
+
+
+def _mac_ratio(bundle: Bundle | None) -> float | None:
+    """Return the arithmetic of a bundle relative to the model's, None where its report is missing."""
+    if bundle is None:
+        return 1.0
+    report = bundle.report
+    return report.mac_ratio if report else None
 
 
 def _variants(measured: Measured, options: BenchOptions) -> dict[str, Timing]:

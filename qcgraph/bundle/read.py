@@ -24,6 +24,7 @@ from qcgraph.bundle.manifest import (
     read_manifest,
     size_problem,
 )
+from qcgraph.bundle.report import REPORT, CompileReport, parse_report
 from qcgraph.errors import BundleError, UsageError
 from qcgraph.facts import Facts, decode
 from qcgraph.files import atomic
@@ -34,7 +35,6 @@ from qcgraph.recipe import Recipe
 
 PLAN_FORMAT = 2
 PROGRAM = "program.json"
-REPORT = "report.json"
 IR_FOLDER = "ir"
 _KEPT = (PLAN, RECIPE, REPORT)  # read when a bundle is opened, so that they are of one bundle
 _LARGEST_KEPT = 2**24  # bytes
@@ -198,9 +198,13 @@ class Bundle:
         )
 
     @property
-    def report(self) -> dict[str, Any]:
-        """The summary of the compilation, as JSON data; empty where the bundle has none."""
-        return self._parsed(REPORT, _fields) if REPORT in self.manifest.files else {}
+    def report(self) -> CompileReport | None:
+        """The summary of the compilation, None where the bundle has none.
+
+        Raises:
+            BundleError: it has another schema version or shape.
+        """
+        return self._parsed(REPORT, parse_report) if REPORT in self.manifest.files else None
 
     @cached_property
     def ir_texts(self) -> tuple[IrText, ...]:
@@ -256,13 +260,6 @@ class Bundle:
             return self._stamp != atomic.stamp(self.path) and read_manifest(self.path) != self.manifest
         except BundleError:
             return True
-
-
-def _fields(data: Any) -> dict[str, Any]:
-    """Return a JSON object."""
-    if not isinstance(data, dict):
-        raise TypeError("no object")
-    return data
 
 
 def _appears(path: Path) -> bool:

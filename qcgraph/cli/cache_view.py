@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from qcgraph.cli.output import count_text
+
+if TYPE_CHECKING:
+    from qcgraph.bundle.report import CacheReport, EdgeReport
 
 NAMED = 2  # cached values that are named; of more their number is given
 
 
-def cache_fields(
-    report: Mapping[str, Any] | None, edges: Sequence[Mapping[str, Any]] = ()
-) -> Iterator[tuple[str, str]]:
-    """What is cached, what the schedule costs, and how well what reuses does.
+def cache_fields(report: CacheReport | None, edges: Sequence[EdgeReport] = ()) -> Iterator[tuple[str, str]]:
+    """Yield what is cached, what the schedule costs, and how well steps that reuse do.
 
     Args:
-        report: see `qcgraph.compiler.cache_report`.
-        edges: the cached edges of the compilation's report.
+        report: the cache of a compilation.
+        edges: the cached edges of its report.
     """
     if report is None:
         return
-    values = report["values"]
+    values = report.values
     named = ", ".join(values.values()) if len(values) <= NAMED else count_text(len(values), "value")
-    kept = f", the last {report['history']} computed" if report["history"] > 1 else ""
+    kept = f", the last {report.history} computed" if report.history > 1 else ""
     yield "cache", f"{named}{kept}"
-    if planned := report["planned"]:
-        unit = "milliseconds on the target" if planned["measured"] else "multiply-accumulates"
-        yield "budget", f"{planned['spent']:.1%} of computing every step, in {unit} ({planned['strategy']} schedule)"
-    if forecast := report["forecast"]:
-        found = f"off by {forecast['error']:.1%} (at most {forecast['largest_error']:.1%})"
-        yield "forecast", f"{forecast['kind']}, {found} where reuse is off by {forecast['reuse_error']:.1%}"
-    if edges:
-        worst = min(edges, key=lambda edge: edge["snr"])
-        yield "noise", f"{worst['snr']:.1f} dB from the change of {worst['name']} a step down to its quantization noise"
+    if planned := report.planned:
+        unit = "milliseconds on the target" if planned.measured else "multiply-accumulates"
+        yield "budget", f"{planned.spent:.1%} of computing every step, in {unit} ({planned.strategy} schedule)"
+    if forecast := report.forecast:
+        found = f"off by {forecast.error:.1%} (at most {forecast.largest_error:.1%})"
+        yield "forecast", f"{forecast.kind}, {found} where reuse is off by {forecast.reuse_error:.1%}"
+    noisy = [(edge.snr, edge.name) for edge in edges if edge.snr is not None]
+    if noisy:
+        snr, name = min(noisy)
+        yield "noise", f"{snr:.1f} dB from the change of {name} a step down to its quantization noise"

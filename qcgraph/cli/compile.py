@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +23,7 @@ from qcgraph.errors import UsageError
 
 if TYPE_CHECKING:
     from qcgraph.bundle import Bundle
+    from qcgraph.bundle.report import CacheReport, CompileReport, EstimateReport, FollowedPlan
     from qcgraph.compiler.compilation import CompileResult
 
 
@@ -147,7 +148,7 @@ def compile_command(
         out=sys.stderr if json else sys.stdout,
     )
     if json:
-        print_json(result.report | {"bundle": str(output) if result.bundle else None})
+        print_json(result.report.model_dump(mode="json") | {"bundle": str(output) if result.bundle else None})
     elif stop_after:
         if not print_after:
             print(result.program_text)
@@ -162,95 +163,91 @@ def _print_summary(result: CompileResult) -> None:
         print_heading("pipeline (a dry run: nothing was sampled, nothing was written)")
         _print_pipeline(report)
         return
-    from qcgraph.cli.inspect_bundle import refused_count
-
     print_heading("passes")
     rows = [
-        (row["text"], "yes" if row["changed"] else "no", refused_count(row["refusals"]), f"{row['seconds']:.1f}")
-        for row in report["passes"]
+        (row.text, "yes" if row.changed else "no", len(set(row.refusals)), f"{row.seconds:.1f}")
+        for row in report.passes
     ]
     print_table(("pass", "changed", "refused", "seconds"), rows, right=("refused", "seconds"))
     place = shlex.quote(str(bundle.path))
     print(f"\nnext: qcgraph sample {place} -o grid.png")
 
 
-def _print_pipeline(report: dict[str, Any]) -> None:
+def _print_pipeline(report: CompileReport) -> None:
     """Print every pass of the pipeline, and whether this dry run ran it."""
     from qcgraph.pipeline import Pipeline
 
-    ran = {row["text"] for row in report["passes"]}
-    rows = [
-        (pass_.text, "ran" if pass_.text in ran else "needs samples") for pass_ in Pipeline.parse(report["pipeline"])
-    ]
+    ran = {row.text for row in report.passes}
+    rows = [(pass_.text, "ran" if pass_.text in ran else "needs samples") for pass_ in Pipeline.parse(report.pipeline)]
     print_table(("pass", "in this dry run"), rows)
 
 
-def _summary(report: dict[str, Any], bundle: Bundle | None) -> list[tuple[str, str]]:
-    variants = ", ".join(f"{name} {entry['steps']}" for name, entry in report["variants"].items())
+def _summary(report: CompileReport, bundle: Bundle | None) -> list[tuple[str, str]]:
+    variants = ", ".join(f"{name} {entry.steps}" for name, entry in report.variants.items())
     fields = [
-        ("model", report["model"]),
-        ("target", report["target"]),
-        ("sampling", report["plan"]),
-        *([("schedule", _schedule(report, bundle))] if report["cache"] else []),
+        ("model", report.model),
+        ("target", report.target),
+        ("sampling", report.plan),
+        *([("schedule", _schedule(report, report.cache, bundle))] if report.cache else []),
         ("variants", f"{variants} (steps each)"),
-        *cache_fields(report["cache"], report.get("cached_edges", ())),
-        ("quantized", _quantized(report) if bundle else f"{_sites_text(report, 'planned_sites')} planned"),
+        *cache_fields(report.cache, report.cached_edges),
+        ("quantized", _quantized(report) if bundle else f"{_sites_text(report, report.planned_sites)} planned"),
         ("scales", f"{_groups(report, bundle)} timestep groups"),
-        ("work", f"{report['mac_ratio']:.1%} of the multiply-accumulates of the model"),
+        ("work", f"{report.mac_ratio:.1%} of the multiply-accumulates of the model"),
     ]
-    if report["followed_plan"] is not None:
-        fields.append(("plan", _followed_text(report["followed_plan"], report["plan"])))
-    if report["estimate"] is not None:
-        fields += [(name, f"about {text}") for name, text in _estimate(report["estimate"])]
+    if report.followed_plan is not None:
+        fields.append(("plan", _followed_text(report.followed_plan, report.plan)))
+    if report.estimate is not None:
+        fields += [(name, f"about {text}") for name, text in _estimate(report.estimate)]
     if bundle is not None:
         fields += [
-            ("checks", f"{len(report['checks'])} passed" if report["checks"] else "none: nothing was exported"),
+            ("checks", f"{len(report.checks)} passed" if report.checks else "none: nothing was exported"),
             ("size", size_text(bundle.size)),
-            ("time", f"{report['seconds']:.1f} s"),
+            ("time", f"{report.seconds or 0:.1f} s"),
             ("bundle", str(bundle.path)),
         ]
     return fields
 
 
-def _schedule(report: dict[str, Any], bundle: Bundle | None) -> str:
+def _schedule(report: CompileReport, cache: CacheReport, bundle: Bundle | None) -> str:
     """Return the schedule, and whether it is a draft that sampling will replace."""
-    text = str(report["cache"]["schedule"])
-    is_draft = bundle is None and "plan-steps" in report["pipeline"]
+    text = cache.schedule
+    is_draft = bundle is None and "plan-steps" in report.pipeline
     return f"{text}; a draft, the one that is compiled follows from samples" if is_draft else text
 
 
-def _estimate(estimate: dict[str, Any]) -> list[tuple[str, str]]:
+def _estimate(estimate: EstimateReport) -> list[tuple[str, str]]:
     """Return what compiling will take, by name."""
     return [
-        ("time", duration_text(estimate["seconds"])),
-        ("memory", size_text(estimate["memory_bytes"])),
-        ("size", size_text(estimate["bundle_bytes"])),
+        ("time", duration_text(estimate.seconds)),
+        ("memory", size_text(estimate.memory_bytes)),
+        ("size", size_text(estimate.bundle_bytes)),
     ]
 
 
-def _groups(report: dict[str, Any], bundle: Bundle | None) -> int:
+def _groups(report: CompileReport, bundle: Bundle | None) -> int:
     """Return the number of timestep groups; in a dry run, of those that are asked for."""
-    planned = report["recipe"]["quantization"]["groups"] if report["planned_sites"] else 1
-    return int(report["timestep_groups"] if bundle else planned)
+    planned = report.recipe.quantization.groups if report.planned_sites else 1
+    return report.timestep_groups if bundle else planned
 
 
-def _sites_text(report: dict[str, Any], key: str) -> str:
-    return f"{report[key]} of {report['linear_sites']} linear layers"
+def _sites_text(report: CompileReport, count: int) -> str:
+    return f"{count} of {report.linear_sites} linear layers"
 
 
-def _quantized(report: dict[str, Any]) -> str:
-    text = _sites_text(report, "quantized_sites")
-    return f"{text}, {report['quantized_attentions']} attentions" if report["quantized_attentions"] else text
+def _quantized(report: CompileReport) -> str:
+    text = _sites_text(report, report.quantized_sites)
+    return f"{text}, {report.quantized_attentions} attentions" if report.quantized_attentions else text
 
 
-def _followed_text(followed: dict[str, Any], plan: str) -> str:
+def _followed_text(followed: FollowedPlan, plan: str) -> str:
     """Where the schedule is from, and what it does to the images."""
-    text = f"of {followed['source']}{', carried over' if followed['is_retargeted'] else ''}"
-    if followed["other_guidance"]:
+    text = f"of {followed.source}{', carried over' if followed.is_retargeted else ''}"
+    if followed.other_guidance:
         text += f" (made at another guidance than here: {plan})"
-    if followed["error"] is None:
-        return f"{text}; {followed['computing']} steps compute"
+    if followed.error is None:
+        return f"{text}; {followed.computing} steps compute"
     return (
-        f"{text}; {followed['computing']} steps compute, and the final latents have a mean squared error of "
-        f"{followed['error']:.3g}, with as many even steps {followed['even_error']:.3g}"
+        f"{text}; {followed.computing} steps compute, and the final latents have a mean squared error of "
+        f"{followed.error:.3g}, with as many even steps {followed.even_error:.3g}"
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from qcgraph.bundle import Bundle
 from qcgraph.bundle.plan_file import plan_data, plan_toml
+from qcgraph.bundle.report import CacheReport
 from qcgraph.cli.cache_view import cache_fields
 from qcgraph.cli.ir_text import op_changes, ops_text, read_program_text
 from qcgraph.cli.output import count_text, print_fields, print_heading, print_json, print_table, size_text
@@ -34,7 +35,7 @@ def inspect_bundle(bundle: Bundle, show: str | None, *, json: bool) -> None:
 def _overview(bundle: Bundle) -> dict[str, Any]:
     spec, plan, manifest = bundle.spec, bundle.plan, bundle.manifest
     program = read_program_text(pass_text(bundle, None).text)
-    quantized = bundle.facts.get(QuantPlan)
+    quantized, cache = bundle.facts.get(QuantPlan), cache_report(bundle.facts)
     return {
         "bundle": str(bundle.path),
         "qcgraph": manifest.qcgraph,
@@ -45,11 +46,12 @@ def _overview(bundle: Bundle) -> dict[str, Any]:
             "latent_shape": list(spec.latent_shape),
             "conditions": spec.conditions_text,
             "prediction": spec.schedule.prediction,
+            "description": spec.describe(),
         },
         "target": manifest.target,
         "plan": plan.describe(),
         "schedule": plan.schedule(),
-        "cache": cache_report(bundle.facts),
+        "cache": cache.model_dump(mode="json") if cache else None,
         "timestep_groups": plan.group_count,
         "quantized_sites": len(quantized.sites) if quantized else 0,
         "graphs": {
@@ -94,16 +96,14 @@ def refused_count(refusals: Iterable[Mapping[str, str]]) -> int:
 
 
 def _print_overview(data: Mapping[str, Any]) -> None:
-    model = data["model"]
-    latent = "x".join(map(str, model["latent_shape"]))
     print_fields(
         [
             ("bundle", f"{data['bundle']}, {size_text(data['bytes'])}, written by qcgraph {data['qcgraph']}"),
-            ("model", f"{model['name']}: latent {latent}, {model['conditions']}, predicts {model['prediction']}"),
+            ("model", data["model"]["description"]),
             ("target", data["target"]),
             ("sampling", data["plan"]),
             ("schedule", data["schedule"]),
-            *cache_fields(data["cache"]),
+            *cache_fields(data["cache"] and CacheReport.model_validate(data["cache"])),
             ("quantized", count_text(data["quantized_sites"], "linear layer")),
             ("scales", count_text(data["timestep_groups"], "timestep group")),
         ]

@@ -43,7 +43,7 @@ def _model_data(program: Any) -> dict[str, Any]:
     from qcgraph.ir.structure import find_blocks, find_sites, total_macs
     from qcgraph.plan.spec import ModelSpec
 
-    variant = program.variants[program.computing]
+    variant = program.variants["main"]
     sites, blocks = find_sites(variant), find_blocks(variant)
     spec = program.facts[ModelSpec]
     return {
@@ -51,6 +51,7 @@ def _model_data(program: Any) -> dict[str, Any]:
         "latent_shape": list(spec.latent_shape),
         "conditions": spec.conditions_text,
         "prediction": spec.schedule.prediction,
+        "description": spec.describe(),
         "parameters": sum(value.numel() for value in program.constants.values()),
         "nodes": sum(node.op == "call_function" for node in variant.graph.nodes),
         "macs": total_macs(sites),
@@ -68,12 +69,11 @@ def _rows(data: dict[str, Any], show: str) -> list[dict[str, Any]]:
 
 
 def _print_model(data: dict[str, Any]) -> None:
-    latent = "x".join(map(str, data["latent_shape"]))
     cached = sum(block["macs"] for block in data["blocks"])
     blocks = count_text(len(data["blocks"]), "block")
     print_fields(
         [
-            ("model", f"{data['model']}: latent {latent}, {data['conditions']}, predicts {data['prediction']}"),
+            ("model", data["description"]),
             ("size", f"{data['parameters']:,} parameters, {data['nodes']} nodes"),
             ("work", f"{data['macs']:,} multiply-accumulates a sample and step"),
             ("blocks", f"{blocks} with {_share(cached, data)} of the work; a cache can skip them"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from qcgraph.bundle.report import EdgeReport
 from qcgraph.errors import RefusedError
 from qcgraph.evaluation.edges import LEAST_SNR, CachedEdge, measure_edges
 from qcgraph.evaluation.evaluate import Options, evaluate
@@ -35,7 +35,9 @@ def check_conditions(gate: Gate, model: LoadedModel) -> None:
     check_installed(choose_metrics(gate.metrics, judged=model.judge is not None, model=model.spec.name))
 
 
-def admit_edges(program: Program, origin: Program, seed: int, *, allow_unsafe: bool, progress: Progress) -> list[Any]:
+def admit_edges(
+    program: Program, origin: Program, seed: int, *, allow_unsafe: bool, progress: Progress
+) -> tuple[EdgeReport, ...]:
     """Measure the cached edges of a program, and refuse a cache that carries more noise than the change it leaves out.
 
     Args:
@@ -46,7 +48,7 @@ def admit_edges(program: Program, origin: Program, seed: int, *, allow_unsafe: b
         progress: reports the measurement.
 
     Returns:
-        What was measured, as JSON data.
+        What was measured, for the report.
 
     Raises:
         RefusedError: an edge is unsafe, and that is not allowed.
@@ -59,7 +61,7 @@ def admit_edges(program: Program, origin: Program, seed: int, *, allow_unsafe: b
             where=f"cached edge {unsafe[0].name}",
             hint="use more bits or --cache off; --allow-unsafe compiles it all the same, and the manifest says so",
         )
-    return [asdict(edge) | {"snr": edge.snr} for edge in edges]
+    return tuple(EdgeReport(**asdict(edge), snr=edge.snr) for edge in edges)
 
 
 def _measured(edge: CachedEdge) -> str:
@@ -69,9 +71,9 @@ def _measured(edge: CachedEdge) -> str:
     )
 
 
-def overrides(edges: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+def overrides(edges: Sequence[EdgeReport]) -> tuple[str, ...]:
     """What was let through although it is unsafe, for the manifest."""
-    return (UNSAFE,) if any(edge["snr"] < LEAST_SNR for edge in edges) else ()
+    return (UNSAFE,) if any(edge.snr is not None and edge.snr < LEAST_SNR for edge in edges) else ()
 
 
 def admit_quality(

@@ -1,53 +1,52 @@
-"""What a compilation cached, by which schedule, and how well what reuses does. Plain data for reports and views."""
+"""What a compilation cached, by which schedule, and how well steps that reuse do. Plain data for reports and views."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
+from qcgraph.bundle.report import CacheReport, ForecastReport, PlannedSchedule
 from qcgraph.facts import CachePlan, Facts, ForecastFit, SchedulePlan
 from qcgraph.plan.steps import StepPlan
 
 
-def cache_report(facts: Facts) -> dict[str, Any] | None:
-    """The cache of a compiled program as JSON data, None when it caches nothing."""
+def cache_report(facts: Facts) -> CacheReport | None:
+    """Return the cache of a compiled program, None when it caches nothing."""
     cache, plan = facts.get(CachePlan), facts[StepPlan]
     if cache is None or not set(cache.modes) & set(plan.variants):
         return None
-    return {
-        "schedule": plan.schedule(),
-        "values": {value.name: str(value) for value in cache.values},
-        "modes": {name: list(values) for name, values in cache.modes.items()},
-        "history": cache.history,
-        "planned": _planned(facts.get(SchedulePlan)),
-        "forecast": _forecast(facts.get(ForecastFit)),
-    }
+    return CacheReport(
+        schedule=plan.schedule(),
+        values={value.name: str(value) for value in cache.values},
+        modes=dict(cache.modes),
+        history=cache.history,
+        planned=_planned(facts.get(SchedulePlan)),
+        forecast=_forecast(facts.get(ForecastFit)),
+    )
 
 
-def _planned(plan: SchedulePlan | None) -> dict[str, Any] | None:
-    """How the schedule was found; None for an even or a given one."""
+def _planned(plan: SchedulePlan | None) -> PlannedSchedule | None:
+    """Return how the schedule was found; None for an even or a given one."""
     if plan is None:
         return None
-    return {
-        "strategy": plan.strategy,
-        "spent": round(plan.spent, 4),
-        "measured": plan.measured,
-        "costs": plan.costs,
-        "expected_error": plan.expected_error,
-        "rehearsed_error": plan.rehearsed_error,
-    }
+    return PlannedSchedule(
+        strategy=plan.strategy,
+        spent=round(plan.spent, 4),
+        measured=plan.measured,
+        expected_error=plan.expected_error,
+        rehearsed_error=plan.rehearsed_error,
+    )
 
 
-def _forecast(fit: ForecastFit | None) -> dict[str, Any] | None:
-    """Root mean squares, over steps and cached values, of the relative errors of forecasts and of plain reuse."""
+def _forecast(fit: ForecastFit | None) -> ForecastReport | None:
+    """Return the errors of forecasts and of plain reuse."""
     if fit is None or not fit.steps:
         return None
-    return {
-        "kind": fit.kind,
-        "error": round(_root_mean_square([step.forecast for step in fit.steps]), 5),
-        "reuse_error": round(_root_mean_square([step.reuse for step in fit.steps]), 5),
-        "largest_error": round(max(step.forecast for step in fit.steps), 5),
-    }
+    return ForecastReport(
+        kind=fit.kind,
+        error=round(_root_mean_square([step.forecast for step in fit.steps]), 5),
+        reuse_error=round(_root_mean_square([step.reuse for step in fit.steps]), 5),
+        largest_error=round(max(step.forecast for step in fit.steps), 5),
+    )
 
 
 def _root_mean_square(values: list[float]) -> float:

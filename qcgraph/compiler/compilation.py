@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
 import tempfile
@@ -11,12 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 
 from qcgraph.bundle import Bundle, check_output, write_plan, writing
 from qcgraph.bundle.plan_file import PlanFile
+from qcgraph.bundle.report import REPORT, CheckReport, CompileReport, EdgeReport, EstimateReport, FollowedPlan
 from qcgraph.capture.capture import capture
 from qcgraph.capture.meaning import check_meaning
 from qcgraph.compiler.admission import admit_edges, admit_quality, check_conditions, overrides
@@ -31,13 +31,12 @@ from qcgraph.evaluation.ablation import is_quantized
 from qcgraph.export.check.check import Check
 from qcgraph.export.check.verify import verify_export
 from qcgraph.export.targets import Target, target_named
-from qcgraph.facts import Rehearsed, precision_of
+from qcgraph.facts import Equalization, Rehearsed, precision_of
 from qcgraph.ir.memory import release_memory
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
 from qcgraph.ir.structure import Site, find_sites
 from qcgraph.models import LoadedModel, check_loaded, load_model
-from qcgraph.models.origin import SOURCE
 from qcgraph.passes.quantization.plan_quant import PlanQuant, nothing_quantized
 from qcgraph.pipeline import Instrument, Pass, Pipeline
 from qcgraph.pipeline.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
@@ -47,8 +46,8 @@ from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
+from qcgraph.recipe.gate import Verdict
 
-EQUALIZING = "equalize"  # where it comes first, the weights that it replaced are let go before the other passes run
 HELD_BYTES = 2**28  # of weights that are kept, and their capture, instead of being loaded and captured again
 COMPENSATING = "fit-compensation"  # does not fit every plan, which is better said before anything is sampled
 
@@ -59,12 +58,12 @@ class CompileResult:
 
     Attributes:
         bundle: the bundle, or None when nothing was to be written.
-        report: the summary, as JSON data.
+        report: the summary.
         program_text: the program as text after the last pass that ran.
     """
 
     bundle: Bundle | None
-    report: dict[str, Any]
+    report: CompileReport
     program_text: str
 
 
@@ -169,15 +168,17 @@ class _Compilation:
         del loaded, captured  # the weights of a large model are not held while the passes run, once they have others
         program = self._transformed(start, _prefix(pipeline, self.stop_after, self.dry_run), instruments, target)
         report = compile_report(sites, program, recipe, target, pipeline, timer.seconds)
-        report[SOURCE] = self.model if isinstance(self.model, str) else None
-        report["followed_plan"] = _followed(recipe, self.plan, program)
-        if recipe.is_quantized and not report["planned_sites" if self.dry_run else "quantized_sites"]:
+        if recipe.is_quantized and not (report.planned_sites if self.dry_run else report.quantized_sites):
             notes += self._noted([f"{recipe.quantization.bits} was asked for, but {_left_alone(program, sites)}"])
-        report["notes"] = notes
         found = None if kept is None else estimate(kept, program, pipeline, quantizable(sites), target, elapsed)
-        report["estimate"] = found and asdict(found)
+        report = report.with_fields(
+            source=self.model if isinstance(self.model, str) else None,
+            followed_plan=_followed(recipe, self.plan, program),
+            notes=notes,
+            estimate=found and EstimateReport(**asdict(found)),
+        )
         if output is not None:
-            self._write(output, program, held, recipe, target, report, dump, timer, started)
+            report = self._write(output, program, held, recipe, target, report, dump, timer, started)
             forget_rejected(output)
             return CompileResult(Bundle.open(output, check=False), report, program.text)
         return CompileResult(None, report, program.text)
@@ -231,12 +232,12 @@ class _Compilation:
         held: tuple[LoadedModel, Program] | None,
         recipe: Recipe,
         target: Target,
-        report: dict[str, Any],
+        report: CompileReport,
         dump: Dump,
         timer: Timer,
         started: float,
-    ) -> None:
-        """Export, check and judge the program, and write the bundle.
+    ) -> CompileReport:
+        """Export, check and judge the program, write the bundle, and return its report.
 
         Raises:
             VerificationError: see `compile_model`.
@@ -247,27 +248,31 @@ class _Compilation:
             return held or _loaded_again(self.model, recipe, program, self.progress, timer)
 
         edges, original = _admitted_edges(origin, recipe, program, self.progress, timer)
-        report["cached_edges"] = edges
         gc.collect()  # with what was measured goes the model
 
-        def fill(folder: Path) -> None:
-            """Write all of a bundle but its graphs and weights."""
+        def fill(folder: Path) -> CompileReport:
+            """Write all of a bundle but its graphs and weights, and return its report."""
             self.progress.stage("write")
-            report["seconds"] = round(time.perf_counter() - started, 2)
-            report["stages"] = {name: round(seconds, 3) for name, seconds in timer.stages.items()}
-            _write(folder, program, recipe, report, dump)
+            whole = report.with_fields(
+                cached_edges=edges,
+                checks=tuple(CheckReport(**asdict(check)) for check in checks),
+                gate=verdicts,
+                seconds=round(time.perf_counter() - started, 2),
+                stages={name: round(seconds, 3) for name, seconds in timer.stages.items()},
+            )
+            _write(folder, program, recipe, whole, dump)
+            return whole
 
         made = {"model": program.facts[ModelSpec].name, "target": target.name, "precision": precision_of(program.facts)}
         with writing(output, **made, overrides=overrides(edges), force=self.force) as folder:
             checks = _export(program, folder, target, self.progress, timer)
-            report["checks"] = [asdict(check) for check in checks]
+            verdicts: tuple[Verdict, ...] = ()
             if any(check.failed for check in checks):
                 raise reject(checks, folder, output, fill, **made)
             if recipe.conditions is not None and original is not None:
                 with timer.stage("gate"):
                     verdicts = admit_quality(recipe.conditions, *original, program, folder, target, self.progress)
-                report["gate"] = [asdict(verdict) for verdict in verdicts]
-            fill(folder)
+            return fill(folder)
 
 
 def _left_alone(program: Program, sites: Iterable[Site]) -> str:
@@ -296,29 +301,29 @@ def following(recipe: Recipe, plan: PlanFile | None) -> Recipe:
     return recipe.override(cache=schedule)
 
 
-def _followed(recipe: Recipe, plan: PlanFile | None, program: Program) -> dict[str, Any] | None:
+def _followed(recipe: Recipe, plan: PlanFile | None, program: Program) -> FollowedPlan | None:
     """What became of a schedule that was given, and what it does to the final latents (see `Rehearsed`)."""
     if recipe.followed is None:
         return None
     schedule, steps = TimedSchedule.parse(recipe.followed), program.facts[StepPlan]
     rehearsed = program.facts.get(Rehearsed)
-    return {
-        "source": plan.describe() if plan else f"{len(schedule.timesteps)} steps",
-        "schedule": schedule.text,
-        "is_retargeted": schedule.timesteps != steps.timesteps,
-        "other_guidance": plan is not None and plan.guidance not in (None, steps.fingerprint.guidance),
-        "computing": steps.modes.count(None),
-        "error": rehearsed.error if rehearsed else None,
-        "even_error": rehearsed.even_error if rehearsed else None,
-    }
+    return FollowedPlan(
+        source=plan.describe() if plan else f"{len(schedule.timesteps)} steps",
+        schedule=schedule.text,
+        is_retargeted=schedule.timesteps != steps.timesteps,
+        other_guidance=plan is not None and plan.guidance not in (None, steps.fingerprint.guidance),
+        computing=steps.modes.count(None),
+        error=rehearsed.error if rehearsed else None,
+        even_error=rehearsed.even_error if rehearsed else None,
+    )
 
 
-def _write(folder: Path, program: Program, recipe: Recipe, report: dict[str, Any], dump: Dump) -> None:
+def _write(folder: Path, program: Program, recipe: Recipe, report: CompileReport, dump: Dump) -> None:
     """Write all of a bundle but its graphs and weights."""
     dump.write(folder / "ir")
     write_plan(folder, program.facts[ModelSpec], program.facts[StepPlan], program.interfaces)
     (folder / "recipe.lock.toml").write_text(recipe.to_toml(), "utf-8")
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    (folder / REPORT).write_text(report.model_dump_json(indent=2) + "\n", "utf-8")
 
 
 def verify_bundle(bundle: Bundle, progress: Progress | None = None, target: str | None = None) -> tuple[Check, ...]:
@@ -390,12 +395,12 @@ def _admitted_edges(
     program: Program,
     progress: Progress,
     timer: Timer,
-) -> tuple[list[Any], tuple[LoadedModel, Program] | None]:
+) -> tuple[tuple[EdgeReport, ...], tuple[LoadedModel, Program] | None]:
     """What `admit_edges` measured, and the model again where a gate will judge by it."""
     judges = recipe.conditions is not None
     has_edges = is_quantized(program) and len(program.facts[StepPlan].variants) > 1
     if not judges and not has_edges:
-        return [], None
+        return (), None
     loaded, captured = origin()
     with timer.stage("cached edges"):
         edges = admit_edges(
@@ -442,13 +447,14 @@ def _prefix(pipeline: Pipeline, stop_after: str | None, dry_run: bool) -> Pipeli
 
 
 def _parts(pipeline: Pipeline) -> tuple[Pipeline, ...]:
-    """A pipeline, with equalize apart where it comes first.
+    """Return a pipeline in parts, cut after the pass that equalizes.
 
     What starts from its result does not hold the weights that it replaced; and it is the captured model as well to
     those passes that compare with what they started from.
     """
-    first, rest = pipeline.passes[:1], pipeline.passes[1:]
-    return (Pipeline(first), Pipeline(rest)) if first and first[0].name == EQUALIZING else (pipeline,)
+    ends = (index + 1 for index, pass_ in enumerate(pipeline) if Equalization in pass_.provides)
+    end = next(ends, len(pipeline.passes))
+    return tuple(Pipeline(part) for part in (pipeline.passes[:end], pipeline.passes[end:]) if part)
 
 
 def _reproducer_folder(output: Path | None) -> Path:

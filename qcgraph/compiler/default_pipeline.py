@@ -63,11 +63,12 @@ def _passes(recipe: Recipe, target: Target) -> Iterator[Pass]:
     if quantized and recipe.quantization.equalize and not recipe.is_float8:
         # Before there are variants: it changes the constants that all of them will share.
         yield _pass(
-            "equalize",
+            "plan-equalization",
             weight_bits=round(recipe.bit_budget or recipe.weight_bits),
             activation_bits=round(recipe.bit_budget or recipe.activation_bits),
             **_sampling(recipe),
         )
+        yield _pass("equalize")
     if recipe.is_cached:
         # Before calibration: ranges and errors are only worth observing on the steps, and in the graphs, that will run.
         yield from _caching(recipe, quantized=quantized)
@@ -103,7 +104,8 @@ def _reduced(recipe: Recipe, target: Target) -> Iterator[Pass]:
     if dtype != "float32":
         asked = _sampling(recipe)
         counts = {"samples": asked["trajectories"]} if "trajectories" in asked else {}
-        yield _pass("reduce-precision", dtype=dtype, seed=asked["seed"], **counts)
+        yield _pass("plan-precision", dtype=dtype, seed=asked["seed"], **counts)
+        yield _pass("reduce-precision")
 
 
 def _calibrate(recipe: Recipe, *, quantized: bool) -> Pass:

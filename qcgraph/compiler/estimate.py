@@ -10,7 +10,7 @@ import numpy as np
 
 from qcgraph.benchmark.machine import resident_bytes
 from qcgraph.export.targets import Target
-from qcgraph.facts import Precision
+from qcgraph.facts import ComputeType
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import Site, macs_by_variant, weight_names
@@ -72,7 +72,7 @@ def estimate(
     weights = captured.constant_bytes
     chosen = set(weight_names(captured.variants[captured.computing], planned).values())
     codes = sum(constant.numel() for name, constant in captured.constants.items() if name in chosen)
-    is_reduced = any(Precision in pass_.provides for pass_ in pipeline)
+    is_reduced = any(ComputeType in pass_.provides for pass_ in pipeline)
     numbers = (weights - codes * FLOAT_BYTES) // (2 if is_reduced else 1)
     return Estimate(
         seconds=elapsed + forwards * seconds_per_forward(captured) + EXPORT_SECONDS * sum(nodes),

@@ -24,7 +24,7 @@ def reject(
     checks: Sequence[Check],
     folder: Path,
     output: Path,
-    fill: Callable[[Path], None],
+    fill: Callable[[Path], object],
     *,
     model: str,
     target: str,

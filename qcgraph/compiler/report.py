@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
+from qcgraph.bundle.report import CompileReport, PassReport, RangeChange, VariantReport
 from qcgraph.compiler.cache_report import cache_report
 from qcgraph.export.targets import Target
 from qcgraph.facts import AttentionPlan, Compensation, QuantPlan, Ranges
@@ -24,52 +24,52 @@ def compile_report(
     target: Target,
     pipeline: Pipeline,
     seconds: Sequence[float],
-) -> dict[str, Any]:
-    """The summary of a compilation, as JSON data.
+) -> CompileReport:
+    """Return the summary of a compilation as far as its program tells it.
 
     Args:
-        sites: those of the model.
-        program: what came of it.
-        recipe: what was asked for.
-        target: what it is for.
-        pipeline: what the recipe stands for.
-        seconds: of every pass that ran.
+        sites: the sites of the model.
+        program: the compiled program.
+        recipe: the resolved recipe.
+        target: what the program is compiled for.
+        pipeline: the passes that the recipe stands for.
+        seconds: the seconds of every pass that ran.
     """
     plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
     macs = macs_by_variant(program.variants)
     quantized, attention = program.facts.get(QuantPlan), program.facts.get(AttentionPlan)
     compensation = program.facts.get(Compensation)
-    return {
-        "model": spec.name,
-        "target": target.name,
-        "recipe": recipe.model_dump(),
-        "plan": plan.describe(),
-        "pipeline": pipeline.text,
-        "variants": {name: {"steps": plan.uses(name), "macs": macs[name]} for name in program.variants},
-        "mac_ratio": sum(macs[name] * plan.uses(name) for name in macs) / (total_macs(sites) * len(plan)),
-        "cache": cache_report(program.facts),
-        "timestep_groups": plan.group_count,
-        "planned_sites": len(quantizable(sites)) if recipe.is_quantized else 0,
-        "quantized_sites": len(quantized.sites) if quantized else 0,
-        "quantized_attentions": len(attention.sites) if attention else 0,
-        "linear_sites": sum(site.kind == "linear" for site in sites),
-        "cached_range_change": _range_change(program),
-        "largest_variance_drift": round(compensation.largest_drift, 5) if compensation else None,
-        "passes": [
-            asdict(record) | {"seconds": round(taken, 3)}
+    return CompileReport(
+        model=spec.name,
+        target=target.name,
+        recipe=recipe,
+        plan=plan.describe(),
+        pipeline=pipeline.text,
+        variants={name: VariantReport(steps=plan.uses(name), macs=macs[name]) for name in program.variants},
+        mac_ratio=sum(macs[name] * plan.uses(name) for name in macs) / (total_macs(sites) * len(plan)),
+        cache=cache_report(program.facts),
+        timestep_groups=plan.group_count,
+        planned_sites=len(quantizable(sites)) if recipe.is_quantized else 0,
+        quantized_sites=len(quantized.sites) if quantized else 0,
+        quantized_attentions=len(attention.sites) if attention else 0,
+        linear_sites=sum(site.kind == "linear" for site in sites),
+        cached_range_change=_range_change(program),
+        largest_variance_drift=round(compensation.largest_drift, 5) if compensation else None,
+        passes=tuple(
+            PassReport(**asdict(record), seconds=round(taken, 3))
             for record, taken in zip(program.history, seconds, strict=True)
-        ],
-    }
+        ),
+    )
 
 
-def _range_change(program: Program) -> dict[str, Any] | None:
-    """The site whose range caching changes most, at the steps that compute: what calibrating without it would miss."""
+def _range_change(program: Program) -> RangeChange | None:
+    """Return the site whose range caching changes most, at the steps that compute."""
     ranges = program.facts.get(Ranges)
     sites = [site for site, found in ranges.planned.items() if found.is_finite] if ranges else []
     if ranges is None or not sites:
         return None
     site = max(sites, key=ranges.change)
-    return {"site": site, "relative": round(ranges.change(site), 4)}
+    return RangeChange(site=site, relative=round(ranges.change(site), 4))
 
 
 def quantizable(sites: Sequence[Site]) -> list[Site]:

@@ -7,14 +7,14 @@ survive a JSON round trip exactly (see `encode` and `decode`).
 from qcgraph.facts.caching import NO_BLOCK, CachedValue, CachePlan, ForecastFit, ForecastStep, Rehearsed, SchedulePlan
 from qcgraph.facts.calibration import CalibrationSet, Ranges, Reference, SiteRange
 from qcgraph.facts.compensation import Compensation
-from qcgraph.facts.precision import Precision
+from qcgraph.facts.equalization import Equalization, EqualizationPlan, EqualizedActivation
+from qcgraph.facts.precision import ComputeType, Precision
 from qcgraph.facts.quantization import (
     FLOAT8,
     LARGEST_FLOAT8,
     ActivationQuant,
     AttentionPlan,
     AttentionQuant,
-    Equalization,
     QuantPlan,
     RegionQuant,
     Requantization,
@@ -27,7 +27,7 @@ from qcgraph.facts.quantization import (
     WeightSources,
     codes,
 )
-from qcgraph.facts.store import FACT_TYPES, Facts, decode, encode, precision_of
+from qcgraph.facts.store import FACT_TYPES, Fact, Facts, decode, encode, precision_of
 
 __all__ = [
     "FACT_TYPES",
@@ -41,7 +41,11 @@ __all__ = [
     "CachedValue",
     "CalibrationSet",
     "Compensation",
+    "ComputeType",
     "Equalization",
+    "EqualizationPlan",
+    "EqualizedActivation",
+    "Fact",
     "Facts",
     "ForecastFit",
     "ForecastStep",

@@ -53,6 +53,14 @@ class CachePlan:
     history: int
     draft: tuple[str | None, ...]
 
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it."""
+        lines = [f"cache {value.name}: {value}" for value in self.values]
+        lines += [f"mode {name}: reuses {', '.join(values)}" for name, values in self.modes.items()]
+        if self.values and self.history > 1:
+            lines.append(f"  of each the last {self.history} computed are kept")
+        return lines
+
 
 @dataclass(frozen=True)
 class SchedulePlan:
@@ -60,19 +68,23 @@ class SchedulePlan:
 
     Attributes:
         strategy: ``joint`` or ``dps``.
-        costs: what one run of each variant costs: milliseconds where measured, else multiply-accumulates.
-        measured: whether costs are measured on the target.
+        measured: whether costs are milliseconds measured on the target; else they are multiply-accumulates.
         spent: cost of sampling relative to computing every step.
         expected_error: mean squared error of the final latent that the measured errors of skipped steps add up to.
         rehearsed_error: the same, of trajectories sampled under this schedule.
     """
 
     strategy: str
-    costs: dict[str, float]
     measured: bool
     spent: float
     expected_error: float | None
     rehearsed_error: float | None
+
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it."""
+        unit = "measured" if self.measured else "multiply-accumulates"
+        line = f"schedule {self.strategy}: {self.spent:.1%} of computing every step ({unit})"
+        return [line if self.rehearsed_error is None else f"{line}, mean squared error {self.rehearsed_error:.2g}"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,11 @@ class Rehearsed:
     error: float
     even_error: float
     trajectories: int
+
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it."""
+        errors = f"mean squared error {self.error:.3g}, of even steps {self.even_error:.3g}"
+        return [f"rehearsal {errors}, {self.trajectories} trajectories"]
 
 
 @dataclass(frozen=True)
@@ -118,3 +135,11 @@ class ForecastFit:
 
     kind: str
     steps: tuple[ForecastStep, ...]
+
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it."""
+        if not self.steps:
+            return [f"forecast {self.kind} at no step"]
+        reuse, errors = ([getattr(step, name) for step in self.steps] for name in ("reuse", "forecast"))
+        worst = f"error up to {max(errors):.1%} where reuse has {max(reuse):.1%}"
+        return [f"forecast {self.kind} at {len({step.step for step in self.steps})} steps, {worst}"]

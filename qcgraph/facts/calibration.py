@@ -64,6 +64,10 @@ class Ranges:
         planned = zip(self.planned[site].steps, self.planned[site].widths, strict=True)
         return max(abs(width - full[step]) / full[step] if full[step] > 0 else 0.0 for step, width in planned)
 
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it."""
+        return [f"ranges of {len(self.planned)} sites at {len(self.steps)} steps, {self.trajectories} trajectories"]
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -80,6 +84,10 @@ class Reference:
     deviations: tuple[tuple[float, ...], ...]
     seed: int
     trajectories: int
+
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it."""
+        return [f"reference latent statistics at {len(self.means)} steps, {self.trajectories} trajectories"]
 
 
 @dataclass(frozen=True)
@@ -99,3 +107,7 @@ class CalibrationSet:
     steps: tuple[int, ...]
     conditions: dict[str, tuple[int | float, ...]]
     latents: str
+
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it."""
+        return [f"calibration set {len(self.steps)} of {self.pool} latents, selected by {self.method}"]

@@ -13,16 +13,17 @@ class Compensation:
         gains: K per step and channel.
         means: mu per step and channel.
         clamped: how many gains were clamped.
-        drifts: per step and channel, the standard deviation that the compiled denoiser reached over the one that would
-            need no correction, all earlier steps corrected.
+        largest_drift: the largest distance from 1, over steps and channels, of the standard deviation that the compiled
+            denoiser reached over the one that would need no correction, all earlier steps corrected.
     """
 
     gains: tuple[tuple[float, ...], ...]
     means: tuple[tuple[float, ...], ...]
     clamped: int
-    drifts: tuple[tuple[float, ...], ...]
+    largest_drift: float
 
-    @property
-    def largest_drift(self) -> float:
-        """How far a drift is from 1 at most."""
-        return max(abs(drift - 1) for row in self.drifts for drift in row)
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it."""
+        gains = [gain for row in self.gains for gain in row]
+        bounds = f"{min(gains):.4f} .. {max(gains):.4f}"
+        return [f"compensation gains {bounds} over {len(self.gains)} steps, {self.clamped} clamped"]

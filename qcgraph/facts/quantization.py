@@ -9,19 +9,6 @@ LARGEST_FLOAT8 = 448
 
 
 @dataclass(frozen=True)
-class Equalization:
-    """What the channels of activations were divided by, so that they share a range.
-
-    Attributes:
-        inputs: per site (by name), the factors of what enters it, with which its weight was multiplied.
-        outputs: the factors by which the rows of a site were divided, where its result makes such an activation.
-    """
-
-    inputs: dict[str, tuple[float, ...]]
-    outputs: dict[str, tuple[float, ...]]
-
-
-@dataclass(frozen=True)
 class TimestepGroups:
     """Groups of neighbouring steps that share activation scales.
 
@@ -30,6 +17,11 @@ class TimestepGroups:
     """
 
     lower_timesteps: tuple[float, ...]
+
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it."""
+        bounds = ", ".join(f"{value:g}" for value in self.lower_timesteps)
+        return [f"timestep groups {len(self.lower_timesteps)}, down to timestep {bounds}"]
 
 
 def codes(bits: int, *, symmetric: bool) -> tuple[int, int]:
@@ -67,6 +59,19 @@ class ActivationQuant:
         low, high = codes(self.bits[group], symmetric=self.dtype == "int8")
         return replace(self, low=low, high=high, bits=())
 
+    def describe(self) -> str:
+        """Return one line: the codes and the scales."""
+        low, high = min(self.scales), max(self.scales)
+        scales = f"scales {low:.4g} .. {high:.4g} over {len(self.scales)} groups"
+        if low == high:
+            scales = f"scale {low:.4g}"
+        codes = f"{self.dtype} codes {self.low}..{self.high}"
+        if self.shift:
+            codes += f" in two regions, above zero steps of {2**self.shift}"
+        if self.bits:
+            codes += f", bits {' '.join(map(str, self.bits))}"
+        return f"{codes}, {scales}"
+
 
 @dataclass(frozen=True)
 class WeightQuant:
@@ -88,6 +93,11 @@ class SiteQuant:
     activation: ActivationQuant
     weight: WeightQuant
 
+    def describe(self) -> str:
+        """Return one line: the codes and scales of the activation, the codes of the weight."""
+        weight = f"weight codes -{self.weight.high}..{self.weight.high} per channel"
+        return f"activation {self.activation.describe()}; {weight}"
+
 
 @dataclass(frozen=True)
 class QuantPlan:
@@ -99,6 +109,10 @@ class QuantPlan:
     def floating(self) -> tuple[str, ...]:
         """The sites that are planned to be 8-bit floating point."""
         return tuple(name for name, site in self.sites.items() if FLOAT8 in (site.weight.dtype, site.activation.dtype))
+
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it."""
+        return [f"quant {name}: {site.describe()}" for name, site in self.sites.items()]
 
 
 @dataclass(frozen=True)
@@ -123,11 +137,9 @@ class RoundedWeights:
     """The codes of weights that were chosen, which the program holds until they are inserted.
 
     Attributes:
-        method: how they were chosen, ``feedback`` or ``search``.
         sites: per site (by name), its codes; None where none could be chosen, and the nearest ones are to be taken.
     """
 
-    method: str
     sites: dict[str, RoundedWeight | None]
 
     @property
@@ -135,12 +147,20 @@ class RoundedWeights:
         """The constants that a program must hold for this fact."""
         return tuple(name for found in self.sites.values() if found for name in (found.codes, found.scale))
 
+    def lines(self) -> list[str]:
+        """Return no line: the codes show once they are inserted."""
+        return []
+
 
 @dataclass(frozen=True)
 class WeightSources:
     """Per quantized site (by name), the constant of the captured model that its weight codes were made from."""
 
     sites: dict[str, str]
+
+    def lines(self) -> list[str]:
+        """Return no line: the graphs name the codes after their weights."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -159,6 +179,12 @@ class RegionQuant:
     levels: int
     dtype: str
     planes: int
+
+    def describe(self) -> str:
+        """Return one line: the codes and where the regions meet."""
+        splits = " ".join(f"{split:g}" for split in self.splits)
+        products = "two products" if self.planes > 1 else "one tensor"
+        return f"{self.dtype} codes 0..{self.levels} in two regions, split at {splits}, {products}"
 
 
 @dataclass(frozen=True)
@@ -182,12 +208,20 @@ class AttentionQuant:
         """The codes of each operand, by name."""
         return {"query": self.query, "key": self.key, "probabilities": self.probabilities, "value": self.value}
 
+    def describe(self) -> str:
+        """Return one line: the codes and scales of every operand."""
+        return "; ".join(f"{name} {quant.describe()}" for name, quant in self.operands.items())
+
 
 @dataclass(frozen=True)
 class AttentionPlan:
     """Per attention (by name), how its products are quantized; one that is not here stays in floating point."""
 
     sites: dict[str, AttentionQuant]
+
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it."""
+        return [f"quant {name}: {site.describe()}" for name, site in self.sites.items()]
 
 
 @dataclass(frozen=True)
@@ -203,3 +237,9 @@ class Requantization:
     """Per site (by name), the correction that is folded into its weight's scales and its bias."""
 
     sites: dict[str, SiteCorrection]
+
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it."""
+        gains = [gain for site in self.sites.values() for gain in site.gains]
+        bounds = f"gains {min(gains, default=1):.4f} .. {max(gains, default=1):.4f}"
+        return [f"requantization of {len(self.sites)} sites, {bounds}"] if gains else []

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from qcgraph.errors import QcgraphError
 from qcgraph.facts.caching import CachePlan, ForecastFit, Rehearsed, SchedulePlan
 from qcgraph.facts.calibration import CalibrationSet, Ranges, Reference
 from qcgraph.facts.compensation import Compensation
-from qcgraph.facts.precision import Precision
+from qcgraph.facts.equalization import Equalization, EqualizationPlan
+from qcgraph.facts.precision import ComputeType, Precision
 from qcgraph.facts.quantization import (
     AttentionPlan,
-    Equalization,
     QuantPlan,
     Requantization,
     RoundedWeights,
@@ -24,14 +24,27 @@ from qcgraph.facts.quantization import (
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 
-Fact = TypeVar("Fact")
+Data = TypeVar("Data")  # any plain dataclass
 
-FACT_TYPES: tuple[type, ...] = (
+
+class Fact(Protocol):
+    """What passes leave for each other: a frozen dataclass of numbers, strings and tuples, and the text of it."""
+
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it; none where the graphs show it."""
+        ...
+
+
+Kind = TypeVar("Kind", bound=Fact)
+
+# Every fact that programs can hold, in the order in which their text shows them.
+FACT_TYPES: tuple[type[Fact], ...] = (
     ModelSpec,
     StepPlan,
     CachePlan,
     SchedulePlan,
     Rehearsed,
+    EqualizationPlan,
     Equalization,
     Ranges,
     Reference,
@@ -45,29 +58,33 @@ FACT_TYPES: tuple[type, ...] = (
     ForecastFit,
     Compensation,
     Precision,
+    ComputeType,
 )
 
 
 class Facts:
     """An immutable set of facts, at most one of each type, keyed by the type."""
 
-    def __init__(self, facts: Iterable[object] = ()) -> None:
-        self._facts: dict[type, object] = {type(fact): fact for fact in facts}
+    def __init__(self, facts: Iterable[Fact] = ()) -> None:
+        self._facts: dict[type, Fact] = {type(fact): fact for fact in facts}
+
+    def __iter__(self) -> Iterator[Fact]:
+        return (self._facts[kind] for kind in FACT_TYPES if kind in self._facts)
 
     def __contains__(self, kind: type) -> bool:
         return kind in self._facts
 
-    def get(self, kind: type[Fact]) -> Fact | None:
+    def get(self, kind: type[Kind]) -> Kind | None:
         """The fact of this type, or None."""
-        return cast("Fact | None", self._facts.get(kind))
+        return cast("Kind | None", self._facts.get(kind))
 
-    def __getitem__(self, kind: type[Fact]) -> Fact:
+    def __getitem__(self, kind: type[Kind]) -> Kind:
         fact = self.get(kind)
         if fact is None:
             raise QcgraphError(f"the program holds no {kind.__name__}", hint="run the pass that provides it before")
         return fact
 
-    def with_(self, *facts: object) -> Facts:
+    def with_(self, *facts: Fact) -> Facts:
         """These facts and the given ones, which replace those of the same type."""
         return Facts([*self._facts.values(), *facts])
 
@@ -96,8 +113,8 @@ class Facts:
 
 def precision_of(facts: Facts) -> str:
     """The floating-point type of what is not quantized, ``f32`` unless it was reduced."""
-    precision = facts.get(Precision)
-    return precision.dtype if precision else "f32"
+    computed = facts.get(ComputeType)
+    return computed.dtype if computed else "f32"
 
 
 def encode(fact: Any) -> Any:
@@ -105,9 +122,9 @@ def encode(fact: Any) -> Any:
     return asdict(fact)
 
 
-def decode(kind: type[Fact], data: Any) -> Fact:
+def decode(kind: type[Data], data: Any) -> Data:
     """A dataclass from JSON data; raises pydantic's ValidationError on data of another shape."""
-    return cast(Fact, _adapter(cast(Any, kind)).validate_python(data))
+    return cast(Data, _adapter(cast(Any, kind)).validate_python(data))
 
 
 @cache

@@ -12,36 +12,14 @@ The text is what `--print-after`, `inspect`, `diff` and the golden tests show, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-from qcgraph.facts import (
-    ActivationQuant,
-    AttentionPlan,
-    AttentionQuant,
-    CachePlan,
-    CalibrationSet,
-    Compensation,
-    Equalization,
-    Facts,
-    ForecastFit,
-    Precision,
-    QuantPlan,
-    Ranges,
-    Reference,
-    RegionQuant,
-    Rehearsed,
-    Requantization,
-    SchedulePlan,
-    SiteQuant,
-    TimestepGroups,
-)
+from qcgraph.facts import Facts
 from qcgraph.ir.graph import DTYPE_NAMES, Origin, Variant, module_path, returned_nodes, spec_of
-from qcgraph.plan.spec import ModelSpec
-from qcgraph.plan.steps import StepPlan
 
 
 def print_program(facts: Facts, variants: Mapping[str, Variant]) -> str:
@@ -50,9 +28,8 @@ def print_program(facts: Facts, variants: Mapping[str, Variant]) -> str:
 
 
 def print_facts(facts: Facts) -> str:
-    """Facts, a few lines each."""
-    lines = [line for kind, show in _FACT_LINES for line in _lines_of(facts, kind, show)]
-    return "\n".join([*lines, ""])
+    """Facts, a few lines each: see `qcgraph.facts.Fact`."""
+    return "\n".join([*(line for fact in facts for line in fact.lines()), ""])
 
 
 def print_variant(name: str, variant: Variant) -> str:
@@ -110,152 +87,3 @@ def _type(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"({', '.join(_type(item) for item in value)})"
     return "int" if isinstance(value, (int, torch.SymInt)) else type(value).__name__
-
-
-def _lines_of(facts: Facts, kind: type, show: Callable[[Any], list[str]]) -> list[str]:
-    fact = facts.get(kind)
-    return [] if fact is None else show(fact)
-
-
-def _model(spec: ModelSpec) -> list[str]:
-    shape = "x".join(map(str, spec.latent_shape))
-    return [f"model {spec.name}: latent {shape}, {spec.conditions_text}, predicts {spec.schedule.prediction}"]
-
-
-def _steps(plan: StepPlan) -> list[str]:
-    lines = [f"steps {plan.describe()}, timesteps {plan.timesteps[0]:g} .. {plan.timesteps[-1]:g}"]
-    if len(plan.variants) > 1:
-        lines.append(f"  variants {plan.schedule()}")
-    if plan.group_count > 1:
-        lines.append(f"  groups   {' '.join(str(step.group) for step in plan.steps)}")
-    return lines
-
-
-def _cache(plan: CachePlan) -> list[str]:
-    lines = [f"cache {value.name}: {value}" for value in plan.values]
-    lines += [f"mode {name}: reuses {', '.join(values)}" for name, values in plan.modes.items()]
-    if plan.values and plan.history > 1:
-        lines.append(f"  of each the last {plan.history} computed are kept")
-    return lines
-
-
-def _schedule(plan: SchedulePlan) -> list[str]:
-    unit = "measured" if plan.measured else "multiply-accumulates"
-    line = f"schedule {plan.strategy}: {plan.spent:.1%} of computing every step ({unit})"
-    return [line if plan.rehearsed_error is None else f"{line}, mean squared error {plan.rehearsed_error:.2g}"]
-
-
-def _rehearsed(fact: Rehearsed) -> list[str]:
-    errors = f"mean squared error {fact.error:.3g}, of even steps {fact.even_error:.3g}"
-    return [f"rehearsal {errors}, {fact.trajectories} trajectories"]
-
-
-def _ranges(ranges: Ranges) -> list[str]:
-    return [f"ranges of {len(ranges.planned)} sites at {len(ranges.steps)} steps, {ranges.trajectories} trajectories"]
-
-
-def _reference(reference: Reference) -> list[str]:
-    return [f"reference latent statistics at {len(reference.means)} steps, {reference.trajectories} trajectories"]
-
-
-def _equalization(fact: Equalization) -> list[str]:
-    factors = [factor for site in fact.inputs.values() for factor in site]
-    return (
-        [f"equalization of {len(fact.inputs)} sites, factors {min(factors):.3g} .. {max(factors):.3g}"]
-        if factors
-        else []
-    )
-
-
-def _calibration_set(fact: CalibrationSet) -> list[str]:
-    return [f"calibration set {len(fact.steps)} of {fact.pool} latents, selected by {fact.method}"]
-
-
-def _groups(groups: TimestepGroups) -> list[str]:
-    bounds = ", ".join(f"{value:g}" for value in groups.lower_timesteps)
-    return [f"timestep groups {len(groups.lower_timesteps)}, down to timestep {bounds}"]
-
-
-def _quant(plan: QuantPlan) -> list[str]:
-    return [f"quant {name}: {describe_site(site)}" for name, site in plan.sites.items()]
-
-
-def describe_site(site: SiteQuant) -> str:
-    """One line: the codes and scales of a site."""
-    return f"activation {_codes(site.activation)}; weight codes -{site.weight.high}..{site.weight.high} per channel"
-
-
-def _codes(activation: ActivationQuant) -> str:
-    low, high = min(activation.scales), max(activation.scales)
-    scales = (
-        f"scale {low:.4g}" if low == high else f"scales {low:.4g} .. {high:.4g} over {len(activation.scales)} groups"
-    )
-    codes = f"{activation.dtype} codes {activation.low}..{activation.high}"
-    if activation.shift:
-        codes += f" in two regions, above zero steps of {2**activation.shift}"
-    if activation.bits:
-        codes += f", bits {' '.join(map(str, activation.bits))}"
-    return f"{codes}, {scales}"
-
-
-def _attention(plan: AttentionPlan) -> list[str]:
-    return [f"quant {name}: {describe_attention(site)}" for name, site in plan.sites.items()]
-
-
-def describe_attention(site: AttentionQuant) -> str:
-    """One line: the codes and scales of the products of an attention."""
-    texts = (
-        f"{name} {_regions(quant) if isinstance(quant, RegionQuant) else _codes(quant)}"
-        for name, quant in site.operands.items()
-    )
-    return "; ".join(texts)
-
-
-def _regions(quant: RegionQuant) -> str:
-    splits = " ".join(f"{split:g}" for split in quant.splits)
-    products = "two products" if quant.planes > 1 else "one tensor"
-    return f"{quant.dtype} codes 0..{quant.levels} in two regions, split at {splits}, {products}"
-
-
-def _requantization(fact: Requantization) -> list[str]:
-    gains = [gain for site in fact.sites.values() for gain in site.gains]
-    return [f"requantization of {len(fact.sites)} sites, gains {min(gains):.4f} .. {max(gains):.4f}"] if gains else []
-
-
-def _forecast(fact: ForecastFit) -> list[str]:
-    if not fact.steps:
-        return [f"forecast {fact.kind} at no step"]
-    reuse, errors = ([getattr(step, name) for step in fact.steps] for name in ("reuse", "forecast"))
-    worst = f"error up to {max(errors):.1%} where reuse has {max(reuse):.1%}"
-    return [f"forecast {fact.kind} at {len({step.step for step in fact.steps})} steps, {worst}"]
-
-
-def _compensation(fact: Compensation) -> list[str]:
-    gains = [gain for row in fact.gains for gain in row]
-    return [
-        f"compensation gains {min(gains):.4f} .. {max(gains):.4f} over {len(fact.gains)} steps, {fact.clamped} clamped"
-    ]
-
-
-def _precision(fact: Precision) -> list[str]:
-    return [f"computed in {fact.dtype}, values up to {fact.largest:.3g}"]
-
-
-_FACT_LINES: tuple[tuple[type, Callable[[Any], list[str]]], ...] = (
-    (ModelSpec, _model),
-    (StepPlan, _steps),
-    (CachePlan, _cache),
-    (SchedulePlan, _schedule),
-    (Rehearsed, _rehearsed),
-    (Equalization, _equalization),
-    (Ranges, _ranges),
-    (Reference, _reference),
-    (CalibrationSet, _calibration_set),
-    (TimestepGroups, _groups),
-    (QuantPlan, _quant),
-    (Requantization, _requantization),
-    (AttentionPlan, _attention),
-    (ForecastFit, _forecast),
-    (Compensation, _compensation),
-    (Precision, _precision),
-)

@@ -11,7 +11,7 @@ from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qcgraph.errors import ContractError
-from qcgraph.facts import Facts
+from qcgraph.facts import Fact, Facts
 from qcgraph.ir.graph import Variant
 from qcgraph.ir.printer import print_program
 from qcgraph.plan.spec import Interface
@@ -56,7 +56,7 @@ class Program:
         """Inputs and outputs of every variant, by its name."""
         return {name: variant.interface for name, variant in self.variants.items()}
 
-    def with_facts(self, *facts: object) -> Program:
+    def with_facts(self, *facts: Fact) -> Program:
         """This program with these facts added or replaced."""
         return replace(self, facts=self.facts.with_(*facts))
 

@@ -8,8 +8,6 @@ from qcgraph.errors import UsageError
 from qcgraph.ir.program import Program
 from qcgraph.models import CodeError, LoadedModel, load_model
 
-SOURCE = "source"  # the field of the report that holds what was typed where the model was asked for
-
 
 def find_model(bundle: Bundle, name: str | None = None) -> LoadedModel:
     """Load the model that a bundle was compiled from.
@@ -68,5 +66,5 @@ def captured_origin(bundle: Bundle, model: LoadedModel) -> Program:
 
 def _recorded_source(bundle: Bundle) -> str:
     """Return what was typed when the bundle was compiled; the model's own name where it came as an object."""
-    source = bundle.report.get(SOURCE)
-    return source if isinstance(source, str) else bundle.spec.name
+    report = bundle.report
+    return report.source if report and report.source is not None else bundle.spec.name

@@ -207,6 +207,15 @@ class ModelSpec:
         texts = [f"{item.name} {item.tensor}" for item in self.conditions]
         return f"conditions {', '.join(texts)}" if texts else "no conditions"
 
+    def describe(self) -> str:
+        """Return one line: name, latent, conditions and what the network predicts."""
+        shape = "x".join(map(str, self.latent_shape))
+        return f"{self.name}: latent {shape}, {self.conditions_text}, predicts {self.schedule.prediction}"
+
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it."""
+        return [f"model {self.describe()}"]
+
     @property
     def is_guided(self) -> bool:
         """Whether classifier-free guidance has an unconditional half: some condition has a null value."""

@@ -250,6 +250,15 @@ class StepPlan:
         mark = self.fingerprint
         return f"{mark.scheduler}, {mark.steps} steps, guidance {mark.guidance:g}"
 
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it."""
+        lines = [f"steps {self.describe()}, timesteps {self.timesteps[0]:g} .. {self.timesteps[-1]:g}"]
+        if len(self.variants) > 1:
+            lines.append(f"  variants {self.schedule()}")
+        if self.group_count > 1:
+            lines.append(f"  groups   {' '.join(str(step.group) for step in self.steps)}")
+        return lines
+
 
 def _number_text(value: object) -> str:
     """A number as people write it, and whatever else it may be as an error quotes it."""

@@ -602,6 +602,8 @@ DEEP = '{"schema_version": 2, "qcgraph": "1", "files": ' + '{"a": ' * 100000
         ("plan.json", "null"),
         ("plan.json", '{"format": 1e400}'),
         ("report.json", "[]"),
+        ("report.json", '{"schema_version": true}'),
+        ("report.json", '{"schema_version": 1, "model": 7}'),
         ("report.json", '{"source": ' * 5000),
         ("recipe.lock.toml", "steps = " + "1" * 5000),
         ("recipe.lock.toml", "a = " + "[" * 5000),

@@ -244,7 +244,7 @@ def test_a_bundle_computes_what_the_model_computes(streams: LoadedModel, tmp_pat
     """Written in place, with einsums and without a chain of blocks: all of it is quantized, in ONNX Runtime too."""
     with torch.inference_mode():
         bundle = qcgraph.compile(streams, recipe(bits="w8a8", cache="off"), output=tmp_path / "bundle")
-    assert bundle.report["quantized_sites"] == 4
+    assert bundle.report.quantized_sites == 4
     latent = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     timestep, labels = torch.full((2,), bundle.plan.timesteps[0]), torch.tensor([0, 3])
     found = qcgraph.load(bundle.path)(latent, timestep, labels)

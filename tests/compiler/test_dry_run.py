@@ -49,8 +49,8 @@ def test_nothing_is_sampled_or_written(
     assert result.bundle is None
     assert not list(tmp_path.iterdir())
     planned = 0 if name == "float" else 8  # four linear layers in each of two blocks
-    assert result.report["planned_sites"] == planned
-    assert result.report["quantized_sites"] == 0
+    assert result.report.planned_sites == planned
+    assert result.report.quantized_sites == 0
 
 
 @pytest.mark.slow
@@ -58,16 +58,16 @@ def test_what_is_planned_is_what_is_compiled(tiny_model: LoadedModel, tmp_path: 
     recipe = Recipe().override(steps=4, bits="w8a8", cache="interval=2", target="torch")
     planned = compile_model(tiny_model, recipe, None, dry_run=True).report
     made = compile_model(tiny_model, recipe, tmp_path / "out").report
-    assert planned["planned_sites"] == made["planned_sites"] == made["quantized_sites"]
-    assert planned["linear_sites"] == made["linear_sites"]
-    assert planned["plan"] == made["plan"]
-    assert planned["variants"]["full"]["steps"] == made["variants"]["full"]["steps"]
+    assert planned.planned_sites == made.planned_sites == made.quantized_sites
+    assert planned.linear_sites == made.linear_sites
+    assert planned.plan == made.plan
+    assert planned.variants["full"].steps == made.variants["full"].steps
 
 
 @pytest.mark.usefixtures("no_samples")
 def test_the_fewest_bits_are_not_searched_for(tiny_model: LoadedModel) -> None:
     recipe = Recipe().override(steps=4, bits="auto", gate="psnr>=20")
-    assert compile_model(tiny_model, recipe, None, dry_run=True).report["recipe"]["quantization"]["bits"] == "auto=8"
+    assert compile_model(tiny_model, recipe, None, dry_run=True).report.recipe.quantization.bits == "auto=8"
 
 
 @pytest.mark.slow
@@ -82,7 +82,7 @@ def test_bits_that_come_to_nothing_are_said(tiny_model: LoadedModel) -> None:
     passes = {"pipeline": {"passes": "lower-linear"}}
     recipe, progress = Recipe.model_validate(Recipe().override(steps=2, bits="w8a8").model_dump() | passes), Listening()
     result = compile_model(tiny_model, recipe, None, stop_after="lower-linear", progress=progress)
-    (note,) = (note for note in result.report["notes"] if "nothing is quantized" in note)
+    (note,) = (note for note in result.report.notes if "nothing is quantized" in note)
     assert f"note: {note}" in progress.notes
     assert "w8a8 was asked for" in note
     assert "8: no pass quantized it" in note

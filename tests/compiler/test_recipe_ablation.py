@@ -114,7 +114,7 @@ def test_an_unknown_component(name: str, hint: str) -> None:
 
 def test_all_components_are_in_the_whole_pipeline() -> None:
     found = passes()
-    assert list(found)[:2] == ["equalize", "calibrate"]
+    assert list(found)[:3] == ["plan-equalization", "equalize", "calibrate"]
     assert "selection=tap" in found["calibrate"]
     assert found["group-timesteps"] == "group-timesteps"  # 8 groups, where they are best
     assert found["search-scales"] == "search-scales"
@@ -133,7 +133,7 @@ def test_all_components_are_in_the_whole_pipeline() -> None:
         (["tap"], [], {"calibrate": "calibrate{selection=random}"}),
         (["vc"], ["fit-compensation", "insert-compensation"], {}),
         (["dec"], ["fit-requantization"], {}),
-        (["equalize"], ["equalize"], {}),
+        (["equalize"], ["plan-equalization", "equalize"], {}),
         (["feedback"], [], {"round-weights": "round-weights{method=search}"}),
         (["feedback", "ho"], ["round-weights"], {"search-scales": "search-scales{objective=range}"}),
     ],
@@ -146,7 +146,7 @@ def test_each_changes_its_own_passes(ablated: Sequence[str], gone: Sequence[str]
 
 def test_without_all_of_them_quantization_is_the_plain_one() -> None:
     found = passes(*CHANGES)
-    new = {"equalize", "search-scales", "round-weights", "fit-requantization", "fit-compensation"}
+    new = {"plan-equalization", "equalize", "search-scales", "round-weights", "fit-requantization", "fit-compensation"}
     assert not new & set(found)
     quantizing = [name for name in found if name != "lower-linear"]
     assert quantizing == ["calibrate", "group-timesteps", "plan-quant", "insert-qdq"]

@@ -72,7 +72,7 @@ def test_sixteen_bits_are_refused_where_integers_are_fused() -> None:
     with pytest.raises(UsageError, match="float32, not in float16"):
         default_pipeline(Recipe().override(precision="float16"), TARGETS["onnxruntime-cpu"])
     assert (
-        "reduce-precision{dtype=bfloat16}"
+        "plan-precision{dtype=bfloat16},reduce-precision"
         in default_pipeline(Recipe().override(precision="bfloat16"), TARGETS["onnx"]).text
     )
     assert "reduce-precision" not in default_pipeline(Recipe().override(precision="float32"), TARGETS["tensorrt"]).text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
@@ -16,7 +17,11 @@ from qcgraph.facts import (
     CachePlan,
     CalibrationSet,
     Compensation,
+    ComputeType,
     Equalization,
+    EqualizationPlan,
+    EqualizedActivation,
+    Fact,
     Facts,
     ForecastFit,
     ForecastStep,
@@ -46,6 +51,7 @@ THIRD = 1 / 3
 SITE = SiteRange((0, 2), (-THIRD, -1e-30), (0.1, 5e300), (THIRD, 0.0))
 CODES = ActivationQuant((THIRD, 0.1), (3, 4), 0, 255, "uint8")
 QUANT = SiteQuant(CODES, WeightQuant(64))
+REGIONS, WEIGHT = "in two regions, above zero steps of 8, bits 8 6", "weight codes -64..64 per channel"
 EXAMPLES = (
     ModelSpec.class_conditional("toy", (1, 8, 8), 10, 10, 1),
     StepPlan(
@@ -57,17 +63,16 @@ EXAMPLES = (
         (CachedValue("cache_0", 0, 5), CachedValue("cache_1", 3, 3, 1)), {"reuse": ("cache_0",)}, 3, (None, "reuse")
     ),
     Rehearsed(0.001, 0.002, 8),
-    SchedulePlan("joint", {"full": THIRD, "reuse": 0.1}, True, 0.3, 1e-30, None),
+    SchedulePlan("joint", True, 0.3, 1e-30, None),
     Ranges({"a": SITE}, {"a": SITE}, 3),
     Reference(((THIRD,),), ((0.1,),), 7, 3),
+    EqualizationPlan((EqualizedActivation(("a", "b"), (THIRD, 0.0), (THIRD, 1.0)),)),
     Equalization({"a": (THIRD, 1.0)}, {"a": (1.0, 3.0)}),
     CalibrationSet("tap", 9, (0, 1), {"class_label": (3, 10), "strength": (THIRD, 1e-30)}, "AAAA"),
     TimestepGroups((THIRD, 0.0)),
     QuantPlan({"a": QUANT}),
     WeightSources({"a": "a.weight", "b": "a.weight"}),
-    RoundedWeights(
-        "feedback", {"a": RoundedWeight("a.weight_rounded", "a.weight_rounded_scale", "0f", WeightQuant(7)), "b": None}
-    ),
+    RoundedWeights({"a": RoundedWeight("a.weight_rounded", "a.weight_rounded_scale", "0f", WeightQuant(7)), "b": None}),
     Requantization({"a": SiteCorrection((THIRD, 1.0), (0.0, -1e-30))}),
     AttentionPlan(
         {
@@ -76,8 +81,9 @@ EXAMPLES = (
         }
     ),
     ForecastFit("affine", (ForecastStep("cache_0", 1, THIRD, 1e-30),)),
-    Compensation(((1.0, THIRD),), ((0.0, 0.1),), 1, ((1.0, 3.0),)),
-    Precision("f16", THIRD),
+    Compensation(((1.0, THIRD),), ((0.0, 0.1),), 1, THIRD),
+    Precision("f16", THIRD, {"full": ("sin", "cos"), "reuse": ()}),
+    ComputeType("f16"),
 )
 
 
@@ -101,3 +107,45 @@ def test_a_fact_replaces_the_one_of_its_type() -> None:
     facts = Facts([TimestepGroups((1.0,))]).with_(TimestepGroups((2.0,)))
     assert facts[TimestepGroups].lower_timesteps == (2.0,)
     assert facts.get(QuantPlan) is None
+
+
+def test_every_fact_says_in_lines_what_it_holds() -> None:
+    """Those that say nothing are told by the graphs."""
+    silent = {ComputeType, RoundedWeights, WeightSources}
+    for example in EXAMPLES:
+        lines = example.lines()
+        assert bool(lines) == (type(example) not in silent), type(example)
+        assert all(line.strip() and "\n" not in line for line in lines)
+
+
+def test_lines_stand_in_the_order_of_the_table_whatever_the_order_of_the_passes() -> None:
+    assert [type(fact) for fact in Facts(reversed(EXAMPLES))] == list(FACT_TYPES)
+
+
+@pytest.mark.parametrize(
+    ("fact", "lines"),
+    [
+        (EqualizationPlan(()), []),
+        (Requantization({}), []),
+        (ForecastFit("dec", ()), ["forecast dec at no step"]),
+        (CachePlan((), {}, 3, ("full",)), []),
+        (Precision("bf16", 123.4, {}), ["computed in bf16, values up to 123"]),
+        (
+            Compensation(((1.0, 0.9),), ((0.0, 0.1),), 1, THIRD),
+            ["compensation gains 0.9000 .. 1.0000 over 1 steps, 1 clamped"],
+        ),
+        (
+            SchedulePlan("joint", True, 0.3, 1e-30, 0.01),
+            ["schedule joint: 30.0% of computing every step (measured), mean squared error 0.01"],
+        ),
+        (
+            QuantPlan({"a": SiteQuant(replace(CODES, shift=3, bits=(8, 6)), WeightQuant(64))}),
+            [
+                f"quant a: activation uint8 codes 0..255 {REGIONS}, scales 0.1 .. 0.3333 over 2 groups; {WEIGHT}",
+            ],
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_lines(fact: Fact, lines: list[str]) -> None:
+    assert fact.lines() == lines

@@ -31,7 +31,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.mark.slow
 def test_what_was_typed_is_recorded(bundle: Bundle) -> None:
-    assert bundle.report["source"] == "digits"
+    assert bundle.report is not None
+    assert bundle.report.source == "digits"
 
 
 @pytest.mark.slow
@@ -55,7 +56,8 @@ def test_other_weights_are_refused(bundle: Bundle) -> None:
 def test_a_model_that_came_as_an_object_is_looked_for_by_its_name(tmp_path: Path, tiny_model: LoadedModel) -> None:
     bundle = compile_model(tiny_model, EXACT, tmp_path / "tiny").bundle
     assert bundle is not None
-    assert bundle.report["source"] is None
+    assert bundle.report is not None
+    assert bundle.report.source is None
     with pytest.raises(UsageError, match="cannot load the model that the bundle was compiled from, 'tiny'") as caught:
         find_model(bundle)
     assert "hint: say where it is now: --model" in str(caught.value)

@@ -39,7 +39,7 @@ def stages(captured: Program, run: Run) -> dict[str, Program]:
         "hoisted": run("hoist-adaln", cached),
         "forecast": run("insert-forecast", calibrated),
         "compensated": run("fit-compensation,insert-compensation", calibrated),
-        "reduced": run("reduce-precision{dtype=bfloat16}", cached),
+        "reduced": run("plan-precision{dtype=bfloat16},reduce-precision", cached),
         "quantized": run("insert-qdq", planned),
     }
 
@@ -47,15 +47,16 @@ def stages(captured: Program, run: Run) -> dict[str, Program]:
 @pytest.mark.parametrize(
     ("stage", "text", "says", "hint"),
     [
-        ("unsplit", "equalize", "Ranges, CalibrationSet is decided on", "before calibrate"),
+        ("unsplit", "plan-equalization", "Ranges, CalibrationSet is decided on", "before calibrate"),
         ("planned", "group-timesteps", "QuantPlan is decided on", "before plan-quant"),
         ("planned", CALIBRATE, "QuantPlan is decided on", "before plan-quant"),
         ("rounded", "plan-quant", "RoundedWeights is decided on", "before round-weights"),
         ("rounded", "search-scales", "RoundedWeights is decided on", "before round-weights"),
         ("rounded", "allocate-bits", "RoundedWeights is decided on", "before round-weights"),
         ("fitted", "round-weights", "Requantization is decided on", "before fit-requantization"),
-        ("reduced", "insert-forecast", "Precision is decided on", "before reduce-precision"),
-        ("reduced", "reduce-precision", "Precision is decided on", "before reduce-precision"),
+        ("reduced", "insert-forecast", "Precision is decided on", "before plan-precision"),
+        ("reduced", "plan-precision", "Precision is decided on", "before plan-precision"),
+        ("reduced", "reduce-precision", "reduced already", "once"),
         ("float8", "round-weights", "planned to be fp8", "format=int"),
         ("float8", "search-scales", "planned to be fp8", "format=int"),
         ("float8", "allocate-bits", "planned to be fp8", "format=int"),

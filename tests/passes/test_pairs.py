@@ -23,6 +23,7 @@ from qcgraph.facts import (
     CalibrationSet,
     Compensation,
     Equalization,
+    EqualizationPlan,
     Facts,
     ForecastFit,
     QuantPlan,
@@ -46,7 +47,10 @@ Pair = tuple[str, str]
 Choices = Mapping[str, Mapping[str, Any]]
 Outputs = dict[str, dict[str, torch.Tensor]]
 STEPS = 5
-SERVED = {"insert-qdq": {CalibrationSet, RoundedWeights}}  # facts that a pass takes away, because they have served
+SERVED = {
+    "insert-qdq": {CalibrationSet, RoundedWeights},
+    "equalize": {EqualizationPlan},
+}  # facts that a pass takes away, because they have served
 # How far outputs may move. What is not here decides without changing any graph or constant.
 SAME = {"insert-forecast": 1e-5, "drop-variants": 0.0, "split-attention": 1e-4, "lower-linear": 1e-4}
 SAME |= {"equalize": 1e-3, "insert-cache": 0.0, "hoist-adaln": 1e-4}

@@ -138,7 +138,7 @@ def test_every_pass_that_samples_takes_as_many_trajectories_as_are_asked_for(bit
     for made in passes:
         options = {item.name: getattr(made, item.name) for item in fields(made)}
         assert options.get("trajectories", 3) == 3, made.text
-        if made.name == "reduce-precision":
+        if made.name == "plan-precision":
             assert options["samples"] == 3
         if made.name == "calibrate":
             assert options["samples"] == 7

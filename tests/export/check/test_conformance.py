@@ -262,7 +262,7 @@ def test_float32_conforms_but_for_its_attention(program: Program, folder: Path) 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_library")
 def test_16_bits_conform(program: Program, tmp_path: Path) -> None:
-    reduced = Pipeline.parse("reduce-precision{dtype=float16}").run(program)
+    reduced = Pipeline.parse("plan-precision{dtype=float16},reduce-precision").run(program)
     checks = check(reduced, export(reduced, tmp_path), "tensorrt-rtx")
     assert failed(checks) == set()
     assert checks["full", "fused attention"].detail == "each of 2 is one kernel"

@@ -39,7 +39,8 @@ SITE = "blocks.1.mlp.fc1"
 @pytest.fixture(scope="module")
 def float16(constant_scales: Program, tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Path]:
     return exported(
-        Pipeline.parse("reduce-precision{dtype=float16}").run(constant_scales), tmp_path_factory.mktemp("f16")
+        Pipeline.parse("plan-precision{dtype=float16},reduce-precision").run(constant_scales),
+        tmp_path_factory.mktemp("f16"),
     )
 
 
@@ -91,7 +92,7 @@ def test_float8_graphs_pass(captured: Program, tmp_path: Path, monkeypatch: pyte
         "qcgraph.export.onnx.emit.INLINE_BYTES", 64
     )  # zero points stand in the weights file, as large ones do
     pipeline = CONSTANT_SCALES.replace("symmetric=true activation-bits=6", "format=fp8")
-    program = Pipeline.parse(f"{pipeline},reduce-precision{{dtype=float16}}").run(captured)
+    program = Pipeline.parse(f"{pipeline},plan-precision{{dtype=float16}},reduce-precision").run(captured)
     exported(program, tmp_path)
     assert not failure_text(verified(program, tmp_path).values())
     types = {item.data_type for item in onnx.load(tmp_path / "full.onnx", load_external_data=False).graph.initializer}
@@ -157,7 +158,7 @@ def test_flipped_codes_are_no_fault(seed: int, deep: Callable[[int], Program], t
 
 @pytest.mark.slow
 def test_what_onnx_runtime_cannot_run_is_said_and_not_passed(constant_scales: Program, tmp_path: Path) -> None:
-    program = Pipeline.parse("reduce-precision{dtype=bfloat16}").run(constant_scales)
+    program = Pipeline.parse("plan-precision{dtype=bfloat16},reduce-precision").run(constant_scales)
     checks = verified(*exported(program, tmp_path))
     parity = [check for (_, name), check in checks.items() if name == "parity"]
     assert [check.variant for check in parity] == ["full", "reuse"]

@@ -34,7 +34,7 @@ class Probe:
 
 @pytest.fixture(scope="module")
 def reduced(constant_scales: Program) -> Program:
-    return Pipeline.parse("reduce-precision{dtype=float16}").run(constant_scales)
+    return Pipeline.parse("plan-precision{dtype=float16},reduce-precision").run(constant_scales)
 
 
 @pytest.fixture(scope="module")

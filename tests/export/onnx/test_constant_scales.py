@@ -174,7 +174,9 @@ def test_the_default_pipeline_never_plans_what_has_no_constant_scale(name: str, 
     text = default_pipeline(Recipe().override(**options), TARGETS[name]).text
     assert "search-scales{regions=false" in text
     assert ("allocate-bits" in text) == ("groups=false" in text)
-    assert text.endswith("lower-linear,reference-scales" + (",reduce-precision" if name.startswith("tensorrt") else ""))
+    assert text.endswith(
+        "lower-linear,reference-scales" + (",plan-precision,reduce-precision" if name.startswith("tensorrt") else "")
+    )
 
 
 @pytest.mark.slow

@@ -234,7 +234,7 @@ def test_nodes_say_which_module_they_come_from(compiled: Any) -> None:
 
 @pytest.mark.slow
 def test_types_stay_in_16_bits(captured: Program, tmp_path: Path) -> None:
-    program = Pipeline.parse("reduce-precision{dtype=float16}").run(captured)
+    program = Pipeline.parse("plan-precision{dtype=float16},reduce-precision").run(captured)
     emit_onnx(program, tmp_path, 23, Progress(), integer_products=False)
     graph = graph_of(tmp_path, "main")
     types = types_of(graph)

@@ -52,7 +52,6 @@ def test_the_budget_is_kept_and_used(two_modes: Program, run: Run, budget: float
     assert spent <= fact.spent <= budget
     assert fact.spent == pytest.approx(spent, abs=0.005)
     assert budget - fact.spent < 1 / len(schedule)
-    assert fact.costs == macs
     assert not fact.measured
 
 
@@ -119,7 +118,6 @@ def test_costs_are_measured_where_they_can_be(split: Program) -> None:
     assert asked == [split]
     assert names(program).count("full") == 3
     assert fact.measured
-    assert fact.costs == {"full": 8.0, "reuse": 4.0}
     assert fact.spent == pytest.approx(6 / 9)
 
 

@@ -32,7 +32,7 @@ def hand_made(program: Program) -> Compensation:
     gains = generator.uniform(0.95, 1.05, (count, 2))
     means = generator.normal(0, 0.1, (count, 2))
     return Compensation(
-        gains=tuple(map(tuple, gains.tolist())), means=tuple(map(tuple, means.tolist())), clamped=0, drifts=()
+        gains=tuple(map(tuple, gains.tolist())), means=tuple(map(tuple, means.tolist())), clamped=0, largest_drift=0.0
     )
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qcgraph.errors import UsageError
-from qcgraph.facts import Precision
+from qcgraph.errors import ContractError
+from qcgraph.facts import Precision, precision_of
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import program_from_json, program_to_json
@@ -21,6 +21,7 @@ from qcgraph.sampling.loop import Array
 Run = Callable[[str, Program], Program]
 QUANTIZED = "calibrate{trajectories=2},plan-quant{symmetric=true},insert-qdq,lower-linear,reference-scales"
 WIDE = ("latent", "timestep", "noise_prediction")
+LINEAR = torch.ops.aten.linear.default
 HALVES = [("float16", "f16", 2.0**-10), ("bfloat16", "bf16", 2.0**-7)]
 
 
@@ -31,18 +32,11 @@ def quantized(cached: Program, run: Run) -> Program:
 
 @pytest.fixture(scope="module")
 def reduced(quantized: Program, run: Run) -> Program:
-    return run("reduce-precision", quantized)
+    return run("plan-precision,reduce-precision", quantized)
 
 
 def drawn(program: Program) -> Array:
     return sample_calibration(TorchRunner(program), program.facts[StepPlan], program.facts[ModelSpec], 4, 7)
-
-
-def with_large_values(program: Program, factor: float) -> Program:
-    """The program, its first embedding this much larger; nothing else of it overflows in float32."""
-    constants = dict(program.constants)
-    constants["pos_embed"] = constants["pos_embed"] + factor
-    return replace(program, constants=constants)
 
 
 def types(program: Program, *ops: str) -> set[str]:
@@ -61,7 +55,7 @@ def distance(program: Program, other: Program) -> float:
 
 @pytest.mark.slow
 def test_golden(cached: Program, run: Run, golden_diff: Callable[..., None]) -> None:
-    golden_diff("reduce-precision", cached, run("reduce-precision", cached))
+    golden_diff("reduce-precision", cached, run("plan-precision,reduce-precision", cached))
 
 
 @pytest.mark.slow
@@ -69,7 +63,7 @@ def test_golden(cached: Program, run: Run, golden_diff: Callable[..., None]) -> 
 def test_samples_are_those_of_the_program_up_to_its_spacing(
     cached: Program, run: Run, dtype: str, short: str, spacing: float
 ) -> None:
-    reduced = run(f"reduce-precision{{dtype={dtype}}}", cached)
+    reduced = run(f"plan-precision{{dtype={dtype}}},reduce-precision", cached)
     assert reduced.facts[Precision].dtype == short
     assert spacing / 50 < distance(reduced, cached) < 5 * spacing
 
@@ -100,7 +94,7 @@ def test_constants_are_16_bits_and_none_is_there_twice(reduced: Program) -> None
 
 @pytest.mark.slow
 def test_modulation_is_16_bits(cached: Program, run: Run) -> None:
-    reduced = run("hoist-adaln,reduce-precision", cached)
+    reduced = run("hoist-adaln,plan-precision,reduce-precision", cached)
     specs = {spec.name: spec.dtype for spec in reduced.variants["prepare_full"].interface.outputs}
     assert specs == {"modulation": "f16"}
     assert torch.isfinite(torch.from_numpy(drawn(reduced))).all()
@@ -110,32 +104,58 @@ def test_modulation_is_16_bits(cached: Program, run: Run) -> None:
 @pytest.mark.parametrize("pipeline", ["insert-forecast,fit-forecast", "plan-quant{symmetric=true},insert-qdq"])
 def test_other_pipelines_are_reduced_too(cached: Program, run: Run, pipeline: str) -> None:
     program = run(f"calibrate{{trajectories=2}},{pipeline}", cached)
-    assert 0 < distance(run("reduce-precision", program), program) < 0.01
+    assert 0 < distance(run("plan-precision,reduce-precision", program), program) < 0.01
 
 
-@pytest.mark.slow
-def test_auto_takes_the_type_that_can_hold_what_was_seen(cached: Program, run: Run) -> None:
-    assert run("reduce-precision", cached).facts[Precision].dtype == "f16"
-    large = run("reduce-precision", with_large_values(cached, 2e4))
-    fact = large.facts[Precision]
-    assert fact.dtype == "bf16"
-    assert fact.largest >= 2e4
-    (refusal,) = large.history[-1].refusals
-    assert refusal.where == "float16"
-    assert "2.01e+04" in refusal.reason
-    assert large.variants["full"].interface.outputs[1].dtype == "bf16"
+def planned(program: Program, dtype: str, **other: tuple[str, ...]) -> Program:
+    """The program with a hand-written plan in which these nodes alone stay in float32."""
+    return program.with_facts(Precision(dtype, 1.0, dict.fromkeys(program.variants, ()) | other))
 
 
-def test_float16_that_would_overflow_is_refused(cached: Program, run: Run) -> None:
-    with pytest.raises(UsageError, match="values reach 2") as caught:
-        run("reduce-precision{dtype=float16}", with_large_values(cached, 2e4))
-    assert caught.value.hint == "give bfloat16, or auto"
+def test_float32_is_exact(cached: Program, run: Run) -> None:
+    program = run("reduce-precision", planned(cached, "f32"))
+    assert program.variants == cached.variants
+    assert program.constants == cached.constants
+    assert precision_of(program.facts) == "f32"
 
 
-@pytest.mark.parametrize(("options", "message"), [("dtype=float8", "float8"), ("samples=0", "samples 0")])
-def test_wrong_options(cached: Program, run: Run, options: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        run(f"reduce-precision{{{options}}}", cached)
+def test_only_a_program_that_was_reduced_is_said_to_be(cached: Program, run: Run) -> None:
+    program = run("plan-precision{dtype=bfloat16}", cached)
+    assert precision_of(program.facts) == "f32"
+    assert precision_of(run("reduce-precision", program).facts) == "bf16"
+
+
+def test_the_plan_decides_what_stays_in_float32(cached: Program, run: Run) -> None:
+    program = run("plan-precision{dtype=bfloat16}", cached)
+    plan = program.facts[Precision]
+    linear = next(node.name for node in cached.variants["full"].graph.nodes if node.target is LINEAR)
+    widened = replace(plan, wide=plan.wide | {"full": (*plan.wide["full"], linear)})
+    reduced = run("reduce-precision", program.with_facts(widened))
+    nodes = (node for node in reduced.variants["full"].graph.nodes if node.target is LINEAR)
+    assert [node.name for node in nodes if node.meta["val"].dtype is torch.float32] == [linear]
+
+
+@pytest.mark.parametrize(
+    ("other", "where", "says"),
+    [
+        ({"full": ("gone",)}, "%gone of full", "planned to stay in float32 and not in the graph"),
+        ({"elsewhere": ()}, "elsewhere", "is planned and not in the program"),
+    ],
+    ids=["node", "variant"],
+)
+def test_a_plan_that_does_not_fit_is_refused(
+    cached: Program, run: Run, other: dict[str, tuple[str, ...]], where: str, says: str
+) -> None:
+    with pytest.raises(ContractError, match=says) as caught:
+        run("reduce-precision", planned(cached, "f16", **other))
+    assert str(caught.value.where).endswith(where)
+    assert "plan-precision" in str(caught.value.hint)
+
+
+def test_a_variant_without_a_plan_is_refused(cached: Program, run: Run) -> None:
+    with pytest.raises(ContractError, match="is not in the plan") as caught:
+        run("reduce-precision", cached.with_facts(Precision("f16", 1.0, {"full": ()})))
+    assert str(caught.value.where).endswith("reuse")
 
 
 def test_it_is_read_back_as_it_was_written(reduced: Program) -> None:

@@ -4,37 +4,37 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from qcgraph.errors import ContractError, UsageError
-from qcgraph.facts import Equalization
+from qcgraph.facts import Equalization, EqualizationPlan, EqualizedActivation
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.graph import Variant, copy_graph
 from qcgraph.ir.program import Program
-from qcgraph.ir.structure import find_sites
 from qcgraph.models import LoadedModel
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
-from qcgraph.sampling.calibration import sample_calibration
 from qcgraph.sampling.loop import sample
-from qcgraph.sampling.runner import Array, Call
+from qcgraph.sampling.runner import Array
 
 Run = Callable[[str, Program], Program]
 EQUALIZED = [f"blocks.{block}.{layer}" for block in range(2) for layer in ("attn.qkv", "attn.proj", "mlp.fc1")]
 COUNT = 2  # trajectories
 TO_EACH_STRENGTH = pytest.mark.parametrize("options", ["", " strength=0", " strength=0.5", " strength=1"])
 DEAD, CONSTANT, UNREAD, OUTLIER = 3, 5, 7, 4  # channels
-GAIN, SHIFT = 32, 0  # the first rows of adaLN for the attention
+Changed = Callable[[Program, float, float, slice], Program]
+Observed = Callable[[Program], Mapping[str, Any]]
 
 
 def equalized(program: Program, run: Run, options: str = "") -> Program:
-    return run(f"equalize{{trajectories={COUNT}{options}}}", program)
+    return run(f"plan-equalization{{trajectories={COUNT}{options}}},equalize", program)
 
 
 def prediction(program: Program) -> Tensor:
@@ -54,47 +54,6 @@ def copied(variant: Variant) -> Variant:
 def relative_error(program: Program, original: Program) -> float:
     exact = prediction(original)
     return float((prediction(program) - exact).abs().max() / exact.abs().max())
-
-
-@dataclass(frozen=True)
-class Channels:
-    """What the channels of an activation held on the calibration trajectories."""
-
-    low: Tensor
-    high: Tensor
-    values: Tensor
-
-    @property
-    def middle(self) -> Tensor:
-        return (self.low + self.high) / 2
-
-    @property
-    def half_width(self) -> Tensor:
-        return (self.high - self.low) / 2
-
-    @property
-    def power(self) -> Tensor:
-        return ((self.values - self.middle) ** 2).mean(dim=0)
-
-
-def observed(program: Program) -> Mapping[str, Channels]:
-    """What enters every linear layer of the blocks, by site."""
-    sites = {site.node: site.name for site in find_sites(program.variants["main"]) if not site.refusal}
-    found: dict[str, list[Tensor]] = {name: [] for name in sites.values()}
-
-    def observe(_: Call, node: fx.Node, value: Tensor) -> None:
-        if node.name in sites:
-            found[sites[node.name]].append(value.flatten(0, -2).clone())
-
-    plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
-    sample_calibration(TorchRunner(program, observe), plan, spec, COUNT, 0)
-    joined = {name: torch.cat(values) for name, values in found.items()}
-    return {name: Channels(values.amin(dim=0), values.amax(dim=0), values) for name, values in joined.items()}
-
-
-@pytest.fixture(scope="module")
-def seen(captured: Program) -> Mapping[str, Channels]:
-    return observed(captured)
 
 
 def test_equalize_golden(captured: Program, run: Run, golden_diff: Callable[..., None]) -> None:
@@ -124,7 +83,7 @@ def test_trajectories_stay_the_same(captured: Program, run: Run) -> None:
     np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
 
 
-def test_at_strength_1_all_channels_have_one_range_about_zero(captured: Program, run: Run) -> None:
+def test_at_strength_1_all_channels_have_one_range_about_zero(captured: Program, run: Run, observed: Observed) -> None:
     channels = observed(equalized(captured, run, " strength=1"))
     for site in EQUALIZED:
         high = channels[site].high
@@ -138,20 +97,6 @@ def test_at_strength_0_all_columns_of_the_weight_have_one_range(captured: Progra
     for site in EQUALIZED[1:3]:
         columns = program.constants[f"{site}.weight"].abs().amax(dim=0)
         torch.testing.assert_close(columns, columns.mean().expand(len(columns)), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("strength", [0.25, 0.5, 1.0])
-def test_factors_are_those_of_the_formula(
-    captured: Program, run: Run, seen: Mapping[str, Channels], strength: float
-) -> None:
-    """max|x - o|^a / max|W|^(1 - a) up to a common factor, their geometric mean 1."""
-    found = equalized(captured, run, f" strength={strength}").facts[Equalization].inputs
-    assert list(found) == EQUALIZED
-    for site in EQUALIZED:
-        weight = captured.constants[f"{site}.weight"].abs().amax(dim=0)
-        factors = seen[site].half_width ** strength / weight ** (1 - strength)
-        expected = factors / factors.log().mean().exp()
-        torch.testing.assert_close(torch.tensor(found[site]), expected, rtol=1e-3, atol=0)
 
 
 @TO_EACH_STRENGTH
@@ -172,83 +117,8 @@ def test_constants_are_moved_by_the_recorded_factors(captured: Program, run: Run
     )
 
 
-def expected_noise(channels: Channels, weight: Tensor, weight_bits: int, activation_bits: int) -> float:
-    """D^2 / 12 of activations times the squared weight, plus that of every row times the power of the activation."""
-    step = 2 * channels.half_width.max() / (2**activation_bits - 1)
-    rows = weight.abs().amax(dim=1) / (2 ** (weight_bits - 1) - 1)
-    return float(step**2 * weight.square().sum() + rows.square().sum() * channels.power.sum()) / 12
-
-
-@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 8), (4, 8), (8, 4)])
-def test_no_more_noise_is_expected_than_without(
-    captured: Program, run: Run, seen: Mapping[str, Channels], weight_bits: int, activation_bits: int
-) -> None:
-    options = f" weight-bits={weight_bits} activation-bits={activation_bits}"
-    program = equalized(captured, run, options)
-    channels = observed(program)
-    for site in EQUALIZED:
-        if site.endswith("qkv"):
-            continue  # its rows are divided as well
-        before, after = (
-            expected_noise(found[site], owner.constants[f"{site}.weight"], weight_bits, activation_bits)
-            for found, owner in ((seen, captured), (channels, program))
-        )
-        assert after <= before * (1 + 1e-4)
-
-
-def test_the_choice_follows_the_bits(captured: Program, run: Run) -> None:
-    """Where weights are the coarser ones, their noise decides, and the other way round."""
-    choices = [
-        equalized(captured, run, f" weight-bits={weight} activation-bits={activation}").facts[Equalization]
-        for weight, activation in ((2, 8), (8, 2))
-    ]
-    assert choices[0] != choices[1]
-
-
-def test_what_cannot_be_equalized_is_refused(captured: Program, run: Run) -> None:
-    program = equalized(captured, run)
-    refusals = {refusal.where: refusal.reason for refusal in program.history[-1].refusals}
-    assert set(refusals) == {"blocks.0.mlp.fc2", "blocks.1.mlp.fc2"}
-    assert all(reason.startswith("not equalized: it does not come from a linear") for reason in refusals.values())
-    assert set(program.facts[Equalization].inputs) == set(EQUALIZED)
-
-
-def test_variants_are_refused(cached: Program, run: Run) -> None:
-    with pytest.raises(UsageError, match="takes the one graph") as caught:
-        equalized(cached, run)
-    assert "before insert-cache" in str(caught.value.hint)
-
-
-def test_a_step_plan_is_needed(captured: Program, run: Run) -> None:
-    with pytest.raises(ContractError, match="needs StepPlan"):
-        equalized(replace(captured, facts=captured.facts.without(StepPlan)), run)
-
-
-@pytest.mark.parametrize("strength", ["-0.01", "1.01", "NaN", "Infinity"])
-def test_bad_strengths(captured: Program, run: Run, strength: str) -> None:
-    with pytest.raises(UsageError, match="strength") as caught:
-        equalized(captured, run, f" strength={strength}")
-    assert caught.value.hint
-
-
-def test_it_needs_a_trajectory(captured: Program, run: Run) -> None:
-    with pytest.raises(UsageError, match="trajectories -1"):
-        run("equalize{trajectories=-1}", captured)
-
-
-def with_channels(program: Program, gain: float | None, shift: float, channels: slice) -> Program:
-    """The program with other adaLN rows of the first attention: norm * (1 + gain) + shift, whatever the condition."""
-    name = "blocks.0.adaLN_modulation.1"
-    weight, bias = (program.constants[f"{name}.{kind}"].clone() for kind in ("weight", "bias"))
-    for start, value in ((GAIN, gain), (SHIFT, shift)):
-        rows = slice(start + channels.start, start + channels.stop)
-        if value is not None:
-            weight[rows], bias[rows] = 0, value
-    return replace(program, constants={**program.constants, f"{name}.weight": weight, f"{name}.bias": bias})
-
-
 @TO_EACH_STRENGTH
-def test_dead_and_constant_channels(captured: Program, run: Run, options: str) -> None:
+def test_dead_and_constant_channels(captured: Program, run: Run, options: str, with_channels: Changed) -> None:
     program = with_channels(captured, -1.0, 0.0, slice(DEAD, DEAD + 1))
     program = with_channels(program, -1.0, 2.5, slice(CONSTANT, CONSTANT + 1))
     weight = program.constants["blocks.0.attn.qkv.weight"].clone()
@@ -263,7 +133,9 @@ def test_dead_and_constant_channels(captured: Program, run: Run, options: str) -
 
 @TO_EACH_STRENGTH
 @pytest.mark.parametrize("shift", [0.0, 3.0])
-def test_an_activation_that_never_varies(captured: Program, run: Run, options: str, shift: float) -> None:
+def test_an_activation_that_never_varies(
+    captured: Program, run: Run, options: str, shift: float, with_channels: Changed
+) -> None:
     program = with_channels(captured, -1.0, shift, slice(0, 32))
     found = equalized(program, run, options)
     assert all(bool(torch.isfinite(value).all()) for value in found.constants.values())
@@ -271,7 +143,9 @@ def test_an_activation_that_never_varies(captured: Program, run: Run, options: s
     assert relative_error(found, program) < 1e-5
 
 
-def test_a_constant_channel_moves_into_the_bias(captured: Program, run: Run) -> None:
+def test_a_constant_channel_moves_into_the_bias(
+    captured: Program, run: Run, with_channels: Changed, observed: Observed
+) -> None:
     program = with_channels(captured, -1.0, 2.5, slice(CONSTANT, CONSTANT + 1))
     found = equalized(program, run)
     values = observed(found)["blocks.0.attn.qkv"].values[:, CONSTANT]
@@ -282,10 +156,55 @@ def test_activations_that_are_not_finite_are_left_alone(captured: Program, run: 
     weight = torch.full_like(captured.constants["x_embedder.proj.weight"], float("inf"))
     program = replace(captured, constants={**captured.constants, "x_embedder.proj.weight": weight})
     found = equalized(program, run)
-    refusals = {refusal.where: refusal.reason for refusal in found.history[-1].refusals}
+    refusals = {refusal.where: refusal.reason for refusal in found.history[-2].refusals}
     assert {name for name, reason in refusals.items() if "its activation is not finite" in reason} == set(EQUALIZED)
     assert found.facts[Equalization] == Equalization({}, {})
     assert all(found.constants[name] is value for name, value in program.constants.items())
+
+
+@pytest.mark.parametrize(
+    ("changed", "where", "says"),
+    [
+        ({"sites": ("blocks.0.mlp.fc2",)}, "blocks.0.mlp.fc2", "cannot be: it does not come from a linear layer"),
+        ({"sites": ("blocks.9.attn.qkv",)}, "blocks.9.attn.qkv", "no such site"),
+        (
+            {"sites": (EQUALIZED[0], EQUALIZED[1])},
+            EQUALIZED[0],
+            f"{EQUALIZED[0]}, {EQUALIZED[1]}, and enters {EQUALIZED[0]}\n",
+        ),
+        ({"factors": (1.0,)}, EQUALIZED[0], "32 offsets and 1 factors, and has 32 channels"),
+        ({"offsets": ()}, EQUALIZED[0], "0 offsets and 32 factors, and has 32 channels"),
+    ],
+    ids=["not linear", "unknown", "others", "factors", "offsets"],
+)
+def test_a_plan_that_does_not_fit_is_refused(
+    captured: Program, run: Run, changed: dict[str, Any], where: str, says: str
+) -> None:
+    planned = replace(EqualizedActivation((EQUALIZED[0],), (0.0,) * 32, (1.0,) * 32), **changed)
+    with pytest.raises(ContractError, match=says) as caught:
+        run("equalize", captured.with_facts(EqualizationPlan((planned,))))
+    assert str(caught.value.where).endswith(where)
+    assert "plan-equalization" in str(caught.value.hint)
+
+
+def test_a_plan_of_factors_1_and_offsets_0_is_exact(captured: Program, run: Run) -> None:
+    planned = (EqualizedActivation((site,), (0.0,) * 32, (1.0,) * 32) for site in EQUALIZED)
+    program = run("equalize", captured.with_facts(EqualizationPlan(tuple(planned))))
+    assert all(torch.equal(program.constants[name], value) for name, value in captured.constants.items())
+
+
+def test_a_plan_is_carried_out_once(captured: Program, run: Run) -> None:
+    program = equalized(captured, run)
+    assert EqualizationPlan not in program.facts
+    with pytest.raises(ContractError, match="needs EqualizationPlan") as caught:
+        run("equalize", program)
+    assert caught.value.hint == "run plan-equalization before it"
+
+
+def test_variants_are_refused(captured: Program, run: Run) -> None:
+    program = run(f"plan-equalization{{trajectories={COUNT}}},plan-cache{{interval=3}},insert-cache", captured)
+    with pytest.raises(UsageError, match="equalize takes the one graph"):
+        run("equalize", program)
 
 
 def test_the_tensors_of_the_model_are_not_written_to(captured: Program, run: Run, tiny_model: LoadedModel) -> None:

@@ -1,0 +1,76 @@
+"""What the channels of activations hold on calibration trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import fx
+
+from qcgraph.ir.execute import TorchRunner
+from qcgraph.ir.program import Program
+from qcgraph.passes.quantization._equalizable import EqualizableActivation
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
+from qcgraph.progress import Progress
+from qcgraph.sampling.calibration import sample_calibration
+from qcgraph.sampling.runner import Call
+
+BATCH = 64  # trajectories that run together
+
+
+class ChannelRanges:
+    """Streaming ranges and power of the channels of an activation."""
+
+    def __init__(self) -> None:
+        self._low = self._high = self._squares = torch.empty(0)
+        self._count = 0
+
+    def add(self, value: torch.Tensor) -> None:
+        """Count an activation [..., C] in."""
+        flat = value.flatten(0, -2)
+        low, high, sums = flat.amin(dim=0), flat.amax(dim=0), torch.stack([flat.sum(dim=0), (flat**2).sum(dim=0)])
+        first = self._count == 0
+        self._low = low if first else torch.minimum(self._low, low)
+        self._high = high if first else torch.maximum(self._high, high)
+        self._squares = sums.double() if first else self._squares + sums
+        self._count += len(flat)
+
+    @property
+    def is_finite(self) -> bool:
+        """Return whether no value was an infinity or a NaN."""
+        return bool(torch.isfinite(self._squares).all())
+
+    @property
+    def middle(self) -> torch.Tensor:
+        """Return the middle of the range of every channel."""
+        return (self._low + self._high) / 2
+
+    @property
+    def half_width(self) -> torch.Tensor:
+        """Return half of the width of every range."""
+        return (self._high - self._low) / 2
+
+    @property
+    def power(self) -> torch.Tensor:
+        """Return the mean square of every channel about the middle of its range."""
+        mean, square = (self._squares / self._count).float()
+        return square - 2 * mean * self.middle + self.middle**2
+
+
+def observe_channels(
+    program: Program, activations: Sequence[EqualizableActivation], count: int, seed: int, progress: Progress
+) -> Mapping[str, ChannelRanges]:
+    """Return the channels of activations, by node, on trajectories on which every step computes."""
+    watched = {item.nodes[0]: item.name for item in activations}
+    found = {item.name: ChannelRanges() for item in activations}
+
+    def observe(_: Call, node: fx.Node, value: torch.Tensor) -> None:
+        if node.name in watched:
+            found[watched[node.name]].add(value)
+
+    if activations:
+        runner = TorchRunner(program, observe)
+        plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
+        sample_calibration(runner, plan, spec, count, seed, batch=BATCH, progress=progress)
+    return found

@@ -1,0 +1,82 @@
+"""What the channels of activations hold, and programs whose channels hold something else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from qcgraph.ir.execute import TorchRunner
+from qcgraph.ir.program import Program
+from qcgraph.ir.structure import find_sites
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
+from qcgraph.sampling.calibration import sample_calibration
+
+COUNT = 2  # trajectories
+GAIN, SHIFT = 32, 0  # the first rows of adaLN for the attention
+
+
+@dataclass(frozen=True)
+class Channels:
+    """What the channels of an activation held on the calibration trajectories."""
+
+    low: Tensor
+    high: Tensor
+    values: Tensor
+
+    @property
+    def middle(self) -> Tensor:
+        return (self.low + self.high) / 2
+
+    @property
+    def half_width(self) -> Tensor:
+        return (self.high - self.low) / 2
+
+    @property
+    def power(self) -> Tensor:
+        return ((self.values - self.middle) ** 2).mean(dim=0)
+
+
+def _observed(program: Program) -> Mapping[str, Channels]:
+    sites = {site.node: site.name for site in find_sites(program.variants["main"]) if not site.refusal}
+    found: dict[str, list[Tensor]] = {name: [] for name in sites.values()}
+
+    def observe(_: str, node: fx.Node, value: Tensor) -> None:
+        if node.name in sites:
+            found[sites[node.name]].append(value.flatten(0, -2).clone())
+
+    plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
+    sample_calibration(TorchRunner(program, observe), plan, spec, COUNT, 0)
+    joined = {name: torch.cat(values) for name, values in found.items()}
+    return {name: Channels(values.amin(dim=0), values.amax(dim=0), values) for name, values in joined.items()}
+
+
+@pytest.fixture(scope="session")
+def observed() -> Callable[[Program], Mapping[str, Channels]]:
+    """Observe what enters every linear layer of the blocks, by site."""
+    return _observed
+
+
+@pytest.fixture(scope="session")
+def seen(captured: Program) -> Mapping[str, Channels]:
+    """What entered every linear layer of the captured program, by site."""
+    return _observed(captured)
+
+
+@pytest.fixture(scope="session")
+def with_channels() -> Callable[[Program, float, float, slice], Program]:
+    """Give a program other adaLN rows of the first attention: norm * (1 + gain) + shift, whatever the condition."""
+
+    def changed(program: Program, gain: float, shift: float, channels: slice) -> Program:
+        name = "blocks.0.adaLN_modulation.1"
+        weight, bias = (program.constants[f"{name}.{kind}"].clone() for kind in ("weight", "bias"))
+        for start, value in ((GAIN, gain), (SHIFT, shift)):
+            rows = slice(start + channels.start, start + channels.stop)
+            weight[rows], bias[rows] = 0, value
+        return replace(program, constants={**program.constants, f"{name}.weight": weight, f"{name}.bias": bias})
+
+    return changed
