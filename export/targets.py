@@ -10,7 +10,6 @@ from qcgraph.errors import UsageError, closest
 
 LARGEST_UINT8 = 2**8 - 1
 LARGEST_INT16 = 2**15 - 1
-RUN_BY_ONNXRUNTIME = ("f32", "f16")  # on the CPU; it has no kernels for bfloat16
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,9 @@ class Target:
         multiplies_float8: whether it runs products of 8-bit floating point.
         precision: ``float32``, or ``auto`` where what is not quantized is faster in 16 bits; unless it is told
             otherwise.
-        backend: what runs the bundle unless it is told otherwise.
+        runtime: the name of its runtime (see `qcgraph.export.run.runtimes`).
+        stand_in: the name of the runtime that its graphs are checked, judged and measured on unless another is asked
+            for; empty where that is its own. Engines are built apart from a bundle, and need their GPU.
     """
 
     name: str
@@ -52,7 +53,8 @@ class Target:
     quantizers_apart: bool
     multiplies_float8: bool
     precision: Literal["float32", "auto"]
-    backend: str
+    runtime: str
+    stand_in: str = ""
 
     @property
     def forms(self) -> dict[str, bool]:
@@ -62,10 +64,6 @@ class Target:
             "heads_in_place": self.heads_in_place,
             "quantizers_apart": self.quantizers_apart,
         }
-
-    def backend_for(self, precision: str) -> str:
-        """What runs a bundle whose floating-point type is this, unless it is told otherwise."""
-        return "torch" if precision not in RUN_BY_ONNXRUNTIME else self.backend
 
     @property
     def may_saturate(self) -> bool:
@@ -90,7 +88,7 @@ _TORCH = Target(
     quantizers_apart=False,
     multiplies_float8=True,
     precision="float32",
-    backend="torch",
+    runtime="torch",
 )
 
 _ONNXRUNTIME_CPU = Target(
@@ -109,7 +107,7 @@ _ONNXRUNTIME_CPU = Target(
     quantizers_apart=False,
     multiplies_float8=False,
     precision="float32",
-    backend="onnxruntime",
+    runtime="onnxruntime",
 )
 
 _ONNX = Target(
@@ -126,7 +124,7 @@ _ONNX = Target(
     quantizers_apart=True,
     multiplies_float8=False,  # ONNX Runtime takes it for int8 in float32 graphs, and then refuses them
     precision="float32",
-    backend="onnxruntime",  # also of the targets below: running the same graphs on the CPU is how they are checked
+    runtime="onnxruntime",
 )
 
 _ONNX_OPSET21 = replace(
@@ -143,12 +141,15 @@ _TENSORRT = replace(
     quantizers_apart=False,
     multiplies_float8=True,
     precision="auto",
+    runtime="tensorrt",
+    stand_in="onnxruntime",  # running the same graphs on the CPU is how they are checked
 )
 
 _TENSORRT_RTX = replace(
     _TENSORRT,
     name="tensorrt-rtx",
     description="TensorRT-RTX, strongly typed: Q/DQ with constant scales, symmetric int8, the rest in 16 bits",
+    runtime="tensorrt-rtx",
 )
 
 TARGETS: Mapping[str, Target] = {

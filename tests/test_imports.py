@@ -53,9 +53,13 @@ LAYERS = {
     # What a pass is, what orders them and what watches them.
     "pipeline": Layer("qcgraph.pipeline", "base files plan sampling facts bundle ir"),
     # Export reaches passes through the registry, by name.
-    "export": Layer("qcgraph.export", "base files plan sampling facts bundle ir capture"),
+    "export": Layer("qcgraph.export", "base files plan sampling facts bundle ir capture runtime"),
     # Running a bundle with ONNX Runtime must not import torch: what needs it is imported on demand.
-    "runtime": Layer("qcgraph.export.run.open", "base files plan sampling facts bundle ir export", torch=False),
+    "runtime": Layer(
+        "qcgraph.export.targets qcgraph.export.run.open qcgraph.export.run.runtimes qcgraph.export.run.onnxruntime",
+        "base files plan sampling facts bundle ir export",
+        torch=False,
+    ),
     # Passes meet in the Program, never in each other; they may share helpers, which begin with _.
     "passes": Layer("qcgraph.passes", "base files plan sampling facts ir pipeline", peers=False),
     # Judging a compilation, in memory or in a bundle.

@@ -15,7 +15,7 @@ import pytest
 import qcgraph
 from qcgraph.bundle import Bundle
 from qcgraph.cli import run
-from qcgraph.export.run.open import open_runner
+from qcgraph.export.run.open import runner_of
 from qcgraph.pipeline import registry
 from qcgraph.recipe import Recipe
 from qcgraph.sampling.loop import sample
@@ -74,7 +74,7 @@ def test_every_command_runs(
     plan, spec = bundle.plan, bundle.spec
     noise = np.random.default_rng(0).standard_normal((2, *spec.latent_shape), np.float32)
     monkeypatch.setattr(Noise, "initial", lambda self: noise)
-    np.testing.assert_allclose(names["latent"], sample(open_runner(bundle), plan, spec, [3, 7], seed=0), atol=1e-5)
+    np.testing.assert_allclose(names["latent"], sample(runner_of(bundle), plan, spec, [3, 7], seed=0), atol=1e-5)
 
 
 def compile_sooner(compile_: Callable[..., Bundle], model: str, recipe: str, **options: Any) -> Bundle:

@@ -45,7 +45,7 @@ class PlanSteps(Pass):
         budget: cost of sampling relative to computing every step, for ``joint``.
         interval: steps per computing step, for ``dps``.
         forecast: what will fill in for cached values: ``affine``, ``taylor``, ``dec`` or ``reuse``.
-        measured: cost is the latency of variants on the target, where that can be measured, else
+        measured: cost is the latency of variants, where something can measure it, else
             multiply-accumulates.
         weighting: an error at a step weighs by the ``solver``'s coefficient of the prediction there, or by what it is
             ``measured`` to do to the final latent, which takes longer.
@@ -81,10 +81,10 @@ class PlanSteps(Pass):
         modes = program.facts[CachePlan].modes
         if not modes or not set(modes) <= set(program.variants):
             context.refuse("step plan", "no variant reuses, so every step computes")
-            return program.with_facts(SchedulePlan(self.strategy, {}, False, 1.0, None, None))
-        measure = context.costs if self.measured else None
+            return program.with_facts(SchedulePlan(self.strategy, {}, "", 1.0, None, None))
+        measuring = context.costs if self.measured else None
         arithmetic = {name: float(macs) for name, macs in macs_by_variant(program.variants).items()}
-        costs = measure(program) if measure else arithmetic
+        costs = measuring.measure(program) if measuring else arithmetic
         relative = {name: rounded(cost / costs[FULL]) for name, cost in costs.items()}
         count = self.trajectories or affordable_trajectories(program)
         trajectories = record(program, count, self.seed, context.progress)
@@ -96,7 +96,8 @@ class PlanSteps(Pass):
             schedule, expected, rehearsed = self._joint(program, trajectories, relative, context.progress)
         steps = program.facts[StepPlan].with_variants(schedule)
         spent = sum(relative[name] for name in schedule) / len(schedule)
-        fact = SchedulePlan(self.strategy, dict(costs), measure is not None, spent, expected, rehearsed)
+        measured_on = measuring.runtime if measuring else ""
+        fact = SchedulePlan(self.strategy, dict(costs), measured_on, spent, expected, rehearsed)
         return program.with_facts(steps, fact)
 
     def _dps(self, program: Program, trajectories: Trajectories) -> tuple[str, ...]:

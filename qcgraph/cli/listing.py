@@ -73,7 +73,7 @@ def targets_command(json: JsonOption = False) -> None:
     else:
         print_table(
             ("target", "runs on", "legalization", "what it is"),
-            [(row["name"], row["backend"], row["legalize"] or "-", row["description"]) for row in rows],
+            [(row["name"], row["runtime"], row["legalize"] or "-", row["description"]) for row in rows],
         )
 
 

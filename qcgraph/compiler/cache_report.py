@@ -31,7 +31,7 @@ def _planned(plan: SchedulePlan | None) -> dict[str, Any] | None:
     return {
         "strategy": plan.strategy,
         "spent": round(plan.spent, 4),
-        "measured": plan.measured,
+        "measured_on": plan.measured_on,
         "costs": plan.costs,
         "expected_error": plan.expected_error,
         "rehearsed_error": plan.rehearsed_error,

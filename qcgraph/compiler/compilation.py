@@ -20,7 +20,7 @@ from qcgraph.bundle.plan_file import PlanFile
 from qcgraph.capture.capture import capture
 from qcgraph.capture.meaning import check_meaning
 from qcgraph.compiler.admission import admit_edges, admit_quality, check_conditions, overrides
-from qcgraph.compiler.costs import measure_costs
+from qcgraph.compiler.costs import costs_for
 from qcgraph.compiler.default_pipeline import default_pipeline, target_notes
 from qcgraph.compiler.estimate import estimate
 from qcgraph.compiler.least_bits import compile_with_least, is_asked_for, most_bits
@@ -210,9 +210,7 @@ class _Compilation:
         """Return what the passes make of the program in ``start``, which is taken out so that nothing else holds it."""
         program = start.pop()
         for part in _parts(pipeline):
-            program = part.run(
-                program, instruments, self.progress, lambda program: measure_costs(program, target, self.progress)
-            )
+            program = part.run(program, instruments, self.progress, costs_for(target, self.progress))
             gc.collect()  # graphs and their modules refer to each other; with them go the weights that were replaced
             release_memory()
         return program

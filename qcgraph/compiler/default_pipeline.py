@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qcgraph.errors import UsageError
+from qcgraph.export.run.runtimes import runtime_for
 from qcgraph.export.targets import TARGETS, Target
 from qcgraph.export.tensorrt.provider import PROVIDERS
 from qcgraph.pipeline import Pass, Pipeline, make_pass
@@ -36,9 +37,10 @@ def target_notes(recipe: Recipe, target: Target) -> tuple[str, ...]:
     if recipe.pipeline.passes:
         added = ", ".join(pass_.name for pass_ in _lacking(Pipeline.parse(recipe.pipeline.passes), recipe, target))
         return (f"after the passes of the recipe come those that {target.name} asks for: {added}",) if added else ()
+    notes = [*_measuring_notes(recipe, target)]
     if not recipe.is_quantized:
-        return ()
-    asked, notes = recipe.quantization, []
+        return tuple(notes)
+    asked = recipe.quantization
     could_have_regions = recipe.activation_bits < MOST_BITS or recipe.bit_budget is not None or asked.attention
     if asked.regions == "auto" and target.constant_scales and could_have_regions:
         notes.append(f"{target.name} takes constant scales: no activation has two regions")
@@ -47,6 +49,16 @@ def target_notes(recipe: Recipe, target: Target) -> tuple[str, ...]:
     if asked.attention and target.name in PROVIDERS:
         notes.append("attention of quantized products is not fused: TensorRT has kernels for all of it in 16 bits only")
     return tuple(notes)
+
+
+def _measuring_notes(recipe: Recipe, target: Target) -> Iterator[str]:
+    """Say where the steps are planned by milliseconds of another runtime than the target's own."""
+    measuring = runtime_for(target, "f32")
+    if recipe.cache_budget is not None and recipe.cache.cost == "latency" and measuring.name != target.runtime:
+        yield (
+            f"the budget counts milliseconds of {measuring.title}, which are not those of {target.runtime}; "
+            "cost = macs counts arithmetic instead"
+        )
 
 
 def _lacking(chosen: Pipeline, recipe: Recipe, target: Target) -> Iterator[Pass]:

@@ -61,7 +61,7 @@ class SchedulePlan:
     Attributes:
         strategy: ``joint`` or ``dps``.
         costs: what one run of each variant costs: milliseconds where measured, else multiply-accumulates.
-        measured: whether costs are measured on the target.
+        measured_on: the name of the runtime that the costs were measured on; empty where they are arithmetic.
         spent: cost of sampling relative to computing every step.
         expected_error: mean squared error of the final latent that the measured errors of skipped steps add up to.
         rehearsed_error: the same, of trajectories sampled under this schedule.
@@ -69,7 +69,7 @@ class SchedulePlan:
 
     strategy: str
     costs: dict[str, float]
-    measured: bool
+    measured_on: str
     spent: float
     expected_error: float | None
     rehearsed_error: float | None

@@ -140,7 +140,7 @@ def _cache(plan: CachePlan) -> list[str]:
 
 
 def _schedule(plan: SchedulePlan) -> list[str]:
-    unit = "measured" if plan.measured else "multiply-accumulates"
+    unit = f"measured on {plan.measured_on}" if plan.measured_on else "multiply-accumulates"
     line = f"schedule {plan.strategy}: {plan.spent:.1%} of computing every step ({unit})"
     return [line if plan.rehearsed_error is None else f"{line}, mean squared error {plan.rehearsed_error:.2g}"]
 

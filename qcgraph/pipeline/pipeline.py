@@ -33,7 +33,17 @@ _TOKEN = re.compile(r"\s*(?P<name>[a-z][a-z0-9-]*)\s*(?:\{(?P<options>[^{}]*)\})
 _OPTION = re.compile(r"\s*(?P<key>[a-z][a-z0-9-]*)=(?P<value>\"(?:[^\"\\]|\\.)*\"|[^\s\"]+)(?:\s+|$)")
 
 
-Costs = Callable[[Program], Mapping[str, float]]
+@dataclass(frozen=True)
+class Costs:
+    """What measures how long the variants of a program take.
+
+    Attributes:
+        runtime: the name of the runtime that it measures on.
+        measure: makes milliseconds by variant from a program.
+    """
+
+    runtime: str
+    measure: Callable[[Program], Mapping[str, float]]
 
 
 @dataclass
@@ -43,7 +53,7 @@ class PassContext:
     Attributes:
         progress: where to report progress.
         refusals: what was refused.
-        costs: milliseconds of every variant of a program on its target, or None where nothing can measure them.
+        costs: measures the variants of a program, or None where nothing can measure them.
         origin: the program that the pipeline started from.
     """
 
@@ -173,7 +183,7 @@ class Pipeline:
             program: what they start from.
             instruments: what watches them.
             progress: where they report it.
-            costs: measures the variants of a program on its target.
+            costs: measures the variants of a program.
 
         Raises:
             QcgraphError: a pass refused its input, or broke its contract; says after which passes.

@@ -182,7 +182,9 @@ class Cache(_Section):
         description="bytes that cached tensors may take for one image, both halves of guidance; 0: any number",
     )
     cost: Literal["latency", "macs"] = Field(
-        "latency", description="latency (measured on the target) or macs: what a budget is a fraction of"
+        "latency",
+        description="latency (measured on the runtime that the target is judged on) or macs: what a budget is a "
+        "fraction of",
     )
     rounds: int = Field(
         0,

@@ -52,7 +52,7 @@ EXAMPLES = (
     ),
     CachePlan((CachedValue("cache_0", 0, 5), CachedValue("cache_1", 3, 3, 1)), {"reuse": ("cache_0",)}, 3, ("full",)),
     Rehearsed(0.001, 0.002, 8),
-    SchedulePlan("joint", {"full": THIRD, "reuse": 0.1}, True, 0.3, 1e-30, None),
+    SchedulePlan("joint", {"full": THIRD, "reuse": 0.1}, "onnxruntime", 0.3, 1e-30, None),
     Ranges({"a": SITE}, {"a": SITE}, 3),
     Reference(((THIRD,),), ((0.1,),), 7, 3),
     Equalization({"a": (THIRD, 1.0)}, {"a": (1.0, 3.0)}),
