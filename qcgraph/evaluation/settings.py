@@ -29,7 +29,7 @@ from qcgraph.ir.structure import find_sites, macs_by_variant, total_macs
 from qcgraph.models import LoadedModel
 from qcgraph.models.eager import EagerRunner
 from qcgraph.models.origin import captured_origin, find_model
-from qcgraph.plan.schedulers import FLOW_SOLVER, make_step_plan
+from qcgraph.plan.schedulers import first_order, make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
@@ -104,7 +104,7 @@ class Subject:
     @property
     def converging(self) -> str:
         """The first-order solver, which converges to the trajectory that others approximate with fewer steps."""
-        return FLOW_SOLVER if self.spec.schedule.is_flow else "ddim"
+        return first_order(self.spec.schedule)
 
     @property
     def is_compensated(self) -> bool:
