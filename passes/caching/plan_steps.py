@@ -13,8 +13,9 @@ from qcgraph.errors import UsageError
 from qcgraph.facts import CachePlan, Compensation, ForecastFit, SchedulePlan
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import macs_by_variant
-from qcgraph.passes.caching._skipping import Forecaster, Rehearsal, skip_errors
+from qcgraph.passes.caching._skipping import OpenLoop, Rehearsal, skip_errors
 from qcgraph.passes.caching._trajectories import Trajectories, record, weights
+from qcgraph.passes.caching.forecasters import forecaster_named, known_forecasters
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.effort import RECORD_MACS, affordable_trajectories, trajectory_macs
 from qcgraph.pipeline.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
@@ -44,7 +45,7 @@ class PlanSteps(Pass):
         strategy: ``joint`` or ``dps``.
         budget: cost of sampling relative to computing every step, for ``joint``.
         interval: steps per computing step, for ``dps``.
-        forecast: what will fill in for cached values: ``affine``, ``taylor``, ``dec`` or ``reuse``.
+        forecast: the forecaster that will fill in for cached values.
         measured: cost is the latency of variants, where something can measure it, else
             multiply-accumulates.
         weighting: an error at a step weighs by the ``solver``'s coefficient of the prediction there, or by what it is
@@ -64,7 +65,7 @@ class PlanSteps(Pass):
     strategy: Literal["joint", "dps"] = "joint"
     budget: float = option(0.3, above=0, most=1, hint="0.3 is 30 % of what computing every step costs")
     interval: int = option(3, least=1, hint="1 computes every step, 3 every third")
-    forecast: Literal["affine", "taylor", "dec", "reuse"] = "affine"
+    forecast: str = option("affine", among=known_forecasters)
     measured: bool = False
     weighting: Literal["solver", "measured"] = "solver"
     gap: int = option(12, least=1)
@@ -111,7 +112,7 @@ class PlanSteps(Pass):
         modes = [Mode(name, relative[name]) for name in program.facts[CachePlan].modes if relative[name] < 1]
         if not modes:
             raise UsageError("no variant that reuses is faster than computing", hint="compile with --cache off")
-        forecaster = Forecaster(program, trajectories, self.forecast)
+        forecaster = OpenLoop(program, trajectories, forecaster_named(self.forecast))
         weight = weights(program, trajectories, *self._weighing(program, trajectories), progress)
         names, gap = [mode.name for mode in modes], min(self.gap, steps - 1)
         errors = skip_errors(program, trajectories, forecaster, weight, names, gap, progress)

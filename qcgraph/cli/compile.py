@@ -62,7 +62,9 @@ def compile_command(
     ] = None,
     forecast: Annotated[
         str | None,
-        typer.Option(metavar="affine|taylor|dec|reuse", help="How cached values are carried on to steps that reuse."),
+        typer.Option(
+            metavar="NAME", help="How cached values are forecast, such as affine; see qcgraph passes fit-forecast."
+        ),
     ] = None,
     cache_budget: Annotated[
         int | None, typer.Option(metavar="BYTES", help="What cached tensors may take for one image.")

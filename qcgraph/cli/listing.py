@@ -79,6 +79,8 @@ def targets_command(json: JsonOption = False) -> None:
 
 def describe_pass(kind: type[Pass]) -> dict[str, Any]:
     """A pass as JSON data, from its fields and its docstring."""
+    from qcgraph.pipeline.options import choices_of
+
     text, _, attributes = (inspect.getdoc(kind) or "").replace("``", "").partition("Attributes:")
     docs = {match["name"]: " ".join(match["text"].split()) for match in _ATTRIBUTE.finditer(attributes)}
     return {
@@ -93,6 +95,7 @@ def describe_pass(kind: type[Pass]) -> dict[str, Any]:
                 "type": str(item.type),
                 "default": None if item.default is MISSING else item.default,
                 "description": docs.get(item.name, ""),
+                "choices": dict(choices_of(item)),
             }
             for item in fields(kind)
         ],
@@ -110,6 +113,10 @@ def _print_pass(data: dict[str, Any]) -> None:
         ("option", "type", "default", "what it is"),
         [(row["name"], row["type"], _shown(row["default"]), row["description"]) for row in data["options"]],
     )
+    for row in data["options"]:
+        if row["choices"]:
+            print_heading(row["name"])
+            print_table((row["name"], "what it is"), list(row["choices"].items()))
     example = data["options"][0]
     print(f"\nin a pipeline: {data['name']}{{{example['name']}={_shown(example['default'])}}}")
 

@@ -9,10 +9,9 @@ from qcgraph.errors import UsageError
 from qcgraph.export.run.runtimes import runtime_for
 from qcgraph.export.targets import TARGETS, Target
 from qcgraph.export.tensorrt.provider import PROVIDERS
+from qcgraph.passes.caching.forecasters import Forecaster, forecaster_named
 from qcgraph.pipeline import Pass, Pipeline, make_pass
 from qcgraph.recipe import MOST_BITS, Recipe
-
-HISTORY = {"reuse": 1, "dec": 1, "taylor": 2, "affine": 3}  # computed values that each forecast looks back to
 
 
 def default_pipeline(recipe: Recipe, target: Target) -> Pipeline:
@@ -213,7 +212,7 @@ def _caching(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
         **_spacing(recipe),
         blocks=recipe.cache.blocks,
         what=recipe.cache.what,
-        history=HISTORY[recipe.forecast],
+        history=_forecaster(recipe).history,
         memory=recipe.cache.memory,
     )
     yield _pass("insert-cache")
@@ -222,6 +221,18 @@ def _caching(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
     if recipe.is_searched:
         # With quantization it is a draft.
         yield _schedule(recipe, final=not quantized)
+
+
+def _forecaster(recipe: Recipe) -> Forecaster:
+    """Return the forecaster that a recipe asks for.
+
+    Raises:
+        UsageError: there is no such forecaster.
+    """
+    try:
+        return forecaster_named(recipe.forecast)
+    except UsageError as error:
+        raise UsageError(error.message, where="cache.forecast", hint=error.hint) from error
 
 
 def _settling(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:

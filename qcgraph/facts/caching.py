@@ -112,7 +112,7 @@ class ForecastFit:
     """That the forecasts were fitted, and how well they do; the coefficients are constants of the program.
 
     Attributes:
-        kind: ``affine``, ``taylor``, ``dec`` or ``reuse``.
+        kind: the name of the forecaster.
         steps: per cached value and reusing step, in order.
     """
 

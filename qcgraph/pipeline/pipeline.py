@@ -247,8 +247,8 @@ def registry() -> dict[str, type[Pass]]:
     package = importlib.import_module("qcgraph.passes")
     found: dict[str, type[Pass]] = {}
     for info in pkgutil.walk_packages(package.__path__, "qcgraph.passes."):
-        file = info.name.rpartition(".")[2]
-        if info.ispkg or file.startswith("_"):  # a room, or a helper
+        *place, file = info.name.removeprefix(f"{package.__name__}.").split(".")
+        if info.ispkg or file.startswith("_") or len(place) > 1:  # a room, a helper, or helpers in a folder of a room
             continue
         module = importlib.import_module(info.name)
         classes = [

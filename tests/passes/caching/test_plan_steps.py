@@ -12,8 +12,9 @@ from qcgraph.errors import UsageError
 from qcgraph.facts import CachePlan, SchedulePlan
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import macs_by_variant
-from qcgraph.passes.caching._skipping import Forecaster, Rehearsal
+from qcgraph.passes.caching._skipping import OpenLoop, Rehearsal
 from qcgraph.passes.caching._trajectories import record
+from qcgraph.passes.caching.forecasters.taylor import TAYLOR
 from qcgraph.passes.caching.plan_steps import differences, rounded
 from qcgraph.pipeline import Pipeline
 from qcgraph.pipeline.effort import affordable_trajectories
@@ -81,7 +82,7 @@ def test_a_seed_gives_one_schedule(split: Program, run: Run, options: str) -> No
 def test_the_rehearsed_error_is_that_of_the_schedule(split: Program, run: Run) -> None:
     program = run("plan-steps{budget=0.4 trajectories=2 forecast=taylor}", split)
     trajectories = record(split, 2, 0, Progress())
-    rehearsal = Rehearsal(split, trajectories, Forecaster(split, trajectories, "taylor"))
+    rehearsal = Rehearsal(split, trajectories, OpenLoop(split, trajectories, TAYLOR))
     assert rehearsal.final_error(names(program)) == program.facts[SchedulePlan].rehearsed_error
 
 
