@@ -49,7 +49,7 @@ class FitForecast(Pass):
     requires: ClassVar[tuple[type, ...]] = (CachePlan, ModelSpec, Reference, StepPlan)
     precedes: ClassVar[tuple[type, ...]] = (Compensation, Precision)
     provides: ClassVar[tuple[type, ...]] = (ForecastFit,)
-    is_sampling: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
 
     kind: str = option("affine", among=known_forecasters)
 

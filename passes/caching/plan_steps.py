@@ -60,7 +60,7 @@ class PlanSteps(Pass):
     requires: ClassVar[tuple[type, ...]] = (CachePlan, ModelSpec, StepPlan)
     precedes: ClassVar[tuple[type, ...]] = (ForecastFit, Compensation)
     provides: ClassVar[tuple[type, ...]] = (SchedulePlan,)
-    is_sampling: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
 
     strategy: Literal["joint", "dps"] = "joint"
     budget: float = option(0.3, above=0, most=1, hint="0.3 is 30 % of what computing every step costs")

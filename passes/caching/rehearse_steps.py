@@ -37,7 +37,7 @@ class RehearseSteps(Pass):
     name: ClassVar[str] = "rehearse-steps"
     requires: ClassVar[tuple[type, ...]] = (CachePlan, ModelSpec, StepPlan)
     provides: ClassVar[tuple[type, ...]] = (Rehearsed,)
-    is_sampling: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
 
     forecast: str = option("affine", among=known_forecasters)
     trajectories: int | None = option(None, least=1, most=MOST_TRAJECTORIES, hint=AUTO_HINT)

@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from qcgraph.errors import UsageError
-from qcgraph.facts import Compensation, Precision, QuantPlan, Reference
+from qcgraph.facts import Compensation, Precision, Reference
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
+from qcgraph.passes.compensation._compensable import check_compensable
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.options import option
 from qcgraph.pipeline.workload import Workload
-from qcgraph.plan.schedulers import check_compensable
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan, Update
 from qcgraph.sampling.calibration import calibration_labels, calibration_noise, rows
@@ -35,7 +35,7 @@ class FitCompensation(Pass):
     K = sum w d e / sum w d^2 with d = x - mu, e = x' - mu and w = 1 + [|x'| > mean |x'| / 2] / x'^2, which is Q&C's
     objective of absolute and relative errors. A step is fitted with all earlier corrections applied. Where the update
     adds fresh noise c3 * z, K is solved on the part that the denoiser reaches: sigma_ref^2 - c3^2 is its variance.
-    Updates that look back to earlier steps are refused (see `qcgraph.plan.schedulers.check_compensable`).
+    Updates that look back to earlier steps are refused (see `qcgraph.passes.compensation._compensable`).
 
     Attributes:
         clamp: K stays in [1 - clamp, 1 + clamp]; what was clamped is counted. 0 gives K = 1 everywhere.
@@ -46,7 +46,7 @@ class FitCompensation(Pass):
     requires: ClassVar[tuple[type, ...]] = (ModelSpec, StepPlan, Reference)
     precedes: ClassVar[tuple[type, ...]] = (Precision,)
     provides: ClassVar[tuple[type, ...]] = (Compensation,)
-    is_sampling: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
 
     clamp: float = option(0.1, below=1, hint="0.1 keeps the gains within 10 % of one")
     form: Literal["ratio", "masked"] = "ratio"
@@ -54,8 +54,12 @@ class FitCompensation(Pass):
     def forwards(self, work: Workload) -> float:
         return work.trajectories * work.trajectory * work.share
 
+    def check(self, captured: Program) -> None:
+        """Refuse steps whose updates look back."""
+        check_compensable(captured.facts[StepPlan])
+
     def run(self, program: Program, context: PassContext) -> Program:
-        check_compensable(program.facts[StepPlan])
+        self.check(program)
         plan, spec, reference = program.facts[StepPlan], program.facts[ModelSpec], program.facts[Reference]
         means, deviations = np.array(reference.means), np.array(reference.deviations)
         count = reference.trajectories
@@ -101,10 +105,10 @@ class _Trajectory:
 def _exact(context: PassContext, labels: npt.NDArray[np.int64], latent: Array) -> _Trajectory:
     """The trajectory of full precision from the same noise."""
     origin = context.origin
-    if origin is None or set(origin.variants) != {"main"} or QuantPlan in origin.facts:
+    if origin is None:
         raise UsageError(
-            "the masked form samples the captured program, which this pipeline does not start from",
-            hint="run it in a whole pipeline, or take form=ratio",
+            "the masked form samples the captured program, which is not given",
+            hint="run it in a compilation, or take form=ratio",
         )
     return _Trajectory(origin, origin.facts[StepPlan], labels, latent)
 

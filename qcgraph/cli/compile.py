@@ -217,8 +217,16 @@ def _summary(report: dict[str, Any], bundle: Bundle | None) -> list[tuple[str, s
 def _schedule(report: dict[str, Any], bundle: Bundle | None) -> str:
     """Return the schedule, and whether it is a draft that sampling will replace."""
     text = str(report["cache"]["schedule"])
-    is_draft = bundle is None and "plan-steps" in report["pipeline"]
+    is_draft = bundle is None and _plans_steps(report["pipeline"])
     return f"{text}; a draft, the one that is compiled follows from samples" if is_draft else text
+
+
+def _plans_steps(pipeline: str) -> bool:
+    """Return whether a pass of a pipeline finds the schedule."""
+    from qcgraph.facts import SchedulePlan
+    from qcgraph.pipeline import Pipeline
+
+    return any(SchedulePlan in pass_.provides for pass_ in Pipeline.parse(pipeline))
 
 
 def _estimate(estimate: dict[str, Any]) -> list[tuple[str, str]]:

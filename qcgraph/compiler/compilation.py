@@ -35,22 +35,20 @@ from qcgraph.facts import Rehearsed, precision_of
 from qcgraph.ir.memory import release_memory
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
-from qcgraph.ir.structure import Site, find_sites
+from qcgraph.ir.structure import find_sites
 from qcgraph.models import LoadedModel, check_loaded, load_model
 from qcgraph.models.origin import SOURCE
-from qcgraph.passes.quantization.plan_quant import PlanQuant, nothing_quantized
+from qcgraph.passes.quantization.plan_quant import why_nothing
 from qcgraph.pipeline import Instrument, Pass, Pipeline
 from qcgraph.pipeline.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
 from qcgraph.plan.schedule import FULL, TimedSchedule
-from qcgraph.plan.schedulers import check_compensable, check_name, make_step_plan
+from qcgraph.plan.schedulers import check_name, make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
 
-EQUALIZING = "equalize"  # where it comes first, the weights that it replaced are let go before the other passes run
 HELD_BYTES = 2**28  # of weights that are kept, and their capture, instead of being loaded and captured again
-COMPENSATING = "fit-compensation"  # does not fit every plan, which is better said before anything is sampled
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ class _Compilation:
         report[SOURCE] = self.model if isinstance(self.model, str) else None
         report["followed_plan"] = _followed(recipe, self.plan, program)
         if recipe.is_quantized and not report["planned_sites" if self.dry_run else "quantized_sites"]:
-            notes += self._noted([f"{recipe.quantization.bits} was asked for, but {_left_alone(program, sites)}"])
+            notes += self._noted([f"{recipe.quantization.bits} was asked for, but {why_nothing(program, sites)}"])
         report["notes"] = notes
         found = None if kept is None else estimate(kept, program, pipeline, quantizable(sites), target, elapsed)
         report["estimate"] = found and asdict(found)
@@ -210,7 +208,7 @@ class _Compilation:
         """Return what the passes make of the program in ``start``, which is taken out so that nothing else holds it."""
         program = start.pop()
         for part in _parts(pipeline):
-            program = part.run(program, instruments, self.progress, costs_for(target, self.progress))
+            program = part.run(program, instruments, self.progress, costs_for(target, self.progress), origin=program)
             gc.collect()  # graphs and their modules refer to each other; with them go the weights that were replaced
             release_memory()
         return program
@@ -266,14 +264,6 @@ class _Compilation:
                     verdicts = admit_quality(recipe.conditions, *original, program, folder, target, self.progress)
                 report["gate"] = [asdict(verdict) for verdict in verdicts]
             fill(folder)
-
-
-def _left_alone(program: Program, sites: Iterable[Site]) -> str:
-    """Say why nothing is quantized: as the pass that plans quantization says, or as the graph of the model shows."""
-    planned = [record for record in program.history if record.text.startswith(PlanQuant.name) and record.refusals]
-    if planned:
-        return planned[-1].refusals[-1].reason
-    return nothing_quantized(site.refusal or "no pass quantized it" for site in sites)
 
 
 def following(recipe: Recipe, plan: PlanFile | None) -> Recipe:
@@ -426,8 +416,7 @@ def _check_pass_names(pipeline: Pipeline, names: tuple[str, ...]) -> None:
 
 def _check_applicable(recipe: Recipe, pipeline: Pipeline, loaded: LoadedModel, captured: Program) -> None:
     """Refuse what will not go with the model or its steps, before anything is sampled."""
-    if any(pass_.name == COMPENSATING for pass_ in pipeline):
-        check_compensable(captured.facts[StepPlan])
+    pipeline.check(captured)
     if recipe.conditions is not None:
         check_conditions(recipe.conditions, loaded)
 
@@ -440,13 +429,9 @@ def _prefix(pipeline: Pipeline, stop_after: str | None, dry_run: bool) -> Pipeli
 
 
 def _parts(pipeline: Pipeline) -> tuple[Pipeline, ...]:
-    """A pipeline, with equalize apart where it comes first.
-
-    What starts from its result does not hold the weights that it replaced; and it is the captured model as well to
-    those passes that compare with what they started from.
-    """
+    """Return a pipeline in parts, each with an origin of its own (see `qcgraph.pipeline.Pass.restarts`)."""
     first, rest = pipeline.passes[:1], pipeline.passes[1:]
-    return (Pipeline(first), Pipeline(rest)) if first and first[0].name == EQUALIZING else (pipeline,)
+    return (Pipeline(first), Pipeline(rest)) if first and first[0].restarts else (pipeline,)
 
 
 def _reproducer_folder(output: Path | None) -> Path:

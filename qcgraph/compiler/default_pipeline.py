@@ -112,16 +112,14 @@ def _reduced(recipe: Recipe, target: Target) -> Iterator[Pass]:
         return
     dtype = target.precision if precision == "auto" else precision
     if dtype != "float32":
-        asked = _sampling(recipe)
-        counts = {"samples": asked["trajectories"]} if "trajectories" in asked else {}
-        yield _pass("reduce-precision", dtype=dtype, seed=asked["seed"], **counts)
+        yield _pass("reduce-precision", dtype=dtype, **_sampling(recipe))
 
 
 def _calibrate(recipe: Recipe, *, quantized: bool) -> Pass:
     calibration = recipe.calibration
-    samples = {} if calibration.samples == "auto" else {"samples": calibration.samples}
+    latents = {} if calibration.samples == "auto" else {"latents": calibration.samples}
     selection = calibration.selection if quantized else "none"
-    return _pass("calibrate", selection=selection, **samples, **_sampling(recipe))
+    return _pass("calibrate", selection=selection, **latents, **_sampling(recipe))
 
 
 def _sampling(recipe: Recipe) -> dict[str, int]:

@@ -54,7 +54,7 @@ class PassContext:
         progress: where to report progress.
         refusals: what was refused.
         costs: measures the variants of a program, or None where nothing can measure them.
-        origin: the program that the pipeline started from.
+        origin: the captured program, or None where nobody gave it.
     """
 
     progress: Progress = field(default_factory=Progress)
@@ -77,7 +77,9 @@ class Pass(ABC):
         precedes: the facts that must not be there yet, because they are decided on what this pass changes.
         provides: the facts that are there after.
         provides_with: facts that are there after only with an option: the text of the pass with it, and the fact.
-        is_sampling: whether the pass samples trajectories; a dry run leaves it out.
+        samples: whether the pass samples trajectories; a dry run leaves it out.
+        restarts: whether a pipeline that begins with this pass starts anew from its result, which is the captured model
+            with other weights: it is the origin of the passes that follow, and the weights it replaced are let go.
 
     Raises:
         UsageError: an option has a wrong type or is out of range.
@@ -88,7 +90,8 @@ class Pass(ABC):
     precedes: ClassVar[tuple[type, ...]] = ()
     provides: ClassVar[tuple[type, ...]] = ()
     provides_with: ClassVar[tuple[tuple[str, type], ...]] = ()
-    is_sampling: ClassVar[bool] = False
+    samples: ClassVar[bool] = False
+    restarts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -96,6 +99,25 @@ class Pass(ABC):
     @abstractmethod
     def run(self, program: Program, context: PassContext) -> Program:
         """The transformed program; the one given is not touched."""
+
+    def check(self, captured: Program) -> None:  # noqa: B027 - most passes refuse nothing beforehand
+        """Refuse what the pass could not do to this model; called before any pass runs, and before anything is sampled.
+
+        Args:
+            captured: the captured program, which holds the model's spec and the step plan.
+
+        Raises:
+            UsageError: says why, with a hint.
+        """
+
+    def sizes(self, program: Program, computing: str) -> tuple[int, int]:
+        """Return how many trajectories the pass leaves to later passes, and how many latents of them.
+
+        Args:
+            program: a program with a step plan.
+            computing: the variant that computes.
+        """
+        return 0, 0
 
     def forwards(self, work: Workload) -> float:
         """Return about how many runs of the model on one latent the pass takes; a dry run estimates time by it."""
@@ -149,12 +171,27 @@ class Pipeline:
         kept: list[Pass] = []
         missing: set[type] = set()
         for pass_ in self.passes:
-            if pass_.is_sampling or missing.intersection(pass_.requires):
+            if pass_.samples or missing.intersection(pass_.requires):
                 missing.update(pass_.provides)
             else:
                 missing.difference_update(pass_.provides)
                 kept.append(pass_)
         return Pipeline(tuple(kept))
+
+    def check(self, captured: Program) -> None:
+        """Ask every pass whether it can do its work on a model, before any of them runs.
+
+        Args:
+            captured: the captured program, which holds the model's spec and the step plan.
+
+        Raises:
+            UsageError: a pass refuses the model; says which.
+        """
+        for pass_ in self.passes:
+            try:
+                pass_.check(captured)
+            except Exception as error:
+                raise _located(error, pass_, ()) from error
 
     @property
     def text(self) -> str:
@@ -176,6 +213,7 @@ class Pipeline:
         instruments: Sequence[Instrument] = (),
         progress: Progress | None = None,
         costs: Costs | None = None,
+        origin: Program | None = None,
     ) -> Program:
         """Run the passes one after the other, each checked against its contract.
 
@@ -184,11 +222,11 @@ class Pipeline:
             instruments: what watches them.
             progress: where they report it.
             costs: measures the variants of a program.
+            origin: the captured program, for passes that compare with it; they refuse where it is not given.
 
         Raises:
             QcgraphError: a pass refused its input, or broke its contract; says after which passes.
         """
-        origin = program
         for index, pass_ in enumerate(self.passes):
             try:
                 for instrument in instruments:

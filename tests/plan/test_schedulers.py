@@ -18,7 +18,6 @@ from qcgraph.facts import decode, encode
 from qcgraph.plan.schedulers import (
     SOLVERS,
     Solver,
-    check_compensable,
     check_name,
     first_order,
     make_scheduler,
@@ -260,14 +259,6 @@ def test_a_plan_with_history_survives_json(third_order: str) -> None:
 
 def test_a_plan_that_was_written_without_history_is_read() -> None:
     assert decode(Update, {"latent": 1.5, "noise_prediction": -0.5, "noise": 0.25}) == Update(1.5, -0.5, 0.25, ())
-
-
-def test_only_updates_without_history_can_be_compensated() -> None:
-    check_compensable(make_step_plan("ddpm", 10, 1.5, NoiseSchedule(), "model"))
-    check_compensable(make_step_plan("dpmsolver++", 1, 1.5, NoiseSchedule(), "model"))
-    with pytest.raises(UsageError, match=r"does not fit dpmsolver\+\+: the update of step 1 also takes") as caught:
-        check_compensable(make_step_plan("dpmsolver++", 10, 1.5, NoiseSchedule(), "model"))
-    assert "--compensate off" in str(caught.value.hint)
 
 
 def test_a_thousand_steps_are_probed_in_one_walk() -> None:
