@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
-from qcgraph.errors import UsageError, closest
+from qcgraph.bundle import Bundle
+from qcgraph.errors import BundleError, UsageError, closest
+from qcgraph.extensions import Extensions
+from qcgraph.facts import decode
+from qcgraph.files.folder import AGAIN
 
 LARGEST_UINT8 = 2**8 - 1
 LARGEST_INT16 = 2**15 - 1
@@ -157,13 +161,45 @@ TARGETS: Mapping[str, Target] = {
 }
 
 
+def _problem_of(name: str, found: Any) -> str:
+    if not isinstance(found, Target):
+        return f"is a {type(found).__name__}, not a qcgraph.export.targets.Target"
+    return "" if found.name == name else f"is called {found.name!r}"
+
+
+EXTENSIONS = Extensions("qcgraph.targets", "target", lambda: TARGETS, _problem_of)
+
+
 def target_named(name: str) -> Target:
-    """A target by its name.
+    """Return a target by its name, also one of another distribution.
 
     Raises:
-        UsageError: there is no such target.
+        UsageError: there is no such target, or it is broken.
     """
-    target = TARGETS.get(name)
+    target = TARGETS.get(name) or EXTENSIONS.load(name)
     if target is None:
-        raise UsageError(f"unknown target {name!r}", hint=closest(name, TARGETS))
-    return target
+        raise UsageError(f"unknown target {name!r}", hint=closest(name, [*TARGETS, *EXTENSIONS.offers()]))
+    return target  # type: ignore[no-any-return]
+
+
+def record_of(target: Target) -> dict[str, Any] | None:
+    """Return a target of another distribution as data, which a bundle holds; None for one of qcgraph's own."""
+    return None if target.name in TARGETS else asdict(target)
+
+
+def target_of(bundle: Bundle) -> Target:
+    """Return the target that a bundle was compiled for; one of another distribution is read from it, not imported.
+
+    Raises:
+        UsageError: the bundle names a target that is not qcgraph's, and does not hold it.
+        BundleError: what it holds is no target.
+    """
+    name, record = bundle.manifest.target, bundle.manifest.target_record
+    if name in TARGETS:
+        return TARGETS[name]
+    if record is None:
+        raise UsageError(f"unknown target {name!r}", where=str(bundle.path), hint=closest(name, TARGETS))
+    try:
+        return decode(Target, record)
+    except ValueError as error:  # pydantic's
+        raise BundleError("holds a target that cannot be read", where=str(bundle.path), hint=AGAIN) from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from qcgraph.bundle import Bundle
 from qcgraph.errors import UsageError
 from qcgraph.export.run.runtimes import Exported, Runtime, Source, runtime_for, runtime_named
-from qcgraph.export.targets import Target, target_named
+from qcgraph.export.targets import Target, target_of
 from qcgraph.facts import precision_of
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
@@ -46,7 +46,7 @@ def open_runner(target: Target, source: Source, runtime: str | None = None, thre
 
 def runner_of(bundle: Bundle, runtime: str | None = None, threads: int | None = None) -> Runner:
     """Return a runner for a bundle (see `open_runner`)."""
-    return open_runner(target_named(bundle.manifest.target), bundle, runtime, threads)
+    return open_runner(target_of(bundle), bundle, runtime, threads)
 
 
 def export_to(

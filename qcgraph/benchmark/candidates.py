@@ -18,7 +18,7 @@ from qcgraph.bundle import Bundle
 from qcgraph.errors import BundleError
 from qcgraph.export.run.open import runner_of
 from qcgraph.export.run.runtimes import runtime_for
-from qcgraph.export.targets import target_named
+from qcgraph.export.targets import target_of
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.sampling.loop import Request
@@ -208,7 +208,7 @@ def _problem_of(workspace: Workspace, name: str) -> str:
 def _description(bundle: Bundle) -> str:
     recipe = bundle.recipe
     parts = (recipe.quantization.bits, f"cache {recipe.cache.schedule}", f"compensation {recipe.compensation.mode}")
-    target = target_named(bundle.manifest.target)
+    target = target_of(bundle)
     runtime = runtime_for(target, bundle.manifest.precision)
     # Milliseconds of another runtime are not the target's.
     where = "" if runtime.name == target.runtime else f" on {runtime.title}, not on {target.runtime}"

@@ -28,7 +28,7 @@ from qcgraph.bundle import Bundle
 from qcgraph.errors import QcgraphError
 from qcgraph.export.run.open import runner_of
 from qcgraph.export.run.runtimes import runtime_for
-from qcgraph.export.targets import target_named
+from qcgraph.export.targets import target_of
 from qcgraph.files.atomic import scratch_folder
 from qcgraph.sampling.loop import Runner
 
@@ -176,7 +176,7 @@ def _runtime(candidate: str, bundle: Bundle | None) -> str:
     """The module that runs a candidate."""
     if bundle is None:
         return BASELINES[candidate].runtime
-    return runtime_for(target_named(bundle.manifest.target), bundle.manifest.precision).module
+    return runtime_for(target_of(bundle), bundle.manifest.precision).module
 
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:

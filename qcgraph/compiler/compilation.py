@@ -30,7 +30,7 @@ from qcgraph.errors import UsageError, closest
 from qcgraph.evaluation.ablation import is_quantized
 from qcgraph.export.check.check import Check
 from qcgraph.export.check.verify import verify_export
-from qcgraph.export.targets import Target, target_named
+from qcgraph.export.targets import Target, record_of, target_named, target_of
 from qcgraph.facts import Rehearsed, precision_of
 from qcgraph.ir.memory import release_memory
 from qcgraph.ir.program import Program
@@ -253,12 +253,20 @@ class _Compilation:
             report["stages"] = {name: round(seconds, 3) for name, seconds in timer.stages.items()}
             _write(folder, program, recipe, report, dump)
 
-        made = {"model": program.facts[ModelSpec].name, "target": target.name, "precision": precision_of(program.facts)}
-        with writing(output, **made, overrides=overrides(edges), force=self.force) as folder:
+        name, precision = program.facts[ModelSpec].name, precision_of(program.facts)
+        with writing(
+            output,
+            model=name,
+            target=target.name,
+            target_record=record_of(target),
+            precision=precision,
+            overrides=overrides(edges),
+            force=self.force,
+        ) as folder:
             checks = _export(program, folder, target, self.progress, timer)
             report["checks"] = [asdict(check) for check in checks]
             if any(check.failed for check in checks):
-                raise reject(checks, folder, output, fill, **made)
+                raise reject(checks, folder, output, fill, model=name, target=target, precision=precision)
             if recipe.conditions is not None and original is not None:
                 with timer.stage("gate"):
                     verdicts = admit_quality(recipe.conditions, *original, program, folder, target, self.progress)
@@ -321,7 +329,7 @@ def verify_bundle(bundle: Bundle, progress: Progress | None = None, target: str 
         BundleError: the bundle's files are not those that were written, or it has no graphs to conform.
         UsageError: there is no such target, it takes no graphs, or what has to judge is not installed.
     """
-    progress, compiled_for = progress or Progress(), target_named(bundle.manifest.target)
+    progress, compiled_for = progress or Progress(), target_of(bundle)
     if target is None:
         return verify_export(load_program(bundle.path), bundle.path, compiled_for, bundle.interfaces, progress)
     from qcgraph.export.check.conformance import check_conformance, judge_of

@@ -20,7 +20,7 @@ from qcgraph.evaluation.ablation import (
 from qcgraph.evaluation.solvers import sample_with
 from qcgraph.export.run.open import export_to, open_runner, runner_of
 from qcgraph.export.run.runtimes import Exported, Runtime, runtime_for
-from qcgraph.export.targets import Target, target_named
+from qcgraph.export.targets import Target, target_of
 from qcgraph.facts import precision_of
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
@@ -81,7 +81,7 @@ class Subject:
         runner = runner_of(bundle, threads=threads)
         loaded = find_model(bundle, model)
         origin = captured_origin(bundle, loaded)
-        target = target_named(bundle.manifest.target)
+        target = target_of(bundle)
         # Reading a program again takes longer than most of what is asked of it: every value gets its type anew.
         program = runner.program if isinstance(runner, TorchRunner) else load_program(bundle.path)
         return cls(loaded, origin, program, bundle.plan, runner, bundle.path, target, threads)

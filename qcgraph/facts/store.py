@@ -48,6 +48,9 @@ FACT_TYPES: tuple[type, ...] = (
 )
 
 
+FOREIGN = ":"  # in the key of a fact of another distribution, ``package.module:Fact``
+
+
 class Facts:
     """An immutable set of facts, at most one of each type, keyed by the type."""
 
@@ -82,16 +85,28 @@ class Facts:
         return frozenset(rounded.held_constants if rounded else ())
 
     def encode(self) -> dict[str, Any]:
-        """Plain JSON data, by type name."""
-        return {
-            kind.__name__: encode(self._facts[kind]) for kind in sorted(self._facts, key=lambda kind: kind.__name__)
-        }
+        """Plain JSON data, by type name; a type of another distribution has its module in front."""
+        named = {_key(kind): fact for kind, fact in self._facts.items()}
+        return {name: encode(named[name]) for name in sorted(named)}
 
     @classmethod
     def decode(cls, data: dict[str, Any]) -> Facts:
-        """The inverse of `encode`; raises pydantic's ValidationError on data of another shape."""
+        """The inverse of `encode`; raises pydantic's ValidationError on data of another shape.
+
+        Facts of other distributions are left out: what a file names is not imported.
+        """
         kinds = {kind.__name__: kind for kind in FACT_TYPES}
-        return cls(decode(kinds[name], value) for name, value in data.items())
+        return cls(decode(kinds[name], value) for name, value in data.items() if FOREIGN not in name)
+
+    @property
+    def foreign(self) -> tuple[object, ...]:
+        """The facts of other distributions, in the order of their keys."""
+        own = set(FACT_TYPES)
+        return tuple(self._facts[kind] for kind in sorted(set(self._facts) - own, key=_key))
+
+
+def _key(kind: type) -> str:
+    return kind.__name__ if kind in FACT_TYPES else f"{kind.__module__}{FOREIGN}{kind.__qualname__}"
 
 
 def precision_of(facts: Facts) -> str:

@@ -15,11 +15,12 @@ import pkgutil
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, ClassVar
 
 from qcgraph.errors import ContractError, QcgraphError, UsageError, closest, shown
+from qcgraph.extensions import Extensions
 from qcgraph.files.documents import is_text
 from qcgraph.ir import legality
 from qcgraph.ir.program import PassRecord, Program, Refusal
@@ -301,15 +302,36 @@ def registry() -> dict[str, type[Pass]]:
     return dict(sorted(found.items()))
 
 
+def _problem_of(name: str, found: Any) -> str:
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        return f"is {found!r:.80}, not a subclass of qcgraph.pipeline.Pass"
+    if getattr(found, "name", None) != name:
+        return f"is called {getattr(found, 'name', None)!r}"
+    return "" if is_dataclass(found) and not inspect.isabstract(found) else "is not a dataclass with a run method"
+
+
+EXTENSIONS = Extensions("qcgraph.passes", "pass", lambda: registry(), _problem_of)
+
+
+def find_pass(name: str) -> type[Pass]:
+    """Return a pass by its name, also one of another distribution.
+
+    Raises:
+        UsageError: there is no such pass, or it is broken.
+    """
+    kind = registry().get(name) or EXTENSIONS.load(name)
+    if kind is None:
+        raise UsageError(f"unknown pass {shown(name)}", hint=closest(name, [*registry(), *EXTENSIONS.offers()]))
+    return kind  # type: ignore[no-any-return]
+
+
 def make_pass(name: str, options: dict[str, Any]) -> Pass:
     """A pass from its name and options (keys spelled with ``-`` or ``_``).
 
     Raises:
         UsageError: the pass or an option is unknown, or a value does not fit.
     """
-    kind = registry().get(name)
-    if kind is None:
-        raise UsageError(f"unknown pass {shown(name)}", hint=closest(name, registry()))
+    kind = find_pass(name)
     known = {item.name for item in fields(kind)}
     values = {key.replace("-", "_"): value for key, value in options.items()}
     for key in values:
