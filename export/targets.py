@@ -179,7 +179,7 @@ def target_named(name: str) -> Target:
     target = TARGETS.get(name) or EXTENSIONS.load(name)
     if target is None:
         raise UsageError(f"unknown target {name!r}", hint=closest(name, [*TARGETS, *EXTENSIONS.offers()]))
-    return target  # type: ignore[no-any-return]
+    return target
 
 
 def record_of(target: Target) -> dict[str, Any] | None:

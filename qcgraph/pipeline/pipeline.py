@@ -322,7 +322,7 @@ def find_pass(name: str) -> type[Pass]:
     kind = registry().get(name) or EXTENSIONS.load(name)
     if kind is None:
         raise UsageError(f"unknown pass {shown(name)}", hint=closest(name, [*registry(), *EXTENSIONS.offers()]))
-    return kind  # type: ignore[no-any-return]
+    return kind
 
 
 def make_pass(name: str, options: dict[str, Any]) -> Pass:

@@ -46,7 +46,7 @@ def forecaster_named(name: str) -> Forecaster:
     found = FORECASTERS.get(name) or EXTENSIONS.load(name)
     if found is None:
         raise UsageError(f"unknown forecaster {name!r}", hint=closest(name, known_forecasters()))
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 __all__ = [
