@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from qcgraph.errors import QcgraphError
 from qcgraph.facts.caching import CachePlan, ForecastFit, Rehearsed, SchedulePlan
@@ -46,6 +46,14 @@ FACT_TYPES: tuple[type, ...] = (
     Compensation,
     Precision,
 )
+
+
+class Foreign(Protocol):
+    """A fact of another distribution: a frozen dataclass of plain values that prints itself."""
+
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it."""
+        ...
 
 
 FOREIGN = ":"  # in the key of a fact of another distribution, ``package.module:Fact``
@@ -99,10 +107,10 @@ class Facts:
         return cls(decode(kinds[name], value) for name, value in data.items() if FOREIGN not in name)
 
     @property
-    def foreign(self) -> tuple[object, ...]:
+    def foreign(self) -> tuple[Foreign, ...]:
         """The facts of other distributions, in the order of their keys."""
         own = set(FACT_TYPES)
-        return tuple(self._facts[kind] for kind in sorted(set(self._facts) - own, key=_key))
+        return tuple(cast(Foreign, self._facts[kind]) for kind in sorted(set(self._facts) - own, key=_key))
 
 
 def _key(kind: type) -> str:

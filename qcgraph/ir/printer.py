@@ -52,7 +52,8 @@ def print_program(facts: Facts, variants: Mapping[str, Variant]) -> str:
 def print_facts(facts: Facts) -> str:
     """Facts, a few lines each; those of other distributions as they print themselves."""
     lines = [line for kind, show in _FACT_LINES for line in _lines_of(facts, kind, show)]
-    return "\n".join([*lines, *map(str, facts.foreign), ""])
+    lines += [line for fact in facts.foreign for line in fact.lines()]
+    return "\n".join([*lines, ""])
 
 
 def print_variant(name: str, variant: Variant) -> str:

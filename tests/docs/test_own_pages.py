@@ -97,4 +97,4 @@ def test_every_command_runs(
         bundle = Bundle.open("out/counted")
         assert (bundle.manifest.target, target_of(bundle).opset) == ("onnx-float", 21)
         texts = [path.read_text() for path in (tmp_path / "out" / "counted" / "ir").glob("*count-operators.txt")]
-        assert any("\noperators full: " in text for text in texts)
+        assert any("\noperators of full: " in text for text in texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import pytest
 from pydantic import ValidationError
@@ -96,3 +97,25 @@ def test_a_fact_replaces_the_one_of_its_type() -> None:
     facts = Facts([TimestepGroups((1.0,))]).with_(TimestepGroups((2.0,)))
     assert facts[TimestepGroups].lower_timesteps == (2.0,)
     assert facts.get(QuantPlan) is None
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A fact as another distribution has it."""
+
+    counts: dict[str, int]
+
+    def lines(self) -> list[str]:
+        return [f"counts {self.counts}"]
+
+
+def test_a_fact_of_another_distribution_is_written_and_left_out_where_it_is_read() -> None:
+    fact = Foreign({"full": 3})
+    facts = Facts([TimestepGroups((1.0,)), fact])
+    assert facts[Foreign] == fact
+    assert facts.foreign == (fact,)
+    encoded = json.loads(json.dumps(facts.encode()))
+    assert encoded[f"{Foreign.__module__}:Foreign"] == {"counts": {"full": 3}}
+    read = Facts.decode(encoded)
+    assert read.foreign == ()
+    assert read[TimestepGroups] == facts[TimestepGroups]

@@ -22,9 +22,9 @@ class OperatorCounts:
 
     counts: dict[str, dict[str, int]]
 
-    def __str__(self) -> str:
-        """Return the line that printed programs have of it."""
-        return "operators " + ", ".join(f"{name}: {sum(counts.values())}" for name, counts in self.counts.items())
+    def lines(self) -> list[str]:
+        """Return the lines that printed programs have of it."""
+        return [f"operators of {name}: {sum(counts.values())}" for name, counts in self.counts.items()]
 
 
 @dataclass(frozen=True)
