@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
-from qcgraph.errors import UsageError, closest
+from qcgraph.bundle import Bundle
+from qcgraph.errors import BundleError, UsageError, closest
+from qcgraph.extensions import Extensions
+from qcgraph.facts import decode
+from qcgraph.files.folder import AGAIN
 
 LARGEST_UINT8 = 2**8 - 1
 LARGEST_INT16 = 2**15 - 1
-RUN_BY_ONNXRUNTIME = ("f32", "f16")  # on the CPU; it has no kernels for bfloat16
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ class Target:
         multiplies_float8: whether it runs products of 8-bit floating point.
         precision: ``float32``, or ``auto`` where what is not quantized is faster in 16 bits; unless it is told
             otherwise.
-        backend: what runs the bundle unless it is told otherwise.
+        runtime: the name of its runtime (see `qcgraph.export.run.runtimes`).
+        stand_in: the name of the runtime that its graphs are checked, judged and measured on unless another is asked
+            for; empty where that is its own. Engines are built apart from a bundle, and need their GPU.
     """
 
     name: str
@@ -52,7 +57,8 @@ class Target:
     quantizers_apart: bool
     multiplies_float8: bool
     precision: Literal["float32", "auto"]
-    backend: str
+    runtime: str
+    stand_in: str = ""
 
     @property
     def forms(self) -> dict[str, bool]:
@@ -62,10 +68,6 @@ class Target:
             "heads_in_place": self.heads_in_place,
             "quantizers_apart": self.quantizers_apart,
         }
-
-    def backend_for(self, precision: str) -> str:
-        """What runs a bundle whose floating-point type is this, unless it is told otherwise."""
-        return "torch" if precision not in RUN_BY_ONNXRUNTIME else self.backend
 
     @property
     def may_saturate(self) -> bool:
@@ -90,7 +92,7 @@ _TORCH = Target(
     quantizers_apart=False,
     multiplies_float8=True,
     precision="float32",
-    backend="torch",
+    runtime="torch",
 )
 
 _ONNXRUNTIME_CPU = Target(
@@ -109,7 +111,7 @@ _ONNXRUNTIME_CPU = Target(
     quantizers_apart=False,
     multiplies_float8=False,
     precision="float32",
-    backend="onnxruntime",
+    runtime="onnxruntime",
 )
 
 _ONNX = Target(
@@ -126,7 +128,7 @@ _ONNX = Target(
     quantizers_apart=True,
     multiplies_float8=False,  # ONNX Runtime takes it for int8 in float32 graphs, and then refuses them
     precision="float32",
-    backend="onnxruntime",  # also of the targets below: running the same graphs on the CPU is how they are checked
+    runtime="onnxruntime",
 )
 
 _ONNX_OPSET21 = replace(
@@ -143,12 +145,15 @@ _TENSORRT = replace(
     quantizers_apart=False,
     multiplies_float8=True,
     precision="auto",
+    runtime="tensorrt",
+    stand_in="onnxruntime",  # running the same graphs on the CPU is how they are checked
 )
 
 _TENSORRT_RTX = replace(
     _TENSORRT,
     name="tensorrt-rtx",
     description="TensorRT-RTX, strongly typed: Q/DQ with constant scales, symmetric int8, the rest in 16 bits",
+    runtime="tensorrt-rtx",
 )
 
 TARGETS: Mapping[str, Target] = {
@@ -156,13 +161,45 @@ TARGETS: Mapping[str, Target] = {
 }
 
 
+def _problem_of(name: str, found: Any) -> str:
+    if not isinstance(found, Target):
+        return f"is a {type(found).__name__}, not a qcgraph.export.targets.Target"
+    return "" if found.name == name else f"is called {found.name!r}"
+
+
+EXTENSIONS = Extensions("qcgraph.targets", "target", lambda: TARGETS, _problem_of)
+
+
 def target_named(name: str) -> Target:
-    """A target by its name.
+    """Return a target by its name, also one of another distribution.
 
     Raises:
-        UsageError: there is no such target.
+        UsageError: there is no such target, or it is broken.
     """
-    target = TARGETS.get(name)
+    target = TARGETS.get(name) or EXTENSIONS.load(name)
     if target is None:
-        raise UsageError(f"unknown target {name!r}", hint=closest(name, TARGETS))
+        raise UsageError(f"unknown target {name!r}", hint=closest(name, [*TARGETS, *EXTENSIONS.offers()]))
     return target
+
+
+def record_of(target: Target) -> dict[str, Any] | None:
+    """Return a target of another distribution as data, which a bundle holds; None for one of qcgraph's own."""
+    return None if target.name in TARGETS else asdict(target)
+
+
+def target_of(bundle: Bundle) -> Target:
+    """Return the target that a bundle was compiled for; one of another distribution is read from it, not imported.
+
+    Raises:
+        UsageError: the bundle names a target that is not qcgraph's, and does not hold it.
+        BundleError: what it holds is no target.
+    """
+    name, record = bundle.manifest.target, bundle.manifest.target_record
+    if name in TARGETS:
+        return TARGETS[name]
+    if record is None:
+        raise UsageError(f"unknown target {name!r}", where=str(bundle.path), hint=closest(name, TARGETS))
+    try:
+        return decode(Target, record)
+    except ValueError as error:  # pydantic's
+        raise BundleError("holds a target that cannot be read", where=str(bundle.path), hint=AGAIN) from error

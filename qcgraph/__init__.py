@@ -104,7 +104,7 @@ def load(
     """
     from qcgraph.bundle import Bundle
     from qcgraph.errors import UsageError
-    from qcgraph.export.run.open import open_runner
+    from qcgraph.export.run.open import runner_of
     from qcgraph.sampling.denoiser import Denoiser
 
     if not isinstance(bundle, (str, Path)) or "\0" in str(bundle):
@@ -114,7 +114,7 @@ def load(
     if not isinstance(own_updates, bool):
         raise UsageError(f"own_updates is {own_updates!r:.60}", hint="True or False")
     opened = Bundle.open(bundle)
-    return Denoiser(open_runner(opened, backend, threads), opened.plan, opened.spec, own_updates=own_updates)
+    return Denoiser(runner_of(opened, backend, threads), opened.plan, opened.spec, own_updates=own_updates)
 
 
 __all__ = ["__version__", "compile", "load"]

@@ -19,7 +19,7 @@ import qcgraph
 from qcgraph.bundle import Bundle
 from qcgraph.capture.capture import capture
 from qcgraph.errors import BundleError, UsageError
-from qcgraph.export.run.open import open_runner
+from qcgraph.export.run.open import runner_of
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.models import load_model
@@ -134,7 +134,7 @@ def test_the_pipeline_draws_what_qcgraph_draws(pipe: Any, bundle: Bundle, backen
     latents, images = draw(pipe, STEPS)
     pipe.transformer = qcgraph.load(bundle.path, backend=backend, threads=1)
     compiled_latents, compiled_images = draw(pipe, STEPS)
-    own = sample(open_runner(bundle, backend, 1), bundle.plan, bundle.spec, LABELS, SEED)
+    own = sample(runner_of(bundle, backend, 1), bundle.plan, bundle.spec, LABELS, SEED)
     assert distance(compiled_latents, own) < ROUNDING
     assert ROUNDING < distance(compiled_latents, latents) < 0.02
     assert np.abs(compiled_images - images).max() < 0.02

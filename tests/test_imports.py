@@ -33,11 +33,12 @@ class Layer:
 
 
 BELOW = (
-    "base files plan sampling facts recipe bundle ir capture models pipeline export runtime passes evaluation benchmark"
+    "base files plan sampling facts recipe bundle ir capture models pipeline export runtime passes forecasters "
+    "evaluation benchmark"
 )
 LAYERS = {
     # Everything may say what is wrong and how far it is, and keep libraries from saying more.
-    "base": Layer("qcgraph.errors qcgraph.progress qcgraph.quiet", torch=False),
+    "base": Layer("qcgraph.errors qcgraph.extensions qcgraph.progress qcgraph.quiet", torch=False),
     "files": Layer("qcgraph.files", "base", torch=False),
     # Plain data and arithmetic. Running a bundle needs nothing above this but a runner.
     "plan": Layer("qcgraph.plan", "base", torch=False),
@@ -53,11 +54,16 @@ LAYERS = {
     # What a pass is, what orders them and what watches them.
     "pipeline": Layer("qcgraph.pipeline", "base files plan sampling facts bundle ir"),
     # Export reaches passes through the registry, by name.
-    "export": Layer("qcgraph.export", "base files plan sampling facts bundle ir capture"),
+    "export": Layer("qcgraph.export", "base files plan sampling facts bundle ir capture runtime"),
     # Running a bundle with ONNX Runtime must not import torch: what needs it is imported on demand.
-    "runtime": Layer("qcgraph.export.run.open", "base files plan sampling facts bundle ir export", torch=False),
+    "runtime": Layer(
+        "qcgraph.export.targets qcgraph.export.run.open qcgraph.export.run.runtimes qcgraph.export.run.onnxruntime",
+        "base files plan sampling facts bundle ir export",
+        torch=False,
+    ),
     # Passes meet in the Program, never in each other; they may share helpers, which begin with _.
-    "passes": Layer("qcgraph.passes", "base files plan sampling facts ir pipeline", peers=False),
+    "passes": Layer("qcgraph.passes", "base files plan sampling facts ir pipeline forecasters", peers=False),
+    "forecasters": Layer("qcgraph.passes.caching.forecasters", "base"),
     # Judging a compilation, in memory or in a bundle.
     "evaluation": Layer(
         "qcgraph.evaluation", "base files plan sampling facts recipe bundle ir capture models pipeline export runtime"

@@ -17,8 +17,7 @@ import pytest
 import qcgraph
 from qcgraph.bundle import Bundle
 from qcgraph.cli import run
-from qcgraph.export.run.open import open_runner
-from qcgraph.pipeline import Pipeline
+from qcgraph.export.run.open import runner_of
 from qcgraph.recipe import Recipe
 from qcgraph.sampling.loop import sample
 from qcgraph.sampling.noise import Noise
@@ -142,7 +141,7 @@ def check_serving(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, spec = bundle.plan, bundle.spec
     noise = np.random.default_rng(0).standard_normal((2, *spec.latent_shape), np.float32)
     monkeypatch.setattr(Noise, "initial", lambda self: noise)
-    np.testing.assert_allclose(names["latent"], sample(open_runner(bundle), plan, spec, [3, 7], seed=0), atol=1e-5)
+    np.testing.assert_allclose(names["latent"], sample(runner_of(bundle), plan, spec, [3, 7], seed=0), atol=1e-5)
 
 
 CHECKS = {"README.md": check_readme, "python.md": check_python, "serving.md": check_serving}

@@ -40,7 +40,7 @@ from qcgraph.bundle.engines import Batch
 from qcgraph.compiler.compilation import compile_model
 from qcgraph.errors import QcgraphError, UsageError
 from qcgraph.export.run.engines import EngineRunner
-from qcgraph.export.run.open import open_runner
+from qcgraph.export.run.open import runner_of
 from qcgraph.export.run.open_engines import open_engines
 from qcgraph.export.tensorrt.device import capability_of, require_device
 from qcgraph.export.tensorrt.engines import build_engines
@@ -289,7 +289,7 @@ def first_step(runner: EngineRunner, bundle: Bundle) -> bool:
 
 def compared(runner: EngineRunner, bundle: Bundle, reference: str) -> dict[str, float]:
     """How far engines are off another backend of the same bundle, on the CPU."""
-    return compare(runner, open_runner(bundle, reference), bundle)
+    return compare(runner, runner_of(bundle, reference), bundle)
 
 
 def engine_row(name: str, runner: EngineRunner, bundle: Bundle, plan: StepPlan, samples: int, options: Options) -> Row:

@@ -38,10 +38,10 @@ TARGET = TARGETS["tensorrt-rtx"]
 STEPS, GUIDANCE, GROUPS = 4, 1.5, 3
 CACHED = "plan-cache{interval=2},insert-cache"
 QUANTIZED = (
-    "calibrate{trajectories=2 samples=8},group-timesteps{groups=%d},plan-quant{symmetric=true},insert-qdq,lower-linear"
+    "calibrate{trajectories=2 latents=8},group-timesteps{groups=%d},plan-quant{symmetric=true},insert-qdq,lower-linear"
 )
 FLOAT8 = (QUANTIZED % GROUPS).replace("symmetric=true", "format=fp8")
-REDUCED = "plan-precision{dtype=float16 samples=1},reduce-precision"
+REDUCED = "plan-precision{dtype=float16 trajectories=1},reduce-precision"
 RUNTIME = "runtime scales"
 BATCH = Batch(minimum=2, optimum=2, maximum=16)
 COLUMNS = ("model", "form", "device", "steps", "a block", "8-bit GEMMs", "of", "fused attention", "of", "MB", "seconds")

@@ -267,7 +267,7 @@ def _draw_command(rng: random.Random, samples: Samples) -> list[str]:
 HEAVY = (  # what stands behind the doors of the commands
     "qcgraph.compiler.compilation.load_model",
     "qcgraph.compiler.compilation.verify_bundle",
-    "qcgraph.export.run.open.open_runner",
+    "qcgraph.export.run.open.runner_of",
     "qcgraph.evaluation.settings.Subject.of_bundle",
     "qcgraph.benchmark.bench.find_model",
     "qcgraph.cli.inspect_model.load_model",

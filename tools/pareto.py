@@ -32,7 +32,7 @@ from qcgraph.bundle.manifest import PACKAGES
 from qcgraph.compiler.compilation import compile_model
 from qcgraph.errors import QcgraphError
 from qcgraph.evaluation.settings import RIVAL, Subject
-from qcgraph.export.run.open import open_runner
+from qcgraph.export.run.open import runner_of
 from qcgraph.ir.serialize import load_program
 from qcgraph.models import load_model
 from qcgraph.passes.caching.plan_steps import rounded
@@ -129,7 +129,7 @@ class Model:
         bundle = self.bundle(recipe)
         if bundle.path == self.whole.folder:
             return self.whole
-        runner = open_runner(bundle, None, self.options.threads)
+        runner = runner_of(bundle, None, self.options.threads)
         program = load_program(bundle.path)
         return replace(self.whole, program=program, plan=bundle.plan, runner=runner, folder=bundle.path)
 

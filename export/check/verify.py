@@ -11,7 +11,9 @@ from qcgraph.export.check.check import NO_NUMBER, Check
 from qcgraph.export.check.exported_sites import Parameters, multiplied_integers, parameters
 from qcgraph.export.check.parity import check_outputs, check_sites
 from qcgraph.export.run.onnxruntime import OnnxRuntimeRunner, OptimizedGraph
-from qcgraph.export.targets import RUN_BY_ONNXRUNTIME, Target
+from qcgraph.export.run.open import open_runner
+from qcgraph.export.run.runtimes import ONNXRUNTIME, RUNTIMES, Exported
+from qcgraph.export.targets import Target
 from qcgraph.facts import QuantPlan, precision_of
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantized_sites import QuantizedSite, quantized_products, quantized_sites
@@ -47,7 +49,8 @@ def verify_export(
     if not target.emits_onnx:
         return ()
     precision = precision_of(program.facts)
-    runner = OnnxRuntimeRunner(folder, interfaces, exact=target.may_saturate)
+    runner = open_runner(target, Exported(program, folder, interfaces), ONNXRUNTIME)  # what every graph is checked in
+    assert isinstance(runner, OnnxRuntimeRunner)  # it gives all outputs of a variant
     checks: list[Check] = []
     for variant in progress.track(list(program.variants), "verifying"):
         path = folder / f"{variant}.onnx"
@@ -59,7 +62,7 @@ def verify_export(
             checks += found
             if any(check.name == CONSTANT_SCALES and not check.passed for check in found):
                 continue  # ONNX Runtime cannot run int8 activations with selected scales exactly
-        if precision not in RUN_BY_ONNXRUNTIME:
+        if precision not in RUNTIMES[ONNXRUNTIME].types:
             checks.append(_not_run(variant, precision))
             continue
         if sites:

@@ -11,7 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qcgraph.bundle import Bundle
+from qcgraph.bundle.watch import reading
 from qcgraph.errors import BundleError, closest
+from qcgraph.export.run.runtimes import Exported
+from qcgraph.export.targets import Target
 from qcgraph.files.atomic import scratch_folder
 from qcgraph.plan.spec import Interface
 from qcgraph.sampling.cache_state import cached, depths, remember
@@ -20,6 +24,7 @@ from qcgraph.sampling.runner import Array, Call
 # It joins the last sum to the norm that follows where graphs state all shapes, and then rounds otherwise than both do.
 DISABLED_OPTIMIZERS = ["SkipLayerNormFusion"]
 PROVIDERS = ["CPUExecutionProvider"]
+WEIGHTS = "weights.safetensors"  # of the graphs
 
 
 class OnnxRuntimeRunner:
@@ -112,6 +117,34 @@ class OnnxRuntimeRunner:
                     options.add_initializer(name, value)
                 self._sessions[variant] = load_session(self._folder / f"{variant}.onnx", options)
             return self._sessions[variant]
+
+
+def open_bundle(target: Target, bundle: Bundle, threads: int | None) -> OnnxRuntimeRunner:
+    """Return a runner on the graphs of a bundle, all of them loaded.
+
+    Raises:
+        BundleError: it was not exported to graphs, one cannot be loaded, or the bundle was replaced meanwhile.
+    """
+    graphs = [f"{variant}.onnx" for variant in bundle.interfaces]
+    missing = [name for name in graphs if name not in bundle.manifest.files]
+    if missing:
+        raise BundleError(
+            f"the bundle has no {missing[0]}: it was compiled for target {bundle.manifest.target!r}",
+            where=str(bundle.path),
+            hint="use --backend torch, or compile with --target onnxruntime-cpu",
+        )
+    with reading(bundle, [*graphs, WEIGHTS]) as files:
+        check = files[WEIGHTS].check if WEIGHTS in files else None
+        runner = OnnxRuntimeRunner(bundle.path, bundle.interfaces, threads, exact=target.may_saturate, check=check)
+        runner.load()
+    return runner
+
+
+def open_exported(target: Target, exported: Exported, threads: int | None) -> OnnxRuntimeRunner:
+    """Return a runner on the graphs of a program in a folder."""
+    return OnnxRuntimeRunner(
+        exported.folder, exported.interfaces, threads, exported.constants, exact=target.may_saturate
+    )
 
 
 @dataclass(frozen=True)

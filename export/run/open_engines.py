@@ -15,12 +15,26 @@ from qcgraph.bundle.engines import (
     runtime_cache,
     source_of,
 )
-from qcgraph.errors import BundleError
+from qcgraph.bundle.watch import reading
+from qcgraph.errors import BundleError, UsageError
 from qcgraph.export.run.engines import EngineRunner
 from qcgraph.export.run.tensorrt import BUILD_AGAIN, EngineFile, TensorRTEngines
 from qcgraph.export.tensorrt.device import capability_of, require_device
 from qcgraph.export.tensorrt.provider import PROVIDERS, load_provider
 from qcgraph.files.folder import read_file
+
+
+def open_bundle(bundle: Bundle, provider: str, threads: int | None) -> EngineRunner:
+    """Return a runner on the engines in a bundle.
+
+    Raises:
+        UsageError: a number of threads was given, or `open_engines` does not find what it needs.
+        BundleError: there are no engines that run here, or the bundle was replaced meanwhile.
+    """
+    if threads is not None:
+        raise UsageError(f"{threads} threads have no effect on engines", hint="leave the number of threads out")
+    with reading(bundle):
+        return open_engines(bundle, provider)
 
 
 def open_engines(bundle: Bundle, provider: str, folder: Path | None = None) -> EngineRunner:

@@ -18,8 +18,9 @@ from qcgraph.facts import CachePlan
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites, total_macs
-from qcgraph.passes.caching._forecast import Products, fit, log_signal_to_noise, taylor_gain
+from qcgraph.passes.caching._forecast import Products, log_signal_to_noise, taylor_gain
 from qcgraph.passes.caching._trajectories import Stateless, Trajectories
+from qcgraph.passes.caching.forecasters import Forecaster, fit
 from qcgraph.plan.roles import VariantKind
 from qcgraph.plan.schedule import SkipErrors
 from qcgraph.plan.spec import ModelSpec
@@ -41,18 +42,18 @@ SLOW_SHARE = 0.1  # of the arithmetic of a computing step
 SLOW_VALUES = 4  # to forecast
 
 
-class Forecaster:
+class OpenLoop:
     """Forecasts of cached values whose coefficients are fitted on recorded trajectories, open loop.
 
     Args:
         program: the program.
         trajectories: recorded ones.
-        kind: one of `qcgraph.passes.caching._forecast.KINDS`.
+        forecaster: how they are fitted.
     """
 
-    def __init__(self, program: Program, trajectories: Trajectories, kind: str) -> None:
+    def __init__(self, program: Program, trajectories: Trajectories, forecaster: Forecaster) -> None:
         spec, plan = program.facts[ModelSpec], program.facts[StepPlan]
-        self._values, self._kind = trajectories.values, kind
+        self._values, self._forecaster = trajectories.values, forecaster
         self._times = log_signal_to_noise(spec.schedule, plan.timesteps)
         count = len(trajectories.conditions)
         self._halves = [slice(half * count, (half + 1) * count) for half in range(plan.halves)]
@@ -82,7 +83,9 @@ class Forecaster:
         places, place = [index - window.first for index in computed], step - window.first
         taylor = taylor_gain(self._times, step, computed)
         moments = [products.moments(places, place) for products in window.halves]
-        return torch.stack([fit(self._kind, [half], taylor, values=len(computed)).gains.float() for half in moments])
+        return torch.stack(
+            [fit(self._forecaster, [half], taylor, values=len(computed)).gains.float() for half in moments]
+        )
 
     def _window(self, name: str, step: int, first: int) -> _Window:
         """Products of a value at a step and before; those of all steps with each other would be too many."""
@@ -107,7 +110,7 @@ class _Window:
 def skip_errors(
     program: Program,
     trajectories: Trajectories,
-    forecaster: Forecaster,
+    forecaster: OpenLoop,
     weight: npt.NDArray[np.float64],
     modes: Sequence[str],
     largest_gap: int,
@@ -184,7 +187,7 @@ def _interpolate(line: npt.NDArray[np.float64]) -> None:
 class _Prober:
     """Runs variants that reuse on forecasts, at recorded states."""
 
-    def __init__(self, program: Program, trajectories: Trajectories, forecaster: Forecaster) -> None:
+    def __init__(self, program: Program, trajectories: Trajectories, forecaster: OpenLoop) -> None:
         self._runner = TorchRunner(program)
         self._plan, self._spec = program.facts[StepPlan], program.facts[ModelSpec]
         self._cache = program.facts[CachePlan]
@@ -227,7 +230,7 @@ class Rehearsal:
         forecaster: forecasts on them.
     """
 
-    def __init__(self, program: Program, trajectories: Trajectories, forecaster: Forecaster) -> None:
+    def __init__(self, program: Program, trajectories: Trajectories, forecaster: OpenLoop) -> None:
         self._program, self._trajectories, self._forecaster = program, trajectories, forecaster
 
     def final_error(self, schedule: Sequence[str | None]) -> float:
@@ -243,7 +246,7 @@ class Rehearsal:
 class _Forecasting:
     """Runs a plan; steps that reuse do so from forecasts."""
 
-    def __init__(self, program: Program, forecaster: Forecaster) -> None:
+    def __init__(self, program: Program, forecaster: OpenLoop) -> None:
         self._runner, self._forecaster = TorchRunner(program), forecaster
         self._cache = program.facts[CachePlan]
         self._computed: list[int] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -14,8 +14,10 @@ from qcgraph.facts import CachePlan, Compensation, ForecastFit, ForecastStep, Pr
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.ops import HALVES
 from qcgraph.ir.program import Program
-from qcgraph.passes.caching._forecast import Moments, fit, log_signal_to_noise, taylor_gain
+from qcgraph.passes.caching._forecast import log_signal_to_noise, taylor_gain
+from qcgraph.passes.caching.forecasters import Forecaster, Moments, fit, forecaster_named, known_forecasters
 from qcgraph.pipeline import Pass, PassContext
+from qcgraph.pipeline.options import option
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.roles import VariantKind
 from qcgraph.plan.spec import ModelSpec
@@ -39,30 +41,30 @@ class FitForecast(Pass):
     The two halves of guidance have coefficients of their own.
 
     Attributes:
-        kind: ``affine``, ``taylor``, ``dec`` (CacheQuant) or ``reuse`` (see `qcgraph.passes.caching._forecast`).
+        kind: the forecaster.
     """
 
     name: ClassVar[str] = "fit-forecast"
     requires: ClassVar[tuple[type, ...]] = (CachePlan, ModelSpec, Reference, StepPlan)
     precedes: ClassVar[tuple[type, ...]] = (Compensation, Precision)
     provides: ClassVar[tuple[type, ...]] = (ForecastFit,)
-    is_sampling: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
 
-    kind: Literal["affine", "taylor", "dec", "reuse"] = "affine"
+    kind: str = option("affine", among=known_forecasters)
 
     def forwards(self, work: Workload) -> float:
         return work.trajectories * work.trajectory * work.share * SLOWNESS
 
     def run(self, program: Program, context: PassContext) -> Program:
         plan, spec, reference = program.facts[StepPlan], program.facts[ModelSpec], program.facts[Reference]
-        names = _table_names(program)
+        names, forecaster = _table_names(program), forecaster_named(self.kind)
         if not names:
             context.refuse("program", "it holds no forecasts")
             return program.with_facts(ForecastFit(self.kind, ()))
         tables = {value: program.constants[name].clone() for value, name in names.items()}
         new = {names[value]: table for value, table in tables.items()}
         fitted = replace(program, constants=dict(program.constants) | new)
-        runner = _Fitting(fitted, tables, self.kind)
+        runner = _Fitting(fitted, tables, forecaster)
         count = reference.trajectories
         context.progress.note(f"  fit-forecast: {count} trajectories")
         sample_calibration(runner, plan, spec, count, reference.seed, progress=context.progress)
@@ -83,10 +85,10 @@ def _table_names(program: Program) -> dict[str, str]:
 class _Fitting:
     """Runs a plan; wherever a step reuses, it first computes the same step and fits the step's coefficients to that."""
 
-    def __init__(self, program: Program, tables: Mapping[str, torch.Tensor], kind: str) -> None:
+    def __init__(self, program: Program, tables: Mapping[str, torch.Tensor], forecaster: Forecaster) -> None:
         self.steps: list[ForecastStep] = []
         self._runner = TorchRunner(program)
-        self._plan, self._kind, self._tables = program.facts[StepPlan], kind, tables
+        self._plan, self._forecaster, self._tables = program.facts[StepPlan], forecaster, tables
         self._cache, self._spec = program.facts[CachePlan], program.facts[ModelSpec]
         self._times = log_signal_to_noise(self._spec.schedule, self._plan.timesteps)
         self._computed: list[int] = []
@@ -130,7 +132,7 @@ class _Fitting:
                 moments = Moments(len(values), target.shape[-1])
                 moments.add([value[chosen] for value in values], target[chosen])
                 folds.append(moments)
-            found = fit(self._kind, folds, taylor, values=min(len(self._computed), len(values)))
+            found = fit(self._forecaster, folds, taylor, values=min(len(self._computed), len(values)))
             table[:, half] = found.gains.float()
             errors, reuse_errors = errors + found.error, reuse_errors + found.reuse_error
         power = float(target.double().square().sum())

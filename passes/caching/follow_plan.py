@@ -44,9 +44,13 @@ class FollowPlan(Pass):
         except UsageError as error:
             raise UsageError(error.message, where=f"pass {self.name}, option plan", hint=error.hint) from None
 
-    def run(self, program: Program, context: PassContext) -> Program:
+    def check(self, captured: Program) -> None:
+        """Refuse to follow nothing."""
         if not self.plan:
             raise UsageError("there is no plan to follow", hint=TEXT_HINT)
+
+    def run(self, program: Program, context: PassContext) -> Program:
+        self.check(program)
         schedule, steps = TimedSchedule.parse(self.plan), program.facts[StepPlan]
         known = program.facts[CachePlan].modes
         for timestep, mode in zip(schedule.timesteps, schedule.modes, strict=True):

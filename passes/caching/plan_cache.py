@@ -61,6 +61,10 @@ class PlanCache(Pass):
         for part in self.blocks.split("+"):
             _bounds(part, blocks=1)
 
+    def check(self, captured: Program) -> None:
+        """Refuse ranges that the model does not have, and a memory that is too small: planning takes no samples."""
+        self.run(captured, PassContext())
+
     def run(self, program: Program, context: PassContext) -> Program:
         if len(program.variants) > 1:
             raise ContractError(

@@ -13,8 +13,9 @@ from qcgraph.errors import UsageError
 from qcgraph.facts import CachePlan, Compensation, ForecastFit, SchedulePlan
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import macs_by_variant
-from qcgraph.passes.caching._skipping import Forecaster, Rehearsal, skip_errors
+from qcgraph.passes.caching._skipping import OpenLoop, Rehearsal, skip_errors
 from qcgraph.passes.caching._trajectories import Trajectories, record, weights
+from qcgraph.passes.caching.forecasters import forecaster_named, known_forecasters
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.effort import RECORD_MACS, affordable_trajectories, trajectory_macs
 from qcgraph.pipeline.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
@@ -44,8 +45,8 @@ class PlanSteps(Pass):
         strategy: ``joint`` or ``dps``.
         budget: cost of sampling relative to computing every step, for ``joint``.
         interval: steps per computing step, for ``dps``.
-        forecast: what will fill in for cached values: ``affine``, ``taylor``, ``dec`` or ``reuse``.
-        measured: cost is the latency of variants on the target, where that can be measured, else
+        forecast: the forecaster that will fill in for cached values.
+        measured: cost is the latency of variants, where something can measure it, else
             multiply-accumulates.
         weighting: an error at a step weighs by the ``solver``'s coefficient of the prediction there, or by what it is
             ``measured`` to do to the final latent, which takes longer.
@@ -59,12 +60,12 @@ class PlanSteps(Pass):
     requires: ClassVar[tuple[type, ...]] = (CachePlan, ModelSpec, StepPlan)
     precedes: ClassVar[tuple[type, ...]] = (ForecastFit, Compensation)
     provides: ClassVar[tuple[type, ...]] = (SchedulePlan,)
-    is_sampling: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
 
     strategy: Literal["joint", "dps"] = "joint"
     budget: float = option(0.3, above=0, most=1, hint="0.3 is 30 % of what computing every step costs")
     interval: int = option(3, least=1, hint="1 computes every step, 3 every third")
-    forecast: Literal["affine", "taylor", "dec", "reuse"] = "affine"
+    forecast: str = option("affine", among=known_forecasters)
     measured: bool = False
     weighting: Literal["solver", "measured"] = "solver"
     gap: int = option(12, least=1)
@@ -81,10 +82,10 @@ class PlanSteps(Pass):
         modes = program.facts[CachePlan].modes
         if not modes or not set(modes) <= set(program.variants):
             context.refuse("step plan", "no variant reuses, so every step computes")
-            return program.with_facts(SchedulePlan(self.strategy, False, 1.0, None, None))
-        measure = context.costs if self.measured else None
+            return program.with_facts(SchedulePlan(self.strategy, "", 1.0, None, None))
+        measuring = context.costs if self.measured else None
         arithmetic = {name: float(macs) for name, macs in macs_by_variant(program.variants).items()}
-        costs = measure(program) if measure else arithmetic
+        costs = measuring.measure(program) if measuring else arithmetic
         relative = {name: rounded(cost / costs[program.computing]) for name, cost in costs.items()}
         count = self.trajectories or affordable_trajectories(program)
         trajectories = record(program, count, self.seed, context.progress)
@@ -96,7 +97,8 @@ class PlanSteps(Pass):
             schedule, expected, rehearsed = self._joint(program, trajectories, relative, context.progress)
         steps = program.facts[StepPlan].with_modes(schedule)
         spent = sum(relative[step.variant] for step in steps.steps) / len(steps)
-        fact = SchedulePlan(self.strategy, measure is not None, spent, expected, rehearsed)
+        measured_on = measuring.runtime if measuring else ""
+        fact = SchedulePlan(self.strategy, measured_on, spent, expected, rehearsed)
         return program.with_facts(steps, fact)
 
     def _dps(self, program: Program, trajectories: Trajectories) -> tuple[str | None, ...]:
@@ -110,7 +112,7 @@ class PlanSteps(Pass):
         modes = [Mode(name, relative[name]) for name in program.facts[CachePlan].modes if relative[name] < 1]
         if not modes:
             raise UsageError("no variant that reuses is faster than computing", hint="compile with --cache off")
-        forecaster = Forecaster(program, trajectories, self.forecast)
+        forecaster = OpenLoop(program, trajectories, forecaster_named(self.forecast))
         weight = weights(program, trajectories, *self._weighing(program, trajectories), progress)
         names, gap = [mode.name for mode in modes], min(self.gap, steps - 1)
         errors = skip_errors(program, trajectories, forecaster, weight, names, gap, progress)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from qcgraph.facts import CachePlan, Rehearsed
 from qcgraph.ir.program import Program
-from qcgraph.passes.caching._skipping import Forecaster, Rehearsal
+from qcgraph.passes.caching._skipping import OpenLoop, Rehearsal
 from qcgraph.passes.caching._trajectories import record
+from qcgraph.passes.caching.forecasters import forecaster_named, known_forecasters
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.effort import affordable_trajectories
 from qcgraph.pipeline.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
@@ -28,7 +29,7 @@ class RehearseSteps(Pass):
     and those that skip have the modes of the plan, in order.
 
     Attributes:
-        forecast: what will fill in for cached values: ``affine``, ``taylor``, ``dec`` or ``reuse``.
+        forecast: the forecaster that will fill in for cached values.
         trajectories: how many; by default as many as a fixed amount of arithmetic allows, 2 to 16.
         seed: of the trajectories.
     """
@@ -36,9 +37,9 @@ class RehearseSteps(Pass):
     name: ClassVar[str] = "rehearse-steps"
     requires: ClassVar[tuple[type, ...]] = (CachePlan, ModelSpec, StepPlan)
     provides: ClassVar[tuple[type, ...]] = (Rehearsed,)
-    is_sampling: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
 
-    forecast: Literal["affine", "taylor", "dec", "reuse"] = "affine"
+    forecast: str = option("affine", among=known_forecasters)
     trajectories: int | None = option(None, least=1, most=MOST_TRAJECTORIES, hint=AUTO_HINT)
     seed: int = option(0, most=MOST_SEED)
 
@@ -51,7 +52,7 @@ class RehearseSteps(Pass):
             return program.with_facts(Rehearsed(0.0, 0.0, 0))
         count = self.trajectories or affordable_trajectories(program)
         trajectories = record(program, count, self.seed, context.progress)
-        rehearsal = Rehearsal(program, trajectories, Forecaster(program, trajectories, self.forecast))
+        rehearsal = Rehearsal(program, trajectories, OpenLoop(program, trajectories, forecaster_named(self.forecast)))
         planned = program.facts[StepPlan].modes
         error, even_error = rehearsal.final_error(planned), rehearsal.final_error(tuple(evenly(planned)))
         return program.with_facts(Rehearsed(error, even_error, count))

@@ -64,7 +64,7 @@ class Calibrate(Pass):
         seed: seeds labels and noise; never the noise of a sample drawn later, whatever its seed.
         selection: how the calibration set is selected: ``tap``, ``kmeans``, ``uniform`` or ``random``;
             ``none`` for no set.
-        samples: how many latents it holds; by default as many as a fixed amount of arithmetic allows, 32 to 800.
+        latents: how many latents it holds; by default as many as a fixed amount of arithmetic allows, 32 to 800.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -72,12 +72,12 @@ class Calibrate(Pass):
     precedes: ClassVar[tuple[type, ...]] = (QuantPlan, AttentionPlan, ForecastFit, Compensation, Precision)
     provides: ClassVar[tuple[type, ...]] = (Ranges, Reference)
     provides_with: ClassVar[tuple[tuple[str, type], ...]] = (("calibrate{selection=tap}", CalibrationSet),)
-    is_sampling: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
 
     trajectories: int | None = option(None, least=1, most=MOST_TRAJECTORIES, hint=AUTO_HINT)
     seed: int = option(0, most=MOST_SEED)
     selection: Literal["none", "tap", "kmeans", "uniform", "random"] = "none"
-    samples: int | None = option(None, least=1, hint=AUTO_HINT)
+    latents: int | None = option(None, least=1, hint=AUTO_HINT)
 
     def forwards(self, work: Workload) -> float:
         return self._count(work.program) * work.trajectory * (1 + work.share)
@@ -115,7 +115,7 @@ class Calibrate(Pass):
     def _samples(self, program: Program) -> int:
         """Return how many latents the calibration set is to have."""
         cost = PASSES * trajectory_macs(program) / len(program.facts[StepPlan])
-        return self.samples or affordable(cost, AUTO_MACS, SAMPLES)
+        return self.latents or affordable(cost, AUTO_MACS, SAMPLES)
 
     def _observe(
         self, program: Program, plan: StepPlan, count: int, context: PassContext, label: str

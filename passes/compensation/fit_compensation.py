@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from qcgraph.errors import UsageError
-from qcgraph.facts import Compensation, Precision, QuantPlan, Reference
+from qcgraph.facts import Compensation, Precision, Reference
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
+from qcgraph.passes.compensation._compensable import check_compensable
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.options import option
 from qcgraph.pipeline.workload import Workload
-from qcgraph.plan.schedulers import check_compensable
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan, Update
 from qcgraph.sampling.calibration import calibration_conditions, calibration_noise, rows
@@ -39,7 +39,7 @@ class FitCompensation(Pass):
     K = sum w d e / sum w d^2 with d = x - mu, e = x' - mu and w = 1 + [|x'| > mean |x'| / 2] / x'^2, which is Q&C's
     objective of absolute and relative errors. A step is fitted with all earlier corrections applied. Where the update
     adds fresh noise c3 * z, K is solved on the part that the denoiser reaches: sigma_ref^2 - c3^2 is its variance.
-    Updates that look back to earlier steps are refused (see `qcgraph.plan.schedulers.check_compensable`).
+    Updates that look back to earlier steps are refused (see `qcgraph.passes.compensation._compensable`).
 
     Attributes:
         clamp: K stays in [1 - clamp, 1 + clamp]; what was clamped is counted. 0 gives K = 1 everywhere.
@@ -50,7 +50,7 @@ class FitCompensation(Pass):
     requires: ClassVar[tuple[type, ...]] = (ModelSpec, StepPlan, Reference)
     precedes: ClassVar[tuple[type, ...]] = (Precision,)
     provides: ClassVar[tuple[type, ...]] = (Compensation,)
-    is_sampling: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
 
     clamp: float = option(0.1, below=1, hint="0.1 keeps the gains within 10 % of one")
     form: Literal["ratio", "masked"] = "ratio"
@@ -58,8 +58,12 @@ class FitCompensation(Pass):
     def forwards(self, work: Workload) -> float:
         return work.trajectories * work.trajectory * work.share
 
+    def check(self, captured: Program) -> None:
+        """Refuse steps whose updates look back."""
+        check_compensable(captured.facts[StepPlan])
+
     def run(self, program: Program, context: PassContext) -> Program:
-        check_compensable(program.facts[StepPlan])
+        self.check(program)
         plan, spec, reference = program.facts[StepPlan], program.facts[ModelSpec], program.facts[Reference]
         conditions = calibration_conditions(reference.trajectories, reference.seed, spec)
         noise = calibration_noise(reference.trajectories, reference.seed, spec)
@@ -75,7 +79,7 @@ class FitCompensation(Pass):
 
 
 class _Fitting:
-    """A solver that fits the correction of every step to what the step reaches, and goes on from the corrected latent.
+    """An updater that fits the correction of every step to what the step reaches, and goes on from the corrected latent.
 
     Args:
         options: of the pass.
@@ -125,10 +129,10 @@ def _exact(context: PassContext, conditions: Conditions, seed: int) -> Iterator[
         UsageError: the pipeline does not start from the captured program.
     """
     origin = context.origin
-    if origin is None or len(origin.variants) > 1 or QuantPlan in origin.facts:
+    if origin is None:
         raise UsageError(
-            "the masked form samples the captured program, which this pipeline does not start from",
-            hint="run it in a whole pipeline, or take form=ratio",
+            "the masked form samples the captured program, which is not given",
+            hint="run it in a compilation, or take form=ratio",
         )
     plan, spec = origin.facts[StepPlan], origin.facts[ModelSpec]
     noise = calibration_noise(len(conditions), seed, spec)

@@ -13,9 +13,9 @@ from qcgraph.facts import Compensation, Precision
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.graph import output_node, returned_nodes
 from qcgraph.ir.program import Program
+from qcgraph.passes.compensation._compensable import check_compensable
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.plan.roles import TensorRole
-from qcgraph.plan.schedulers import check_compensable
 from qcgraph.plan.spec import ROW
 from qcgraph.plan.steps import StepPlan
 
@@ -30,15 +30,19 @@ class InsertCompensation(Pass):
     same update with a compensated prediction: eps' = a * eps + ((a - 1) * c1 / c2) * x + b / c2. Hence one affine node
     per graph, with three tables [steps, channels] that the ``row`` input selects from; it commutes with guidance, whose
     weights sum to one. Updates that look back to earlier steps are refused (see
-    `qcgraph.plan.schedulers.check_compensable`).
+    `qcgraph.passes.compensation._compensable`).
     """
 
     name: ClassVar[str] = "insert-compensation"
     requires: ClassVar[tuple[type, ...]] = (Compensation, StepPlan)
     precedes: ClassVar[tuple[type, ...]] = (Precision,)
 
+    def check(self, captured: Program) -> None:
+        """Refuse steps whose updates look back."""
+        check_compensable(captured.facts[StepPlan])
+
     def run(self, program: Program, context: PassContext) -> Program:
-        check_compensable(program.facts[StepPlan])
+        self.check(program)
         tables = compensation_tables(program.facts[Compensation], program.facts[StepPlan])
         edits: dict[str, GraphEditor] = {}
         for name, variant in program.variants.items():

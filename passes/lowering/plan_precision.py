@@ -43,7 +43,7 @@ class PlanPrecision(Pass):
 
     Attributes:
         dtype: ``float16``, ``bfloat16`` or ``auto``; ``float32`` changes nothing.
-        samples: how many trajectories are sampled.
+        trajectories: how many trajectories are sampled.
         seed: seeds their labels and noise.
     """
 
@@ -51,14 +51,14 @@ class PlanPrecision(Pass):
     requires: ClassVar[tuple[type, ...]] = (StepPlan, ModelSpec)
     precedes: ClassVar[tuple[type, ...]] = (Precision,)
     provides: ClassVar[tuple[type, ...]] = (Precision,)
-    is_sampling: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
 
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
-    samples: int = option(2, least=1, most=MOST_TRAJECTORIES, hint="no trajectories show no values")
+    trajectories: int = option(2, least=1, most=MOST_TRAJECTORIES, hint="no trajectories show no values")
     seed: int = option(0, most=MOST_SEED)
 
     def forwards(self, work: Workload) -> float:
-        return self.samples * work.trajectory * work.share
+        return self.trajectories * work.trajectory * work.share
 
     def run(self, program: Program, context: PassContext) -> Program:
         wide = {name: _wide_nodes(variant) for name, variant in program.variants.items()}
@@ -88,7 +88,7 @@ class PlanPrecision(Pass):
                 found.append(float(value.abs().max()))
 
         runner, plan, spec = TorchRunner(program, observe), program.facts[StepPlan], program.facts[ModelSpec]
-        sample_calibration(runner, plan, spec, self.samples, self.seed, progress=context.progress)
+        sample_calibration(runner, plan, spec, self.trajectories, self.seed, progress=context.progress)
         return max(found)
 
 

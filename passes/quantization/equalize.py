@@ -30,6 +30,7 @@ class Equalize(Pass):
     requires: ClassVar[tuple[type, ...]] = (EqualizationPlan,)
     precedes: ClassVar[tuple[type, ...]] = (Ranges, CalibrationSet)
     provides: ClassVar[tuple[type, ...]] = (Equalization,)
+    restarts: ClassVar[bool] = True
 
     def run(self, program: Program, context: PassContext) -> Program:
         refusals: dict[str, str] = {}

@@ -46,7 +46,7 @@ class PlanEqualization(Pass):
     requires: ClassVar[tuple[type, ...]] = (ModelSpec, StepPlan)
     precedes: ClassVar[tuple[type, ...]] = (Ranges, CalibrationSet)
     provides: ClassVar[tuple[type, ...]] = (EqualizationPlan,)
-    is_sampling: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
 
     strength: float | None = option(None, most=1, hint="0 evens out the weights, 1 the activations")
     weight_bits: int = option(8, least=2, most=8)

@@ -24,7 +24,7 @@ from qcgraph.facts import (
     codes,
 )
 from qcgraph.ir.program import Program
-from qcgraph.ir.structure import find_sites
+from qcgraph.ir.structure import Site, find_sites
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.options import option
 from qcgraph.plan.steps import StepPlan
@@ -103,6 +103,19 @@ def nothing_quantized(reasons: Iterable[str]) -> str:
         return "nothing is quantized: the model has no layer that multiplies by a constant"
     shares = "; ".join(f"{count}: {reason}" for reason, count in counts.most_common(3))
     return f"nothing is quantized, none of its {sum(counts.values())} sites can be ({shares})"
+
+
+def why_nothing(program: Program, sites: Iterable[Site]) -> str:
+    """Say why nothing of a program is quantized: as plan-quant said where it ran, else as the graph of the model shows.
+
+    Args:
+        program: the program after its passes.
+        sites: the sites of the model.
+    """
+    planned = [record for record in program.history if record.text.startswith(PlanQuant.name) and record.refusals]
+    if planned:
+        return planned[-1].refusals[-1].reason
+    return nothing_quantized(site.refusal or "no pass quantized it" for site in sites)
 
 
 def affine_parameters(minimum: float, maximum: float, low: int, high: int, *, symmetric: bool) -> tuple[float, int]:

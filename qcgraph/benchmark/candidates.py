@@ -16,7 +16,9 @@ from qcgraph.benchmark.worker import Alone, TaskError, attempt, build_file, run_
 from qcgraph.benchmark.workspace import Workspace
 from qcgraph.bundle import Bundle
 from qcgraph.errors import BundleError
-from qcgraph.export.run.open import open_runner
+from qcgraph.export.run.open import runner_of
+from qcgraph.export.run.runtimes import runtime_for
+from qcgraph.export.targets import target_of
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.sampling.conditions import Conditions
@@ -142,7 +144,7 @@ def open_all(candidates: Sequence[Candidate], workspace: Workspace) -> None:
         if candidate.baseline is not None:
             candidate.runner = TimedRunner(candidate.baseline.open(workspace))
         elif candidate.bundle is not None:
-            candidate.runner = TimedRunner(open_runner(candidate.bundle, None, workspace.threads))
+            candidate.runner = TimedRunner(runner_of(candidate.bundle, threads=workspace.threads))
 
     for candidate in candidates:
         candidate.attempt(partial(open_one, candidate))
@@ -204,4 +206,8 @@ def _problem_of(workspace: Workspace, name: str) -> str:
 def _description(bundle: Bundle) -> str:
     recipe = bundle.recipe
     parts = (recipe.quantization.bits, f"cache {recipe.cache.schedule}", f"compensation {recipe.compensation.mode}")
-    return f"{bundle.manifest.target}: {', '.join(parts)}"
+    target = target_of(bundle)
+    runtime = runtime_for(target, bundle.manifest.precision)
+    # Milliseconds of another runtime are not the target's.
+    where = "" if runtime.name == target.runtime else f" on {runtime.title}, not on {target.runtime}"
+    return f"{target.name}{where}: {', '.join(parts)}"

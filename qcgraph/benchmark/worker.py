@@ -26,8 +26,9 @@ from qcgraph.benchmark.turns import Turn, by_variant, counted, first_step, secti
 from qcgraph.benchmark.workspace import Workspace
 from qcgraph.bundle import Bundle
 from qcgraph.errors import QcgraphError
-from qcgraph.export.run.open import open_runner
-from qcgraph.export.targets import target_named
+from qcgraph.export.run.open import runner_of
+from qcgraph.export.run.runtimes import runtime_for
+from qcgraph.export.targets import target_of
 from qcgraph.files.atomic import scratch_folder
 from qcgraph.sampling.runner import Runner
 
@@ -142,7 +143,7 @@ def _alone(request: dict[str, Any]) -> dict[str, Any]:
     plan, spec = workspace.bundle.plan, workspace.bundle.spec
     opened: Runner
     if bundle is not None:
-        plan, opened = bundle.plan, open_runner(bundle, None, workspace.threads)
+        plan, opened = bundle.plan, runner_of(bundle, threads=workspace.threads)
     else:
         plan, opened = single_variant(plan), BASELINES[request["candidate"]].open(workspace)
     computing, runner = plan.computing, TimedRunner(opened)
@@ -175,7 +176,7 @@ def _runtime(candidate: str, bundle: Bundle | None) -> str:
     """The module that runs a candidate."""
     if bundle is None:
         return BASELINES[candidate].runtime
-    return target_named(bundle.manifest.target).backend_for(bundle.manifest.precision)
+    return runtime_for(target_of(bundle), bundle.manifest.precision).module
 
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Manifest(BaseModel):
         qcgraph: the version of qcgraph that wrote it.
         model: the name of the model.
         target: the name of the target.
+        target_record: the target as data where it is of another distribution, so that nothing has to be imported.
         precision: the floating-point type of what is not quantized.
         packages: the versions of the libraries that it was compiled with.
         files: every other file, by its path with ``/``.
@@ -60,6 +61,7 @@ class Manifest(BaseModel):
     qcgraph: str
     model: str
     target: str
+    target_record: dict[str, str | int | bool] | None = None
     precision: str = "f32"
     packages: dict[str, str]
     files: dict[str, FileEntry]
@@ -72,7 +74,12 @@ def entry_of(path: Path) -> FileEntry:
 
 
 def write_manifest(
-    folder: Path, model: str, target: str, precision: str = "f32", overrides: tuple[str, ...] = ()
+    folder: Path,
+    model: str,
+    target: str,
+    precision: str = "f32",
+    overrides: tuple[str, ...] = (),
+    target_record: dict[str, str | int | bool] | None = None,
 ) -> None:
     """Write the manifest of a folder that holds all other files.
 
@@ -88,12 +95,13 @@ def write_manifest(
         qcgraph=metadata.version("qcgraph"),
         model=model,
         target=target,
+        target_record=target_record,
         precision=precision,
         packages=_package_versions(),
         files=entries,
         overrides=overrides,
     )
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", "utf-8")
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2, exclude_none=True) + "\n", "utf-8")
 
 
 def read_manifest(path: Path) -> Manifest:

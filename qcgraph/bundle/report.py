@@ -39,8 +39,8 @@ class PlannedSchedule(_Part):
 
     strategy: str = Field(description="`joint` or `dps`")
     spent: float = Field(description="its cost relative to computing every step")
-    measured: bool = Field(
-        description="whether costs are milliseconds measured on the target; else they are multiply-accumulates"
+    measured_on: str = Field(
+        description="the runtime on which milliseconds were measured; empty where costs are multiply-accumulates"
     )
     expected_error: Figure = Field(
         description="mean squared error of the final latent that the errors of skipped steps add up to"

@@ -62,6 +62,7 @@ def writing(
     target: str,
     precision: str = "f32",
     overrides: tuple[str, ...] = (),
+    target_record: dict[str, str | int | bool] | None = None,
     force: bool = False,
 ) -> Iterator[Path]:
     """Write a bundle in one piece.
@@ -75,6 +76,7 @@ def writing(
         target: the name of the target.
         precision: the floating-point type of what is not quantized.
         overrides: what was let through on demand, see `Manifest`.
+        target_record: the target as data where it is of another distribution.
         force: whether a bundle that is there is replaced.
 
     Yields:
@@ -86,7 +88,7 @@ def writing(
     """
     with BUNDLE_FOLDER.writing(path, force=force) as folder:
         yield folder
-        write_manifest(folder, model, target, precision, overrides)
+        write_manifest(folder, model, target, precision, overrides, target_record)
 
 
 def written_bundle(folder: Path) -> atomic.Written | None:

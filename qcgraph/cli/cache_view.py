@@ -27,7 +27,7 @@ def cache_fields(report: CacheReport | None, edges: Sequence[EdgeReport] = ()) -
     kept = f", the last {report.history} computed" if report.history > 1 else ""
     yield "cache", f"{named}{kept}"
     if planned := report.planned:
-        unit = "milliseconds on the target" if planned.measured else "multiply-accumulates"
+        unit = f"milliseconds on {planned.measured_on}" if planned.measured_on else "multiply-accumulates"
         yield "budget", f"{planned.spent:.1%} of computing every step, in {unit} ({planned.strategy} schedule)"
     if forecast := report.forecast:
         found = f"off by {forecast.error:.1%} (at most {forecast.largest_error:.1%})"

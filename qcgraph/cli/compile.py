@@ -63,7 +63,9 @@ def compile_command(
     ] = None,
     forecast: Annotated[
         str | None,
-        typer.Option(metavar="affine|taylor|dec|reuse", help="How cached values are carried on to steps that reuse."),
+        typer.Option(
+            metavar="NAME", help="How cached values are forecast, such as affine; see qcgraph passes fit-forecast."
+        ),
     ] = None,
     cache_budget: Annotated[
         int | None, typer.Option(metavar="BYTES", help="What cached tensors may take for one image.")
@@ -212,8 +214,16 @@ def _summary(report: CompileReport, bundle: Bundle | None) -> list[tuple[str, st
 def _schedule(report: CompileReport, cache: CacheReport, bundle: Bundle | None) -> str:
     """Return the schedule, and whether it is a draft that sampling will replace."""
     text = cache.schedule
-    is_draft = bundle is None and "plan-steps" in report.pipeline
+    is_draft = bundle is None and _plans_steps(report.pipeline)
     return f"{text}; a draft, the one that is compiled follows from samples" if is_draft else text
+
+
+def _plans_steps(pipeline: str) -> bool:
+    """Return whether a pass of a pipeline finds the schedule."""
+    from qcgraph.facts import SchedulePlan
+    from qcgraph.pipeline import Pipeline
+
+    return any(SchedulePlan in pass_.provides for pass_ in Pipeline.parse(pipeline))
 
 
 def _estimate(estimate: EstimateReport) -> list[tuple[str, str]]:

@@ -70,7 +70,7 @@ def sample_command(
 
     from qcgraph.bundle import Bundle
     from qcgraph.evaluation.images import save_grid
-    from qcgraph.export.run.open import open_runner, samples_at_once
+    from qcgraph.export.run.open import runner_of, samples_at_once
     from qcgraph.progress import progress_for
     from qcgraph.sampling.loop import sample
     from qcgraph.sampling.noise import check_seed
@@ -83,7 +83,7 @@ def sample_command(
     labels = conditions.labels(spec).tolist() if spec.label is not None else []
     check_seed(seed)
     progress = progress_for(sys.stderr)
-    runner = open_runner(opened, backend, threads)
+    runner = runner_of(opened, backend, threads)
     progress.note(f"{spec.name}: {plan.describe()}, seed {seed}")
     together = samples_at_once(runner, plan)
     latents = sample(runner, plan, spec, conditions, seed, batch=together, progress=progress)

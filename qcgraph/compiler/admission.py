@@ -12,16 +12,14 @@ from qcgraph.evaluation.edges import LEAST_SNR, CachedEdge, measure_edges
 from qcgraph.evaluation.evaluate import Options, evaluate
 from qcgraph.evaluation.metrics import check_installed, choose_metrics
 from qcgraph.evaluation.settings import Subject
-from qcgraph.export.run.onnxruntime import OnnxRuntimeRunner
+from qcgraph.export.run.open import open_runner
+from qcgraph.export.run.runtimes import Exported
 from qcgraph.export.targets import Target
-from qcgraph.facts import precision_of
-from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.models import LoadedModel
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.recipe.gate import Gate, Verdict, require
-from qcgraph.sampling.runner import Runner
 
 UNSAFE = "unsafe-cache"  # the override that the manifest then records
 
@@ -94,9 +92,7 @@ def admit_quality(
         UsageError: a condition does not apply to the model.
         RefusedError: the gate is not met; says by which term.
     """
-    runner: Runner = TorchRunner(program)
-    if target.backend_for(precision_of(program.facts)) == "onnxruntime":
-        runner = OnnxRuntimeRunner(folder, program.interfaces, exact=target.may_saturate)
+    runner = open_runner(target, Exported(program, folder, program.interfaces))
     subject = Subject(model, origin, program, program.facts[StepPlan], runner, folder, target)
     progress.note(f"measuring the gate {gate.text}")
     evaluation = evaluate(subject, Options(metrics=gate.metrics, attribution=False, gate=gate), progress)

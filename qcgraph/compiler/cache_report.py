@@ -31,7 +31,7 @@ def _planned(plan: SchedulePlan | None) -> PlannedSchedule | None:
     return PlannedSchedule(
         strategy=plan.strategy,
         spent=round(plan.spent, 4),
-        measured=plan.measured,
+        measured_on=plan.measured_on,
         expected_error=plan.expected_error,
         rehearsed_error=plan.rehearsed_error,
     )

@@ -20,7 +20,7 @@ from qcgraph.bundle.report import REPORT, CheckReport, CompileReport, EdgeReport
 from qcgraph.capture.capture import capture
 from qcgraph.capture.meaning import check_meaning
 from qcgraph.compiler.admission import admit_edges, admit_quality, check_conditions, overrides
-from qcgraph.compiler.costs import measure_costs
+from qcgraph.compiler.costs import costs_for
 from qcgraph.compiler.default_pipeline import default_pipeline, target_notes
 from qcgraph.compiler.estimate import estimate
 from qcgraph.compiler.least_bits import compile_with_least, is_asked_for, most_bits
@@ -30,18 +30,18 @@ from qcgraph.errors import UsageError, closest
 from qcgraph.evaluation.ablation import is_quantized
 from qcgraph.export.check.check import Check
 from qcgraph.export.check.verify import verify_export
-from qcgraph.export.targets import Target, target_named
-from qcgraph.facts import Equalization, Rehearsed, precision_of
+from qcgraph.export.targets import Target, record_of, target_named, target_of
+from qcgraph.facts import Rehearsed, precision_of
 from qcgraph.ir.memory import release_memory
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
-from qcgraph.ir.structure import Site, find_sites
+from qcgraph.ir.structure import find_sites
 from qcgraph.models import LoadedModel, check_loaded, load_model
-from qcgraph.passes.quantization.plan_quant import PlanQuant, nothing_quantized
+from qcgraph.passes.quantization.plan_quant import why_nothing
 from qcgraph.pipeline import Instrument, Pass, Pipeline
 from qcgraph.pipeline.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
 from qcgraph.plan.schedule import TimedSchedule
-from qcgraph.plan.schedulers import check_compensable, check_name, make_step_plan
+from qcgraph.plan.schedulers import check_name, make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
@@ -49,7 +49,6 @@ from qcgraph.recipe import Recipe
 from qcgraph.recipe.gate import Verdict
 
 HELD_BYTES = 2**28  # of weights that are kept, and their capture, instead of being loaded and captured again
-COMPENSATING = "fit-compensation"  # does not fit every plan, which is better said before anything is sampled
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ class _Compilation:
         program = self._transformed(start, _prefix(pipeline, self.stop_after, self.dry_run), instruments, target)
         report = compile_report(sites, program, recipe, target, pipeline, timer.seconds)
         if recipe.is_quantized and not (report.planned_sites if self.dry_run else report.quantized_sites):
-            notes += self._noted([f"{recipe.quantization.bits} was asked for, but {_left_alone(program, sites)}"])
+            notes += self._noted([f"{recipe.quantization.bits} was asked for, but {why_nothing(program, sites)}"])
         found = None if kept is None else estimate(kept, program, pipeline, quantizable(sites), target, elapsed)
         report = report.with_fields(
             source=self.model if isinstance(self.model, str) else None,
@@ -211,9 +210,7 @@ class _Compilation:
         """Return what the passes make of the program in ``start``, which is taken out so that nothing else holds it."""
         program = start.pop()
         for part in _parts(pipeline):
-            program = part.run(
-                program, instruments, self.progress, lambda program: measure_costs(program, target, self.progress)
-            )
+            program = part.run(program, instruments, self.progress, costs_for(target, self.progress), origin=program)
             gc.collect()  # graphs and their modules refer to each other; with them go the weights that were replaced
             release_memory()
         return program
@@ -263,24 +260,24 @@ class _Compilation:
             _write(folder, program, recipe, whole, dump)
             return whole
 
-        made = {"model": program.facts[ModelSpec].name, "target": target.name, "precision": precision_of(program.facts)}
-        with writing(output, **made, overrides=overrides(edges), force=self.force) as folder:
+        name, precision = program.facts[ModelSpec].name, precision_of(program.facts)
+        with writing(
+            output,
+            model=name,
+            target=target.name,
+            target_record=record_of(target),
+            precision=precision,
+            overrides=overrides(edges),
+            force=self.force,
+        ) as folder:
             checks = _export(program, folder, target, self.progress, timer)
             verdicts: tuple[Verdict, ...] = ()
             if any(check.failed for check in checks):
-                raise reject(checks, folder, output, fill, **made)
+                raise reject(checks, folder, output, fill, model=name, target=target, precision=precision)
             if recipe.conditions is not None and original is not None:
                 with timer.stage("gate"):
                     verdicts = admit_quality(recipe.conditions, *original, program, folder, target, self.progress)
             return fill(folder)
-
-
-def _left_alone(program: Program, sites: Iterable[Site]) -> str:
-    """Say why nothing is quantized: as the pass that plans quantization says, or as the graph of the model shows."""
-    planned = [record for record in program.history if record.text.startswith(PlanQuant.name) and record.refusals]
-    if planned:
-        return planned[-1].refusals[-1].reason
-    return nothing_quantized(site.refusal or "no pass quantized it" for site in sites)
 
 
 def following(recipe: Recipe, plan: PlanFile | None) -> Recipe:
@@ -338,7 +335,7 @@ def verify_bundle(bundle: Bundle, progress: Progress | None = None, target: str 
         BundleError: the bundle's files are not those that were written, or it has no graphs to conform.
         UsageError: there is no such target, it takes no graphs, or what has to judge is not installed.
     """
-    progress, compiled_for = progress or Progress(), target_named(bundle.manifest.target)
+    progress, compiled_for = progress or Progress(), target_of(bundle)
     if target is None:
         return verify_export(load_program(bundle.path), bundle.path, compiled_for, bundle.interfaces, progress)
     from qcgraph.export.check.conformance import check_conformance, judge_of
@@ -433,8 +430,7 @@ def _check_pass_names(pipeline: Pipeline, names: tuple[str, ...]) -> None:
 
 def _check_applicable(recipe: Recipe, pipeline: Pipeline, loaded: LoadedModel, captured: Program) -> None:
     """Refuse what will not go with the model or its steps, before anything is sampled."""
-    if any(pass_.name == COMPENSATING for pass_ in pipeline):
-        check_compensable(captured.facts[StepPlan])
+    pipeline.check(captured)
     if recipe.conditions is not None:
         check_conditions(recipe.conditions, loaded)
 
@@ -447,12 +443,8 @@ def _prefix(pipeline: Pipeline, stop_after: str | None, dry_run: bool) -> Pipeli
 
 
 def _parts(pipeline: Pipeline) -> tuple[Pipeline, ...]:
-    """Return a pipeline in parts, cut after the pass that equalizes.
-
-    What starts from its result does not hold the weights that it replaced; and it is the captured model as well to
-    those passes that compare with what they started from.
-    """
-    ends = (index + 1 for index, pass_ in enumerate(pipeline) if Equalization in pass_.provides)
+    """Return a pipeline in parts, each with an origin of its own (see `qcgraph.pipeline.Pass.restarts`)."""
+    ends = (index + 1 for index, pass_ in enumerate(pipeline) if pass_.restarts)
     end = next(ends, len(pipeline.passes))
     return tuple(Pipeline(part) for part in (pipeline.passes[:end], pipeline.passes[end:]) if part)
 

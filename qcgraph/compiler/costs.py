@@ -1,4 +1,4 @@
-"""What one run of every variant costs on a target, in milliseconds: what planning under a budget goes by."""
+"""What one run of every variant costs, in milliseconds, and on which runtime: what planning under a budget goes by."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from qcgraph.export.onnx.emit import emit_onnx
-from qcgraph.export.run.onnxruntime import OnnxRuntimeRunner
+from qcgraph.export.run.open import export_to
+from qcgraph.export.run.runtimes import runtime_for
 from qcgraph.export.targets import Target
+from qcgraph.facts import precision_of
 from qcgraph.files.atomic import scratch_folder
-from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pipeline
+from qcgraph.pipeline.pipeline import Costs
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
@@ -30,15 +31,23 @@ def measure_costs(program: Program, target: Target, progress: Progress) -> dict[
 
     Args:
         program: a program before legalization.
-        target: what it is compiled for; its legalization is applied, and its graphs are exported to a temporary folder.
+        target: what it is compiled for; its legalization is applied, and what its runtime reads is exported to a
+            temporary folder.
         progress: reports the export.
     """
-    if not target.emits_onnx:
-        return _turns(TorchRunner(program), program)
     legal = Pipeline.parse(target.legalize).run(program) if target.legalize else program
     with scratch_folder() as folder:
-        emit_onnx(legal, folder, target.opset, progress, **target.forms)
-        return _turns(OnnxRuntimeRunner(folder, legal.interfaces, exact=target.may_saturate), legal)
+        runtime = runtime_for(target, precision_of(legal.facts))
+        return _turns(export_to(runtime, target, legal, folder, progress), legal)
+
+
+def costs_for(target: Target, progress: Progress) -> Costs:
+    """Return what measures the variants of programs before legalization, with the runtime that it measures on.
+
+    It is the runtime that stands in for the target's own where the target has one: its milliseconds are then not those
+    of the target.
+    """
+    return Costs(runtime_for(target, "f32").name, lambda program: measure_costs(program, target, progress))
 
 
 def _turns(runner: Runner, program: Program) -> dict[str, float]:

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from qcgraph.errors import UsageError
+from qcgraph.export.run.runtimes import runtime_for
 from qcgraph.export.targets import TARGETS, Target
 from qcgraph.export.tensorrt.provider import PROVIDERS
+from qcgraph.passes.caching.forecasters import Forecaster, forecaster_named
 from qcgraph.pipeline import Pass, Pipeline, make_pass
 from qcgraph.recipe import MOST_BITS, Recipe
-
-HISTORY = {"reuse": 1, "dec": 1, "taylor": 2, "affine": 3}  # computed values that each forecast looks back to
 
 
 def default_pipeline(recipe: Recipe, target: Target) -> Pipeline:
@@ -36,9 +36,10 @@ def target_notes(recipe: Recipe, target: Target) -> tuple[str, ...]:
     if recipe.pipeline.passes:
         added = ", ".join(pass_.name for pass_ in _lacking(Pipeline.parse(recipe.pipeline.passes), recipe, target))
         return (f"after the passes of the recipe come those that {target.name} asks for: {added}",) if added else ()
+    notes = [*_measuring_notes(recipe, target)]
     if not recipe.is_quantized:
-        return ()
-    asked, notes = recipe.quantization, []
+        return tuple(notes)
+    asked = recipe.quantization
     could_have_regions = recipe.activation_bits < MOST_BITS or recipe.bit_budget is not None or asked.attention
     if asked.regions == "auto" and target.constant_scales and could_have_regions:
         notes.append(f"{target.name} takes constant scales: no activation has two regions")
@@ -47,6 +48,16 @@ def target_notes(recipe: Recipe, target: Target) -> tuple[str, ...]:
     if asked.attention and target.name in PROVIDERS:
         notes.append("attention of quantized products is not fused: TensorRT has kernels for all of it in 16 bits only")
     return tuple(notes)
+
+
+def _measuring_notes(recipe: Recipe, target: Target) -> Iterator[str]:
+    """Say where the steps are planned by milliseconds of another runtime than the target's own."""
+    measuring = runtime_for(target, "f32")
+    if recipe.cache_budget is not None and recipe.cache.cost == "latency" and measuring.name != target.runtime:
+        yield (
+            f"the budget counts milliseconds of {measuring.title}, which are not those of {target.runtime}; "
+            "cost = macs counts arithmetic instead"
+        )
 
 
 def _lacking(chosen: Pipeline, recipe: Recipe, target: Target) -> Iterator[Pass]:
@@ -102,17 +113,15 @@ def _reduced(recipe: Recipe, target: Target) -> Iterator[Pass]:
         return
     dtype = target.precision if precision == "auto" else precision
     if dtype != "float32":
-        asked = _sampling(recipe)
-        counts = {"samples": asked["trajectories"]} if "trajectories" in asked else {}
-        yield _pass("plan-precision", dtype=dtype, seed=asked["seed"], **counts)
+        yield _pass("plan-precision", dtype=dtype, **_sampling(recipe))
         yield _pass("reduce-precision")
 
 
 def _calibrate(recipe: Recipe, *, quantized: bool) -> Pass:
     calibration = recipe.calibration
-    samples = {} if calibration.samples == "auto" else {"samples": calibration.samples}
+    latents = {} if calibration.samples == "auto" else {"latents": calibration.samples}
     selection = calibration.selection if quantized else "none"
-    return _pass("calibrate", selection=selection, **samples, **_sampling(recipe))
+    return _pass("calibrate", selection=selection, **latents, **_sampling(recipe))
 
 
 def _sampling(recipe: Recipe) -> dict[str, int]:
@@ -203,7 +212,7 @@ def _caching(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
         **_spacing(recipe),
         blocks=recipe.cache.blocks,
         what=recipe.cache.what,
-        history=HISTORY[recipe.forecast],
+        history=_forecaster(recipe).history,
         memory=recipe.cache.memory,
     )
     yield _pass("insert-cache")
@@ -212,6 +221,18 @@ def _caching(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
     if recipe.is_searched:
         # With quantization it is a draft.
         yield _schedule(recipe, final=not quantized)
+
+
+def _forecaster(recipe: Recipe) -> Forecaster:
+    """Return the forecaster that a recipe asks for.
+
+    Raises:
+        UsageError: there is no such forecaster.
+    """
+    try:
+        return forecaster_named(recipe.forecast)
+    except UsageError as error:
+        raise UsageError(error.message, where="cache.forecast", hint=error.hint) from error
 
 
 def _settling(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:

@@ -14,7 +14,6 @@ from qcgraph.facts import ComputeType
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import Site, macs_by_variant, weight_names
-from qcgraph.passes.calibration.calibrate import Calibrate
 from qcgraph.pipeline import Pipeline
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.spec import ModelSpec
@@ -85,7 +84,7 @@ def workload(program: Program, pipeline: Pipeline) -> Workload:
     """Return the sizes that the work of passes depends on."""
     plan, macs = program.facts[StepPlan], macs_by_variant(program.variants)
     spent = sum(macs[name] * plan.uses(name) for name in macs)
-    sizes = [pass_.sizes(program) for pass_ in pipeline if isinstance(pass_, Calibrate)]
+    sizes = [pass_.sizes(program) for pass_ in pipeline]
     trajectories, rows = max(sizes, default=(0, 0))
     whole = macs[program.computing] * len(plan)
     return Workload(program, trajectories, rows, spent / whole if whole else 1.0)

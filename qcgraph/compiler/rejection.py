@@ -9,6 +9,7 @@ from qcgraph.bundle import Bundle, writing
 from qcgraph.bundle.write import BUNDLE_FOLDER
 from qcgraph.errors import BundleError, UsageError, VerificationError
 from qcgraph.export.check.check import Check, failure_text
+from qcgraph.export.targets import Target, record_of
 from qcgraph.files.atomic import resolved
 
 FAILED_CHECKS = "failed-checks"  # the override by which the manifest of a rejected bundle can be told
@@ -27,7 +28,7 @@ def reject(
     fill: Callable[[Path], object],
     *,
     model: str,
-    target: str,
+    target: Target,
     precision: str,
 ) -> VerificationError:
     """Keep a bundle whose checks failed in `rejected_place`, and return the error that says which.
@@ -38,14 +39,20 @@ def reject(
         output: where the bundle was to be; what is there is not touched.
         fill: writes what a bundle has besides its graphs and weights into the folder that it is given.
         model: the name of the model.
-        target: the name of the target.
+        target: what it was exported for.
         precision: the floating-point type of what is not quantized.
     """
     place = rejected_place(output)
     failed = sum(check.failed for check in checks)
     try:
         with writing(
-            place, model=model, target=target, precision=precision, overrides=(FAILED_CHECKS,), force=True
+            place,
+            model=model,
+            target=target.name,
+            target_record=record_of(target),
+            precision=precision,
+            overrides=(FAILED_CHECKS,),
+            force=True,
         ) as kept:
             for path in list(folder.iterdir()):
                 path.rename(kept / path.name)

@@ -17,8 +17,10 @@ from qcgraph.evaluation.ablation import (
     without_quantization,
 )
 from qcgraph.evaluation.solvers import sample_with
-from qcgraph.export.run.open import open_runner
-from qcgraph.export.targets import Target, target_named
+from qcgraph.export.run.open import export_to, open_runner, runner_of
+from qcgraph.export.run.runtimes import Exported, Runtime, runtime_for
+from qcgraph.export.targets import Target, target_of
+from qcgraph.facts import precision_of
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program
@@ -26,7 +28,7 @@ from qcgraph.ir.structure import find_sites, macs_by_variant, total_macs
 from qcgraph.models import LoadedModel
 from qcgraph.models.eager import EagerRunner
 from qcgraph.models.origin import captured_origin, find_model
-from qcgraph.plan.schedulers import FLOW_SOLVER, make_step_plan
+from qcgraph.plan.schedulers import first_order, make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
@@ -78,13 +80,18 @@ class Subject:
             UsageError: the model is not found, or is another one.
             BundleError: the bundle cannot be read.
         """
-        runner = open_runner(bundle, None, threads)
+        runner = runner_of(bundle, threads=threads)
         loaded = find_model(bundle, model)
         origin = captured_origin(bundle, loaded)
-        target = target_named(bundle.manifest.target)
+        target = target_of(bundle)
         # Reading a program again takes longer than most of what is asked of it: every value gets its type anew.
         program = runner.program if isinstance(runner, TorchRunner) else load_program(bundle.path)
         return cls(loaded, origin, program, bundle.plan, runner, bundle.path, target, threads)
+
+    @property
+    def runtime(self) -> Runtime:
+        """What the compilation runs on when it is judged."""
+        return runtime_for(self.target, precision_of(self.program.facts))
 
     @property
     def spec(self) -> ModelSpec:
@@ -99,7 +106,7 @@ class Subject:
     @property
     def converging(self) -> str:
         """The first-order solver, which converges to the trajectory that others approximate with fewer steps."""
-        return FLOW_SOLVER if self.spec.schedule.is_flow else "ddim"
+        return first_order(self.spec.schedule)
 
     @property
     def is_compensated(self) -> bool:
@@ -242,25 +249,14 @@ def _solving(subject: Subject, scheduler: str, steps: int) -> Draw:
 def _uncompensated(subject: Subject) -> Runner:
     """The compilation with its compensation at neutral: the same graphs, other tables."""
     program = without_compensation(subject.program)
-    if isinstance(subject.runner, TorchRunner):
-        return TorchRunner(program)
-    from qcgraph.export.run.onnxruntime import OnnxRuntimeRunner
-
     tables = {name: program.constants[name].numpy() for name in compensation_tables(program)}
-    exact = subject.target.may_saturate
-    return OnnxRuntimeRunner(subject.folder, program.interfaces, subject.threads, tables, exact=exact)
+    exported = Exported(program, subject.folder, program.interfaces, tables)
+    return open_runner(subject.target, exported, subject.runtime.name, subject.threads)
 
 
 def _exported(subject: Subject, program: Program, folder: Path, progress: Progress) -> Runner:
-    """Another program on the backend of the subject's target."""
-    if isinstance(subject.runner, TorchRunner):
-        return TorchRunner(program)
-    from qcgraph.export.onnx.emit import emit_onnx
-    from qcgraph.export.run.onnxruntime import OnnxRuntimeRunner
-
-    target = subject.target
-    emit_onnx(program, folder, target.opset, progress, **target.forms)
-    return OnnxRuntimeRunner(folder, program.interfaces, subject.threads, exact=target.may_saturate)
+    """Return a runner of another program on the runtime that the subject is judged on."""
+    return export_to(subject.runtime, subject.target, program, folder, progress, subject.threads)
 
 
 def pin_threads(threads: int | None) -> None:

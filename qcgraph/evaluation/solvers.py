@@ -29,7 +29,7 @@ def sample_with(
     """Sample one latent for each of some conditions with a diffusers scheduler that makes its own updates.
 
     Args:
-        scheduler: a key of `qcgraph.plan.schedulers.SCHEDULERS`; one that neither draws noise nor scales its input.
+        scheduler: a key of `qcgraph.plan.schedulers.SOLVERS`; one that neither draws noise nor scales its input.
         steps: number of sampling steps.
         guidance: weight of classifier-free guidance; 1 means none.
         runner: the denoiser; every step runs its captured variant.

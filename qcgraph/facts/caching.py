@@ -68,21 +68,21 @@ class SchedulePlan:
 
     Attributes:
         strategy: ``joint`` or ``dps``.
-        measured: whether costs are milliseconds measured on the target; else they are multiply-accumulates.
+        measured_on: the name of the runtime that the costs were measured on; empty where they are arithmetic.
         spent: cost of sampling relative to computing every step.
         expected_error: mean squared error of the final latent that the measured errors of skipped steps add up to.
         rehearsed_error: the same, of trajectories sampled under this schedule.
     """
 
     strategy: str
-    measured: bool
+    measured_on: str
     spent: float
     expected_error: float | None
     rehearsed_error: float | None
 
     def lines(self) -> list[str]:
         """Return the lines that the text of a program has of it."""
-        unit = "measured" if self.measured else "multiply-accumulates"
+        unit = f"measured on {self.measured_on}" if self.measured_on else "multiply-accumulates"
         line = f"schedule {self.strategy}: {self.spent:.1%} of computing every step ({unit})"
         return [line if self.rehearsed_error is None else f"{line}, mean squared error {self.rehearsed_error:.2g}"]
 
@@ -129,7 +129,7 @@ class ForecastFit:
     """That the forecasts were fitted, and how well they do; the coefficients are constants of the program.
 
     Attributes:
-        kind: ``affine``, ``taylor``, ``dec`` or ``reuse``.
+        kind: the name of the forecaster.
         steps: per cached value and reusing step, in order.
     """
 

@@ -62,6 +62,9 @@ FACT_TYPES: tuple[type[Fact], ...] = (
 )
 
 
+FOREIGN = ":"  # in the key of a fact of another distribution, ``package.module:Fact``
+
+
 class Facts:
     """An immutable set of facts, at most one of each type, keyed by the type."""
 
@@ -69,7 +72,9 @@ class Facts:
         self._facts: dict[type, Fact] = {type(fact): fact for fact in facts}
 
     def __iter__(self) -> Iterator[Fact]:
-        return (self._facts[kind] for kind in FACT_TYPES if kind in self._facts)
+        """Yield the facts in the order of the table, and after them those of other distributions."""
+        yield from (self._facts[kind] for kind in FACT_TYPES if kind in self._facts)
+        yield from (self._facts[kind] for kind in sorted(self._facts.keys() - set(FACT_TYPES), key=_key))
 
     def __contains__(self, kind: type) -> bool:
         return kind in self._facts
@@ -99,16 +104,22 @@ class Facts:
         return frozenset(rounded.held_constants if rounded else ())
 
     def encode(self) -> dict[str, Any]:
-        """Plain JSON data, by type name."""
-        return {
-            kind.__name__: encode(self._facts[kind]) for kind in sorted(self._facts, key=lambda kind: kind.__name__)
-        }
+        """Plain JSON data, by type name; a type of another distribution has its module in front."""
+        named = {_key(kind): fact for kind, fact in self._facts.items()}
+        return {name: encode(named[name]) for name in sorted(named)}
 
     @classmethod
     def decode(cls, data: dict[str, Any]) -> Facts:
-        """The inverse of `encode`; raises pydantic's ValidationError on data of another shape."""
+        """The inverse of `encode`; raises pydantic's ValidationError on data of another shape.
+
+        Facts of other distributions are left out: what a file names is not imported.
+        """
         kinds = {kind.__name__: kind for kind in FACT_TYPES}
-        return cls(decode(kinds[name], value) for name, value in data.items())
+        return cls(decode(kinds[name], value) for name, value in data.items() if FOREIGN not in name)
+
+
+def _key(kind: type) -> str:
+    return kind.__name__ if kind in FACT_TYPES else f"{kind.__module__}{FOREIGN}{kind.__qualname__}"
 
 
 def precision_of(facts: Facts) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -43,12 +44,27 @@ def call_factory(name: str) -> LoadedModel:
     factory = getattr(module, factory_name, None)
     if not callable(factory):
         raise UsageError(f"{module_name} has no function {factory_name!r}", where=name, hint=_EXPECTED)
+    return made_by(factory, f"your factory {factory_name}()", name, module)
+
+
+def made_by(factory: Callable[[], Any], what: str, name: str, module: ModuleType | None) -> LoadedModel:
+    """Call a factory.
+
+    Args:
+        factory: what makes the model.
+        what: what an error calls the factory.
+        name: what was typed where the model was asked for.
+        module: where the factory is.
+
+    Raises:
+        UsageError: the factory raises, or returns something else than a model.
+    """
     try:
         model = factory()
     except QcgraphError:
         raise  # the factory used qcgraph, which says itself what is wrong
     except (Exception, SystemExit) as error:  # whatever code of the user's raises
-        raise _raised(f"your factory {factory_name}()", error, name, module) from error
+        raise _raised(what, error, name, module) from error
     if not isinstance(model, LoadedModel):
         raise UsageError(f"the factory returned {type(model).__name__}", where=name, hint=_EXPECTED)
     return model

@@ -32,7 +32,7 @@ def find_model(bundle: Bundle, name: str | None = None) -> LoadedModel:
         raise UsageError(
             f"was compiled from {recorded!r}, and what a bundle names is not called: it may come from a stranger",
             where=str(bundle.path),
-            hint="name the model's function yourself, if you trust it: --model PACKAGE.MODULE:FACTORY",
+            hint=f"name it yourself, if you trust it: --model {recorded}",
         ) from error
     except UsageError as error:
         raise UsageError(

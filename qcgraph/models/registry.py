@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qcgraph.errors import UsageError, closest
+from qcgraph.extensions import Extensions
 from qcgraph.models.checks import check_spec, check_weights
-from qcgraph.models.factory import call_factory, check_parameters, try_forward, unwrapped
+from qcgraph.models.factory import call_factory, check_parameters, made_by, try_forward, unwrapped
 from qcgraph.models.files import is_there
 from qcgraph.models.geometry import GEOMETRIES, DiTConfig
 from qcgraph.models.loaded import LoadedModel
@@ -31,16 +32,25 @@ class ModelInfo:
         description: one line on what it is.
         parameters: number of parameters, or None where it depends on what is filled in.
         geometry: the sizes, or None likewise.
+        distribution: the distribution that adds it, empty for qcgraph.
     """
 
     name: str
     description: str
     parameters: int | None
     geometry: DiTConfig | None
+    distribution: str = ""
+
+
+def _problem_of(name: str, found: Any) -> str:
+    return "" if callable(found) else f"is a {type(found).__name__}, not a function that returns a LoadedModel"
+
+
+EXTENSIONS = Extensions("qcgraph.models", "model", lambda: (EMBEDDED, *GEOMETRIES), _problem_of)
 
 
 def list_models() -> tuple[ModelInfo, ...]:
-    """The models that :func:`load_model` accepts, without loading any."""
+    """The models that :func:`load_model` accepts, without loading any or importing what other distributions add."""
     digits = read_card().config
     checkpoints = tuple(
         ModelInfo(
@@ -54,6 +64,10 @@ def list_models() -> tuple[ModelInfo, ...]:
     return (
         ModelInfo(EMBEDDED, "trained on handwritten digits, ships with qcgraph", digits.parameter_count, digits),
         *checkpoints,
+        *(
+            ModelInfo(offer.name, f"made by {offer.value}", None, None, offer.distribution)
+            for offer in EXTENSIONS.offers().values()
+        ),
         ModelInfo("DIFFUSERS_FOLDER", "a diffusers DiTTransformer2DModel, or a pipeline with one", None, None),
         ModelInfo("TRAINED_FOLDER", "what tools/train_digits.py or tools/train_dit.py wrote", None, None),
         ModelInfo("PACKAGE.MODULE:FACTORY", "your function that returns a qcgraph.models.LoadedModel", None, None),
@@ -69,13 +83,13 @@ def load_model(name: str, *, seed: int = 0, calls: bool = True) -> LoadedModel:
 
     Args:
         name: ``digits``; ``GEOMETRY:FILE`` for an original checkpoint or ``GEOMETRY:random``; a folder that
-            diffusers or ``tools/train_digits.py`` wrote; or ``package.module:factory``. A factory's module is used as
-            it is, frozen and converted in place.
+            diffusers or ``tools/train_digits.py`` wrote; the name that another distribution gives a model by an entry
+            point; or ``package.module:factory``. A factory's module is used as it is, frozen and converted in place.
         seed: seed of ``:random`` weights; the others ignore it.
         calls: whether a factory is imported and called; not where the name was read from a file.
 
     Raises:
-        CodeError: the name is that of a factory, and none is to be called.
+        CodeError: the name is that of a factory, or of another distribution's model, and none is to be called.
         UsageError: the name is unknown, or what it names cannot be read, does not fit, was trained on an unsupported
             noise schedule, or holds NaN, infinity or what is not floating point; or a factory raises.
     """
@@ -83,7 +97,7 @@ def load_model(name: str, *, seed: int = 0, calls: bool = True) -> LoadedModel:
     check_spec(model.spec, name)
     check_weights(model.module, name)
     model.module.eval().requires_grad_(False).float()
-    if _FACTORY.fullmatch(name):
+    if _FACTORY.fullmatch(name) or name in EXTENSIONS.offers():
         try_forward(model, name)
     return model
 
@@ -134,8 +148,17 @@ def _load(name: str, seed: int, *, calls: bool) -> LoadedModel:
         return _from_factory(name)
     if separator and geometry.startswith("dit-"):
         raise UsageError(f"unknown geometry {geometry!r}", where=name, hint=closest(geometry, GEOMETRIES))
+    if not calls and name in EXTENSIONS.offers():
+        raise CodeError(
+            "is a model of another distribution, which is not imported", where=name, hint="name it yourself"
+        )
+    factory = EXTENSIONS.load(name)
+    if factory is not None:
+        return _usable(made_by(factory, f"the factory of {name}", name, None), name)
     raise UsageError(
-        "unknown model: neither a name nor a folder", where=repr(name), hint=closest(name, [EMBEDDED, *GEOMETRIES])
+        "unknown model: neither a name nor a folder",
+        where=repr(name),
+        hint=closest(name, [EMBEDDED, *GEOMETRIES, *EXTENSIONS.offers()]),
     )
 
 
@@ -185,7 +208,12 @@ def _random_dit(config: DiTConfig, seed: int) -> DiT:
 
 def _from_factory(name: str) -> LoadedModel:
     """What a factory makes, without wrappers; a module in half precision is noted."""
-    model = unwrapped(call_factory(name), name)
+    return _usable(call_factory(name), name)
+
+
+def _usable(model: LoadedModel, name: str) -> LoadedModel:
+    """Return a model of a factory without wrappers, with a note on a module in half precision."""
+    model = unwrapped(model, name)
     check_spec(model.spec, name)
     check_parameters(model, name)
     kinds = sorted({str(value.dtype).removeprefix("torch.") for value in model.module.parameters()} - {"float32"})

@@ -1,5 +1,5 @@
 """Passes in order: what a pass is, what watches it, and what it costs."""
 
-from qcgraph.pipeline.pipeline import Instrument, Pass, PassContext, Pipeline, make_pass, registry
+from qcgraph.pipeline.pipeline import Instrument, Pass, PassContext, Pipeline, find_pass, make_pass, registry
 
-__all__ = ["Instrument", "Pass", "PassContext", "Pipeline", "make_pass", "registry"]
+__all__ = ["Instrument", "Pass", "PassContext", "Pipeline", "find_pass", "make_pass", "registry"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import types
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -37,6 +38,7 @@ class Bounds:
         below: a number that it must not reach.
         longest: characters of a text.
         hint: what to give instead of a wrong value.
+        among: returns the texts that are allowed, each with what it stands for; None where any text is.
     """
 
     least: float = 0
@@ -45,11 +47,13 @@ class Bounds:
     below: float = math.inf
     longest: int = LONGEST
     hint: str = ""
+    among: Callable[[], Mapping[str, str]] | None = None
 
     def holds(self, value: object) -> bool:
         """Return whether a value of the right type is in range; a text must also be one that can be written down."""
         if isinstance(value, str):
-            return len(value) <= self.longest and is_text(value)
+            is_known = self.among is None or value in self.among()
+            return is_known and len(value) <= self.longest and is_text(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return True
         return self.least <= value <= self.most and self.above < value < self.below
@@ -77,6 +81,16 @@ def option(default: Value, **bounds: Any) -> Value:
     return made
 
 
+def choices_of(item: Any) -> Mapping[str, str]:
+    """Return the texts that an option may be, each with what it stands for; nothing where any text is allowed.
+
+    Args:
+        item: a field of a pass.
+    """
+    bounds = item.metadata.get(_BOUNDS, Bounds())
+    return bounds.among() if bounds.among else {}
+
+
 def check_options(pass_: Any) -> None:
     """Check the type and the range of every option of a pass.
 
@@ -92,7 +106,7 @@ def check_options(pass_: Any) -> None:
         value, bounds, kind = getattr(pass_, item.name), item.metadata.get(_BOUNDS, Bounds()), kinds[item.name]
         if _is_of(value, kind) and bounds.holds(value):
             continue
-        choices = [str(choice) for choice in _choices(kind)]
+        choices = [str(choice) for choice in _choices(kind)] or list(bounds.among() if bounds.among else ())
         guess = closest(value, choices) if choices and isinstance(value, str) and len(value) <= SHOWN else ""
         hints = [hint for hint in (bounds.hint, guess, f"see qcgraph passes {pass_.name}") if hint]
         option_name = item.name.replace("_", "-")
@@ -152,6 +166,8 @@ def _wanted(kind: Any, bounds: Bounds) -> str:
     for member in _members(kind):
         if member in (int, float):
             parts.append(f"{_WORDS[member]} {bounds.words}")
+        elif member is str and bounds.among is not None:
+            parts.append(", ".join(bounds.among()))
         elif member is str:
             parts.append(f"text of at most {bounds.longest} characters")
         elif member is bool:

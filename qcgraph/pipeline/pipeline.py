@@ -15,11 +15,12 @@ import pkgutil
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, ClassVar
 
 from qcgraph.errors import ContractError, QcgraphError, UsageError, closest, shown
+from qcgraph.extensions import Extensions
 from qcgraph.files.documents import is_text
 from qcgraph.ir import legality
 from qcgraph.ir.program import PassRecord, Program, Refusal
@@ -33,7 +34,17 @@ _TOKEN = re.compile(r"\s*(?P<name>[a-z][a-z0-9-]*)\s*(?:\{(?P<options>[^{}]*)\})
 _OPTION = re.compile(r"\s*(?P<key>[a-z][a-z0-9-]*)=(?P<value>\"(?:[^\"\\]|\\.)*\"|[^\s\"]+)(?:\s+|$)")
 
 
-Costs = Callable[[Program], Mapping[str, float]]
+@dataclass(frozen=True)
+class Costs:
+    """What measures how long the variants of a program take.
+
+    Attributes:
+        runtime: the name of the runtime that it measures on.
+        measure: makes milliseconds by variant from a program.
+    """
+
+    runtime: str
+    measure: Callable[[Program], Mapping[str, float]]
 
 
 @dataclass
@@ -43,8 +54,8 @@ class PassContext:
     Attributes:
         progress: where to report progress.
         refusals: what was refused.
-        costs: milliseconds of every variant of a program on its target, or None where nothing can measure them.
-        origin: the program that the pipeline started from.
+        costs: measures the variants of a program, or None where nothing can measure them.
+        origin: the captured program, or None where nobody gave it.
     """
 
     progress: Progress = field(default_factory=Progress)
@@ -67,7 +78,9 @@ class Pass(ABC):
         precedes: the facts that must not be there yet, because they are decided on what this pass changes.
         provides: the facts that are there after.
         provides_with: facts that are there after only with an option: the text of the pass with it, and the fact.
-        is_sampling: whether the pass samples trajectories; a dry run leaves it out.
+        samples: whether the pass samples trajectories; a dry run leaves it out.
+        restarts: whether a pipeline that begins with this pass starts anew from its result, which is the captured model
+            with other weights: it is the origin of the passes that follow, and the weights it replaced are let go.
 
     Raises:
         UsageError: an option has a wrong type or is out of range.
@@ -78,7 +91,8 @@ class Pass(ABC):
     precedes: ClassVar[tuple[type, ...]] = ()
     provides: ClassVar[tuple[type, ...]] = ()
     provides_with: ClassVar[tuple[tuple[str, type], ...]] = ()
-    is_sampling: ClassVar[bool] = False
+    samples: ClassVar[bool] = False
+    restarts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -86,6 +100,25 @@ class Pass(ABC):
     @abstractmethod
     def run(self, program: Program, context: PassContext) -> Program:
         """The transformed program; the one given is not touched."""
+
+    def check(self, captured: Program) -> None:  # noqa: B027 - most passes refuse nothing beforehand
+        """Refuse what the pass could not do to this model; called before any pass runs, and before anything is sampled.
+
+        Args:
+            captured: the captured program, which holds the model's spec and the step plan.
+
+        Raises:
+            UsageError: says why, with a hint.
+        """
+
+    def sizes(self, program: Program, computing: str) -> tuple[int, int]:
+        """Return how many trajectories the pass leaves to later passes, and how many latents of them.
+
+        Args:
+            program: a program with a step plan.
+            computing: the variant that computes.
+        """
+        return 0, 0
 
     def forwards(self, work: Workload) -> float:
         """Return about how many runs of the model on one latent the pass takes; a dry run estimates time by it."""
@@ -139,12 +172,27 @@ class Pipeline:
         kept: list[Pass] = []
         missing: set[type] = set()
         for pass_ in self.passes:
-            if pass_.is_sampling or missing.intersection(pass_.requires):
+            if pass_.samples or missing.intersection(pass_.requires):
                 missing.update(pass_.provides)
             else:
                 missing.difference_update(pass_.provides)
                 kept.append(pass_)
         return Pipeline(tuple(kept))
+
+    def check(self, captured: Program) -> None:
+        """Ask every pass whether it can do its work on a model, before any of them runs.
+
+        Args:
+            captured: the captured program, which holds the model's spec and the step plan.
+
+        Raises:
+            UsageError: a pass refuses the model; says which.
+        """
+        for pass_ in self.passes:
+            try:
+                pass_.check(captured)
+            except Exception as error:
+                raise _located(error, pass_, ()) from error
 
     @property
     def text(self) -> str:
@@ -166,6 +214,7 @@ class Pipeline:
         instruments: Sequence[Instrument] = (),
         progress: Progress | None = None,
         costs: Costs | None = None,
+        origin: Program | None = None,
     ) -> Program:
         """Run the passes one after the other, each checked against its contract.
 
@@ -173,12 +222,12 @@ class Pipeline:
             program: what they start from.
             instruments: what watches them.
             progress: where they report it.
-            costs: measures the variants of a program on its target.
+            costs: measures the variants of a program.
+            origin: the captured program, for passes that compare with it; they refuse where it is not given.
 
         Raises:
             QcgraphError: a pass refused its input, or broke its contract; says after which passes.
         """
-        origin = program
         for index, pass_ in enumerate(self.passes):
             try:
                 for instrument in instruments:
@@ -237,8 +286,8 @@ def registry() -> dict[str, type[Pass]]:
     package = importlib.import_module("qcgraph.passes")
     found: dict[str, type[Pass]] = {}
     for info in pkgutil.walk_packages(package.__path__, "qcgraph.passes."):
-        file = info.name.rpartition(".")[2]
-        if info.ispkg or file.startswith("_"):  # a room, or a helper
+        *place, file = info.name.removeprefix(f"{package.__name__}.").split(".")
+        if info.ispkg or file.startswith("_") or len(place) > 1:  # a room, a helper, or helpers in a folder of a room
             continue
         module = importlib.import_module(info.name)
         classes = [
@@ -253,15 +302,36 @@ def registry() -> dict[str, type[Pass]]:
     return dict(sorted(found.items()))
 
 
+def _problem_of(name: str, found: Any) -> str:
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        return f"is {found!r:.80}, not a subclass of qcgraph.pipeline.Pass"
+    if getattr(found, "name", None) != name:
+        return f"is called {getattr(found, 'name', None)!r}"
+    return "" if is_dataclass(found) and not inspect.isabstract(found) else "is not a dataclass with a run method"
+
+
+EXTENSIONS = Extensions("qcgraph.passes", "pass", lambda: registry(), _problem_of)
+
+
+def find_pass(name: str) -> type[Pass]:
+    """Return a pass by its name, also one of another distribution.
+
+    Raises:
+        UsageError: there is no such pass, or it is broken.
+    """
+    kind = registry().get(name) or EXTENSIONS.load(name)
+    if kind is None:
+        raise UsageError(f"unknown pass {shown(name)}", hint=closest(name, [*registry(), *EXTENSIONS.offers()]))
+    return kind
+
+
 def make_pass(name: str, options: dict[str, Any]) -> Pass:
     """A pass from its name and options (keys spelled with ``-`` or ``_``).
 
     Raises:
         UsageError: the pass or an option is unknown, or a value does not fit.
     """
-    kind = registry().get(name)
-    if kind is None:
-        raise UsageError(f"unknown pass {shown(name)}", hint=closest(name, registry()))
+    kind = find_pass(name)
     known = {item.name for item in fields(kind)}
     values = {key.replace("-", "_"): value for key, value in options.items()}
     for key in values:

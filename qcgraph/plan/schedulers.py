@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from qcgraph.errors import UsageError, closest
@@ -26,36 +27,56 @@ from qcgraph.plan.spec import NoiseSchedule
 from qcgraph.plan.steps import Earlier, Fingerprint, Step, StepPlan, Update
 
 AUTO = "auto"  # the scheduler that the folder of the model samples with, or the first-order solver of its process
-FLOW_SOLVER = "flow-euler"  # the first-order solver of flows, as DDIM is of diffusions
-DIFFUSION_SOLVER = "ddim"
-# How a scheduler is called here -> the diffusers class, and the settings without which its update is not linear.
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    DIFFUSION_SOLVER: ("DDIMScheduler", {"clip_sample": False}),
-    "ddpm": ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
-    FLOW_SOLVER: ("FlowMatchEulerDiscreteScheduler", {}),
-}
-# Schedulers that have no linear update: who asks for one is told why, but none is offered.
-REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "euler": ("EulerDiscreteScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-}
-# Schedulers that solve flows, with the settings that make them do so.
-FLOWS: dict[str, dict[str, Any]] = {FLOW_SOLVER: {}, "dpmsolver++": {"use_flow_sigmas": True}}
-_SHIFT = {FLOW_SOLVER: "shift", "dpmsolver++": "flow_shift"}  # what diffusers calls the shift of a flow
-LINEAR_HINT = "ddim, ddpm and dpmsolver++ have linear updates, flow-euler for flow matching"
 LONGEST_HISTORY = 3  # earlier steps that an update may look back to; each costs two tensors of the latent's size
 TOLERANCE = 1e-6  # relative; probing runs in float64 on coefficients that diffusers keeps in float32
 PROBE_SHAPE = (1, 1, 4, 4)
 _SLOTS = LONGEST_HISTORY + 2  # impulses that are followed at once: one step beyond the longest history
 
 
+@dataclass(frozen=True)
+class Solver:
+    """A scheduler of diffusers, and what it solves.
+
+    Attributes:
+        name: what it is called here.
+        scheduler: its class in diffusers.
+        settings: the settings without which its update is not linear.
+        diffuses: whether it solves diffusions.
+        flow: the settings that make it solve flows; None where it solves none.
+        shift: what diffusers calls the shift of a flow.
+        is_linear: whether its update is linear. Who asks for another one is told why not, but none is offered.
+        is_first: whether it is the first-order solver of its process, which is taken where no other is asked for.
+    """
+
+    name: str
+    scheduler: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    diffuses: bool = True
+    flow: Mapping[str, Any] | None = None
+    shift: str = ""
+    is_linear: bool = True
+    is_first: bool = False
+
+
+SOLVERS: dict[str, Solver] = {
+    solver.name: solver
+    for solver in (
+        Solver("ddim", "DDIMScheduler", {"clip_sample": False}, is_first=True),
+        Solver("ddpm", "DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),
+        Solver("flow-euler", "FlowMatchEulerDiscreteScheduler", diffuses=False, flow={}, shift="shift", is_first=True),
+        Solver("dpmsolver++", "DPMSolverMultistepScheduler", flow={"use_flow_sigmas": True}, shift="flow_shift"),
+        Solver("euler", "EulerDiscreteScheduler", is_linear=False),
+        Solver("pndm", "PNDMScheduler", is_linear=False),
+        Solver("heun", "HeunDiscreteScheduler", is_linear=False),
+    )
+}
+
+
 def make_step_plan(name: str, steps: int, guidance: float, schedule: NoiseSchedule, model_digest: str) -> StepPlan:
     """Plan a full sampling run: every step computes, in one timestep group.
 
     Args:
-        name: a key of `SCHEDULERS`, or `AUTO`.
+        name: a key of `SOLVERS`, or `AUTO`.
         steps: number of sampling steps.
         guidance: weight of classifier-free guidance; 1 means none.
         schedule: the noise schedule the model was trained on.
@@ -89,7 +110,12 @@ def resolve(name: str, schedule: NoiseSchedule) -> str:
         return name
     if schedule.sampler is not None:
         return schedule.sampler.scheduler
-    return FLOW_SOLVER if schedule.is_flow else DIFFUSION_SOLVER
+    return first_order(schedule)
+
+
+def first_order(schedule: NoiseSchedule) -> str:
+    """Return the name of the first-order solver of what a model was trained on."""
+    return next(solver.name for solver in SOLVERS.values() if solver.is_first and _solves(solver, schedule))
 
 
 def check_name(name: str) -> None:
@@ -98,15 +124,16 @@ def check_name(name: str) -> None:
     Raises:
         UsageError: there is no such scheduler.
     """
-    if name != AUTO and name not in SCHEDULERS and name not in REFUSED:
-        raise UsageError(f"unknown scheduler {name!r}", hint=closest(name, [AUTO, *SCHEDULERS]))
+    if name != AUTO and name not in SOLVERS:
+        offered = [solver.name for solver in SOLVERS.values() if solver.is_linear]
+        raise UsageError(f"unknown scheduler {name!r}", hint=closest(name, [AUTO, *offered]))
 
 
 def make_scheduler(name: str, schedule: NoiseSchedule) -> Any:
     """Make the diffusers scheduler that a name means for a model, with the settings of the model's folder.
 
     Args:
-        name: a key of `SCHEDULERS`, or `AUTO`.
+        name: a key of `SOLVERS`, or `AUTO`.
         schedule: the noise schedule the model was trained on; where its folder samples with the scheduler of this
             name, that takes the folder's settings.
 
@@ -115,16 +142,16 @@ def make_scheduler(name: str, schedule: NoiseSchedule) -> Any:
             settings.
     """
     name = resolve(name, schedule)
-    if name not in SCHEDULERS and name not in REFUSED:
+    if name not in SOLVERS:
         raise UsageError(f"unknown scheduler {name!r}", hint=closest(name, _solvers(schedule)))
     import diffusers
 
-    class_name, settings = (SCHEDULERS | REFUSED)[name]
-    settings = settings | _process(name, schedule)
+    solver = SOLVERS[name]
+    settings = dict(solver.settings) | _process(solver, schedule)
     if schedule.sampler is not None and schedule.sampler.scheduler == name:
         settings |= dict(schedule.sampler.settings)
     try:
-        return getattr(diffusers, class_name)(**settings)
+        return getattr(diffusers, solver.scheduler)(**settings)
     except (TypeError, ValueError, NotImplementedError, ImportError) as error:
         raise UsageError(
             f"diffusers cannot make the scheduler {name}: {error}",
@@ -132,22 +159,28 @@ def make_scheduler(name: str, schedule: NoiseSchedule) -> Any:
         ) from error
 
 
-def _solvers(schedule: NoiseSchedule) -> Iterable[str]:
-    """The names of the schedulers that solve what a model was trained on."""
-    return FLOWS if schedule.is_flow else [name for name in SCHEDULERS if name != FLOW_SOLVER]
+def _solves(solver: Solver, schedule: NoiseSchedule) -> bool:
+    return solver.flow is not None if schedule.is_flow else solver.diffuses
 
 
-def _process(name: str, schedule: NoiseSchedule) -> dict[str, Any]:
-    """The settings of a diffusers scheduler that say what the model was trained on."""
+def _solvers(schedule: NoiseSchedule) -> Sequence[str]:
+    """Return the names of the linear solvers of what a model was trained on."""
+    return [solver.name for solver in SOLVERS.values() if solver.is_linear and _solves(solver, schedule)]
+
+
+def _process(solver: Solver, schedule: NoiseSchedule) -> dict[str, Any]:
+    """Return the settings of a diffusers scheduler that say what the model was trained on."""
     process: dict[str, Any] = {"num_train_timesteps": schedule.train_steps}
-    if name != FLOW_SOLVER:
+    if solver.diffuses:
         process["prediction_type"] = schedule.prediction
     if schedule.is_flow:
-        if name not in FLOWS:
-            raise UsageError(f"{name} does not solve flows, which this model is", hint=f"take {' or '.join(FLOWS)}")
-        return process | FLOWS[name] | ({_SHIFT[name]: schedule.shift} if schedule.shift != 1 else {})
-    if name == FLOW_SOLVER:
-        raise UsageError(f"{name} solves flows; this model predicts {schedule.prediction}", hint="take ddim")
+        if solver.flow is None:
+            known = " or ".join(_solvers(schedule))
+            raise UsageError(f"{solver.name} does not solve flows, which this model is", hint=f"take {known}")
+        return process | dict(solver.flow) | ({solver.shift: schedule.shift} if schedule.shift != 1 else {})
+    if not solver.diffuses:
+        hint = f"take {first_order(schedule)}"
+        raise UsageError(f"{solver.name} solves flows; this model predicts {schedule.prediction}", hint=hint)
     process |= {key: getattr(schedule, key) for key in ("beta_start", "beta_end", "beta_schedule")}
     return process | ({"rescale_betas_zero_snr": True} if schedule.rescale_zero_snr else {})
 
@@ -192,28 +225,12 @@ def _timesteps(name: str, scheduler: Any, steps: int, schedule: NoiseSchedule) -
     return timesteps
 
 
-def check_compensable(plan: StepPlan) -> None:
-    """Refuse variance compensation for updates that look back.
-
-    Compensation corrects what an update gives, K * x' + (1 - K) * mu, by another noise prediction at the denoiser's
-    output, which is an affine of the prediction and the latent of that step. With history, x' also holds latents and
-    predictions of earlier steps: correcting them takes inputs that no graph of a single step has. And a prediction
-    that was changed for its own step would enter the later updates changed, as a correction that nobody fitted.
-
-    Raises:
-        UsageError: an update of the plan has history.
-    """
-    looking_back = [index for index, step in enumerate(plan.steps) if step.update.history]
-    if looking_back:
-        raise UsageError(
-            f"variance compensation does not fit {plan.fingerprint.scheduler}: the update of step {looking_back[0]} "
-            "also takes earlier latents and predictions, which the graph of a single step does not have",
-            hint="--compensate off, or a scheduler without memory, ddim for example",
-        )
-
-
 def _refused(name: str, reason: str) -> UsageError:
-    return UsageError(f"scheduler {name!r} has no linear update: {reason}", hint=LINEAR_HINT)
+    linear = [solver for solver in SOLVERS.values() if solver.is_linear]
+    *others, last = (solver.name for solver in linear if solver.diffuses)
+    flows = ", ".join(solver.name for solver in linear if not solver.diffuses)
+    hint = f"{', '.join(others)} and {last} have linear updates, {flows} for flow matching"
+    return UsageError(f"scheduler {name!r} has no linear update: {reason}", hint=hint)
 
 
 def _probe(name: str, scheduler: Any) -> tuple[Update, ...]:

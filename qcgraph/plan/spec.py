@@ -16,7 +16,7 @@ class FolderSampler:
     """How the folder of a model samples, as far as a step plan can hold that.
 
     Attributes:
-        scheduler: the name of the scheduler (see `qcgraph.plan.schedulers.SCHEDULERS`), which is taken where none is
+        scheduler: the name of the scheduler (see `qcgraph.plan.schedulers.SOLVERS`), which is taken where none is
             asked for.
         settings: settings of its diffusers class that choose the steps, by name, where they differ from its defaults.
             They belong to this scheduler: another one that is asked for does not take them.

@@ -28,7 +28,7 @@ MOST_COUNT = 1_000_000  # of trajectories, samples and tries
 MOST_SEED = 2**63 - 1  # what every generator of random numbers takes
 MOST_MEMORY = 2**50  # bytes
 MOST_GUIDANCE = 10_000.0
-MOST_NAME = 64  # characters of a scheduler's name
+MOST_NAME = 64  # characters of the name of a scheduler or a forecaster
 AUTO_BITS = "auto"
 _MIXED = re.compile(r"auto=([4-7](?:\.[0-9]{1,17})?|8(?:\.0{1,17})?)")
 _AUTO = re.compile(AUTO_BITS)
@@ -162,10 +162,12 @@ class Cache(_Section):
         "placed by CacheQuant's rule; budget=F: the best schedule at the fraction F of the cost, 0.3 for example; or "
         "plan=TEXT: a given schedule, such as 980-20:FRRF (see qcgraph passes follow-plan)",
     )
-    forecast: Literal["auto", "affine", "taylor", "dec", "reuse"] = Field(
+    forecast: str = Field(
         "auto",
-        description="auto, affine, taylor, dec or reuse: how cached values are carried on; auto is affine under a "
-        "budget or a plan, else reuse",
+        min_length=1,
+        max_length=MOST_NAME,
+        description="auto, or the name of a forecaster, affine for example (see qcgraph passes fit-forecast): how "
+        "cached values are forecast; auto is affine under a budget or a plan, else reuse",
     )
     blocks: Annotated[str, _fits(_BLOCKS, word="all"), AfterValidator(_rising)] = Field(
         "all",
@@ -182,7 +184,9 @@ class Cache(_Section):
         description="bytes that cached tensors may take for one image, both halves of guidance; 0: any number",
     )
     cost: Literal["latency", "macs"] = Field(
-        "latency", description="latency (measured on the target) or macs: what a budget is a fraction of"
+        "latency",
+        description="latency (measured on the runtime that the target is judged on) or macs: what a budget is a "
+        "fraction of",
     )
     rounds: int = Field(
         0,
@@ -467,8 +471,8 @@ class Recipe(_Section):
         return match[1] if match else None
 
     @property
-    def forecast(self) -> Literal["affine", "taylor", "dec", "reuse"]:
-        """How cached values are carried on."""
+    def forecast(self) -> str:
+        """The name of the forecaster of cached values."""
         if self.cache.forecast != "auto":
             return self.cache.forecast
         return "reuse" if self.cache_budget is None and self.followed is None else "affine"

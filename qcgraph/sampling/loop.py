@@ -27,7 +27,7 @@ class Denoising(Protocol):
         ...
 
 
-class Solver(Protocol):
+class Updater(Protocol):
     """What makes the next latent of a noise prediction; a `Sampler` does, as the plan says."""
 
     def update(self, index: int, latent: Array, prediction: Array) -> Array:
@@ -189,7 +189,7 @@ class TakenStep:
         step: what the plan says of it.
         latent: what the denoiser was given, [B,C,H,W].
         prediction: its guided noise prediction, [B,C,H,W].
-        after: the latent that the solver made of both, [B,C,H,W].
+        after: the latent that the updater made of both, [B,C,H,W].
     """
 
     index: int
@@ -201,7 +201,7 @@ class TakenStep:
 
 def trajectory(
     denoising: Denoising,
-    solver: Solver,
+    updater: Updater,
     plan: StepPlan,
     spec: ModelSpec,
     conditions: Conditions,
@@ -209,13 +209,13 @@ def trajectory(
     *,
     start: int = 0,
 ) -> Iterator[TakenStep]:
-    """Walk a trajectory step by step: predict the noise, let the solver make the next latent, go on from there.
+    """Walk a trajectory step by step: predict the noise, let the updater make the next latent, go on from there.
 
     Sampling, calibration, fitting and evaluation all walk this way; they differ in the three parts that they give.
 
     Args:
         denoising: predicts the noise.
-        solver: makes the next latent.
+        updater: makes the next latent.
         plan: the step plan; its fingerprint holds the guidance weight.
         spec: what the denoiser is.
         conditions: of the B samples.
@@ -227,7 +227,7 @@ def trajectory(
     """
     for index in range(start, len(plan)):
         prediction = guided(denoising, index, latent, conditions, plan, spec)
-        taken = TakenStep(index, plan.steps[index], latent, prediction, solver.update(index, latent, prediction))
+        taken = TakenStep(index, plan.steps[index], latent, prediction, updater.update(index, latent, prediction))
         yield taken
         latent = taken.after
 
@@ -324,7 +324,7 @@ class Updates:
 
 
 class Sampler:
-    """The updates of one trajectory with their noise; a `Solver`.
+    """The updates of one trajectory with their noise; an `Updater`.
 
     Args:
         plan: the step plan.

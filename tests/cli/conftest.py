@@ -87,7 +87,7 @@ def make_bundle(path: Path, *, guidance: float = 1.5, is_image: bool = True, his
     )
     cache = CachePlan((CachedValue("cache", 0, 0),), {"reuse": ("cache",)}, 1, (None, "reuse", None))
     site = SiteQuant(ActivationQuant((0.02, 0.03), (100, 110), 0, 255, "uint8"), WeightQuant(64))
-    schedule = SchedulePlan("joint", True, 0.7, 0.01, 0.02)
+    schedule = SchedulePlan("joint", "onnxruntime", 0.7, 0.01, 0.02)
     forecast = ForecastFit("affine", (ForecastStep("cache", 1, 0.2, 0.05),))
     facts = Facts([spec, plan, cache, schedule, QuantPlan({"blocks.0.attn.qkv": site}), forecast])
     history = [
@@ -156,4 +156,4 @@ class PatternRunner:
 @pytest.fixture
 def use_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Run bundles on a `PatternRunner`."""
-    return lambda gain=0.1: monkeypatch.setattr(runtime, "open_runner", lambda *_: PatternRunner(gain))
+    return lambda gain=0.1: monkeypatch.setattr(runtime, "runner_of", lambda *_, **__: PatternRunner(gain))

@@ -23,7 +23,7 @@ def test_overview(qcgraph: Command, bundle: Path) -> None:
         "sampling   ddim, 3 steps, guidance 1.5",
         "schedule   FRF   (F = full, R = reuse)",
         "cache      change over blocks 0..0",
-        "budget     70.0% of computing every step, in milliseconds on the target (joint schedule)",
+        "budget     70.0% of computing every step, in milliseconds on onnxruntime (joint schedule)",
         "forecast   affine, off by 5.0% (at most 5.0%) where reuse is off by 20.0%",
         "full       2      6  latent         noise_prediction, cache  1 add.Tensor, 1 conv2d,",
         "001  plan-cache{interval=2}        -  facts only",

@@ -42,7 +42,7 @@ def test_an_even_schedule() -> None:
 
 def test_a_planned_schedule_with_forecasts() -> None:
     fit = ForecastFit("dec", (ForecastStep("cache_0", 1, 0.4, 0.03), ForecastStep("cache_1", 1, 0.3, 0.04)))
-    schedule = SchedulePlan("joint", False, 0.55, 1e-4, 2e-4)
+    schedule = SchedulePlan("joint", "", 0.55, 1e-4, 2e-4)
     report = cache_report(Facts([plan("full", "reuse"), cache(*VALUES, history=2), schedule, fit]))
     assert report is not None
     assert CacheReport.model_validate_json(report.model_dump_json()) == report

@@ -13,7 +13,7 @@ import qcgraph
 from qcgraph.bundle import Bundle
 from qcgraph.bundle.plan_file import plan_data, plan_toml
 from qcgraph.errors import UsageError
-from qcgraph.export.run.open import open_runner
+from qcgraph.export.run.open import runner_of
 from qcgraph.facts import ForecastFit
 from qcgraph.models import LoadedModel
 from qcgraph.models.dit import DiT, initialize_random
@@ -81,7 +81,7 @@ def test_other_steps(source: Bundle, tiny_model: LoadedModel, tmp_path: Path, sc
     assert min(followed.error, followed.even_error) > 0
     assert fitted is not None  # anew, for these steps
     assert {step.step for step in fitted.steps} == {row for row, mode in enumerate(modes(bundle)) if mode != "full"}
-    assert np.isfinite(sample(open_runner(bundle), bundle.plan, bundle.spec, [0, 1], seed=0)).all()
+    assert np.isfinite(sample(runner_of(bundle), bundle.plan, bundle.spec, [0, 1], seed=0)).all()
 
 
 @pytest.mark.slow

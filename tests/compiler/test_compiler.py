@@ -24,7 +24,7 @@ from qcgraph.cli import run
 from qcgraph.compiler.compilation import compile_model, verify_bundle
 from qcgraph.errors import UsageError, VerificationError
 from qcgraph.evaluation.solvers import sample_with
-from qcgraph.export.run.open import open_runner
+from qcgraph.export.run.open import runner_of
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program
@@ -67,7 +67,7 @@ def one_block(tiny_model: LoadedModel) -> LoadedModel:
 
 
 def draw(bundle: Bundle, backend: str, seed: int = 5) -> np.ndarray:
-    return sample(open_runner(bundle, backend), bundle.plan, bundle.spec, LABELS, seed)
+    return sample(runner_of(bundle, backend), bundle.plan, bundle.spec, LABELS, seed)
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_neutral_settings_are_the_captured_model_bit_for_bit(tmp_path: Path, sch
         assert np.array_equal(draw(bundle, "torch"), exact)
     assert bundle.plan.variants == ("main",)
     with pytest.raises(Exception, match=r"has no main.onnx: it was compiled for target 'torch'"):
-        open_runner(bundle, "onnxruntime")
+        runner_of(bundle, "onnxruntime")
 
 
 @pytest.fixture(scope="module")
@@ -473,7 +473,7 @@ def test_every_way_to_cache(
     assert set(bundle.interfaces) == (variants or set(bundle.plan.variants))
     assert all(check.passed for check in verify_bundle(bundle))
     drawn = [
-        sample(open_runner(bundle, backend), bundle.plan, bundle.spec, [0, 1, 2, 3], 5)
+        sample(runner_of(bundle, backend), bundle.plan, bundle.spec, [0, 1, 2, 3], 5)
         for backend in ("torch", "onnxruntime")
     ]
     assert np.linalg.norm(drawn[1] - drawn[0]) / np.linalg.norm(drawn[0]) < 0.05

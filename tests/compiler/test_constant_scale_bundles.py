@@ -11,7 +11,7 @@ import torch
 
 import qcgraph
 from qcgraph.compiler.compilation import verify_bundle
-from qcgraph.export.run.open import open_runner
+from qcgraph.export.run.open import runner_of
 from qcgraph.models.classifier import load_classifier
 from qcgraph.recipe import Recipe
 from qcgraph.sampling.loop import sample
@@ -33,8 +33,6 @@ def test_it_compiles_verifies_and_draws(target: str, bits: str, text: str, tmp_p
     checks = verify_bundle(bundle, target=target if can_judge else "onnx")
     assert all(check.passed for check in checks)
     assert [check.value for check in checks if check.name == "constant scales"] == [0]
-    drawn, expected = (
-        sample(open_runner(bundle, name), bundle.plan, bundle.spec, LABELS, 5) for name in (None, "torch")
-    )
+    drawn, expected = (sample(runner_of(bundle, name), bundle.plan, bundle.spec, LABELS, 5) for name in (None, "torch"))
     assert np.linalg.norm(drawn - expected) / np.linalg.norm(expected) < 0.05
     assert load_classifier().accuracy(torch.from_numpy(drawn), torch.tensor(LABELS)) >= 0.9

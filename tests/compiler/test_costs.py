@@ -39,7 +39,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock({"full": 0.008, "reuse": 0.001})
-    monkeypatch.setattr(costs, "TorchRunner", lambda _: found)
+    monkeypatch.setattr(costs, "export_to", lambda *_: found)
     monkeypatch.setattr(costs.time, "perf_counter", found.perf_counter)
     return found
 

@@ -31,7 +31,7 @@ def no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("qcgraph.sampling.loop.Sampler.__init__", refuse)
     for kind in registry().values():
-        if kind.is_sampling:
+        if kind.samples:
             monkeypatch.setattr(kind, "run", refuse)
 
 

@@ -15,7 +15,7 @@ from qcgraph.bundle import Bundle
 from qcgraph.capture.capture import capture
 from qcgraph.evaluation.evaluate import Options, evaluate
 from qcgraph.evaluation.settings import Subject
-from qcgraph.export.run.open import open_runner
+from qcgraph.export.run.open import runner_of
 from qcgraph.export.targets import target_named
 from qcgraph.ir.serialize import load_program
 from qcgraph.models import LoadedModel, load_model
@@ -77,7 +77,7 @@ def test_a_flow_is_compiled_and_judged(flow: LoadedModel, bundle: Bundle) -> Non
     origin = capture(flow.module, flow.spec, flow.input_names)
     origin = origin.with_facts(make_step_plan("flow-euler", STEPS, 1.5, flow.spec.schedule, origin.constants_digest))
     program, target = load_program(bundle.path), target_named(bundle.manifest.target)
-    subject = Subject(flow, origin, program, bundle.plan, open_runner(bundle, None, 1), bundle.path, target, 1)
+    subject = Subject(flow, origin, program, bundle.plan, runner_of(bundle, None, 1), bundle.path, target, 1)
     options = Options(samples=50, seeds=1, metrics=("psnr", "accuracy"), sites=False)
     found = evaluate(subject, options, Progress()).to_json()
     rows = {row["key"]: row for row in found["rows"]}

@@ -49,6 +49,20 @@ def test_quantized_attention_that_is_not_fused_is_told(name: str) -> None:
     assert target_notes(asked, TARGETS["onnx"]) == ()
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_budget_in_milliseconds_of_another_runtime_is_told(name: str) -> None:
+    asked = Recipe().override(bits="off", cache="budget=0.4")
+    notes = target_notes(asked, TARGETS[name])
+    if name.startswith("tensorrt"):
+        assert notes[0].startswith(
+            f"the budget counts milliseconds of ONNX Runtime on the CPU, which are not those of {name}"
+        )
+    else:
+        assert notes == ()
+    arithmetic = asked.model_copy(update={"cache": asked.cache.model_copy(update={"cost": "macs"})})
+    assert target_notes(arithmetic, TARGETS[name]) == ()
+
+
 @pytest.mark.parametrize("name", ["onnxruntime-cpu", "onnx", "onnx-opset21"])
 def test_fp8_is_refused_where_nothing_multiplies_it(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} does not multiply fp8") as raised:

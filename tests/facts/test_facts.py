@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 from pydantic import ValidationError
@@ -63,7 +63,7 @@ EXAMPLES = (
         (CachedValue("cache_0", 0, 5), CachedValue("cache_1", 3, 3, 1)), {"reuse": ("cache_0",)}, 3, (None, "reuse")
     ),
     Rehearsed(0.001, 0.002, 8),
-    SchedulePlan("joint", True, 0.3, 1e-30, None),
+    SchedulePlan("joint", "onnxruntime", 0.3, 1e-30, None),
     Ranges({"a": SITE}, {"a": SITE}, 3),
     Reference(((THIRD,),), ((0.1,),), 7, 3),
     EqualizationPlan((EqualizedActivation(("a", "b"), (THIRD, 0.0), (THIRD, 1.0)),)),
@@ -128,15 +128,15 @@ def test_lines_stand_in_the_order_of_the_table_whatever_the_order_of_the_passes(
         (EqualizationPlan(()), []),
         (Requantization({}), []),
         (ForecastFit("dec", ()), ["forecast dec at no step"]),
-        (CachePlan((), {}, 3, ("full",)), []),
+        (CachePlan((), {}, 3, (None,)), []),
         (Precision("bf16", 123.4, {}), ["computed in bf16, values up to 123"]),
         (
             Compensation(((1.0, 0.9),), ((0.0, 0.1),), 1, THIRD),
             ["compensation gains 0.9000 .. 1.0000 over 1 steps, 1 clamped"],
         ),
         (
-            SchedulePlan("joint", True, 0.3, 1e-30, 0.01),
-            ["schedule joint: 30.0% of computing every step (measured), mean squared error 0.01"],
+            SchedulePlan("joint", "onnxruntime", 0.3, 1e-30, 0.01),
+            ["schedule joint: 30.0% of computing every step (measured on onnxruntime), mean squared error 0.01"],
         ),
         (
             QuantPlan({"a": SiteQuant(replace(CODES, shift=3, bits=(8, 6)), WeightQuant(64))}),
@@ -149,3 +149,25 @@ def test_lines_stand_in_the_order_of_the_table_whatever_the_order_of_the_passes(
 )
 def test_lines(fact: Fact, lines: list[str]) -> None:
     assert fact.lines() == lines
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A fact as another distribution has it."""
+
+    counts: dict[str, int]
+
+    def lines(self) -> list[str]:
+        return [f"counts {self.counts}"]
+
+
+def test_a_fact_of_another_distribution_is_written_and_left_out_where_it_is_read() -> None:
+    fact = Foreign({"full": 3})
+    facts = Facts([TimestepGroups((1.0,)), fact])
+    assert facts[Foreign] == fact
+    assert list(facts)[-1] == fact
+    encoded = json.loads(json.dumps(facts.encode()))
+    assert encoded[f"{Foreign.__module__}:Foreign"] == {"counts": {"full": 3}}
+    read = Facts.decode(encoded)
+    assert list(read) == [TimestepGroups((1.0,))]
+    assert read[TimestepGroups] == facts[TimestepGroups]

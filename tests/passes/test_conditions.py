@@ -40,7 +40,7 @@ CONFIG = DiTConfig(input_size=8, patch_size=2, channels=2, width=32, depth=2, he
 STYLES = 3
 STEPS, SAMPLES = 9, 4
 CACHE = "plan-cache{interval=3 history=2},insert-cache"
-CALIBRATE = "calibrate{trajectories=2 selection=uniform samples=8}"
+CALIBRATE = "calibrate{trajectories=2 selection=uniform latents=8}"
 QUANTIZE = "group-timesteps{groups=2},plan-quant,search-scales,round-weights,fit-requantization,insert-qdq"
 ROUNDED = 1e-6  # relative L2
 

@@ -16,7 +16,7 @@ from qcgraph.plan.roles import COMPUTES, prepares
 from qcgraph.plan.steps import StepPlan
 
 Run = Callable[[str, Program], Program]
-CALIBRATE = "calibrate{trajectories=2 selection=uniform samples=6}"
+CALIBRATE = "calibrate{trajectories=2 selection=uniform latents=6}"
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,15 @@ import torch
 from qcgraph.errors import BundleError, UsageError
 from qcgraph.facts import decode, encode
 from qcgraph.plan.roles import COMPUTES, REUSES
-from qcgraph.plan.schedulers import SCHEDULERS, check_compensable, check_name, make_scheduler, make_step_plan, resolve
+from qcgraph.plan.schedulers import (
+    SOLVERS,
+    Solver,
+    check_name,
+    first_order,
+    make_scheduler,
+    make_step_plan,
+    resolve,
+)
 from qcgraph.plan.spec import FolderSampler, NoiseSchedule
 from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
 
@@ -24,7 +32,8 @@ from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
 @pytest.fixture
 def third_order(monkeypatch: pytest.MonkeyPatch) -> str:
     """A scheduler whose updates look back to two earlier steps."""
-    monkeypatch.setitem(SCHEDULERS, "third-order", ("DPMSolverMultistepScheduler", {"solver_order": 3}))
+    solver = Solver("third-order", "DPMSolverMultistepScheduler", {"solver_order": 3})
+    monkeypatch.setitem(SOLVERS, solver.name, solver)
     return "third-order"
 
 
@@ -36,9 +45,9 @@ def test_the_plan_is_the_scheduler(name: str, prediction: str, steps: int) -> No
     """Walk diffusers' scheduler and the plan side by side with a made-up denoiser; they agree at every step."""
     schedule = NoiseSchedule(prediction=prediction)
     plan = make_step_plan(name, steps, 1.5, schedule, "model")
-    class_name, settings = SCHEDULERS[name]
-    scheduler = getattr(diffusers, class_name)(
-        beta_start=schedule.beta_start, beta_end=schedule.beta_end, prediction_type=prediction, **settings
+    solver = SOLVERS[name]
+    scheduler = getattr(diffusers, solver.scheduler)(
+        beta_start=schedule.beta_start, beta_end=schedule.beta_end, prediction_type=prediction, **solver.settings
     )
     scheduler.set_timesteps(steps)
     theirs = ours = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -118,9 +127,29 @@ def test_what_is_not_linear_is_refused(name: str, reason: str) -> None:
 def test_what_does_not_fit_is_found_by_probing(
     monkeypatch: pytest.MonkeyPatch, class_name: str, settings: dict[str, Any], reason: str
 ) -> None:
-    monkeypatch.setitem(SCHEDULERS, "other", (class_name, settings))
+    monkeypatch.setitem(SOLVERS, "other", Solver("other", class_name, settings))
     with pytest.raises(UsageError, match=reason):
         make_step_plan("other", 10, 1.5, NoiseSchedule(), "model")
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_every_solver_says_what_it_solves(solver: Solver) -> None:
+    """What a row says is what diffusers' class takes, and what planning finds of its update."""
+    assert solver.diffuses or solver.flow is not None
+    assert (solver.flow is None) == (not solver.shift)
+    for prediction, solves in (("epsilon", solver.diffuses), ("flow_prediction", solver.flow is not None)):
+        schedule = NoiseSchedule(prediction=prediction, shift=1.0 if prediction == "epsilon" else 3.0)
+        if solves and solver.is_linear:
+            assert len(make_step_plan(solver.name, 4, 1.5, schedule, "model")) == 4
+        else:
+            with pytest.raises(UsageError, match=r"solves flows|does not solve flows|has no linear update"):
+                make_step_plan(solver.name, 4, 1.5, schedule, "model")
+
+
+def test_each_process_has_one_solver_of_first_order() -> None:
+    assert first_order(NoiseSchedule()) == "ddim"
+    assert first_order(NoiseSchedule(prediction="flow_prediction")) == "flow-euler"
+    assert [solver.name for solver in SOLVERS.values() if solver.is_first] == ["ddim", "flow-euler"]
 
 
 def test_unknown_scheduler() -> None:
@@ -235,14 +264,6 @@ def test_a_plan_that_was_written_without_history_is_read() -> None:
     assert decode(Update, {"latent": 1.5, "noise_prediction": -0.5, "noise": 0.25}) == Update(1.5, -0.5, 0.25, ())
 
 
-def test_only_updates_without_history_can_be_compensated() -> None:
-    check_compensable(make_step_plan("ddpm", 10, 1.5, NoiseSchedule(), "model"))
-    check_compensable(make_step_plan("dpmsolver++", 1, 1.5, NoiseSchedule(), "model"))
-    with pytest.raises(UsageError, match=r"does not fit dpmsolver\+\+: the update of step 1 also takes") as caught:
-        check_compensable(make_step_plan("dpmsolver++", 10, 1.5, NoiseSchedule(), "model"))
-    assert "--compensate off" in str(caught.value.hint)
-
-
 def test_a_thousand_steps_are_probed_in_one_walk() -> None:
     """Each step of diffusers is called twice: once by the probe for all impulses, and once by the check."""
     calls = 0
@@ -320,9 +341,8 @@ def test_no_signal_is_left_for_a_prediction_of_noise() -> None:
 
 def test_an_update_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     betas = np.linspace(1e-4, 1.0, 1000)
-    monkeypatch.setitem(
-        SCHEDULERS, "blind", ("DDIMScheduler", {"trained_betas": betas, "timestep_spacing": "trailing"})
-    )
+    settings = {"trained_betas": betas, "timestep_spacing": "trailing"}
+    monkeypatch.setitem(SOLVERS, "blind", Solver("blind", "DDIMScheduler", settings))
     with pytest.raises(UsageError, match="at timestep 999 it is not finite"):
         make_step_plan("blind", 10, 1.5, NoiseSchedule(), "model")
 

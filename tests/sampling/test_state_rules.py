@@ -15,7 +15,7 @@ import qcgraph
 from qcgraph.bundle import Bundle
 from qcgraph.compiler.compilation import compile_model
 from qcgraph.errors import BundleError, UsageError
-from qcgraph.export.run.open import open_runner
+from qcgraph.export.run.open import runner_of
 from qcgraph.models import LoadedModel
 from qcgraph.recipe import Recipe
 from qcgraph.sampling.denoiser import Denoiser
@@ -167,7 +167,7 @@ def test_a_host_that_calls_twice_a_step_is_refused(denoiser: Denoiser) -> None:
 @pytest.mark.parametrize("schedule", ["RFRFRFFRR", "RRRRRRRRR"])
 def test_a_plan_that_reuses_before_it_computes_is_an_error(bundle: Bundle, backend: str, schedule: str) -> None:
     plan = bundle.plan.with_variants(["full" if letter == "F" else "reuse" for letter in schedule])
-    trajectory = Trajectory(Denoiser(open_runner(bundle, backend, 1), plan, bundle.spec), 0, [0, 1])
+    trajectory = Trajectory(Denoiser(runner_of(bundle, backend, 1), plan, bundle.spec), 0, [0, 1])
     message = refusal(trajectory.denoiser, trajectory, 888.0)
     assert "variant 'reuse' reuses 'cache_0" in message
     assert "before any step computed it" in message
@@ -190,7 +190,7 @@ class Failing:
 @pytest.mark.parametrize("failing", [0, 1, 5])
 def test_a_step_that_failed_was_not_taken(bundle: Bundle, failing: int) -> None:
     """It can be tried again; going on without it would reuse what it should have computed."""
-    runner = open_runner(bundle, "torch")
+    runner = runner_of(bundle, "torch")
     expected = Trajectory(Denoiser(runner, bundle.plan, bundle.spec), 0, [0, 1]).run(range(9))
     trajectory = Trajectory(Denoiser(runner, bundle.plan, bundle.spec), 0, [0, 1])
     trajectory.denoiser = Denoiser(Failing(runner, {failing}), bundle.plan, bundle.spec)

@@ -19,7 +19,7 @@ from qcgraph.progress import Progress
 
 TARGET = TARGETS["onnxruntime-cpu"]
 CALIBRATE = (
-    "calibrate{trajectories=4 selection=uniform samples=24},group-timesteps{groups=3},"
+    "calibrate{trajectories=4 selection=uniform latents=24},group-timesteps{groups=3},"
     f"plan-quant{{weight-high={TARGET.weight_high}}}"
 )
 FORMS = {"two planes": ("", 3), "one tensor": (" bits=6", 2), "one region": (" regions=false", 2)}  # products of each

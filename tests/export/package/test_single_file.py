@@ -19,7 +19,7 @@ from qcgraph.cli import run as command
 from qcgraph.export.package.single_file import PLAN_KEY, write_single_file
 from qcgraph.export.package.single_model import SingleModel, host_plan
 from qcgraph.export.run.onnxruntime import OptimizedGraph
-from qcgraph.export.run.open import open_runner
+from qcgraph.export.run.open import runner_of
 from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pipeline
 from qcgraph.plan.roles import COMPUTES, REUSES, TensorRole
@@ -60,7 +60,7 @@ class SingleRunner:
 
 def assert_same_samples(bundle: Bundle, runner: SingleRunner) -> None:
     """Whole trajectories, relative to their largest value: random weights let latents grow."""
-    got, expected = (sample(one, bundle.plan, bundle.spec, [0, 1, 4], seed=1) for one in (runner, open_runner(bundle)))
+    got, expected = (sample(one, bundle.plan, bundle.spec, [0, 1, 4], seed=1) for one in (runner, runner_of(bundle)))
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 

@@ -18,7 +18,7 @@ from google.protobuf import text_format
 
 from qcgraph.bundle import Bundle
 from qcgraph.cli import run as command
-from qcgraph.export.run.open import open_runner
+from qcgraph.export.run.open import runner_of
 from qcgraph.sampling.loop import TakenStep, sample
 from qcgraph.sampling.noise import Noise
 from qcgraph.sampling.runner import Call
@@ -141,7 +141,7 @@ def test_the_configuration_names_what_the_model_has(served: tuple[Server, Bundle
 def test_two_sequences_in_turn_draw_the_images_of_the_bundle(served: tuple[Server, Bundle]) -> None:
     server, bundle = served
     labels = [[0, 4], [1]]
-    expected = [sample(open_runner(bundle), bundle.plan, bundle.spec, given, seed=5) for given in labels]
+    expected = [sample(runner_of(bundle), bundle.plan, bundle.spec, given, seed=5) for given in labels]
     # The second trajectory runs in the middle of the first; then a third has the number of the first.
     drawn: dict[int, np.ndarray] = {}
 
@@ -201,5 +201,5 @@ def test_the_client_of_the_guide_draws_them_too(served: tuple[Server, Bundle], m
             return noise.initial() if dtype else np.zeros(shape)
 
     latents = names["draw"](np.array([0, 4]), 1, Generator())
-    expected = sample(open_runner(bundle), bundle.plan, bundle.spec, [0, 4], seed=5)
+    expected = sample(runner_of(bundle), bundle.plan, bundle.spec, [0, 4], seed=5)
     np.testing.assert_allclose(latents, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -16,7 +16,7 @@ from qcgraph.bundle import Bundle, write_plan, writing
 from qcgraph.bundle.watch import reading
 from qcgraph.errors import BundleError, UsageError
 from qcgraph.export.onnx.emit import tensor_places
-from qcgraph.export.run.open import open_runner
+from qcgraph.export.run.open import runner_of
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.recipe import Recipe
@@ -119,10 +119,10 @@ def test_a_bundle_that_is_replaced_while_it_is_loaded(write: Write, backend: str
     assert bundle.plan
     write(other=True)
     with pytest.raises(BundleError, match=r"replaced.* while it was (loaded|read)"):
-        open_runner(bundle, backend, 1)
+        runner_of(bundle, backend, 1)
     shutil.rmtree(bundle.path)
     with pytest.raises(BundleError, match=r"while it was (loaded|read)"):
-        open_runner(bundle, backend, 1)
+        runner_of(bundle, backend, 1)
 
 
 def test_what_is_read_of_a_bundle_is_of_one(write: Write) -> None:

@@ -13,7 +13,7 @@ from qcgraph.bundle import Bundle, write_plan, writing
 from qcgraph.bundle.engines import Batch, Engine, engine_files, source_of, write_record
 from qcgraph.errors import BundleError, UsageError
 from qcgraph.export.run import open_engines
-from qcgraph.export.run.open import open_runner
+from qcgraph.export.run.open import runner_of
 from qcgraph.export.run.open_engines import choose_engines, read_engine
 from qcgraph.export.tensorrt import device
 from qcgraph.plan.roles import COMPUTES, TensorRole
@@ -130,21 +130,21 @@ def test_caches_belong_to_the_engines(bundle: Bundle) -> None:
 
 def test_backends_that_are_not_installed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="4 threads have no effect on engines"):
-        open_runner(bundle, "tensorrt-rtx", 4)
+        runner_of(bundle, "tensorrt-rtx", 4)
 
     def missing(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr("qcgraph.export.tensorrt.provider.importlib.import_module", missing)
     with pytest.raises(UsageError, match="TensorRT is not installed\n\nhint: pip install tensorrt"):
-        open_runner(bundle, "tensorrt")
+        runner_of(bundle, "tensorrt")
 
 
 @no_gpu
 def test_without_a_gpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(open_engines, "load_provider", lambda _: object())
     with pytest.raises(UsageError, match=r"is built without CUDA|there is no CUDA device") as raised:
-        open_runner(bundle, "tensorrt-rtx")
+        runner_of(bundle, "tensorrt-rtx")
     assert "another backend" in str(raised.value.hint)
 
 

@@ -15,6 +15,7 @@ from qcgraph.facts import CachePlan
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.graph import module_path
 from qcgraph.ir.program import Program
+from qcgraph.pipeline import Pipeline
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
@@ -228,3 +229,12 @@ def test_bad_options(captured: Program, run: Run, options: str, message: str) ->
 def test_a_program_is_split_once(cached: Program, run: Run) -> None:
     with pytest.raises(ContractError, match="split already"):
         run("insert-cache", cached)
+
+
+def test_what_the_model_does_not_have_is_refused_before_anything_runs(captured: Program) -> None:
+    Pipeline.parse("plan-cache{interval=3}").check(captured)
+    for option, what in (("blocks=0..7", "outside the model"), ("memory=1", "1 are allowed")):
+        with pytest.raises(UsageError, match=what) as caught:
+            Pipeline.parse(f"equalize,plan-cache{{{option}}}").check(captured)
+        assert caught.value.where == f"pass plan-cache{{{option}}}"
+        assert caught.value.hint

@@ -12,7 +12,9 @@ import torch
 from qcgraph.facts import CachePlan, ForecastFit, Reference
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
-from qcgraph.passes.caching._forecast import Moments, fit, log_signal_to_noise, table_name, taylor_gain
+from qcgraph.passes.caching._forecast import log_signal_to_noise, table_name, taylor_gain
+from qcgraph.passes.caching.forecasters import Moments, fit
+from qcgraph.passes.caching.forecasters.affine import AFFINE
 from qcgraph.plan.roles import VariantKind
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import ModelSpec
@@ -107,7 +109,7 @@ def test_the_fit_is_closed_loop_and_of_each_half(prepared: Program, run: Run) ->
             for part in range(2):
                 folds.append(Moments(3, 32))
                 folds[-1].add([value[rows][part::2] for value in values], target[rows][part::2])
-            found = fit("affine", folds, taylor_gain(times, index, computed), values=len(computed)).gains
+            found = fit(AFFINE, folds, taylor_gain(times, index, computed), values=len(computed)).gains
             torch.testing.assert_close(table(program)[index, :, half], found.float(), rtol=1e-5, atol=1e-5)
     assert not torch.equal(table(program)[1, :, 0], table(program)[1, :, 1])
 

@@ -119,3 +119,9 @@ def test_refused(split: Program, run: Run, text: str, message: str) -> None:
         run(text, split)
     assert caught.value.hint
     assert (caught.value.where or "").startswith(f"pass {text.partition('{')[0]}")
+
+
+def test_nothing_to_follow_is_refused_before_anything_runs(captured: Program) -> None:
+    Pipeline.parse("follow-plan{plan=980-20:FRF}").check(captured)
+    with pytest.raises(UsageError, match="no plan to follow"):
+        Pipeline.parse("equalize,plan-cache,insert-cache,follow-plan").check(captured)

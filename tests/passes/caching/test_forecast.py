@@ -7,16 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcgraph.passes.caching._forecast import (
-    KINDS,
-    RIDGES,
-    Moments,
-    Products,
-    fit,
-    gains_of,
-    log_signal_to_noise,
-    taylor_gain,
-)
+from qcgraph.passes.caching._forecast import Products, log_signal_to_noise, taylor_gain
+from qcgraph.passes.caching.forecasters import FORECASTERS, Forecaster, Moments, fit, gains_of
+from qcgraph.passes.caching.forecasters.affine import AFFINE, RIDGES
+from qcgraph.passes.caching.forecasters.dec import DEC
+from qcgraph.passes.caching.forecasters.reuse import REUSE
+from qcgraph.passes.caching.forecasters.taylor import TAYLOR
 from qcgraph.plan.spec import NoiseSchedule
 
 CHANNELS = 3
@@ -70,21 +66,21 @@ def test_taylor_is_exact_where_values_are_linear_in_time() -> None:
     times, level, slope = [-4.0, -3.1, -1.0, 2.0], normal(0, 8, 2).double(), normal(1, 8, 2).double()
     values = [level + time * slope for time in times]
     gain = taylor_gain(times, 3, [1, 0])
-    found = fit("taylor", [moments_of([values[1], values[0], values[0]], values[3])], gain, values=2)
+    found = fit(TAYLOR, [moments_of([values[1], values[0], values[0]], values[3])], gain, values=2)
     torch.testing.assert_close(predicted(found.gains, [values[1], values[0]]), values[3], rtol=1e-12, atol=1e-12)
     assert found.error <= 1e-12 * found.reuse_error
 
 
 def test_reuse_is_the_last_value() -> None:
     values, target = law(0)
-    found = fit("reuse", [moments_of(values, target)], 0.7, values=3)
+    found = fit(REUSE, [moments_of(values, target)], 0.7, values=3)
     assert torch.equal(found.gains, torch.tensor([1.0, 0, 0, 0]).double()[:, None].expand(4, CHANNELS))
     assert found.error == found.reuse_error == pytest.approx(float((target - values[0]).double().square().sum()))
 
 
 def test_dec_is_least_squares_of_gain_and_offset() -> None:
     values, target = law(0, noise=0.3)
-    gains = fit("dec", [moments_of(values, target + 0.5)], 0.7, values=3).gains
+    gains = fit(DEC, [moments_of(values, target + 0.5)], 0.7, values=3).gains
     for channel in range(CHANNELS):
         last, goal = (array[..., channel].flatten().double().numpy() for array in (values[0], target + 0.5))
         solution, *_ = np.linalg.lstsq(np.stack([last, np.ones_like(last)], axis=1), goal, rcond=None)
@@ -94,7 +90,7 @@ def test_dec_is_least_squares_of_gain_and_offset() -> None:
 
 def test_dec_of_a_constant_channel_is_an_offset() -> None:
     constant = torch.full((6, CHANNELS), 0.3)
-    gains = fit("dec", [moments_of([constant], constant + 1)], 0.0, values=1).gains
+    gains = fit(DEC, [moments_of([constant], constant + 1)], 0.0, values=1).gains
     torch.testing.assert_close(gains[0], torch.ones(CHANNELS).double())
     torch.testing.assert_close(gains[1], torch.ones(CHANNELS).double(), rtol=1e-6, atol=0)
 
@@ -125,16 +121,16 @@ def test_ridge_recovers_a_linear_law_and_an_infinite_one_keeps_the_prior() -> No
 def test_affine_is_shrunk_towards_taylor_where_that_is_the_law() -> None:
     """1.3 and -0.3 are the extrapolation of k = 0.3, so that the ridge costs nothing from there."""
     halves = [law(0, noise=1e-3), law(10, noise=1e-3)]
-    found = fit("affine", [moments_of(*half) for half in halves], 0.3, values=3)
+    found = fit(AFFINE, [moments_of(*half) for half in halves], 0.3, values=3)
     torch.testing.assert_close(found.gains[0], torch.full((CHANNELS,), 1.3).double(), rtol=0, atol=2e-3)
-    other = fit("affine", [moments_of(*half) for half in halves], 0.0, values=3)
+    other = fit(AFFINE, [moments_of(*half) for half in halves], 0.0, values=3)
     assert found.error < other.error
     assert found.error < 2e-3 * found.reuse_error
 
 
 def test_affine_error_is_that_of_what_was_left_out() -> None:
     folds = [moments_of(*law(0, noise=0.3)), moments_of(*law(10, noise=0.3))]
-    found = fit("affine", folds, 0.3, values=3)
+    found = fit(AFFINE, folds, 0.3, values=3)
     priors = [[1.0, 0.0, 0.0], [1.0, 0.3, 0.0]]
     errors = [
         sum(folds[one].error(folds[1 - one].ridge(prior, ridge, offset=False)) for one in range(2))
@@ -150,13 +146,13 @@ def test_affine_with_one_value_is_close_to_reuse() -> None:
     last = normal(0, 40)
     for folds in (1, 2):
         parts = [moments_of([last, last, last], 1.1 * last) for _ in range(folds)]
-        gains = fit("affine", parts, 0.0, values=1).gains
+        gains = fit(AFFINE, parts, 0.0, values=1).gains
         assert torch.isfinite(gains).all()
         torch.testing.assert_close(gains.sum(dim=0), torch.full((CHANNELS,), 1.1).double(), rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_term_is_enough_for_every_kind(kind: str) -> None:
+@pytest.mark.parametrize("kind", FORECASTERS.values(), ids=FORECASTERS)
+def test_one_term_is_enough_for_every_kind(kind: Forecaster) -> None:
     """A history that memory has cut to one value."""
     last = normal(0, 40)
     gains = fit(kind, [moments_of([last], last)], 0.0, values=1).gains

@@ -12,11 +12,13 @@ from qcgraph.errors import UsageError
 from qcgraph.facts import CachePlan, SchedulePlan
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import macs_by_variant
-from qcgraph.passes.caching._skipping import Forecaster, Rehearsal
+from qcgraph.passes.caching._skipping import OpenLoop, Rehearsal
 from qcgraph.passes.caching._trajectories import record
+from qcgraph.passes.caching.forecasters.taylor import TAYLOR
 from qcgraph.passes.caching.plan_steps import differences, rounded
 from qcgraph.pipeline import Pipeline
 from qcgraph.pipeline.effort import affordable_trajectories
+from qcgraph.pipeline.pipeline import Costs
 from qcgraph.plan.schedule import dps
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
@@ -52,7 +54,7 @@ def test_the_budget_is_kept_and_used(two_modes: Program, run: Run, budget: float
     assert spent <= fact.spent <= budget
     assert fact.spent == pytest.approx(spent, abs=0.005)
     assert budget - fact.spent < 1 / len(schedule)
-    assert not fact.measured
+    assert not fact.measured_on
 
 
 def test_a_larger_budget_is_expected_to_do_better(two_modes: Program, run: Run) -> None:
@@ -79,7 +81,7 @@ def test_a_seed_gives_one_schedule(split: Program, run: Run, options: str) -> No
 def test_the_rehearsed_error_is_that_of_the_schedule(split: Program, run: Run) -> None:
     program = run("plan-steps{budget=0.4 trajectories=2 forecast=taylor}", split)
     trajectories = record(split, 2, 0, Progress())
-    rehearsal = Rehearsal(split, trajectories, Forecaster(split, trajectories, "taylor"))
+    rehearsal = Rehearsal(split, trajectories, OpenLoop(split, trajectories, TAYLOR))
     assert rehearsal.final_error(program.facts[StepPlan].modes) == program.facts[SchedulePlan].rehearsed_error
 
 
@@ -113,25 +115,29 @@ def test_costs_are_measured_where_they_can_be(split: Program) -> None:
         asked.append(program)
         return {"full": 8.0, "reuse": 4.0}
 
-    program = Pipeline.parse(MEASURED).run(split, costs=costs)
+    program = Pipeline.parse(MEASURED).run(split, costs=Costs("toy", costs))
     fact = program.facts[SchedulePlan]
     assert asked == [split]
     assert names(program).count("full") == 3
-    assert fact.measured
+    assert fact.measured_on == "toy"
     assert fact.spent == pytest.approx(6 / 9)
 
 
 def test_without_a_way_to_measure_arithmetic_counts(split: Program, run: Run) -> None:
     fact = run(MEASURED, split).facts[SchedulePlan]
-    assert not fact.measured
+    assert not fact.measured_on
     assert fact == run(MEASURED.replace("measured=true ", ""), split).facts[SchedulePlan]
 
 
 def test_a_mode_that_is_not_faster_is_left_out(two_modes: Program) -> None:
-    program = Pipeline.parse(MEASURED).run(two_modes, costs=lambda _: {"full": 2.0, "reuse": 0.2, "reuse_1": 2.1})
+    program = Pipeline.parse(MEASURED).run(
+        two_modes, costs=Costs("toy", lambda _: {"full": 2.0, "reuse": 0.2, "reuse_1": 2.1})
+    )
     assert set(names(program)) == {"full", "reuse"}
     with pytest.raises(UsageError, match="no variant that reuses is faster"):
-        Pipeline.parse(MEASURED).run(two_modes, costs=lambda _: {"full": 2.0, "reuse": 2.0, "reuse_1": 2.1})
+        Pipeline.parse(MEASURED).run(
+            two_modes, costs=Costs("toy", lambda _: {"full": 2.0, "reuse": 2.0, "reuse_1": 2.1})
+        )
 
 
 def test_a_ratio_is_rounded_up() -> None:

@@ -11,9 +11,9 @@ from qcgraph.facts import CachePlan
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.passes.caching import _skipping as skipping
-from qcgraph.passes.caching._forecast import KINDS
-from qcgraph.passes.caching._skipping import Forecaster, Rehearsal, skip_errors
+from qcgraph.passes.caching._skipping import OpenLoop, Rehearsal, skip_errors
 from qcgraph.passes.caching._trajectories import Stateless, Trajectories, record
+from qcgraph.passes.caching.forecasters import FORECASTERS
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
@@ -38,7 +38,7 @@ def trajectories(split: Program) -> Trajectories:
 
 def errors_of(program: Program, trajectories: Trajectories, kind: str, gap: int = 8) -> np.ndarray:
     """With all steps of the same weight."""
-    modes, forecaster = list(program.facts[CachePlan].modes), Forecaster(program, trajectories, kind)
+    modes, forecaster = list(program.facts[CachePlan].modes), OpenLoop(program, trajectories, FORECASTERS[kind])
     weight = np.ones(len(program.facts[StepPlan]))
     return skip_errors(program, trajectories, forecaster, weight, modes, gap, Progress()).values
 
@@ -101,19 +101,19 @@ def test_batches_change_nothing_but_roundings(
 
 
 def test_weights_count_squared(split: Program, trajectories: Trajectories) -> None:
-    forecaster, weight = Forecaster(split, trajectories, "reuse"), np.arange(9.0)
+    forecaster, weight = OpenLoop(split, trajectories, FORECASTERS["reuse"]), np.arange(9.0)
     found = skip_errors(split, trajectories, forecaster, weight, ["reuse"], 8, Progress()).values[0, :, 1, 1]
     plain = errors_of(split, trajectories, "reuse")[0, :, 1, 1]
     np.testing.assert_allclose(found[2:], plain[2:] * weight[2:] ** 2)
 
 
 def test_the_rehearsal_of_computing_every_step_has_no_error(split: Program, trajectories: Trajectories) -> None:
-    rehearsal = Rehearsal(split, trajectories, Forecaster(split, trajectories, "affine"))
+    rehearsal = Rehearsal(split, trajectories, OpenLoop(split, trajectories, FORECASTERS["affine"]))
     assert rehearsal.final_error([None] * 9) == 0.0
 
 
 def test_a_rehearsal_of_reuse_is_sampling_with_the_program(split: Program, trajectories: Trajectories) -> None:
-    rehearsal = Rehearsal(split, trajectories, Forecaster(split, trajectories, "reuse"))
+    rehearsal = Rehearsal(split, trajectories, OpenLoop(split, trajectories, FORECASTERS["reuse"]))
     schedule = [None, "reuse_1", "reuse", None, None, "reuse", "reuse_1", "reuse_1", None]
     conditions, plan = trajectories.conditions, split.facts[StepPlan].with_modes(schedule)
     final = sample(TorchRunner(split), plan, split.facts[ModelSpec], conditions, 0, first_index=FIRST_INDEX)
@@ -121,7 +121,7 @@ def test_a_rehearsal_of_reuse_is_sampling_with_the_program(split: Program, traje
     assert rehearsal.final_error(schedule) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FORECASTERS)
 def test_without_guidance_there_is_one_half(captured: Program, run: Run, kind: str) -> None:
     schedule = captured.facts[ModelSpec].schedule
     plan = make_step_plan("ddim", 4, 1.0, schedule, captured.facts[StepPlan].fingerprint.model)
@@ -130,7 +130,7 @@ def test_without_guidance_there_is_one_half(captured: Program, run: Run, kind: s
     assert len(trajectories.values["cache_0"][0]) == 2
     errors = errors_of(program, trajectories, kind, 3)
     assert np.isfinite(errors[0, 3, 1, 2])
-    rehearsal = Rehearsal(program, trajectories, Forecaster(program, trajectories, kind))
+    rehearsal = Rehearsal(program, trajectories, OpenLoop(program, trajectories, FORECASTERS[kind]))
     assert 0 < rehearsal.final_error([None, None, "reuse", "reuse"]) < np.inf
 
 

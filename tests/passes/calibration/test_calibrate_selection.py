@@ -76,7 +76,7 @@ def test_ranges_and_reference_are_those_without_a_set(cached: Program, run: Run)
 
 
 def test_calibrate_selection_golden(cached: Program, run: Run, golden_diff: Callable[..., None]) -> None:
-    golden_diff("calibrate-selection", cached, run("calibrate{trajectories=3 selection=uniform samples=7}", cached))
+    golden_diff("calibrate-selection", cached, run("calibrate{trajectories=3 selection=uniform latents=7}", cached))
 
 
 @every_method

@@ -11,6 +11,8 @@ from qcgraph.errors import UsageError
 from qcgraph.facts import Compensation, Reference
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
+from qcgraph.passes.compensation._compensable import check_compensable
+from qcgraph.pipeline import Pipeline
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import ModelSpec, NoiseSchedule
 from qcgraph.plan.steps import StepPlan
@@ -96,12 +98,12 @@ def test_the_fit_restores_the_reference_deviation(cached: Program, run: Run) -> 
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
-def test_the_masked_form_is_its_weighted_least_squares(captured: Program, run: Run, scheduler: str) -> None:
+def test_the_masked_form_is_its_weighted_least_squares(captured: Program, scheduler: str) -> None:
     """Against numpy's solver, on the first step; later ones follow trajectories that were corrected before."""
     spec = captured.facts[ModelSpec]
     program = captured.with_facts(make_step_plan(scheduler, 9, 1.5, spec.schedule, captured.constants_digest))
     text = "plan-cache{interval=3},insert-cache,calibrate{trajectories=8},fit-compensation{clamp=0.9 form=masked}"
-    fitted = run(text, program)
+    fitted = Pipeline.parse(text).run(program, origin=program)
     fact, plan = fitted.facts[Compensation], fitted.facts[StepPlan]
     conditions = calibration_conditions(8, 0, spec)
     noise = Noise(0, range(FIRST_INDEX, FIRST_INDEX + 8), spec.latent_shape)
@@ -126,14 +128,15 @@ def test_the_masked_form_is_its_weighted_least_squares(captured: Program, run: R
     assert np.ptp(fact.gains) > 1e-4
 
 
-def test_the_masked_form_of_what_has_not_drifted_is_neutral(captured: Program, run: Run) -> None:
-    program = run("calibrate{trajectories=2},fit-compensation{form=masked}", captured)
+def test_the_masked_form_of_what_has_not_drifted_is_neutral(captured: Program) -> None:
+    pipeline = Pipeline.parse("calibrate{trajectories=2},fit-compensation{form=masked}")
+    program = pipeline.run(captured, origin=captured)
     np.testing.assert_allclose(program.facts[Compensation].gains, 1.0, rtol=0, atol=1e-6)
 
 
 def test_the_masked_form_needs_the_captured_program(cached: Program, run: Run) -> None:
     calibrated = run("calibrate{trajectories=2}", cached)
-    with pytest.raises(UsageError, match="samples the captured program") as caught:
+    with pytest.raises(UsageError, match="samples the captured program, which is not given") as caught:
         run("fit-compensation{form=masked}", calibrated)
     assert "form=ratio" in str(caught.value.hint)
 
@@ -156,3 +159,21 @@ def test_updates_with_history_are_refused(captured: Program, run: Run, name: str
     plan = make_step_plan("dpmsolver++", 9, 1.5, captured.facts[ModelSpec].schedule, captured.constants_digest)
     with pytest.raises(UsageError, match=r"does not fit dpmsolver\+\+"):
         run(name, program.with_facts(plan))
+
+
+def test_only_updates_without_history_can_be_compensated() -> None:
+    check_compensable(make_step_plan("ddpm", 10, 1.5, NoiseSchedule(), "model"))
+    check_compensable(make_step_plan("dpmsolver++", 1, 1.5, NoiseSchedule(), "model"))
+    with pytest.raises(UsageError, match=r"does not fit dpmsolver\+\+: the update of step 1 also takes") as caught:
+        check_compensable(make_step_plan("dpmsolver++", 10, 1.5, NoiseSchedule(), "model"))
+    assert "--compensate off" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", ["fit-compensation", "insert-compensation"])
+def test_updates_that_look_back_are_refused_before_anything_runs(captured: Program, name: str) -> None:
+    Pipeline.parse(name).check(captured)
+    schedule = captured.facts[ModelSpec].schedule
+    looking_back = captured.with_facts(make_step_plan("dpmsolver++", 9, 1.5, schedule, captured.constants_digest))
+    with pytest.raises(UsageError, match=r"does not fit dpmsolver\+\+") as caught:
+        Pipeline.parse(f"calibrate,{name}").check(looking_back)
+    assert caught.value.where == f"pass {name}"

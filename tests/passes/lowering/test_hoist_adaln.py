@@ -330,7 +330,7 @@ def test_a_diffusers_model(run: Run) -> None:
 def test_what_is_decided_on_samples_can_be_decided_after_hoisting(captured: Program, run: Run) -> None:
     """Their timesteps differ within a batch, and so does the modulation that is prepared for them."""
     rest = (
-        "calibrate{selection=uniform samples=8 trajectories=1},group-timesteps{groups=2},plan-quant,search-scales,"
+        "calibrate{selection=uniform latents=8 trajectories=1},group-timesteps{groups=2},plan-quant,search-scales,"
         "round-weights,fit-requantization,insert-qdq"
     )
     apart, hoisted = drawn(run(rest, captured)), drawn(run(f"hoist-adaln,{rest}", captured))

@@ -169,7 +169,7 @@ def test_without_quantization_nothing_is_left_of_it(
 def test_products_of_attention(cached: Program, run: Run, bits: int) -> None:
     """Both factors have a ratio."""
     quantize = f"quantize-attention{{bits={bits} symmetric=true regions=false}}"
-    observed = "split-attention,calibrate{trajectories=4 selection=uniform samples=24},group-timesteps{groups=2}"
+    observed = "split-attention,calibrate{trajectories=4 selection=uniform latents=24},group-timesteps{groups=2}"
     before = run(f"{observed},{quantize}", cached)
     after = run("reference-scales", before)
     assert len(quantized_products(after.variants["full"])) == 4

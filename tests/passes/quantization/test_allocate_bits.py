@@ -25,7 +25,7 @@ from qcgraph.progress import Progress
 from qcgraph.sampling.loop import Array, sample
 
 Run = Callable[[str, Program], Program]
-BEFORE = "calibrate{trajectories=4 selection=uniform samples=12},group-timesteps{groups=3},plan-quant"
+BEFORE = "calibrate{trajectories=4 selection=uniform latents=12},group-timesteps{groups=3},plan-quant"
 
 
 @pytest.fixture(scope="module")

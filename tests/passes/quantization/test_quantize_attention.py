@@ -19,7 +19,7 @@ from qcgraph.passes.quantization._region_search import in_regions
 
 Run = Callable[[str, Program], Program]
 ops = torch.ops.qcgraph
-SET = "calibrate{trajectories=4 selection=uniform samples=24},group-timesteps{groups=2}"
+SET = "calibrate{trajectories=4 selection=uniform latents=24},group-timesteps{groups=2}"
 NAMES = ("blocks.0.attn.attention", "blocks.1.attn.attention")
 INPUTS = {
     "latent": torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0)),
@@ -206,7 +206,7 @@ def test_it_needs_a_calibration_set(sharp: Program, run: Run) -> None:
 
 
 def test_groups_without_samples_get_the_scales_of_all(sharp: Program, run: Run) -> None:
-    text = "calibrate{trajectories=4 selection=uniform samples=1},group-timesteps{groups=3}"
+    text = "calibrate{trajectories=4 selection=uniform latents=1},group-timesteps{groups=3}"
     program = run(f"split-attention,{text},quantize-attention", sharp)
     reasons = [found.reason for found in program.history[-1].refusals]
     assert any(reason.startswith("no sample tells in timestep groups") for reason in reasons)

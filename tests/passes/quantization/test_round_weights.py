@@ -34,7 +34,7 @@ SITES = [f"blocks.{block}.{layer}" for block in range(2) for layer in ("attn.qkv
 @pytest.fixture(scope="module")
 def coarse(cached: Program, run: Run) -> Program:
     """The cached tiny denoiser with a calibration set and a plan of 4-bit weights."""
-    return run(f"calibrate{{trajectories=6 selection=uniform samples=12}},{PLAN}", cached)
+    return run(f"calibrate{{trajectories=6 selection=uniform latents=12}},{PLAN}", cached)
 
 
 def weights_of(program: Program) -> dict[str, tuple[Tensor, Tensor]]:
@@ -133,7 +133,7 @@ def test_images_change_less(coarse: Program, captured: Program, run: Run) -> Non
         plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
         return sample(TorchRunner(program), plan, spec, [0, 1, 2, 3] * 4, seed=5)
 
-    planned = run(f"calibrate{{trajectories=6 selection=uniform samples=24}},{PLAN}", captured)
+    planned = run(f"calibrate{{trajectories=6 selection=uniform latents=24}},{PLAN}", captured)
     exact = latents(captured)
     plain, rounded = (
         float(np.square(latents(run(passes, planned)) - exact).mean())

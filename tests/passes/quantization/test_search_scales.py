@@ -31,7 +31,7 @@ def calibrated(cached: Program, run: Run) -> Program:
     """The cached tiny denoiser with a calibration set; the MLP of its first block leans to negative values."""
     name = "blocks.0.mlp.fc1.bias"
     program = replace(cached, constants={**cached.constants, name: cached.constants[name] - 1})
-    return run("calibrate{trajectories=4 selection=uniform samples=12},group-timesteps{groups=2}", program)
+    return run("calibrate{trajectories=4 selection=uniform latents=12},group-timesteps{groups=2}", program)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""What another distribution can add to qcgraph: a pass, a model, a target and a forecaster."""

@@ -1,0 +1,101 @@
+"""What other distributions add to qcgraph by entry points: known by name, imported only when it is used.
+
+A distribution that offers a name which qcgraph has itself, or one that another distribution offers too, is left out of
+the names; asking for such a name says which distributions they are. What is broken hurts nobody who does not use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from qcgraph.errors import QcgraphError, UsageError
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a distribution offers under one name.
+
+    Attributes:
+        name: what to ask for.
+        distribution: the distribution, with its version.
+        value: what the entry point names, ``package.module:object``.
+    """
+
+    name: str
+    distribution: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Extensions:
+    """The entry points of one group.
+
+    Attributes:
+        group: its name, ``qcgraph.passes`` for example.
+        noun: what one of them is, in errors.
+        own: returns the names that qcgraph has itself, which cannot be taken.
+        problem_of: returns what is wrong with an object that a name stands for, empty when nothing is.
+    """
+
+    group: str
+    noun: str
+    own: Callable[[], Iterable[str]]
+    problem_of: Callable[[str, Any], str]
+
+    def offers(self) -> dict[str, Offer]:
+        """Return what can be asked for, by name; nothing is imported."""
+        own = set(self.own())
+        return {name: offers[0] for name, offers in self._all().items() if name not in own and len(offers) == 1}
+
+    def problems(self) -> tuple[str, ...]:
+        """Return a sentence for every name that cannot be asked for."""
+        own = set(self.own())
+        found = []
+        for name, offers in self._all().items():
+            if name in own:
+                found += [
+                    f"{offer.distribution} offers the {self.noun} {name!r}, which is qcgraph's" for offer in offers
+                ]
+            elif len(offers) > 1:
+                found.append(self._clash(name, offers))
+        return tuple(found)
+
+    def load(self, name: str) -> Any:
+        """Import what a name stands for; None where no distribution offers it.
+
+        Raises:
+            UsageError: several distributions offer it, it cannot be imported, or it is not what it should be.
+        """
+        offers = self._all().get(name, [])
+        if not offers or name in set(self.own()):
+            return None
+        if len(offers) > 1:
+            raise UsageError(self._clash(name, offers), hint="uninstall all but one of them")
+        offer = offers[0]
+        where = f"{self.noun} {name} of {offer.distribution}"
+        try:
+            found = metadata.EntryPoint(name, offer.value, self.group).load()
+            problem = self.problem_of(name, found)
+        except QcgraphError:
+            raise  # it used qcgraph, which says itself what is wrong
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever code of the distribution raises
+            said = str(error).strip().splitlines() or ["nothing"]
+            problem = f"cannot be imported: {type(error).__name__}: {said[0]}"
+        if problem:
+            raise UsageError(problem, where=where, hint=f"{offer.value} is not qcgraph's: upgrade or uninstall it")
+        return found
+
+    def _all(self) -> dict[str, list[Offer]]:
+        """Return what every distribution offers, by name."""
+        found: dict[str, list[Offer]] = {}
+        for entry in sorted(metadata.entry_points(group=self.group)):
+            of = entry.dist
+            distribution = "an unknown distribution" if of is None else f"{of.name} {of.version}"
+            found.setdefault(entry.name, []).append(Offer(entry.name, distribution, entry.value))
+        return found
+
+    def _clash(self, name: str, offers: Iterable[Offer]) -> str:
+        return f"{' and '.join(offer.distribution for offer in offers)} both offer the {self.noun} {name!r}"
