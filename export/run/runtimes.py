@@ -18,7 +18,7 @@ from qcgraph.bundle import Bundle
 from qcgraph.errors import UsageError, closest
 from qcgraph.export.targets import Target
 from qcgraph.plan.spec import Interface
-from qcgraph.sampling.loop import Runner
+from qcgraph.sampling.runner import Runner
 
 if TYPE_CHECKING:
     from qcgraph.ir.program import Program

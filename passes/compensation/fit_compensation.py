@@ -79,7 +79,7 @@ class FitCompensation(Pass):
 
 
 class _Fitting:
-    """An updater that fits the correction of every step to what the step reaches, and goes on from the corrected latent.
+    """Fits the correction of every step to what the step reaches, as an updater that goes on from the corrected latent.
 
     Args:
         options: of the pass.

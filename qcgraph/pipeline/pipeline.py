@@ -111,7 +111,7 @@ class Pass(ABC):
             UsageError: says why, with a hint.
         """
 
-    def sizes(self, program: Program, computing: str) -> tuple[int, int]:
+    def sizes(self, program: Program) -> tuple[int, int]:
         """Return how many trajectories the pass leaves to later passes, and how many latents of them.
 
         Args:
