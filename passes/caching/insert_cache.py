@@ -15,6 +15,7 @@ from qcgraph.ir.edit import GraphEditor
 from qcgraph.ir.graph import Variant, output_node, returned_nodes, spec_of
 from qcgraph.ir.infer import infer_types
 from qcgraph.ir.program import Program, used_constants
+from qcgraph.ir.quantized_sites import facts_in
 from qcgraph.ir.structure import Block, cached_node, find_blocks
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.plan.schedule import FULL
@@ -58,7 +59,8 @@ class InsertCache(Pass):
                 variants[mode] = self._reuse(main, program, blocks, reused)
         steps = replace(program.facts[StepPlan].with_variants(plan.draft), paired=tuple(paired))
         constants = used_constants(variants.values(), program.constants, program.facts)
-        return Program(variants, constants, program.facts.with_(steps), program.history)
+        facts = facts_in(program.facts, dict.fromkeys(variants, "main"), variants)
+        return Program(variants, constants, facts.with_(steps), program.history)
 
     def _full(self, main: Variant, program: Program, blocks: Sequence[Block], values: Sequence[CachedValue]) -> Variant:
         """The whole denoiser, and the cached values as further outputs."""

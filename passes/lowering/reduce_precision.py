@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from qcgraph.errors import UsageError
-from qcgraph.facts import Precision
+from qcgraph.facts import Precision, QuantizedSites
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.graph import DTYPE_NAMES, output_node, returned_nodes
@@ -73,11 +73,12 @@ class ReducePrecision(Pass):
             )
         if not fits:
             context.refuse("float16", f"values reach {largest:.3g}; computed in bfloat16")
-        edits = {}
+        edits: dict[str, GraphEditor] = {}
+        renamed: dict[str, str] = {}
         for name, variant in program.variants.items():
             edits[name] = GraphEditor(variant, program.constants, self.name)
-            _reduce(edits[name], program, chosen)
-        reduced = with_edits(program, edits)
+            renamed |= _reduce(edits[name], program, chosen)
+        reduced = _with_scales(with_edits(program, edits), renamed)
         for variant in reduced.variants.values():
             infer_types(variant.graph, variant.interface, reduced.constants)
         return reduced.with_facts(Precision(DTYPE_NAMES[chosen], largest))
@@ -96,8 +97,19 @@ class ReducePrecision(Pass):
         return max(found)
 
 
-def _reduce(editor: GraphEditor, program: Program, dtype: torch.dtype) -> None:
-    """Change the types of a graph; its nodes are typed anew afterwards."""
+def _with_scales(program: Program, renamed: Mapping[str, str]) -> Program:
+    """The program whose quantized sites have the scales that replaced theirs."""
+    sites = program.facts.get(QuantizedSites)
+    if sites is None:
+        return program
+    linears = {
+        name: replace(linear, scale=renamed.get(linear.scale, linear.scale)) for name, linear in sites.linears.items()
+    }
+    return program.with_facts(replace(sites, linears=linears))
+
+
+def _reduce(editor: GraphEditor, program: Program, dtype: torch.dtype) -> dict[str, str]:
+    """Change the types of a graph, whose nodes are typed anew afterwards; return what replaced which constant."""
     wide = _wide_nodes(editor.graph)
     narrow_inputs = {spec.name for spec in editor.inputs if _is_reduced(spec)}
     casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
@@ -128,6 +140,8 @@ def _reduce(editor: GraphEditor, program: Program, dtype: torch.dtype) -> None:
     output_node(editor.graph).args = (tuple(nodes),)
     editor.inputs = list(_reduced(editor.inputs, dtype))
     editor.outputs = list(_reduced(editor.outputs, dtype))
+    constants = {node: cast for (node, wanted), cast in casts.items() if wanted is dtype and node.op == "get_attr"}
+    return {str(node.target): str(cast.target) for node, cast in constants.items()}
 
 
 def _wide_nodes(graph: fx.Graph) -> set[fx.Node]:

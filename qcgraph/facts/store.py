@@ -15,11 +15,11 @@ from qcgraph.facts.precision import Precision
 from qcgraph.facts.quantization import (
     AttentionPlan,
     Equalization,
+    QuantizedSites,
     QuantPlan,
     Requantization,
     RoundedWeights,
     TimestepGroups,
-    WeightSources,
 )
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
@@ -39,7 +39,7 @@ FACT_TYPES: tuple[type, ...] = (
     TimestepGroups,
     QuantPlan,
     RoundedWeights,
-    WeightSources,
+    QuantizedSites,
     Requantization,
     AttentionPlan,
     ForecastFit,

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from qcgraph.facts import (
     FACT_TYPES,
     ActivationQuant,
+    AttentionNodes,
     AttentionPlan,
     AttentionQuant,
     CachedValue,
@@ -20,7 +21,11 @@ from qcgraph.facts import (
     Facts,
     ForecastFit,
     ForecastStep,
+    LinearNodes,
     Precision,
+    QuantizedAttention,
+    QuantizedLinear,
+    QuantizedSites,
     QuantPlan,
     Ranges,
     Reference,
@@ -35,7 +40,6 @@ from qcgraph.facts import (
     SiteRange,
     TimestepGroups,
     WeightQuant,
-    WeightSources,
     decode,
 )
 from qcgraph.plan.spec import ModelSpec
@@ -59,7 +63,14 @@ EXAMPLES = (
     CalibrationSet("tap", 9, (0, 1), (3, 10), "AAAA"),
     TimestepGroups((THIRD, 0.0)),
     QuantPlan({"a": QUANT}),
-    WeightSources({"a": "a.weight", "b": "a.weight"}),
+    QuantizedSites(
+        {
+            "a": QuantizedLinear(
+                "a.weight", "a.weight_codes", "a.weight_scale", False, {"full": LinearNodes("q", "p", "r")}
+            )
+        },
+        {"b": QuantizedAttention({"full": AttentionNodes({"query": ("q",), "probabilities": ("x", "y")}, ("p", "m"))})},
+    ),
     RoundedWeights(
         "feedback", {"a": RoundedWeight("a.weight_rounded", "a.weight_rounded_scale", "0f", WeightQuant(7)), "b": None}
     ),
