@@ -28,8 +28,9 @@ from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.recipe import Recipe
 from qcgraph.sampling.denoiser import Denoiser
-from qcgraph.sampling.loop import Array, sample
+from qcgraph.sampling.loop import sample
 from qcgraph.sampling.noise import Noise
+from qcgraph.sampling.runner import Array
 
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 NAME = "DiT-XL-2-256"  # as the README calls it

@@ -166,7 +166,7 @@ def expected_of(program: Program, variant: str, path: Path) -> Expected:
 
     model = load_graph(path)
     graph, nodes = program.variants[variant], list(model.graph.all_nodes())
-    quantized, plan = quantized_sites(graph), program.facts.get(QuantPlan)
+    quantized, plan = quantized_sites(program, variant), program.facts.get(QuantPlan)
     names = {site.node: site.name for site in find_sites(graph)}
     values = {str(node.name): str(node.outputs[0].name) for node in nodes}  # these are called as in the program
     found = quantized_products(path)

@@ -9,21 +9,33 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import fx
 
 from qcgraph.errors import VerificationError
 from qcgraph.export.onnx.valid import load_graph, tensor_type
 from qcgraph.export.run.onnxruntime import load_session, session_options
+from qcgraph.ir.graph import Variant, returned_nodes, spec_of
+from qcgraph.ir.program import Program
 from qcgraph.ir.quantized_sites import QuantizedSite
 from qcgraph.sampling.runner import Array
 
 if TYPE_CHECKING:
     from onnxscript import ir
 
+aten = torch.ops.aten
+VIEWS = (aten.view.default, aten.reshape.default, aten.alias.default, aten.clone.default, aten.expand.default)
+
 
 class CutSites:
     """Some quantized sites of an exported graph, each cut out and fed on its own, in one session.
 
+    Values of the graph have the names of the program's nodes that make them (see `qcgraph.export.onnx.emit`), so that
+    the nodes of a site say where it is cut.
+
     Args:
+        program: what was exported.
+        variant: which of its variants.
         path: the exported graph.
         sites: what to cut out of it.
         exact: see `qcgraph.export.run.onnxruntime.session_options`.
@@ -36,7 +48,9 @@ class CutSites:
         VerificationError: a site is not in the graph in the form that was emitted.
     """
 
-    def __init__(self, path: Path, sites: Sequence[QuantizedSite], *, exact: bool = False) -> None:
+    def __init__(
+        self, program: Program, variant: str, path: Path, sites: Sequence[QuantizedSite], *, exact: bool = False
+    ) -> None:
         from onnxscript import ir
 
         model = load_graph(path)
@@ -44,26 +58,24 @@ class CutSites:
         self.nodes = frozenset(name for site in sites for name in (site.entering, site.leaving))
         self._leaving: dict[str, str] = {}  # site -> output of the cut graph
         self._entering: dict[str, str] = {}  # node of the program -> input of the cut graph
-        products = _products(model.graph)
-        inputs: dict[tuple[ir.Node, ...], ir.Value] = {}
+        values, multiplied = _Values(program.variants[variant], model.graph), _multiplied_codes(model.graph)
+        inputs: dict[ir.Value, ir.Value] = {}
         outputs: list[ir.Value] = []
         for index, site in enumerate(sites):
-            product = products[site.codes].pop(0) if products.get(site.codes) else None
-            readers, last = (_readers(product, site), _last(product, site)) if product is not None else ((), None)
-            if not readers or last is None:
+            entering, leaving = values.of(site.entering), values.of(site.leaving)
+            if site.codes not in multiplied or entering is None or leaving is None:
                 raise VerificationError(
                     "the exported graph has no product of a quantized activation with its weight codes",
                     where=f"{path.name}, {site.name}",
                 )
-            if readers not in inputs:
-                inputs[readers] = ir.Value(name=f"entering_{index}", type=tensor_type(site.dtype))
-                for reader in readers:
-                    reader.replace_input_with(0, inputs[readers])
-            self._entering[site.entering] = str(inputs[readers].name)
-            output = last.outputs[0]
-            output.type = tensor_type(site.dtype)
-            outputs.append(output)
-            self._leaving[site.name] = str(output.name)
+            if entering not in inputs:
+                inputs[entering] = ir.Value(name=f"entering_{index}", type=tensor_type(site.dtype))
+                for node, position in tuple(entering.uses()):
+                    node.replace_input_with(position, inputs[entering])
+            self._entering[site.entering] = str(inputs[entering].name)
+            leaving.type = tensor_type(site.dtype)
+            outputs.append(leaving)
+            self._leaving[site.name] = str(leaving.name)
         self._session = _cut_session(
             model, list(inputs.values()), outputs, path.parent, session_options(None, exact=exact)
         )
@@ -82,62 +94,49 @@ class CutSites:
         return dict(zip(self._leaving, values, strict=True))
 
 
-def _products(graph: ir.Graph) -> dict[str, list[ir.Node]]:
-    """Weight codes -> the products that they take part in, of dequantized values or as integers."""
-    found: dict[str, list[ir.Node]] = {}
+class _Values:
+    """The values of an exported graph by the program's nodes that make them.
+
+    Args:
+        variant: what was exported.
+        graph: the exported graph.
+    """
+
+    def __init__(self, variant: Variant, graph: ir.Graph) -> None:
+        returned = zip(returned_nodes(variant.graph), graph.outputs, strict=True)
+        made = [*graph.inputs, *(value for node in graph for value in node.outputs)]
+        self._nodes = {node.name: node for node in variant.graph.nodes}
+        self._values = {str(value.name): value for value in made} | {node.name: value for node, value in returned}
+
+    def of(self, name: str) -> ir.Value | None:
+        """Return the value of a node; None where the graph does not have it.
+
+        Nodes that do nothing, such as a view that has the shape already, are left out of graphs: the value is that of
+        the node before.
+        """
+        while name not in self._values and (source := self._same(name)):
+            name = source
+        return self._values.get(name)
+
+    def _same(self, name: str) -> str:
+        """Return the node before one that gives a value of the same type, or nothing."""
+        node = self._nodes[name]
+        source = node.args[0] if node.target in VIEWS else None
+        if not isinstance(source, fx.Node) or spec_of("", source.meta["val"]) != spec_of("", node.meta["val"]):
+            return ""
+        return source.name
+
+
+def _multiplied_codes(graph: ir.Graph) -> frozenset[str]:
+    """The weight codes that are multiplied with a quantized activation, as dequantized values or as integers."""
+    found = []
     for node in graph:
         makers = [_maker(value) for value in node.inputs[:2]]
         if node.op_type == "MatMul" and all(maker and maker.op_type == "DequantizeLinear" for maker in makers):
-            codes = makers[1].inputs[0] if makers[1] else None
+            found.append(makers[1].inputs[0] if makers[1] else None)
         elif node.op_type == "MatMulInteger":
-            codes = node.inputs[1]
-        else:
-            continue
-        found.setdefault(str(codes.name) if codes else "", []).append(node)
-    return found
-
-
-def _readers(product: ir.Node, site: QuantizedSite) -> tuple[ir.Node, ...]:
-    """The nodes that take the floating-point activation of a product, as their first input, to quantize it.
-
-    One reads it where there is one region: the quantize, or the clip before it, or what divides by a ratio of scales
-    before these. With two, each rounds its own values, and they are added before the quantize.
-    """
-    maker = _maker(product.inputs[0])
-    quantize = _maker(maker.inputs[0]) if maker is not None and maker.op_type == "DequantizeLinear" else maker
-    if quantize is None or quantize.op_type != "QuantizeLinear":
-        return ()
-    before = _maker(quantize.inputs[0])
-    if site.is_rescaled:
-        before = _maker(before.inputs[0]) if before is not None and before.op_type == "Clip" else before
-        return (before,) if before is not None and before.op_type == "Mul" else ()
-    if before is None or before.op_type not in ("Clip", "Add"):
-        return (quantize,)
-    if before.op_type == "Clip":
-        return (before,)
-    above, below = (_maker(value) for value in before.inputs)
-    for op_type in ("Mul", "Clip", "Round", "Div"):
-        if above is None or above.op_type != op_type:
-            return (quantize,)  # an addition of the model
-        first, above = above, _maker(above.inputs[0])
-    same = below is not None and below.op_type == "Clip" and below.inputs[0] is first.inputs[0]
-    return (first, below) if same and below is not None else (quantize,)
-
-
-def _last(product: ir.Node, site: QuantizedSite) -> ir.Node | None:
-    """The addition of an initializer that follows a product, else the product.
-
-    None for integers without a scale, and where a ratio should follow and does not.
-    """
-    result = _scaled(product) if product.op_type == "MatMulInteger" else product
-    if site.is_rescaled and result is not None:
-        result = _only_user(result.outputs[0])
-        if result is None or result.op_type != "Mul":
-            return None
-    add = _only_user(result.outputs[0]) if result is not None else None
-    if add is None or add.op_type != "Add":
-        return result
-    return add if any(value is not None and value.is_initializer() for value in add.inputs) else result
+            found.append(node.inputs[1])
+    return frozenset(str(value.name) for value in found if value is not None)
 
 
 def _scaled(integers: ir.Node) -> ir.Node | None:

@@ -79,7 +79,7 @@ def check_sites(program: Program, variant: str, sites: Sequence[QuantizedSite], 
     """
     try:
         parts = [sites[start : start + TOGETHER] for start in range(0, len(sites), TOGETHER)]
-        cuts = [CutSites(path, part, exact=exact) for part in parts]
+        cuts = [CutSites(program, variant, path, part, exact=exact) for part in parts]
     except VerificationError as missing:
         return Check("site exactness", variant, passed=False, value=NO_NUMBER, limit=FUNCTIONS, detail=str(missing))
     references = {site.name: SiteReference(program, variant, site) for site in sites}

@@ -54,7 +54,7 @@ def verify_export(
     checks: list[Check] = []
     for variant in progress.track(list(program.variants), "verifying"):
         path = folder / f"{variant}.onnx"
-        sites = quantized_sites(program.variants[variant])
+        sites = quantized_sites(program, variant)
         if precision == "f32":
             checks.append(_check_kernels(program, variant, sites, path))  # there are none in 16 bits
         if sites:
@@ -92,7 +92,7 @@ def _check_kernels(program: Program, variant: str, sites: Sequence[QuantizedSite
         kernels.remove(kernel)
         if site.codes in integers and site.has_bias and not any(kernel.inputs[BIAS:]):
             left.append(f"the bias of {site.name}")
-    products = quantized_products(program.variants[variant])
+    products = quantized_products(program, variant)
     missing = [f"{len(products) - len(kernels)} products of attention"] if len(kernels) < len(products) else []
     offenders = [*sorted(unquantized & planned), *left, *missing, *_dequantized_products(optimized)]
     what = ", ".join(offenders)

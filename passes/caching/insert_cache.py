@@ -15,6 +15,7 @@ from qcgraph.ir.edit import GraphEditor
 from qcgraph.ir.graph import Variant, cache_spec, output_node, returned_nodes
 from qcgraph.ir.infer import infer_types
 from qcgraph.ir.program import Program, used_constants
+from qcgraph.ir.quantized_sites import facts_in
 from qcgraph.ir.structure import Block, cached_node, find_blocks
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.plan.roles import COMPUTES, HALF, REUSES
@@ -58,7 +59,8 @@ class InsertCache(Pass):
         drafted = (replace(step, variant=mode or SPLIT) for step, mode in zip(given, plan.draft, strict=True))
         steps = replace(program.facts[StepPlan], steps=tuple(drafted), roles=roles)
         constants = used_constants(variants.values(), program.constants, program.facts)
-        return Program(variants, constants, program.facts.with_(steps), program.history)
+        facts = facts_in(program.facts, dict.fromkeys(variants, "main"), variants)
+        return Program(variants, constants, facts.with_(steps), program.history)
 
     def _full(self, main: Variant, program: Program, blocks: Sequence[Block], values: Sequence[CachedValue]) -> Variant:
         """The whole denoiser, and the cached values as further outputs."""

@@ -9,6 +9,7 @@ from qcgraph.facts import CachePlan
 from qcgraph.ir.edit import GraphEditor
 from qcgraph.ir.graph import returned_nodes
 from qcgraph.ir.program import Program, used_constants
+from qcgraph.ir.quantized_sites import facts_in
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.plan.steps import StepPlan
 
@@ -41,4 +42,5 @@ class DropVariants(Pass):
         plan = replace(cache, values=tuple(value for value in cache.values if value.name in taken), modes=modes)
         steps = replace(steps, roles={name: role for name, role in steps.roles.items() if name in used})
         constants = used_constants(variants.values(), program.constants, program.facts)
-        return replace(program.with_facts(plan, steps), variants=variants, constants=constants)
+        facts = facts_in(program.facts, {name: name for name in variants}, variants)
+        return replace(program, variants=variants, constants=constants, facts=facts.with_(plan, steps))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from qcgraph.errors import ContractError
-from qcgraph.facts import ComputeType, Precision
+from qcgraph.facts import ComputeType, Precision, QuantizedSites
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.graph import DTYPE_NAMES, DTYPES, output_node, returned_nodes
 from qcgraph.ir.infer import infer_types
@@ -47,11 +47,12 @@ class ReducePrecision(Pass):
         dtype = DTYPES[plan.dtype]
         if dtype is torch.float32:
             return program.with_facts(made)
-        edits = {}
+        edits: dict[str, GraphEditor] = {}
+        renamed: dict[str, str] = {}
         for name, variant in program.variants.items():
             edits[name] = GraphEditor(variant, program.constants, self.name)
-            _reduce(edits[name], program, dtype, plan.wide[name])
-        reduced = with_edits(program, edits)
+            renamed |= _reduce(edits[name], program, dtype, plan.wide[name])
+        reduced = _with_scales(with_edits(program, edits), renamed)
         for variant in reduced.variants.values():
             infer_types(variant.graph, variant.interface, reduced.constants)
         return reduced.with_facts(made)
@@ -75,8 +76,23 @@ def _check_fits(plan: Precision, program: Program) -> None:
                 )
 
 
-def _reduce(editor: GraphEditor, program: Program, dtype: torch.dtype, planned: Collection[str]) -> None:
-    """Change the types of a graph, but for the nodes planned to stay in float32; nodes are typed anew afterwards."""
+def _with_scales(program: Program, renamed: Mapping[str, str]) -> Program:
+    """Return the program whose quantized sites have the scales that replaced theirs."""
+    sites = program.facts.get(QuantizedSites)
+    if sites is None:
+        return program
+    linears = {
+        name: replace(linear, scale=renamed.get(linear.scale, linear.scale)) for name, linear in sites.linears.items()
+    }
+    return program.with_facts(replace(sites, linears=linears))
+
+
+def _reduce(editor: GraphEditor, program: Program, dtype: torch.dtype, planned: Collection[str]) -> dict[str, str]:
+    """Change the types of a graph, but for the nodes planned to stay in float32; nodes are typed anew afterwards.
+
+    Returns:
+        What replaced which constant.
+    """
     wide = {node for node in editor.graph.nodes if node.name in planned}
     narrow_inputs = {spec.name for spec in editor.inputs if _is_reduced(spec)}
     casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
@@ -107,6 +123,8 @@ def _reduce(editor: GraphEditor, program: Program, dtype: torch.dtype, planned: 
     output_node(editor.graph).args = (tuple(nodes),)
     editor.inputs = list(_reduced(editor.inputs, dtype))
     editor.outputs = list(_reduced(editor.outputs, dtype))
+    constants = {node: cast for (node, wanted), cast in casts.items() if wanted is dtype and node.op == "get_attr"}
+    return {str(node.target): str(cast.target) for node, cast in constants.items()}
 
 
 def _converted(editor: GraphEditor, node: fx.Node, dtype: torch.dtype, user: fx.Node, program: Program) -> fx.Node:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import fx
 
 from qcgraph.errors import ContractError
+from qcgraph.facts import AttentionNodes, LinearNodes, QuantizedAttention, QuantizedSites
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.graph import Variant, module_path
 from qcgraph.ir.program import Program
+from qcgraph.ir.quantized_sites import operand, sites_of
 from qcgraph.pipeline import Pass, PassContext
 
 aten = torch.ops.aten
 ops = torch.ops.qcgraph
-QUANTIZES = (ops.quantize.default, ops.quantize_regions.default)
 # Why an activation cannot have a constant scale, and what plans one that can.
 ASYMMETRIC = ("its zero points are not 0", "plan-quant{symmetric=true}")
 REGIONS = ("it has two regions", "search-scales{regions=false}")
 GROUP_BITS = ("it has other bits in other timestep groups", "allocate-bits{groups=false}")
 NOT_LOWERED = ("its linear layer is not lowered", "lower-linear before")
-NO_PRODUCT = ("it enters what is not a product", "quantize-attention{regions=false}")
+NO_PRODUCT = ("it enters what is not a product", "plan-attention{regions=false}")
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,40 @@ class ReferenceScales(Pass):
     name: ClassVar[str] = "reference-scales"
 
     def run(self, program: Program, context: PassContext) -> Program:
-        found = {name: list(_quantized_activations(variant)) for name, variant in program.variants.items()}
+        sites = sites_of(program.facts)
+        found = {
+            name: list(_quantized_activations(variant, sites.quantizers_of(name)))
+            for name, variant in program.variants.items()
+        }
         _check([node for nodes in found.values() for node in nodes], program)
         edits: dict[str, GraphEditor] = {}
         for name, nodes in found.items():
             selected = [node.name for node in nodes if _scale(node).target is ops.select.default]
             if selected:
                 editor = edits[name] = GraphEditor(program.variants[name], program.constants, self.name)
-                _rescale_products(
-                    editor, dict(_with_reference(editor, editor.node(node), program) for node in selected)
-                )
-        return with_edits(program, edits)
+                made = [_with_reference(editor, editor.node(node), program) for node in selected]
+                rescaled = _rescale_products(editor, {item.dequantize: item.ratio for item in made})
+                sites = _moved(sites, name, {item.replaced: item for item in made}, rescaled)
+        return with_edits(program, edits).with_facts(sites) if edits else program
+
+
+@dataclass(frozen=True)
+class _Referenced:
+    """An activation with a constant scale.
+
+    Attributes:
+        replaced: the name of the node that made its codes with selected scales.
+        quantize: the node that makes them now.
+        dequantize: the node that dequantizes them.
+        divided: the node that divides the activation by the ratio of the scales.
+        ratio: the node that selects this ratio.
+    """
+
+    replaced: str
+    quantize: fx.Node
+    dequantize: fx.Node
+    divided: fx.Node
+    ratio: fx.Node
 
 
 def reference_scale(scales: torch.Tensor) -> torch.Tensor:
@@ -61,10 +85,10 @@ def reference_scale(scales: torch.Tensor) -> torch.Tensor:
     return (wide[0] * (wide / wide[0]).log().mean().exp()).float()
 
 
-def _quantized_activations(variant: Variant) -> Iterator[fx.Node]:
-    """The nodes that dequantize what was quantized in the graph, in order."""
+def _quantized_activations(variant: Variant, quantizers: Collection[str]) -> Iterator[fx.Node]:
+    """The nodes that dequantize what these quantizers make, in order."""
     for node in variant.graph.nodes:
-        if node.target is ops.dequantize.default and getattr(node.args[0], "target", None) in QUANTIZES:
+        if node.target is ops.dequantize.default and operand(node, 0).name in quantizers:
             yield node
 
 
@@ -86,12 +110,12 @@ def _check(dequantized: list[fx.Node], program: Program) -> None:
 
 def _reason(dequantize: fx.Node, program: Program) -> tuple[str, str] | None:
     """Why an activation cannot have a constant scale, and what would help; None when it can."""
-    quantize, zero_point = (_operand(dequantize, index) for index in (0, 2))
+    quantize, zero_point = (operand(dequantize, index) for index in (0, 2))
     if quantize.target is ops.quantize_regions.default:
         return REGIONS
     if bool(program.constants[_table(zero_point)].float().any()):
         return ASYMMETRIC
-    value = _operand(quantize, 0)
+    value = operand(quantize, 0)
     if value.target is aten.clamp.Tensor and any(node.target is ops.select.default for node in value.all_input_nodes):
         return GROUP_BITS
     users = {user.target for user in dequantize.users}
@@ -100,10 +124,10 @@ def _reason(dequantize: fx.Node, program: Program) -> tuple[str, str] | None:
     return NOT_LOWERED if aten.linear.default in users else NO_PRODUCT
 
 
-def _with_reference(editor: GraphEditor, dequantize: fx.Node, program: Program) -> tuple[fx.Node, fx.Node]:
-    """Quantize and dequantize with the constant scale; what now dequantizes, and its r_g."""
-    quantize, scale, zero_point = (_operand(dequantize, index) for index in range(3))
-    table, zeros, group = _table(scale), _table(zero_point), _operand(scale, 1)
+def _with_reference(editor: GraphEditor, dequantize: fx.Node, program: Program) -> _Referenced:
+    """Quantize and dequantize with the constant scale."""
+    quantize, scale, zero_point = (operand(dequantize, index) for index in range(3))
+    table, zeros, group = _table(scale), _table(zero_point), operand(scale, 1)
     scales = program.constants[table]
     reference = reference_scale(scales)
     with editor.before(quantize):
@@ -117,15 +141,16 @@ def _with_reference(editor: GraphEditor, dequantize: fx.Node, program: Program) 
             )
             for name, values in (("ratio", scales / reference), ("inverse", reference / scales))
         )
-        divided = editor.call(aten.mul.Tensor, _operand(quantize, 0), inverse, source=quantize)
+        divided = editor.call(aten.mul.Tensor, operand(quantize, 0), inverse, source=quantize)
         codes = editor.call(ops.quantize.default, divided, *constants, *quantize.args[3:], source=quantize)
         result = editor.call(ops.dequantize.default, codes, *constants, dequantize.args[3], source=dequantize)
     dequantize.replace_all_uses_with(result)
-    return result, ratio
+    return _Referenced(quantize.name, codes, result, divided, ratio)
 
 
-def _rescale_products(editor: GraphEditor, ratios: dict[fx.Node, fx.Node]) -> None:
-    """Multiply every product by the r_g of its factors."""
+def _rescale_products(editor: GraphEditor, ratios: Mapping[fx.Node, fx.Node]) -> dict[str, str]:
+    """Multiply every product by the r_g of its factors; return what multiplies it, by name."""
+    made = {}
     products = dict.fromkeys(product for dequantized in ratios for product in dequantized.users)
     for product in products:
         factors = [ratios[node] for node in product.args if isinstance(node, fx.Node) and node in ratios]
@@ -137,18 +162,43 @@ def _rescale_products(editor: GraphEditor, ratios: dict[fx.Node, fx.Node]) -> No
             rescaled = editor.call(aten.mul.Tensor, product, factor, source=product)
         for user in users:
             user.replace_input_with(product, rescaled)
+        made[product.name] = rescaled.name
+    return made
+
+
+def _moved(
+    sites: QuantizedSites, variant: str, made: Mapping[str, _Referenced], rescaled: Mapping[str, str]
+) -> QuantizedSites:
+    """The sites where these activations of a variant have constant scales and these products are multiplied."""
+    linears, attentions = dict(sites.linears), dict(sites.attentions)
+    for name, linear, nodes in sites.linears_of(variant):
+        if nodes.quantizer in made:
+            moved = _moved_linear(nodes, made[nodes.quantizer], rescaled[nodes.product])
+            linears[name] = replace(linear, nodes={**linear.nodes, variant: moved})
+    for name, placed in sites.attentions_of(variant):
+        quantizers = {
+            key: tuple(made[node].quantize.name if node in made else node for node in held)
+            for key, held in placed.quantizers.items()
+        }
+        found = AttentionNodes(quantizers, placed.products)
+        attentions[name] = QuantizedAttention({**sites.attentions[name].nodes, variant: found})
+    return QuantizedSites(linears, attentions)
+
+
+def _moved_linear(nodes: LinearNodes, item: _Referenced, rescaled: str) -> LinearNodes:
+    return LinearNodes(
+        quantizer=item.quantize.name,
+        product=nodes.product,
+        leaving=rescaled if nodes.leaving == nodes.product else nodes.leaving,
+        divides=item.divided.name,
+        rescales=rescaled,
+    )
 
 
 def _scale(dequantize: fx.Node) -> fx.Node:
-    return _operand(dequantize, 1)
-
-
-def _operand(node: fx.Node, index: int) -> fx.Node:
-    operand = node.args[index]
-    assert isinstance(operand, fx.Node)
-    return operand
+    return operand(dequantize, 1)
 
 
 def _table(parameter: fx.Node) -> str:
     """The constant that a parameter is, or is selected from."""
-    return str((parameter if parameter.op == "get_attr" else _operand(parameter, 0)).target)
+    return str((parameter if parameter.op == "get_attr" else operand(parameter, 0)).target)

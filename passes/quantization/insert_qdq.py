@@ -12,19 +12,22 @@ from qcgraph.errors import ContractError
 from qcgraph.facts import (
     ActivationQuant,
     CalibrationSet,
+    LinearNodes,
     Precision,
+    QuantizedLinear,
+    QuantizedSites,
     QuantPlan,
     Requantization,
     RoundedWeights,
     SiteCorrection,
-    WeightSources,
 )
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.graph import Variant
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import names_of_codes, weight_codes
-from qcgraph.ir.quantizers import quantize_pair
+from qcgraph.ir.quantized_sites import operand, sites_of
 from qcgraph.ir.structure import Site, find_sites, weight_names
+from qcgraph.passes.quantization._quantizers import quantize_pair
 from qcgraph.pipeline import Pass, PassContext
 
 ops = torch.ops.qcgraph
@@ -43,7 +46,7 @@ class InsertQDQ(Pass):
     name: ClassVar[str] = "insert-qdq"
     requires: ClassVar[tuple[type, ...]] = (QuantPlan,)
     precedes: ClassVar[tuple[type, ...]] = (Precision,)
-    provides: ClassVar[tuple[type, ...]] = (WeightSources,)
+    provides: ClassVar[tuple[type, ...]] = (QuantizedSites,)
 
     def run(self, program: Program, context: PassContext) -> Program:
         plan = program.facts[QuantPlan]
@@ -54,15 +57,23 @@ class InsertQDQ(Pass):
             weights |= weight_names(program.variants[name], sites)
         called = names_of_codes(weights)
         quantized: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # once for each site, shared by the variants
+        linears: dict[str, QuantizedLinear] = {}
         for name, sites in planned.items():
             if not sites:
                 continue
             editor = edits[name] = GraphEditor(program.variants[name], program.constants, self.name)
             pairs: dict[tuple[fx.Node, ActivationQuant], fx.Node] = {}
             for site in sites:
-                self._quantize_site(editor, site, called[site.name], pairs, quantized, program)
+                linear = self._quantize_site(editor, site, called[site.name], pairs, quantized, program)
+                codes, scale = (str(operand(operand(linear, 1), index).target) for index in range(2))
+                made = linears.setdefault(
+                    site.name, QuantizedLinear(weights[site.name], codes, scale, transposed=False, nodes={})
+                )
+                quantizer = operand(operand(linear, 0), 0)
+                made.nodes[name] = LinearNodes(quantizer.name, product=linear.name, leaving=linear.name)
         served = program.facts.without(CalibrationSet).without(RoundedWeights)
-        return with_edits(replace(program, facts=served.with_(WeightSources(weights))), edits)
+        found = sites_of(program.facts).with_sites(QuantizedSites(linears, {}))
+        return with_edits(replace(program, facts=served.with_(found)), edits)
 
     def _quantize_site(
         self,
@@ -72,7 +83,8 @@ class InsertQDQ(Pass):
         pairs: dict[tuple[fx.Node, ActivationQuant], fx.Node],
         quantized: dict[str, tuple[torch.Tensor, torch.Tensor]],
         program: Program,
-    ) -> None:
+    ) -> fx.Node:
+        """Quantize both operands of a linear layer, which is returned."""
         linear = editor.node(site.node)
         activation, weight = linear.args[0], linear.args[1]
         assert isinstance(activation, fx.Node) and isinstance(weight, fx.Node)
@@ -89,6 +101,7 @@ class InsertQDQ(Pass):
             dequantized = _weight(editor, called, quantized[site.name], linear)
             bias = _corrected_bias(editor, linear, site.name, correction, program) if correction else linear.args[2:]
         linear.args = (pairs[key], dequantized, *bias)
+        return linear
 
 
 def _planned(variant: Variant, plan: QuantPlan) -> list[Site]:

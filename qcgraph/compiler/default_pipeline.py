@@ -167,7 +167,7 @@ def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
         # After what is decided on the model as it is; before insert-qdq, which drops the calibration set.
         yield _pass("split-attention")
         yield _pass(
-            "quantize-attention",
+            "plan-attention",
             bits=round(recipe.bit_budget or recipe.activation_bits),
             symmetric=target.activation == "symmetric",
             high=target.weight_high,
@@ -175,6 +175,7 @@ def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
             regions=regions,
             seed=seed,
         )
+        yield _pass("insert-attention-qdq")
     yield _pass("insert-qdq")
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import fx
 
 from qcgraph.errors import BundleError
-from qcgraph.facts import Equalization, Requantization, SiteCorrection, WeightSources
+from qcgraph.facts import Equalization, QuantizedSites, Requantization, SiteCorrection
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.program import Program
-from qcgraph.ir.quantized_sites import QuantizedSite, operands_of_attention, quantized_sites
+from qcgraph.ir.quantized_sites import QuantizedSite, operand, quantized_sites, sites_of
 
 ops = torch.ops.qcgraph
 NEUTRAL = (1.0, 0.0, 0.0)  # gain, slope and offset that leave the noise prediction as it is, to the last bit
@@ -24,7 +24,7 @@ def compensation_tables(program: Program) -> dict[str, float]:
     for variant in program.variants.values():
         for node in variant.graph.nodes:
             if node.target is ops.compensate.default:
-                names = (str(_operand(_operand(node, index), 0).target) for index in (2, 3, 4))
+                names = (str(operand(operand(node, index), 0).target) for index in (2, 3, 4))
                 tables |= dict(zip(names, NEUTRAL, strict=True))
     return tables
 
@@ -39,7 +39,7 @@ def without_compensation(program: Program) -> Program:
 
 def is_quantized(program: Program) -> bool:
     """Whether any linear of a program is quantized."""
-    return any(quantized_sites(variant) for variant in program.variants.values())
+    return bool(sites_of(program.facts).linears)
 
 
 def without_quantization(program: Program, model: Program, keep: Collection[str] = ()) -> Program:
@@ -55,11 +55,12 @@ def without_quantization(program: Program, model: Program, keep: Collection[str]
     Raises:
         BundleError: the model lacks a weight; it is not the model that was compiled.
     """
+    known = sites_of(program.facts)
     edits: dict[str, GraphEditor] = {}
     for name, variant in program.variants.items():
-        sites = [site for site in quantized_sites(variant) if site.name not in keep]
-        attention = operands_of_attention(variant)
-        if not sites and not attention:
+        sites = [site for site in quantized_sites(program, name) if site.name not in keep]
+        attentions = list(known.attentions_of(name))
+        if not sites and not attentions:
             continue
         editor = edits[name] = GraphEditor(variant, program.constants, "ablation")
         for site in sites:
@@ -67,14 +68,17 @@ def without_quantization(program: Program, model: Program, keep: Collection[str]
             weight = float_weight(site, model, program).to(product.meta["val"].dtype)
             with editor.before(product):
                 constant = editor.constant(f"{site.codes}_float", weight, product)
-            product.args = (editor.node(site.entering), constant, *product.args[2:])
+            product.args = (operand(editor.node(site.divides), 0), constant, *product.args[2:])
             if site.is_rescaled:
                 editor.node(site.rescaled).replace_all_uses_with(product)
             _restore_bias(editor, site, product, program)
-        for operand in attention:
-            dequantize = editor.node(operand)
-            dequantize.replace_all_uses_with(_operand(_operand(dequantize, 0), 0))
-    return with_edits(program, edits)
+        for quantizer in [quantizer for _, nodes in attentions for quantizer in nodes.all_quantizers]:
+            codes = editor.node(quantizer)
+            for dequantize in list(codes.users):
+                dequantize.replace_all_uses_with(operand(codes, 0))
+    left = {name: linear for name, linear in known.linears.items() if name in keep}
+    facts = program.facts.with_(QuantizedSites(left, {})) if edits else program.facts
+    return with_edits(replace(program, facts=facts), edits)
 
 
 def _restore_bias(editor: GraphEditor, site: QuantizedSite, product: fx.Node, program: Program) -> None:
@@ -107,22 +111,18 @@ def float_weight(site: QuantizedSite, model: Program, program: Program) -> torch
     Raises:
         BundleError: the model has no such weight.
     """
-    transposed, shape = site.codes.endswith("_t"), tuple(program.constants[site.codes].shape)
-    sources = program.facts.get(WeightSources)
-    if sources is not None and site.name not in sources.sites:
-        raise BundleError("the program does not say which weight its codes were made from", where=site.name)
-    # Bundles of earlier versions do not say it, and name codes after their weight.
-    named = site.codes.removesuffix("_t").removesuffix("_codes")
-    name = named if sources is None else sources.sites[site.name]
-    weight = model.constants.get(name)
-    if weight is None or tuple(reversed(weight.shape) if transposed else weight.shape) != shape:
-        raise BundleError(f"the model has no weight {name} of this shape", hint="load the model that was compiled")
+    shape = tuple(program.constants[site.codes].shape)
+    weight = model.constants.get(site.weight)
+    if weight is None or tuple(reversed(weight.shape) if site.transposed else weight.shape) != shape:
+        raise BundleError(
+            f"the model has no weight {site.weight} of this shape", hint="load the model that was compiled"
+        )
     equalized = program.facts.get(Equalization)
     if equalized is not None and site.name in equalized.outputs:
         weight = weight / torch.tensor(equalized.outputs[site.name])[:, None]
     if equalized is not None and site.name in equalized.inputs:
         weight = weight * torch.tensor(equalized.inputs[site.name])
-    return weight.t() if transposed else weight  # a view: a large model should not be in memory twice
+    return weight.t() if site.transposed else weight  # a view: a large model should not be in memory twice
 
 
 @dataclass(frozen=True)
@@ -160,18 +160,18 @@ def activation_quantizers(program: Program) -> tuple[Quantizer, ...]:
     found = []
     for name, variant in program.variants.items():
         nodes = {node.name: node for node in variant.graph.nodes}
-        fed: dict[fx.Node, list[QuantizedSite]] = {}
-        for site in quantized_sites(variant):
-            fed.setdefault(_operand(_operand(nodes[site.product], 0), 0), []).append(site)
-        for quantize, sites in fed.items():
+        fed: dict[str, list[QuantizedSite]] = {}
+        for site in quantized_sites(program, name):
+            fed.setdefault(site.quantizer, []).append(site)
+        for quantizer, sites in fed.items():
+            quantize, first = nodes[quantizer], nodes[sites[0].divides]
             low, high, *rest = quantize.args[3:]
             shift = rest[0] if quantize.target is ops.quantize_regions.default else 0
             assert isinstance(low, int) and isinstance(high, int) and isinstance(shift, int)
-            scale, zero_point = (_selected(_operand(quantize, index), program) for index in (1, 2))
-            names, first = tuple(site.name for site in sites), quantize
+            scale, zero_point = (_selected(operand(quantize, index), program) for index in (1, 2))
             if sites[0].is_rescaled:
-                first = _operand(quantize, 0)
-                scale = scale / _selected(_operand(first, 1), program)
+                scale = scale / _selected(operand(first, 1), program)
+            names = tuple(site.name for site in sites)
             zero_point = zero_point.expand(len(scale))
             found.append(Quantizer(name, first.name, names, scale, zero_point, low, high, shift))
     return tuple(found)
@@ -180,23 +180,17 @@ def activation_quantizers(program: Program) -> tuple[Quantizer, ...]:
 def dequantized_weight(program: Program, variant: str, site: QuantizedSite) -> torch.Tensor:
     """What a site multiplies with, in the layout of its codes; the gain that corrects its result is taken out."""
     node = next(node for node in program.variants[variant].graph.nodes if node.name == site.product)
-    dequantize = _operand(node, 1)
-    values = [program.constants[str(_operand(dequantize, index).target)] for index in range(3)]
+    dequantize = operand(node, 1)
+    values = [program.constants[str(operand(dequantize, index).target)] for index in range(3)]
     result, correction = ops.dequantize(*values, dequantize.args[3]), _correction(program, site)
     assert isinstance(result, torch.Tensor)
     if correction is None:
         return result
     gains = torch.tensor(correction.gains)
-    return result / (gains if site.codes.endswith("_t") else gains[:, None])
+    return result / (gains if site.transposed else gains[:, None])
 
 
-def _operand(node: fx.Node, index: int) -> fx.Node:
-    operand = node.args[index]
-    assert isinstance(operand, fx.Node)
-    return operand
-
-
-def _selected(operand: fx.Node, program: Program) -> torch.Tensor:
+def _selected(parameter: fx.Node, program: Program) -> torch.Tensor:
     """All values of a parameter, whether it is a constant or selected from a table."""
-    source = operand if operand.op == "get_attr" else _operand(operand, 0)
+    source = parameter if parameter.op == "get_attr" else operand(parameter, 0)
     return program.constants[str(source.target)].reshape(-1)

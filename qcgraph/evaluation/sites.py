@@ -64,7 +64,7 @@ def measure_sites(
     """
     program = without_compensation(subject.program)
     variant = subject.plan.computing
-    sites = quantized_sites(program.variants[variant])
+    sites = quantized_sites(program, variant)
     if not sites:
         return ()
     probes = [
@@ -133,7 +133,7 @@ def _weight_fit(
     codes = program.constants[site.codes]
     weight = float_weight(site, model, program)
     used = dequantized_weight(program, variant, site)
-    inputs = 0 if site.codes.endswith("_t") else 1
+    inputs = 0 if site.transposed else 1
     largest = weight.abs().amax(dim=inputs, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     scale = largest / max(int(codes.short().abs().max()), 1)
     attainable = torch.round(weight / scale) * scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 FLOAT8 = "float8_e4m3fn"
@@ -153,17 +154,6 @@ class RoundedWeights:
 
 
 @dataclass(frozen=True)
-class WeightSources:
-    """Per quantized site (by name), the constant of the captured model that its weight codes were made from."""
-
-    sites: dict[str, str]
-
-    def lines(self) -> list[str]:
-        """Return no line: the graphs name the codes after their weights."""
-        return []
-
-
-@dataclass(frozen=True)
 class RegionQuant:
     """Probabilities in two regions, each with a step and ``levels`` codes besides zero (TQ-DiT's MRQ, after a softmax).
 
@@ -243,3 +233,134 @@ class Requantization:
         gains = [gain for site in self.sites.values() for gain in site.gains]
         bounds = f"gains {min(gains, default=1):.4f} .. {max(gains, default=1):.4f}"
         return [f"requantization of {len(self.sites)} sites, {bounds}"] if gains else []
+
+
+@dataclass(frozen=True)
+class LinearNodes:
+    """The nodes of a quantized linear layer in one variant, by their names.
+
+    Attributes:
+        quantizer: makes the codes of the activation.
+        product: multiplies the dequantized activation and the dequantized weight.
+        leaving: gives the result, bias included.
+        divides: divides the activation by a ratio of scales before it is quantized (see reference-scales), or empty.
+        rescales: multiplies the product by that ratio, or empty.
+    """
+
+    quantizer: str
+    product: str
+    leaving: str
+    divides: str = ""
+    rescales: str = ""
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A linear layer whose activation and weight are quantized.
+
+    Attributes:
+        weight: the constant of the captured model that the codes were made from.
+        codes: the constant that holds the codes.
+        scale: the constant that holds their scales, one an output channel.
+        transposed: whether the codes are [in,out], the layout of a matrix product; else they are [out,in].
+        nodes: its nodes by variant.
+    """
+
+    weight: str
+    codes: str
+    scale: str
+    transposed: bool
+    nodes: dict[str, LinearNodes]
+
+
+@dataclass(frozen=True)
+class AttentionNodes:
+    """The nodes of a quantized attention in one variant, by their names.
+
+    Attributes:
+        quantizers: per operand, what makes its codes; probabilities in two regions have two quantizers.
+        products: what multiplies dequantized operands.
+    """
+
+    quantizers: dict[str, tuple[str, ...]]
+    products: tuple[str, ...]
+
+    @property
+    def all_quantizers(self) -> tuple[str, ...]:
+        """The quantizers of all operands."""
+        return tuple(name for names in self.quantizers.values() for name in names)
+
+
+@dataclass(frozen=True)
+class QuantizedAttention:
+    """An attention whose products are quantized.
+
+    Attributes:
+        nodes: its nodes by variant.
+    """
+
+    nodes: dict[str, AttentionNodes]
+
+
+@dataclass(frozen=True)
+class QuantizedSites:
+    """Where a program is quantized. Passes that change the form of a quantized site keep this true.
+
+    Attributes:
+        linears: the quantized linear layers by site, in order.
+        attentions: the quantized attentions by name, in order.
+    """
+
+    linears: dict[str, QuantizedLinear]
+    attentions: dict[str, QuantizedAttention]
+
+    def with_sites(self, other: QuantizedSites) -> QuantizedSites:
+        """Return these sites and those of another fact."""
+        return QuantizedSites({**self.linears, **other.linears}, {**self.attentions, **other.attentions})
+
+    def linears_of(self, variant: str) -> Iterator[tuple[str, QuantizedLinear, LinearNodes]]:
+        """Yield the name, the constants and the nodes of each quantized linear layer of a variant."""
+        for name, linear in self.linears.items():
+            if variant in linear.nodes:
+                yield name, linear, linear.nodes[variant]
+
+    def attentions_of(self, variant: str) -> Iterator[tuple[str, AttentionNodes]]:
+        """Yield the name and the nodes of each quantized attention of a variant."""
+        for name, attention in self.attentions.items():
+            if variant in attention.nodes:
+                yield name, attention.nodes[variant]
+
+    def quantizers_of(self, variant: str) -> frozenset[str]:
+        """Return the nodes that make codes of activations in a variant."""
+        attentions = (nodes.all_quantizers for _, nodes in self.attentions_of(variant))
+        return frozenset(nodes.quantizer for *_, nodes in self.linears_of(variant)).union(*attentions)
+
+    def products_of(self, variant: str) -> frozenset[str]:
+        """Return the nodes that multiply dequantized operands in a variant."""
+        attentions = (nodes.products for _, nodes in self.attentions_of(variant))
+        return frozenset(nodes.product for *_, nodes in self.linears_of(variant)).union(*attentions)
+
+    def in_variants(self, made_of: Mapping[str, str], kept: Mapping[str, Collection[str]]) -> QuantizedSites:
+        """Return the sites of variants that were made of the present ones.
+
+        Args:
+            made_of: per variant that there will be, the present one that it was made of; nodes kept their names.
+            kept: per variant that there will be, the names of its nodes. A site whose product is not among them is not
+                in the variant.
+        """
+        linears, attentions = {}, {}
+        for name, linear in self.linears.items():
+            found = {new: linear.nodes[old] for new, old in made_of.items() if old in linear.nodes}
+            found = {new: nodes for new, nodes in found.items() if nodes.product in kept[new]}
+            if found:
+                linears[name] = replace(linear, nodes=found)
+        for name, attention in self.attentions.items():
+            placed = {new: attention.nodes[old] for new, old in made_of.items() if old in attention.nodes}
+            placed = {new: nodes for new, nodes in placed.items() if nodes.products[-1] in kept[new]}
+            if placed:
+                attentions[name] = QuantizedAttention(placed)
+        return QuantizedSites(linears, attentions)
+
+    def lines(self) -> list[str]:
+        """Return no line: the graphs show the quantizers."""
+        return []

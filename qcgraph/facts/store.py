@@ -15,11 +15,11 @@ from qcgraph.facts.equalization import Equalization, EqualizationPlan
 from qcgraph.facts.precision import ComputeType, Precision
 from qcgraph.facts.quantization import (
     AttentionPlan,
+    QuantizedSites,
     QuantPlan,
     Requantization,
     RoundedWeights,
     TimestepGroups,
-    WeightSources,
 )
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
@@ -52,7 +52,7 @@ FACT_TYPES: tuple[type[Fact], ...] = (
     TimestepGroups,
     QuantPlan,
     RoundedWeights,
-    WeightSources,
+    QuantizedSites,
     Requantization,
     AttentionPlan,
     ForecastFit,

@@ -10,6 +10,7 @@ from torch import fx
 from qcgraph.ir.graph import Variant, module_path
 
 aten = torch.ops.aten
+PROBABILITIES = "probabilities"  # the operand that the softmax gives
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class AttentionProducts:
         """What is multiplied: ``query``, ``key`` (transposed), ``probabilities`` and ``value``."""
         query, key, value = self.logits.args[0], self.logits.args[1], self.mixed.args[1]
         assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
-        return {"query": query, "key": key, "probabilities": self.probabilities, "value": value}
+        return {"query": query, "key": key, PROBABILITIES: self.probabilities, "value": value}
 
 
 def find_attention(variant: Variant) -> tuple[AttentionProducts, ...]:

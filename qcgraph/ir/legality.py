@@ -14,6 +14,7 @@ from qcgraph.ir.admitted import is_admitted, is_quiet
 from qcgraph.ir.graph import Variant, module_path, returned_nodes, spec_of
 from qcgraph.ir.ops import OPS
 from qcgraph.ir.program import Program
+from qcgraph.ir.site_rules import find_wrong_sites
 from qcgraph.plan.roles import TensorRole
 from qcgraph.plan.spec import GROUP, ROW
 from qcgraph.plan.steps import StepPlan
@@ -172,6 +173,7 @@ PROGRAM_RULES: tuple[Callable[[Program], Iterator[str]], ...] = (
     _every_variant_has_a_role,
     _cached_values_are_computed,
     _facts_hold_constants,
+    find_wrong_sites,
 )
 VARIANT_RULES: tuple[Callable[[Variant], Iterator[str]], ...] = (_inputs_match, _outputs_match)
 NODE_RULES: tuple[Callable[[fx.Node, Program], str | None], ...] = (

@@ -1,4 +1,4 @@
-"""The quantized linears of a variant: where they are, and what enters and leaves them."""
+"""The quantized linears of a variant as the fact `QuantizedSites` names them, and what enters and leaves them."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from qcgraph.facts import Facts, QuantizedSites
 from qcgraph.ir.execute import walk
 from qcgraph.ir.graph import DTYPE_NAMES, Variant
 from qcgraph.ir.program import Program
-from qcgraph.ir.structure import find_sites
 from qcgraph.sampling.runner import Array
-
-aten = torch.ops.aten
-ops = torch.ops.qcgraph
 
 
 @dataclass(frozen=True)
 class QuantizedSite:
-    """A linear both of whose operands are dequantized.
+    """A linear both of whose operands are dequantized, in one variant.
 
     Attributes:
         name: the site.
         product: the node that multiplies.
         codes: the constant with its weight codes.
+        transposed: whether these are [in,out] instead of [out,in].
+        weight: the constant of the captured model that they were made from.
+        quantizer: the node that makes codes of its activation.
         entering: the node whose floating-point value is quantized; what divides it by a ratio of scales comes after.
+        divides: the node that does so, else the quantizer.
         rescaled: the node that multiplies the product by that ratio, else the product.
         leaving: the node whose value is the result, bias included.
         dtype: the type of what enters and leaves, ``f32`` or one of 16 bits.
@@ -35,7 +36,11 @@ class QuantizedSite:
     name: str
     product: str
     codes: str
+    transposed: bool
+    weight: str
+    quantizer: str
     entering: str
+    divides: str
     rescaled: str
     leaving: str
     dtype: str
@@ -51,83 +56,62 @@ class QuantizedSite:
         return self.leaving != self.rescaled
 
 
-def quantized_sites(variant: Variant) -> tuple[QuantizedSite, ...]:
-    """The quantized linears of a variant, in order."""
-    nodes = {node.name: node for node in variant.graph.nodes}
-    found = []
-    for site in find_sites(variant):
-        product = nodes[site.node]
-        operands = [argument for argument in product.args[:2] if isinstance(argument, fx.Node)]
-        if len(operands) == 2 and _is_activation(operands[0]) and _is_weight(operands[1]):
-            quantize, codes = operands[0].args[0], operands[1].args[0]
-            assert isinstance(quantize, fx.Node) and isinstance(codes, fx.Node)
-            entering = quantize.args[0]
-            assert isinstance(entering, fx.Node)
-            rescaled = _rescaled(product)
-            if rescaled is not product and _is_by_ratio(entering):
-                entering = entering.all_input_nodes[0]
-            found.append(
-                QuantizedSite(
-                    site.name,
-                    product=site.node,
-                    codes=str(codes.target),
-                    entering=entering.name,
-                    rescaled=rescaled.name,
-                    leaving=_with_bias(rescaled).name,
-                    dtype=DTYPE_NAMES[product.meta["val"].dtype],
-                )
-            )
-    return tuple(found)
-
-
-def quantized_products(variant: Variant) -> tuple[str, ...]:
-    """The products of two quantized activations, those of attention, in order."""
+def quantized_sites(program: Program, variant: str) -> tuple[QuantizedSite, ...]:
+    """Return the quantized linears of a variant, in order."""
+    graph = {node.name: node for node in program.variants[variant].graph.nodes}
     return tuple(
-        node.name
-        for node in variant.graph.nodes
-        if node.target is aten.matmul.default
-        and all(_is_activation(operand) for operand in node.args if isinstance(operand, fx.Node))
+        QuantizedSite(
+            name=name,
+            product=nodes.product,
+            codes=linear.codes,
+            transposed=linear.transposed,
+            weight=linear.weight,
+            quantizer=nodes.quantizer,
+            entering=operand(graph[nodes.divides or nodes.quantizer], 0).name,
+            divides=nodes.divides or nodes.quantizer,
+            rescaled=nodes.rescales or nodes.product,
+            leaving=nodes.leaving,
+            dtype=DTYPE_NAMES[graph[nodes.product].meta["val"].dtype],
+        )
+        for name, linear, nodes in sites_of(program.facts).linears_of(variant)
     )
 
 
-def operands_of_attention(variant: Variant) -> tuple[str, ...]:
-    """The activations that were quantized for products of attention: what dequantizes them, in order."""
-    products = {site.product for site in quantized_sites(variant)}
-    return tuple(
-        node.name
-        for node in variant.graph.nodes
-        if _is_activation(node) and not any(user.name in products for user in node.users)
-    )
+def quantized_products(program: Program, variant: str) -> tuple[str, ...]:
+    """Return the products of two quantized activations, those of attention, in order."""
+    return tuple(name for _, nodes in sites_of(program.facts).attentions_of(variant) for name in nodes.products)
 
 
-def _is_activation(node: fx.Node) -> bool:
-    """Whether a node dequantizes what is not a constant."""
-    codes = node.args[0] if node.target is ops.dequantize.default else None
-    return isinstance(codes, fx.Node) and codes.op != "get_attr"
+def sites_of(facts: Facts) -> QuantizedSites:
+    """Return what is quantized, which is nothing where no fact says so."""
+    return facts.get(QuantizedSites) or QuantizedSites({}, {})
 
 
-def _is_weight(node: fx.Node) -> bool:
-    """Whether a node dequantizes a constant."""
-    return node.target is ops.dequantize.default and not _is_activation(node)
+def facts_in(facts: Facts, made_of: Mapping[str, str], variants: Mapping[str, Variant]) -> Facts:
+    """Return facts whose quantized sites are those of variants that were made of the present ones.
+
+    Args:
+        facts: the facts.
+        made_of: per variant, the present one that it was made of; nodes kept their names.
+        variants: the variants.
+    """
+    sites = facts.get(QuantizedSites)
+    if sites is None:
+        return facts
+    kept = {name: {node.name for node in variants[name].graph.nodes} for name in made_of}
+    return facts.with_(sites.in_variants(made_of, kept))
 
 
-def _is_by_ratio(node: fx.Node) -> bool:
-    """Whether a node multiplies by a number that the timestep group selects."""
-    return node.target is aten.mul.Tensor and node.all_input_nodes[-1].target is ops.select.default
+def operand(node: fx.Node, index: int) -> fx.Node:
+    """Return the node that is an argument of another.
 
-
-def _rescaled(product: fx.Node) -> fx.Node:
-    """The multiplication by a ratio that follows a product, else the product."""
-    user = next(iter(product.users))
-    return user if len(product.users) == 1 and _is_by_ratio(user) else product
-
-
-def _with_bias(product: fx.Node) -> fx.Node:
-    """The addition of a constant that follows a product, else the product."""
-    user = next(iter(product.users))
-    if len(product.users) > 1 or user.target is not aten.add.Tensor:
-        return product
-    return user if any(source.op == "get_attr" for source in user.all_input_nodes) else product
+    Args:
+        node: the node that takes it.
+        index: which argument.
+    """
+    found = node.args[index]
+    assert isinstance(found, fx.Node)
+    return found
 
 
 def record(

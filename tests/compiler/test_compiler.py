@@ -36,8 +36,9 @@ from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import OUTPUT
 from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
-from qcgraph.sampling.loop import Runner, sample
+from qcgraph.sampling.loop import sample
 from qcgraph.sampling.noise import Noise
+from qcgraph.sampling.runner import Runner
 
 OPTIONS = "--steps 12 --guidance 1.5 --bits w8a8 --groups 4 --cache interval=3 --compensate vc --target onnxruntime-cpu"
 JUDGING = "--samples 16 --seeds 1 --metrics psnr --no-sites"

@@ -62,9 +62,9 @@ def test_without_compensation_is_the_quantized_cached_model(
 
 
 def test_kept_sites_stay_quantized(compiled: Program, captured: Program) -> None:
-    sites = [site.name for site in quantized_sites(compiled.variants["full"])]
+    sites = [site.name for site in quantized_sites(compiled, "full")]
     one = without_quantization(compiled, captured, keep=sites[:1])
-    assert [site.name for site in quantized_sites(one.variants["full"])] == sites[:1]
+    assert [site.name for site in quantized_sites(one, "full")] == sites[:1]
     assert without_quantization(compiled, captured, keep=sites) is not None
     np.testing.assert_array_equal(draw(without_quantization(compiled, captured, keep=sites)), draw(compiled))
     assert not np.array_equal(draw(one), draw(without_quantization(compiled, captured)))
@@ -95,7 +95,7 @@ def test_quantizers_and_weights_are_what_the_plan_says(compiled: Program, captur
             position = group if len(activation.scales) > 1 else 0
             assert scale == pytest.approx(activation.scales[position], rel=1e-6)
             assert zero_point == activation.zero_points[position]
-    for site in quantized_sites(compiled.variants["full"]):
+    for site in quantized_sites(compiled, "full"):
         weight = float_weight(site, captured, compiled)
         error = (dequantized_weight(compiled, "full", site) - weight).norm() / weight.norm()
         assert error <= 1.5 / plan.sites[site.name].weight.high  # some are rounded to make up for others

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from qcgraph.facts import (
     FACT_TYPES,
     ActivationQuant,
+    AttentionNodes,
     AttentionPlan,
     AttentionQuant,
     CachedValue,
@@ -25,7 +26,11 @@ from qcgraph.facts import (
     Facts,
     ForecastFit,
     ForecastStep,
+    LinearNodes,
     Precision,
+    QuantizedAttention,
+    QuantizedLinear,
+    QuantizedSites,
     QuantPlan,
     Ranges,
     Reference,
@@ -40,7 +45,6 @@ from qcgraph.facts import (
     SiteRange,
     TimestepGroups,
     WeightQuant,
-    WeightSources,
     decode,
 )
 from qcgraph.plan.roles import COMPUTES, REUSES, prepares
@@ -71,7 +75,14 @@ EXAMPLES = (
     CalibrationSet("tap", 9, (0, 1), {"class_label": (3, 10), "strength": (THIRD, 1e-30)}, "AAAA"),
     TimestepGroups((THIRD, 0.0)),
     QuantPlan({"a": QUANT}),
-    WeightSources({"a": "a.weight", "b": "a.weight"}),
+    QuantizedSites(
+        {
+            "a": QuantizedLinear(
+                "a.weight", "a.weight_codes", "a.weight_scale", False, {"full": LinearNodes("q", "p", "r")}
+            )
+        },
+        {"b": QuantizedAttention({"full": AttentionNodes({"query": ("q",), "probabilities": ("x", "y")}, ("p", "m"))})},
+    ),
     RoundedWeights({"a": RoundedWeight("a.weight_rounded", "a.weight_rounded_scale", "0f", WeightQuant(7)), "b": None}),
     Requantization({"a": SiteCorrection((THIRD, 1.0), (0.0, -1e-30))}),
     AttentionPlan(
@@ -111,7 +122,7 @@ def test_a_fact_replaces_the_one_of_its_type() -> None:
 
 def test_every_fact_says_in_lines_what_it_holds() -> None:
     """Those that say nothing are told by the graphs."""
-    silent = {ComputeType, RoundedWeights, WeightSources}
+    silent = {ComputeType, QuantizedSites, RoundedWeights}
     for example in EXAMPLES:
         lines = example.lines()
         assert bool(lines) == (type(example) not in silent), type(example)

@@ -24,7 +24,7 @@ def inputs(captured: Program) -> dict[str, torch.Tensor]:
 
 def test_every_group_is_handed_on_once(compiled: Program, inputs: dict[str, torch.Tensor]) -> None:
     """Also where groups share a node; with the values that one group of all nodes has."""
-    sites = quantized_sites(compiled.variants["full"])
+    sites = quantized_sites(compiled, "full")
     groups = [{site.entering, site.leaving} for site in sites]
     groups.append({site.entering for site in sites})
     everything = set().union(*groups)
@@ -39,7 +39,7 @@ def test_every_group_is_handed_on_once(compiled: Program, inputs: dict[str, torc
 
 
 def test_a_group_is_handed_on_before_the_rest_is_computed(compiled: Program, inputs: dict[str, torch.Tensor]) -> None:
-    first, *_, last = quantized_sites(compiled.variants["full"])
+    first, *_, last = quantized_sites(compiled, "full")
     values = record(compiled, "full", inputs, [{last.leaving}, {first.leaving}])
     assert next(values)[0] == 1
     assert next(values)[0] == 0

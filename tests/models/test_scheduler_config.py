@@ -23,8 +23,9 @@ from qcgraph.models.json_file import read_config
 from qcgraph.models.scheduler_config import _FOLLOWED, _FOREIGN, _OTHERS, read_schedule
 from qcgraph.plan.schedulers import AUTO, make_scheduler, make_step_plan
 from qcgraph.plan.spec import FolderSampler, ModelSpec, NoiseSchedule
-from qcgraph.sampling.loop import Array, sample
+from qcgraph.sampling.loop import sample
 from qcgraph.sampling.noise import Noise
+from qcgraph.sampling.runner import Array
 
 STEPS, GUIDANCE, SEED, LABELS = 8, 1.5, 3, (0, 4)
 DIFFUSION = {"_class_name": "DDIMScheduler", "clip_sample": False}

@@ -26,15 +26,15 @@ from qcgraph.facts import (
     EqualizationPlan,
     Facts,
     ForecastFit,
+    QuantizedSites,
     QuantPlan,
     Ranges,
     Requantization,
     RoundedWeights,
-    WeightSources,
 )
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import quantize_weight
-from qcgraph.ir.quantized_sites import quantized_sites
+from qcgraph.ir.quantized_sites import quantized_sites, sites_of
 from qcgraph.ir.structure import find_sites
 from qcgraph.pipeline import Pass, Pipeline, registry
 from qcgraph.plan.roles import TensorRole
@@ -54,7 +54,7 @@ SERVED = {
 # How far outputs may move. What is not here decides without changing any graph or constant.
 SAME = {"insert-forecast": 1e-5, "drop-variants": 0.0, "split-attention": 1e-4, "lower-linear": 1e-4}
 SAME |= {"equalize": 1e-3, "insert-cache": 0.0, "hoist-adaln": 1e-4}
-CLOSE = {"insert-qdq": 0.3, "quantize-attention": 0.1, "reference-scales": 0.1, "reduce-precision": 0.1}
+CLOSE = {"insert-qdq": 0.3, "insert-attention-qdq": 0.1, "reference-scales": 0.1, "reduce-precision": 0.1}
 CLOSE |= {"fit-forecast": 1.0, "insert-compensation": 0.2}
 CALIBRATION = {"trajectories": 2, "samples": 6}
 
@@ -258,7 +258,8 @@ def _nothing_runs_otherwise(pass_: Pass, before: Program, after: Program) -> Non
 
 def _facts_are_kept(pass_: Pass, before: Program, after: Program) -> None:
     """A fact survives JSON, and stays what it is unless the pass provides it, or takes it and gives another."""
-    own = {kind.__name__ for kind in (*pass_.provides, *pass_.requires)}
+    # Where a program is quantized is kept true by every pass that changes the form of a site (see site_rules).
+    own = {kind.__name__ for kind in (*pass_.provides, *pass_.requires, QuantizedSites)}
     served = {kind.__name__ for kind in SERVED.get(pass_.name, ())}
     old, new = before.facts.encode(), after.facts.encode()
     assert Facts.decode(json.loads(json.dumps(new))).encode() == new
@@ -278,8 +279,9 @@ def _chosen_codes(pass_: Pass, before: Program, after: Program) -> dict[str, tup
             if found
         }
     if pass_.name == "insert-qdq":
-        plan, sources = before.facts[QuantPlan].sites, after.facts[WeightSources].sites
-        return {site: quantize_weight(before.constants[sources[site]], quant.weight) for site, quant in plan.items()}
+        plan, linears = before.facts[QuantPlan].sites, after.facts[QuantizedSites].linears
+        weights = {site: before.constants[linears[site].weight] for site in plan}
+        return {site: quantize_weight(weights[site], quant.weight) for site, quant in plan.items()}
     return {}
 
 
@@ -287,8 +289,8 @@ def _codes_are_those_that_were_chosen(
     program: Program, chosen_codes: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 ) -> None:
     """What quantized layers hold is what was chosen, to the bit; dequantized, what corrects a result taken out."""
-    for name, variant in program.variants.items():
-        sites = quantized_sites(variant)
+    for name in program.variants:
+        sites = quantized_sites(program, name)
         if name == program.computing and sites:
             assert {site.name for site in sites} == set(chosen_codes)
         for site in sites:
@@ -308,8 +310,9 @@ def _subjects_exist(program: Program) -> None:
     """What facts speak of is there."""
     facts = program.facts
     sites = {site.name for variant in program.variants.values() for site in find_sites(variant)}
-    for kind in (QuantPlan, RoundedWeights, Requantization, WeightSources):
+    for kind in (QuantPlan, RoundedWeights, Requantization):
         assert set(getattr(facts.get(kind), "sites", ())) <= sites, kind
+    assert set(sites_of(facts).linears) <= sites
     for observed in (facts.get(Ranges),):
         assert set(observed.planned if observed else ()) <= sites
     if equalization := facts.get(Equalization):

@@ -44,7 +44,7 @@ def inputs(reduced: Program) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def probe(reduced: Program, inputs: dict[str, torch.Tensor]) -> Probe:
-    (site,) = (found for found in quantized_sites(reduced.variants["full"]) if found.name == SITE)
+    (site,) = (found for found in quantized_sites(reduced, "full") if found.name == SITE)
     ((_, values),) = record(reduced, "full", inputs, [{site.entering, site.leaving}])
     entering, leaving = (torch.from_numpy(values[name]) for name in (site.entering, site.leaving))
     constants = {name.rpartition(f"{SITE}.")[2]: value for name, value in reduced.constants.items() if SITE in name}
@@ -105,7 +105,7 @@ def test_codes_on_an_edge_may_fall_to_either_side(captured: Program) -> None:
     """In float32: a value a rounding away from the edge, divided or multiplied by the reciprocal."""
     quantize = "calibrate{trajectories=1},group-timesteps{groups=1},plan-quant,insert-qdq,lower-linear"
     program = Pipeline.parse(quantize).run(captured)
-    (site,) = (found for found in quantized_sites(program.variants["main"]) if found.name == SITE)
+    (site,) = (found for found in quantized_sites(program, "main") if found.name == SITE)
     reference = SiteReference(program, "main", site)
     scale = program.constants[f"{SITE}.input_scale"].reshape(-1)[0]
     values = (torch.arange(32 * 4).reshape(1, 4, 32) % 50 - 20) * scale

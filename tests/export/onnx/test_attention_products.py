@@ -12,8 +12,9 @@ import pytest
 from qcgraph.export.check.verify import KERNEL, verify_export
 from qcgraph.export.run.onnxruntime import OptimizedGraph
 from qcgraph.export.targets import TARGETS
+from qcgraph.facts import QuantizedSites
 from qcgraph.ir.program import Program
-from qcgraph.ir.quantized_sites import operands_of_attention, quantized_products, quantized_sites
+from qcgraph.ir.quantized_sites import quantized_products, quantized_sites
 from qcgraph.pipeline import Pipeline
 from qcgraph.progress import Progress
 
@@ -51,7 +52,7 @@ def form(
 ) -> tuple[Any, int]:
     """An export of each form, and how many products an attention has in it."""
     options, products = FORMS[request.param]
-    quantize = f"quantize-attention{{high={TARGET.weight_high}{options}}}"
+    quantize = f"plan-attention{{high={TARGET.weight_high}{options}}},insert-attention-qdq"
     text = f"{CALIBRATE},split-attention,{quantize},insert-qdq,{TARGET.legalize}"
     program = Pipeline.parse(text).run(sharp)
     return export_of(program, tmp_path_factory.mktemp("attention")), products
@@ -86,9 +87,10 @@ def test_a_product_in_floating_point_is_found(form: tuple[Any, int], in_float: P
 
 def test_products_are_told_from_linear_layers(form: tuple[Any, int]) -> None:
     export, products = form
-    variant = export.program.variants["main"]
-    assert len(quantized_products(variant)) == 2 * products
-    assert len(quantized_sites(variant)) == 8
-    nodes = {node.name: node for node in variant.graph.nodes}
-    operands = {operand for name in quantized_products(variant) for operand in nodes[name].all_input_nodes}
-    assert {operand.name for operand in operands} <= set(operands_of_attention(variant))
+    found = quantized_products(export.program, "main")
+    assert len(found) == 2 * products
+    assert len(quantized_sites(export.program, "main")) == 8
+    nodes = {node.name: node for node in export.program.variants["main"].graph.nodes}
+    made = {operand.all_input_nodes[0].name for name in found for operand in nodes[name].all_input_nodes}
+    attentions = export.program.facts[QuantizedSites].attentions.values()
+    assert made <= {name for attention in attentions for name in attention.nodes["main"].all_quantizers}

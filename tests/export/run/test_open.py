@@ -21,7 +21,7 @@ from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.recipe import Recipe
 from qcgraph.sampling.denoiser import Denoiser
-from qcgraph.sampling.loop import Array
+from qcgraph.sampling.runner import Array
 
 WEIGHTS, CHANGED = "weights.safetensors", "blocks.1.mlp.fc2.weight"
 BACKENDS = ["onnxruntime", "torch"]

@@ -16,7 +16,7 @@ from qcgraph.ir.serialize import program_from_json, program_to_json
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.sampling.calibration import sample_calibration
-from qcgraph.sampling.loop import Array
+from qcgraph.sampling.runner import Array
 
 Run = Callable[[str, Program], Program]
 QUANTIZED = "calibrate{trajectories=2},plan-quant{symmetric=true},insert-qdq,lower-linear,reference-scales"

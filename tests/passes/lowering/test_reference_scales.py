@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from qcgraph.errors import ContractError
 from qcgraph.evaluation.ablation import without_quantization
-from qcgraph.facts import ActivationQuant, QuantPlan, SiteQuant, WeightQuant
+from qcgraph.facts import ActivationQuant, QuantizedSites, QuantPlan, SiteQuant, WeightQuant
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantized_sites import quantized_products, quantized_sites
 from qcgraph.passes.lowering.reference_scales import reference_scale
@@ -134,17 +135,20 @@ def test_linears_of_one_activation_share_a_quantize(cached: Program, run: Run) -
         both = graph.create_node("call_function", torch.ops.aten.add.Tensor, (linear, second))
     second.meta, both.meta = dict(linear.meta), dict(linear.meta)
     linear.replace_all_uses_with(both, delete_user_cb=lambda user: user is not both)
-    before = run("lower-linear", program)
+    sites = program.facts[QuantizedSites]
+    placed = replace(sites.linears[GROUPED].nodes["full"], product=second.name, leaving=second.name)
+    other = replace(sites.linears[GROUPED], nodes={"full": placed})
+    before = run("lower-linear", program.with_facts(replace(sites, linears={**sites.linears, "second": other})))
     after = run("reference-scales", before)
     assert after.text.count("qcgraph.quantize(") == before.text.count("qcgraph.quantize(") == 2
-    rescaled = [site for site in quantized_sites(after.variants["full"]) if site.is_rescaled]
+    rescaled = [site for site in quantized_sites(after, "full") if site.is_rescaled]
     assert len(rescaled) == 2
     assert len({site.entering for site in rescaled}) == 1
     torch.testing.assert_close(prediction(after, 2), prediction(before, 2), **CLOSE)
 
 
 def test_sites_are_found_as_before(lowered: Program, referenced: Program) -> None:
-    before, after = (quantized_sites(program.variants["full"]) for program in (lowered, referenced))
+    before, after = (quantized_sites(program, "full") for program in (lowered, referenced))
     assert [site.is_rescaled for site in after] == [True, False]
     assert not any(site.is_rescaled for site in before)
     for one, other in zip(before, after, strict=True):
@@ -168,11 +172,11 @@ def test_without_quantization_nothing_is_left_of_it(
 @pytest.mark.parametrize("bits", [8, 6])
 def test_products_of_attention(cached: Program, run: Run, bits: int) -> None:
     """Both factors have a ratio."""
-    quantize = f"quantize-attention{{bits={bits} symmetric=true regions=false}}"
+    quantize = f"plan-attention{{bits={bits} symmetric=true regions=false}},insert-attention-qdq"
     observed = "split-attention,calibrate{trajectories=4 selection=uniform latents=24},group-timesteps{groups=2}"
     before = run(f"{observed},{quantize}", cached)
     after = run("reference-scales", before)
-    assert len(quantized_products(after.variants["full"])) == 4
+    assert len(quantized_products(after, "full")) == 4
     for group in range(2):
         torch.testing.assert_close(prediction(after, group), prediction(before, group), **CLOSE)
     bare = without_quantization(after, cached)

@@ -1,4 +1,4 @@
-"""What the channels of activations hold, and programs whose channels hold something else."""
+"""Observed channels, programs whose channels hold something else, and programs with sharp attention in products."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from qcgraph.ir.structure import find_sites
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.sampling.calibration import sample_calibration
+from qcgraph.sampling.runner import Call
 
+Run = Callable[[str, Program], Program]
+OBSERVED = "calibrate{trajectories=4 selection=uniform latents=24},group-timesteps{groups=2}"
 COUNT = 2  # trajectories
 GAIN, SHIFT = 32, 0  # the first rows of adaLN for the attention
 
@@ -45,7 +48,7 @@ def _observed(program: Program) -> Mapping[str, Channels]:
     sites = {site.node: site.name for site in find_sites(program.variants["main"]) if not site.refusal}
     found: dict[str, list[Tensor]] = {name: [] for name in sites.values()}
 
-    def observe(_: str, node: fx.Node, value: Tensor) -> None:
+    def observe(_: Call, node: fx.Node, value: Tensor) -> None:
         if node.name in sites:
             found[sites[node.name]].append(value.flatten(0, -2).clone())
 
@@ -80,3 +83,15 @@ def with_channels() -> Callable[[Program, float, float, slice], Program]:
         return replace(program, constants={**program.constants, f"{name}.weight": weight, f"{name}.bias": bias})
 
     return changed
+
+
+@pytest.fixture(scope="module")
+def sharp(cached: Program, sharpened: Callable[[Program], Program]) -> Program:
+    """The cached tiny denoiser with sharp attention."""
+    return sharpened(cached)
+
+
+@pytest.fixture(scope="module")
+def split(sharp: Program, run: Run) -> Program:
+    """The same, split into products and calibrated in two timestep groups."""
+    return run(f"split-attention,{OBSERVED}", sharp)

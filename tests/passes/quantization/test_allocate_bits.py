@@ -22,7 +22,8 @@ from qcgraph.ir.quantize import clip_limits, rounded_activation
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
-from qcgraph.sampling.loop import Array, sample
+from qcgraph.sampling.loop import sample
+from qcgraph.sampling.runner import Array
 
 Run = Callable[[str, Program], Program]
 BEFORE = "calibrate{trajectories=4 selection=uniform latents=12},group-timesteps{groups=3},plan-quant"

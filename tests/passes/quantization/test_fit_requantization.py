@@ -15,7 +15,8 @@ from qcgraph.ir.program import Program
 from qcgraph.passes.quantization.fit_requantization import Regression
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
-from qcgraph.sampling.loop import Array, sample
+from qcgraph.sampling.loop import sample
+from qcgraph.sampling.runner import Array
 
 Run = Callable[[str, Program], Program]
 PLANNED = "calibrate{trajectories=8 selection=uniform},group-timesteps{groups=2},plan-quant{weight-bits=4}"

@@ -276,7 +276,7 @@ def test_layers_that_share_a_weight_have_codes_of_their_own(coarse: Program, run
     assert codes[one].abs().max() == HIGH
     assert codes[other].abs().max() == 127
     inserted = run("fit-requantization,insert-qdq", rounded)
-    held = {site.name: site.codes for site in quantized_sites(inserted.variants["full"])}
+    held = {site.name: site.codes for site in quantized_sites(inserted, "full")}
     assert torch.equal(inserted.constants[held[one]], codes[one])
     assert torch.equal(inserted.constants[held[other]], codes[other])
 

@@ -15,7 +15,7 @@ ops = torch.ops.qcgraph
 
 
 def quantize_pair(editor: GraphEditor, value: fx.Node, quant: ActivationQuant, name: str, source: fx.Node) -> fx.Node:
-    """quantize -> dequantize of an activation, at the insertion point.
+    """Insert quantize -> dequantize of an activation at the insertion point, and return the latter.
 
     Args:
         editor: of the graph.

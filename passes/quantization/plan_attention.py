@@ -1,4 +1,4 @@
-"""quantize-attention: quantize and dequantize around both products of attention."""
+"""plan-attention: decide how the products of attention are quantized."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import fx
 
 from qcgraph.facts import (
     ActivationQuant,
@@ -16,33 +15,27 @@ from qcgraph.facts import (
     AttentionQuant,
     CalibrationSet,
     Precision,
-    RegionQuant,
     TimestepGroups,
     codes,
 )
-from qcgraph.ir.attention import AttentionProducts, find_attention
-from qcgraph.ir.edit import GraphEditor, with_edits
+from qcgraph.ir.attention import PROBABILITIES, find_attention
 from qcgraph.ir.execute import walk
 from qcgraph.ir.program import Program
-from qcgraph.ir.quantizers import parameter, quantize_pair
 from qcgraph.ir.structure import find_sites
 from qcgraph.passes.calibration._calibration_set import Rows, ValueSensitivity, rows_together, value_sensitivities
-from qcgraph.passes.quantization._region_search import ProbabilityScores, region_codes
+from qcgraph.passes.quantization._region_search import ProbabilityScores
 from qcgraph.passes.quantization._scale_search import Histogram, search_groups
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.options import MOST_SEED, option
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.steps import StepPlan
 
-aten = torch.ops.aten
-ops = torch.ops.qcgraph
-PROBABILITIES = "probabilities"
 FORWARDS_PER_ROW = 6.0  # runs of the model that the pass takes as long as, for every row of the calibration set, about
 
 
 @dataclass(frozen=True)
-class QuantizeAttention(Pass):
-    """Insert quantize/dequantize pairs around the products of attention, which has to be split before.
+class PlanAttention(Pass):
+    """Decide the codes of both products of attention, which has to be split before.
 
     Queries, keys and values get searched scales, keys and values int8 codes with zero point 0. The probabilities get
     one region, or two with a split for each timestep group (TQ-DiT's MRQ and TGQ), in one integer tensor where the
@@ -61,7 +54,7 @@ class QuantizeAttention(Pass):
         seed: seeds the directions in which the prediction is differentiated.
     """
 
-    name: ClassVar[str] = "quantize-attention"
+    name: ClassVar[str] = "plan-attention"
     requires: ClassVar[tuple[type, ...]] = (CalibrationSet, StepPlan, TimestepGroups)
     precedes: ClassVar[tuple[type, ...]] = (AttentionPlan, Precision)
     provides: ClassVar[tuple[type, ...]] = (AttentionPlan,)
@@ -77,15 +70,7 @@ class QuantizeAttention(Pass):
         return FORWARDS_PER_ROW * work.rows
 
     def run(self, program: Program, context: PassContext) -> Program:
-        plan = AttentionPlan(self._decide(program, context))
-        edits: dict[str, GraphEditor] = {}
-        for name, variant in program.variants.items():
-            found = [attention for attention in find_attention(variant) if attention.name in plan.sites]
-            if found:
-                edits[name] = GraphEditor(variant, program.constants, self.name)
-            for attention in found:
-                _insert(edits[name], attention, plan.sites[attention.name])
-        return with_edits(program, edits).with_facts(plan)
+        return program.with_facts(AttentionPlan(self._decide(program, context)))
 
     def _decide(self, program: Program, context: PassContext) -> dict[str, AttentionQuant]:
         """The codes of every attention that can be quantized."""
@@ -103,7 +88,7 @@ class QuantizeAttention(Pass):
         if usable and missing:
             groups = ", ".join(map(str, missing))
             context.refuse("attention", f"no sample tells in timestep groups {groups}: they get the scales of all")
-        context.progress.note(f"  quantize-attention: {len(rows)} rows, {len(usable)} attentions")
+        context.progress.note(f"  plan-attention: {len(rows)} rows, {len(usable)} attentions")
         places = _places(program, usable)
         gradients = self.objective == "fisher"
         for item in value_sensitivities(program, rows, places, self.seed, context.progress, gradients=gradients):
@@ -193,43 +178,3 @@ def _unusable(ranges: Mapping[str, torch.Tensor]) -> str:
         if not bool(limits.any()):
             return f"its {operand} is zero during calibration"
     return ""
-
-
-def _insert(editor: GraphEditor, attention: AttentionProducts, quant: AttentionQuant) -> None:
-    """Quantize the operands of both products, in the graph that the editor holds."""
-    logits, softmax, mixed = (
-        editor.node(node.name) for node in (attention.logits, attention.probabilities, attention.mixed)
-    )
-    query, key, value = logits.args[0], logits.args[1], mixed.args[1]
-    assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
-    with editor.before(logits):
-        logits.args = (
-            quantize_pair(editor, query, quant.query, f"{attention.name}.query", logits),
-            quantize_pair(editor, key, quant.key, f"{attention.name}.key", logits),
-        )
-    with editor.before(mixed):
-        values = quantize_pair(editor, value, quant.value, f"{attention.name}.value", mixed)
-        name = f"{attention.name}.{PROBABILITIES}"
-        if isinstance(quant.probabilities, ActivationQuant):
-            mixed.args = (quantize_pair(editor, softmax, quant.probabilities, name, mixed), values)
-        else:
-            result = _regions(editor, softmax, values, quant.probabilities, name, mixed)
-            mixed.replace_all_uses_with(result)
-
-
-def _regions(
-    editor: GraphEditor, softmax: fx.Node, values: fx.Node, quant: RegionQuant, name: str, source: fx.Node
-) -> fx.Node:
-    """The product of probabilities in two regions and values."""
-    fine, coarse = region_codes(quant)
-    split = parameter(editor, f"{name}_split", torch.tensor(quant.splits), source)
-    below, above = (editor.call(ops.region.default, softmax, split, upper, source=source) for upper in (False, True))
-    above = quantize_pair(editor, above, coarse, f"{name}_above", source)
-    if quant.planes == 1:
-        # What is above the split is a multiple of the coarse step by now, so of the fine one too.
-        both = editor.call(aten.add.Tensor, below, above, source=source)
-        both = quantize_pair(editor, both, fine, f"{name}_both", source)
-        return editor.call(aten.matmul.default, both, values, source=source)
-    below = quantize_pair(editor, below, fine, f"{name}_below", source)
-    products = [editor.call(aten.matmul.default, plane, values, source=source) for plane in (below, above)]
-    return editor.call(aten.add.Tensor, *products, source=source)
