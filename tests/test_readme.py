@@ -18,6 +18,7 @@ import qcgraph
 from qcgraph.bundle import Bundle
 from qcgraph.cli import run
 from qcgraph.export.run.open import runner_of
+from qcgraph.pipeline import Pipeline
 from qcgraph.recipe import Recipe
 from qcgraph.sampling.loop import sample
 from qcgraph.sampling.noise import Noise
