@@ -66,7 +66,7 @@ def test_a_program_that_computes_something_else_is_refused(
     (prediction,) = output.all_input_nodes
     with editor.before(output):
         scaled = editor.call(aten.mul.Tensor, prediction, 1 + change, source=prediction)
-    editor.set_outputs([scaled], ["noise_prediction"])
+    editor.set_outputs([scaled], editor.outputs)
     wrong = with_edits(captured, {"main": editor})
     with pytest.raises(CaptureError, match=rf"relative L2 distance {abs(change):g}, limit .* at timestep .* batch 1"):
         check_meaning(wrong, tiny_model.module, tiny_model.input_names, captured.facts[StepPlan])
