@@ -95,6 +95,14 @@ def check_spec(spec: ModelSpec, where: str) -> None:
         raise UsageError(
             f"the condition {min(shared)!r} has a name that is taken", where=where, hint="give it a name of its own"
         )
+    for condition in spec.conditions:
+        is_index = isinstance(condition.null, int) and condition.null >= 0
+        if condition.dtype == "i64" and condition.null is not None and not is_index:
+            raise UsageError(
+                f"the null value {condition.null!r} of the condition {condition.name!r} is no index",
+                where=where,
+                hint="its values are whole numbers; the null value of a class label is the row after its classes",
+            )
     if spec.output_channels < spec.latent_shape[0]:
         raise UsageError(
             f"output_channels {spec.output_channels} are fewer than the {spec.latent_shape[0]} of the latent",

@@ -66,7 +66,7 @@ def test_a_program_that_computes_something_else_is_refused(
     (prediction,) = output.all_input_nodes
     with editor.before(output):
         scaled = editor.call(aten.mul.Tensor, prediction, 1 + change, source=prediction)
-    editor.set_outputs([scaled], ["noise_prediction"])
+    editor.set_outputs([scaled], editor.outputs)
     wrong = with_edits(captured, {"main": editor})
     with pytest.raises(CaptureError, match=rf"relative L2 distance {abs(change):g}, limit .* at timestep .* batch 1"):
         check_meaning(wrong, tiny_model.module, tiny_model.input_names, captured.facts[StepPlan])
@@ -128,7 +128,7 @@ def null_class_is_infinite(self: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> 
         (asks_for_gradients, "depends on whether gradients are recorded"),
         (asks_for_inference, "depends on whether gradients are recorded"),
         (divides_by_zero, "not finite at timestep 0"),
-        (null_class_is_infinite, r"not finite at .*class labels \[3"),
+        (null_class_is_infinite, r"not finite at .*class_label \[3"),
         (lambda self, x, t, y: x.squeeze(0), r"gives \[1, 2, 4, 4\] and the model \[2, 4, 4\] at .* batch 1"),
     ],
 )
@@ -161,7 +161,7 @@ def test_samples_that_depend_on_their_batch_are_refused(forward: Forward, steps:
 def test_a_null_class_without_a_row_is_said_under_guidance_only() -> None:
     module = toy(lambda self, x, t, y: x, rows=3)
     check(module, guidance=1.0)
-    with pytest.raises(CaptureError, match=r"called at timestep .* class labels \[3\]: index out of range"):
+    with pytest.raises(CaptureError, match=r"called at timestep .* class_label \[3\]: index out of range"):
         check(module)
 
 

@@ -55,7 +55,7 @@ def edit(path: Path, **changes: object) -> None:
 @torch.no_grad()
 def test_pipeline_folder(pipeline: Path, transformer: Any) -> None:
     model = load_model(str(pipeline))
-    assert model.spec == ModelSpec(
+    assert model.spec == ModelSpec.class_conditional(
         name="tiny",
         latent_shape=(4, 8, 8),
         class_count=10,

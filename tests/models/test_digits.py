@@ -30,7 +30,7 @@ def sample_digits(folder: Path, labels: torch.Tensor, *, guidance: float = 1.5, 
     )
     scheduler.set_timesteps(50)
     latent = torch.randn(len(labels), *model.spec.latent_shape, generator=torch.Generator().manual_seed(seed))
-    classes = torch.cat([labels, torch.full_like(labels, model.spec.null_class)])
+    classes = torch.cat([labels, torch.full_like(labels, model.spec.conditions[0].null)])
     for timestep in scheduler.timesteps:
         noise = model.module(latent.repeat(2, 1, 1, 1), timestep.repeat(len(classes)), classes)
         conditional, unconditional = noise.chunk(2)

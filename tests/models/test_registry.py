@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 from qcgraph.models import Judge, LoadedModel, load_model
-from qcgraph.plan.spec import ModelSpec, NoiseSchedule
+from qcgraph.plan.spec import ModelSpec, NoiseSchedule, class_label
 
 def brightness(images):
     return images.mean(axis=(2, 3))
@@ -82,7 +82,15 @@ def uses_qcgraph():
 def asks(argument):
     return argument
 def negative():
-    return with_spec(class_count=-1)
+    return with_spec(conditions=(class_label(-1),))
+def negative_null():
+    return with_spec(conditions=(class_label(2, null=-1),))
+def broken_null():
+    return with_spec(conditions=(class_label(2, null=1.5),))
+def taken_name():
+    return with_spec(conditions=(class_label(2, name="timestep"),))
+def twice():
+    return with_spec(conditions=(class_label(2), class_label(3)))
 def flat():
     return with_spec(latent_shape=(1, 0, 4))
 def two():
@@ -163,7 +171,7 @@ def assert_ready(model: LoadedModel) -> None:
     assert all(not parameter.requires_grad for parameter in model.module.parameters())
     assert {parameter.dtype for parameter in model.module.parameters()} == {torch.float32}
     latent = torch.zeros(2, *model.spec.latent_shape)
-    label = torch.tensor([0, model.spec.null_class])
+    label = torch.tensor([0, model.spec.conditions[0].null])
     inputs = dict(zip(model.input_names, (latent, torch.tensor([3, 700]), label), strict=True))
     output = model.module(**inputs)
     assert output.shape == (2, model.spec.output_channels, *model.spec.latent_shape[1:])
@@ -185,7 +193,7 @@ def test_listing_names_every_geometry() -> None:
 def test_digits() -> None:
     model = load_model("digits")
     assert_ready(model)
-    assert model.spec == ModelSpec(
+    assert model.spec == ModelSpec.class_conditional(
         name="digits",
         latent_shape=(1, 8, 8),
         class_count=10,
@@ -200,7 +208,7 @@ def test_digits() -> None:
 def test_random_geometry() -> None:
     model = load_model("dit-s-8:random", seed=5)
     assert_ready(model)
-    assert model.spec == ModelSpec(
+    assert model.spec == ModelSpec.class_conditional(
         name="dit-s-8", latent_shape=(4, 32, 32), class_count=1000, null_class=1000, output_channels=8
     )
     same, other = load_model("dit-s-8:random", seed=5), load_model("dit-s-8:random", seed=6)
@@ -302,7 +310,11 @@ def test_factory_may_supply_a_judge(factory_module: str) -> None:
         ("factory_of_test:uses_qcgraph", "unknown model"),
         ("raising_of_test:factory", "importing raising_of_test raised RuntimeError: no GPU ("),
         ("leaving_of_test:factory", "importing leaving_of_test raised SystemExit: 1 ("),
-        ("factory_of_test:negative", "class_count = -1 of its spec does not fit"),
+        ("factory_of_test:negative", "conditions.0.count = -1 of its spec does not fit"),
+        ("factory_of_test:negative_null", "the null value -1 of the condition 'class_label' is no index"),
+        ("factory_of_test:broken_null", "the null value 1.5 of the condition 'class_label' is no index"),
+        ("factory_of_test:taken_name", "the condition 'timestep' has a name that is taken"),
+        ("factory_of_test:twice", "the condition 'class_label' has a name that is taken"),
         ("factory_of_test:flat", "latent_shape.1 = 0 of its spec does not fit"),
         ("factory_of_test:two", "latent_shape.2 = (4, 4) of its spec does not fit"),
         ("factory_of_test:nameless", "name = '' of its spec does not fit"),
@@ -310,7 +322,7 @@ def test_factory_may_supply_a_judge(factory_module: str) -> None:
         ("factory_of_test:without_schedule", "the spec is a ModelSpec with the schedule None"),
         ("factory_of_test:without_spec", "the spec is a NoneType"),
         ("factory_of_test:without_module", "the module is a NoneType"),
-        ("factory_of_test:two_names", "input_names are ('latent', 'when'), not three names"),
+        ("factory_of_test:two_names", "input_names are ('latent', 'when'), not 3 names"),
         ("factory_of_test:wide", "output_channels 1 are fewer than the 2 of the latent"),
         ("factory_of_test:other_output", "the module returns (2, 1, 4, 4), and its spec says (2, 2, 4, 4)"),
         ("factory_of_test:eight_bits", "parameter scale is int8, and not floating point"),
@@ -348,7 +360,7 @@ def test_wrappers_and_precision_of_a_factorys_module_are_noted(factory_module: s
 def test_a_row_for_the_null_class_is_needed_under_guidance_alone(factory_module: str) -> None:
     model = load_model(f"{factory_module}:rows")
     try_forward(model, "rows")
-    with pytest.raises(UsageError, match="no row for the null class 2, which guidance needs") as refusal:
+    with pytest.raises(UsageError, match="no row for the null value class_label 2, which guidance needs") as refusal:
         try_forward(model, "rows", is_guided=True)
     assert "--guidance 1" in str(refusal.value.hint)
 

@@ -92,7 +92,7 @@ def own_trajectory(folder: Path, transformer: Any, spec: ModelSpec) -> Array:
     scheduler.set_timesteps(STEPS)
     noise = Noise(SEED, range(len(LABELS)), spec.latent_shape)
     latent = torch.from_numpy(noise.initial()).to(transformer.dtype)
-    classes = torch.tensor([*LABELS, *[spec.null_class] * len(LABELS)])
+    classes = torch.tensor([*LABELS, *[spec.conditions[0].null] * len(LABELS)])
     module = type(scheduler).__module__
     drawn = patch(f"{module}.randn_tensor", lambda *_, **__: torch.from_numpy(noise.next()).to(transformer.dtype))
     for timestep in scheduler.timesteps:

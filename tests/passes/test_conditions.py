@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qcgraph.capture.capture import capture
+from qcgraph.capture.meaning import check_meaning
 from qcgraph.errors import ContractError, UsageError
 from qcgraph.export.onnx.emit import emit_onnx
 from qcgraph.export.run.onnxruntime import OnnxRuntimeRunner
@@ -137,6 +138,7 @@ def test_the_captured_program_is_the_model(name: str) -> None:
     assert program.variants["main"].interface.inputs == model.spec.inputs
     expected = sample(EagerRunner(model), plan, model.spec, conditions, seed=0)
     assert distance(latents(program), expected) < ROUNDED
+    check_meaning(program, model.module, model.input_names, plan)
 
 
 def test_every_condition_counts(styled: Program) -> None:
