@@ -42,6 +42,7 @@ class Target:
         runtime: the name of its runtime (see `qcgraph.export.run.runtimes`).
         stand_in: the name of the runtime that its graphs are checked, judged and measured on unless another is asked
             for; empty where that is its own. Engines are built apart from a bundle, and need their GPU.
+        is_portable: whether its graphs may hold operators of ONNX alone, up to the opset.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Target:
     precision: Literal["float32", "auto"]
     runtime: str
     stand_in: str = ""
+    is_portable: bool = False
 
     @property
     def forms(self) -> dict[str, bool]:
@@ -129,6 +131,7 @@ _ONNX = Target(
     multiplies_float8=False,  # ONNX Runtime takes it for int8 in float32 graphs, and then refuses them
     precision="float32",
     runtime="onnxruntime",
+    is_portable=True,
 )
 
 _ONNX_OPSET21 = replace(
@@ -146,6 +149,7 @@ _TENSORRT = replace(
     multiplies_float8=True,
     precision="auto",
     runtime="tensorrt",
+    is_portable=False,
     stand_in="onnxruntime",  # running the same graphs on the CPU is how they are checked
 )
 

@@ -44,7 +44,7 @@ def passes() -> str:
 
 def targets() -> str:
     """Return the table of the targets."""
-    rows = ([f"`{name}`", target.description, target.backend] for name, target in TARGETS.items())
+    rows = ([f"`{name}`", target.description, target.runtime] for name, target in TARGETS.items())
     return table(["target", "what it is", "default runtime"], rows)
 
 

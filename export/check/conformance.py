@@ -22,7 +22,6 @@ from qcgraph.progress import Progress
 if TYPE_CHECKING:
     from onnxscript import ir
 
-PORTABLE = ("onnx", "onnx-opset21")
 STANDARD = ("", "ai.onnx")  # both mean the operators of ONNX itself
 MADE = (TensorRole.CACHE, TensorRole.MODULATION)  # roles of inputs that other variants compute
 
@@ -56,7 +55,7 @@ def check_conformance(
     if not all(check.passed for check in checks):
         return tuple(checks)  # what follows reads them
     checks.append(check_cache_tensors(program.facts[StepPlan], interfaces, paths))
-    if target.name in PORTABLE:
+    if target.is_portable:
         checks += (_check_operators(variant, path, target) for variant, path in paths.items())
     if library is not None:
         for variant, path in paths.items():
@@ -77,7 +76,7 @@ def judge_of(target: Target) -> Library | None:
     if not target.emits_onnx:
         names = ", ".join(name for name, known in TARGETS.items() if known.emits_onnx)
         raise UsageError(f"{target.name} takes no graphs", where="--target", hint=f"these do: {names}")
-    return Library.load(target.name) if target.name in PROVIDERS else None
+    return Library.load(target.runtime) if target.runtime in PROVIDERS else None
 
 
 def check_cache_tensors(plan: StepPlan, interfaces: Mapping[str, Interface], paths: Mapping[str, Path]) -> Check:

@@ -16,13 +16,13 @@ from pathlib import Path
 from qcgraph.bundle import Bundle
 from qcgraph.export.package.single_file import PLAN_KEY, write_single_file
 from qcgraph.export.package.single_model import START, HostedCache, SingleModel, host_plan
+from qcgraph.export.targets import target_of
 from qcgraph.plan.spec import TensorSpec
 
 CONFIG = "config.pbtxt"
 VERSION = "1"  # Triton's version of the model: a folder
 SEQUENCES = 32  # trajectories that are under way at once; others wait for one to end
 IDLE_SECONDS = 60  # after which a trajectory that nobody continues gives up its place
-_CPU_TARGET = "onnxruntime-cpu"
 _TYPES = {"bf16": "TYPE_BF16", "bool": "TYPE_BOOL", "f16": "TYPE_FP16", "f32": "TYPE_FP32", "i64": "TYPE_INT64"}
 
 
@@ -50,7 +50,7 @@ def config_text(bundle: Bundle, single: SingleModel) -> str:
     parts.append(f"output {_tensor(single.output)}")
     if single.cache:
         parts.append(_sequences(single))
-    if bundle.manifest.target == _CPU_TARGET:
+    if target_of(bundle).integer_products:  # ONNX Runtime has their kernels on the CPU
         parts.append("instance_group { count: 1 kind: KIND_CPU }")
     plan = json.dumps(
         json.dumps(host_plan(bundle, single))

@@ -22,6 +22,7 @@ from qcgraph.bundle.engines import (
 )
 from qcgraph.bundle.watch import reading
 from qcgraph.errors import BundleError, UsageError
+from qcgraph.export.targets import target_of
 from qcgraph.export.tensorrt import provider as tensorrt
 from qcgraph.export.tensorrt.steps import PROBED_VERSIONS, FusedSteps, fused_steps
 from qcgraph.files.folder import read_file
@@ -96,8 +97,8 @@ def build_engines(
 
 def default_provider(bundle: Bundle) -> str:
     """What builds the engines of a bundle: what it was compiled for, else TensorRT-RTX."""
-    target = bundle.manifest.target
-    return target if target in tensorrt.PROVIDERS else "tensorrt-rtx"
+    runtime = target_of(bundle).runtime
+    return runtime if runtime in tensorrt.PROVIDERS else "tensorrt-rtx"
 
 
 MOST_AT_ONCE = 2**20  # of latents in a batch

@@ -45,7 +45,7 @@ def target_notes(recipe: Recipe, target: Target) -> tuple[str, ...]:
         notes.append(f"{target.name} takes constant scales: no activation has two regions")
     if recipe.bit_budget is not None and target.constant_scales:
         notes.append(f"{target.name} takes constant scales: an activation has the same bits in all timestep groups")
-    if asked.attention and target.name in PROVIDERS:
+    if asked.attention and target.runtime in PROVIDERS:
         notes.append("attention of quantized products is not fused: TensorRT has kernels for all of it in 16 bits only")
     return tuple(notes)
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from qcgraph.errors import UsageError
-from qcgraph.export.targets import TARGETS, Target, target_named
+from qcgraph.bundle import Bundle, writing
+from qcgraph.errors import BundleError, UsageError
+from qcgraph.export.targets import TARGETS, Target, record_of, target_named, target_of
 from qcgraph.pipeline import Pipeline
 
 
@@ -28,3 +33,23 @@ def test_weights_of_onnxruntime_never_saturate() -> None:
     """CPUs without VNNI add two products of uint8 and int8 in a saturating int16."""
     high = TARGETS["onnxruntime-cpu"].weight_high
     assert 2 * 255 * high <= 2**15 - 1 < 2 * 255 * (high + 1)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_a_bundle_holds_the_target_of_another_distribution(target: Target, tmp_path: Path) -> None:
+    """Its own targets are known by name; another one is read from the manifest as data."""
+
+    def bundle(name: str, record: dict[str, Any] | None) -> Bundle:
+        with writing(tmp_path / name, model="toy", target=name, target_record=record, force=True) as folder:
+            (folder / "plan.json").write_text("{}")
+            (folder / "recipe.lock.toml").write_text("")
+        return Bundle.open(tmp_path / name)
+
+    assert record_of(target) is None
+    assert target_of(bundle(target.name, None)) is target
+    foreign = replace(target, name="foreign", opset=19)
+    assert target_of(bundle("foreign", record_of(foreign))) == foreign
+    with pytest.raises(UsageError, match="unknown target 'foreign'"):
+        target_of(bundle("foreign", None))
+    with pytest.raises(BundleError, match="holds a target that cannot be read"):
+        target_of(bundle("foreign", {"name": "foreign", "opset": "many"}))

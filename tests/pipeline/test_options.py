@@ -138,14 +138,12 @@ def test_every_pass_that_samples_takes_as_many_trajectories_as_are_asked_for(bit
     for made in passes:
         options = {item.name: getattr(made, item.name) for item in fields(made)}
         assert options.get("trajectories", 3) == 3, made.text
-        if made.name == "plan-precision":
-            assert options["samples"] == 3
         if made.name == "calibrate":
-            assert options["samples"] == 7
+            assert options["latents"] == 7
         assert options.get("seed", 5) == 5, made.text
 
 
 def test_by_default_every_pass_takes_what_it_took() -> None:
     text = default_pipeline(Recipe(), TARGETS["onnxruntime-cpu"]).text
     assert "trajectories" not in text
-    assert "samples" not in text
+    assert "latents" not in text

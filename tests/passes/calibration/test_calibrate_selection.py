@@ -63,7 +63,7 @@ def check_items(found: CalibrationSet, program: Program, steps: Sequence[int], s
 
 
 def test_there_is_no_set_unless_it_is_asked_for(cached: Program, run: Run) -> None:
-    for options in ("", "selection=none", "selection=none samples=7"):
+    for options in ("", "selection=none", "selection=none latents=7"):
         assert CalibrationSet not in run(f"calibrate{{trajectories={COUNT} {options}}}", cached).facts
 
 
@@ -81,7 +81,7 @@ def test_calibrate_selection_golden(cached: Program, run: Run, golden_diff: Call
 
 @every_method
 def test_items_are_latents_of_computing_steps(cached: Program, run: Run, method: str) -> None:
-    found = selected(cached, run, f"selection={method} samples=11")
+    found = selected(cached, run, f"selection={method} latents=11")
     assert found.method == method
     assert found.pool == COUNT * len(COMPUTING)
     assert set(found.steps) <= set(COMPUTING)
@@ -90,7 +90,7 @@ def test_items_are_latents_of_computing_steps(cached: Program, run: Run, method:
 
 @every_method
 def test_without_a_cache_they_are_of_all_steps(captured: Program, run: Run, method: str) -> None:
-    found = selected(captured, run, f"selection={method} samples=20")
+    found = selected(captured, run, f"selection={method} latents=20")
     assert found.pool == COUNT * 9
     assert set(found.steps) > set(COMPUTING)
     check_items(found, captured, range(9))
@@ -98,7 +98,7 @@ def test_without_a_cache_they_are_of_all_steps(captured: Program, run: Run, meth
 
 def test_latents_are_those_of_the_cached_trajectory(captured: Program, cached: Program, run: Run) -> None:
     """Not those of full precision: from the second computing step on the two differ."""
-    options = f"selection=uniform samples={COUNT * len(COMPUTING)}"
+    options = f"selection=uniform latents={COUNT * len(COMPUTING)}"
     pools = [given(program, COMPUTING) for program in (cached, captured)]
     assert np.array_equal(pools[0][0, 0], pools[1][0, 0])
     assert np.abs(pools[0][6, 0] - pools[1][6, 0]).max() > 1e-2
@@ -108,12 +108,12 @@ def test_latents_are_those_of_the_cached_trajectory(captured: Program, cached: P
 def test_a_variant_that_computes_a_part_does_not_count(captured: Program, run: Run) -> None:
     """Also where its blocks have ranges of their own at every step."""
     program = run("plan-cache{interval=3 blocks=1..1},insert-cache", captured)
-    found = selected(program, run, "selection=random samples=10")
+    found = selected(program, run, "selection=random latents=10")
     assert set(found.steps) <= set(COMPUTING)
 
 
 def test_uniform_is_of_all_computing_steps_alike(cached: Program, run: Run) -> None:
-    found = selected(cached, run, "selection=uniform samples=9")
+    found = selected(cached, run, "selection=uniform latents=9")
     assert found.steps == (0, 0, 0, 3, 3, 3, 6, 6, 6)
 
 
@@ -122,7 +122,7 @@ def test_uniform_is_of_all_computing_steps_alike(cached: Program, run: Run) -> N
 def test_as_many_as_asked_for_and_there_are(
     cached: Program, run: Run, method: str, samples: int, expected: int
 ) -> None:
-    found = selected(cached, run, f"selection={method} samples={samples}")
+    found = selected(cached, run, f"selection={method} latents={samples}")
     assert len(found.steps) == len(found.conditions["class_label"]) == len(latents_of(found, cached)) == expected
 
 
@@ -132,26 +132,26 @@ def test_by_default_a_small_model_affords_many(captured: Program, run: Run) -> N
 
 
 def test_the_same_twice(cached: Program, run: Run) -> None:
-    options = "selection=tap samples=8"
+    options = "selection=tap latents=8"
     assert selected(cached, run, options) == selected(cached, run, options)
 
 
 def test_the_seed_decides(cached: Program, run: Run) -> None:
-    first, other = (selected(cached, run, f"selection=random samples=8 seed={seed}") for seed in (0, 3))
+    first, other = (selected(cached, run, f"selection=random latents=8 seed={seed}") for seed in (0, 3))
     assert first.latents != other.latents
     check_items(other, cached, COMPUTING, seed=3)
 
 
 def test_batches_of_trajectories_change_nothing(cached: Program, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = selected(cached, run, "selection=uniform samples=15")
+    whole = selected(cached, run, "selection=uniform latents=15")
     monkeypatch.setattr("qcgraph.passes.calibration.calibrate.BATCH", 2)
-    parts = selected(cached, run, "selection=uniform samples=15")
+    parts = selected(cached, run, "selection=uniform latents=15")
     assert (parts.steps, parts.conditions) == (whole.steps, whole.conditions)
     np.testing.assert_allclose(latents_of(parts, cached), latents_of(whole, cached), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"), [("selection=best", "selection"), ("selection=tap samples=-1", "samples -1")]
+    ("options", "reason"), [("selection=best", "selection"), ("selection=tap latents=-1", "latents -1")]
 )
 def test_bad_options(cached: Program, run: Run, options: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
