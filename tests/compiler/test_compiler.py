@@ -83,7 +83,7 @@ def exact(eager_runner: Callable[[LoadedModel], Runner]) -> np.ndarray:
 def test_a_bundle_is_whole(bundle: Bundle) -> None:
     files = set(bundle.manifest.files)
     assert {"full.onnx", "reuse.onnx", "weights.safetensors", "program.json", "report.json"} <= files
-    assert {"ir/000_capture.txt", "ir/010_insert-qdq.txt", "ir/010_insert-qdq.diff"} <= files
+    assert {"ir/000_capture.txt", "ir/011_insert-qdq.txt", "ir/011_insert-qdq.diff"} <= files
     assert bundle.plan.variants == ("full", "reuse")
     assert bundle.plan.group_count == 4
     assert not any(name.endswith((".pkl", ".pickle", ".pt")) for name in files)
@@ -313,7 +313,7 @@ def test_inspect_and_diff_of_a_compiled_bundle(bundle: Bundle, capsys: pytest.Ca
     assert "; blocks.0.attn.qkv" in text
     assert "insert-qdq, from linear" in text
     assert "blocks.1" not in text
-    assert run(["diff", path, "04", "05"]) == 0
+    assert run(["diff", path, "05", "06"]) == 0
     assert "+timestep groups 4" in capsys.readouterr().out
 
 
