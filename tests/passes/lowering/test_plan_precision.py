@@ -64,7 +64,7 @@ def test_float16_that_would_overflow_is_refused(cached: Program, run: Run) -> No
     assert caught.value.hint == "give bfloat16, or auto"
 
 
-@pytest.mark.parametrize(("options", "message"), [("dtype=float8", "float8"), ("samples=0", "samples 0")])
+@pytest.mark.parametrize(("options", "message"), [("dtype=float8", "float8"), ("trajectories=0", "trajectories 0")])
 def test_wrong_options(cached: Program, run: Run, options: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         run(f"plan-precision{{{options}}}", cached)
