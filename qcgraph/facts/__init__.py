@@ -4,10 +4,11 @@ A fact is a frozen dataclass of numbers, strings and tuples; a program holds at 
 survive a JSON round trip exactly (see `encode` and `decode`).
 """
 
-from qcgraph.facts.caching import NO_BLOCK, CachedValue, CachePlan, ForecastFit, ForecastStep, Rehearsed, SchedulePlan
+from qcgraph.facts.caching import NO_BLOCK, CachedValue, CachePlan, Rehearsed, SchedulePlan
 from qcgraph.facts.calibration import CalibrationSet, Ranges, Reference, SiteRange
 from qcgraph.facts.compensation import Compensation
 from qcgraph.facts.equalization import Equalization, EqualizationPlan, EqualizedActivation
+from qcgraph.facts.forecast import ForecastFit, ForecastStep
 from qcgraph.facts.precision import ComputeType, Precision
 from qcgraph.facts.quantization import (
     FLOAT8,

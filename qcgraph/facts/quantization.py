@@ -154,6 +154,27 @@ class RoundedWeights:
 
 
 @dataclass(frozen=True)
+class SiteCorrection:
+    """Correction of a quantized linear's result without bias, per output channel: ``gain * result + offset``."""
+
+    gains: tuple[float, ...]
+    offsets: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Requantization:
+    """Per site (by name), the correction that is folded into its weight's scales and its bias."""
+
+    sites: dict[str, SiteCorrection]
+
+    def lines(self) -> list[str]:
+        """Return the lines that the text of a program has of it."""
+        gains = [gain for site in self.sites.values() for gain in site.gains]
+        bounds = f"gains {min(gains, default=1):.4f} .. {max(gains, default=1):.4f}"
+        return [f"requantization of {len(self.sites)} sites, {bounds}"] if gains else []
+
+
+@dataclass(frozen=True)
 class RegionQuant:
     """Probabilities in two regions, each with a step and ``levels`` codes besides zero (TQ-DiT's MRQ, after a softmax).
 
@@ -212,27 +233,6 @@ class AttentionPlan:
     def lines(self) -> list[str]:
         """Return the lines that the text of a program has of it."""
         return [f"quant {name}: {site.describe()}" for name, site in self.sites.items()]
-
-
-@dataclass(frozen=True)
-class SiteCorrection:
-    """Correction of a quantized linear's result without bias, per output channel: ``gain * result + offset``."""
-
-    gains: tuple[float, ...]
-    offsets: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Requantization:
-    """Per site (by name), the correction that is folded into its weight's scales and its bias."""
-
-    sites: dict[str, SiteCorrection]
-
-    def lines(self) -> list[str]:
-        """Return the lines that the text of a program has of it."""
-        gains = [gain for site in self.sites.values() for gain in site.gains]
-        bounds = f"gains {min(gains, default=1):.4f} .. {max(gains, default=1):.4f}"
-        return [f"requantization of {len(self.sites)} sites, {bounds}"] if gains else []
 
 
 @dataclass(frozen=True)

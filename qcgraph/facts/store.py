@@ -5,22 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import cache
+from types import ModuleType
 from typing import Any, Protocol, TypeVar, cast
 
 from qcgraph.errors import QcgraphError
-from qcgraph.facts.caching import CachePlan, ForecastFit, Rehearsed, SchedulePlan
-from qcgraph.facts.calibration import CalibrationSet, Ranges, Reference
-from qcgraph.facts.compensation import Compensation
-from qcgraph.facts.equalization import Equalization, EqualizationPlan
-from qcgraph.facts.precision import ComputeType, Precision
-from qcgraph.facts.quantization import (
-    AttentionPlan,
-    QuantizedSites,
-    QuantPlan,
-    Requantization,
-    RoundedWeights,
-    TimestepGroups,
-)
+from qcgraph.facts import caching, calibration, compensation, equalization, forecast, precision, quantization
+from qcgraph.facts.precision import ComputeType
+from qcgraph.facts.quantization import RoundedWeights
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 
@@ -37,31 +28,22 @@ class Fact(Protocol):
 
 Kind = TypeVar("Kind", bound=Fact)
 
+FAMILIES = (caching, equalization, calibration, quantization, forecast, compensation, precision)
+
+
+def _facts_of(family: ModuleType) -> Iterator[type[Fact]]:
+    """Return the facts of a family in the order of its file: the classes that have lines; others are parts of them."""
+    for kind in vars(family).values():
+        if isinstance(kind, type) and kind.__module__ == family.__name__ and hasattr(kind, "lines"):
+            yield kind
+
+
 # Every fact that programs can hold, in the order in which their text shows them.
 FACT_TYPES: tuple[type[Fact], ...] = (
     ModelSpec,
     StepPlan,
-    CachePlan,
-    SchedulePlan,
-    Rehearsed,
-    EqualizationPlan,
-    Equalization,
-    Ranges,
-    Reference,
-    CalibrationSet,
-    TimestepGroups,
-    QuantPlan,
-    RoundedWeights,
-    QuantizedSites,
-    Requantization,
-    AttentionPlan,
-    ForecastFit,
-    Compensation,
-    Precision,
-    ComputeType,
+    *(kind for family in FAMILIES for kind in _facts_of(family)),
 )
-
-
 FOREIGN = ":"  # in the key of a fact of another distribution, ``package.module:Fact``
 
 

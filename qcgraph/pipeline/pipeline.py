@@ -79,8 +79,8 @@ class Pass(ABC):
         provides: the facts that are there after.
         provides_with: facts that are there after only with an option: the text of the pass with it, and the fact.
         samples: whether the pass samples trajectories; a dry run leaves it out.
-        restarts: whether a pipeline that begins with this pass starts anew from its result, which is the captured model
-            with other weights: it is the origin of the passes that follow, and the weights it replaced are let go.
+        restarts: whether a compilation starts anew from the result of this pass, which is the captured model with other
+            weights: it is the origin of the passes that follow, and the weights that it replaced are let go.
 
     Raises:
         UsageError: an option has a wrong type or is out of range.

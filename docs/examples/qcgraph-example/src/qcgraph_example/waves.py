@@ -55,5 +55,5 @@ def make_model() -> LoadedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = Waves()
-    spec = ModelSpec("waves", (CHANNELS, SIZE, SIZE), CLASSES, CLASSES, output_channels=CHANNELS)
+    spec = ModelSpec.class_conditional("waves", (CHANNELS, SIZE, SIZE), CLASSES, CLASSES, output_channels=CHANNELS)
     return LoadedModel(module.eval().requires_grad_(False), spec, ("latent", "timestep", "label"))
