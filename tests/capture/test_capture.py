@@ -285,7 +285,9 @@ def test_a_latent_of_another_shape_is_said_to_be_that() -> None:
     module = toy(lambda self, x, t, y: x + torch.zeros(2, 4, 5))
     with pytest.raises(CaptureError, match=r"when it is called with x float32\[3, 2, 4, 4\]") as caught:
         capture(module, SPEC, NAMES)
-    assert "its spec says that it takes latent f32[B,2,4,4]; timestep f32[B]; class_label i64[B]" in str(caught.value.hint)
+    assert "its spec says that it takes latent f32[B,2,4,4]; timestep f32[B]; class_label i64[B]" in str(
+        caught.value.hint
+    )
 
 
 def test_inference_mode_does_not_matter() -> None:
