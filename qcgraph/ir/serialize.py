@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qcgraph.errors import BundleError
+from qcgraph.errors import BundleError, UsageError
 from qcgraph.facts import Facts, decode
 from qcgraph.files.folder import parsed, path_problem, read_file, text_of
 from qcgraph.ir.graph import DTYPE_NAMES, DTYPES, Origin, Variant, is_name, module_path
@@ -62,6 +62,8 @@ def program_from_json(data: Mapping[str, Any], constants: Mapping[str, torch.Ten
         variants = {name: _variant_from_json(entry, constants) for name, entry in data["variants"].items()}
         history = tuple(decode(PassRecord, record) for record in data["history"])
         program = Program(variants, dict(constants), Facts.decode(data["facts"]), history)
+    except UsageError as error:  # of a step plan that no plan can be
+        raise BundleError(error.message, where=PROGRAM, hint=_AGAIN) from error
     except READING_ERRORS as error:
         raise BundleError(
             f"was written by another version of qcgraph: {_reason(error)}", where=PROGRAM, hint=_AGAIN

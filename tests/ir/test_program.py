@@ -17,7 +17,9 @@ from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.graph import output_node, spec_of
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, program_from_json, program_to_json, save_program
+from qcgraph.plan.roles import TensorRole
 from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
 
 aten = torch.ops.aten
 
@@ -119,6 +121,17 @@ def test_a_program_survives_the_disk(captured: Program, tmp_path: Path) -> None:
     assert loaded.history == captured.history
     ours, theirs = captured.run("main", inputs()), loaded.run("main", inputs())
     assert torch.equal(ours["noise_prediction"], theirs["noise_prediction"])
+
+
+def test_roles_survive_the_disk(captured: Program, run: Callable[[str, Program], Program], tmp_path: Path) -> None:
+    """Those of variants and of tensors, with the cached values that these hold and how old they are."""
+    program = run("plan-cache{interval=3 history=2},insert-cache,insert-forecast,hoist-adaln", captured)
+    assert {spec.age for spec in program.variants["reuse"].interface.taken(TensorRole.CACHE)} == {0, 1}
+    save_program(program, tmp_path)
+    loaded = load_program(tmp_path)
+    assert loaded.interfaces == program.interfaces
+    assert loaded.facts[StepPlan].roles == program.facts[StepPlan].roles
+    assert loaded.digest == program.digest
 
 
 def test_a_mask_of_infinities_survives_the_disk(captured: Program, tmp_path: Path) -> None:
@@ -309,6 +322,14 @@ def deep(data: dict[str, Any]) -> None:
         lambda data: data["variants"]["main"]["inputs"][0].update(shape=["B", 2, 8, "Q"]),
         lambda data: data["variants"]["main"]["inputs"][0].update(dtype="f77"),
         lambda data: data["variants"]["main"]["outputs"][0].update(shape=["B", 1, 8, 8]),
+        lambda data: data["variants"]["main"]["inputs"][0].pop("role"),
+        lambda data: data["variants"]["main"]["inputs"][0].update(role=None),
+        lambda data: data["variants"]["main"]["inputs"][0].update(role="latent"),
+        lambda data: data["variants"]["main"]["inputs"][1].update(role="cache", value="cache_0"),
+        lambda data: data["variants"]["main"]["inputs"][1].update(age="old"),
+        lambda data: data["facts"]["StepPlan"].update(roles={}),
+        lambda data: data["facts"]["StepPlan"]["roles"].update(other={"kind": "reuses", "of": ""}),
+        lambda data: data["facts"]["StepPlan"]["roles"].update(main={"kind": "guesses", "of": ""}),
         lambda data: data.update(variants=[1]),
         lambda data: data.update(variants={}),
     ],
