@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import fx
 
 from qcgraph.errors import VerificationError
+from qcgraph.export.onnx.annotate import emitted_for
 from qcgraph.export.onnx.valid import load_graph, tensor_type
 from qcgraph.export.run.onnxruntime import load_session, session_options
-from qcgraph.ir.graph import Variant, returned_nodes, spec_of
+from qcgraph.ir.graph import Variant, returned_nodes
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantized_sites import QuantizedSite
 from qcgraph.sampling.loop import Array
@@ -23,15 +22,12 @@ from qcgraph.sampling.loop import Array
 if TYPE_CHECKING:
     from onnxscript import ir
 
-aten = torch.ops.aten
-VIEWS = (aten.view.default, aten.reshape.default, aten.alias.default, aten.clone.default, aten.expand.default)
-
 
 class CutSites:
     """Some quantized sites of an exported graph, each cut out and fed on its own, in one session.
 
-    Values of the graph have the names of the program's nodes that make them (see `qcgraph.export.onnx.emit`), so that
-    the nodes of a site say where it is cut.
+    The graph says which node of the program each of its nodes was emitted for, and values have the names of the
+    program's nodes that make them (see `qcgraph.export.onnx.emit`), so that the nodes of a site say where it is cut.
 
     Args:
         program: what was exported.
@@ -58,11 +54,12 @@ class CutSites:
         self.nodes = frozenset(name for site in sites for name in (site.entering, site.leaving))
         self._leaving: dict[str, str] = {}  # site -> output of the cut graph
         self._entering: dict[str, str] = {}  # node of the program -> input of the cut graph
-        values, multiplied = _Values(program.variants[variant], model.graph), _multiplied_codes(model.graph)
+        results, emitted = _results(program.variants[variant], model.graph), emitted_for(model.graph)
+        multiplied = _multiplied_codes(model.graph)
         inputs: dict[ir.Value, ir.Value] = {}
         outputs: list[ir.Value] = []
         for index, site in enumerate(sites):
-            entering, leaving = values.of(site.entering), values.of(site.leaving)
+            entering, leaving = _entering(emitted.get(site.divides, ())), results.get(site.leaving)
             if site.codes not in multiplied or entering is None or leaving is None:
                 raise VerificationError(
                     "the exported graph has no product of a quantized activation with its weight codes",
@@ -94,37 +91,22 @@ class CutSites:
         return dict(zip(self._leaving, values, strict=True))
 
 
-class _Values:
-    """The values of an exported graph by the program's nodes that make them.
+def _entering(made_for: Sequence[ir.Node]) -> ir.Value | None:
+    """The activation that the nodes read which were emitted for the first node of a site, a quantizer or a division.
 
-    Args:
-        variant: what was exported.
-        graph: the exported graph.
+    They make all else that they read themselves, but for scales and zero points, which are single numbers.
     """
+    made = {value for node in made_for for value in node.outputs}
+    read = {value for node in made_for for value in node.inputs if value is not None and value not in made}
+    found = [value for value in read if not value.is_initializer() and (value.shape is None or value.shape.rank())]
+    return found[0] if len(found) == 1 else None
 
-    def __init__(self, variant: Variant, graph: ir.Graph) -> None:
-        returned = zip(returned_nodes(variant.graph), graph.outputs, strict=True)
-        made = [*graph.inputs, *(value for node in graph for value in node.outputs)]
-        self._nodes = {node.name: node for node in variant.graph.nodes}
-        self._values = {str(value.name): value for value in made} | {node.name: value for node, value in returned}
 
-    def of(self, name: str) -> ir.Value | None:
-        """Return the value of a node; None where the graph does not have it.
-
-        Nodes that do nothing, such as a view that has the shape already, are left out of graphs: the value is that of
-        the node before.
-        """
-        while name not in self._values and (source := self._same(name)):
-            name = source
-        return self._values.get(name)
-
-    def _same(self, name: str) -> str:
-        """Return the node before one that gives a value of the same type, or nothing."""
-        node = self._nodes[name]
-        source = node.args[0] if node.target in VIEWS else None
-        if not isinstance(source, fx.Node) or spec_of("", source.meta["val"]) != spec_of("", node.meta["val"]):
-            return ""
-        return source.name
+def _results(variant: Variant, graph: ir.Graph) -> dict[str, ir.Value]:
+    """The values of an exported graph by the names of the program's nodes, also of those that are its outputs."""
+    returned = zip(returned_nodes(variant.graph), graph.outputs, strict=True)
+    values = {str(value.name): value for node in graph for value in node.outputs}
+    return values | {node.name: value for node, value in returned}
 
 
 def _multiplied_codes(graph: ir.Graph) -> frozenset[str]:
