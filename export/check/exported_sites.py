@@ -92,9 +92,10 @@ class CutSites:
 
 
 def _entering(made_for: Sequence[ir.Node]) -> ir.Value | None:
-    """The activation that the nodes read which were emitted for the first node of a site, a quantizer or a division.
+    """Return the activation that nodes read which were emitted for the first node of a site; None without one.
 
-    They make all else that they read themselves, but for scales and zero points, which are single numbers.
+    That is a quantizer, or the division before it. Its nodes make all else that they read themselves, but for scales
+    and zero points, which are single numbers.
     """
     made = {value for node in made_for for value in node.outputs}
     read = {value for node in made_for for value in node.inputs if value is not None and value not in made}
@@ -103,14 +104,14 @@ def _entering(made_for: Sequence[ir.Node]) -> ir.Value | None:
 
 
 def _results(variant: Variant, graph: ir.Graph) -> dict[str, ir.Value]:
-    """The values of an exported graph by the names of the program's nodes, also of those that are its outputs."""
+    """Return the values of an exported graph by the names of the program's nodes that make them."""
     returned = zip(returned_nodes(variant.graph), graph.outputs, strict=True)
     values = {str(value.name): value for node in graph for value in node.outputs}
     return values | {node.name: value for node, value in returned}
 
 
 def _multiplied_codes(graph: ir.Graph) -> frozenset[str]:
-    """The weight codes that are multiplied with a quantized activation, as dequantized values or as integers."""
+    """Return the weight codes that are multiplied with a quantized activation, as dequantized values or as integers."""
     found = []
     for node in graph:
         makers = [_maker(value) for value in node.inputs[:2]]

@@ -98,7 +98,7 @@ class ReducePrecision(Pass):
 
 
 def _with_scales(program: Program, renamed: Mapping[str, str]) -> Program:
-    """The program whose quantized sites have the scales that replaced theirs."""
+    """Return the program whose quantized sites name the scales that replaced theirs."""
     sites = program.facts.get(QuantizedSites)
     if sites is None:
         return program
