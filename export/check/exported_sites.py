@@ -53,13 +53,14 @@ class CutSites:
         self.sites = tuple(sites)
         self.nodes = frozenset(name for site in sites for name in (site.entering, site.leaving))
         self._leaving: dict[str, str] = {}  # site -> output of the cut graph
-        self._entering: dict[str, str] = {}  # node of the program -> input of the cut graph
+        self._entering: dict[str, str] = {}  # input of the cut graph -> node of the program
         results, emitted = _results(program.variants[variant], model.graph), emitted_for(model.graph)
         multiplied = _multiplied_codes(model.graph)
+        entered = [_entering(emitted.get(site.divides, ())) for site in sites]
         inputs: dict[ir.Value, ir.Value] = {}
         outputs: list[ir.Value] = []
-        for index, site in enumerate(sites):
-            entering, leaving = _entering(emitted.get(site.divides, ())), results.get(site.leaving)
+        for index, (site, entering) in enumerate(zip(sites, entered, strict=True)):
+            leaving = results.get(site.leaving)
             if site.codes not in multiplied or entering is None or leaving is None:
                 raise VerificationError(
                     "the exported graph has no product of a quantized activation with its weight codes",
@@ -69,7 +70,7 @@ class CutSites:
                 inputs[entering] = ir.Value(name=f"entering_{index}", type=tensor_type(site.dtype))
                 for node, position in tuple(entering.uses()):
                     node.replace_input_with(position, inputs[entering])
-            self._entering[site.entering] = str(inputs[entering].name)
+            self._entering[str(inputs[entering].name)] = site.entering
             leaving.type = tensor_type(site.dtype)
             outputs.append(leaving)
             self._leaving[site.name] = str(leaving.name)
@@ -84,7 +85,7 @@ class CutSites:
             entering: what enters the sites, by the name of the program's node; other entries are ignored.
             selectors: the scalar inputs, the timestep group among them.
         """
-        feeds: dict[str, npt.NDArray[Any]] = {name: entering[node] for node, name in self._entering.items()}
+        feeds: dict[str, npt.NDArray[Any]] = {name: entering[node] for name, node in self._entering.items()}
         wanted = {item.name for item in self._session.get_inputs()}
         feeds |= {name: value for name, value in selectors.items() if name in wanted}
         values = self._session.run(list(self._leaving.values()), feeds)
