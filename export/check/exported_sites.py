@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import fx
 
 from qcgraph.errors import VerificationError
+from qcgraph.export.onnx.annotate import emitted_for
 from qcgraph.export.onnx.valid import load_graph, tensor_type
 from qcgraph.export.run.onnxruntime import load_session, session_options
-from qcgraph.ir.graph import Variant, returned_nodes, spec_of
+from qcgraph.ir.graph import Variant, returned_nodes
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantized_sites import QuantizedSite
 from qcgraph.sampling.runner import Array
@@ -23,15 +22,12 @@ from qcgraph.sampling.runner import Array
 if TYPE_CHECKING:
     from onnxscript import ir
 
-aten = torch.ops.aten
-VIEWS = (aten.view.default, aten.reshape.default, aten.alias.default, aten.clone.default, aten.expand.default)
-
 
 class CutSites:
     """Some quantized sites of an exported graph, each cut out and fed on its own, in one session.
 
-    Values of the graph have the names of the program's nodes that make them (see `qcgraph.export.onnx.emit`), so that
-    the nodes of a site say where it is cut.
+    The graph says which node of the program each of its nodes was emitted for, and values have the names of the
+    program's nodes that make them (see `qcgraph.export.onnx.emit`), so that the nodes of a site say where it is cut.
 
     Args:
         program: what was exported.
@@ -57,12 +53,14 @@ class CutSites:
         self.sites = tuple(sites)
         self.nodes = frozenset(name for site in sites for name in (site.entering, site.leaving))
         self._leaving: dict[str, str] = {}  # site -> output of the cut graph
-        self._entering: dict[str, str] = {}  # node of the program -> input of the cut graph
-        values, multiplied = _Values(program.variants[variant], model.graph), _multiplied_codes(model.graph)
+        self._entering: dict[str, str] = {}  # input of the cut graph -> node of the program
+        results, emitted = _results(program.variants[variant], model.graph), emitted_for(model.graph)
+        multiplied = _multiplied_codes(model.graph)
+        entered = [_entering(emitted.get(site.divides, ())) for site in sites]
         inputs: dict[ir.Value, ir.Value] = {}
         outputs: list[ir.Value] = []
-        for index, site in enumerate(sites):
-            entering, leaving = values.of(site.entering), values.of(site.leaving)
+        for index, (site, entering) in enumerate(zip(sites, entered, strict=True)):
+            leaving = results.get(site.leaving)
             if site.codes not in multiplied or entering is None or leaving is None:
                 raise VerificationError(
                     "the exported graph has no product of a quantized activation with its weight codes",
@@ -72,7 +70,7 @@ class CutSites:
                 inputs[entering] = ir.Value(name=f"entering_{index}", type=tensor_type(site.dtype))
                 for node, position in tuple(entering.uses()):
                     node.replace_input_with(position, inputs[entering])
-            self._entering[site.entering] = str(inputs[entering].name)
+            self._entering[str(inputs[entering].name)] = site.entering
             leaving.type = tensor_type(site.dtype)
             outputs.append(leaving)
             self._leaving[site.name] = str(leaving.name)
@@ -87,48 +85,34 @@ class CutSites:
             entering: what enters the sites, by the name of the program's node; other entries are ignored.
             selectors: the scalar inputs, the timestep group among them.
         """
-        feeds: dict[str, npt.NDArray[Any]] = {name: entering[node] for node, name in self._entering.items()}
+        feeds: dict[str, npt.NDArray[Any]] = {name: entering[node] for name, node in self._entering.items()}
         wanted = {item.name for item in self._session.get_inputs()}
         feeds |= {name: value for name, value in selectors.items() if name in wanted}
         values = self._session.run(list(self._leaving.values()), feeds)
         return dict(zip(self._leaving, values, strict=True))
 
 
-class _Values:
-    """The values of an exported graph by the program's nodes that make them.
+def _entering(made_for: Sequence[ir.Node]) -> ir.Value | None:
+    """Return the activation that nodes read which were emitted for the first node of a site; None without one.
 
-    Args:
-        variant: what was exported.
-        graph: the exported graph.
+    That is a quantizer, or the division before it. Its nodes make all else that they read themselves, but for scales
+    and zero points, which are single numbers.
     """
+    made = {value for node in made_for for value in node.outputs}
+    read = {value for node in made_for for value in node.inputs if value is not None and value not in made}
+    found = [value for value in read if not value.is_initializer() and (value.shape is None or value.shape.rank())]
+    return found[0] if len(found) == 1 else None
 
-    def __init__(self, variant: Variant, graph: ir.Graph) -> None:
-        returned = zip(returned_nodes(variant.graph), graph.outputs, strict=True)
-        made = [*graph.inputs, *(value for node in graph for value in node.outputs)]
-        self._nodes = {node.name: node for node in variant.graph.nodes}
-        self._values = {str(value.name): value for value in made} | {node.name: value for node, value in returned}
 
-    def of(self, name: str) -> ir.Value | None:
-        """Return the value of a node; None where the graph does not have it.
-
-        Nodes that do nothing, such as a view that has the shape already, are left out of graphs: the value is that of
-        the node before.
-        """
-        while name not in self._values and (source := self._same(name)):
-            name = source
-        return self._values.get(name)
-
-    def _same(self, name: str) -> str:
-        """Return the node before one that gives a value of the same type, or nothing."""
-        node = self._nodes[name]
-        source = node.args[0] if node.target in VIEWS else None
-        if not isinstance(source, fx.Node) or spec_of("", source.meta["val"]) != spec_of("", node.meta["val"]):
-            return ""
-        return source.name
+def _results(variant: Variant, graph: ir.Graph) -> dict[str, ir.Value]:
+    """Return the values of an exported graph by the names of the program's nodes that make them."""
+    returned = zip(returned_nodes(variant.graph), graph.outputs, strict=True)
+    values = {str(value.name): value for node in graph for value in node.outputs}
+    return values | {node.name: value for node, value in returned}
 
 
 def _multiplied_codes(graph: ir.Graph) -> frozenset[str]:
-    """The weight codes that are multiplied with a quantized activation, as dequantized values or as integers."""
+    """Return the weight codes that are multiplied with a quantized activation, as dequantized values or as integers."""
     found = []
     for node in graph:
         makers = [_maker(value) for value in node.inputs[:2]]

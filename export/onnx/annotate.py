@@ -57,6 +57,14 @@ def keep_place(replaced: ir.Node, *made: ir.Node) -> None:
         node.metadata_props.update(replaced.metadata_props)
 
 
+def emitted_for(graph: ir.Graph) -> dict[str, list[ir.Node]]:
+    """Return the nodes of an exported graph by the program's node that they were emitted for."""
+    found: dict[str, list[ir.Node]] = {}
+    for node in graph.all_nodes():
+        found.setdefault(node.metadata_props.get(NAMESPACE, "").rpartition("/")[2], []).append(node)
+    return found
+
+
 def name_nodes(model: ir.Model) -> None:
     """Call nodes as their module, and then as the program's node or the value that they make.
 

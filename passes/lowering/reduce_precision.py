@@ -77,7 +77,7 @@ def _check_fits(plan: Precision, program: Program) -> None:
 
 
 def _with_scales(program: Program, renamed: Mapping[str, str]) -> Program:
-    """Return the program whose quantized sites have the scales that replaced theirs."""
+    """Return the program whose quantized sites name the scales that replaced theirs."""
     sites = program.facts.get(QuantizedSites)
     if sites is None:
         return program

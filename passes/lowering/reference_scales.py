@@ -86,7 +86,7 @@ def reference_scale(scales: torch.Tensor) -> torch.Tensor:
 
 
 def _quantized_activations(variant: Variant, quantizers: Collection[str]) -> Iterator[fx.Node]:
-    """The nodes that dequantize what these quantizers make, in order."""
+    """Yield the nodes that dequantize what some quantizers make, in order."""
     for node in variant.graph.nodes:
         if node.target is ops.dequantize.default and operand(node, 0).name in quantizers:
             yield node
@@ -169,7 +169,7 @@ def _rescale_products(editor: GraphEditor, ratios: Mapping[fx.Node, fx.Node]) ->
 def _moved(
     sites: QuantizedSites, variant: str, made: Mapping[str, _Referenced], rescaled: Mapping[str, str]
 ) -> QuantizedSites:
-    """The sites where these activations of a variant have constant scales and these products are multiplied."""
+    """Return the sites after some activations of a variant got constant scales and some products were rescaled."""
     linears, attentions = dict(sites.linears), dict(sites.attentions)
     for name, linear, nodes in sites.linears_of(variant):
         if nodes.quantizer in made:

@@ -24,12 +24,7 @@ def find_wrong_sites(program: Program) -> Iterator[str]:
     sites = sites_of(program.facts)
     graphs = {name: {node.name: node for node in variant.graph.nodes} for name, variant in program.variants.items()}
     for site, linear in sites.linears.items():
-        for name in (linear.codes, linear.scale):
-            if name not in program.constants:
-                yield f"quantized site {site}: its constant {name!r} is not there"
-        for variant, nodes in linear.nodes.items():
-            for reason in _wrong_linear(linear, nodes, graphs.get(variant)):
-                yield f"quantized site {site} in {variant}: {reason}"
+        yield from (f"quantized site {site}{reason}" for reason in _wrong_site(linear, program, graphs))
     for site, attention in sites.attentions.items():
         for variant, placed in attention.nodes.items():
             for reason in _wrong_attention(placed, graphs.get(variant)):
@@ -40,10 +35,19 @@ def find_wrong_sites(program: Program) -> Iterator[str]:
 
 
 def _is_quantized(node: fx.Node) -> bool:
-    """Whether a node multiplies two dequantized operands."""
-    return node.target in PRODUCTS and all(
-        isinstance(value, fx.Node) and value.target is ops.dequantize.default for value in node.args[:2]
-    )
+    """Tell whether a node multiplies two dequantized operands."""
+    operands = [value for value in node.args[:2] if isinstance(value, fx.Node)] if node.target in PRODUCTS else []
+    return len(operands) == 2 and all(value.target is ops.dequantize.default for value in operands)
+
+
+def _wrong_site(linear: QuantizedLinear, program: Program, graphs: Mapping[str, Graph]) -> Iterator[str]:
+    for name in (linear.codes, linear.scale):
+        if name not in program.constants:
+            yield f": its constant {name!r} is not there"
+    if not linear.nodes:
+        yield ": it is in no variant"
+    for variant, nodes in linear.nodes.items():
+        yield from (f" in {variant}: {reason}" for reason in _wrong_linear(linear, nodes, graphs.get(variant)))
 
 
 def _wrong_linear(linear: QuantizedLinear, nodes: LinearNodes, graph: Graph | None) -> Iterator[str]:
@@ -82,7 +86,7 @@ def _wrong_weight(linear: QuantizedLinear, nodes: LinearNodes, product: fx.Node,
         if getattr(held, "op", None) != "get_attr" or getattr(held, "target", None) != name:
             yield f"its product %{nodes.product} does not take the {role} {name!r}"
     target, axis = (aten.matmul.default, 1) if linear.transposed else (aten.linear.default, 0)
-    if product.target is not target or weight.args[3] != axis:
+    if product.target is not target or weight.args[3:] != (axis,):
         layout = "[in,out]" if linear.transposed else "[out,in]"
         yield f"its product %{nodes.product} does not take codes of the layout {layout}"
 
@@ -91,7 +95,7 @@ def _wrong_ratio(nodes: LinearNodes, graph: Graph) -> Iterator[str]:
     """Yield what is wrong with the two multiplications around a product with a constant scale."""
     if bool(nodes.divides) != bool(nodes.rescales):
         yield f"its product %{nodes.product} has a ratio of scales on one side alone"
-    if nodes.divides and graph[nodes.quantizer].args[0] is not graph[nodes.divides]:
+    if nodes.divides and graph[nodes.quantizer].args[:1] != (graph[nodes.divides],):
         yield f"its quantizer %{nodes.quantizer} does not take what %{nodes.divides} divides"
     if nodes.rescales and graph[nodes.product] not in graph[nodes.rescales].all_input_nodes:
         yield f"its ratio %{nodes.rescales} does not multiply the product %{nodes.product}"
@@ -114,6 +118,6 @@ def _wrong_attention(nodes: AttentionNodes, graph: Graph | None) -> Iterator[str
 
 
 def _dequantizes(value: object, quantizer: str) -> bool:
-    """Whether a node dequantizes the codes of a quantizer."""
-    codes = value.args[0] if isinstance(value, fx.Node) and value.target is ops.dequantize.default else None
-    return isinstance(codes, fx.Node) and codes.name == quantizer
+    """Tell whether a node dequantizes the codes of a quantizer."""
+    codes = value.args[:1] if isinstance(value, fx.Node) and value.target is ops.dequantize.default else ()
+    return [getattr(node, "name", "") for node in codes] == [quantizer]

@@ -90,6 +90,13 @@ def test_a_variant_that_is_not_there(inserted: Program) -> None:
     assert list(find_wrong_sites(wrong)) == [f"quantized site {SITE} in fuller: there is no such variant"]
 
 
+def test_a_site_in_no_variant(inserted: Program) -> None:
+    sites = inserted.facts[QuantizedSites]
+    linear = replace(sites.linears[SITE], nodes={})
+    wrong = inserted.with_facts(replace(sites, linears={**sites.linears, SITE: linear}))
+    assert next(find_wrong_sites(wrong)) == f"quantized site {SITE}: it is in no variant"
+
+
 @pytest.mark.parametrize("role", ["quantizer", "product", "leaving", "divides", "rescales"])
 def test_a_node_that_is_gone(referenced: Program, role: str) -> None:
     (what,) = {text for text in find_wrong_sites(changed(referenced, nodes={role: "lost"})) if SITE in text}
