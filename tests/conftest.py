@@ -145,7 +145,7 @@ def small_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def captured(tiny_model: LoadedModel) -> Program:
     """The tiny denoiser as captured, with a plan of nine DDIM steps at guidance 1.5."""
     program = capture(tiny_model.module, tiny_model.spec, tiny_model.input_names)
-    plan = make_step_plan("ddim", STEPS, 1.5, tiny_model.spec.schedule, program.constants_digest)
+    plan = make_step_plan("ddim", STEPS, 1.5, tiny_model.spec.noise_schedule, program.constants_digest)
     return program.with_facts(plan)
 
 

@@ -72,7 +72,9 @@ def program(folder: Path) -> Program:
     """The transformer as captured, with a plan of nine steps."""
     model = load_model(str(folder))
     captured = capture(model.module, model.spec, model.input_names)
-    return captured.with_facts(make_step_plan("ddim", 9, GUIDANCE, model.spec.schedule, captured.constants_digest))
+    return captured.with_facts(
+        make_step_plan("ddim", 9, GUIDANCE, model.spec.noise_schedule, captured.constants_digest)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +178,7 @@ def test_the_example_of_the_readme_runs(
             ("full", "reuse"),
         ),
         (
-            "plan-cache{interval=2 blocks=all+guidance},insert-cache,follow-plan{plan=888-111:FCRFRCFCR}",
+            "plan-cache{interval=2 blocks=all+guidance},insert-cache,apply-plan{plan=888-111:FCRFRCFCR}",
             ("full", "conditional", "reuse"),
         ),
     ],
@@ -199,8 +201,8 @@ def test_programs_of_every_kind(pipe: Any, program: Program, run: Run, passes: s
 def test_every_scheduler(pipe: Any, program: Program, scheduler: str, guidance: float) -> None:
     """Noise comes from elsewhere in a pipeline, so DDPM draws other samples; it is accepted."""
     spec = program.facts[ModelSpec]
-    plan = make_step_plan(scheduler, 9, guidance, spec.schedule, "model")
-    pipe.scheduler = make_scheduler(scheduler, spec.schedule)
+    plan = make_step_plan(scheduler, 9, guidance, spec.noise_schedule, "model")
+    pipe.scheduler = make_scheduler(scheduler, spec.noise_schedule)
     pipe.transformer = denoiser_of(program.with_facts(plan))
     drawn, _ = draw(pipe, 9, guidance)
     if scheduler != "ddpm":
@@ -259,7 +261,9 @@ def test_other_settings_are_refused(pipe: Any, program: Program, steps: int, gui
 
 def test_fewer_steps_that_are_all_in_the_plan_are_refused(pipe: Any, program: Program) -> None:
     spec = program.facts[ModelSpec]
-    pipe.transformer = denoiser_of(program.with_facts(make_step_plan("ddim", 20, GUIDANCE, spec.schedule, "model")))
+    pipe.transformer = denoiser_of(
+        program.with_facts(make_step_plan("ddim", 20, GUIDANCE, spec.noise_schedule, "model"))
+    )
     with pytest.raises(BundleError, match="timestep 900 is out of order; timestep 950 comes next") as caught:
         draw(pipe, 10)
     assert "ddim, 20 steps, guidance 4" in str(caught.value.hint)
@@ -301,7 +305,9 @@ def test_another_scheduler_at_the_same_timesteps_is_refused(
 
 def test_a_scheduler_that_adds_no_noise_is_refused_where_some_was_planned(pipe: Any, program: Program) -> None:
     spec = program.facts[ModelSpec]
-    pipe.transformer = denoiser_of(program.with_facts(make_step_plan("ddpm", 9, GUIDANCE, spec.schedule, "model")))
+    pipe.transformer = denoiser_of(
+        program.with_facts(make_step_plan("ddpm", 9, GUIDANCE, spec.noise_schedule, "model"))
+    )
     with pytest.raises(BundleError, match=r"compiled for ddpm, 9 steps, guidance 4; the latent that came .* off"):
         draw(pipe, 9)
 

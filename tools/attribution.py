@@ -21,7 +21,7 @@ from qcgraph.bundle import Bundle
 from qcgraph.bundle.manifest import PACKAGES
 from qcgraph.compiler.compilation import compile_model
 from qcgraph.errors import QcgraphError
-from qcgraph.evaluation.bootstrap import Estimate
+from qcgraph.evaluation.bootstrap import BootstrapEstimate
 from qcgraph.evaluation.evaluate import Evaluation, Options, evaluate
 from qcgraph.evaluation.settings import Subject
 from qcgraph.progress import Progress, progress_for
@@ -136,7 +136,7 @@ def change(found: dict[str, float] | None, when_zero: str) -> str:
     """A change in dB with its interval, and a word where that includes zero."""
     if found is None:
         return "-"
-    estimate = Estimate(**found)
+    estimate = BootstrapEstimate(**found)
     word = "" if estimate.excludes_zero else when_zero
     return f"{word}{estimate.value:+.2f} ({estimate.low:+.2f} .. {estimate.high:+.2f})"
 

@@ -181,7 +181,7 @@ def measure(name: str, path: Path | None, options: Options, progress: Progress) 
 
 def planned(model: LoadedModel, options: Options) -> StepPlan:
     """The steps of a model that nobody compiled."""
-    return make_step_plan("ddim", options.steps, options.guidance, model.spec.schedule, "")
+    return make_step_plan("ddim", options.steps, options.guidance, model.spec.noise_schedule, "")
 
 
 def compiled(name: str, options: Options, progress: Progress) -> Bundle:
@@ -214,7 +214,7 @@ def timed_part(report: ModelReport, part: str, progress: Progress, work: Callabl
 
 
 def torch_rows(report: ModelReport, model: LoadedModel, plan: StepPlan, options: Options, progress: Progress) -> None:
-    """Rows of PyTorch, eager and compiled."""
+    """CalibrationBatch of PyTorch, eager and compiled."""
     for part, name, dtype, mode in TORCH:
         if part in options.parts:
             torch_kind(report, name, partial(torch_denoiser, model, dtype, mode), (model, plan), options, progress)
@@ -230,7 +230,7 @@ def torch_kind(
     options: Options,
     progress: Progress,
 ) -> None:
-    """Rows of one way to run a model in PyTorch."""
+    """CalibrationBatch of one way to run a model in PyTorch."""
     denoise = report.attempt(name, progress, partial(make, options.device))
     if denoise is not None:
         for samples in options.samples:
@@ -251,7 +251,7 @@ def torch_row(name: str, denoise: Denoise, model: LoadedModel, plan: StepPlan, s
 
 
 def engine_rows(report: ModelReport, bundle: Bundle, options: Options, progress: Progress) -> None:
-    """Rows of engines, if they can be built and loaded here."""
+    """CalibrationBatch of engines, if they can be built and loaded here."""
     most = max(options.samples) * bundle.plan.halves
     batch = Batch(minimum=bundle.plan.halves, optimum=bundle.plan.halves, maximum=most)
     place = options.folder / f"engines-{bundle.path.name}"

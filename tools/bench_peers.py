@@ -21,7 +21,7 @@ from pathlib import Path
 
 from qcgraph.benchmark.baselines import parse_baselines
 from qcgraph.benchmark.bench import BenchOptions, bench
-from qcgraph.benchmark.report import BenchReport, Row
+from qcgraph.benchmark.report import BenchmarkResult, BenchReport
 from qcgraph.benchmark.timing import Timing
 from qcgraph.compiler.compilation import compile_model
 from qcgraph.errors import QcgraphError
@@ -128,7 +128,7 @@ def markdown(report: BenchReport) -> str:
     return "\n".join(lines)
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: BenchmarkResult) -> tuple[str, ...]:
     """One row of the table."""
     peak = row.alone.peak_bytes if row.alone else None
     return (

@@ -79,7 +79,7 @@ def capture_model(options: argparse.Namespace) -> Program:
     program = capture(model.module, model.spec, model.input_names)
     return program.with_facts(
         make_step_plan(
-            options.scheduler, options.steps, options.guidance, model.spec.schedule, program.constants_digest
+            options.scheduler, options.steps, options.guidance, model.spec.noise_schedule, program.constants_digest
         )
     )
 
@@ -168,7 +168,7 @@ def probes(program: Program, both: Both) -> list[Probe]:
     """The forecasts of a program at every step that reuses, from values of both precisions."""
     plan, cache = program.facts[StepPlan], program.facts[CachePlan]
     table = program.constants[f"forecast.{cache.values[0].name}"]
-    times = log_signal_to_noise(program.facts[ModelSpec].schedule, plan.timesteps)
+    times = log_signal_to_noise(program.facts[ModelSpec].noise_schedule, plan.timesteps)
     halves = torch.arange(len(both.values[0][0])) * HALVES // len(both.values[0][0])
     found, computed = [], []
     for index, step in enumerate(plan.steps):

@@ -116,7 +116,7 @@ def parse() -> argparse.Namespace:
 def rows_of(name: str, options: argparse.Namespace, module: Any) -> Iterator[Row]:
     loaded = load_model(name)
     captured = capture(loaded.module, loaded.spec, loaded.input_names)
-    plan = make_step_plan("ddim", STEPS, GUIDANCE, loaded.spec.schedule, captured.constants_digest)
+    plan = make_step_plan("ddim", STEPS, GUIDANCE, loaded.spec.noise_schedule, captured.constants_digest)
     captured = captured.with_facts(plan)
     for form in (form for form in FORMS if form.name in options.forms):
         print(f"{name}: {form.name}", file=sys.stderr, flush=True)

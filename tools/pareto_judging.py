@@ -15,7 +15,7 @@ from qcgraph.evaluation.bootstrap import Bootstrap
 from qcgraph.evaluation.evaluate import CONVERGED_SAMPLES
 from qcgraph.evaluation.faults import error_ratio
 from qcgraph.evaluation.metrics import choose_metrics
-from qcgraph.evaluation.rows import Measuring, Row
+from qcgraph.evaluation.rows import EvaluatedSetting, Measuring
 from qcgraph.evaluation.settings import Subject, compiled, converged, full_precision
 from qcgraph.evaluation.tally import Tallying, Trajectory, Values
 from qcgraph.progress import Progress
@@ -66,7 +66,7 @@ class Judging:
             cell["behind_db"] = asdict(error_ratio(self._bootstrap, errors[key], errors[best]))
         return cells
 
-    def _draw(self, subject: Subject) -> tuple[Row, Values]:
+    def _draw(self, subject: Subject) -> tuple[EvaluatedSetting, Values]:
         setting = replace(compiled(subject), planned=False)  # some take other steps; finals are all that is compared
         tallying = Tallying(setting, len(subject.plan), subject.spec.latent_shape[0])
         for seed, trajectory in self._exact.items():
@@ -75,7 +75,7 @@ class Judging:
         return self._measuring.row(tally, self._metrics), self._measuring.squared_errors(tally)
 
 
-def _metrics(row: Row) -> Cell:
+def _metrics(row: EvaluatedSetting) -> Cell:
     metrics = {name: asdict(estimate) for name, estimate in (row.metrics or {}).items()}
     return metrics | {"converged_psnr": row.converged_psnr}
 

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcgraph.evaluation.bootstrap import Estimate
+from qcgraph.evaluation.bootstrap import BootstrapEstimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,7 +102,7 @@ def _psnr(cell: Cell) -> float:
 def _behind(cell: Cell) -> str:
     if "behind_db" not in cell or cell["method"] == EVERY:
         return "-"
-    behind = Estimate(**cell["behind_db"])
+    behind = BootstrapEstimate(**cell["behind_db"])
     if behind.value == 0:
         return "best"
     return ("" if behind.excludes_zero else "= ") + f"{behind.value:.2f} ({behind.low:.2f} .. {behind.high:.2f})"

@@ -66,7 +66,7 @@ def record(options: argparse.Namespace, trajectories: int, progress: Progress) -
     """What the denoiser is given at every step of so many calibration trajectories, in full precision."""
     model = load_model(options.model)
     program = capture(model.module, model.spec, model.input_names)
-    schedule = model.spec.schedule
+    schedule = model.spec.noise_schedule
     plan = make_step_plan(options.scheduler, options.steps, options.guidance, schedule, program.constants_digest)
     parts = [(0, calibration_noise(trajectories, options.seed, model.spec).initial())]
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from qcgraph.errors import BundleError, UsageError
 from qcgraph.export.check.check import Check
-from qcgraph.export.check.engine_gates import Library, check_engine
+from qcgraph.export.check.engine_checks import Library, check_engine
 from qcgraph.export.check.verify import verify_export
 from qcgraph.export.onnx.valid import load_graph, problem_of
 from qcgraph.export.targets import TARGETS, Target
-from qcgraph.export.tensorrt.provider import PROVIDERS
+from qcgraph.export.tensorrt.provider import LIBRARIES
 from qcgraph.ir.program import Program
 from qcgraph.plan.roles import TensorRole
 from qcgraph.plan.spec import Interface, TensorSpec
@@ -34,7 +34,7 @@ def check_conformance(
     Every graph is valid ONNX, tensors that one variant leaves to another are the same on both sides, and all of
     `verify_export` holds: constant positive scales and zero points of 0 where the target asks for them, and parity with
     the program. Portable targets take operators of ONNX alone, up to their opset; for those of TensorRT there are the
-    gates of `qcgraph.export.check.engine_gates`.
+    gates of `qcgraph.export.check.engine_checks`.
 
     Args:
         program: what was exported; it holds a step plan.
@@ -76,7 +76,7 @@ def judge_of(target: Target) -> Library | None:
     if not target.emits_onnx:
         names = ", ".join(name for name, known in TARGETS.items() if known.emits_onnx)
         raise UsageError(f"{target.name} takes no graphs", where="--target", hint=f"these do: {names}")
-    return Library.load(target.runtime) if target.runtime in PROVIDERS else None
+    return Library.load(target.runtime) if target.runtime in LIBRARIES else None
 
 
 def check_cache_tensors(plan: StepPlan, interfaces: Mapping[str, Interface], paths: Mapping[str, Path]) -> Check:

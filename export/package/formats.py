@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qcgraph.bundle import Bundle
-from qcgraph.bundle.exports import EXPORT_FOLDER, ExportRecord, write_record
+from qcgraph.bundle.exports import EXPORT_FOLDER, ExportManifest, write_record
 from qcgraph.bundle.watch import reading
 from qcgraph.errors import UsageError, closest
 from qcgraph.export.package.single_file import write_single_file
@@ -39,7 +39,7 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def export_bundle(bundle: Bundle, output: Path, name: str, *, force: bool = False) -> ExportRecord:
+def export_bundle(bundle: Bundle, output: Path, name: str, *, force: bool = False) -> ExportManifest:
     """Write a bundle in another form, in one piece.
 
     Args:

@@ -23,7 +23,7 @@ from qcgraph.sampling.runner import Array, Call
 
 # It joins the last sum to the norm that follows where graphs state all shapes, and then rounds otherwise than both do.
 DISABLED_OPTIMIZERS = ["SkipLayerNormFusion"]
-PROVIDERS = ["CPUExecutionProvider"]
+EXECUTION_PROVIDERS = ["CPUExecutionProvider"]
 WEIGHTS = "weights.safetensors"  # of the graphs
 
 
@@ -236,7 +236,7 @@ def load_session(model: Path | bytes, options: Any) -> Any:
     source = str(model) if isinstance(model, Path) else model
     try:
         return onnxruntime.InferenceSession(
-            source, options, providers=PROVIDERS, disabled_optimizers=DISABLED_OPTIMIZERS
+            source, options, providers=EXECUTION_PROVIDERS, disabled_optimizers=DISABLED_OPTIMIZERS
         )
     except Exception as error:  # its exceptions share no base class but this
         raise BundleError(

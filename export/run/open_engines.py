@@ -20,7 +20,7 @@ from qcgraph.errors import BundleError, UsageError
 from qcgraph.export.run.engines import EngineRunner
 from qcgraph.export.run.tensorrt import BUILD_AGAIN, EngineFile, TensorRTEngines
 from qcgraph.export.tensorrt.device import capability_of, require_device
-from qcgraph.export.tensorrt.provider import PROVIDERS, load_provider
+from qcgraph.export.tensorrt.provider import LIBRARIES, load_provider
 from qcgraph.files.folder import read_file
 
 
@@ -42,7 +42,7 @@ def open_engines(bundle: Bundle, provider: str, folder: Path | None = None) -> E
 
     Args:
         bundle: what to run.
-        provider: see `qcgraph.export.tensorrt.provider.PROVIDERS`.
+        provider: see `qcgraph.export.tensorrt.provider.LIBRARIES`.
         folder: where its engines are; ``engines`` in the bundle unless it is given.
 
     Raises:
@@ -73,7 +73,7 @@ def choose_engines(folder: Path, bundle: Bundle, provider: str, version: str, ca
     build = f"qcgraph build {bundle.path} --target {provider} --compute-capability {capability}"
     if not has_engines(folder):
         raise BundleError("there are no engines", where=str(folder), hint=build)
-    record, title = read_engines(folder), PROVIDERS[provider].title
+    record, title = read_engines(folder), LIBRARIES[provider].title
     there = tuple(dict.fromkeys(engine.compute_capability for engine in record.engines))
     chosen = {engine.variant: engine for engine in record.engines if engine.compute_capability == capability}
     problem = None

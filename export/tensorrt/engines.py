@@ -14,7 +14,7 @@ from qcgraph.bundle.engines import (
     TIMING_CACHE,
     Batch,
     Engine,
-    EngineRecord,
+    EngineManifest,
     device_tag,
     read_engines,
     source_of,
@@ -43,7 +43,7 @@ def build_engines(
     provider: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
-) -> EngineRecord:
+) -> EngineManifest:
     """Build an engine of every variant of a bundle for every compute capability.
 
     Nothing is written before all of them are built.
@@ -53,7 +53,7 @@ def build_engines(
         capabilities: compute capabilities of GPUs, such as ``8.9``; by default that of the GPU that is here.
         output: the folder to write; ``engines`` in the bundle unless it is given.
         batch: the batches that the engines are to take (see `batch_for`); by default one to eight samples.
-        provider: see `qcgraph.export.tensorrt.provider.PROVIDERS`; by default the target of the bundle where that is
+        provider: see `qcgraph.export.tensorrt.provider.LIBRARIES`; by default the target of the bundle where that is
             one, else ``tensorrt-rtx``.
         force: whether engines that are there are replaced.
         progress: reports the engines.
@@ -71,7 +71,7 @@ def build_engines(
     wanted = _check_capabilities(module, capabilities, provider)
     ENGINE_FOLDER.check(place, force=force)
     _refuse_problems(module, graphs)
-    ahead, timings = tensorrt.PROVIDERS[provider].builds_ahead, _earlier_timings(place)
+    ahead, timings = tensorrt.LIBRARIES[provider].builds_ahead, _earlier_timings(place)
     held = reading(bundle, bundle.manifest.files, done="built into engines")
     with ENGINE_FOLDER.writing(place, force=force) as folder, held:
         engines = []
@@ -98,7 +98,7 @@ def build_engines(
 def default_provider(bundle: Bundle) -> str:
     """What builds the engines of a bundle: what it was compiled for, else TensorRT-RTX."""
     runtime = target_of(bundle).runtime
-    return runtime if runtime in tensorrt.PROVIDERS else "tensorrt-rtx"
+    return runtime if runtime in tensorrt.LIBRARIES else "tensorrt-rtx"
 
 
 MOST_AT_ONCE = 2**20  # of latents in a batch
@@ -164,10 +164,10 @@ def _graphs(bundle: Bundle) -> dict[str, Path]:
 
 def _check_capabilities(module: Any, capabilities: Sequence[str], provider: str) -> tuple[str, ...]:
     """The compute capabilities to build for, each once."""
-    title = tensorrt.PROVIDERS[provider].title
+    title = tensorrt.LIBRARIES[provider].title
     offered = tuple(tensorrt.compute_capabilities(module))
     hint = f"known: {', '.join(offered)}"
-    if not tensorrt.PROVIDERS[provider].builds_ahead:
+    if not tensorrt.LIBRARIES[provider].builds_ahead:
         present = _present_capability(f"{title} builds for the GPU that is here", "build with --target tensorrt-rtx")
         offered, hint = (present,), f"{title} builds for the GPU that is here alone, {present}"
     wanted = capabilities or (_present_capability("none is given", hint),)

@@ -1,6 +1,6 @@
 """Engines with TensorRT and TensorRT-RTX: reading an ONNX graph, and building an engine of it.
 
-Both have the same API under different module names; which is used is one row of `PROVIDERS`. The module is imported
+Both have the same API under different module names; which is used is one row of `LIBRARIES`. The module is imported
 when it is needed, so nothing else of qcgraph asks for it.
 
 TensorRT-RTX builds for a compute capability ahead of time, without such a GPU and without measuring: kernels are
@@ -47,7 +47,7 @@ class Provider:
     builds_ahead: bool
 
 
-PROVIDERS: Mapping[str, Provider] = {
+LIBRARIES: Mapping[str, Provider] = {
     provider.name: provider
     for provider in (
         Provider("tensorrt", "TensorRT", "tensorrt", "pip install tensorrt", False),
@@ -94,9 +94,9 @@ def load_provider(name: str) -> Any:
     Raises:
         UsageError: there is no such provider, it is not installed, or it cannot be loaded here.
     """
-    if name not in PROVIDERS:
-        raise UsageError(f"unknown provider {name!r}", hint=closest(name, PROVIDERS))
-    provider = PROVIDERS[name]
+    if name not in LIBRARIES:
+        raise UsageError(f"unknown provider {name!r}", hint=closest(name, LIBRARIES))
+    provider = LIBRARIES[name]
     try:
         return importlib.import_module(provider.module)
     except ModuleNotFoundError as error:

@@ -93,7 +93,7 @@ class FusedSteps:
 
 
 @dataclass(frozen=True)
-class _Program:
+class _FusedProgram:
     """A program in an engine: its sections by name."""
 
     sections: Mapping[str, str]
@@ -144,16 +144,16 @@ def fused_steps(engine: bytes | memoryview) -> FusedSteps | None:
     return FusedSteps(tuple(steps), jumps) if steps else None
 
 
-def _programs(engine: bytes) -> Iterator[_Program]:
+def _programs(engine: bytes) -> Iterator[_FusedProgram]:
     start = engine.find(_PROGRAM)
     while start >= 0:
         end = engine.find(b"\0", start)
         text = engine[start : end if end >= 0 else None].decode("utf-8", "replace")
-        yield _Program({match[1]: match[2] for match in _SECTION.finditer(text)})
+        yield _FusedProgram({match[1]: match[2] for match in _SECTION.finditer(text)})
         start = engine.find(_PROGRAM, start + len(_PROGRAM))
 
 
-def _steps(program: _Program, following: Sequence[_Program]) -> Iterator[FusedStep]:
+def _steps(program: _FusedProgram, following: Sequence[_FusedProgram]) -> Iterator[FusedStep]:
     for kind, text in program.lines:
         if kind in _CONTROL:
             continue

@@ -64,7 +64,7 @@ class FitForecast(Pass):
         tables = {value: program.constants[name].clone() for value, name in names.items()}
         new = {names[value]: table for value, table in tables.items()}
         fitted = replace(program, constants=dict(program.constants) | new)
-        runner = _Fitting(fitted, tables, forecaster)
+        runner = _ForecastFitting(fitted, tables, forecaster)
         count = reference.trajectories
         context.progress.note(f"  fit-forecast: {count} trajectories")
         sample_calibration(runner, plan, spec, count, reference.seed, progress=context.progress)
@@ -82,7 +82,7 @@ def _table_names(program: Program) -> dict[str, str]:
     return found
 
 
-class _Fitting:
+class _ForecastFitting:
     """Runs a plan; wherever a step reuses, it first computes the same step and fits the step's coefficients to that."""
 
     def __init__(self, program: Program, tables: Mapping[str, torch.Tensor], forecaster: Forecaster) -> None:
@@ -90,7 +90,7 @@ class _Fitting:
         self._runner = TorchRunner(program)
         self._plan, self._forecaster, self._tables = program.facts[StepPlan], forecaster, tables
         self._cache, self._spec = program.facts[CachePlan], program.facts[ModelSpec]
-        self._times = log_signal_to_noise(self._spec.schedule, self._plan.timesteps)
+        self._times = log_signal_to_noise(self._spec.noise_schedule, self._plan.timesteps)
         self._computed: list[int] = []
 
     def run(self, call: Call) -> Array:

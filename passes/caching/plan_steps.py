@@ -13,11 +13,11 @@ from qcgraph.errors import UsageError
 from qcgraph.facts import CachePlan, Compensation, ForecastFit, SchedulePlan
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import macs_by_variant
-from qcgraph.passes.caching._skipping import OpenLoop, Rehearsal, skip_errors
+from qcgraph.passes.caching._reuse_errors import OpenLoop, Rehearsal, reuse_errors
 from qcgraph.passes.caching._trajectories import Trajectories, record, weights
 from qcgraph.passes.caching.forecasters import forecaster_named, known_forecasters
 from qcgraph.pipeline import Pass, PassContext
-from qcgraph.pipeline.effort import RECORD_MACS, affordable_trajectories, trajectory_macs
+from qcgraph.pipeline.calibration_budget import RECORD_MACS, affordable_trajectories, trajectory_macs
 from qcgraph.pipeline.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.schedule import Mode, climb, dps, expected_error, plan
@@ -115,7 +115,7 @@ class PlanSteps(Pass):
         forecaster = OpenLoop(program, trajectories, forecaster_named(self.forecast))
         weight = weights(program, trajectories, *self._weighing(program, trajectories), progress)
         names, gap = [mode.name for mode in modes], min(self.gap, steps - 1)
-        errors = skip_errors(program, trajectories, forecaster, weight, names, gap, progress)
+        errors = reuse_errors(program, trajectories, forecaster, weight, names, gap, progress)
         found = plan(errors, modes, steps, self.budget * steps)
         rehearsal = Rehearsal(program, trajectories, forecaster)
         ticks = iter(progress.track(range(self.rounds + 1), "schedules"))

@@ -8,11 +8,11 @@ from typing import ClassVar
 
 from qcgraph.facts import CachePlan, Rehearsed
 from qcgraph.ir.program import Program
-from qcgraph.passes.caching._skipping import OpenLoop, Rehearsal
+from qcgraph.passes.caching._reuse_errors import OpenLoop, Rehearsal
 from qcgraph.passes.caching._trajectories import record
 from qcgraph.passes.caching.forecasters import forecaster_named, known_forecasters
 from qcgraph.pipeline import Pass, PassContext
-from qcgraph.pipeline.effort import affordable_trajectories
+from qcgraph.pipeline.calibration_budget import affordable_trajectories
 from qcgraph.pipeline.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.schedule import even

@@ -37,7 +37,7 @@ def held(conditions: Conditions) -> dict[str, tuple[int | float, ...]]:
 
 
 @dataclass(frozen=True)
-class Rows:
+class CalibrationBatch:
     """Inputs of the denoiser, a row for each half of guidance of each item of the set.
 
     Attributes:
@@ -55,7 +55,7 @@ class Rows:
     groups: torch.Tensor
 
     @classmethod
-    def of(cls, program: Program) -> Rows:
+    def of(cls, program: Program) -> CalibrationBatch:
         """The calibration set of a program; both halves of an item stand next to each other."""
         found, spec, plan = program.facts[CalibrationSet], program.facts[ModelSpec], program.facts[StepPlan]
         raw = np.frombuffer(base64.b64decode(found.latents), dtype="<f4")
@@ -74,17 +74,17 @@ class Rows:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, index: slice | torch.Tensor) -> Rows:
+    def __getitem__(self, index: slice | torch.Tensor) -> CalibrationBatch:
         conditions = {name: values[index] for name, values in self.conditions.items()}
         steps, groups = self.steps[index], self.groups[index]
-        return Rows(self.latents[index], self.timesteps[index], conditions, steps, groups)
+        return CalibrationBatch(self.latents[index], self.timesteps[index], conditions, steps, groups)
 
-    def spread(self, count: int) -> Rows:
+    def spread(self, count: int) -> CalibrationBatch:
         """So many of them, evenly spread over the steps."""
         order = torch.argsort(self.steps, stable=True)
         return self[order[torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()]]
 
-    def split(self, size: int) -> Iterator[Rows]:
+    def split(self, size: int) -> Iterator[CalibrationBatch]:
         """Batches of at most so many."""
         for start in range(0, len(self), size):
             yield self[slice(start, start + size)]
@@ -103,7 +103,7 @@ def rows_together(sites: Sequence[Site], held: int = HELD_BYTES) -> int:
     return max(2, held // (FLOAT_BYTES * widest))
 
 
-def entering(program: Program, rows: Rows, sites: set[str]) -> Iterator[tuple[Site, torch.Tensor]]:
+def entering(program: Program, rows: CalibrationBatch, sites: set[str]) -> Iterator[tuple[Site, torch.Tensor]]:
     """What enters each of these sites of the computing variant, f32[R,...,C], in the order in which they run.
 
     Values are let go as soon as nothing needs them any more.
@@ -127,14 +127,20 @@ class ValueSensitivity:
         weight: the sensitivity of each of its elements.
     """
 
-    rows: Rows
+    rows: CalibrationBatch
     node: str
     value: torch.Tensor
     weight: torch.Tensor
 
 
 def value_sensitivities(
-    program: Program, rows: Rows, nodes: Collection[str], seed: int, progress: Progress, *, gradients: bool = True
+    program: Program,
+    rows: CalibrationBatch,
+    nodes: Collection[str],
+    seed: int,
+    progress: Progress,
+    *,
+    gradients: bool = True,
 ) -> Iterator[ValueSensitivity]:
     """The values of these nodes of the computing variant, and what errors of them do to the noise prediction.
 
@@ -157,7 +163,7 @@ def value_sensitivities(
 
 
 def _of_batch(
-    program: Program, batch: Rows, nodes: Collection[str], generator: torch.Generator | None
+    program: Program, batch: CalibrationBatch, nodes: Collection[str], generator: torch.Generator | None
 ) -> Iterator[ValueSensitivity]:
     """Those of rows that run together; without a generator of directions all are 1."""
     gradients = generator is not None
@@ -182,7 +188,7 @@ def _squared(slope: torch.Tensor | None, value: torch.Tensor, wanted: bool) -> t
 
 
 def _run(
-    program: Program, batch: Rows, nodes: Collection[str], *, gradients: bool
+    program: Program, batch: CalibrationBatch, nodes: Collection[str], *, gradients: bool
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The values of these nodes, in the order in which they run, and the noise prediction."""
     variant = program.facts[StepPlan].computing
@@ -215,7 +221,7 @@ class Sensitivity:
         result_weight: the sensitivity of each value of its result, f32[R,...,O]; empty where those are not wanted.
     """
 
-    rows: Rows
+    rows: CalibrationBatch
     site: str
     value: torch.Tensor
     weight: torch.Tensor
@@ -224,7 +230,7 @@ class Sensitivity:
 
 def sensitivities(
     program: Program,
-    rows: Rows,
+    rows: CalibrationBatch,
     sites: Collection[str],
     seed: int,
     progress: Progress,

@@ -284,7 +284,7 @@ def _distances(pool: Pool, chosen: Indices) -> Array:
 
 
 def _unit(rows: Array) -> Array:
-    """Rows [N,D] of length one; zero rows stay zero."""
+    """CalibrationBatch [N,D] of length one; zero rows stay zero."""
     lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))  # squares of large values leave float32
     lengths[lengths == 0] = 1
     result = np.empty_like(rows)

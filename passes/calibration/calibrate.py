@@ -29,7 +29,7 @@ from qcgraph.ir.structure import find_sites
 from qcgraph.passes.calibration._calibration_set import encode_latents, held
 from qcgraph.passes.calibration._selection import Method, Pool, select
 from qcgraph.pipeline import Pass, PassContext
-from qcgraph.pipeline.effort import affordable, trajectory_macs
+from qcgraph.pipeline.calibration_budget import affordable, trajectory_macs
 from qcgraph.pipeline.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.spec import ModelSpec

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from qcgraph.errors import UsageError
-from qcgraph.ir.channels import NotLinearError, Rows, makers
+from qcgraph.ir.channels import NotLinearError, OutputChannels, makers
 from qcgraph.ir.graph import Variant
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
@@ -36,7 +36,7 @@ class EqualizableActivation:
     sites: tuple[str, ...]
     nodes: tuple[str, ...]
     readers: tuple[tuple[str, str], ...]
-    makers: tuple[Rows, ...]
+    makers: tuple[OutputChannels, ...]
 
 
 def only_graph(program: Program, asked_by: str) -> Variant:

@@ -25,7 +25,7 @@ from qcgraph.facts import (
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import check_integers, quantize_weight
 from qcgraph.ir.structure import find_sites, weight_names
-from qcgraph.passes.calibration._calibration_set import Rows, sensitivities
+from qcgraph.passes.calibration._calibration_set import CalibrationBatch, sensitivities
 from qcgraph.passes.quantization._bit_allocation import Layer, allocate
 from qcgraph.passes.quantization._scale_search import Found, Histogram, merged, search
 from qcgraph.pipeline import Pass, PassContext
@@ -105,7 +105,7 @@ class _Observed:
         members = steps.groups
         running = [[index for index in group if steps.steps[index].variant == computing] for group in members]
         coefficients = np.array([step.update.noise_prediction for step in steps.steps])
-        rows = Rows.of(program)
+        rows = CalibrationBatch.of(program)
         counts = np.maximum(np.bincount(rows.groups.numpy(), minlength=len(members)), 1)
         self._sizes = np.array([float(len(group)) for group in running])
         # What the error of one row of the calibration set stands for, a group.

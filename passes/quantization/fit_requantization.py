@@ -12,7 +12,7 @@ from qcgraph.ir.memory import release_memory
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import rounded_activation, weight_codes
 from qcgraph.ir.structure import find_blocks, find_sites, weight_names
-from qcgraph.passes.calibration._calibration_set import Rows, entering, rows_together
+from qcgraph.passes.calibration._calibration_set import CalibrationBatch, entering, rows_together
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.steps import StepPlan
@@ -50,7 +50,7 @@ class FitRequantization(Pass):
         sites = [site for site in find_sites(variant) if site.name in chosen]
         weights = weight_names(variant, sites)
         found = {name: Regression(len(program.constants[weight])) for name, weight in weights.items()}
-        rows = Rows.of(program)
+        rows = CalibrationBatch.of(program)
         context.progress.note(f"  fit-requantization: {len(rows)} rows, {len(chosen)} sites")
         batches = list(rows.split(rows_together(sites, HELD_BYTES))) if chosen else []
         for batch in context.progress.track(batches, "requantization"):

@@ -14,7 +14,7 @@ from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.options import option
 from qcgraph.plan.steps import StepPlan
 
-Costs = npt.NDArray[np.float64]
+SegmentErrors = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class GroupTimesteps(Pass):
         return program.with_facts(plan.with_groups(assigned), TimestepGroups(tuple(lowest)))
 
 
-def segment_costs(ranges: Ranges) -> Costs:
+def segment_costs(ranges: Ranges) -> SegmentErrors:
     """Expected quantization error of every group [i, j) of the steps that run any site, as an array [n, n + 1].
 
     A uniform quantizer over a range R has error R^2 / (12 * levels^2); summed over the steps of the group and over
@@ -80,7 +80,7 @@ def segment_costs(ranges: Ranges) -> Costs:
     return costs
 
 
-def optimal_starts(costs: Costs, groups: int) -> list[int]:
+def optimal_starts(costs: SegmentErrors, groups: int) -> list[int]:
     """The first step of each group in the partition into ``groups`` groups with the least summed cost.
 
     Args:

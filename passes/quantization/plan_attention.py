@@ -22,7 +22,12 @@ from qcgraph.ir.attention import PROBABILITIES, find_attention
 from qcgraph.ir.execute import walk
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
-from qcgraph.passes.calibration._calibration_set import Rows, ValueSensitivity, rows_together, value_sensitivities
+from qcgraph.passes.calibration._calibration_set import (
+    CalibrationBatch,
+    ValueSensitivity,
+    rows_together,
+    value_sensitivities,
+)
 from qcgraph.passes.quantization._region_search import ProbabilityScores
 from qcgraph.passes.quantization._scale_search import Histogram, search_groups
 from qcgraph.pipeline import Pass, PassContext
@@ -74,7 +79,7 @@ class PlanAttention(Pass):
 
     def _decide(self, program: Program, context: PassContext) -> dict[str, AttentionQuant]:
         """The codes of every attention that can be quantized."""
-        rows, steps = Rows.of(program), program.facts[StepPlan]
+        rows, steps = CalibrationBatch.of(program), program.facts[StepPlan]
         ranges = _ranges(program, rows)
         if not ranges:
             context.refuse("attention", "no attention in its products: split-attention goes before")
@@ -150,7 +155,7 @@ def _places(program: Program, names: Collection[str]) -> dict[str, tuple[str, st
     }
 
 
-def _ranges(program: Program, rows: Rows) -> dict[str, dict[str, torch.Tensor]]:
+def _ranges(program: Program, rows: CalibrationBatch) -> dict[str, dict[str, torch.Tensor]]:
     """Per attention and operand, the smallest and largest value f32[G,2]; of a group without rows, those of all."""
     variant, groups = program.facts[StepPlan].computing, program.facts[StepPlan].group_count
     places = _places(program, {attention.name for attention in find_attention(program.variants[variant])})

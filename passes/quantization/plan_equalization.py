@@ -12,7 +12,7 @@ from qcgraph.ir.program import Program
 from qcgraph.passes.quantization._channel_ranges import ChannelRanges, observe_channels
 from qcgraph.passes.quantization._equalizable import equalizable_activations, only_graph
 from qcgraph.pipeline import Pass, PassContext
-from qcgraph.pipeline.effort import affordable, trajectory_macs
+from qcgraph.pipeline.calibration_budget import affordable, trajectory_macs
 from qcgraph.pipeline.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.spec import ModelSpec

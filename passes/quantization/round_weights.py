@@ -22,7 +22,7 @@ from qcgraph.ir.program import Program, tensor_digest, used_constants
 from qcgraph.ir.quantize import check_integers, names_of_codes, rounded_activation
 from qcgraph.ir.rounding import nearest, round_with_feedback, search_scales
 from qcgraph.ir.structure import Site, find_sites, weight_names
-from qcgraph.passes.calibration._calibration_set import Rows, entering, rows_together
+from qcgraph.passes.calibration._calibration_set import CalibrationBatch, entering, rows_together
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.steps import StepPlan
@@ -64,7 +64,7 @@ class RoundWeights(Pass):
         weights = weight_names(variant, sites)
         names = names_of_codes(weights)
         rounded: dict[str, RoundedWeight | None] = {}
-        rows = Rows.of(program)
+        rows = CalibrationBatch.of(program)
         rows = rows.spread(min(rows_together(sites), max(2, TOKENS // _tokens(sites))))
         context.progress.note(f"  round-weights: {len(rows)} rows, {len(sites)} sites")
         # Without the codes that an earlier run of this pass chose.

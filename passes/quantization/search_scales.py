@@ -22,7 +22,7 @@ from qcgraph.facts import (
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import check_integers
 from qcgraph.ir.structure import find_sites
-from qcgraph.passes.calibration._calibration_set import Rows, sensitivities
+from qcgraph.passes.calibration._calibration_set import CalibrationBatch, sensitivities
 from qcgraph.passes.quantization._scale_search import (
     Halves,
     Histogram,
@@ -115,7 +115,7 @@ class SearchScales(Pass):
         names = set(program.facts[QuantPlan].sites)
         limits = {name: [ranges.planned[name].over(members) for members in steps.groups] for name in names}
         found = {name: Halves(limits[name]) for name in sorted(names)}
-        rows = Rows.of(program)
+        rows = CalibrationBatch.of(program)
         context.progress.note(f"  search-scales: {len(rows)} rows, {len(names)} sites")
         gradients = self.objective == "fisher"
         places = torch.arange(len(rows)) // steps.halves  # both halves of guidance of a latent stay together
@@ -134,13 +134,13 @@ def _left(share: float) -> str:
 
 
 @dataclass(frozen=True)
-class _Choice:
+class _ScaleChoice:
     """Codes, and their score."""
 
     quant: ActivationQuant
     error: float
 
-    def share_of(self, other: _Choice) -> float:
+    def share_of(self, other: _ScaleChoice) -> float:
         """What it leaves of the error of another choice."""
         return self.error / other.error if other.error else 1.0
 
@@ -161,16 +161,18 @@ class _Activation:
     clipping: float
     covers: bool
 
-    def best(self, quant: ActivationQuant) -> _Choice:
+    def best(self, quant: ActivationQuant) -> _ScaleChoice:
         """The best scale for each timestep group."""
         best, found = search_groups(self.histogram, quant, self.clipping, covers=self.covers)
-        return _Choice(best, sum(found[group].error for group in self.groups))
+        return _ScaleChoice(best, sum(found[group].error for group in self.groups))
 
-    def in_regions(self, planned: ActivationQuant, one: _Choice) -> tuple[_Choice, str]:
+    def in_regions(self, planned: ActivationQuant, one: _ScaleChoice) -> tuple[_ScaleChoice, str]:
         """Two regions where they leave enough less error than one, else that one and the reason (TQ-DiT's MRQ)."""
         options = [self.best(option) for option in _two_regions(planned)]
         if not options:
-            planes = _Choice(planned, sum(score_of_planes(self.histogram, group, planned) for group in self.groups))
+            planes = _ScaleChoice(
+                planned, sum(score_of_planes(self.histogram, group, planned) for group in self.groups)
+            )
             left = f"a second product would leave {planes.share_of(one):.0%} of the error"
             return one, f"one region: two do not fit a tensor, and {left}"
         two = min(options, key=lambda option: option.error)
@@ -178,12 +180,12 @@ class _Activation:
             return two, ""
         return one, f"one region: two would leave {two.share_of(one):.0%} of its error"
 
-    def for_all_groups(self, apart: _Choice) -> tuple[_Choice, str]:
+    def for_all_groups(self, apart: _ScaleChoice) -> tuple[_ScaleChoice, str]:
         """One scale for all timestep groups and the reason, unless scales for each leave enough less (TQ-DiT's TGQ)."""
         if len(apart.quant.scales) == 1 or apart.quant.bits:
             return apart, ""
         found = search_shared(self.histogram, apart.quant, self.clipping, covers=self.covers)
-        shared = _Choice(merged(apart.quant, [(found.scale, found.zero_point)]), found.error)
+        shared = _ScaleChoice(merged(apart.quant, [(found.scale, found.zero_point)]), found.error)
         if apart.error < NEARLY * shared.error:
             return apart, ""
         return (

@@ -10,7 +10,7 @@ from functools import partial
 from qcgraph.benchmark.baselines import BASELINES, DEFAULT, REFERENCE, Baseline
 from qcgraph.benchmark.candidates import Candidate, build, check_all, make_candidates, open_all, try_alone
 from qcgraph.benchmark.machine import read_machine, usable_cores, versions
-from qcgraph.benchmark.report import BenchReport, Ratio, Row, Throughput, cache_bytes
+from qcgraph.benchmark.report import BenchmarkResult, BenchReport, Ratio, Throughput, cache_bytes
 from qcgraph.benchmark.timing import TimedCall, Timing, paired
 from qcgraph.benchmark.turns import FORWARD, Turn, by_variant, counted, denoiser_batch, first_step, section
 from qcgraph.benchmark.workspace import Workspace
@@ -134,7 +134,7 @@ def _check_origin(workspace: Workspace, progress: Progress) -> None:
     """Load the model and refuse another than the one that was compiled."""
     import torch
 
-    from qcgraph.models.origin import captured_origin
+    from qcgraph.models.source import captured_origin
 
     torch.set_num_threads(workspace.threads)
     progress.note("loading the model and comparing it with the bundle's")
@@ -224,9 +224,9 @@ def sampling_seconds(plan: StepPlan, measured: Measured) -> float:
     return sum(medians[step.variant] + around for step in plan.steps)
 
 
-def _row(candidate: Candidate, measured: Mapping[str, Measured], options: BenchOptions) -> Row:
+def _row(candidate: Candidate, measured: Mapping[str, Measured], options: BenchOptions) -> BenchmarkResult:
     bundle = candidate.bundle
-    row = Row(
+    row = BenchmarkResult(
         name=candidate.name,
         description=candidate.description,
         bundle=str(bundle.path) if bundle else None,

@@ -37,7 +37,7 @@ class Candidate:
         plan: its steps.
         baseline: how to run it, or None for a bundle.
         bundle: the bundle, or None for a baseline.
-        status: see `qcgraph.benchmark.report.Row`.
+        status: see `qcgraph.benchmark.report.BenchmarkResult`.
         problem: see there.
         alone: how it ran in a process of its own.
         error: relative L2 error of a noise prediction against eager.

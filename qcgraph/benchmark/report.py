@@ -39,7 +39,7 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchmarkResult:
     """One candidate.
 
     Attributes:
@@ -152,7 +152,7 @@ class BenchReport:
     forward_only: bool
     machine: Machine
     versions: Mapping[str, str]
-    rows: tuple[Row, ...]
+    rows: tuple[BenchmarkResult, ...]
     throughput: tuple[Throughput, ...]
 
     def to_json(self) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Workspace:
     @cached_property
     def model(self) -> LoadedModel:
         """The model, loaded once a process."""
-        from qcgraph.models.origin import find_model
+        from qcgraph.models.source import find_model
 
         return find_model(self.bundle, self.model_name)
 

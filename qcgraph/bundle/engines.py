@@ -95,7 +95,7 @@ class Source(BaseModel):
     manifest: str
 
 
-class EngineRecord(BaseModel):
+class EngineManifest(BaseModel):
     """What ``engines.json`` holds.
 
     Attributes:
@@ -125,7 +125,7 @@ def source_of(bundle: Bundle) -> Source:
     )
 
 
-def read_engines(folder: Path) -> EngineRecord:
+def read_engines(folder: Path) -> EngineManifest:
     """The record of a folder of engines.
 
     Raises:
@@ -133,7 +133,7 @@ def read_engines(folder: Path) -> EngineRecord:
     """
     where = str(folder / RECORD)
     text = text_of(read_file(folder, RECORD, hint=BUILD_AGAIN), where, hint=BUILD_AGAIN)
-    record = parsed(where, text, EngineRecord.model_validate, hint=BUILD_AGAIN)
+    record = parsed(where, text, EngineManifest.model_validate, hint=BUILD_AGAIN)
     if record.format != RECORD_FORMAT:
         raise BundleError(f"has format {record.format}, not {RECORD_FORMAT}", where=where, hint=BUILD_AGAIN)
     return record
@@ -177,7 +177,7 @@ def device_tag(capability: str) -> str:
 
 def write_record(folder: Path, provider: str, version: str, source: Source, engines: tuple[Engine, ...]) -> None:
     """Write ``engines.json`` into a folder that holds the engines."""
-    record = EngineRecord(
+    record = EngineManifest(
         format=RECORD_FORMAT,
         qcgraph=metadata.version("qcgraph"),
         provider=provider,

@@ -17,7 +17,7 @@ RECORD = "export.json"
 RECORD_FORMAT = 1
 
 
-class ExportRecord(BaseModel):
+class ExportManifest(BaseModel):
     """What ``export.json`` holds.
 
     Attributes:
@@ -37,9 +37,9 @@ class ExportRecord(BaseModel):
     files: dict[str, FileEntry]
 
 
-def write_record(folder: Path, kind: str, bundle: Bundle) -> ExportRecord:
+def write_record(folder: Path, kind: str, bundle: Bundle) -> ExportManifest:
     """Write ``export.json`` into a folder that holds all other files."""
-    record = ExportRecord(
+    record = ExportManifest(
         format=RECORD_FORMAT,
         qcgraph=metadata.version("qcgraph"),
         kind=kind,

@@ -46,7 +46,7 @@ _IR_NAME = re.compile(rf"{IR_FOLDER}/(?P<index>[0-9]+)_(?P<name>.+)\.txt")
 _Value = TypeVar("_Value")
 
 
-class _Refusal(BaseModel):
+class _RefusalData(BaseModel):
     """What a pass refused, and why."""
 
     where: str
@@ -58,7 +58,7 @@ class _Record(BaseModel):
 
     text: str
     changed: bool
-    refusals: list[_Refusal]
+    refusals: list[_RefusalData]
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class PassReport(_Part):
     seconds: float = Field(description="wall time, in seconds")
 
 
-class FollowedPlan(_Part):
+class GivenPlan(_Part):
     """What became of a schedule that was given."""
 
     source: str = Field(description="the bundle or plan that it was taken from")
@@ -156,7 +156,7 @@ class CompileReport(_Part):
         description="largest relative drift of a standard deviation that compensation corrects; null without it"
     )
     passes: tuple[PassReport, ...] = Field(description="the passes that ran, in order")
-    followed_plan: FollowedPlan | None = Field(None, description="what became of a given schedule; null without one")
+    given_plan: GivenPlan | None = Field(None, description="what became of a given schedule; null without one")
     notes: tuple[str, ...] = Field((), description="the notes that were printed for the user")
     estimate: EstimateReport | None = Field(None, description="what compiling will take; null but for a dry run")
     cached_edges: tuple[EdgeReport, ...] = Field((), description="change and noise of every cached tensor")

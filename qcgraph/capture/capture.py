@@ -14,8 +14,8 @@ from qcgraph.capture.wrappers import unwrapped
 from qcgraph.errors import CaptureError, ContractError
 from qcgraph.facts import Facts
 from qcgraph.ir import legality
-from qcgraph.ir.admitted import is_quiet
 from qcgraph.ir.graph import DTYPE_NAMES, DTYPES, Variant, copy_graph, is_name, returned_nodes, spec_of
+from qcgraph.ir.legal_operators import is_quiet
 from qcgraph.ir.program import Program, used_constants
 from qcgraph.plan.roles import TensorRole
 from qcgraph.plan.spec import BATCH, PREDICTION_NAME, Interface, ModelSpec, TensorSpec

@@ -31,7 +31,7 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Example:
     """Inputs of one call.
 
     Attributes:
@@ -73,7 +73,7 @@ def check_meaning(program: Program, module: nn.Module, input_names: tuple[str, .
         comparison.check_repeatable(calls[0], first, inference=True)
 
 
-def _calls(program: Program, spec: ModelSpec, plan: StepPlan) -> Iterator[_Call]:
+def _calls(program: Program, spec: ModelSpec, plan: StepPlan) -> Iterator[_Example]:
     """The inputs to compare at: fewer, and of smaller batches, for models that take long."""
     macs = max(1, total_macs(find_sites(program.variants[program.computing])))
     count = next((count for count in COUNTS if macs * _samples(count) <= MACS), COUNTS[-1])
@@ -88,7 +88,7 @@ def _calls(program: Program, spec: ModelSpec, plan: StepPlan) -> Iterator[_Call]
         latent = torch.randn(batch, *spec.latent_shape, generator=generator)
         inputs = {spec.latent.name: latent, TIMESTEP.name: torch.full((batch,), timestep), **told}
         shown = "".join(f", {name} {value.tolist()}" for name, value in told.items() if value.dim() == 1)
-        yield _Call(inputs, f"timestep {timestep:g}, batch {batch}{shown}")
+        yield _Example(inputs, f"timestep {timestep:g}, batch {batch}{shown}")
 
 
 def _conditions(
@@ -124,7 +124,7 @@ class _Comparison:
         self._name = spec.name
 
     def expected(
-        self, call: _Call, *, gradients: bool = False, inference: bool = False, nudged: bool = False
+        self, call: _Example, *, gradients: bool = False, inference: bool = False, nudged: bool = False
     ) -> Tensor:
         """What the module gives. It gets inputs of its own, since it may write to them."""
         inputs = {self._names[name]: value.clone() for name, value in call.inputs.items()}
@@ -142,7 +142,7 @@ class _Comparison:
         assert isinstance(result, Tensor)
         return result.detach()
 
-    def check(self, call: _Call) -> Tensor:
+    def check(self, call: _Example) -> Tensor:
         """Compare both at one input; the module's result.
 
         Raises:
@@ -181,12 +181,12 @@ class _Comparison:
             )
         return expected
 
-    def _limit(self, call: _Call, expected: Tensor) -> float:
+    def _limit(self, call: _Example, expected: Tensor) -> float:
         """How far rounding may carry the result of a call."""
         moved = distance(self.expected(call, nudged=True), expected)
         return min(CEILING, max(FLOOR, TIMES * moved))
 
-    def check_repeatable(self, call: _Call, expected: Tensor, *, inference: bool = False) -> None:
+    def check_repeatable(self, call: _Example, expected: Tensor, *, inference: bool = False) -> None:
         """Call the module again, with gradients recorded or in inference mode.
 
         Raises:
@@ -211,7 +211,7 @@ class _Comparison:
             "cache): a denoiser is a function of latent, timestep and conditions",
         )
 
-    def check_apart(self, calls: Sequence[_Call], alone: Sequence[Tensor]) -> None:
+    def check_apart(self, calls: Sequence[_Example], alone: Sequence[Tensor]) -> None:
         """Put calls of one sample each, at timesteps and with conditions of their own, into one batch.
 
         Calibration observes such batches, hoisting prepares many timesteps in one, and a cache of guidance computes
@@ -225,7 +225,7 @@ class _Comparison:
             CaptureError: a sample's result is another one when it is not alone.
         """
         joined = {name: torch.cat([call.inputs[name] for call in calls]) for name in self._names}
-        together = _Call(joined, "in one batch: " + "; ".join(call.where for call in calls))
+        together = _Example(joined, "in one batch: " + "; ".join(call.where for call in calls))
         found, expected = self.check(together), torch.cat(list(alone))
         apart = distance(found, expected)
         if apart > FLOOR and apart > self._limit(together, found):
@@ -237,7 +237,7 @@ class _Comparison:
                 "and norms along the batch",
             )
 
-    def _moved(self, call: _Call, expected: Tensor, *, gradients: bool = False, inference: bool = False) -> float:
+    def _moved(self, call: _Example, expected: Tensor, *, gradients: bool = False, inference: bool = False) -> float:
         again = self.expected(call, gradients=gradients, inference=inference)
         return distance(again, expected) if again.shape == expected.shape else math.inf
 

@@ -23,7 +23,7 @@ from qcgraph.cli.output import (
 from qcgraph.errors import UsageError, shown
 
 if TYPE_CHECKING:
-    from qcgraph.benchmark.report import BenchReport, Row
+    from qcgraph.benchmark.report import BenchmarkResult, BenchReport
     from qcgraph.benchmark.timing import Timing
 
 NOTHING = "-"
@@ -135,7 +135,7 @@ def _setting(report: BenchReport) -> Iterable[tuple[str, object]]:
     yield "rounds", f"{report.rounds}, everyone in turn in each"
 
 
-def _print_latency(report: BenchReport, timed: list[Row]) -> None:
+def _print_latency(report: BenchReport, timed: list[BenchmarkResult]) -> None:
     columns = ["", "forward ms (min / median / max)", "speed-up", "error"]
     if not report.forward_only:
         columns[1:1] = [f"{count_text(report.steps, 'step')} s (min / median / max)", "speed-up (of rounds)"]
@@ -151,7 +151,7 @@ def _print_latency(report: BenchReport, timed: list[Row]) -> None:
     print("error: of one noise prediction against torch, relative L2")
 
 
-def _print_variants(row: Row) -> None:
+def _print_variants(row: BenchmarkResult) -> None:
     print_heading(f"steps of {row.name}")
     assert row.variants is not None
     print_table(
@@ -164,7 +164,7 @@ def _print_variants(row: Row) -> None:
     )
 
 
-def _print_cost(timed: list[Row]) -> None:
+def _print_cost(timed: list[BenchmarkResult]) -> None:
     columns = ("", "multiply-accumulates", "cache", "peak memory", "before loading", "paired / alone")
     rows = [
         (
@@ -213,7 +213,7 @@ def _milliseconds(timing: Timing | None) -> str:
     return " / ".join(f"{value * 1e3:.3g}" for value in (timing.minimum, timing.median, timing.maximum))
 
 
-def _speedup(row: Row) -> str:
+def _speedup(row: BenchmarkResult) -> str:
     ratio = row.speedup
     return NOTHING if ratio is None else f"{ratio.value:.2f}x ({ratio.low:.2f} .. {ratio.high:.2f})"
 

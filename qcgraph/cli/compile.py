@@ -23,7 +23,7 @@ from qcgraph.errors import UsageError
 
 if TYPE_CHECKING:
     from qcgraph.bundle import Bundle
-    from qcgraph.bundle.report import CacheReport, CompileReport, EstimateReport, FollowedPlan
+    from qcgraph.bundle.report import CacheReport, CompileReport, EstimateReport, GivenPlan
     from qcgraph.compiler.compilation import CompileResult
 
 
@@ -197,8 +197,8 @@ def _summary(report: CompileReport, bundle: Bundle | None) -> list[tuple[str, st
         ("scales", f"{_groups(report, bundle)} timestep groups"),
         ("work", f"{report.mac_ratio:.1%} of the multiply-accumulates of the model"),
     ]
-    if report.followed_plan is not None:
-        fields.append(("plan", _followed_text(report.followed_plan, report.plan)))
+    if report.given_plan is not None:
+        fields.append(("plan", _followed_text(report.given_plan, report.plan)))
     if report.estimate is not None:
         fields += [(name, f"about {text}") for name, text in _estimate(report.estimate)]
     if bundle is not None:
@@ -250,7 +250,7 @@ def _quantized(report: CompileReport) -> str:
     return f"{text}, {report.quantized_attentions} attentions" if report.quantized_attentions else text
 
 
-def _followed_text(followed: FollowedPlan, plan: str) -> str:
+def _followed_text(followed: GivenPlan, plan: str) -> str:
     """Where the schedule is from, and what it does to the images."""
     text = f"of {followed.source}{', carried over' if followed.is_retargeted else ''}"
     if followed.other_guidance:

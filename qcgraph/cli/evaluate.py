@@ -24,9 +24,9 @@ from qcgraph.errors import VerificationError
 
 if TYPE_CHECKING:
     from qcgraph.bundle import Bundle
-    from qcgraph.evaluation.bootstrap import Estimate
+    from qcgraph.evaluation.bootstrap import BootstrapEstimate
     from qcgraph.evaluation.evaluate import Evaluation
-    from qcgraph.evaluation.rows import Row
+    from qcgraph.evaluation.rows import EvaluatedSetting
     from qcgraph.files.atomic import FolderKind
 
 KIND = "eval"
@@ -190,7 +190,7 @@ def _print_rows(evaluation: Evaluation) -> None:
     print_table(columns, rows, right=("steps of work",))
 
 
-def _cells(row: Row, names: Sequence[str], *, converged: bool) -> list[str]:
+def _cells(row: EvaluatedSetting, names: Sequence[str], *, converged: bool) -> list[str]:
     if row.absent or row.metrics is None:
         return ["-", row.absent, *[""] * (len(names) - 1 + converged)]
     values = [str(row.metrics.get(name, NOTHING)) for name in names]
@@ -229,7 +229,7 @@ def _interaction(evaluation: Evaluation) -> str:
     return f"the error of both is {_decibels(found)} {word} than the sum of the errors of each"
 
 
-def _decibels(estimate: Estimate) -> str:
+def _decibels(estimate: BootstrapEstimate) -> str:
     return f"{estimate.value:+.2f} dB ({estimate.low:+.2f} .. {estimate.high:+.2f})"
 
 

@@ -45,7 +45,7 @@ def _overview(bundle: Bundle) -> dict[str, Any]:
             "name": spec.name,
             "latent_shape": list(spec.latent_shape),
             "conditions": spec.conditions_text,
-            "prediction": spec.schedule.prediction,
+            "prediction": spec.noise_schedule.prediction,
             "description": spec.describe(),
         },
         "target": manifest.target,

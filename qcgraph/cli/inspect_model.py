@@ -50,7 +50,7 @@ def _model_data(program: Any) -> dict[str, Any]:
         "model": spec.name,
         "latent_shape": list(spec.latent_shape),
         "conditions": spec.conditions_text,
-        "prediction": spec.schedule.prediction,
+        "prediction": spec.noise_schedule.prediction,
         "description": spec.describe(),
         "parameters": sum(value.numel() for value in program.constants.values()),
         "nodes": sum(node.op == "call_function" for node in variant.graph.nodes),

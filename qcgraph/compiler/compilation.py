@@ -16,10 +16,10 @@ import torch
 
 from qcgraph.bundle import Bundle, check_output, write_plan, writing
 from qcgraph.bundle.plan_file import PlanFile
-from qcgraph.bundle.report import REPORT, CheckReport, CompileReport, EdgeReport, EstimateReport, FollowedPlan
+from qcgraph.bundle.report import REPORT, CheckReport, CompileReport, EdgeReport, EstimateReport, GivenPlan
 from qcgraph.capture.capture import capture
 from qcgraph.capture.meaning import check_meaning
-from qcgraph.compiler.admission import admit_edges, admit_quality, check_conditions, overrides
+from qcgraph.compiler.acceptance import admit_edges, admit_quality, check_conditions, overrides
 from qcgraph.compiler.costs import costs_for
 from qcgraph.compiler.default_pipeline import default_pipeline, target_notes
 from qcgraph.compiler.estimate import estimate
@@ -172,7 +172,7 @@ class _Compilation:
         found = None if kept is None else estimate(kept, program, pipeline, quantizable(sites), target, elapsed)
         report = report.with_fields(
             source=self.model if isinstance(self.model, str) else None,
-            followed_plan=_followed(recipe, self.plan, program),
+            given_plan=_followed(recipe, self.plan, program),
             notes=notes,
             estimate=found and EstimateReport(**asdict(found)),
         )
@@ -293,18 +293,18 @@ def following(recipe: Recipe, plan: PlanFile | None) -> Recipe:
         raise UsageError(
             "the recipe has a pipeline of its own, which decides the steps",
             where=plan.where,
-            hint=f"put follow-plan{{{schedule}}} into it, after insert-cache",
+            hint=f"put apply-plan{{{schedule}}} into it, after insert-cache",
         )
     return recipe.override(cache=schedule)
 
 
-def _followed(recipe: Recipe, plan: PlanFile | None, program: Program) -> FollowedPlan | None:
+def _followed(recipe: Recipe, plan: PlanFile | None, program: Program) -> GivenPlan | None:
     """What became of a schedule that was given, and what it does to the final latents (see `Rehearsed`)."""
     if recipe.followed is None:
         return None
     schedule, steps = TimedSchedule.parse(recipe.followed), program.facts[StepPlan]
     rehearsed = program.facts.get(Rehearsed)
-    return FollowedPlan(
+    return GivenPlan(
         source=plan.describe() if plan else f"{len(schedule.timesteps)} steps",
         schedule=schedule.text,
         is_retargeted=schedule.timesteps != steps.timesteps,
@@ -360,7 +360,7 @@ def _captured(
     with timer.stage(f"capture{suffix}"):
         program = capture(loaded.module, loaded.spec, loaded.input_names)
         plan = make_step_plan(
-            sampling.scheduler, sampling.steps, sampling.guidance, loaded.spec.schedule, program.constants_digest
+            sampling.scheduler, sampling.steps, sampling.guidance, loaded.spec.noise_schedule, program.constants_digest
         )
         if not again:
             check_meaning(program, loaded.module, loaded.input_names, plan)

@@ -8,7 +8,7 @@ from typing import Any
 from qcgraph.errors import UsageError
 from qcgraph.export.run.runtimes import runtime_for
 from qcgraph.export.targets import TARGETS, Target
-from qcgraph.export.tensorrt.provider import PROVIDERS
+from qcgraph.export.tensorrt.provider import LIBRARIES
 from qcgraph.passes.caching.forecasters import Forecaster, forecaster_named
 from qcgraph.pipeline import Pass, Pipeline, make_pass
 from qcgraph.recipe import MOST_BITS, Recipe
@@ -45,7 +45,7 @@ def target_notes(recipe: Recipe, target: Target) -> tuple[str, ...]:
         notes.append(f"{target.name} takes constant scales: no activation has two regions")
     if recipe.bit_budget is not None and target.constant_scales:
         notes.append(f"{target.name} takes constant scales: an activation has the same bits in all timestep groups")
-    if asked.attention and target.runtime in PROVIDERS:
+    if asked.attention and target.runtime in LIBRARIES:
         notes.append("attention of quantized products is not fused: TensorRT has kernels for all of it in 16 bits only")
     return tuple(notes)
 
@@ -218,7 +218,7 @@ def _caching(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
     )
     yield _pass("insert-cache")
     if recipe.followed:
-        yield _pass("follow-plan", plan=recipe.followed)
+        yield _pass("apply-plan", plan=recipe.followed)
     if recipe.is_searched:
         # With quantization it is a draft.
         yield _schedule(recipe, final=not quantized)

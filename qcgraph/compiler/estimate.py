@@ -35,7 +35,7 @@ CODE_BYTES = 1
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CompileEstimate:
     """What a compilation will take, about: within a factor of two where it was compared.
 
     Attributes:
@@ -51,8 +51,8 @@ class Estimate:
 
 def estimate(
     captured: Program, program: Program, pipeline: Pipeline, planned: Sequence[Site], target: Target, elapsed: float
-) -> Estimate:
-    """Estimate what compiling takes, from one run of the model and from what the passes say of their work.
+) -> CompileEstimate:
+    """CompileEstimate what compiling takes, from one run of the model and from what the passes say of their work.
 
     Args:
         captured: the captured program.
@@ -73,7 +73,7 @@ def estimate(
     codes = sum(constant.numel() for name, constant in captured.constants.items() if name in chosen)
     is_reduced = any(ComputeType in pass_.provides for pass_ in pipeline)
     numbers = (weights - codes * FLOAT_BYTES) // (2 if is_reduced else 1)
-    return Estimate(
+    return CompileEstimate(
         seconds=elapsed + forwards * seconds_per_forward(captured) + EXPORT_SECONDS * sum(nodes),
         memory_bytes=int((resident_bytes() or weights) + WORKING_SHARE * weights + WORKING_BYTES),
         bundle_bytes=codes * CODE_BYTES + numbers + len(captured.variants[captured.computing].graph.nodes) * NODE_BYTES,

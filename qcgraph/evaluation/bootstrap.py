@@ -19,7 +19,7 @@ TWO_RUNS = 2**0.5  # by how much more two runs differ than each of them does fro
 
 
 @dataclass(frozen=True)
-class Estimate:
+class BootstrapEstimate:
     """A measured value, and the interval in which another run with other seeds is expected.
 
     The samples of every seed are drawn again; what that scatters by is how far a run is from the truth. Two runs differ
@@ -64,7 +64,7 @@ class Bootstrap:
         ]
         self._samples = np.concatenate(drawn, axis=-1)
 
-    def estimate(self, function: Callable[..., Values], *values: Values) -> Estimate:
+    def estimate(self, function: Callable[..., Values], *values: Values) -> BootstrapEstimate:
         """The function of the means of values.
 
         Args:
@@ -75,7 +75,7 @@ class Bootstrap:
         picked = (value[self._rows, self._samples].mean(axis=(1, 2)) for value in values)
         return interval(point, np.asarray(function(*picked), dtype=np.float64))
 
-    def estimate_sets(self, function: Callable[[Values], float], features: Values) -> Estimate:
+    def estimate_sets(self, function: Callable[[Values], float], features: Values) -> BootstrapEstimate:
         """The mean over seeds of a function of a set of samples, such as a distance of distributions.
 
         Samples that are drawn twice would distort such a distance, so samples are left out instead, a twelfth of each
@@ -111,10 +111,10 @@ def _left_out(members: npt.NDArray[np.int64]) -> int:
     return max(1, len(members) // LEFT_OUT)
 
 
-def interval(point: float, replicates: Values) -> Estimate:
+def interval(point: float, replicates: Values) -> BootstrapEstimate:
     """The interval that replicates span around their median, moved to the point: a bias that they share drops out."""
     finite = replicates[np.isfinite(replicates)]
     if not np.isfinite(point) or not len(finite):
-        return Estimate(point, point, point)
+        return BootstrapEstimate(point, point, point)
     ends = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) - np.median(finite)
-    return Estimate(point, float(point + TWO_RUNS * ends[0]), float(point + TWO_RUNS * ends[1]))
+    return BootstrapEstimate(point, float(point + TWO_RUNS * ends[0]), float(point + TWO_RUNS * ends[1]))

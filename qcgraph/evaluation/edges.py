@@ -11,7 +11,7 @@ import torch
 from qcgraph.evaluation.ablation import is_quantized, without_quantization
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
-from qcgraph.pipeline.effort import affordable, trajectory_macs
+from qcgraph.pipeline.calibration_budget import affordable, trajectory_macs
 from qcgraph.plan.roles import TensorRole
 from qcgraph.plan.spec import Interface, ModelSpec
 from qcgraph.plan.steps import StepPlan

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from qcgraph.errors import UsageError, closest, shown
-from qcgraph.evaluation.bootstrap import LEVEL, Bootstrap, Estimate
+from qcgraph.evaluation.bootstrap import LEVEL, Bootstrap, BootstrapEstimate
 from qcgraph.evaluation.faults import Fault, error_ratio, find_faults, uncompensated
 from qcgraph.evaluation.metrics import METRICS, Metric, check_installed, check_samples, choose_metrics, real_floor
-from qcgraph.evaluation.rows import Measuring, Row
+from qcgraph.evaluation.rows import EvaluatedSetting, Measuring
 from qcgraph.evaluation.scales import ScaleFit, fit_scales
 from qcgraph.evaluation.settings import (
     CONVERGED_STEPS,
@@ -30,7 +30,7 @@ from qcgraph.evaluation.sites import SAMPLES as SITE_SAMPLES
 from qcgraph.evaluation.sites import SiteEffect, measure_sites
 from qcgraph.evaluation.tally import Tally, Tallying, Trajectory, Values
 from qcgraph.files.atomic import scratch_folder
-from qcgraph.pipeline.effort import affordable
+from qcgraph.pipeline.calibration_budget import affordable
 from qcgraph.progress import Progress
 from qcgraph.recipe.gate import Gate, Verdict
 from qcgraph.sampling.conditions import in_turn
@@ -113,9 +113,9 @@ class Evaluation:
     seeds: tuple[int, ...]
     samples: int
     metrics: tuple[Metric, ...]
-    rows: tuple[Row, ...]
-    interaction: Estimate | None
-    compensation: Estimate | None
+    rows: tuple[EvaluatedSetting, ...]
+    interaction: BootstrapEstimate | None
+    compensation: BootstrapEstimate | None
     floors: Mapping[str, float]
     converging: str
     converged_samples: int
@@ -131,7 +131,7 @@ class Evaluation:
         """Whether there is no fault and the gate is met."""
         return not self.faults and all(verdict.passed for verdict in self.verdicts)
 
-    def row(self, key: str) -> Row:
+    def row(self, key: str) -> EvaluatedSetting:
         """The row of a setting."""
         return next(row for row in self.rows if row.key == key)
 
@@ -202,7 +202,7 @@ class _Run:
         rows = tuple(
             measuring.row(tallies[setting.key], self._metrics)
             if setting.key in tallies
-            else Row(setting.key, setting.title, absent=setting.absent)
+            else EvaluatedSetting(setting.key, setting.title, absent=setting.absent)
             for setting in settings
         )
         errors = {key: measuring.squared_errors(tally) for key, tally in tallies.items()}
@@ -263,14 +263,14 @@ class _Run:
         sites = measure_sites(self._subject, trajectory, told, seed, self._progress)
         return sites, fit_scales(self._subject, told, seed, self._progress) if sites else ()
 
-    def _compensation(self, errors: Mapping[str, Values]) -> Estimate | None:
+    def _compensation(self, errors: Mapping[str, Values]) -> BootstrapEstimate | None:
         bare = uncompensated(errors)
         if bare is None or not self._subject.is_compensated:
             return None
         return error_ratio(self._bootstrap, errors["compiled"], errors[bare])
 
 
-def interaction(bootstrap: Bootstrap, errors: Mapping[str, Values]) -> Estimate | None:
+def interaction(bootstrap: Bootstrap, errors: Mapping[str, Values]) -> BootstrapEstimate | None:
     """The squared error of quantization and caching together over the sum of the errors of each, dB.
 
     Args:
@@ -286,7 +286,7 @@ def interaction(bootstrap: Bootstrap, errors: Mapping[str, Values]) -> Estimate 
     return bootstrap.estimate(decibels, *(errors[key] for key in ("both", "quantization", "cache")))
 
 
-def _gate_values(rows: Sequence[Row]) -> dict[str, float]:
+def _gate_values(rows: Sequence[EvaluatedSetting]) -> dict[str, float]:
     """What the terms of a gate stand for."""
     found = {row.key: row.metrics for row in rows if row.metrics is not None}
     own, exact = found["compiled"], found["full_precision"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qcgraph.evaluation.bootstrap import Bootstrap, Estimate
+from qcgraph.evaluation.bootstrap import Bootstrap, BootstrapEstimate
 from qcgraph.evaluation.scales import ScaleFit
 from qcgraph.evaluation.settings import Subject
 from qcgraph.evaluation.sites import SiteEffect
@@ -72,7 +72,7 @@ def _plan_faults(subject: Subject) -> Iterator[Fault]:
     compiled = subject.program.facts.get(StepPlan)
     if compiled is not None and compiled != plan:
         yield Fault("plan", "plan.json", "it is not the plan that the program was compiled with")
-    expected = make_step_plan(mark.scheduler, mark.steps, mark.guidance, subject.spec.schedule, mark.model)
+    expected = make_step_plan(mark.scheduler, mark.steps, mark.guidance, subject.spec.noise_schedule, mark.model)
     if len(expected) != len(plan):
         yield Fault("plan", "plan.json", f"{mark.scheduler} makes {len(expected)} steps, the plan has {len(plan)}")
         return
@@ -176,7 +176,7 @@ def _compensation_faults(
         )
 
 
-def error_ratio(bootstrap: Bootstrap, one: Values, other: Values) -> Estimate:
+def error_ratio(bootstrap: Bootstrap, one: Values, other: Values) -> BootstrapEstimate:
     """How much larger squared errors [S,N] are than others, in dB; 0 where there are none."""
 
     def decibels(first: Values, second: Values) -> Values:

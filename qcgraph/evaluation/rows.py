@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qcgraph.evaluation.bootstrap import Bootstrap, Estimate
+from qcgraph.evaluation.bootstrap import Bootstrap, BootstrapEstimate
 from qcgraph.evaluation.metrics import Distances, Metric, peak, psnr, shown, ssim
 from qcgraph.evaluation.tally import Tally, Values, mean_squares
 from qcgraph.models.judge import Judge
@@ -17,7 +17,7 @@ from qcgraph.sampling.runner import Array
 
 
 @dataclass(frozen=True)
-class Row:
+class EvaluatedSetting:
     """What was measured of one setting.
 
     Attributes:
@@ -37,7 +37,7 @@ class Row:
     title: str
     cost: float | None = None
     absent: str = ""
-    metrics: Mapping[str, Estimate] | None = None
+    metrics: Mapping[str, BootstrapEstimate] | None = None
     by_seed: Mapping[str, tuple[float, ...]] | None = None
     converged_psnr: float | None = None
     latent_errors: tuple[float, ...] = ()
@@ -75,7 +75,7 @@ class Measuring:
         self._exact = shown(reference.finals, spec)
         self._peak = peak(reference.finals, spec)
 
-    def row(self, tally: Tally, metrics: Sequence[Metric]) -> Row:
+    def row(self, tally: Tally, metrics: Sequence[Metric]) -> EvaluatedSetting:
         """The row of a setting; full precision has no fidelity, because it is what that refers to."""
         setting, itself = tally.setting, tally is self._reference
         estimates, by_seed = {}, {}
@@ -84,7 +84,7 @@ class Measuring:
                 estimates[metric.name], values = self._measure(metric.name, tally)
                 by_seed[metric.name] = tuple(float(value) for value in values)
         curves = setting.planned and not itself
-        return Row(
+        return EvaluatedSetting(
             key=setting.key,
             title=setting.title,
             cost=setting.cost,
@@ -107,9 +107,9 @@ class Measuring:
         one, other = (shown(part, self._spec) for part in (images[: len(reference)], reference))
         return float(psnr(mean_squares(one, other).mean(), self._peak))
 
-    def _measure(self, name: str, tally: Tally) -> tuple[Estimate, Any]:
+    def _measure(self, name: str, tally: Tally) -> tuple[BootstrapEstimate, Any]:
         """A metric: the estimate, and the value of every seed."""
-        measures: dict[str, Callable[[Tally], tuple[Estimate, Any]]] = {
+        measures: dict[str, Callable[[Tally], tuple[BootstrapEstimate, Any]]] = {
             "psnr": self._psnr,
             "ssim": self._ssim,
             "latent_error": self._latent_error,
@@ -123,7 +123,7 @@ class Measuring:
         """The mean squared error of every image as it is looked at, f64[S,N]: what PSNR averages."""
         return self._each(tally, mean_squares)
 
-    def _psnr(self, tally: Tally) -> tuple[Estimate, Any]:
+    def _psnr(self, tally: Tally) -> tuple[BootstrapEstimate, Any]:
         errors = self.squared_errors(tally)
         return self._bootstrap.estimate(self.decibels, errors), self.decibels(errors.mean(axis=1))
 
@@ -131,7 +131,7 @@ class Measuring:
         """PSNR of mean squared errors, dB."""
         return np.asarray(psnr(errors, self._peak))
 
-    def _ssim(self, tally: Tally) -> tuple[Estimate, Any]:
+    def _ssim(self, tally: Tally) -> tuple[BootstrapEstimate, Any]:
         values = self._each(tally, lambda one, other: ssim(one, other, self._peak))
         return self._bootstrap.estimate(np.asarray, values), values.mean(axis=1)
 
@@ -140,25 +140,25 @@ class Measuring:
         images = shown(tally.finals, self._spec)
         return np.stack([function(one, other) for one, other in zip(images, self._exact, strict=True)])
 
-    def _latent_error(self, tally: Tally) -> tuple[Estimate, Any]:
+    def _latent_error(self, tally: Tally) -> tuple[BootstrapEstimate, Any]:
         errors, powers = tally.errors[:, -1], self._reference.errors[:, -1]
         return self._bootstrap.estimate(_root_ratio, errors, powers), _root_ratio(errors.mean(1), powers.mean(1))
 
-    def _accuracy(self, tally: Tally) -> tuple[Estimate, Any]:
+    def _accuracy(self, tally: Tally) -> tuple[BootstrapEstimate, Any]:
         assert self._judge is not None
         judge = self._judge
         correct = np.stack([judge.classify(part) == self._labels for part in tally.finals]).astype(np.float64)
         return self._bootstrap.estimate(np.asarray, correct), correct.mean(axis=1)
 
-    def _fid_small(self, tally: Tally) -> tuple[Estimate, Any]:
+    def _fid_small(self, tally: Tally) -> tuple[BootstrapEstimate, Any]:
         assert self._distances is not None
         return self._distance(tally, self._distances.fid_small)
 
-    def _kid(self, tally: Tally) -> tuple[Estimate, Any]:
+    def _kid(self, tally: Tally) -> tuple[BootstrapEstimate, Any]:
         assert self._distances is not None
         return self._distance(tally, self._distances.kid)
 
-    def _distance(self, tally: Tally, function: Callable[[Values], float]) -> tuple[Estimate, Any]:
+    def _distance(self, tally: Tally, function: Callable[[Values], float]) -> tuple[BootstrapEstimate, Any]:
         assert self._judge is not None
         judge = self._judge
         features = np.stack([judge.features(part) for part in tally.finals]).astype(np.float64)

@@ -27,7 +27,7 @@ from qcgraph.ir.serialize import load_program
 from qcgraph.ir.structure import find_sites, macs_by_variant, total_macs
 from qcgraph.models import LoadedModel
 from qcgraph.models.eager import EagerRunner
-from qcgraph.models.origin import captured_origin, find_model
+from qcgraph.models.source import captured_origin, find_model
 from qcgraph.plan.schedulers import first_order, make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
@@ -106,7 +106,7 @@ class Subject:
     @property
     def converging(self) -> str:
         """The first-order solver, which converges to the trajectory that others approximate with fewer steps."""
-        return first_order(self.spec.schedule)
+        return first_order(self.spec.noise_schedule)
 
     @property
     def is_compensated(self) -> bool:
@@ -205,7 +205,7 @@ def rivals(subject: Subject) -> tuple[Setting, ...]:
     elif steps >= len(subject.plan):
         reason = "every step computes, so fewer steps are not equal cost"
     else:
-        plan = make_step_plan(name, steps, guidance, subject.spec.schedule, subject.plan.fingerprint.model)
+        plan = make_step_plan(name, steps, guidance, subject.spec.noise_schedule, subject.plan.fingerprint.model)
         draw = _drawing(subject, EagerRunner(subject.model), plan)
         fewer = Setting("fewer_steps", f"{steps} steps of {name}", steps, draw, planned=False)
         if name == RIVAL:

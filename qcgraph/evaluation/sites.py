@@ -20,7 +20,7 @@ from qcgraph.evaluation.tally import Trajectory
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantized_sites import QuantizedSite, quantized_sites, record
 from qcgraph.ir.structure import find_sites, total_macs
-from qcgraph.pipeline.effort import affordable
+from qcgraph.pipeline.calibration_budget import affordable
 from qcgraph.plan.spec import PREDICTION_NAME
 from qcgraph.progress import Progress
 from qcgraph.sampling.conditions import Conditions

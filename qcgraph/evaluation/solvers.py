@@ -40,7 +40,7 @@ def sample_with(
     Returns:
         f32[N,C,H,W], the final latents.
     """
-    solver = make_scheduler(scheduler, spec.schedule)
+    solver = make_scheduler(scheduler, spec.noise_schedule)
     solver.set_timesteps(steps)
     calls = tuple(Step(float(timestep), UNUSED) for timestep in solver.timesteps)
     plan = StepPlan(Fingerprint("", scheduler, steps, guidance), calls)

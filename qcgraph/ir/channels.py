@@ -40,8 +40,8 @@ PARTING = (aten.chunk.default, aten.split.Tensor, aten.unbind.int)  # every part
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of a linear layer that make the channels of an activation, one a channel.
+class OutputChannels:
+    """OutputChannels of a linear layer that make the channels of an activation, one a channel.
 
     Attributes:
         weight: the constant [out, in].
@@ -60,7 +60,7 @@ class NotLinearError(Exception):
     """The channels do not come from rows of linear layers; says why."""
 
 
-def makers(variant: Variant, name: str) -> tuple[Rows, ...]:
+def makers(variant: Variant, name: str) -> tuple[OutputChannels, ...]:
     """The rows that make the channels of the activation that a node gives.
 
     Args:
@@ -95,7 +95,7 @@ def _is_sum(node: fx.Node) -> bool:
     return node.target is aten.add.Tensor and not node.kwargs  # which may scale one of the two
 
 
-def _rows(linear: fx.Node, index: torch.Tensor, *, is_gain: bool) -> Rows:
+def _rows(linear: fx.Node, index: torch.Tensor, *, is_gain: bool) -> OutputChannels:
     rows = index.reshape(-1, index.shape[-1])
     if not bool((rows == rows[0]).all()) or len(rows[0].unique()) < len(rows[0]):
         raise NotLinearError("its channels are not one output each of a linear layer")
@@ -105,7 +105,7 @@ def _rows(linear: fx.Node, index: torch.Tensor, *, is_gain: bool) -> Rows:
         raise NotLinearError("the layer that makes it has no bias to take an offset, or a computed weight")
     if any(len(constant.users) > 1 for constant in constants):
         raise NotLinearError("the layer that makes it shares its weight")
-    return Rows(str(constants[0].target), str(constants[1].target), tuple(rows[0].tolist()), is_gain)
+    return OutputChannels(str(constants[0].target), str(constants[1].target), tuple(rows[0].tolist()), is_gain)
 
 
 def _trace(node: fx.Node, *, is_read: bool = False) -> tuple[fx.Node, torch.Tensor]:

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from qcgraph.errors import ContractError
-from qcgraph.ir.admitted import is_admitted, is_quiet
 from qcgraph.ir.graph import Variant, module_path, returned_nodes, spec_of
+from qcgraph.ir.legal_operators import is_legal_operator, is_quiet
 from qcgraph.ir.ops import OPS
 from qcgraph.ir.program import Program
 from qcgraph.ir.site_rules import find_wrong_sites
@@ -128,7 +128,7 @@ def illegal_target(target: Any) -> str | None:
         return f"calls {target}; only the namespaces {', '.join(NAMESPACES)} are legal"
     if target._schema.is_mutable:
         return f"calls {target}, which writes to its input"
-    if target.namespace == "aten" and not is_admitted(target):
+    if target.namespace == "aten" and not is_legal_operator(target):
         return f"calls {target}, which is not among the operators that a program may call"
     return None
 

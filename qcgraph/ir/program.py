@@ -27,7 +27,7 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class PassRecord:
+class HistoryEntry:
     """One entry of a program's history: the pass as pipeline text, and what it did."""
 
     text: str
@@ -49,7 +49,7 @@ class Program:
     variants: Mapping[str, Variant]
     constants: Mapping[str, torch.Tensor]
     facts: Facts = Facts()  # noqa: RUF009 - immutable
-    history: tuple[PassRecord, ...] = ()
+    history: tuple[HistoryEntry, ...] = ()
 
     @property
     def interfaces(self) -> dict[str, Interface]:

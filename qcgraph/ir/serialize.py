@@ -23,7 +23,7 @@ from qcgraph.files.folder import parsed, path_problem, read_file, text_of
 from qcgraph.ir.graph import DTYPE_NAMES, DTYPES, Origin, Variant, is_name, module_path
 from qcgraph.ir.infer import check_arguments, infer_types
 from qcgraph.ir.legality import INTEGER_FUNCTIONS, NAMESPACES, find, illegal_target
-from qcgraph.ir.program import PassRecord, Program
+from qcgraph.ir.program import HistoryEntry, Program
 from qcgraph.plan.spec import Interface, TensorSpec
 
 _AGAIN = "compile again with this version"
@@ -60,7 +60,7 @@ def program_from_json(data: Mapping[str, Any], constants: Mapping[str, torch.Ten
         raise BundleError(f"has format {str(found)[:40]}, not {FORMAT}", where=PROGRAM, hint=_AGAIN)
     try:
         variants = {name: _variant_from_json(entry, constants) for name, entry in data["variants"].items()}
-        history = tuple(decode(PassRecord, record) for record in data["history"])
+        history = tuple(decode(HistoryEntry, record) for record in data["history"])
         program = Program(variants, dict(constants), Facts.decode(data["facts"]), history)
     except UsageError as error:  # of a step plan that no plan can be
         raise BundleError(error.message, where=PROGRAM, hint=_AGAIN) from error

@@ -24,12 +24,12 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
 
-class _Sampler(_Strict):
+class _FolderSamplerValues(_Strict):
     scheduler: Annotated[str, Field(min_length=1)]
     settings: tuple[tuple[str, bool | int | float | str | None], ...]
 
 
-class _Schedule(_Strict):
+class _NoiseScheduleValues(_Strict):
     """The values that a `NoiseSchedule` may have."""
 
     train_steps: Annotated[int, Field(ge=1, le=100_000)]
@@ -39,10 +39,10 @@ class _Schedule(_Strict):
     prediction: str
     rescale_zero_snr: bool
     shift: Annotated[float, Field(gt=0)]
-    sampler: _Sampler | None
+    sampler: _FolderSamplerValues | None
 
 
-class _Condition(_Strict):
+class _ConditionValues(_Strict):
     """The values that a `Condition` may have."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=100)]
@@ -58,8 +58,8 @@ class _Spec(_Strict):
     name: Annotated[str, Field(min_length=1)]
     latent_shape: tuple[_Size, _Size, _Size]
     output_channels: _Size
-    conditions: tuple[_Condition, ...]
-    schedule: _Schedule
+    conditions: tuple[_ConditionValues, ...]
+    noise_schedule: _NoiseScheduleValues
     is_image: bool
 
 
@@ -73,13 +73,13 @@ def check_spec(spec: ModelSpec, where: str) -> None:
     Raises:
         UsageError: names the first wrong value.
     """
-    if not isinstance(spec, ModelSpec) or not isinstance(spec.schedule, NoiseSchedule):
+    if not isinstance(spec, ModelSpec) or not isinstance(spec.noise_schedule, NoiseSchedule):
         raise UsageError(
-            f"the spec is a {type(spec).__name__} with the schedule {getattr(spec, 'schedule', None)!r}",
+            f"the spec is a {type(spec).__name__} with the schedule {getattr(spec, 'noise_schedule', None)!r}",
             where=where,
             hint="give qcgraph.plan.spec.ModelSpec, and in it a qcgraph.plan.spec.NoiseSchedule",
         )
-    _check_schedule(spec.schedule, where)
+    _check_schedule(spec.noise_schedule, where)
     try:
         _Spec.model_validate(asdict(spec))
     except ValidationError as error:

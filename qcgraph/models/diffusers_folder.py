@@ -64,7 +64,7 @@ def load_diffusers_folder(folder: Path) -> LoadedModel:
         class_count=config.num_embeds_ada_norm,
         null_class=config.num_embeds_ada_norm,  # diffusers, too, puts the null class in the row after the last
         output_channels=config.out_channels or config.in_channels,
-        schedule=schedule,
+        noise_schedule=schedule,
     )
     return LoadedModel(DiffusersDenoiser(transformer), spec, INPUT_NAMES, notes=(*notes, *said, *found))
 

@@ -92,7 +92,7 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))  # [B, T, D]
 
 
-class Block(nn.Module):
+class DiTBlock(nn.Module):
     """A transformer block whose normalisations and residual gates come from the condition (adaLN-Zero)."""
 
     def __init__(self, config: DiTConfig) -> None:
@@ -139,7 +139,7 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(config)
         # A frozen parameter rather than a buffer, because the original counts and stores it as one.
         self.pos_embed = nn.Parameter(position_embedding(config), requires_grad=False)
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
+        self.blocks = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
         self.final_layer = FinalLayer(config)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ def initialize_random(model: DiT, generator: torch.Generator) -> None:
         nn.init.normal_(modulation.weight, std=0.02, generator=generator)
     for block in _blocks(model):
         bias = _linear(block.adaLN_modulation[1]).bias.view(6, -1)
-        for gate in (2, 5):  # the order of the chunks in Block.forward
+        for gate in (2, 5):  # the order of the chunks in DiTBlock.forward
             nn.init.uniform_(bias[gate], 0.1, 0.5, generator=generator)
     nn.init.xavier_uniform_(model.final_layer.linear.weight, generator=generator)
 
@@ -239,9 +239,9 @@ def _initialize_trunk(model: DiT, generator: torch.Generator) -> None:
             nn.init.xavier_uniform_(layer.weight, generator=generator)
 
 
-def _blocks(model: DiT) -> list[Block]:
+def _blocks(model: DiT) -> list[DiTBlock]:
     """The blocks in order, as what they are; a ``ModuleList`` only knows modules."""
-    return [module for module in model.blocks if isinstance(module, Block)]
+    return [module for module in model.blocks if isinstance(module, DiTBlock)]
 
 
 def _modulations(model: DiT) -> list[nn.Linear]:

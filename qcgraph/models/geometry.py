@@ -105,12 +105,14 @@ class DiTConfig:
         final = _linear(width, 2 * width) + _linear(width, patch_values * self.output_channels)
         return embedders + self.depth * block + final
 
-    def model_spec(self, name: str, *, schedule: NoiseSchedule | None = None, is_image: bool = False) -> ModelSpec:
+    def model_spec(
+        self, name: str, *, noise_schedule: NoiseSchedule | None = None, is_image: bool = False
+    ) -> ModelSpec:
         """What the host must know of a DiT of these sizes.
 
         Args:
             name: how the model is called.
-            schedule: the training noise schedule, by default the original's.
+            noise_schedule: the training noise schedule, by default the original's.
             is_image: whether the latent is an image in [-1, 1].
         """
         return ModelSpec.class_conditional(
@@ -119,7 +121,7 @@ class DiTConfig:
             class_count=self.class_count,
             null_class=self.null_class,
             output_channels=self.output_channels,
-            schedule=schedule or NoiseSchedule(),
+            noise_schedule=noise_schedule or NoiseSchedule(),
             is_image=is_image,
         )
 

@@ -25,7 +25,7 @@ CONFIG_FILE = "scheduler_config.json"
 INDEX_FILE = "model_index.json"  # of a pipeline folder; names the class of each part
 
 # Classes whose updates are linear -> the scheduler that follows them. What is parallel in two of them is for training.
-_FOLLOWED = {
+_SUPPORTED = {
     "DDIMScheduler": "ddim",
     "DDIMParallelScheduler": "ddim",
     "DDPMScheduler": "ddpm",
@@ -34,11 +34,11 @@ _FOLLOWED = {
     "FlowMatchEulerDiscreteScheduler": "flow-euler",
 }
 _SCALES, _TWICE = "it scales the input of the denoiser", "it calls the denoiser twice for a step"
-_UNFOLLOWED = "none of qcgraph's schedulers does the same"
+_UNSUPPORTED = "none of qcgraph's schedulers does the same"
 # Classes that sample the same processes by updates that no step plan holds -> the reason.
 _OTHERS = {
-    "DEISMultistepScheduler": _UNFOLLOWED,
-    "DPMSolverSinglestepScheduler": _UNFOLLOWED,
+    "DEISMultistepScheduler": _UNSUPPORTED,
+    "DPMSolverSinglestepScheduler": _UNSUPPORTED,
     "EulerAncestralDiscreteScheduler": _SCALES,
     "EulerDiscreteScheduler": _SCALES,
     "FlowMatchHeunDiscreteScheduler": _TWICE,
@@ -47,7 +47,7 @@ _OTHERS = {
     "KDPM2DiscreteScheduler": _TWICE,
     "LMSDiscreteScheduler": _SCALES,
     "PNDMScheduler": _TWICE,
-    "SASolverScheduler": _UNFOLLOWED,
+    "SASolverScheduler": _UNSUPPORTED,
     "UniPCMultistepScheduler": "its steps depend on all earlier ones",
 }
 _SIGMAS = "it is for models whose noise has its own scale of sigmas (EDM), not one of betas"
@@ -213,9 +213,9 @@ class _Reader:
         name = self.config.get("_class_name")
         if not isinstance(name, str):
             raise self._refusal("names no _class_name", "save the scheduler with diffusers' save_pretrained")
-        if name in _FOLLOWED or name in _OTHERS:
+        if name in _SUPPORTED or name in _OTHERS:
             return name
-        readable = closest(name, [*_FOLLOWED, *_OTHERS])
+        readable = closest(name, [*_SUPPORTED, *_OTHERS])
         if name in _FOREIGN:
             raise self._refusal(f"{name} is not supported: {_FOREIGN[name]}", readable)
         raise self._refusal(f"{name} is not supported: it is not known what it is for", readable)
@@ -238,7 +238,7 @@ class _Reader:
         defaults = self._defaults(name)
         notes = self._check_unknown(name, defaults)
         settings = {key: self.config.get(key, default) for key, default in defaults.items()}
-        is_followed = name in _FOLLOWED
+        is_followed = name in _SUPPORTED
         for key, value in settings.items():
             if is_followed or key in _TRAINED:
                 self._check_type(key, value)
@@ -255,7 +255,7 @@ class _Reader:
             return schedule, (*notes, self._note_others(name, changed, schedule))
         own = {key: value for key, value in changed.items() if self._is_planned(key, value)}
         notes += self._notes(name, own, {key: value for key, value in changed.items() if key not in own})
-        sampler = FolderSampler(_FOLLOWED[name], tuple(own.items()))
+        sampler = FolderSampler(_SUPPORTED[name], tuple(own.items()))
         return replace(schedule, sampler=sampler), tuple(notes)
 
     @staticmethod
@@ -267,7 +267,7 @@ class _Reader:
         """Notes on the settings that choose steps: those that are taken, and those that no step plan holds."""
         notes = []
         if own:
-            notes.append(f"{self.path.name}: the scheduler {_FOLLOWED[name]} takes {_listed(own)} from it")
+            notes.append(f"{self.path.name}: the scheduler {_SUPPORTED[name]} takes {_listed(own)} from it")
         if unplanned:
             notes.append(
                 f"{self.path.name}: {_listed(unplanned)} of {name} is not followed, because a step plan holds updates "

@@ -87,7 +87,7 @@ def load_trained_folder(folder: Path = DIGITS_FOLDER) -> LoadedModel:
     weights = WEIGHTS_FILE if card.data == "digits" else IMAGES_WEIGHTS_FILE
     notes: list[str] = []
     module = load_dit(card.config, _file(folder, weights), hint=_HINT, note=notes.append)
-    spec = card.config.model_spec(card.name, schedule=card.schedule, is_image=True)
+    spec = card.config.model_spec(card.name, noise_schedule=card.schedule, is_image=True)
     return LoadedModel(
         module, spec, INPUT_NAMES, judge=partial(_load_judge, folder.resolve(), card), notes=tuple(notes)
     )

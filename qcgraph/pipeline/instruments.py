@@ -180,6 +180,6 @@ def example_inputs(program: Program, batch: int = 2, seed: int = 0) -> dict[str,
     conditions = in_turn(batch, spec)
     return {
         spec.latent.name: torch.randn(batch, *spec.latent_shape, generator=generator),
-        TIMESTEP.name: torch.full((batch,), spec.schedule.train_steps / 2),
+        TIMESTEP.name: torch.full((batch,), spec.noise_schedule.train_steps / 2),
         **{name: torch.from_numpy(values) for name, values in conditions.values.items()},
     }

@@ -23,7 +23,7 @@ from qcgraph.errors import ContractError, QcgraphError, UsageError, closest, sho
 from qcgraph.extensions import Extensions
 from qcgraph.files.documents import is_text
 from qcgraph.ir import legality
-from qcgraph.ir.program import PassRecord, Program, Refusal
+from qcgraph.ir.program import HistoryEntry, Program, Refusal
 from qcgraph.pipeline.options import check_options, converted
 from qcgraph.pipeline.workload import Workload
 from qcgraph.progress import Progress
@@ -260,7 +260,7 @@ def _run_checked(pass_: Pass, program: Program, context: PassContext) -> Program
     if missing := [kind.__name__ for kind in pass_.provides if kind not in result.facts]:
         raise ContractError(f"promised {', '.join(missing)} and did not provide it")
     legality.verify(result)
-    record = PassRecord(pass_.text, changed=result.digest != program.digest, refusals=tuple(context.refusals))
+    record = HistoryEntry(pass_.text, changed=result.digest != program.digest, refusals=tuple(context.refusals))
     return replace(result, history=(*program.history, record))
 
 

@@ -147,7 +147,7 @@ class ModelSpec:
         output_channels: channels the network returns; the first ``latent_shape[0]`` are the noise prediction,
             the rest (a learned sigma) is not used by the samplers.
         conditions: what it is told besides latent and timestep, in the order of its inputs.
-        schedule: the training noise schedule.
+        noise_schedule: the one it was trained on.
         is_image: whether the latent is an image in [-1, 1] rather than the latent of an autoencoder.
     """
 
@@ -155,7 +155,7 @@ class ModelSpec:
     latent_shape: tuple[int, int, int]
     output_channels: int
     conditions: tuple[Condition, ...]
-    schedule: NoiseSchedule = NoiseSchedule()
+    noise_schedule: NoiseSchedule = NoiseSchedule()
     is_image: bool = False
 
     @classmethod
@@ -166,7 +166,7 @@ class ModelSpec:
         class_count: int,
         null_class: int,
         output_channels: int,
-        schedule: NoiseSchedule = NoiseSchedule(),
+        noise_schedule: NoiseSchedule = NoiseSchedule(),
         is_image: bool = False,
     ) -> ModelSpec:
         """Describe a model whose only condition is a class label.
@@ -177,11 +177,11 @@ class ModelSpec:
             class_count: number of classes; labels are ``0 .. class_count - 1``.
             null_class: the label of the unconditional half of guidance.
             output_channels: see `ModelSpec`.
-            schedule: see `ModelSpec`.
+            noise_schedule: see `ModelSpec`.
             is_image: see `ModelSpec`.
         """
         label = class_label(class_count, null_class)
-        return cls(name, latent_shape, output_channels, (label,), schedule, is_image)
+        return cls(name, latent_shape, output_channels, (label,), noise_schedule, is_image)
 
     @property
     def latent(self) -> TensorSpec:
@@ -210,7 +210,7 @@ class ModelSpec:
     def describe(self) -> str:
         """Return one line: name, latent, conditions and what the network predicts."""
         shape = "x".join(map(str, self.latent_shape))
-        return f"{self.name}: latent {shape}, {self.conditions_text}, predicts {self.schedule.prediction}"
+        return f"{self.name}: latent {shape}, {self.conditions_text}, predicts {self.noise_schedule.prediction}"
 
     def lines(self) -> list[str]:
         """Return the lines that the text of a program has of it."""

@@ -160,7 +160,7 @@ class Cache(_Section):
         "off",
         description="off; interval=N: every N-th step computes, the others reuse; dps=N: as many computing steps, "
         "placed by CacheQuant's rule; budget=F: the best schedule at the fraction F of the cost, 0.3 for example; or "
-        "plan=TEXT: a given schedule, such as 980-20:FRRF (see qcgraph passes follow-plan)",
+        "plan=TEXT: a given schedule, such as 980-20:FRRF (see qcgraph passes apply-plan)",
     )
     forecast: str = Field(
         "auto",
@@ -204,7 +204,7 @@ class ModulationChoice(_Section):
     )
 
 
-class Compensation(_Section):
+class CompensationSection(_Section):
     """What is repaired after quantization and caching."""
 
     mode: Literal["off", "vc", "vc-masked"] = Field(
@@ -240,7 +240,7 @@ def _readable(value: str) -> str:
     return value
 
 
-class Admission(_Section):
+class GateChoice(_Section):
     """What a compilation has to show before it is written."""
 
     terms: Annotated[str, AfterValidator(_readable)] = Field(
@@ -302,9 +302,9 @@ class Recipe(_Section):
     quantization: Quantization = Quantization()
     cache: Cache = Cache()
     modulation: ModulationChoice = ModulationChoice()
-    compensation: Compensation = Compensation()
+    compensation: CompensationSection = CompensationSection()
     target: TargetChoice = TargetChoice()
-    gate: Admission = Admission()
+    gate: GateChoice = GateChoice()
     pipeline: PipelineChoice = PipelineChoice()
 
     @classmethod

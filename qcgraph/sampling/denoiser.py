@@ -18,8 +18,8 @@ from qcgraph.errors import BundleError, UsageError
 from qcgraph.plan.spec import Condition, ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.sampling.conditions import Conditions
-from qcgraph.sampling.device import NOT_FINITE, NOT_FINITE_HINT, DeviceRunner, LateFollowing, OnDevice
-from qcgraph.sampling.host_check import HALF_TOLERANCES, TOLERANCE, Following
+from qcgraph.sampling.device import NOT_FINITE, NOT_FINITE_HINT, DeviceRunner, LateHostCheck, OnDevice
+from qcgraph.sampling.host_check import HALF_TOLERANCES, TOLERANCE, HostCheck
 from qcgraph.sampling.loop import Request
 from qcgraph.sampling.runner import Runner
 from qcgraph.sampling.tensors import FLOATS, INTEGERS, Fetched, as_array, checked_values, is_tensor, like, on_device
@@ -110,8 +110,8 @@ class Denoiser:
         self._runner = runner
         self._device_runner = runner if isinstance(runner, DeviceRunner) else None
         self._request = Request(runner if self._device_runner is None else OnDevice(self._device_runner), plan, spec)
-        self._following = None if own_updates else Following(plan, spec)
-        self._late = None if self._device_runner is None else LateFollowing(self._following, len(plan))
+        self._following = None if own_updates else HostCheck(plan, spec)
+        self._late = None if self._device_runner is None else LateHostCheck(self._following, len(plan))
         self._first: Any = None  # the first latent of the trajectory, where the latents do not identify it
         self._precision = ""  # of the latents of the trajectory
         self._fetched = {condition.name: Fetched() for condition in spec.conditions}

@@ -10,7 +10,7 @@ import numpy as np
 
 from qcgraph.errors import UsageError
 from qcgraph.sampling.conditions import Conditions
-from qcgraph.sampling.host_check import Following
+from qcgraph.sampling.host_check import HostCheck
 from qcgraph.sampling.runner import Call
 
 NOT_FINITE = "the latent holds NaN or infinity"
@@ -69,7 +69,7 @@ class _Taken:
     arrive: Callable[[], None]
 
 
-class LateFollowing:
+class LateHostCheck:
     """Judges each step when the next one is under way: the device computes that while the host looks at this one.
 
     A host that does not follow, or gives latents that are not finite, is therefore refused one step late; at the last
@@ -80,7 +80,7 @@ class LateFollowing:
         steps: of the plan.
     """
 
-    def __init__(self, following: Following | None, steps: int) -> None:
+    def __init__(self, following: HostCheck | None, steps: int) -> None:
         self._following = following
         self._last = steps - 1
         self._waiting: _Taken | None = None
@@ -93,7 +93,7 @@ class LateFollowing:
         prediction: torch.Tensor,
         tolerance: float,
     ) -> None:
-        """A step was put in order on the device: judge the one before it (see `Following.check` of the host check).
+        """A step was put in order on the device: judge the one before it (see `HostCheck.check` of the host check).
 
         Raises:
             BundleError: the host does not sample as the plan does.

@@ -124,7 +124,7 @@ class _Expectation:
         )
 
 
-class Following:
+class HostCheck:
     """Holds a host that samples in the form of the plan to the updates of the plan.
 
     With guidance that form is a batch of both halves, in whatever order, else a batch of samples. A host that calls for
@@ -244,9 +244,9 @@ class Following:
             f"the latent that came after timestep {self._plan.timesteps[expected.index]:g} is "
             f"{_norm(difference) / _norm(latent):.2g} off (relative) from what this scheduler makes of the prediction"
             + (" before noise" if expected.noise else ""),
-            "the plan's scheduler is make_scheduler(denoiser.plan.fingerprint.scheduler, denoiser.spec.schedule) of "
-            "qcgraph.plan.schedulers; compare its settings, such as clip_sample and the betas, with those of yours; "
-            + OWN_UPDATES,
+            "the plan's scheduler is make_scheduler(denoiser.plan.fingerprint.scheduler, "
+            "denoiser.spec.noise_schedule) of qcgraph.plan.schedulers; compare its settings, such as clip_sample and the "
+            "betas, with those of yours; " + OWN_UPDATES,
         )
 
     def _guidance_hint(self) -> str:

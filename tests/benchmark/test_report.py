@@ -7,7 +7,7 @@ import json
 import pytest
 
 from qcgraph.benchmark.bench import Measured, sampling_seconds
-from qcgraph.benchmark.report import Ratio, Row, cache_bytes
+from qcgraph.benchmark.report import BenchmarkResult, Ratio, cache_bytes
 from qcgraph.benchmark.timing import TimedCall, Timing
 from qcgraph.benchmark.worker import Alone
 from qcgraph.plan.roles import COMPUTES, REUSES, TensorRole
@@ -46,11 +46,11 @@ def test_sampling_follows_from_a_section() -> None:
 
 def test_what_pairing_costs_is_relative_to_running_alone() -> None:
     alone = Alone(sampling=(1.0, 2.0, 4.0), forward=(0.5,), base_bytes=1, peak_bytes=2)
-    whole = Row("a", "", None, "ok", sampling=Timing.of([3.0]), forward=Timing.of([0.5]), alone=alone)
+    whole = BenchmarkResult("a", "", None, "ok", sampling=Timing.of([3.0]), forward=Timing.of([0.5]), alone=alone)
     assert whole.paired_to_alone == 1.5
-    forwards = Row("a", "", None, "ok", forward=Timing.of([0.25]), alone=alone)
+    forwards = BenchmarkResult("a", "", None, "ok", forward=Timing.of([0.25]), alone=alone)
     assert forwards.paired_to_alone == 0.5
-    assert Row("a", "", None, "failed").paired_to_alone is None
+    assert BenchmarkResult("a", "", None, "failed").paired_to_alone is None
     data = json.loads(json.dumps(whole.to_json()))
     assert data["sampling"] == {"min": 3.0, "median": 3.0, "max": 3.0, "count": 1}
     assert data["alone"]["sampling"]["median"] == 2.0

@@ -33,7 +33,7 @@ aten = torch.ops.aten
 
 
 def plan_of(spec: ModelSpec, guidance: float = 1.5) -> StepPlan:
-    return make_step_plan("ddim", 4, guidance, spec.schedule, "digest")
+    return make_step_plan("ddim", 4, guidance, spec.noise_schedule, "digest")
 
 
 def toy(forward: Forward, rows: int = 4) -> nn.Module:

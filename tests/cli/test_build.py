@@ -33,7 +33,7 @@ def with_graphs(bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
-        raise UsageError("TensorRT-RTX is not installed", hint=tensorrt.PROVIDERS[name].install)
+        raise UsageError("TensorRT-RTX is not installed", hint=tensorrt.LIBRARIES[name].install)
 
     monkeypatch.setattr(tensorrt, "load_provider", missing)
 

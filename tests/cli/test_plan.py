@@ -35,11 +35,11 @@ def test_a_dry_run_shows_what_becomes_of_a_plan(qcgraph: Command, small_digits: 
     assert done.code == 0
     assert "plan       of 4 steps, guidance 4, carried over (made at another guidance than here:" in done.out
     assert "; 4 steps compute\n" in done.out
-    assert "follow-plan{plan=900-300:FRRF}" in done.out
+    assert "apply-plan{plan=900-300:FRRF}" in done.out
     data = qcgraph("compile", small_digits, *options, "--json").json()
     assert data["recipe"]["cache"]["schedule"] == "plan=900-300:FRRF"
-    assert data["followed_plan"]["is_retargeted"] is True
-    assert (data["followed_plan"]["computing"], data["variants"]["full"]["steps"]) == (4, 4)
+    assert data["given_plan"]["is_retargeted"] is True
+    assert (data["given_plan"]["computing"], data["variants"]["full"]["steps"]) == (4, 4)
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def test_the_same_steps_give_the_same_plan(source: Bundle, tiny_model: LoadedMod
     ]
     assert modes(made[0]) == modes(source) == ["full", "reuse", "reuse", "full", "reuse", "reuse"]
     assert digests(made[0]) == digests(made[1]) == digests(made[2])
-    followed = made[0].report.followed_plan
+    followed = made[0].report.given_plan
     assert followed.source == "ddim, 6 steps, guidance 1.5"
     assert followed.is_retargeted is followed.other_guidance is False
     assert followed.error == followed.even_error > 0
@@ -61,9 +61,7 @@ def test_a_bundle_compiles_again_from_its_recipe(source: Bundle, tiny_model: Loa
     again = qcgraph.compile(tiny_model, str(first.file("recipe.lock.toml")), output=tmp_path / "again")
     assert digests(again) == digests(first)
     fields = {"schedule", "is_retargeted", "computing", "error", "even_error"}
-    assert again.report.followed_plan.model_dump(include=fields) == first.report.followed_plan.model_dump(
-        include=fields
-    )
+    assert again.report.given_plan.model_dump(include=fields) == first.report.given_plan.model_dump(include=fields)
     assert not any(str(source.path) in path.read_text() for path in first.path.glob("*.*ml"))
 
 
@@ -75,7 +73,7 @@ def test_other_steps(source: Bundle, tiny_model: LoadedModel, tmp_path: Path, sc
     assert bundle.plan.fingerprint.scheduler == scheduler
     assert modes(bundle)[0] == "full"
     assert modes(bundle).count("full") == int(steps / 3 + 0.5)
-    followed, fitted = bundle.report.followed_plan, bundle.facts.get(ForecastFit)
+    followed, fitted = bundle.report.given_plan, bundle.facts.get(ForecastFit)
     assert followed.is_retargeted is (steps != 6)
     assert followed.other_guidance is True
     assert min(followed.error, followed.even_error) > 0

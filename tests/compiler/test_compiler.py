@@ -75,7 +75,7 @@ def draw(bundle: Bundle, backend: str, seed: int = 5) -> np.ndarray:
 def exact(eager_runner: Callable[[LoadedModel], Runner]) -> np.ndarray:
     """Full precision digits, twelve steps, without any of qcgraph's graphs."""
     model = load_model("digits")
-    plan = make_step_plan("ddim", 12, 1.5, model.spec.schedule, "")
+    plan = make_step_plan("ddim", 12, 1.5, model.spec.noise_schedule, "")
     return sample(eager_runner(model), plan, model.spec, LABELS, 5)
 
 

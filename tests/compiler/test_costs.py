@@ -47,7 +47,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.mark.parametrize(("guidance", "rows"), [(1.5, 2), (1.0, 1)])
 def test_variants_take_turns_on_one_image(cached: Program, clock: Clock, guidance: float, rows: int) -> None:
     spec = cached.facts[ModelSpec]
-    plan = make_step_plan("ddim", 5, guidance, spec.schedule, "model").with_variants(["full"] * 5)
+    plan = make_step_plan("ddim", 5, guidance, spec.noise_schedule, "model").with_variants(["full"] * 5)
     found = measure_costs(cached.with_facts(plan), TARGETS["torch"], Progress())
     assert found == pytest.approx({"full": 8.0, "reuse": 1.0})
     assert [variant for variant, _ in clock.calls] == ["full", "reuse"] * (ROUNDS + WARM_UP)

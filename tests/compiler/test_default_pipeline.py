@@ -50,7 +50,7 @@ name = "{target}"
 def digits(small_digits: Path) -> Program:
     model = load_model(str(small_digits))
     program = capture(model.module, model.spec, model.input_names)
-    return program.with_facts(make_step_plan("ddim", STEPS, 1.5, model.spec.schedule, program.constants_digest))
+    return program.with_facts(make_step_plan("ddim", STEPS, 1.5, model.spec.noise_schedule, program.constants_digest))
 
 
 class Watching(Instrument):

@@ -61,8 +61,8 @@ class Flow(nn.Module):
 @pytest.fixture(scope="module")
 def flow() -> LoadedModel:
     digits = load_model("digits")
-    module = Flow(digits.module, digits.spec.schedule).eval().requires_grad_(False)
-    spec = replace(digits.spec, name="flow-of-digits", schedule=NoiseSchedule(prediction="flow_prediction"))
+    module = Flow(digits.module, digits.spec.noise_schedule).eval().requires_grad_(False)
+    spec = replace(digits.spec, name="flow-of-digits", noise_schedule=NoiseSchedule(prediction="flow_prediction"))
     return replace(digits, module=module, spec=spec)
 
 
@@ -75,7 +75,9 @@ def bundle(flow: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundl
 
 def test_a_flow_is_compiled_and_judged(flow: LoadedModel, bundle: Bundle) -> None:
     origin = capture(flow.module, flow.spec, flow.input_names)
-    origin = origin.with_facts(make_step_plan("flow-euler", STEPS, 1.5, flow.spec.schedule, origin.constants_digest))
+    origin = origin.with_facts(
+        make_step_plan("flow-euler", STEPS, 1.5, flow.spec.noise_schedule, origin.constants_digest)
+    )
     program, target = load_program(bundle.path), target_named(bundle.manifest.target)
     subject = Subject(flow, origin, program, bundle.plan, runner_of(bundle, None, 1), bundle.path, target, 1)
     options = Options(samples=50, seeds=1, metrics=("psnr", "accuracy"), sites=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qcgraph.evaluation.bootstrap import Bootstrap, Estimate, interval
+from qcgraph.evaluation.bootstrap import Bootstrap, BootstrapEstimate, interval
 
 LABELS = [index % 5 for index in range(64)]
 
@@ -44,9 +44,9 @@ def test_sets_are_left_out_of_not_repeated() -> None:
 
 
 def test_what_is_not_finite_has_no_interval() -> None:
-    assert interval(np.inf, np.full(10, np.inf)) == Estimate(np.inf, np.inf, np.inf)
-    assert not Estimate(0.5, -0.1, 1.0).excludes_zero
-    assert Estimate(-0.5, -1.0, -0.1).excludes_zero
+    assert interval(np.inf, np.full(10, np.inf)) == BootstrapEstimate(np.inf, np.inf, np.inf)
+    assert not BootstrapEstimate(0.5, -0.1, 1.0).excludes_zero
+    assert BootstrapEstimate(-0.5, -1.0, -0.1).excludes_zero
 
 
 def test_classes_stay_as_frequent_as_they_are() -> None:

@@ -27,7 +27,7 @@ def plan_faults(captured: Program, model: LoadedModel, plan: StepPlan) -> tuple[
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpmsolver++"])
 def test_the_schedulers_own_plan_is_sound(captured: Program, tiny_model: LoadedModel, scheduler: str) -> None:
-    plan = make_step_plan(scheduler, 6, 1.5, tiny_model.spec.schedule, captured.constants_digest)
+    plan = make_step_plan(scheduler, 6, 1.5, tiny_model.spec.noise_schedule, captured.constants_digest)
     assert plan_faults(captured, tiny_model, plan) == ()
 
 
@@ -43,7 +43,7 @@ def test_the_schedulers_own_plan_is_sound(captured: Program, tiny_model: LoadedM
 def test_another_update_is_a_fault(
     captured: Program, tiny_model: LoadedModel, change: Callable[[Update], Update]
 ) -> None:
-    plan = make_step_plan("dpmsolver++", 6, 1.5, tiny_model.spec.schedule, captured.constants_digest)
+    plan = make_step_plan("dpmsolver++", 6, 1.5, tiny_model.spec.noise_schedule, captured.constants_digest)
     third = replace(plan.steps[2], update=change(plan.steps[2].update))
     (fault,) = plan_faults(captured, tiny_model, replace(plan, steps=(*plan.steps[:2], third, *plan.steps[3:])))
     assert (fault.kind, fault.where) == ("plan", "step 2")

@@ -18,7 +18,7 @@ from qcgraph.plan.steps import StepPlan
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", RIVAL])
 def test_no_rival_is_drawn_twice(captured: Program, tiny_model: LoadedModel, scheduler: str) -> None:
-    plan = make_step_plan(scheduler, 12, 1.5, tiny_model.spec.schedule, captured.constants_digest)
+    plan = make_step_plan(scheduler, 12, 1.5, tiny_model.spec.noise_schedule, captured.constants_digest)
     program = Pipeline.parse("plan-cache{interval=3},insert-cache").run(captured.with_facts(plan))
     steps = program.facts[StepPlan]
     subject = Subject(tiny_model, captured, program, steps, TorchRunner(program), Path(), TARGETS["torch"])

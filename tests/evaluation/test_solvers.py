@@ -18,7 +18,7 @@ LABELS = [0, 1, 2]
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
 def test_the_plan_draws_the_same(tiny_model: LoadedModel, name: str, guidance: float) -> None:
     runner, spec = EagerRunner(tiny_model), tiny_model.spec
-    plan = make_step_plan(name, 7, guidance, spec.schedule, "")
+    plan = make_step_plan(name, 7, guidance, spec.noise_schedule, "")
     expected = sample(runner, plan, spec, LABELS, 3)
     np.testing.assert_allclose(sample_with(name, 7, guidance, runner, spec, LABELS, 3), expected, rtol=1e-5, atol=1e-4)
 
@@ -26,7 +26,7 @@ def test_the_plan_draws_the_same(tiny_model: LoadedModel, name: str, guidance: f
 def test_the_plan_of_a_multistep_solver_draws_the_same_digits() -> None:
     model = load_model("digits")
     runner, spec = EagerRunner(model), model.spec
-    plan = make_step_plan("dpmsolver++", 20, 1.5, spec.schedule, "")
+    plan = make_step_plan("dpmsolver++", 20, 1.5, spec.noise_schedule, "")
     ours = sample(runner, plan, spec, LABELS, 3, batch=2)
     theirs = sample_with("dpmsolver++", 20, 1.5, runner, spec, LABELS, 3)
     assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)  # 2e-7 was measured

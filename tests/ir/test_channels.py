@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from qcgraph.capture.capture import capture
-from qcgraph.ir.channels import NotLinearError, Rows, makers
+from qcgraph.ir.channels import NotLinearError, OutputChannels, makers
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
 from qcgraph.plan.spec import ModelSpec
@@ -70,7 +70,7 @@ def activation_of(program: Program, site: str) -> str:
     return next(found for found in variant.graph.nodes if found.name == node).all_input_nodes[0].name
 
 
-def makers_of(program: Program, site: str) -> tuple[Rows, ...]:
+def makers_of(program: Program, site: str) -> tuple[OutputChannels, ...]:
     return makers(program.variants["main"], activation_of(program, site))
 
 
@@ -127,15 +127,15 @@ def test_modulated_activations_are_made_by_gain_and_shift_rows(
     """In the order of the chunks of adaLN: shift, scale and gate of the attention, then those of the MLP."""
     constants = [f"blocks.{block}.adaLN_modulation.1.{kind}" for kind in ("weight", "bias")]
     assert makers_of(captured, f"blocks.{block}.{layer}") == (
-        Rows(*constants, tuple(range(gain, gain + 32)), is_gain=True),
-        Rows(*constants, tuple(range(shift, shift + 32)), is_gain=False),
+        OutputChannels(*constants, tuple(range(gain, gain + 32)), is_gain=True),
+        OutputChannels(*constants, tuple(range(shift, shift + 32)), is_gain=False),
     )
 
 
 @pytest.mark.parametrize("block", [0, 1])
 def test_attention_outputs_are_made_by_the_rows_of_the_values(captured: Program, block: int) -> None:
     constants = [f"blocks.{block}.attn.qkv.{kind}" for kind in ("weight", "bias")]
-    expected = (Rows(*constants, tuple(range(64, 96)), is_gain=False),)
+    expected = (OutputChannels(*constants, tuple(range(64, 96)), is_gain=False),)
     assert makers_of(captured, f"blocks.{block}.attn.proj") == expected
 
 

@@ -12,8 +12,8 @@ from torch import fx
 
 from qcgraph.errors import ContractError
 from qcgraph.ir import legality
-from qcgraph.ir.admitted import ADMITTED
 from qcgraph.ir.edit import GraphEditor, with_edits
+from qcgraph.ir.legal_operators import LEGAL_OPERATORS
 from qcgraph.ir.program import Program
 from qcgraph.plan.roles import REUSES
 from qcgraph.plan.spec import GROUP
@@ -115,7 +115,9 @@ def test_attention_without_dropout_alone_is_legal(captured: Program) -> None:
 
 def test_admitted_operators_exist_and_draw_nothing() -> None:
     """Each name is one of PyTorch's, and none of its overloads is random but attention, whose dropout is checked."""
-    overloads = [getattr(getattr(aten, name), kind) for name in ADMITTED for kind in getattr(aten, name).overloads()]
+    overloads = [
+        getattr(getattr(aten, name), kind) for name in LEGAL_OPERATORS for kind in getattr(aten, name).overloads()
+    ]
     drawing = {op for op in overloads if torch.Tag.nondeterministic_seeded in op.tags and not op._schema.is_mutable}
     assert drawing == {aten.scaled_dot_product_attention.default}
 

@@ -73,7 +73,7 @@ def test_pipeline_folder(pipeline: Path, transformer: Any) -> None:
 @torch.no_grad()
 def test_model_folder_has_the_default_schedule(pipeline: Path) -> None:
     model = load_model(str(pipeline / "transformer"))
-    assert model.spec.schedule == NoiseSchedule()
+    assert model.spec.noise_schedule == NoiseSchedule()
     assert model.spec.name == "transformer"
     assert "name the folder above it" in model.notes[0]
 
@@ -103,7 +103,7 @@ def test_a_flow(pipeline: Path) -> None:
     (pipeline / "scheduler" / "scheduler_config.json").write_text(
         json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
     )
-    assert load_model(str(pipeline)).spec.schedule == NoiseSchedule(
+    assert load_model(str(pipeline)).spec.noise_schedule == NoiseSchedule(
         prediction="flow_prediction", shift=3.0, sampler=FolderSampler("flow-euler")
     )
 

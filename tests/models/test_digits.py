@@ -20,7 +20,7 @@ def sample_digits(folder: Path, labels: torch.Tensor, *, guidance: float = 1.5, 
     from diffusers import DDIMScheduler
 
     model = load_model(str(folder))
-    schedule = model.spec.schedule
+    schedule = model.spec.noise_schedule
     scheduler: Any = DDIMScheduler(
         num_train_timesteps=schedule.train_steps,
         beta_start=schedule.beta_start,

@@ -53,7 +53,7 @@ def parallel():
 def judged():
     return LoadedModel(Denoiser(), SPEC, ("latent", "when", "label"), judge=lambda: JUDGE)
 def unsupported():
-    spec = replace(SPEC, schedule=NoiseSchedule(beta_schedule="sigmoid"))
+    spec = replace(SPEC, noise_schedule=NoiseSchedule(beta_schedule="sigmoid"))
     return LoadedModel(Denoiser(), spec, ("latent", "when", "label"))
 def misnamed():
     return LoadedModel(Denoiser(), SPEC, ("latent", "timestep", "label"))

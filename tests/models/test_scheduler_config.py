@@ -20,7 +20,7 @@ from qcgraph.facts import decode, encode
 from qcgraph.models import LoadedModel, load_model
 from qcgraph.models.eager import EagerRunner
 from qcgraph.models.json_file import read_config
-from qcgraph.models.scheduler_config import _FOLLOWED, _FOREIGN, _OTHERS, read_schedule
+from qcgraph.models.scheduler_config import _FOREIGN, _OTHERS, _SUPPORTED, read_schedule
 from qcgraph.plan.schedulers import AUTO, make_scheduler, make_step_plan
 from qcgraph.plan.spec import FolderSampler, ModelSpec, NoiseSchedule
 from qcgraph.sampling.loop import sample
@@ -224,9 +224,9 @@ def test_every_scheduler_of_diffusers_is_known() -> None:
         *("MiniMaxH3Scheduler", "PiflowScheduler", "RFD4ProteinaScheduler", "VQDiffusionScheduler"),
     }
     names = {name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax")}
-    assert {*_FOLLOWED, *_OTHERS} <= names
+    assert {*_SUPPORTED, *_OTHERS} <= names
     if diffusers.__version__ == "0.42.1":
-        assert names <= {*_FOLLOWED, *_OTHERS, *_FOREIGN, *other}
+        assert names <= {*_SUPPORTED, *_OTHERS, *_FOREIGN, *other}
 
 
 def test_the_index_of_a_pipeline_names_the_same_class(folder_with: Callable[[object], Path]) -> None:
@@ -284,7 +284,7 @@ def test_settings_come_with_the_model(transformer: Any, folder_with: Callable[[o
     folder = folder_with(DIFFUSION | {"timestep_spacing": "trailing"})
     transformer.save_pretrained(folder / "transformer")
     model = load_model(str(folder))
-    assert model.spec.schedule.sampler == FolderSampler("ddim", (("timestep_spacing", "trailing"),))
+    assert model.spec.noise_schedule.sampler == FolderSampler("ddim", (("timestep_spacing", "trailing"),))
     assert len(model.notes) == 1
 
 

@@ -63,7 +63,7 @@ def edit_card(folder: Path, *path: str, value: object) -> None:
 
 def test_name_sizes_and_schedule_come_from_the_card(small: Path) -> None:
     model = load_model(str(small))
-    assert model.spec == SMALL.model_spec("small", schedule=NoiseSchedule(beta_end=0.01), is_image=True)
+    assert model.spec == SMALL.model_spec("small", noise_schedule=NoiseSchedule(beta_end=0.01), is_image=True)
     assert model.input_names == ("x", "t", "y")
     stored = load_file(small / WEIGHTS_FILE)
     assert all(torch.equal(tensor, stored[name].float()) for name, tensor in model.module.state_dict().items())

@@ -92,7 +92,7 @@ def loaded(name: str) -> tuple[LoadedModel, float]:
 def captured_of(model: LoadedModel, guidance: float) -> Program:
     program = capture(model.module, model.spec, model.input_names)
     return program.with_facts(
-        make_step_plan("ddim", STEPS, guidance, model.spec.schedule, program.constants_digest),
+        make_step_plan("ddim", STEPS, guidance, model.spec.noise_schedule, program.constants_digest),
     )
 
 

@@ -203,7 +203,7 @@ def test_every_pair_keeps_what_was_decided(
     captured: Program, possible: dict[tuple[str, ...], Recipe], chosen: list[Pipeline]
 ) -> None:
     """The tiny denoiser through all of them, looked at after every pass; what begins alike runs once."""
-    steps = make_step_plan("ddim", STEPS, 1.5, captured.facts[ModelSpec].schedule, captured.constants_digest)
+    steps = make_step_plan("ddim", STEPS, 1.5, captured.facts[ModelSpec].noise_schedule, captured.constants_digest)
     reached: dict[str, Watched] = {"": Watched(captured.with_facts(steps))}
     covered: set[Pair] = set()
     for passes in chosen:

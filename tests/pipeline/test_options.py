@@ -69,7 +69,7 @@ def test_a_truth_value_is_no_number_and_a_number_no_truth_value(name: str, key: 
         ("plan-cache{interval=" + "9" * 5000 + "}", "is not a whole number"),
         ("plan-cache{interval=" + "[" * 5000 + "}", "is not a whole number"),
         ("plan-cache{interval=3 interval=5}", "says 'interval' twice"),
-        ("follow-plan{plan=nothing}", "option plan"),
+        ("apply-plan{plan=nothing}", "option plan"),
     ],
 )
 def test_text(text: str, says: str) -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from qcgraph.errors import UsageError
-from qcgraph.plan.schedule import Mode, SkipErrors, climb, dps, expected_error, plan, spread, uniform
+from qcgraph.plan.schedule import Mode, ReuseErrors, climb, dps, expected_error, plan, spread, uniform
 from qcgraph.plan.schedule.search import Prices
 from qcgraph.plan.schedule.spacing import group_costs
 
@@ -33,12 +33,12 @@ def feature_differences(steps: int, seed: int) -> Array:
     return differences
 
 
-def skip_errors(modes: int, steps: int, largest_gap: int, seed: int, unmeasured: float = 0.0) -> SkipErrors:
+def reuse_errors(modes: int, steps: int, largest_gap: int, seed: int, unmeasured: float = 0.0) -> ReuseErrors:
     generator = np.random.default_rng(seed)
     values = generator.exponential(size=(modes, steps, largest_gap + 1, largest_gap + 1))
     values *= np.arange(modes, 0, -1)[:, None, None, None]
     values[generator.random(values.shape) < unmeasured] = np.inf
-    return SkipErrors(values)
+    return ReuseErrors(values)
 
 
 def every_schedule(steps: int, modes: tuple[Mode, ...]) -> Iterator[Names]:
@@ -52,7 +52,7 @@ def cost_of(names: Names, modes: tuple[Mode, ...]) -> float:
     return sum(costs[name] for name in names)
 
 
-def written_out(names: Names, errors: SkipErrors, modes: tuple[Mode, ...]) -> float:
+def written_out(names: Names, errors: ReuseErrors, modes: tuple[Mode, ...]) -> float:
     """The error of a schedule by its definition."""
     index = {mode.name: position for position, mode in enumerate(modes)}
     room = errors.values.shape[2]
@@ -154,7 +154,7 @@ def test_group_costs_are_the_sums_written_out() -> None:
 @pytest.mark.parametrize("unmeasured", [0.0, 0.2])
 @pytest.mark.parametrize("seed", range(4))
 def test_plan_is_the_best_of_all_schedules(modes: tuple[Mode, ...], seed: int, unmeasured: float) -> None:
-    errors = skip_errors(1, 9, 4, seed, unmeasured)
+    errors = reuse_errors(1, 9, 4, seed, unmeasured)
     candidates = [(cost_of(names, modes), written_out(names, errors, modes)) for names in every_schedule(9, modes)]
     floor = min(cost for cost, error in candidates if math.isfinite(error))
     for budget in [floor, *np.linspace(floor, 9, 11)]:
@@ -170,7 +170,7 @@ def test_plan_is_the_best_of_all_schedules(modes: tuple[Mode, ...], seed: int, u
 @pytest.mark.parametrize("seed", range(4))
 def test_plan_of_two_modes_is_the_best_of_all_schedules(seed: int, unmeasured: float) -> None:
     """Their costs are whole ticks: reuse 0, half 1 and full 2."""
-    errors = skip_errors(2, 8, 3, seed, unmeasured)
+    errors = reuse_errors(2, 8, 3, seed, unmeasured)
     candidates = [(cost_of(names, TWO), written_out(names, errors, TWO)) for names in every_schedule(8, TWO)]
     floor = min(cost for cost, error in candidates if math.isfinite(error))
     for budget in np.linspace(floor, 8, 9):
@@ -184,7 +184,7 @@ def test_plan_of_two_modes_is_the_best_of_all_schedules(seed: int, unmeasured: f
 @pytest.mark.parametrize("seed", range(3))
 def test_plan_of_odd_costs_is_the_best_but_for_rounding(modes: tuple[Mode, ...], seed: int) -> None:
     """A mode counts for at most 1/32 of a computing step more than it costs."""
-    errors = skip_errors(len(modes), 6, 5, seed, unmeasured=0.1)
+    errors = reuse_errors(len(modes), 6, 5, seed, unmeasured=0.1)
     candidates = [(cost_of(names, modes), written_out(names, errors, modes)) for names in every_schedule(6, modes)]
     for budget in np.linspace(3, 6, 9):
         found = plan(errors, modes, 6, budget)
@@ -206,7 +206,7 @@ def test_costs_are_rounded_up_and_by_little(count: int) -> None:
 
 def test_modes_of_equal_cost_are_planned_exactly() -> None:
     modes = (Mode("first", 0.3), Mode("second", 0.3))
-    errors = skip_errors(2, 7, 3, seed=5)
+    errors = reuse_errors(2, 7, 3, seed=5)
     candidates = [(cost_of(names, modes), written_out(names, errors, modes)) for names in every_schedule(7, modes)]
     for budget in np.linspace(4.2, 7, 9):
         expected = min(error for cost, error in candidates if cost <= budget + 1e-9)
@@ -216,13 +216,13 @@ def test_modes_of_equal_cost_are_planned_exactly() -> None:
 @pytest.mark.parametrize("modes", [ONE, TWO, THREE], ids=["one", "two", "three"])
 def test_the_whole_budget_computes_every_step(modes: tuple[Mode, ...]) -> None:
     for budget in (20, 1000):
-        found = plan(skip_errors(len(modes), 20, 6, seed=0), modes, 20, budget)
+        found = plan(reuse_errors(len(modes), 20, 6, seed=0), modes, 20, budget)
         assert found.modes == (None,) * 20
         assert (found.error, found.cost) == (0, 20)
 
 
 def test_equal_errors_are_reached_at_the_least_cost() -> None:
-    errors = SkipErrors(np.zeros((2, 10, 4, 4)))
+    errors = ReuseErrors(np.zeros((2, 10, 4, 4)))
     found = plan(errors, TWO, 10, 9)
     assert found.modes.count(None) == 3  # a computing step serves the 3 steps that follow it
     assert "half" not in found.modes
@@ -231,7 +231,7 @@ def test_equal_errors_are_reached_at_the_least_cost() -> None:
 @pytest.mark.parametrize("modes", [ONE, THREE], ids=["one", "three"])
 @pytest.mark.parametrize("unmeasured", [0.0, 0.4])
 def test_an_unreachable_budget_names_the_least_one(modes: tuple[Mode, ...], unmeasured: float) -> None:
-    errors = skip_errors(len(modes), 23, 5, seed=2, unmeasured=unmeasured)
+    errors = reuse_errors(len(modes), 23, 5, seed=2, unmeasured=unmeasured)
     with pytest.raises(UsageError, match=r"no schedule costs at most 0\.01 of computing every step") as caught:
         plan(errors, modes, 23, 0.01 * 23)
     stated = re.search(r"least reachable budget is ([\d.]+);", str(caught.value.hint))
@@ -244,14 +244,14 @@ def test_an_unreachable_budget_names_the_least_one(modes: tuple[Mode, ...], unme
 
 def test_the_least_budget_is_the_one_of_gaps_that_were_measured() -> None:
     with pytest.raises(UsageError) as caught:
-        plan(skip_errors(1, 12, 2, seed=0), ONE, 12, 1)
+        plan(reuse_errors(1, 12, 2, seed=0), ONE, 12, 1)
     # FRR F FRR F FRR F, say: a run of 3 steps is followed by one without skips, for earlier = 3 has no error.
     assert "0.5500" in str(caught.value.hint)  # or runs of 2 steps: 6 computing steps of 12
 
 
 @pytest.mark.parametrize("modes", [ONE, TWO], ids=["one", "two"])
 def test_fixed_steps_compute(modes: tuple[Mode, ...]) -> None:
-    errors = skip_errors(len(modes), 16, 6, seed=3)
+    errors = reuse_errors(len(modes), 16, 6, seed=3)
     free = plan(errors, modes, 16, 8)
     fixed = {1, 2, 11, *(step for step in range(16) if free.modes[step] is not None and step % 5 == 0)}
     found = plan(errors, modes, 16, 9, fixed=fixed)
@@ -261,7 +261,7 @@ def test_fixed_steps_compute(modes: tuple[Mode, ...]) -> None:
 
 
 def test_fixed_steps_leave_the_best_of_the_rest() -> None:
-    errors = skip_errors(1, 9, 4, seed=7)
+    errors = reuse_errors(1, 9, 4, seed=7)
     allowed = [names for names in every_schedule(9, ONE) if names[4] is names[5] is None and cost_of(names, ONE) <= 4.6]
     expected = min(written_out(names, errors, ONE) for names in allowed)
     assert plan(errors, ONE, 9, 4.6, fixed=(4, 5)).error == pytest.approx(expected, rel=1e-12)
@@ -269,7 +269,7 @@ def test_fixed_steps_leave_the_best_of_the_rest() -> None:
 
 @pytest.mark.parametrize("modes", [ONE, TWO, THREE], ids=["one", "two", "three"])
 def test_a_larger_budget_is_never_worse(modes: tuple[Mode, ...]) -> None:
-    errors = skip_errors(len(modes), 30, 8, seed=4)
+    errors = reuse_errors(len(modes), 30, 8, seed=4)
     found = [plan(errors, modes, 30, budget) for budget in np.linspace(9, 30, 40)]
     assert all(later.error <= before.error for before, later in itertools.pairwise(found))
     assert all(schedule.cost <= budget + 1e-9 for schedule, budget in zip(found, np.linspace(9, 30, 40), strict=True))
@@ -278,14 +278,14 @@ def test_a_larger_budget_is_never_worse(modes: tuple[Mode, ...]) -> None:
 @pytest.mark.slow
 def test_budgets_are_met_to_the_last_step() -> None:
     """Costs that binary fractions cannot hold do not lose a computing step."""
-    errors = skip_errors(1, 50, 49, seed=6)
+    errors = reuse_errors(1, 50, 49, seed=6)
     for cost, computing in itertools.product((0.1, 0.3, 1 / 3, 0.7), range(4, 50)):
         budget = sum([1.0] * computing + [cost] * (50 - computing))
         assert plan(errors, (Mode("reuse", cost),), 50, budget).modes.count(None) == computing
 
 
 def test_a_schedule_from_elsewhere_is_priced() -> None:
-    errors = skip_errors(1, 12, 3, seed=8)
+    errors = reuse_errors(1, 12, 3, seed=8)
     names = tuple(None if computes else "reuse" for computes in uniform(12, 3))
     assert expected_error(names, errors, ONE) == pytest.approx(written_out(names, errors, ONE), rel=1e-12)
     unmeasured_gap = (None, *["reuse"] * 4, *[None] * 7)
@@ -297,7 +297,7 @@ def test_a_schedule_from_elsewhere_is_priced() -> None:
 
 def test_one_step() -> None:
     assert uniform(1, 3) == spread(1, 1) == dps(np.zeros((1, 1)), 2) == [True]
-    assert plan(skip_errors(1, 1, 3, seed=0), ONE, 1, 1).modes == (None,)
+    assert plan(reuse_errors(1, 1, 3, seed=0), ONE, 1, 1).modes == (None,)
 
 
 TARGET = (None, None, "reuse", "reuse", None, "half", "reuse", None, "reuse", "reuse", "half", "reuse")
@@ -380,17 +380,17 @@ def test_climbing_ends_without_neighbours() -> None:
         (lambda: dps(np.zeros((2, 2)), 5), "2 steps are too few for groups of 3 to 10"),
         (lambda: Mode("reuse", 1.0), "mode 'reuse' costs 1 of a computing step"),
         (lambda: Mode("reuse", math.nan), "mode 'reuse' costs nan"),
-        (lambda: SkipErrors(np.zeros((1, 4, 3, 2))), "skip errors of the shape"),
-        (lambda: SkipErrors(np.zeros((0, 4, 3, 3))), "skip errors of the shape"),
-        (lambda: SkipErrors(np.full((1, 4, 3, 3), np.nan)), "a skip error is negative or not a number"),
-        (lambda: SkipErrors(np.full((1, 4, 3, 3), -1.0)), "a skip error is negative or not a number"),
-        (lambda: plan(skip_errors(1, 4, 2, 0), TWO, 4, 4), "skip errors of 1 modes and 4 steps"),
-        (lambda: plan(skip_errors(1, 4, 2, 0), ONE, 5, 4), "skip errors of 1 modes and 4 steps"),
-        (lambda: plan(skip_errors(2, 4, 2, 0), ONE * 2, 4, 4), "two modes share a name"),
-        (lambda: plan(skip_errors(1, 4, 2, 0), ONE, 4, 4, fixed=(0, 4)), "step 4 is to compute"),
-        (lambda: expected_error((None,) * 3, skip_errors(1, 4, 2, 0), ONE), "a schedule of 3 steps"),
-        (lambda: expected_error(("reuse",) * 4, skip_errors(1, 4, 2, 0), ONE), "the first reuse"),
-        (lambda: expected_error((None, "resue"), skip_errors(1, 2, 1, 0), ONE), "unknown mode 'resue'"),
+        (lambda: ReuseErrors(np.zeros((1, 4, 3, 2))), "skip errors of the shape"),
+        (lambda: ReuseErrors(np.zeros((0, 4, 3, 3))), "skip errors of the shape"),
+        (lambda: ReuseErrors(np.full((1, 4, 3, 3), np.nan)), "a skip error is negative or not a number"),
+        (lambda: ReuseErrors(np.full((1, 4, 3, 3), -1.0)), "a skip error is negative or not a number"),
+        (lambda: plan(reuse_errors(1, 4, 2, 0), TWO, 4, 4), "skip errors of 1 modes and 4 steps"),
+        (lambda: plan(reuse_errors(1, 4, 2, 0), ONE, 5, 4), "skip errors of 1 modes and 4 steps"),
+        (lambda: plan(reuse_errors(2, 4, 2, 0), ONE * 2, 4, 4), "two modes share a name"),
+        (lambda: plan(reuse_errors(1, 4, 2, 0), ONE, 4, 4, fixed=(0, 4)), "step 4 is to compute"),
+        (lambda: expected_error((None,) * 3, reuse_errors(1, 4, 2, 0), ONE), "a schedule of 3 steps"),
+        (lambda: expected_error(("reuse",) * 4, reuse_errors(1, 4, 2, 0), ONE), "the first reuse"),
+        (lambda: expected_error((None, "resue"), reuse_errors(1, 2, 1, 0), ONE), "unknown mode 'resue'"),
         (lambda: climb(START, distance, rounds=0, seed=0), "0 rounds"),
         (lambda: climb(START, lambda names: math.nan, rounds=3, seed=0), "is not a number"),
     ],

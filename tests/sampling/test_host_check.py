@@ -11,7 +11,7 @@ from qcgraph.errors import BundleError
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import Earlier, Fingerprint, Step, StepPlan, Update
 from qcgraph.sampling.conditions import Conditions
-from qcgraph.sampling.host_check import HALF_TOLERANCES, TOLERANCE, Following, Form, form_of
+from qcgraph.sampling.host_check import HALF_TOLERANCES, TOLERANCE, Form, HostCheck, form_of
 from qcgraph.sampling.loop import Sampler, Updates
 from qcgraph.sampling.noise import Noise
 from qcgraph.sampling.runner import Array
@@ -44,7 +44,7 @@ def host(
     change: float = 0.0,
     dtype: str = "f4",
     order: str = "conditional first",
-) -> Following:
+) -> HostCheck:
     """Two samples through a plan; guided with a weight, or a batch of one half where it is None.
 
     Args:
@@ -55,7 +55,7 @@ def host(
         dtype: what it computes in.
         order: of a batch of both halves.
     """
-    following, sampler, latent = Following(plan, SPEC), Sampler(updates, Noise(3, range(2), (2, 4, 4))), drawn(0, 2)
+    following, sampler, latent = HostCheck(plan, SPEC), Sampler(updates, Noise(3, range(2), (2, 4, 4))), drawn(0, 2)
     places = np.arange(2) if guidance is None else np.array(ORDERS[order])
     labels = told(1, 2, 5, 5)[places]
     for index in range(len(updates)):
@@ -93,7 +93,7 @@ def test_halves_in_whatever_order(order: str, updates: list[Update]) -> None:
 
 
 def test_halves_that_come_apart_are_refused() -> None:
-    following, latent = Following(plan_of(PLAIN), SPEC), np.concatenate([drawn(0, 1)] * 2)
+    following, latent = HostCheck(plan_of(PLAIN), SPEC), np.concatenate([drawn(0, 1)] * 2)
     following.note(0, latent, told(5, 1), drawn(1, 2, channels=4))
     with pytest.raises(BundleError, match="the latents of the two halves of guidance differ after timestep 3"):
         following.check(1, drawn(2, 2), told(5, 1), TOLERANCE)
@@ -102,7 +102,7 @@ def test_halves_that_come_apart_are_refused() -> None:
 def test_unconditional_samples_are_checked_where_there_is_no_guidance() -> None:
     """All that is sampled is checked then, whatever its class."""
     plan, labels = plan_of(PLAIN, 1.0), told(5, 5)
-    following, latent, prediction = Following(plan, SPEC), drawn(0, 2), drawn(1, 2, channels=4)
+    following, latent, prediction = HostCheck(plan, SPEC), drawn(0, 2), drawn(1, 2, channels=4)
     following.note(0, latent, labels, prediction)
     following.check(1, Updates(plan).update(0, latent, prediction[:, :2]), labels, TOLERANCE)
     with pytest.raises(BundleError, match="off"):
@@ -115,7 +115,7 @@ def test_a_trajectory_is_not_taken_for_another(guidance: float, noise: float) ->
     """Also where so much noise is added that a latent of the other one could be of this one."""
     plan = plan_of([replace(update, noise=noise, latent=0.3) for update in PLAIN], guidance)
     for labels in ([1, 2], [5, 5]):  # where guidance is planned, batches without both halves are not known
-        following = Following(plan, SPEC)
+        following = HostCheck(plan, SPEC)
         samplers = [Sampler(plan, Noise(seed, range(2), (2, 4, 4))) for seed in (1, 2)]
         latents, classes, came = [drawn(seed, 2) for seed in (1, 2)], told(*labels), []
         for sampler, latent in zip(samplers, latents, strict=True):
@@ -156,7 +156,7 @@ def test_no_guidance_where_there_should_be_is_refused() -> None:
 def test_guidance_where_there_should_be_none_is_refused_at_once() -> None:
     latent = np.concatenate([drawn(0, 1)] * 2)
     with pytest.raises(BundleError, match="which is no guidance; this batch of 2 holds both halves of guidance"):
-        Following(plan_of(PLAIN, 1.0), SPEC).check(0, latent, told(1, 5), TOLERANCE)
+        HostCheck(plan_of(PLAIN, 1.0), SPEC).check(0, latent, told(1, 5), TOLERANCE)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
@@ -173,7 +173,7 @@ def test_other_updates_are_refused(guidance: float, updates: list[Update], chang
 def test_what_cannot_be_told_passes() -> None:
     """The halves apart and combined out of sight, and latents that stay where they are."""
     for labels in (told(1, 2), told(5, 5)):
-        following, latent = Following(plan_of(PLAIN), SPEC), drawn(0, 2)
+        following, latent = HostCheck(plan_of(PLAIN), SPEC), drawn(0, 2)
         for index in range(3):
             following.check(index, latent, labels, TOLERANCE)
             following.note(index, latent, labels, drawn(index, 2, channels=4))
@@ -201,7 +201,7 @@ def test_another_weight_is_found_beneath_noise() -> None:
 
 def test_a_new_trajectory_begins_anew() -> None:
     plan = plan_of(WITH_HISTORY, 1.0)
-    following = Following(plan, SPEC)
+    following = HostCheck(plan, SPEC)
     for seed in (0, 1):
         sampler, latent = Updates(plan), drawn(seed, 1 + seed)
         for index in range(2):  # aborted

@@ -83,7 +83,7 @@ def test_what_is_refused(run: Run, options: list[str], what: str) -> None:
 
 def test_sampling_on_tensors_is_that_of_the_bundle(module: Any, tiny_model: LoadedModel, eager_runner: Any) -> None:
     sampling = module("bench_gpu_sampling")
-    plan = make_step_plan("ddim", 3, 1.5, tiny_model.spec.schedule, "")
+    plan = make_step_plan("ddim", 3, 1.5, tiny_model.spec.noise_schedule, "")
     denoise = sampling.torch_denoiser(tiny_model, torch.float32, None, torch.device("cpu"))
     latents = sampling.draw(denoise, plan, tiny_model.spec, 2, torch.device("cpu"))
     assert latents.shape == (2, *tiny_model.spec.latent_shape)
@@ -97,7 +97,11 @@ def test_sampling_on_tensors_is_that_of_the_bundle(module: Any, tiny_model: Load
     assert torch.linalg.norm(near - latents) < 0.05 * torch.linalg.norm(latents)
     with pytest.raises(UsageError, match="samples with ddim alone"):
         sampling.draw(
-            denoise, make_step_plan("ddpm", 3, 1.5, tiny_model.spec.schedule, ""), tiny_model.spec, 1, latents.device
+            denoise,
+            make_step_plan("ddpm", 3, 1.5, tiny_model.spec.noise_schedule, ""),
+            tiny_model.spec,
+            1,
+            latents.device,
         )
 
 

@@ -6,15 +6,15 @@ knows its steps by their timestep values, and carries over to other steps.
 """
 
 from qcgraph.plan.schedule.climbing import climb
-from qcgraph.plan.schedule.planner import CONDITIONAL, Mode, Schedule, SkipErrors, expected_error, plan
+from qcgraph.plan.schedule.planner import CONDITIONAL, CacheSchedule, Mode, ReuseErrors, expected_error, plan
 from qcgraph.plan.schedule.spacing import dps, even, spread, uniform
 from qcgraph.plan.schedule.timed import TimedSchedule
 
 __all__ = [
     "CONDITIONAL",
+    "CacheSchedule",
     "Mode",
-    "Schedule",
-    "SkipErrors",
+    "ReuseErrors",
     "TimedSchedule",
     "climb",
     "dps",

@@ -46,7 +46,7 @@ class Mode:
 
 
 @dataclass(frozen=True, eq=False)
-class SkipErrors:
+class ReuseErrors:
     """What it does to the final latent to skip one step.
 
     The effects of several skipped steps are taken to add up, as squares of independent disturbances do.
@@ -82,7 +82,7 @@ class SkipErrors:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class CacheSchedule:
     """What every sampling step does.
 
     Attributes:
@@ -97,8 +97,8 @@ class Schedule:
 
 
 def plan(
-    errors: SkipErrors, modes: Sequence[Mode], steps: int, budget: float, *, fixed: Collection[int] = (0,)
-) -> Schedule:
+    errors: ReuseErrors, modes: Sequence[Mode], steps: int, budget: float, *, fixed: Collection[int] = (0,)
+) -> CacheSchedule:
     """The schedule of least expected error within a budget.
 
     It is the best one if all modes cost the same. If they differ, a mode may count for more than it costs, by 1/32 of
@@ -131,10 +131,10 @@ def plan(
     found = search(errors.values, prices, fixed, ticks)
     names = tuple(None if mode is None else modes[mode].name for mode in found)
     costs: dict[str | None, float] = {None: 1.0} | {mode.name: mode.cost for mode in modes}
-    return Schedule(names, expected_error(names, errors, modes), math.fsum(costs[name] for name in names))
+    return CacheSchedule(names, expected_error(names, errors, modes), math.fsum(costs[name] for name in names))
 
 
-def expected_error(names: Sequence[str | None], errors: SkipErrors, modes: Sequence[Mode]) -> float:
+def expected_error(names: Sequence[str | None], errors: ReuseErrors, modes: Sequence[Mode]) -> float:
     """The error that a schedule of any origin is expected to have: the sum of the errors of its skips.
 
     Args:
@@ -167,7 +167,7 @@ def expected_error(names: Sequence[str | None], errors: SkipErrors, modes: Seque
     return total
 
 
-def check_arguments(errors: SkipErrors, modes: Sequence[Mode], steps: int, fixed: Collection[int]) -> None:
+def check_arguments(errors: ReuseErrors, modes: Sequence[Mode], steps: int, fixed: Collection[int]) -> None:
     """Refuse arguments of `plan` that do not fit together, with UsageError."""
     if errors.values.shape[:2] != (len(modes), steps):
         raise UsageError(

@@ -88,7 +88,7 @@ def search(errors: Array, prices: Prices, fixed: Collection[int], ticks: int) ->
     what memory goes to, T * G * (G + 1) * ticks bytes.
 
     Args:
-        errors: [modes, T, G + 1, G + 1], the errors of skipping steps; see `SkipErrors`.
+        errors: [modes, T, G + 1, G + 1], the errors of skipping steps; see `ReuseErrors`.
         prices: ticks of the modes.
         fixed: steps that must compute, besides step 0.
         ticks: what may be spent above the floor; at least `least_ticks`.

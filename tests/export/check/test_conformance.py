@@ -20,7 +20,7 @@ from qcgraph.cli import run
 from qcgraph.errors import UsageError
 from qcgraph.export.check.check import Check
 from qcgraph.export.check.conformance import check_cache_tensors, check_conformance
-from qcgraph.export.check.engine_gates import expected_of
+from qcgraph.export.check.engine_checks import expected_of
 from qcgraph.export.onnx.emit import emit_onnx
 from qcgraph.export.targets import TARGETS
 from qcgraph.export.tensorrt import provider as tensorrt
@@ -201,7 +201,7 @@ def test_a_target_without_graphs_is_refused(program: Program, folder: Path) -> N
 
 def test_without_the_library(program: Program, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
-        raise UsageError(f"{tensorrt.PROVIDERS[name].title} is not installed")
+        raise UsageError(f"{tensorrt.LIBRARIES[name].title} is not installed")
 
     monkeypatch.setattr(tensorrt, "load_provider", missing)
     with pytest.raises(UsageError, match="TensorRT-RTX is not installed"):
@@ -299,7 +299,7 @@ def test_every_node_that_cannot_be_read_is_named(compiled: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_library")
 def test_other_versions_are_not_looked_into(program: Program, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qcgraph.export.check.engine_gates.PROBED_VERSIONS", ("9.9",))
+    monkeypatch.setattr("qcgraph.export.check.engine_checks.PROBED_VERSIONS", ("9.9",))
     checks = check(program, folder, "tensorrt-rtx")
     assert failed(checks) == set()
     for name in ("8-bit products", "fused attention", "conditional jumps"):

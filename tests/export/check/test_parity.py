@@ -137,7 +137,7 @@ def deep() -> Callable[[int], Program]:
         initialize_random(module, torch.Generator().manual_seed(seed))
         state = module.state_dict()
         program = replace(traced, constants={name: state[name].clone() for name in traced.constants})
-        return program.with_facts(make_step_plan("ddim", 2, 1.0, spec.schedule, program.constants_digest))
+        return program.with_facts(make_step_plan("ddim", 2, 1.0, spec.noise_schedule, program.constants_digest))
 
     return make
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from qcgraph.bundle import Bundle, write_plan, writing
-from qcgraph.bundle.engines import Batch, EngineRecord, engine_files, has_engines, read_engines
+from qcgraph.bundle.engines import Batch, EngineManifest, engine_files, has_engines, read_engines
 from qcgraph.errors import BundleError, UsageError
 from qcgraph.export.tensorrt import engines
 from qcgraph.export.tensorrt import provider as tensorrt
@@ -198,7 +198,7 @@ def test_another_interface_is_refused(module: Any, unquantized: Any) -> None:
 def test_engines_of_a_bundle(module: Any, bundle: Bundle) -> None:
     record = build_engines(bundle, ["8.9", "12.0"])
     folder = bundle.path / "engines"
-    assert isinstance(record, EngineRecord)
+    assert isinstance(record, EngineManifest)
     assert [engine.file for engine in record.engines] == [
         "full.sm89.engine",
         "full.sm120.engine",
@@ -274,8 +274,8 @@ def test_timings_go_into_the_next_build(
         given.append(arguments[-1])
         return tensorrt.Built(memoryview(b"engine"), 1.0, 7, b"timings")
 
-    provider = replace(tensorrt.PROVIDERS["tensorrt-rtx"], builds_ahead=False)
-    monkeypatch.setattr(tensorrt, "PROVIDERS", {"tensorrt-rtx": provider})
+    provider = replace(tensorrt.LIBRARIES["tensorrt-rtx"], builds_ahead=False)
+    monkeypatch.setattr(tensorrt, "LIBRARIES", {"tensorrt-rtx": provider})
     monkeypatch.setattr(tensorrt, "build", build)
     monkeypatch.setattr(engines, "_present_capability", lambda *_: "8.9")
     for _ in range(2):

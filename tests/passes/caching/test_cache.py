@@ -52,7 +52,7 @@ class Product(nn.Module):
 def products() -> Program:
     spec = ModelSpec.class_conditional("product", (2, 4, 4), 3, 3, output_channels=2)
     program = capture(Product().eval().requires_grad_(False), spec, ("latent", "timestep", "label"))
-    return program.with_facts(make_step_plan("ddim", 4, 1.5, spec.schedule, program.constants_digest))
+    return program.with_facts(make_step_plan("ddim", 4, 1.5, spec.noise_schedule, program.constants_digest))
 
 
 def latents(program: Program, plan: StepPlan | None = None) -> np.ndarray:
@@ -178,7 +178,7 @@ def test_memory_cuts_the_history(captured: Program, run: Run) -> None:
 
 
 def test_without_guidance_one_half_is_kept(captured: Program, run: Run) -> None:
-    schedule, model = captured.facts[ModelSpec].schedule, captured.facts[StepPlan].fingerprint.model
+    schedule, model = captured.facts[ModelSpec].noise_schedule, captured.facts[StepPlan].fingerprint.model
     plan = make_step_plan("ddim", 5, 1.0, schedule, model)
     program = run("plan-cache{history=2 memory=4096}", captured.with_facts(plan))
     assert program.facts[CachePlan].history == 2

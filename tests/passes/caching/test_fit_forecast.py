@@ -61,7 +61,7 @@ def test_the_program_before_is_not_touched(prepared: Program, run: Run) -> None:
 def test_taylor_is_the_extrapolation_in_log_signal_to_noise(prepared: Program, run: Run) -> None:
     program = run("fit-forecast{kind=taylor}", prepared)
     plan, found = program.facts[StepPlan], table(program)
-    times = log_signal_to_noise(program.facts[ModelSpec].schedule, plan.timesteps)
+    times = log_signal_to_noise(program.facts[ModelSpec].noise_schedule, plan.timesteps)
     for index in (4, 5, 7, 8):
         gain = taylor_gain(times, index, [3, 0] if index < 6 else [6, 3])
         assert gain > 0
@@ -100,7 +100,7 @@ def test_the_fit_is_closed_loop_and_of_each_half(prepared: Program, run: Run) ->
     plan, spec, reference = (program.facts[kind] for kind in (StepPlan, ModelSpec, Reference))
     runner, conditions = _Watching(program), calibration_conditions(reference.trajectories, reference.seed, spec)
     sample(runner, plan, spec, conditions, reference.seed, first_index=FIRST_INDEX)
-    times = log_signal_to_noise(spec.schedule, plan.timesteps)
+    times = log_signal_to_noise(spec.noise_schedule, plan.timesteps)
     reusing = [index for index, step in enumerate(plan.steps) if step.variant == "reuse"]
     for index, (values, target) in zip(reusing, runner.seen, strict=True):
         computed = [step for step in (6, 3, 0) if step < index]
@@ -160,7 +160,7 @@ def test_branches_are_fitted_each(captured: Program, run: Run) -> None:
 
 
 def test_without_guidance_the_other_half_stays_neutral(captured: Program, run: Run) -> None:
-    schedule, model = captured.facts[ModelSpec].schedule, captured.facts[StepPlan].fingerprint.model
+    schedule, model = captured.facts[ModelSpec].noise_schedule, captured.facts[StepPlan].fingerprint.model
     plan = make_step_plan("ddim", 5, 1.0, schedule, model)
     program = run(PREPARED + ",fit-forecast", captured.with_facts(plan))
     found = table(program)

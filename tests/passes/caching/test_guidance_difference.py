@@ -110,7 +110,7 @@ def test_the_planner_takes_it_where_it_pays(run: Run) -> None:
     """On a trained model: with it, the same budget leaves less error, by the planner's own measurement."""
     model = load_model("digits")
     digits = capture(model.module, model.spec, model.input_names)
-    digits = digits.with_facts(make_step_plan("ddim", 10, 1.5, model.spec.schedule, digits.constants_digest))
+    digits = digits.with_facts(make_step_plan("ddim", 10, 1.5, model.spec.noise_schedule, digits.constants_digest))
     found = {
         blocks: run(
             f"plan-cache{{budget=0.6 history=2 blocks={blocks}}},insert-cache,plan-steps{{budget=0.6 trajectories=4}}",
@@ -124,7 +124,7 @@ def test_the_planner_takes_it_where_it_pays(run: Run) -> None:
 
 
 def test_a_plan_that_takes_it_is_followed(captured: Program, run: Run) -> None:
-    text = "plan-cache{interval=2 blocks=all+guidance},insert-cache,follow-plan{plan=888-111:FCRFRCFCR}"
+    text = "plan-cache{interval=2 blocks=all+guidance},insert-cache,apply-plan{plan=888-111:FCRFRCFCR}"
     assert run(text, captured).facts[StepPlan].schedule().startswith("FCRFRCFCR ")
     with pytest.raises(UsageError, match="the mode conditional, which this compilation has not") as caught:
         run(text.replace("+guidance", ""), captured)
@@ -160,6 +160,6 @@ def test_a_batch_that_is_not_both_halves_is_refused(halved: Program) -> None:
 
 def test_without_guidance_there_is_none(captured: Program, run: Run) -> None:
     plan = captured.facts[StepPlan]
-    alone = make_step_plan("ddim", 5, 1.0, captured.facts[ModelSpec].schedule, plan.fingerprint.model)
+    alone = make_step_plan("ddim", 5, 1.0, captured.facts[ModelSpec].noise_schedule, plan.fingerprint.model)
     with pytest.raises(UsageError, match="without guidance there are no halves to differ"):
         run("plan-cache{blocks=guidance}", captured.with_facts(alone))

@@ -129,7 +129,7 @@ def test_modulation_can_be_hoisted(captured: Program, run: Run) -> None:
 
 
 def test_without_guidance(captured: Program, run: Run) -> None:
-    schedule, model = captured.facts[ModelSpec].schedule, captured.facts[StepPlan].fingerprint.model
+    schedule, model = captured.facts[ModelSpec].noise_schedule, captured.facts[StepPlan].fingerprint.model
     program = captured.with_facts(make_step_plan("ddim", 5, 1.0, schedule, model))
     plain = run("plan-cache{interval=2 history=2},insert-cache", program)
     assert np.array_equal(latents(run("insert-forecast", plain)), latents(plain))

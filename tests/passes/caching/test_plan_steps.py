@@ -12,12 +12,12 @@ from qcgraph.errors import UsageError
 from qcgraph.facts import CachePlan, SchedulePlan
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import macs_by_variant
-from qcgraph.passes.caching._skipping import OpenLoop, Rehearsal
+from qcgraph.passes.caching._reuse_errors import OpenLoop, Rehearsal
 from qcgraph.passes.caching._trajectories import record
 from qcgraph.passes.caching.forecasters.taylor import TAYLOR
 from qcgraph.passes.caching.plan_steps import differences, rounded
 from qcgraph.pipeline import Pipeline
-from qcgraph.pipeline.effort import affordable_trajectories
+from qcgraph.pipeline.calibration_budget import affordable_trajectories
 from qcgraph.pipeline.pipeline import Costs
 from qcgraph.plan.schedule import dps
 from qcgraph.plan.steps import StepPlan
@@ -177,7 +177,7 @@ def test_memory_bounds_the_trajectories(
     split, size = run(f"plan-cache{{{options}}},insert-cache", captured), tensors * 16 * 32 * 4 * 9 * 2
     assert affordable_trajectories(split) == 16
     for room, expected in [(5 * size, 5), (size, 1), (0, 1)]:
-        monkeypatch.setattr("qcgraph.pipeline.effort.RECORD_BYTES", room)
+        monkeypatch.setattr("qcgraph.pipeline.calibration_budget.RECORD_BYTES", room)
         assert affordable_trajectories(split) == expected
     trajectories = record(split, 5, 0, Progress())
     held = sum(value.untyped_storage().nbytes() for values in trajectories.values.values() for value in values)

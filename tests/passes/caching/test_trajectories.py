@@ -55,7 +55,7 @@ class Linear(nn.Module):
 def linear(request: pytest.FixtureRequest) -> Program:
     spec = ModelSpec.class_conditional("linear", (2, 4, 4), 3, 3, output_channels=2)
     program = capture(Linear().eval().requires_grad_(False), spec, ("latent", "timestep", "label"))
-    plan = make_step_plan(request.param, 6, 1.5, spec.schedule, program.constants_digest)
+    plan = make_step_plan(request.param, 6, 1.5, spec.noise_schedule, program.constants_digest)
     return Pipeline.parse("plan-cache{interval=2},insert-cache").run(program.with_facts(plan))
 
 

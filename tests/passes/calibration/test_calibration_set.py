@@ -17,7 +17,13 @@ from qcgraph.facts import CalibrationSet
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
 from qcgraph.passes.calibration import _calibration_set as calibration_set
-from qcgraph.passes.calibration._calibration_set import Rows, encode_latents, entering, rows_together, sensitivities
+from qcgraph.passes.calibration._calibration_set import (
+    CalibrationBatch,
+    encode_latents,
+    entering,
+    rows_together,
+    sensitivities,
+)
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
@@ -58,7 +64,7 @@ def test_latents_survive_as_text() -> None:
 
 def test_without_guidance_an_item_is_a_row(captured: Program) -> None:
     program = with_set(captured, guidance=1.0)
-    rows = Rows.of(program)
+    rows = CalibrationBatch.of(program)
     assert len(rows) == len(STEPS)
     np.testing.assert_array_equal(rows.latents, some_latents())
     assert rows.conditions[LABEL].tolist() == list(LABELS)
@@ -66,7 +72,7 @@ def test_without_guidance_an_item_is_a_row(captured: Program) -> None:
 
 
 def test_with_guidance_both_halves_of_an_item_stand_together(guided: Program) -> None:
-    rows, null = Rows.of(guided), guided.facts[ModelSpec].conditions[0].null
+    rows, null = CalibrationBatch.of(guided), guided.facts[ModelSpec].conditions[0].null
     assert len(rows) == 2 * len(STEPS)
     np.testing.assert_array_equal(rows.latents[::2], some_latents())
     np.testing.assert_array_equal(rows.latents[1::2], some_latents())
@@ -75,7 +81,7 @@ def test_with_guidance_both_halves_of_an_item_stand_together(guided: Program) ->
 
 
 def test_rows_know_timestep_and_group_of_their_step(guided: Program) -> None:
-    plan, rows = guided.facts[StepPlan], Rows.of(guided)
+    plan, rows = guided.facts[StepPlan], CalibrationBatch.of(guided)
     assert rows.timesteps.tolist() == [plan.timesteps[step] for step in rows.steps]
     assert rows.groups.tolist() == [plan.steps[step].group for step in rows.steps]
     assert sorted(set(rows.groups.tolist())) == [0, 1, 2]
@@ -85,16 +91,16 @@ def test_rows_know_timestep_and_group_of_their_step(guided: Program) -> None:
 
 def test_a_program_without_a_set_says_so(captured: Program) -> None:
     with pytest.raises(QcgraphError, match="holds no CalibrationSet"):
-        Rows.of(captured)
+        CalibrationBatch.of(captured)
 
 
 def test_what_rows_hold_is_their_own(guided: Program) -> None:
     """Writing to them does not reach the fact, or other rows."""
-    Rows.of(guided).latents.zero_()
-    np.testing.assert_array_equal(Rows.of(guided).latents[::2], some_latents())
+    CalibrationBatch.of(guided).latents.zero_()
+    np.testing.assert_array_equal(CalibrationBatch.of(guided).latents[::2], some_latents())
 
 
-def same(rows: Rows, index: list[int], all_rows: Rows) -> bool:
+def same(rows: CalibrationBatch, index: list[int], all_rows: CalibrationBatch) -> bool:
     names = [name for name in vars(all_rows) if name != "conditions"]
     pairs = [(getattr(rows, name), getattr(all_rows, name)[index]) for name in names]
     pairs += [(rows.conditions[name], values[index]) for name, values in all_rows.conditions.items()]
@@ -102,7 +108,7 @@ def same(rows: Rows, index: list[int], all_rows: Rows) -> bool:
 
 
 def test_parts_of_rows(guided: Program) -> None:
-    rows = Rows.of(guided)
+    rows = CalibrationBatch.of(guided)
     assert same(rows[2:5], [2, 3, 4], rows)
     assert same(rows[torch.tensor([3, 0])], [3, 0], rows)
     assert same(rows[rows.groups == 0], [2, 3, 8, 9], rows)
@@ -110,14 +116,14 @@ def test_parts_of_rows(guided: Program) -> None:
 
 @pytest.mark.parametrize("size", [1, 3, 10, 99])
 def test_batches_are_all_rows_in_order(guided: Program, size: int) -> None:
-    rows = Rows.of(guided)
+    rows = CalibrationBatch.of(guided)
     batches = list(rows.split(size))
     assert all(len(batch) <= size for batch in batches)
     assert torch.equal(torch.cat([batch.latents for batch in batches]), rows.latents)
 
 
 def test_few_rows_are_spread_over_the_steps(guided: Program) -> None:
-    rows = Rows.of(guided)
+    rows = CalibrationBatch.of(guided)
     assert rows.spread(3).steps.tolist() == [0, 4, 8]
     assert sorted(set(rows.spread(5).steps.tolist())) == [0, 1, 4, 8]
     assert rows.spread(1).steps.tolist() == [0]
@@ -125,13 +131,13 @@ def test_few_rows_are_spread_over_the_steps(guided: Program) -> None:
 
 @pytest.mark.parametrize("count", [10, 11, 1000])
 def test_no_more_rows_than_there_are(guided: Program, count: int) -> None:
-    rows = Rows.of(guided).spread(count)
+    rows = CalibrationBatch.of(guided).spread(count)
     assert rows.steps.tolist() == sorted(step for step in STEPS for _ in range(2))
     assert len(rows.latents.flatten(1).unique(dim=0)) == len(STEPS)
 
 
 def test_inputs_are_in_the_order_of_the_interface(guided: Program) -> None:
-    rows = Rows.of(guided)
+    rows = CalibrationBatch.of(guided)
     latent, timestep, label = rows.inputs(guided, "main")
     assert guided.variants["main"].interface.input_names == ("latent", "timestep", "class_label")
     assert latent is rows.latents
@@ -172,7 +178,7 @@ def program(request: pytest.FixtureRequest) -> Program:
 
 
 def test_what_enters_is_what_a_plain_run_shows(program: Program) -> None:
-    variant, rows = program.facts[StepPlan].computing, Rows.of(program)
+    variant, rows = program.facts[StepPlan].computing, CalibrationBatch.of(program)
     names = {site.node: site.name for site in find_sites(program.variants[variant]) if site.name in SITES}
     recording = Recording(program.module(variant), names)
     with torch.no_grad():
@@ -185,27 +191,29 @@ def test_what_enters_is_what_a_plain_run_shows(program: Program) -> None:
 
 
 def test_nothing_enters_what_is_not_asked_for(guided: Program) -> None:
-    assert list(entering(guided, Rows.of(guided), set())) == []
-    assert [site.name for site, _ in entering(guided, Rows.of(guided), {"blocks.0.mlp.fc1", "nowhere"})] == [
-        "blocks.0.mlp.fc1"
-    ]
+    assert list(entering(guided, CalibrationBatch.of(guided), set())) == []
+    assert [
+        site.name for site, _ in entering(guided, CalibrationBatch.of(guided), {"blocks.0.mlp.fc1", "nowhere"})
+    ] == ["blocks.0.mlp.fc1"]
 
 
 def test_values_enter_as_they_do_for_rows_alone(guided: Program) -> None:
-    rows = Rows.of(guided)
+    rows = CalibrationBatch.of(guided)
     ((_, together),) = entering(guided, rows, {"blocks.1.mlp.fc2"})
     for index in (0, 5):
         ((_, alone),) = entering(guided, rows[index : index + 1], {"blocks.1.mlp.fc2"})
         torch.testing.assert_close(alone[0], together[index], rtol=1e-4, atol=1e-5)
 
 
-def sensitivities_of(program: Program, rows: Rows, seed: int = 0, *, gradients: bool = True) -> dict[str, Any]:
+def sensitivities_of(
+    program: Program, rows: CalibrationBatch, seed: int = 0, *, gradients: bool = True
+) -> dict[str, Any]:
     found = sensitivities(program, rows, SITES, seed, Progress(), gradients=gradients)
     return {item.site: item for item in found}
 
 
 def test_without_gradients_all_weigh_the_same(program: Program) -> None:
-    rows = Rows.of(program)
+    rows = CalibrationBatch.of(program)
     found = sensitivities_of(program, rows, gradients=False)
     assert set(found) == SITES
     for site, value in entering(program, rows, SITES):
@@ -215,7 +223,7 @@ def test_without_gradients_all_weigh_the_same(program: Program) -> None:
 
 
 def test_values_are_those_that_enter(program: Program) -> None:
-    rows = Rows.of(program)
+    rows = CalibrationBatch.of(program)
     found = sensitivities_of(program, rows)
     for site, value in entering(program, rows, SITES):
         item = found[site.name]
@@ -226,7 +234,7 @@ def test_values_are_those_that_enter(program: Program) -> None:
         assert item.weight.any()
 
 
-def exact_sensitivities(program: Program, rows: Rows, site: str) -> Tensor:
+def exact_sensitivities(program: Program, rows: CalibrationBatch, site: str) -> Tensor:
     """The diagonal of J^T J, J the Jacobian of the noise prediction by what enters a site; the sigma does not count."""
     variant = program.facts[StepPlan].computing
     node = next(found.node for found in find_sites(program.variants[variant]) if found.name == site)
@@ -243,7 +251,7 @@ def exact_sensitivities(program: Program, rows: Rows, site: str) -> Tensor:
 @pytest.mark.slow
 def test_sensitivities_are_the_gauss_newton_diagonal_on_average(guided: Program) -> None:
     """(v^T J)^2 has the mean J^T J and twice its square as variance, over 300 directions 8 % of it as deviation."""
-    rows = Rows.of(guided)[torch.tensor([0, 5])]
+    rows = CalibrationBatch.of(guided)[torch.tensor([0, 5])]
     sums: dict[str, Tensor] = {}
     for seed in range(DIRECTIONS):
         for name, item in sensitivities_of(guided, rows, seed).items():
@@ -259,7 +267,7 @@ def test_sensitivities_are_the_gauss_newton_diagonal_on_average(guided: Program)
 
 
 def test_the_seed_is_the_direction(guided: Program) -> None:
-    rows = Rows.of(guided)
+    rows = CalibrationBatch.of(guided)
     first, again, other = (sensitivities_of(guided, rows, seed) for seed in (0, 0, 1))
     for name in SITES:
         assert torch.equal(first[name].weight, again[name].weight)
@@ -268,7 +276,7 @@ def test_the_seed_is_the_direction(guided: Program) -> None:
 
 @pytest.mark.parametrize("gradients", [True, False])
 def test_those_of_results_may_be_left_out(guided: Program, gradients: bool) -> None:
-    rows = Rows.of(guided)
+    rows = CalibrationBatch.of(guided)
     whole = sensitivities_of(guided, rows, gradients=gradients)
     for item in sensitivities(guided, rows, SITES, 0, Progress(), gradients=gradients, results=False):
         assert torch.equal(item.value, whole[item.site].value)
@@ -279,7 +287,7 @@ def test_those_of_results_may_be_left_out(guided: Program, gradients: bool) -> N
 
 @pytest.mark.parametrize("gradients", [True, False])
 def test_many_rows_run_in_batches(guided: Program, monkeypatch: pytest.MonkeyPatch, gradients: bool) -> None:
-    rows = Rows.of(guided)
+    rows = CalibrationBatch.of(guided)
     together = sensitivities_of(guided, rows, gradients=gradients)
     size = calibration_set._bytes_of_values(guided.variants["main"].graph)
     monkeypatch.setattr(calibration_set, "DIFFERENTIATED_BYTES", 4 * size)
@@ -294,7 +302,7 @@ def test_many_rows_run_in_batches(guided: Program, monkeypatch: pytest.MonkeyPat
 
 def test_the_program_stays_as_it_is(guided: Program) -> None:
     before = guided.compute_digest()
-    sensitivities_of(guided, Rows.of(guided))
-    list(entering(guided, Rows.of(guided), SITES))
+    sensitivities_of(guided, CalibrationBatch.of(guided))
+    list(entering(guided, CalibrationBatch.of(guided), SITES))
     assert guided.compute_digest() == before
     assert not any(value.requires_grad for value in guided.constants.values())

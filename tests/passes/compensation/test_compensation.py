@@ -53,7 +53,7 @@ def test_fit_compensation_golden(captured: Program, run: Run, golden_diff: Calla
 def test_the_node_equals_correcting_the_latent(captured: Program, run: Run, scheduler: str) -> None:
     """The folded form against x <- mu + K (x - mu) applied by hand to what the denoiser reaches, step by step."""
     spec = captured.facts[ModelSpec]
-    schedule = NoiseSchedule(prediction="flow_prediction") if scheduler == "flow-euler" else spec.schedule
+    schedule = NoiseSchedule(prediction="flow_prediction") if scheduler == "flow-euler" else spec.noise_schedule
     plan = make_step_plan(scheduler, 9, 1.5, schedule, captured.constants_digest)
     program = captured.with_facts(plan)
     fact = hand_made(program)
@@ -101,7 +101,7 @@ def test_the_fit_restores_the_reference_deviation(cached: Program, run: Run) -> 
 def test_the_masked_form_is_its_weighted_least_squares(captured: Program, scheduler: str) -> None:
     """Against numpy's solver, on the first step; later ones follow trajectories that were corrected before."""
     spec = captured.facts[ModelSpec]
-    program = captured.with_facts(make_step_plan(scheduler, 9, 1.5, spec.schedule, captured.constants_digest))
+    program = captured.with_facts(make_step_plan(scheduler, 9, 1.5, spec.noise_schedule, captured.constants_digest))
     text = "plan-cache{interval=3},insert-cache,calibrate{trajectories=8},fit-compensation{clamp=0.9 form=masked}"
     fitted = Pipeline.parse(text).run(program, origin=program)
     fact, plan = fitted.facts[Compensation], fitted.facts[StepPlan]
@@ -156,7 +156,7 @@ def test_bad_clamp(captured: Program, run: Run) -> None:
 def test_updates_with_history_are_refused(captured: Program, run: Run, name: str) -> None:
     """What is corrected would hold latents and predictions that are not inputs of the graph."""
     program = run("calibrate{trajectories=2}", captured).with_facts(hand_made(captured))
-    plan = make_step_plan("dpmsolver++", 9, 1.5, captured.facts[ModelSpec].schedule, captured.constants_digest)
+    plan = make_step_plan("dpmsolver++", 9, 1.5, captured.facts[ModelSpec].noise_schedule, captured.constants_digest)
     with pytest.raises(UsageError, match=r"does not fit dpmsolver\+\+"):
         run(name, program.with_facts(plan))
 
@@ -172,7 +172,7 @@ def test_only_updates_without_history_can_be_compensated() -> None:
 @pytest.mark.parametrize("name", ["fit-compensation", "insert-compensation"])
 def test_updates_that_look_back_are_refused_before_anything_runs(captured: Program, name: str) -> None:
     Pipeline.parse(name).check(captured)
-    schedule = captured.facts[ModelSpec].schedule
+    schedule = captured.facts[ModelSpec].noise_schedule
     looking_back = captured.with_facts(make_step_plan("dpmsolver++", 9, 1.5, schedule, captured.constants_digest))
     with pytest.raises(UsageError, match=r"does not fit dpmsolver\+\+") as caught:
         Pipeline.parse(f"calibrate,{name}").check(looking_back)

@@ -319,7 +319,7 @@ def test_a_diffusers_model(run: Run) -> None:
 
     spec = ModelSpec.class_conditional("folder", (4, 8, 8), 10, 10, output_channels=8)
     captured = capture(Plain().eval(), spec, ("hidden_states", "timestep", "class_labels"))
-    captured = captured.with_facts(make_step_plan("ddim", 6, 1.5, spec.schedule, "folder"))
+    captured = captured.with_facts(make_step_plan("ddim", 6, 1.5, spec.noise_schedule, "folder"))
     plain = run("plan-cache{interval=2},insert-cache", captured)
     program = run("hoist-adaln", plain)
     assert program.interfaces["full"].inputs[-1].shape == ("B", (3 * 6 + 2) * 16)

@@ -13,7 +13,7 @@ ONE_GROUP = torch.zeros(ROWS, dtype=torch.long)
 
 
 def probabilities(deviation: float = 2.0, rows: int = ROWS) -> torch.Tensor:
-    """Rows of a softmax over 256 tokens, of logits N(0, deviation^2)."""
+    """CalibrationBatch of a softmax over 256 tokens, of logits N(0, deviation^2)."""
     logits = deviation * torch.randn(rows, 256, 256, generator=torch.Generator().manual_seed(0))
     return logits.softmax(dim=-1)
 

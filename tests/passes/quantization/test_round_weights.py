@@ -20,7 +20,7 @@ from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import quantize_weight, rounded_activation, weight_codes
 from qcgraph.ir.quantized_sites import quantized_sites
 from qcgraph.ir.rounding import nearest, search_scales
-from qcgraph.passes.calibration._calibration_set import Rows, encode_latents, entering
+from qcgraph.passes.calibration._calibration_set import CalibrationBatch, encode_latents, entering
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.sampling.loop import sample
@@ -51,7 +51,7 @@ def chosen(program: Program, site: str) -> RoundedWeight:
 
 def result_errors(program: Program, coarse: Program) -> dict[str, float]:
     """Mean squared error that the weights of a program make in the results of every site, activations rounded."""
-    rows, plan = Rows.of(coarse), coarse.facts[QuantPlan].sites
+    rows, plan = CalibrationBatch.of(coarse), coarse.facts[QuantPlan].sites
     found = {}
     for site, value in entering(coarse, rows, set(SITES)):
         codes, scale = weights_of(program)[site.name]
@@ -108,7 +108,7 @@ def test_codes_and_scales_fit_the_plan(coarse: Program, run: Run, method: str) -
 
 
 def test_search_rounds_to_nearest_with_the_searched_scales(coarse: Program, run: Run) -> None:
-    rows, plan = Rows.of(coarse), coarse.facts[QuantPlan].sites
+    rows, plan = CalibrationBatch.of(coarse), coarse.facts[QuantPlan].sites
     found = weights_of(run("round-weights{method=search}", coarse))
     for site, value in entering(coarse, rows, set(SITES)):
         rounded = rounded_activation(value, rows.groups, plan[site.name].activation).flatten(0, -2)

@@ -14,7 +14,7 @@ from qcgraph.errors import ContractError, UsageError
 from qcgraph.facts import CalibrationSet, QuantPlan, Ranges
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import rounded_activation
-from qcgraph.passes.calibration._calibration_set import Rows, encode_latents, entering
+from qcgraph.passes.calibration._calibration_set import CalibrationBatch, encode_latents, entering
 from qcgraph.passes.quantization._scale_search import BINS
 from qcgraph.plan.steps import StepPlan
 
@@ -61,7 +61,7 @@ def reasons(program: Program) -> dict[str, str]:
 
 def activation_error(program: Program, site: str) -> float:
     """Mean squared error of what enters a site on the calibration set."""
-    rows = Rows.of(program)
+    rows = CalibrationBatch.of(program)
     ((_, value),) = entering(program, rows, {site})
     rounded = rounded_activation(value, rows.groups, program.facts[QuantPlan].sites[site].activation)
     return float((rounded - value).square().mean())
@@ -69,7 +69,7 @@ def activation_error(program: Program, site: str) -> float:
 
 def prediction_error(program: Program, run: Run) -> float:
     """Mean squared error of the noise prediction on the calibration set, once quantized."""
-    rows, quantized = Rows.of(program), run("insert-qdq", program)
+    rows, quantized = CalibrationBatch.of(program), run("insert-qdq", program)
     errors = []
     for group in (0, 1):
         part = rows[rows.groups == group]
@@ -242,7 +242,7 @@ def test_one_sample_can_not_be_searched_and_judged(planned: Planned, run: Run) -
 def with_samples(program: Program, count: int) -> Program:
     """The program with the first samples of its calibration set."""
     whole = program.facts[CalibrationSet]
-    latents = Rows.of(program).latents[:: program.facts[StepPlan].halves][:count]
+    latents = CalibrationBatch.of(program).latents[:: program.facts[StepPlan].halves][:count]
     few = replace(
         whole,
         steps=whole.steps[:count],

@@ -1,4 +1,4 @@
-"""follow-plan: take what every step does from a schedule that was made elsewhere."""
+"""apply-plan: take what every step does from a schedule that was made elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONGEST_PLAN = 100_000  # characters: thousands of steps, each with a timestep a
 
 
 @dataclass(frozen=True)
-class FollowPlan(Pass):
+class ApplyPlan(Pass):
     """Let every step do what a given schedule does at its timestep, also when that was made for other steps.
 
     At the timesteps that the schedule was made for this is the schedule itself. At others, as large a share of the
@@ -29,7 +29,7 @@ class FollowPlan(Pass):
         plan: the schedule, such as ``980-20:FRRFR``: per run of timesteps the first, their spacing, a letter a step.
     """
 
-    name: ClassVar[str] = "follow-plan"
+    name: ClassVar[str] = "apply-plan"
     requires: ClassVar[tuple[type, ...]] = (CachePlan, StepPlan)
     precedes: ClassVar[tuple[type, ...]] = (ForecastFit, Compensation)
 

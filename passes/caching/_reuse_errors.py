@@ -22,7 +22,7 @@ from qcgraph.passes.caching._forecast import Products, log_signal_to_noise, tayl
 from qcgraph.passes.caching._trajectories import Stateless, Trajectories
 from qcgraph.passes.caching.forecasters import Forecaster, fit
 from qcgraph.plan.roles import VariantKind
-from qcgraph.plan.schedule import SkipErrors
+from qcgraph.plan.schedule import ReuseErrors
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
@@ -54,7 +54,7 @@ class OpenLoop:
     def __init__(self, program: Program, trajectories: Trajectories, forecaster: Forecaster) -> None:
         spec, plan = program.facts[ModelSpec], program.facts[StepPlan]
         self._values, self._forecaster = trajectories.values, forecaster
-        self._times = log_signal_to_noise(spec.schedule, plan.timesteps)
+        self._times = log_signal_to_noise(spec.noise_schedule, plan.timesteps)
         count = len(trajectories.conditions)
         self._halves = [slice(half * count, (half + 1) * count) for half in range(plan.halves)]
         self._windows: dict[str, _Window] = {}
@@ -107,7 +107,7 @@ class _Window:
     halves: list[Products]
 
 
-def skip_errors(
+def reuse_errors(
     program: Program,
     trajectories: Trajectories,
     forecaster: OpenLoop,
@@ -115,7 +115,7 @@ def skip_errors(
     modes: Sequence[str],
     largest_gap: int,
     progress: Progress,
-) -> SkipErrors:
+) -> ReuseErrors:
     """The error of every way to skip a step: from which computing steps its cached values are forecast, in which mode.
 
     At each recorded state the variant that reuses runs on forecasts from the values recorded before it; the mean
@@ -141,7 +141,7 @@ def skip_errors(
             for (gap, earlier), square in zip(places, squares, strict=True):
                 errors[number, index, gap, earlier] = square * weight[index] ** 2
             _fill(errors[number, index], index)
-    return SkipErrors(errors)
+    return ReuseErrors(errors)
 
 
 def _is_slow(program: Program, mode: str) -> bool:

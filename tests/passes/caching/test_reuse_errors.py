@@ -10,8 +10,8 @@ import pytest
 from qcgraph.facts import CachePlan
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
-from qcgraph.passes.caching import _skipping as skipping
-from qcgraph.passes.caching._skipping import OpenLoop, Rehearsal, skip_errors
+from qcgraph.passes.caching import _reuse_errors as skipping
+from qcgraph.passes.caching._reuse_errors import OpenLoop, Rehearsal, reuse_errors
 from qcgraph.passes.caching._trajectories import Stateless, Trajectories, record
 from qcgraph.passes.caching.forecasters import FORECASTERS
 from qcgraph.plan.schedulers import make_step_plan
@@ -40,7 +40,7 @@ def errors_of(program: Program, trajectories: Trajectories, kind: str, gap: int 
     """With all steps of the same weight."""
     modes, forecaster = list(program.facts[CachePlan].modes), OpenLoop(program, trajectories, FORECASTERS[kind])
     weight = np.ones(len(program.facts[StepPlan]))
-    return skip_errors(program, trajectories, forecaster, weight, modes, gap, Progress()).values
+    return reuse_errors(program, trajectories, forecaster, weight, modes, gap, Progress()).values
 
 
 def test_the_error_of_reuse_is_that_of_running_the_variant(split: Program, trajectories: Trajectories) -> None:
@@ -102,7 +102,7 @@ def test_batches_change_nothing_but_roundings(
 
 def test_weights_count_squared(split: Program, trajectories: Trajectories) -> None:
     forecaster, weight = OpenLoop(split, trajectories, FORECASTERS["reuse"]), np.arange(9.0)
-    found = skip_errors(split, trajectories, forecaster, weight, ["reuse"], 8, Progress()).values[0, :, 1, 1]
+    found = reuse_errors(split, trajectories, forecaster, weight, ["reuse"], 8, Progress()).values[0, :, 1, 1]
     plain = errors_of(split, trajectories, "reuse")[0, :, 1, 1]
     np.testing.assert_allclose(found[2:], plain[2:] * weight[2:] ** 2)
 
@@ -123,7 +123,7 @@ def test_a_rehearsal_of_reuse_is_sampling_with_the_program(split: Program, traje
 
 @pytest.mark.parametrize("kind", FORECASTERS)
 def test_without_guidance_there_is_one_half(captured: Program, run: Run, kind: str) -> None:
-    schedule = captured.facts[ModelSpec].schedule
+    schedule = captured.facts[ModelSpec].noise_schedule
     plan = make_step_plan("ddim", 4, 1.0, schedule, captured.facts[StepPlan].fingerprint.model)
     program = run("plan-cache{interval=2 history=2},insert-cache", captured.with_facts(plan))
     trajectories = record(program, 2, 0, Progress())

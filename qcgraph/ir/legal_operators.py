@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 # All overloads of a name, except those that write to an argument. Text, since as a list it would take 400 lines.
-ADMITTED = frozenset(
+LEGAL_OPERATORS = frozenset(
     """
     _adaptive_avg_pool2d _conj _log_softmax _native_batch_norm_legit_no_training _prelu_kernel _softmax _to_copy
     _unsafe_index _unsafe_view _weight_norm abs acos acosh adaptive_avg_pool1d adaptive_avg_pool2d
@@ -62,9 +62,9 @@ _QUIET: dict[str, tuple[str, Any]] = {
 }
 
 
-def is_admitted(target: torch._ops.OpOverload) -> bool:
+def is_legal_operator(target: torch._ops.OpOverload) -> bool:
     """Whether an operator of PyTorch is one that a program may call."""
-    return name_of(target) in ADMITTED
+    return name_of(target) in LEGAL_OPERATORS
 
 
 def name_of(target: torch._ops.OpOverload) -> str:

@@ -48,7 +48,7 @@ class Library:
             UsageError: it is not installed, or cannot be loaded here.
         """
         module = tensorrt.load_provider(name)
-        return cls(tensorrt.PROVIDERS[name].title, module)
+        return cls(tensorrt.LIBRARIES[name].title, module)
 
     @property
     def version(self) -> str:

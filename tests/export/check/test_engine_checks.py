@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from qcgraph.export.check.check import Check
-from qcgraph.export.check.engine_gates import Expected, Library, check_fusion
+from qcgraph.export.check.engine_checks import Expected, Library, check_fusion
 from qcgraph.export.tensorrt.steps import FusedStep, FusedSteps
 
 WHOLE = FusedSteps(

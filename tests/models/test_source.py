@@ -16,7 +16,7 @@ from qcgraph.cli import run
 from qcgraph.compiler.compilation import compile_model
 from qcgraph.errors import UsageError
 from qcgraph.models import LoadedModel, load_model
-from qcgraph.models.origin import captured_origin, find_model
+from qcgraph.models.source import captured_origin, find_model
 from qcgraph.recipe import Recipe
 
 EXACT = Recipe().override(steps=2, bits="off", target="torch")
