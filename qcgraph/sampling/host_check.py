@@ -245,8 +245,8 @@ class HostCheck:
             f"{_norm(difference) / _norm(latent):.2g} off (relative) from what this scheduler makes of the prediction"
             + (" before noise" if expected.noise else ""),
             "the plan's scheduler is make_scheduler(denoiser.plan.fingerprint.scheduler, "
-            "denoiser.spec.noise_schedule) of qcgraph.plan.schedulers; compare its settings, such as clip_sample and the "
-            "betas, with those of yours; " + OWN_UPDATES,
+            "denoiser.spec.noise_schedule) of qcgraph.plan.schedulers; compare its settings, such as clip_sample and "
+            "the betas, with those of yours; " + OWN_UPDATES,
         )
 
     def _guidance_hint(self) -> str:
