@@ -226,8 +226,10 @@ def test_sampling_is_that_of_diffusers(tool: Any, tiny_model: Any) -> None:
     noise = torch.randn(4, *shape, generator=torch.Generator().manual_seed(3))
     assert ours.shape == noise.shape
     from qcgraph.models.eager import EagerRunner
+    from qcgraph.sampling.conditions import of_labels
 
+    conditions = of_labels(labels, tiny_model.spec)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("qcgraph.sampling.noise.Noise.initial", lambda _: noise.numpy())
-        theirs = sample_with("ddim", 7, 1.5, EagerRunner(tiny_model), tiny_model.spec, labels, 3)
+        theirs = sample_with("ddim", 7, 1.5, EagerRunner(tiny_model), tiny_model.spec, conditions, 3)
     np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-4, atol=1e-4)
