@@ -73,7 +73,7 @@ def record(program: Program, count: int, seed: int, progress: Progress) -> Traje
     Args:
         program: the program.
         count: how many.
-        seed: of labels and noise.
+        seed: of conditions and noise.
         progress: reports the steps.
 
     Raises:

@@ -61,7 +61,7 @@ class Calibrate(Pass):
 
     Attributes:
         trajectories: how many to sample; by default as many as a fixed amount of arithmetic allows, 2 to 64.
-        seed: seeds labels and noise; never the noise of a sample drawn later, whatever its seed.
+        seed: seeds conditions and noise; never the noise of a sample drawn later, whatever its seed.
         selection: how the calibration set is selected: ``tap``, ``kmeans``, ``uniform`` or ``random``;
             ``none`` for no set.
         latents: how many latents it holds; by default as many as a fixed amount of arithmetic allows, 32 to 800.

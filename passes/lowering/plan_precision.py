@@ -44,7 +44,7 @@ class PlanPrecision(Pass):
     Attributes:
         dtype: ``float16``, ``bfloat16`` or ``auto``; ``float32`` changes nothing.
         trajectories: how many trajectories are sampled.
-        seed: seeds their labels and noise.
+        seed: seeds their conditions and noise.
     """
 
     name: ClassVar[str] = "plan-precision"

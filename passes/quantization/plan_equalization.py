@@ -39,7 +39,7 @@ class PlanEqualization(Pass):
         weight_bits: bits of the weights, for that expectation.
         activation_bits: bits of the activations.
         trajectories: how many are observed; by default as many as a fixed amount of arithmetic allows.
-        seed: seeds their labels and noise.
+        seed: seeds their conditions and noise.
     """
 
     name: ClassVar[str] = "plan-equalization"

@@ -90,7 +90,7 @@ class Site:
 
 
 def latent_dependent(variant: Variant) -> set[fx.Node]:
-    """The nodes whose value depends on the latent, not on timestep and class alone; none without a latent.
+    """The nodes whose value depends on the latent, not on timestep and conditions alone; none without a latent.
 
     Sizes do not count: a value that uses only the batch size of the latent does not depend on it.
     """
@@ -323,7 +323,7 @@ def _refusal(node: fx.Node, kind: str, on_latent: bool, is_outside: bool) -> str
     if kind != "linear" or node.target is not aten.linear.default:
         return f"{kind} is not a linear layer"
     if not on_latent:
-        return "depends on timestep and class only (embedder or adaLN modulation)"
+        return "depends on timestep and conditions only (embedder or adaLN modulation)"
     if is_outside:
         return "outside the blocks (embedder or final layer)"
     weight = node.args[1]

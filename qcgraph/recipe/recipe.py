@@ -197,7 +197,7 @@ class Cache(_Section):
 
 
 class ModulationChoice(_Section):
-    """What depends on timestep and class alone: the embedders and the adaLN projections."""
+    """What depends on timestep and conditions alone: the embedders and the adaLN projections."""
 
     hoist: bool = Field(
         False, description="true or false: whether it is computed ahead of the steps, for many of them at once"
@@ -259,7 +259,7 @@ class Recipe(_Section):
         calibration: the trajectories that are observed.
         quantization: bits and timestep groups.
         cache: the schedule and the blocks.
-        modulation: where what depends on timestep and class alone is computed.
+        modulation: where what depends on timestep and conditions alone is computed.
         compensation: variance compensation.
         target: what to export for.
         gate: conditions on quality, and whether unsafe combinations are allowed.

@@ -130,7 +130,7 @@ def test_no_arithmetic_is_added_or_lost(cached: Program, hoisted: Program) -> No
         parts = [total_macs(find_sites(hoisted.variants[part])) for part in (name, f"prepare_{name}")]
         assert sum(parts) == total_macs(find_sites(cached.variants[name]))
     refusals = {site.refusal for site in find_sites(hoisted.variants["prepare_full"])}
-    assert refusals == {"depends on timestep and class only (embedder or adaLN modulation)"}
+    assert refusals == {"depends on timestep and conditions only (embedder or adaLN modulation)"}
 
 
 def test_samples_are_the_same(cached: Program, hoisted: Program, runner: Runner) -> None:
