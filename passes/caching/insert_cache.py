@@ -59,7 +59,7 @@ class InsertCache(Pass):
         drafted = (replace(step, variant=mode or SPLIT) for step, mode in zip(given, plan.draft, strict=True))
         steps = replace(program.facts[StepPlan], steps=tuple(drafted), roles=roles)
         constants = used_constants(variants.values(), program.constants, program.facts)
-        facts = facts_in(program.facts, dict.fromkeys(variants, "main"), variants)
+        facts = facts_in(program.facts, dict.fromkeys(variants, captured), variants)
         return Program(variants, constants, facts.with_(steps), program.history)
 
     def _full(self, main: Variant, program: Program, blocks: Sequence[Block], values: Sequence[CachedValue]) -> Variant:

@@ -43,7 +43,7 @@ def _model_data(program: Any) -> dict[str, Any]:
     from qcgraph.ir.structure import find_blocks, find_sites, total_macs
     from qcgraph.plan.spec import ModelSpec
 
-    variant = program.variants["main"]
+    variant = program.variants[program.computing]
     sites, blocks = find_sites(variant), find_blocks(variant)
     spec = program.facts[ModelSpec]
     return {
