@@ -24,7 +24,7 @@ from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.models import load_model
 from qcgraph.plan.schedulers import make_scheduler, make_step_plan
-from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.spec import ModelSpec, class_label
 from qcgraph.plan.steps import StepPlan
 from qcgraph.recipe import Recipe
 from qcgraph.sampling.denoiser import Denoiser
@@ -314,14 +314,14 @@ def test_a_scheduler_that_adds_no_noise_is_refused_where_some_was_planned(pipe: 
 
 def test_a_class_out_of_range_is_refused(pipe: Any, program: Program) -> None:
     pipe.transformer = denoiser_of(program)
-    with pytest.raises(UsageError, match="class 1001 is out of range"):
+    with pytest.raises(UsageError, match="class_labels: 1001 is out of range"):
         pipe(class_labels=[1001], num_inference_steps=9, guidance_scale=GUIDANCE)
 
 
 def test_a_model_of_few_classes_is_refused(pipe: Any, program: Program) -> None:
     """The pipeline's unconditional class is 1000, whatever the model."""
-    few = replace(program.facts[ModelSpec], class_count=500, null_class=500)
+    few = replace(program.facts[ModelSpec], conditions=(class_label(500),))
     pipe.transformer = denoiser_of(program.with_facts(few))
-    with pytest.raises(UsageError, match="class 1000 is out of range") as caught:
+    with pytest.raises(UsageError, match="class_labels: 1000 is out of range") as caught:
         draw(pipe, 9)
     assert "DiTPipeline gives 1000 for that half" in str(caught.value.hint)

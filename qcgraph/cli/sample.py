@@ -110,7 +110,9 @@ def choose_conditions(count: int | None, classes: Sequence[int], spec: ModelSpec
     if count is None:
         values = [condition.count for condition in spec.conditions if condition.count is not None]
         count = len(classes) or min(max(values, default=MOST_BY_DEFAULT), MOST_BY_DEFAULT)
-    if classes or not count:
+    if count < 1:
+        raise UsageError("nothing to sample", hint="ask for at least one sample")
+    if classes:
         return of_labels([classes[index % len(classes)] for index in range(count)], spec)
     return in_turn(count, spec)
 

@@ -75,7 +75,7 @@ def check_spec(spec: ModelSpec, where: str) -> None:
     """
     if not isinstance(spec, ModelSpec) or not isinstance(spec.noise_schedule, NoiseSchedule):
         raise UsageError(
-            f"the spec is a {type(spec).__name__} with the schedule {getattr(spec, 'noise_schedule', None)!r}",
+            f"the spec is a {type(spec).__name__} with the noise schedule {getattr(spec, 'noise_schedule', None)!r}",
             where=where,
             hint="give qcgraph.plan.spec.ModelSpec, and in it a qcgraph.plan.spec.NoiseSchedule",
         )

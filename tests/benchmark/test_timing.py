@@ -9,7 +9,7 @@ from qcgraph.benchmark.timing import TimedRunner, Timing, paired
 from qcgraph.benchmark.turns import by_variant, counted, denoiser_batch, first_step, section, single_variant
 from qcgraph.plan.roles import COMPUTES, REUSES, VariantKind
 from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
-from qcgraph.sampling.runner import Call
+from qcgraph.sampling.runner import Call, step_call
 
 
 def plan_of(letters: str, guidance: float = 1.5) -> StepPlan:
@@ -70,12 +70,12 @@ def test_a_section_holds_every_variant_after_its_first_step(plan: str, expected:
 @pytest.mark.parametrize(("plan", "expected"), [("FRRF", "RRF"), ("FF", "F"), ("FRRR", "FRRR"), ("F", "F")])
 def test_the_first_call_of_a_section_counts_only_where_it_is_alone(plan: str, expected: str) -> None:
     class Silent:
-        def run(self, variant: str, inputs: object, state: object) -> np.ndarray:
+        def run(self, call: Call) -> np.ndarray:
             return np.zeros(1, np.float32)
 
     runner = TimedRunner(Silent())
-    for step in plan_of(plan).steps:
-        runner.run(step.variant, {}, {})
+    for index in range(len(plan)):
+        runner.run(step_call(plan_of(plan), index, {}, {}))
     calls = counted(runner.take())
     assert [call.variant for call in calls] == [step.variant for step in plan_of(expected).steps]
     assert sum(len(seconds) for seconds in by_variant(calls).values()) == len(expected)

@@ -22,6 +22,7 @@ from qcgraph.bundle.report import (
     VariantReport,
 )
 from qcgraph.errors import BundleError
+from qcgraph.plan.roles import TensorRole
 from qcgraph.plan.spec import Interface, ModelSpec, TensorSpec
 from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
 from qcgraph.recipe import Recipe
@@ -29,7 +30,7 @@ from qcgraph.recipe.gate import Verdict
 
 ELSEWHERE = ("Recipe", "Verdict")  # the objects that other documents describe
 DOCUMENT = (Path(__file__).parents[2] / "docs/report.md").read_text("utf-8")
-SPEC = ModelSpec("toy", (1, 8, 8), 10, 10, 1)
+SPEC = ModelSpec.class_conditional("toy", (1, 8, 8), 10, 10, 1)
 PLAN = StepPlan(Fingerprint("m", "ddim", 1, 1.0), (Step(0.0, Update(1, 1)),))
 MADE = CompileReport(
     model="toy",
@@ -61,7 +62,12 @@ MADE = CompileReport(
 def bundle_with(folder: Path, data: Any) -> Bundle:
     """A bundle that holds this report."""
     with writing(folder, model="toy", target="torch") as place:
-        write_plan(place, SPEC, PLAN, {"main": Interface((), (TensorSpec("noise_prediction", "f32", ("B",)),))})
+        write_plan(
+            place,
+            SPEC,
+            PLAN,
+            {"main": Interface((), (TensorSpec("noise_prediction", "f32", ("B",), TensorRole.PREDICTION),))},
+        )
         (place / "recipe.lock.toml").write_text(Recipe().to_toml())
         if data is not None:
             (place / REPORT).write_text(json.dumps(data))

@@ -153,7 +153,7 @@ def mean_of_the_batch(self: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tenso
 @pytest.mark.parametrize("steps", [2, 4])
 def test_samples_that_depend_on_their_batch_are_refused(forward: Forward, steps: int) -> None:
     """Hoisting, calibration and a cache of guidance put other samples beside them than the host does."""
-    module, plan = toy(forward), make_step_plan("ddim", steps, 1.5, SPEC.schedule, "digest")
+    module, plan = toy(forward), make_step_plan("ddim", steps, 1.5, SPEC.noise_schedule, "digest")
     with pytest.raises(CaptureError, match=r"depends on the others in its batch: .* timestep 0, batch 1"):
         check_meaning(capture(module, SPEC, NAMES), module, NAMES, plan)
 

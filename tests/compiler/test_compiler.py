@@ -33,7 +33,7 @@ from qcgraph.models.classifier import load_classifier
 from qcgraph.models.dit import DiT, initialize_random
 from qcgraph.models.eager import EagerRunner
 from qcgraph.plan.schedulers import make_step_plan
-from qcgraph.plan.spec import OUTPUT
+from qcgraph.plan.spec import PREDICTION_NAME
 from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
 from qcgraph.sampling.loop import sample
@@ -367,10 +367,10 @@ def spoil(variant: str) -> Callable[..., None]:
     def emit(program: Program, folder: Path, *rest: object, **options: object) -> None:
         emit_onnx(program, folder, *rest, **options)  # type: ignore[arg-type]
         model = onnx.load(str(folder / f"{variant}.onnx"), load_external_data=False)
-        (maker,) = (node for node in model.graph.node if OUTPUT in node.output)
-        maker.output[list(maker.output).index(OUTPUT)] = "unshifted"
+        (maker,) = (node for node in model.graph.node if PREDICTION_NAME in node.output)
+        maker.output[list(maker.output).index(PREDICTION_NAME)] = "unshifted"
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(0.01), "shift"))
-        model.graph.node.append(onnx.helper.make_node("Add", ["unshifted", "shift"], [OUTPUT]))
+        model.graph.node.append(onnx.helper.make_node("Add", ["unshifted", "shift"], [PREDICTION_NAME]))
         onnx.save(model, str(folder / f"{variant}.onnx"))
 
     return emit

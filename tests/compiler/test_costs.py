@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from qcgraph.compiler import costs
@@ -15,6 +15,7 @@ from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
+from qcgraph.sampling.runner import Call
 
 MARKS = {name: pytest.mark.slow for name in TARGETS if name not in ("torch", "onnxruntime-cpu")}
 Run = Callable[[str, Program], Program]
@@ -25,12 +26,12 @@ class Clock:
 
     def __init__(self, seconds: Mapping[str, float]) -> None:
         self.now = 0.0
-        self.calls: list[tuple[str, dict[str, np.ndarray]]] = []
+        self.calls: list[Call] = []
         self._seconds = seconds
 
-    def run(self, variant: str, inputs: dict[str, np.ndarray], state: dict[str, object]) -> None:
-        self.calls.append((variant, inputs))
-        self.now += self._seconds[variant]
+    def run(self, call: Call) -> None:
+        self.calls.append(call)
+        self.now += self._seconds[call.variant]
 
     def perf_counter(self) -> float:
         return self.now
@@ -47,11 +48,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.mark.parametrize(("guidance", "rows"), [(1.5, 2), (1.0, 1)])
 def test_variants_take_turns_on_one_image(cached: Program, clock: Clock, guidance: float, rows: int) -> None:
     spec = cached.facts[ModelSpec]
-    plan = make_step_plan("ddim", 5, guidance, spec.noise_schedule, "model").with_variants(["full"] * 5)
+    captured = make_step_plan("ddim", 5, guidance, spec.noise_schedule, "model")
+    steps = tuple(replace(step, variant="full") for step in captured.steps)
+    plan = replace(captured, steps=steps, roles=cached.facts[StepPlan].roles)
     found = measure_costs(cached.with_facts(plan), TARGETS["torch"], Progress())
     assert found == pytest.approx({"full": 8.0, "reuse": 1.0})
-    assert [variant for variant, _ in clock.calls] == ["full", "reuse"] * (ROUNDS + WARM_UP)
-    assert {len(inputs["latent"]) for _, inputs in clock.calls} == {rows}
+    assert [call.variant for call in clock.calls] == ["full", "reuse"] * (ROUNDS + WARM_UP)
+    assert {len(call.inputs["latent"]) for call in clock.calls} == {rows}
 
 
 @pytest.fixture(scope="module")

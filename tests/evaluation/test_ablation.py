@@ -14,7 +14,6 @@ from qcgraph.evaluation.ablation import (
     activation_quantizers,
     compensation_tables,
     dequantized_weight,
-    every_step_computes,
     float_weight,
     without_compensation,
     without_quantization,
@@ -74,13 +73,6 @@ def test_a_model_without_the_weights_is_refused(compiled: Program, captured: Pro
     lacking = replace(captured, constants={"other": torch.zeros(1)})
     with pytest.raises(BundleError, match="no weight"):
         without_quantization(compiled, lacking)
-
-
-def test_every_step_computes(compiled: Program) -> None:
-    plan = compiled.facts[StepPlan]
-    every = every_step_computes(plan)
-    assert every.variants == ("full",)
-    assert [step.group for step in every.steps] == [step.group for step in plan.steps]
 
 
 def test_quantizers_and_weights_are_what_the_plan_says(compiled: Program, captured: Program) -> None:

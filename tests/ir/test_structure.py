@@ -44,8 +44,8 @@ def test_quantizable_sites_are_the_linears_inside_the_blocks(captured: Program) 
     ("site", "reason"),
     [
         ("x_embedder.proj", "conv2d"),
-        ("t_embedder.mlp.0", "timestep and class only"),
-        ("blocks.0.adaLN_modulation.1", "timestep and class only"),
+        ("t_embedder.mlp.0", "timestep and conditions only"),
+        ("blocks.0.adaLN_modulation.1", "timestep and conditions only"),
         ("blocks.0.attn.attention", "attention"),
         ("final_layer.linear", "outside the blocks"),
     ],

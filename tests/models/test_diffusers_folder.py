@@ -61,7 +61,7 @@ def test_pipeline_folder(pipeline: Path, transformer: Any) -> None:
         class_count=10,
         null_class=10,
         output_channels=8,
-        schedule=NoiseSchedule(1000, 1e-4, 0.012, "scaled_linear", "v_prediction", sampler=FolderSampler("ddim")),
+        noise_schedule=NoiseSchedule(1000, 1e-4, 0.012, "scaled_linear", "v_prediction", sampler=FolderSampler("ddim")),
     )
     assert model.input_names == ("hidden_states", "timestep", "class_labels")
     assert not model.module.training

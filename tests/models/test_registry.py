@@ -98,9 +98,9 @@ def two():
 def nameless():
     return with_spec(name="")
 def without_betas():
-    return with_spec(schedule=NoiseSchedule(beta_start=None))
+    return with_spec(noise_schedule=NoiseSchedule(beta_start=None))
 def without_schedule():
-    return with_spec(schedule=None)
+    return with_spec(noise_schedule=None)
 def without_spec():
     return LoadedModel(Denoiser(), None, ("latent", "when", "label"))
 def without_module():
@@ -199,7 +199,7 @@ def test_digits() -> None:
         class_count=10,
         null_class=10,
         output_channels=1,
-        schedule=NoiseSchedule(),
+        noise_schedule=NoiseSchedule(),
         is_image=True,
     )
     assert model.input_names == ("x", "t", "y")
@@ -318,8 +318,8 @@ def test_factory_may_supply_a_judge(factory_module: str) -> None:
         ("factory_of_test:flat", "latent_shape.1 = 0 of its spec does not fit"),
         ("factory_of_test:two", "latent_shape.2 = (4, 4) of its spec does not fit"),
         ("factory_of_test:nameless", "name = '' of its spec does not fit"),
-        ("factory_of_test:without_betas", "schedule.beta_start = None of its spec does not fit"),
-        ("factory_of_test:without_schedule", "the spec is a ModelSpec with the schedule None"),
+        ("factory_of_test:without_betas", "noise_schedule.beta_start = None of its spec does not fit"),
+        ("factory_of_test:without_schedule", "the spec is a ModelSpec with the noise schedule None"),
         ("factory_of_test:without_spec", "the spec is a NoneType"),
         ("factory_of_test:without_module", "the module is a NoneType"),
         ("factory_of_test:two_names", "input_names are ('latent', 'when'), not 3 names"),

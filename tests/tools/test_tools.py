@@ -14,7 +14,7 @@ import pytest
 
 from qcgraph.benchmark.bench import BenchOptions
 from qcgraph.benchmark.machine import Machine
-from qcgraph.benchmark.report import BenchReport, Ratio, Row
+from qcgraph.benchmark.report import BenchmarkResult, BenchReport, Ratio
 from qcgraph.benchmark.timing import Timing
 from qcgraph.benchmark.worker import Alone
 from qcgraph.errors import QcgraphError
@@ -97,7 +97,7 @@ def test_bench_peers_prints_a_table_a_model(
     """Of what was measured, which another test does for real."""
     forward, sampling = Timing.of([0.002, 0.004, 0.012]), Timing.of([0.5, 0.25, 1.0])
     alone = Alone(sampling=(0.25,), forward=(0.004,), base_bytes=1, peak_bytes=321_000_000)
-    reference = Row("torch", "PyTorch eager", None, "ok", sampling=sampling, forward=forward, alone=alone)
+    reference = BenchmarkResult("torch", "PyTorch eager", None, "ok", sampling=sampling, forward=forward, alone=alone)
     ours = replace(
         reference,
         name="qcgraph, interval=3",
@@ -107,7 +107,7 @@ def test_bench_peers_prints_a_table_a_model(
         error=0.0123,
         mac_ratio=0.4,
     )
-    missing = Row("nncf-int8", "OpenVINO", None, "missing", "not installed: nncf")
+    missing = BenchmarkResult("nncf-int8", "OpenVINO", None, "missing", "not installed: nncf")
     machine = Machine("a processor", 2, ("avx512f", "avx512_vnni"), "Linux", 8_000_000_000, 0.1)
 
     def measured(model: str, steps: int, guidance: float, options: BenchOptions) -> BenchReport:

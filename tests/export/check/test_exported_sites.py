@@ -21,7 +21,6 @@ from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantized_sites import quantized_sites, record
 from qcgraph.pipeline import Pipeline
-from qcgraph.plan.steps import StepPlan
 
 aten = torch.ops.aten
 QUANTIZE = "calibrate{trajectories=1},group-timesteps{groups=2},plan-quant{weight-high=64},insert-qdq,lower-linear"
@@ -40,7 +39,7 @@ def cut_as_computed(program: Program, variant: str, path: Path) -> None:
     sites = quantized_sites(program, variant)
     assert len(sites) == 8
     cut = CutSites(program, variant, path, sites)
-    inputs = parity._inputs(program, variant, program.facts[StepPlan].steps[0], 2, np.random.default_rng(0))
+    inputs = parity._inputs(program, variant, 0, 2, np.random.default_rng(0))
     ((_, values),) = record(program, variant, inputs, [cut.nodes])
     found = cut.run(values, {name: inputs[name].numpy() for name in ("group", "row")})
     assert set(found) == {site.name for site in sites}

@@ -123,7 +123,7 @@ def test_it_needs_a_calibration_set(sharp: Program, run: Run) -> None:
 
 
 def test_groups_without_samples_get_the_scales_of_all(sharp: Program, run: Run) -> None:
-    text = "calibrate{trajectories=4 selection=uniform samples=1},group-timesteps{groups=3}"
+    text = "calibrate{trajectories=4 selection=uniform latents=1},group-timesteps{groups=3}"
     program = run(f"split-attention,{text},plan-attention", sharp)
     reasons = [found.reason for found in program.history[-1].refusals]
     assert any(reason.startswith("no sample tells in timestep groups") for reason in reasons)
