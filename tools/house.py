@@ -1,23 +1,29 @@
-"""Counts the rooms of the house, and how its imports run.
+"""Count the rooms of the house, how its imports run, and how many files a change touches.
 
     python tools/house.py [CHECKOUT]
 
 A room is a folder of modules; loose modules stand in ``qcgraph/``, ``passes/`` or ``export/`` themselves. A climb is an
-import of a room that, directly or by way of others, imports the importer's room: the two know each other.
+import of a room that, directly or through other rooms, imports the importer's room: the two know each other. A recipe's
+way from the command line to the bundle is every room that the command line imports, directly or not, and that imports
+the bundle's room. ``tools/changes`` holds a patch for each change that must be cheap; whether it applies is checked.
 """
 
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
 
+CHANGES = Path(__file__).parent / "changes"
+START, END = "qcgraph.cli", "qcgraph.bundle"
 HOMES = {"qcgraph": "qcgraph", "qcgraph.passes": "passes", "qcgraph.export": "export"}
 
 
 def modules(root: Path) -> dict[str, Path]:
-    """The modules of a checkout, by the name they are imported as."""
+    """Return the modules of a checkout, by the name they are imported as."""
     found = {}
     for package, home in HOMES.items():
         for path in (root / home).rglob("*.py"):
@@ -27,7 +33,7 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imports(path: Path, known: dict[str, Path]) -> set[str]:
-    """The modules of the house that a file imports, inside functions, too."""
+    """Return the modules of the house that a file imports, inside functions, too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -39,7 +45,7 @@ def imports(path: Path, known: dict[str, Path]) -> set[str]:
 
 
 def room_of(module: str, known: dict[str, Path]) -> str:
-    """The room of a module: the folder that it stands in; a loose module is its own."""
+    """Return the room of a module: the folder that it stands in; a loose module is its own."""
     if known[module].name == "__init__.py":
         return module
     parent = module.rpartition(".")[0]
@@ -47,7 +53,7 @@ def room_of(module: str, known: dict[str, Path]) -> str:
 
 
 def reachable(start: str, edges: dict[str, set[str]]) -> set[str]:
-    """The rooms that a room imports, directly or by way of others."""
+    """Return the rooms that a room imports, directly or through other rooms."""
     found: set[str] = set()
     waiting = [start]
     while waiting:
@@ -72,6 +78,19 @@ def main() -> None:
     print(f"{len(loose) + len(folders)} places to look for something; {len(climbs)} climbs between them")
     for one, other in climbs:
         print(f"  {one} -> {other}")
+    way = {room for room in reachable(START, edges) if END in reachable(room, edges)} | {START, END}
+    on_way = [(one, other) for one, other in climbs if {one, other} <= way]
+    print(f"a recipe's way from the command line to the bundle: {len(way)} rooms, {len(on_way)} climbs")
+    for path in sorted(CHANGES.glob("*.patch")):
+        failed = subprocess.run(
+            ["git", "apply", "--check", str(path.resolve())], cwd=root, capture_output=True, check=False
+        ).returncode
+        print(f"{path.stem}: {files_of(path)} files{', does not apply' if failed else ''}")
+
+
+def files_of(patch: Path) -> int:
+    """Count the files that a patch touches."""
+    return len(re.findall(r"^diff --git ", patch.read_text("utf-8"), re.MULTILINE))
 
 
 if __name__ == "__main__":
