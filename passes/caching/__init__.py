@@ -1,1 +1,1 @@
-"""Passes that decide which steps compute, and forecast what the others reuse."""
+"""Passes that decide which steps compute, and that forecast the cached values of reusing steps."""

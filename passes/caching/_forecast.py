@@ -1,6 +1,6 @@
-"""What forecasts of cached values are made of: their time, their tables, and statistics of every regression.
+"""Parts of forecasts: their time, the names of their tables, and statistics of every regression.
 
-How they are fitted is in `qcgraph.passes.caching.forecasters`.
+`qcgraph.passes.caching.forecasters` fits them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from qcgraph.passes.caching.forecasters import Moments
 from qcgraph.plan.schedulers import make_scheduler
 from qcgraph.plan.spec import NoiseSchedule
 
-TOGETHER = 128  # channels that are held in float64 at once
+TOGETHER = 128  # channels whose products are computed in float64 at once
 
 
 def log_signal_to_noise(schedule: NoiseSchedule, timesteps: Sequence[float]) -> list[float]:
-    """Half the log of abar / (1 - abar) at timestep values: the time in which solvers step (Lu et al., 2022).
+    """Return half the log of abar / (1 - abar) at timestep values: the time in which solvers step (Lu et al., 2022).
 
-    Of a flow, the log of (1 - s) / s. Its ends, at which that is infinite, are taken half a training step inside; so is
-    the last timestep of betas that are rescaled to leave no signal there, by half the least signal of the others.
+    For a flow, it is the log of (1 - s) / s. At the ends of the schedule the log is infinite; it is taken half a
+    training step inside them. Betas that are rescaled to leave no signal at the last timestep have half their least
+    nonzero signal there.
     """
     if schedule.is_flow:
         levels = np.clip(np.asarray(timesteps), 0.5, schedule.train_steps - 0.5) / schedule.train_steps
@@ -34,7 +35,7 @@ def log_signal_to_noise(schedule: NoiseSchedule, timesteps: Sequence[float]) -> 
 
 
 def taylor_gain(times: Sequence[float], step: int, computed: Sequence[int]) -> float:
-    """k of a linear extrapolation to a step from the last two computed ones (last first), 0 when there is only one."""
+    """Return k of a linear extrapolation to a step from two computing steps, the last one first; 0 for a single one."""
     if len(computed) < 2:
         return 0.0
     last, before = computed[:2]
@@ -42,14 +43,14 @@ def taylor_gain(times: Sequence[float], step: int, computed: Sequence[int]) -> f
 
 
 def table_name(value: str) -> str:
-    """The constant that holds the coefficients of a cached value, f32[rows, terms + 1, halves, C]."""
+    """Return the name of the constant with the coefficients of a cached value, f32[rows, terms + 1, halves, C]."""
     return f"forecast.{value}"
 
 
 class Products:
-    """Inner products of the values of one tensor at some steps, per channel: every regression among them follows.
+    """Inner products of the values of one tensor at some steps, per channel; every regression among them follows.
 
-    They are in float64, from which differences of nearly equal values come out right.
+    They are in float64, which keeps the differences of nearly equal values exact enough.
 
     Args:
         values: per step, each [..., C].
@@ -66,7 +67,12 @@ class Products:
         self._products, self._sums = torch.cat(products), torch.cat(sums)
 
     def moments(self, computed: Sequence[int], step: int) -> Moments:
-        """The statistics of one value on those at computed steps, the last one first; by their place in ``values``."""
+        """Return the statistics of the value at a step, regressed on its values at computing steps.
+
+        Args:
+            computed: the computing steps, the last one first, as indices into ``values``.
+            step: the forecast step, as an index into ``values``.
+        """
         result = Moments(len(computed), len(self._sums))
         # The regressors as combinations of the values: the last one, and its differences to those before it.
         mixing = torch.eye(len(computed), dtype=torch.float64).neg()

@@ -1,7 +1,7 @@
-"""What skipping a step costs in quality, measured on recorded trajectories by running the variants.
+"""Measure the error of skipping a step, on recorded trajectories, by running the variants.
 
-All of it takes a program whose variants exist and whose cached values are inputs of those that reuse (after
-insert-cache, before insert-forecast), quantized or not: the errors are those of the program as it is.
+The functions take a program whose variants exist and whose reusing variants have cached values as inputs (after
+insert-cache, before insert-forecast). It may be quantized: the errors are the errors of the program as it is.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from qcgraph.sampling.conditions import joined
 from qcgraph.sampling.loop import guided
 from qcgraph.sampling.runner import Array, Call
 
-ROWS = 512  # of the batch that errors of one step are measured in
-BYTES = 2**26  # that its forecasts may take
-# Distances of two computing steps that are measured. In modes that are slow to measure fewer are, and as few distances
-# from the last computing step to the skipped one. What lies between is interpolated.
+ROWS = 512  # rows of the batch in which errors of one step are measured
+BYTES = 2**26  # bytes that the forecasts of this batch may take
+# Distances between two computing steps at which errors are measured; the rest is interpolated. Slow modes are
+# measured at fewer distances, and at fewer distances from the last computing step to the skipped one.
 DISTANCES = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 FEW_DISTANCES = (1, 2, 4, 8, 16)
-WINDOW = 24  # steps that forecasts look back to without asking for more
-SLOW_SHARE = 0.1  # of the arithmetic of a computing step
-SLOW_VALUES = 4  # to forecast
+WINDOW = 24  # number of steps before a step whose products are computed in advance
+SLOW_SHARE = 0.1  # share of a computing step's arithmetic above which a mode is slow
+SLOW_VALUES = 4  # number of forecast values above which a mode is slow
 
 
 class OpenLoop:
-    """Forecasts of cached values whose coefficients are fitted on recorded trajectories, open loop.
+    """Forecasts of cached values with coefficients that are fitted open loop, on recorded trajectories.
 
     Args:
         program: the program.
-        trajectories: recorded ones.
-        forecaster: how they are fitted.
+        trajectories: the recorded trajectories.
+        forecaster: the forecaster that fits the coefficients.
     """
 
     def __init__(self, program: Program, trajectories: Trajectories, forecaster: Forecaster) -> None:
@@ -60,13 +60,13 @@ class OpenLoop:
         self._windows: dict[str, _Window] = {}
 
     def at(self, name: str, step: int, computed: Sequence[int], values: Sequence[Tensor]) -> Tensor:
-        """The forecast of a cached value.
+        """Return the forecast of a cached value.
 
         Args:
-            name: the cached value.
-            step: the step it is forecast for.
-            computed: the steps it was last computed at, the last one first.
-            values: what was computed there, both halves of guidance in a batch as in the trajectories.
+                name: the name of the cached value.
+                step: the step that the value is forecast for.
+                computed: the last computing steps, the last one first.
+                values: the cached values of these steps, both halves of guidance in a batch as in the trajectories.
         """
         gains = self._gains(name, step, computed)
         parts = []
@@ -78,7 +78,7 @@ class OpenLoop:
         return torch.cat(parts)
 
     def _gains(self, name: str, step: int, computed: Sequence[int]) -> Tensor:
-        """Coefficients of the values and the offset, f32[halves, terms + 1, C]."""
+        """Return the coefficients of the values and the offset, f32[halves, terms + 1, C]."""
         window = self._window(name, step, min(computed))
         places, place = [index - window.first for index in computed], step - window.first
         taylor = taylor_gain(self._times, step, computed)
@@ -88,7 +88,7 @@ class OpenLoop:
         )
 
     def _window(self, name: str, step: int, first: int) -> _Window:
-        """Products of a value at a step and before; those of all steps with each other would be too many."""
+        """Return the products of a value at a step and the steps before; products of all steps would be too many."""
         known = self._windows.get(name)
         if known is None or known.step != step or known.first > first:
             first = max(0, min(first, step - WINDOW))
@@ -100,7 +100,7 @@ class OpenLoop:
 
 @dataclass(frozen=True)
 class _Window:
-    """Inner products of a cached value at the steps first to step, for each half of guidance."""
+    """Inner products of a cached value at the steps from first to step, for each half of guidance."""
 
     first: int
     step: int
@@ -116,19 +116,19 @@ def reuse_errors(
     largest_gap: int,
     progress: Progress,
 ) -> ReuseErrors:
-    """The error of every way to skip a step: from which computing steps its cached values are forecast, in which mode.
+    """Return the error of every way to skip a step: by mode, and by the computing steps that forecasts look back to.
 
-    At each recorded state the variant that reuses runs on forecasts from the values recorded before it; the mean
-    squared error of the guided noise prediction, times the squared weight of the step, is what it adds to the mean
-    squared error of the final latent. Forecasts look back to two values here, whatever the history.
+    At each recorded state the reusing variant runs on forecasts from the values recorded before it. The mean squared
+    error of the guided noise prediction, times the squared weight of the step, is what the skipped step adds to the
+    mean squared error of the final latent. Forecasts look back to two values here, whatever the history.
 
     Args:
         program: the program.
-        trajectories: recorded ones.
-        forecaster: forecasts on them.
-        weight: f64[T], see `qcgraph.passes.caching._trajectories.weights`.
-        modes: the variants that reuse.
-        largest_gap: from the last computing step to a skipped one.
+        trajectories: the recorded trajectories.
+        forecaster: the forecasts on these trajectories.
+        weight: the weights of the steps, f64[T], see `qcgraph.passes.caching._trajectories.weights`.
+        modes: the reusing variants.
+        largest_gap: the most steps from the last computing step to a skipped one.
         progress: reports the steps.
     """
     plan, slow = program.facts[StepPlan], [_is_slow(program, mode) for mode in modes]
@@ -150,7 +150,7 @@ def _is_slow(program: Program, mode: str) -> bool:
 
 
 def _places(index: int, largest_gap: int, *, sparse: bool) -> Iterator[tuple[int, int]]:
-    """The (gap, earlier) that are measured at a step."""
+    """Yield the pairs (gap, earlier) that are measured at a step."""
     if index <= largest_gap:
         yield index, 0  # from step 0 alone
     furthest = min(index - 1, largest_gap)
@@ -160,7 +160,7 @@ def _places(index: int, largest_gap: int, *, sparse: bool) -> Iterator[tuple[int
 
 
 def _spaced(last: int, distances: Sequence[int]) -> list[int]:
-    """These distances as far as the last one, and that one."""
+    """Return the distances below the last one, and the last one itself."""
     return sorted({distance for distance in distances if distance < last} | {last} - {0})
 
 
@@ -169,7 +169,7 @@ def _computed(index: int, gap: int, earlier: int) -> tuple[int, ...]:
 
 
 def _fill(errors: npt.NDArray[np.float64], index: int) -> None:
-    """Lines between what was measured at a step, over ``earlier`` and then over ``gap``; f64[G + 1, G + 1]."""
+    """Interpolate between the errors measured at a step, f64[G + 1, G + 1], over ``earlier`` and then over ``gap``."""
     largest = len(errors) - 1
     for gap in range(1, min(index - 1, largest) + 1):
         _interpolate(errors[gap, 1 : min(index - gap, largest) + 1])
@@ -178,14 +178,14 @@ def _fill(errors: npt.NDArray[np.float64], index: int) -> None:
 
 
 def _interpolate(line: npt.NDArray[np.float64]) -> None:
-    """Fill what is infinite from its neighbours, past the outermost with the nearest, in place."""
+    """Replace infinite values by interpolation, and beyond the outermost known values by the nearest one, in place."""
     known = np.flatnonzero(np.isfinite(line))
     if len(known):
         line[:] = np.interp(np.arange(len(line)), known, line[known])
 
 
 class _Prober:
-    """Runs variants that reuse on forecasts, at recorded states."""
+    """Runs reusing variants on forecasts, at recorded states."""
 
     def __init__(self, program: Program, trajectories: Trajectories, forecaster: OpenLoop) -> None:
         self._runner = TorchRunner(program)
@@ -194,7 +194,7 @@ class _Prober:
         self._trajectories, self._forecaster = trajectories, forecaster
 
     def squared_errors(self, mode: str, index: int, places: Sequence[tuple[int, ...]]) -> list[float]:
-        """The mean squared error of the guided prediction of a step, by the computing steps that it looks back to."""
+        """Return the mean squared error of the guided prediction of a step, for each choice of computing steps."""
         size = sum(self._trajectories.values[name][index].nbytes for name in self._cache.modes[mode])
         together = max(1, min(ROWS // len(self._trajectories.conditions), BYTES // size))
         return [
@@ -215,26 +215,26 @@ class _Prober:
         return [float(value) for value in np.mean(np.square(errors, dtype=np.float64), axis=1)]
 
     def _forecasts(self, name: str, index: int, places: Sequence[tuple[int, ...]]) -> Tensor:
-        """All conditional halves, then all unconditional ones: the order of a guided batch."""
+        """Return the forecasts with all conditional halves first, then all unconditional ones, as in a guided batch."""
         values, count = self._trajectories.values[name], len(self._trajectories.conditions)
         made = [self._forecaster.at(name, index, computed, [values[step] for step in computed]) for computed in places]
         return torch.cat([part for half in zip(*(value.split(count) for value in made), strict=True) for part in half])
 
 
 class Rehearsal:
-    """Samples the recorded trajectories again under other schedules, and compares what comes out.
+    """Samples the recorded trajectories again under other schedules, and compares the final latents.
 
     Args:
         program: the program.
-        trajectories: recorded ones.
-        forecaster: forecasts on them.
+        trajectories: the recorded trajectories.
+        forecaster: the forecasts on these trajectories.
     """
 
     def __init__(self, program: Program, trajectories: Trajectories, forecaster: OpenLoop) -> None:
         self._program, self._trajectories, self._forecaster = program, trajectories, forecaster
 
     def final_error(self, schedule: Sequence[str | None]) -> float:
-        """Return the mean squared error of the final latents under a schedule: per step None (computes) or a mode."""
+        """Return the mean squared error of the final latents under a schedule, in which None computes."""
         recorded, spec = self._trajectories, self._program.facts[ModelSpec]
         plan = self._program.facts[StepPlan].with_modes(schedule)
         runner = _Forecasting(self._program, self._forecaster)
@@ -244,7 +244,7 @@ class Rehearsal:
 
 
 class _Forecasting:
-    """Runs a plan; steps that reuse do so from forecasts."""
+    """Runs a plan, with forecasts as the cached values of reusing steps."""
 
     def __init__(self, program: Program, forecaster: OpenLoop) -> None:
         self._runner, self._forecaster = TorchRunner(program), forecaster

@@ -1,6 +1,6 @@
-"""Recorded trajectories on which every step computed, and what an error at one of their steps does to the end.
+"""Recorded trajectories on which every step computes, and how an error at one step changes the final latents.
 
-Both take a program whose variants exist (after insert-cache), quantized or not, as it is.
+The functions take a program whose variants exist (after insert-cache), quantized or not.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.loop import Request, Sampler, trajectory
 from qcgraph.sampling.runner import Array, Call, Runner, step_call, step_inputs
 
-DISTURBANCE = 0.02  # of the prediction's own size, about what a skipped step leaves
+DISTURBANCE = 0.02  # size of the added error relative to the prediction, about as large as the error of a skipped step
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Trajectories on which every step computed.
+    """Trajectories on which every step computes.
 
     Attributes:
-        conditions: of the N trajectories.
-        seed: of their noise.
-        latents: per step, what the denoiser was given, f32[N,C,H,W]; one more, the final ones.
-        predictions: per step, the guided noise prediction f32[N,C,H,W].
-        values: by cached value and step, both halves of guidance in a batch.
+        conditions: the conditions of the N trajectories.
+        seed: the seed of their noise.
+        latents: the latents that each step is given, then the final ones, each f32[N,C,H,W].
+        predictions: the guided noise prediction of each step, f32[N,C,H,W].
+        values: the cached values by name and step, both halves of guidance in a batch.
     """
 
     conditions: Conditions
@@ -45,7 +45,7 @@ class Trajectories:
     values: Mapping[str, tuple[Tensor, ...]]
 
     def first(self, count: int) -> Trajectories:
-        """The first so many of them, without the cached values."""
+        """Return the first ``count`` trajectories, without their cached values."""
         latents, predictions = (tuple(array[:count] for array in arrays) for arrays in (self.latents, self.predictions))
         return Trajectories(self.conditions[:count], self.seed, latents, predictions, {})
 
@@ -68,16 +68,16 @@ class _Recorder:
 
 
 def record(program: Program, count: int, seed: int, progress: Progress) -> Trajectories:
-    """Sample calibration trajectories on which every step computes, and keep all of it.
+    """Sample calibration trajectories on which every step computes, and record them.
 
     Args:
         program: the program.
-        count: how many.
-        seed: of conditions and noise.
+        count: the number of trajectories.
+        seed: the seed of conditions and noise.
         progress: reports the steps.
 
     Raises:
-        UsageError: their latents are not finite.
+        UsageError: the final latents are not finite.
     """
     plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
     every = plan.all_computing
@@ -103,16 +103,17 @@ def record(program: Program, count: int, seed: int, progress: Progress) -> Traje
 def weights(
     program: Program, trajectories: Trajectories, measured: int, samples: int, progress: Progress
 ) -> npt.NDArray[np.float64]:
-    """How much an error of the noise prediction at each step weighs in the final latent, f64[T].
+    """Return the weight in the final latent of an error of the noise prediction at each step, f64[T].
 
-    A small random error is added at a step and sampling goes on: the size of what comes out over that of what went
-    in. Steps between measured ones take the solver's coefficient of the prediction, times the measured ratio to it.
+    A small random error is added at a step and sampling goes on. The weight is the size of the error in the final
+    latent over the size of the added error. Between measured steps, it is the solver's coefficient of the prediction
+    times the interpolated ratio of weight and coefficient.
 
     Args:
         program: the program.
-        trajectories: recorded ones.
-        measured: at how many steps it is measured; 0 for the solver's coefficients alone.
-        samples: on how many of the trajectories.
+        trajectories: the recorded trajectories.
+        measured: the number of measured steps; 0 returns the solver's coefficients alone.
+        samples: the number of trajectories to measure on.
         progress: reports the steps.
     """
     plan = program.facts[StepPlan]
@@ -128,18 +129,18 @@ def weights(
         error = size * generator.standard_normal(prediction.shape, dtype=np.float32)
         final = _continued(program, few, index, prediction + error)
         grown = np.square(final - few.latents[-1]).mean(axis=(1, 2, 3)) / np.square(error).mean(axis=(1, 2, 3))
-        ratios.append(np.sqrt(np.median(grown)) / solver[index])  # single trajectories tip over and would outweigh all
+        ratios.append(np.sqrt(np.median(grown)) / solver[index])  # a mean would follow single trajectories
     return solver * np.interp(np.arange(len(plan)), chosen, ratios)
 
 
 def _continued(program: Program, trajectories: Trajectories, index: int, prediction: Array) -> Array:
-    """The final latents [N,C,H,W] of trajectories, had step ``index`` predicted this."""
+    """Return the final latents [N,C,H,W] of trajectories after ``prediction`` at step ``index``."""
     plan, spec, conditions = program.facts[StepPlan], program.facts[ModelSpec], trajectories.conditions
     every = plan.all_computing
     noise = calibration_noise(len(conditions), trajectories.seed, spec)
     noise.initial()
     sampler, stateless = Sampler(every, noise), Stateless(TorchRunner(program), every, spec)
-    for before in range(index):  # for the noise that it draws, and for solvers that look back
+    for before in range(index):  # so that the noise and the history of multistep solvers are as recorded
         sampler.update(before, trajectories.latents[before], trajectories.predictions[before])
     latent = sampler.update(index, trajectories.latents[index], prediction)
     for taken in trajectory(stateless, sampler, every, spec, conditions, latent, start=index + 1):
@@ -148,13 +149,13 @@ def _continued(program: Program, trajectories: Trajectories, index: int, predict
 
 
 class Stateless:
-    """Denoises any step at any time, with the cached values that it is given.
+    """Denoises any step in any order, with given cached values.
 
     Args:
-        runner: the backend.
+        runner: the runner of the variants.
         plan: the step plan.
-        spec: what the denoiser is.
-        cached: cached values by name; only steps that compute run without.
+        spec: the specification of the denoiser.
+        cached: the cached values by name; only computing steps run without them.
     """
 
     def __init__(

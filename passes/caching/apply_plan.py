@@ -1,4 +1,4 @@
-"""apply-plan: take what every step does from a schedule that was made elsewhere."""
+"""apply-plan: set what every step does from a given schedule."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from qcgraph.plan.schedule import TimedSchedule
 from qcgraph.plan.schedule.timed import COMPUTES_WORD, TEXT_HINT
 from qcgraph.plan.steps import StepPlan
 
-LONGEST_PLAN = 100_000  # characters: thousands of steps, each with a timestep and a mode of its own
+LONGEST_PLAN = 100_000  # characters, enough for thousands of steps that each have a timestep and a mode of their own
 
 
 @dataclass(frozen=True)
 class ApplyPlan(Pass):
-    """Let every step do what a given schedule does at its timestep, also when that was made for other steps.
+    """Let every step do what a given schedule does at its timestep, even if the schedule was made for other steps.
 
-    At the timesteps that the schedule was made for this is the schedule itself. At others, as large a share of the
-    steps computes, as densely at each time (see `qcgraph.plan.schedule.TimedSchedule.at`). rehearse-steps measures what
-    that does to the images.
+    At the timesteps that the schedule was made for, the result is the schedule itself. At other timesteps, as large a
+    share of the steps computes, as densely at each time (see `qcgraph.plan.schedule.TimedSchedule.at`). rehearse-steps
+    measures what this does to the images.
 
     Attributes:
         plan: the schedule, such as ``980-20:FRRFR``: per run of timesteps the first, their spacing, a letter a step.
@@ -45,7 +45,7 @@ class ApplyPlan(Pass):
             raise UsageError(error.message, where=f"pass {self.name}, option plan", hint=error.hint) from None
 
     def check(self, captured: Program) -> None:
-        """Refuse to follow nothing."""
+        """Refuse an empty schedule."""
         if not self.plan:
             raise UsageError("there is no plan to follow", hint=TEXT_HINT)
 

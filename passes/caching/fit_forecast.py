@@ -28,17 +28,17 @@ from qcgraph.sampling.runner import Array, Call, step_call
 
 ops = torch.ops.qcgraph
 FOLDS = 2
-SLOWNESS = 3.0  # of a step while its forecasts are fitted, about
+SLOWNESS = 3.0  # time of a step while its forecasts are fitted, relative to sampling, about
 
 
 @dataclass(frozen=True)
 class FitForecast(Pass):
     """Fit the forecasts of cached values closed loop, in the order of the steps.
 
-    The trajectory is the one that the plan takes, quantized and cached, with all earlier steps fitted. At a step that
-    reuses, the computing variant is run on the same state, and its cached values are what the forecast is fitted to:
-    so noise of quantization, which an extrapolation amplifies, and errors of earlier steps are part of the regression.
-    The two halves of guidance have coefficients of their own.
+    The trajectory is the one that the plan takes, quantized and cached, with all earlier steps fitted. At a reusing
+    step, the computing variant runs on the same state, and the forecast is fitted to its cached values. The regression
+    so includes the noise of quantization, which an extrapolation amplifies, and the errors of earlier steps. The two
+    halves of guidance have coefficients of their own.
 
     Attributes:
         kind: the forecaster.
@@ -72,7 +72,7 @@ class FitForecast(Pass):
 
 
 def _table_names(program: Program) -> dict[str, str]:
-    """The constant that holds the coefficients of each forecast, by its cached value."""
+    """Return the name of the constant with the coefficients of each forecast, by its cached value."""
     found: dict[str, str] = {}
     for variant in program.variants.values():
         for node in variant.graph.nodes:
@@ -83,7 +83,7 @@ def _table_names(program: Program) -> dict[str, str]:
 
 
 class _ForecastFitting:
-    """Runs a plan; wherever a step reuses, it first computes the same step and fits the step's coefficients to that."""
+    """Runs a plan; at each reusing step it first computes the step, and fits the forecasts to the computed values."""
 
     def __init__(self, program: Program, tables: Mapping[str, torch.Tensor], forecaster: Forecaster) -> None:
         self.steps: list[ForecastStep] = []

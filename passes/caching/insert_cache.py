@@ -1,4 +1,4 @@
-"""insert-cache: split the program into a variant that computes and those that reuse."""
+"""insert-cache: split the program into a computing variant and reusing variants."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from qcgraph.plan.steps import StepPlan
 
 aten = torch.ops.aten
 ops = torch.ops.qcgraph
-SPLIT = "full"  # what the computing variant is called once there are others
+SPLIT = "full"  # name of the computing variant after the split
 
 
 @dataclass(frozen=True)
 class InsertCache(Pass):
     """Split the captured variant into ``full``, which gives the cached values, and variants that take them as inputs.
 
-    Over a range of blocks the change of the residual stream is cached: D = x_leaving - x_entering at the last computing
-    step; a reusing step skips the range and continues with x_entering(now) + D. Of a branch the output before its gate
-    is cached, and gated anew. Of guidance the difference of its halves is cached: a step that reuses it computes the
-    conditional half of the batch alone, and the other is that less the difference. The host carries the values from one
-    call to the next; nothing is hidden in the graph.
+    For a range of blocks the change of the residual stream is cached: D = x_leaving - x_entering at the last computing
+    step; a reusing step skips the range and continues with x_entering(now) + D. For a branch its output before its gate
+    is cached, and gated anew. For guidance the difference of its halves is cached: a reusing step computes the
+    conditional half of the batch alone, and subtracts the difference for the other half. The host carries the values
+    from one call to the next; no state is hidden in the graph.
     """
 
     name: ClassVar[str] = "insert-cache"
@@ -63,7 +63,7 @@ class InsertCache(Pass):
         return Program(variants, constants, facts.with_(steps), program.history)
 
     def _full(self, main: Variant, program: Program, blocks: Sequence[Block], values: Sequence[CachedValue]) -> Variant:
-        """The whole denoiser, and the cached values as further outputs."""
+        """Return the whole denoiser, with the cached values as further outputs."""
         editor = GraphEditor(main, program.constants, self.name)
         output = output_node(editor.graph)
         found: list[fx.Node] = []
@@ -87,7 +87,7 @@ class InsertCache(Pass):
     def _reuse(
         self, main: Variant, program: Program, blocks: Sequence[Block], values: Sequence[CachedValue]
     ) -> Variant:
-        """The denoiser with cached values in the place of what computes them."""
+        """Return the denoiser with cached values in place of the operations that compute them."""
         editor = GraphEditor(main, program.constants, self.name)
         for value in values:
             node = editor.node(cached_node(main, blocks, value))
@@ -101,7 +101,7 @@ class InsertCache(Pass):
         return editor.finish()
 
     def _conditional(self, main: Variant, program: Program, difference: CachedValue) -> Variant:
-        """The denoiser of the conditional half of the batch; the prediction of the other half is restored."""
+        """Return the denoiser of the conditional half of the batch, which restores the prediction of the other half."""
         editor = GraphEditor(main, program.constants, self.name)
         inputs = {node.target: node for node in editor.graph.nodes if node.op == "placeholder"}
         batched = [inputs[spec.name] for spec in main.interface.inputs if spec.batch_axis == 0]
@@ -117,5 +117,5 @@ class InsertCache(Pass):
             both = editor.call(ops.restore_half.default, prediction, cached, source=prediction, top_level=True)
         editor.set_outputs([both], main.interface.outputs)
         variant = editor.finish()
-        infer_types(variant.graph, variant.interface, program.constants)  # of half the batch
+        infer_types(variant.graph, variant.interface, program.constants)  # types of half the batch
         return variant

@@ -1,4 +1,4 @@
-"""insert-forecast: make reusing variants forecast their cached values instead of taking the last one as it is."""
+"""insert-forecast: make reusing variants forecast their cached values from the last computed ones."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ ops = torch.ops.qcgraph
 
 @dataclass(frozen=True)
 class InsertForecast(Pass):
-    """Put an affine forecast between each cached value and what reuses it, with coefficients of plain reuse.
+    """Put an affine forecast between each cached value and its users, with coefficients of plain reuse.
 
     D^ = A * D_r + B * D_r' + E * D_r'' + C per channel, from the values at the last computing steps r, r', r'' (as many
-    as the cache plan keeps), with a row of coefficients for every step and both halves of guidance. fit-forecast fits
-    them; (1, 0, 0, 0), which is inserted here, is reuse to the bit.
+    as the cache plan keeps), with a row of coefficients for every step and both halves of guidance. This pass inserts
+    (1, 0, 0, 0), which is reuse to the bit; fit-forecast fits the coefficients.
     """
 
     name: ClassVar[str] = "insert-forecast"
@@ -68,12 +68,12 @@ class InsertForecast(Pass):
 
 
 def _aged(name: str, value: torch.Tensor, age: int) -> TensorSpec:
-    """Return the input that holds a cached value as it was some computing steps before the last one."""
+    """Return the input for a cached value from ``age`` computing steps before the last one."""
     return cache_spec(f"{name}_age{age}" if age else name, value, name, age)
 
 
 def _half(editor: GraphEditor, spec: ModelSpec) -> fx.Node:
-    """Return which half of guidance each sample is, i64[B]: in the unconditional one all conditions are null."""
+    """Return the half of guidance of each sample, i64[B]: 1 where all conditions are null, which is unconditional."""
     latent = editor.input_of(TensorRole.STATE)
     batch = latent.meta["val"].flatten(1)[:, 0]
     nulls = [condition for condition in spec.conditions if condition.null is not None]
@@ -95,5 +95,5 @@ def _half(editor: GraphEditor, spec: ModelSpec) -> fx.Node:
 
 
 def _first(nodes: list[fx.Node], graph: fx.Graph) -> fx.Node:
-    """The one of some nodes that comes first."""
+    """Return the node that comes first in the graph."""
     return next(node for node in graph.nodes if node in nodes)

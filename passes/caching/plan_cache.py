@@ -1,4 +1,4 @@
-"""plan-cache: decide what is cached, which variants reuse it, and the steps to begin with."""
+"""plan-cache: decide which values are cached, which variants reuse them, and the first schedule."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ MOST_BYTES = 2**63 - 1
 
 @dataclass(frozen=True)
 class PlanCache(Pass):
-    """Decide what computing steps cache, in which variants other steps reuse it, and a schedule to begin with.
+    """Decide what computing steps cache, which variants reuse it, and a schedule to begin with.
 
     Cached is the change of the residual stream over a range of blocks, or the output of every branch in it before its
     gate (FORA, Learning-to-Cache), or, with ``guidance`` in the place of a range, the difference of the noise
-    predictions of both halves of guidance. Each range is a variant of its own; a step takes one of them or computes.
-    The schedule is uniform (FORA; CacheQuant's baseline) or, for a budget, as many evenly spread steps as it allows;
-    plan-steps can find a better one once the variants exist.
+    predictions of both halves of guidance. Each range has a variant of its own; a step takes one of them or computes.
+    The schedule is uniform (FORA; CacheQuant's baseline) or, for a budget, has as many evenly spread computing steps as
+    it allows; plan-steps can find a better one once the variants exist.
 
     Attributes:
         interval: steps from one computing step to the next; 1 computes every step.
-        budget: what sampling may cost relative to computing every step, instead of an interval; 0 for none.
+        budget: the cost of sampling relative to computing every step, instead of an interval; 0 for no budget.
         blocks: the cached range, ``all`` or ``first..last`` (both inclusive, counted from 0), or ``guidance``; several
             with ``+``.
         what: ``range`` or ``branches``.
         history: how many computed values a forecast may look back to, 1 to 3; 1 is plain reuse.
-        memory: the bytes that cached tensors may take for one image, both halves of guidance; 0 for any number. When
-            they are too few for the history, it is cut.
+        memory: the bytes that cached tensors may take for one image, both halves of guidance; 0 for any number. A
+            history that needs more is shortened.
     """
 
     name: ClassVar[str] = "plan-cache"
@@ -62,7 +62,7 @@ class PlanCache(Pass):
             _bounds(part, blocks=1)
 
     def check(self, captured: Program) -> None:
-        """Refuse ranges that the model does not have, and a memory that is too small: planning takes no samples."""
+        """Refuse ranges that the model does not have, and a memory that is insufficient; planning takes no samples."""
         self.run(captured, PassContext())
 
     def run(self, program: Program, context: PassContext) -> Program:
@@ -78,7 +78,7 @@ class PlanCache(Pass):
                 hint="compile with --cache off",
             )
         modes = [self._reused(variant, blocks, *bounds) for bounds in self._ranges(len(blocks), plan)]
-        # Ranges that overlap share the branches of their blocks.
+        # Overlapping ranges share the branches of their blocks.
         names = {value: f"cache_{index}" for index, value in enumerate(dict.fromkeys(chain(*modes)))}
         values = tuple(replace(value, name=name) for value, name in names.items())
         variants = ["reuse" if not index else f"reuse_{index}" for index in range(len(modes))]
@@ -112,7 +112,7 @@ class PlanCache(Pass):
         return found
 
     def _reused(self, variant: Variant, blocks: Sequence[Block], first: int, last: int) -> tuple[CachedValue, ...]:
-        """What a mode reuses, still without names."""
+        """Return the values that a mode reuses, still without names."""
         if self.what == "range" or first == NO_BLOCK:
             return (CachedValue("", first, last),)
         counts = {index: len(find_branches(variant, blocks[index])) for index in range(first, last + 1)}
@@ -131,7 +131,7 @@ class PlanCache(Pass):
         plan: StepPlan,
         context: PassContext,
     ) -> int:
-        """The history that the memory allows."""
+        """Return the longest history that the memory allows."""
         once = plan.halves * sum(_bytes(variant, blocks, value) for value in values)
         if not self.memory or once * self.history <= self.memory:
             return self.history
@@ -146,7 +146,7 @@ class PlanCache(Pass):
 
 
 def _bounds(part: str, blocks: int) -> tuple[int, int]:
-    """First and last block of a range, which may be outside the model."""
+    """Return the first and last block of a range, which may be outside the model."""
     words = {"all": (0, blocks - 1), "guidance": (NO_BLOCK, NO_BLOCK)}
     match = _RANGE.fullmatch(part)
     if match is None and part not in words:
@@ -159,7 +159,7 @@ def _bounds(part: str, blocks: int) -> tuple[int, int]:
 
 
 def _bytes(variant: Variant, blocks: Sequence[Block], value: CachedValue) -> int:
-    """The size of a cached value for a batch of one."""
+    """Return the size in bytes of a cached value for a batch of one."""
     nodes = {node.name: node for node in variant.graph.nodes}
     shape = spec_of(value.name, nodes[cached_node(variant, blocks, value)].meta["val"]).shape
     return FLOAT_BYTES * prod(dim for dim in shape if isinstance(dim, int))

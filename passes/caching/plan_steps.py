@@ -1,4 +1,4 @@
-"""plan-steps: decide which steps compute and which reuse, by what it costs and what it does to the images."""
+"""plan-steps: decide which steps compute and which reuse, by their cost and by their effect on the images."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 
 WEIGHT_SAMPLES = 8
-COST_STEPS = 200  # a ratio of costs is known to half a percent
-FEWEST_WEIGHTS = 4  # steps whose weight is measured; between them it is interpolated
-PLACES = 60  # pairs of computing steps that a skipped step is tried from, about
+COST_STEPS = 200  # steps in which ratios of costs are rounded, half a percent each
+FEWEST_WEIGHTS = 4  # least number of steps whose weight is measured; weights of other steps are interpolated
+PLACES = 60  # pairs of computing steps that a skipped step is measured from, about
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,24 @@ class PlanSteps(Pass):
     """Find the schedule that changes the images least, by dynamic programming over measured errors, then by climbing.
 
     ``joint``: the error of skipping a step, in every mode and from every pair of last computing steps, is measured on
-    recorded trajectories of the program as it is (quantized or not) through the variant that will run, and weighed
-    with what an error at that step does to the final latent. The schedule of least summed error within the budget can
-    then be improved by exchanging steps, judged by the true error of the final latents. ``dps`` is CacheQuant's
-    schedule: L1 distance of cached values, one mode, bounded windows, no budget but an interval.
+    recorded trajectories of the program as it is (quantized or not) by running the variant itself, and weighted by the
+    effect of an error at that step on the final latent. The schedule of least summed error within the budget can then
+    be improved by exchanging steps, judged by the true error of the final latents. ``dps`` is CacheQuant's schedule: L1
+    distance of cached values, one mode, bounded windows, an interval and no budget.
 
     Attributes:
         strategy: ``joint`` or ``dps``.
-        budget: cost of sampling relative to computing every step, for ``joint``.
-        interval: steps per computing step, for ``dps``.
-        forecast: the forecaster that will fill in for cached values.
-        measured: cost is the latency of variants, where something can measure it, else
+        budget: the cost of sampling relative to computing every step, for ``joint``.
+        interval: the steps per computing step, for ``dps``.
+        forecast: the forecaster of the cached values.
+        measured: take the measured latency of variants as their cost, where it can be measured, else
             multiply-accumulates.
-        weighting: an error at a step weighs by the ``solver``'s coefficient of the prediction there, or by what it is
-            ``measured`` to do to the final latent, which takes longer.
-        gap: the most steps from a computing step to the next one, and to one that reuses it.
-        rounds: schedules to try by climbing. On few trajectories it fits them and not the next ones; off by default.
+        weighting: weight an error at a step by the ``solver``'s coefficient of the prediction there, or by its
+            ``measured`` effect on the final latent, which takes longer.
+        gap: the most steps from a computing step to the next one, and to a step that reuses it.
+        rounds: the schedules to try by climbing. On few trajectories, climbing overfits to them; off by default.
         trajectories: how many to measure on; by default as many as a fixed amount of arithmetic allows, 2 to 16.
-        seed: of the trajectories.
+        seed: the seed of the trajectories.
     """
 
     name: ClassVar[str] = "plan-steps"
@@ -122,21 +122,21 @@ class PlanSteps(Pass):
 
         def evaluate(schedule: tuple[str | None, ...]) -> float:
             next(ticks, None)
-            known = math.isfinite(expected_error(schedule, errors, modes))  # else it has a longer gap
+            known = math.isfinite(expected_error(schedule, errors, modes))  # false where a gap is too long
             return rehearsal.final_error(schedule) if known else math.inf
 
         schedule, true_error = climb(found.modes, evaluate, rounds=self.rounds + 1, seed=self.seed)
         return schedule, expected_error(schedule, errors, modes), true_error
 
     def _weighing(self, program: Program, trajectories: Trajectories) -> tuple[int, int]:
-        """At how many steps and on how many trajectories weights are measured."""
+        """Return the number of steps and the number of trajectories on which weights are measured."""
         samples, steps = min(WEIGHT_SAMPLES, len(trajectories.conditions)), len(program.facts[StepPlan])
         affordable = int(2 * RECORD_MACS / (trajectory_macs(program) * samples))
         return (max(FEWEST_WEIGHTS, min(affordable, steps)) if self.weighting == "measured" else 0), samples
 
 
 def differences(trajectories: Trajectories) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """CacheQuant's distance of steps: sum over cached values of |F_t - F_i|_1, f64[T,T]."""
+    """Return CacheQuant's distance of steps, f64[T,T]: the sum over cached values of |F_t - F_i|_1."""
     steps = len(trajectories.predictions)
     result = np.zeros((steps, steps))
     for values in trajectories.values.values():
@@ -147,5 +147,5 @@ def differences(trajectories: Trajectories) -> np.ndarray[tuple[int, int], np.dt
 
 
 def rounded(ratio: float) -> float:
-    """A ratio of costs rounded up, so that the noise of a measurement does not change the plan."""
+    """Return a ratio of costs rounded up, so that the noise of a measurement does not change the plan."""
     return math.ceil(ratio * COST_STEPS) / COST_STEPS

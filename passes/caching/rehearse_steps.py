@@ -24,14 +24,14 @@ from qcgraph.plan.steps import StepPlan
 class RehearseSteps(Pass):
     """Measure what reusing does to the final latents, under the schedule and under an even one of the same cost.
 
-    Trajectories on which every step computes are recorded on the program as it is (quantized or not), and sampled
-    again under both schedules with forecasts that are fitted to them. The even schedule has as many computing steps,
-    and those that skip have the modes of the plan, in order.
+    Trajectories on which every step computes are recorded on the program as it is (quantized or not), and sampled again
+    under both schedules with forecasts that are fitted to them. The even schedule has as many computing steps, and its
+    reusing steps have the modes of the plan, in order.
 
     Attributes:
-        forecast: the forecaster that will fill in for cached values.
+        forecast: the forecaster of the cached values.
         trajectories: how many; by default as many as a fixed amount of arithmetic allows, 2 to 16.
-        seed: of the trajectories.
+        seed: the seed of the trajectories.
     """
 
     name: ClassVar[str] = "rehearse-steps"
@@ -59,7 +59,7 @@ class RehearseSteps(Pass):
 
 
 def evenly(planned: Sequence[str | None]) -> Iterator[str | None]:
-    """Yield an even schedule with the modes of another one."""
+    """Yield an even schedule that has the modes of a given one."""
     skips = (mode for mode in planned if mode is not None)
     for computes in even(len(planned), list(planned).count(None)):
         yield None if computes else next(skips)

@@ -1,1 +1,1 @@
-"""Passes that sample what later ones decide on."""
+"""Passes that sample the statistics that later passes decide by."""

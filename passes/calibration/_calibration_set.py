@@ -1,4 +1,4 @@
-"""The calibration set in use: its latents as inputs of the denoiser, and what enters the sites while they run."""
+"""The calibration set in use: its latents as inputs of the denoiser, and the inputs of sites while it runs."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.runner import Array
 
 FLOAT_BYTES = 4
-HELD_BYTES = 96 * 2**20  # that the widest activation of rows which run together may take
-DIFFERENTIATED_BYTES = 256 * 2**20  # that all values of rows which are differentiated together may take
+HELD_BYTES = 96 * 2**20  # bytes that the widest activation of rows that run together may take
+DIFFERENTIATED_BYTES = 256 * 2**20  # bytes that all values of rows that are differentiated together may take
 
 
 def encode_latents(latents: Array) -> str:
-    """Latents f32[N,C,H,W] as the text that a `CalibrationSet` holds."""
+    """Return latents f32[N,C,H,W] as the text that a `CalibrationSet` holds."""
     return base64.b64encode(np.ascontiguousarray(latents, dtype="<f4").tobytes()).decode()
 
 
@@ -41,11 +41,11 @@ class CalibrationBatch:
     """Inputs of the denoiser, a row for each half of guidance of each item of the set.
 
     Attributes:
-        latents: f32[R,C,H,W].
-        timesteps: f32[R].
-        conditions: of the R rows, by name.
-        steps: i64[R], the index of the step of each.
-        groups: i64[R], its timestep group.
+        latents: the latent of each row, f32[R,C,H,W].
+        timesteps: the timestep of each row, f32[R].
+        conditions: the conditions of the R rows, by name.
+        steps: the index of the step of each row, i64[R].
+        groups: the timestep group of each row, i64[R].
     """
 
     latents: torch.Tensor
@@ -56,7 +56,7 @@ class CalibrationBatch:
 
     @classmethod
     def of(cls, program: Program) -> CalibrationBatch:
-        """The calibration set of a program; both halves of an item stand next to each other."""
+        """Return the calibration set of a program; both halves of an item stand next to each other."""
         found, spec, plan = program.facts[CalibrationSet], program.facts[ModelSpec], program.facts[StepPlan]
         raw = np.frombuffer(base64.b64decode(found.latents), dtype="<f4")
         latents = torch.from_numpy(raw.reshape(-1, *spec.latent_shape).copy())
@@ -80,17 +80,17 @@ class CalibrationBatch:
         return CalibrationBatch(self.latents[index], self.timesteps[index], conditions, steps, groups)
 
     def spread(self, count: int) -> CalibrationBatch:
-        """So many of them, evenly spread over the steps."""
+        """Return ``count`` rows, evenly spread over the steps."""
         order = torch.argsort(self.steps, stable=True)
         return self[order[torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()]]
 
     def split(self, size: int) -> Iterator[CalibrationBatch]:
-        """Batches of at most so many."""
+        """Yield batches of at most ``size`` rows."""
         for start in range(0, len(self), size):
             yield self[slice(start, start + size)]
 
     def inputs(self, program: Program, variant: str) -> list[torch.Tensor]:
-        """The inputs of a variant that takes no cache, in order."""
+        """Return the inputs of a variant that takes no cache, in order."""
         latent = program.facts[ModelSpec].latent.name
         named = {latent: self.latents, TIMESTEP.name: self.timesteps, **self.conditions}
         prepared = program.prepared(variant, named)
@@ -98,15 +98,15 @@ class CalibrationBatch:
 
 
 def rows_together(sites: Sequence[Site], held: int = HELD_BYTES) -> int:
-    """How many rows may run together, at least two, for what enters any of these sites to take so many bytes."""
+    """Return how many rows may run together, at least two, so that no site's input takes more than ``held`` bytes."""
     widest = max((prod(dim for dim in site.input_shape if isinstance(dim, int)) for site in sites), default=1)
     return max(2, held // (FLOAT_BYTES * widest))
 
 
 def entering(program: Program, rows: CalibrationBatch, sites: set[str]) -> Iterator[tuple[Site, torch.Tensor]]:
-    """What enters each of these sites of the computing variant, f32[R,...,C], in the order in which they run.
+    """Yield the input of each of these sites of the computing variant, f32[R,...,C], in the order in which they run.
 
-    Values are let go as soon as nothing needs them any more.
+    A value is freed as soon as no later operation needs it.
     """
     variant = program.facts[StepPlan].computing
     wanted = {site.node: site for site in find_sites(program.variants[variant]) if site.name in sites}
@@ -118,13 +118,13 @@ def entering(program: Program, rows: CalibrationBatch, sites: set[str]) -> Itera
 
 @dataclass(frozen=True)
 class ValueSensitivity:
-    """A value of the graph, and what errors of it do to the noise prediction.
+    """A value of the graph, and how errors of it change the noise prediction.
 
     Attributes:
         rows: the rows that ran together.
-        node: whose value it is.
-        value: f32[R,...].
-        weight: the sensitivity of each of its elements.
+        node: the name of the node that gives the value.
+        value: the value, f32[R,...].
+        weight: the sensitivity of each element of the value.
     """
 
     rows: CalibrationBatch
@@ -142,30 +142,30 @@ def value_sensitivities(
     *,
     gradients: bool = True,
 ) -> Iterator[ValueSensitivity]:
-    """The values of these nodes of the computing variant, and what errors of them do to the noise prediction.
+    """Yield the values of nodes of the computing variant, and how their errors change the noise prediction.
 
     With L = <v, eps> and v ~ N(0, I), (dL/dx)^2 is an unbiased estimate of (d eps / dx)^2, summed over the prediction:
     the diagonal of the Gauss-Newton matrix of its squared error.
 
     Args:
-        program: in full precision.
+        program: the program in full precision.
         rows: the calibration set.
-        nodes: their names.
-        seed: of v.
+        nodes: the names of the nodes.
+        seed: the seed of v.
         progress: reports the batches.
-        gradients: whether sensitivities are wanted; else all are 1.
+        gradients: whether to compute sensitivities; if not, all are 1.
     """
     generator = torch.Generator().manual_seed(seed) if gradients else None
     size = max(1, DIFFERENTIATED_BYTES // _bytes_of_values(program.variants[program.facts[StepPlan].computing].graph))
     for batch in progress.track(list(rows.split(size)), "sensitivities"):
-        # A function of its own, because what it holds is gone before the next rows run.
+        # A generator of its own, which frees its values before the next rows run.
         yield from _of_batch(program, batch, nodes, generator)
 
 
 def _of_batch(
     program: Program, batch: CalibrationBatch, nodes: Collection[str], generator: torch.Generator | None
 ) -> Iterator[ValueSensitivity]:
-    """Those of rows that run together; without a generator of directions all are 1."""
+    """Yield the values and sensitivities of rows that run together; without a generator of v, sensitivities are 1."""
     gradients = generator is not None
     with torch.set_grad_enabled(gradients):
         values, prediction = _run(program, batch, nodes, gradients=gradients)
@@ -176,7 +176,7 @@ def _of_batch(
             found = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
             slopes = dict(zip(values, found, strict=True))
             del found
-    for name in tuple(values):  # one after the other is squared, and let go
+    for name in tuple(values):  # squared and freed one after the other
         value = values.pop(name).detach()
         yield ValueSensitivity(batch, name, value, _squared(slopes.pop(name), value, gradients))
 
@@ -190,7 +190,7 @@ def _squared(slope: torch.Tensor | None, value: torch.Tensor, wanted: bool) -> t
 def _run(
     program: Program, batch: CalibrationBatch, nodes: Collection[str], *, gradients: bool
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The values of these nodes, in the order in which they run, and the noise prediction."""
+    """Return the values of these nodes, in the order in which they run, and the noise prediction."""
     variant = program.facts[StepPlan].computing
     latents = batch.latents.clone().requires_grad_(gradients)
     inputs = replace(batch, latents=latents).inputs(program, variant)
@@ -203,7 +203,7 @@ def _run(
 
 
 def _bytes_of_values(graph: fx.Graph) -> int:
-    """What the values of a graph take together, for one row."""
+    """Return the bytes that all values of a graph take together, for one row."""
     values = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
     moving = [value for value in values if any(not isinstance(dim, int) for dim in value.shape)]
     return FLOAT_BYTES * sum(prod(dim for dim in value.shape if isinstance(dim, int)) for value in moving)
@@ -211,14 +211,14 @@ def _bytes_of_values(graph: fx.Graph) -> int:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What entered a site, and what errors there do to the noise prediction.
+    """The input of a site, and how errors of it change the noise prediction.
 
     Attributes:
         rows: the rows that ran together.
-        site: its name.
-        value: what entered it, f32[R,...,C].
-        weight: the sensitivity of each of these values.
-        result_weight: the sensitivity of each value of its result, f32[R,...,O]; empty where those are not wanted.
+        site: the name of the site.
+        value: the input of the site, f32[R,...,C].
+        weight: the sensitivity of each value of the input.
+        result_weight: the sensitivity of each value of the result, f32[R,...,O]; empty if not asked for.
     """
 
     rows: CalibrationBatch
@@ -238,18 +238,18 @@ def sensitivities(
     gradients: bool = True,
     results: bool = True,
 ) -> Iterator[Sensitivity]:
-    """What enters each of these sites, and what errors of these values do to the noise prediction.
+    """Yield the input of each of these sites, and how errors of it change the noise prediction.
 
     See `value_sensitivities`.
 
     Args:
-        program: in full precision.
+        program: the program in full precision.
         rows: the calibration set.
-        sites: their names.
-        seed: of v.
+        sites: the names of the sites.
+        seed: the seed of v.
         progress: reports the batches.
-        gradients: whether sensitivities are wanted; else all are 1.
-        results: whether those of results are wanted too, which take as much memory again.
+        gradients: whether to compute sensitivities; if not, all are 1.
+        results: whether to compute the sensitivities of results too, which take as much memory again.
     """
     nodes = {node.name: node for node in program.variants[program.facts[StepPlan].computing].graph.nodes}
     entered: dict[str, list[str]] = {}

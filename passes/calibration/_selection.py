@@ -1,4 +1,4 @@
-"""Which latents of recorded trajectories a calibration sees: the clustering of Q&C, and what it is compared with."""
+"""Selection of latents from recorded trajectories for calibration: the clustering of Q&C, and its alternatives."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ METHODS: tuple[Method, ...] = get_args(Method)
 Indices = npt.NDArray[np.int64]
 Array = npt.NDArray[np.float32]
 
-CONTENT_SHARE = 0.5  # a: content and time count alike, as in the paper
+CONTENT_SHARE = 0.5  # a of the paper: content and time count alike
 TIME_CONSTANT = 1.0  # tau, in sampling steps: two steps apart are e^-2 alike, and clusters stay a few steps long
 SUBSAMPLES = 3  # m of the paper
-POOL_PER_COLUMN = 20  # of N items N / 20 are the columns of a subsample, as in the paper
-COLUMN_LIMITS = (100, 1000)  # fewer hold too few singular vectors; more would make time and memory quadratic in N
-VECTORS = 100  # k of the paper, for 800 samples: about as many as there are clusters
-COLUMNS_PER_VECTOR = 2  # where a subsample is small: the last singular vectors of so few columns are chance
+POOL_PER_COLUMN = 20  # the columns of a subsample are N / 20 of the N items, as in the paper
+COLUMN_LIMITS = (100, 1000)  # fewer give too few singular vectors; more would make time and memory quadratic in N
+VECTORS = 100  # k of the paper, for 800 samples: about the number of clusters
+COLUMNS_PER_VECTOR = 2  # where a subsample is small, because the last singular vectors of few columns are noise
 RELATIVE_RANK = 1e-4  # singular values below this share of the largest are rounding in float32
-SAMPLES_PER_CLUSTER = 6  # the paper draws 3 to 10 from each
-ITERATIONS = 100  # of k-means; what still moves after that is single items
-BLOCK_ROWS = 1024  # how much of a matrix is widened to float64 at once
-NEAR = 1  # steps: a sample stands for what is as close in time as neighbouring steps
+SAMPLES_PER_CLUSTER = 6  # the paper draws 3 to 10 from each cluster
+ITERATIONS = 100  # of k-means; after that, only single items still move
+BLOCK_ROWS = 1024  # rows of a matrix that are widened to float64 at once
+NEAR = 1  # steps; a sample stands for items that are at most this far in time
 
 
 @dataclass(frozen=True)
 class Pool:
-    """What samples are selected from.
+    """The samples to select from.
 
     Attributes:
         latents: flattened latents, f32[N,D].
-        steps: the index of the sampling step that each was taken from, i64[N].
+        steps: the index of the sampling step of each latent, i64[N].
 
     Raises:
-        UsageError: there are none, the two do not match, or a latent is not finite.
+        UsageError: the pool is empty, the shapes do not match, or a latent is not finite.
     """
 
     latents: Array
@@ -66,14 +66,14 @@ class Pool:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How well chosen samples stand for their pool.
+    """How well chosen samples represent their pool.
 
     The distance of an item is the least ``1 - cos`` to a chosen item at most `NEAR` steps away, 0 for a chosen item,
-    and 1, as of orthogonal latents, where none is closer.
+    and 1, the distance of orthogonal latents, where no chosen item is so near.
 
     Attributes:
-        steps: the share of the pool's steps of which a sample was chosen.
-        evenness: the entropy of the chosen samples' steps over the largest that so many samples can have; 1 is even.
+        steps: the share of the pool's steps from which a sample was chosen.
+        evenness: the entropy of the steps of the chosen samples over its largest possible value; 1 is even.
         mean_distance: the mean distance over the pool, the quantization error of the pool by the chosen samples.
         worst_distance: the largest distance.
     """
@@ -95,13 +95,13 @@ def select(pool: Pool, count: int, method: Method, seed: int) -> Indices:
     Memory grows with N (D + n) for n columns a subsample, never with N^2.
 
     Args:
-        pool: what to select from, N items.
-        count: how many; the whole pool where it holds fewer.
-        method: how.
-        seed: of all that is drawn; the same seed selects the same samples, however many cores there are.
+        pool: the N items to select from.
+        count: the number of samples; the whole pool is selected where it holds fewer.
+        method: the selection method.
+        seed: the seed of all random draws; the result does not depend on the number of cores.
 
     Returns:
-        Their indices in the pool, ascending, i64[min(count, N)].
+        The indices of the samples in the pool, ascending, i64[min(count, N)].
 
     Raises:
         UsageError: the count, the method or the seed is out of range.
@@ -120,14 +120,14 @@ def select(pool: Pool, count: int, method: Method, seed: int) -> Indices:
 
 
 def coverage(pool: Pool, chosen: Indices) -> Coverage:
-    """How well chosen samples stand for their pool.
+    """Measure how well chosen samples represent their pool.
 
     Args:
-        pool: N items.
-        chosen: indices of at least one of them.
+        pool: the N items.
+        chosen: the indices of at least one item.
 
     Raises:
-        UsageError: nothing was chosen.
+        UsageError: no samples were chosen.
     """
     if not len(chosen):
         raise UsageError("no samples were chosen", hint="select at least one")
@@ -144,20 +144,20 @@ def coverage(pool: Pool, chosen: Indices) -> Coverage:
 
 
 def affinity(unit: Array, steps: Indices, columns: Indices) -> Array:
-    """How alike the items of a pool are to some of them (Q&C, with the cosine shifted to be no less than 0).
+    """Return the similarity of all items of a pool to some of them (Q&C, with the cosine shifted to be at least 0).
 
     ``A[k, h] = a (1 + cos(x_k, x_h)) / 2 + (1 - a) exp(-|t_k - t_h| / tau)``
 
     Args:
-        unit: latents of length one or zero, f32[N,D]; a zero latent is orthogonal to all.
-        steps: the sampling step t of each, i64[N].
+        unit: the latents, of length one or zero, f32[N,D]; a zero latent is orthogonal to all.
+        steps: the sampling step t of each latent, i64[N].
         columns: the indices h, i64[n].
 
     Returns:
-        f32[N,n], 0 to 1.
+        The similarities A, f32[N,n], 0 to 1.
     """
     content = unit @ unit[columns].T
-    np.clip(content, -1, 1, out=content)  # rounding
+    np.clip(content, -1, 1, out=content)  # rounding may exceed 1
     content += 1
     content *= CONTENT_SHARE / 2
     times = (steps / TIME_CONSTANT).astype(np.float32)
@@ -171,16 +171,17 @@ def affinity(unit: Array, steps: Indices, columns: Indices) -> Array:
 
 
 def embedding(unit: Array, steps: Indices, columns: Indices, rank: int) -> Array:
-    """The leading left singular vectors of ``L = D_r^-1/2 A D_c^-1/2`` (Q&C), D_r and D_c the sums of rows and columns.
+    """Return the leading left singular vectors of ``L = D_r^-1/2 A D_c^-1/2`` (Q&C).
 
-    They come from the eigenvectors of the small L^T L, which takes a third of the time of decomposing L itself.
+    D_r and D_c are the sums of rows and columns. The vectors come from the eigenvectors of the small L^T L, which takes
+    a third of the time of decomposing L itself.
 
     Args:
         unit, steps, columns: see `affinity`.
-        rank: how many vectors, k; fewer where L has no more.
+        rank: the number of vectors, k; fewer are returned where L has no more.
 
     Returns:
-        f32[N,<=k], in descending order of singular values; signs are arbitrary.
+        The vectors, f32[N,<=k], in descending order of singular values; signs are arbitrary.
     """
     matrix = affinity(unit, steps, columns)
     smallest = np.finfo(np.float32).tiny  # a row may be unlike every column
@@ -191,7 +192,7 @@ def embedding(unit: Array, steps: Indices, columns: Indices, rank: int) -> Array
     for start in range(0, len(matrix), BLOCK_ROWS):
         block = matrix[start : start + BLOCK_ROWS].astype(np.float64)
         squared += block.T @ block
-    values, right = np.linalg.eigh(squared)  # ascending; not SciPy's, which other threads wait for
+    values, right = np.linalg.eigh(squared)  # ascending; SciPy's eigh would make other threads wait
     leading = slice(None, -rank - 1, -1)
     values, right = values[leading], right[:, leading]
     kept = values > RELATIVE_RANK**2 * values[0]
@@ -200,7 +201,7 @@ def embedding(unit: Array, steps: Indices, columns: Indices, rank: int) -> Array
 
 
 def _check(count: int, method: Method, seed: int) -> None:
-    """Refuse what cannot be selected."""
+    """Refuse a count, a method or a seed that is out of range."""
     if count < 1:
         raise UsageError(f"{count} calibration samples", hint="select at least one")
     if method not in METHODS:
@@ -210,10 +211,10 @@ def _check(count: int, method: Method, seed: int) -> None:
 
 
 def _embeddings(pool: Pool, clusters: int, generator: np.random.Generator) -> Array:
-    """The embeddings of all subsamples side by side, rows of length one, f32[N,<=m*k].
+    """Return the embeddings of all subsamples side by side, rows of length one, f32[N,<=m*k].
 
     Spectral clustering takes as many vectors as there are clusters (Ng, Jordan and Weiss, 2001): more of them would
-    part what belongs together.
+    separate items that belong together.
     """
     import joblib  # type: ignore[import-untyped]
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -223,8 +224,8 @@ def _embeddings(pool: Pool, clusters: int, generator: np.random.Generator) -> Ar
     rank = min(VECTORS, clusters, max(1, width // COLUMNS_PER_VECTOR))
     subsamples = [generator.choice(len(pool), width, replace=False) for _ in range(SUBSAMPLES)]
     unit = _unit(pool.latents)
-    # Threads share the pool, and NumPy lets them run side by side. Each has one thread of the linear algebra library,
-    # whose own threads would fight over the same cores, and whose sums depend on how many there are.
+    # Threads share the pool, and NumPy lets them run side by side. Each uses one thread of the linear algebra library,
+    # whose own threads would compete for the same cores, and whose sums depend on the number of threads.
     workers = joblib.Parallel(n_jobs=min(SUBSAMPLES, joblib.cpu_count()), backend="threading")
     with threadpool_limits(1):
         parts = workers(joblib.delayed(embedding)(unit, pool.steps, columns, rank) for columns in subsamples)
@@ -232,10 +233,10 @@ def _embeddings(pool: Pool, clusters: int, generator: np.random.Generator) -> Ar
 
 
 def _clusters(features: Array, number: int, generator: np.random.Generator) -> Indices:
-    """A cluster for each row of features [N,F], numbered at random, i64[N].
+    """Return a cluster for each row of features [N,F], numbered at random, i64[N].
 
-    A single k-means, not its mini-batch form: at the sizes of pools it takes seconds, and its clusters are tighter. One
-    start, because samples are drawn from many clusters and no single one of them matters.
+    Full k-means instead of its mini-batch form: it takes seconds for pools of usual size, and its clusters are tighter.
+    One start is enough, because samples are drawn from many clusters and no single cluster matters.
     """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
@@ -243,24 +244,24 @@ def _clusters(features: Array, number: int, generator: np.random.Generator) -> I
 
     state = int(generator.integers(2**31))
     means = KMeans(number, n_init=1, max_iter=ITERATIONS, random_state=state)
-    with threadpool_limits(1), warnings.catch_warnings():  # one thread, because sums depend on how many there are
+    with threadpool_limits(1), warnings.catch_warnings():  # one thread, because sums depend on the number
         warnings.simplefilter("ignore", ConvergenceWarning)  # a pool may hold fewer distinct items than clusters
         labels = means.fit_predict(features)
     return np.asarray(generator.permutation(number)[labels])
 
 
 def _rounds(groups: Indices, count: int, generator: np.random.Generator) -> Indices:
-    """Indices of `count` items, one of each group in every round; in the last one, of groups spread over all.
+    """Return the indices of ``count`` items: one of each group a round, and in the last round of evenly spread groups.
 
     Args:
         groups: the group of each item, i64[N].
-        count: how many, less than N.
+        count: the number of items, less than N.
         generator: draws within groups.
     """
     order = generator.permutation(len(groups))
     order = order[np.argsort(groups[order], kind="stable")]  # by group, at random within
     _, starts, sizes = np.unique(groups[order], return_index=True, return_counts=True)
-    rounds = np.arange(len(order)) - np.repeat(starts, sizes)  # the round in which each would be drawn
+    rounds = np.arange(len(order)) - np.repeat(starts, sizes)  # the round in which each item would be drawn
     ends = np.cumsum(np.bincount(rounds))
     last = int(np.searchsorted(ends, count, side="right"))
     drawn, rest = order[rounds < last], order[rounds == last]
@@ -270,7 +271,7 @@ def _rounds(groups: Indices, count: int, generator: np.random.Generator) -> Indi
 
 
 def _distances(pool: Pool, chosen: Indices) -> Array:
-    """The distance of every item to the chosen ones (see `Coverage`), f32[N]."""
+    """Return the distance of every item to the chosen items (see `Coverage`), f32[N]."""
     unit, taken = _unit(pool.latents), pool.steps[chosen]
     distances = np.ones(len(pool), dtype=np.float32)
     for step in np.unique(pool.steps):
@@ -284,8 +285,8 @@ def _distances(pool: Pool, chosen: Indices) -> Array:
 
 
 def _unit(rows: Array) -> Array:
-    """CalibrationBatch [N,D] of length one; zero rows stay zero."""
-    lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))  # squares of large values leave float32
+    """Return rows [N,D] scaled to length one; zero rows stay zero."""
+    lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))  # squares of large values overflow float32
     lengths[lengths == 0] = 1
     result = np.empty_like(rows)
     np.divide(rows, lengths[:, None], out=result, casting="same_kind")

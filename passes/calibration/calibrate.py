@@ -44,20 +44,20 @@ from qcgraph.sampling.calibration import (
 from qcgraph.sampling.loop import TakenStep
 from qcgraph.sampling.runner import Array, Call
 
-AUTO_MACS = 2.5e12  # what an automatic number of trajectories may cost: a minute or less on two cores
+AUTO_MACS = 2.5e12  # arithmetic of an automatic number of trajectories: a minute or less on two cores
 AUTO_LIMITS = (2, 64)
 BATCH = 64
 SAMPLES = (32, 800)
-PASSES = 3  # forwards that the statistics of a latent take: one, and a backward of twice as much
+PASSES = 3  # forwards that the statistics of a latent cost: a forward, and a backward of twice its cost
 
 
 @dataclass(frozen=True)
 class Calibrate(Pass):
     """Observe activation ranges per step, and the latents of full precision, on sampled trajectories.
 
-    Two runs from the same noise: full precision, where every step computes, and the one that the step plan takes. The
-    second is what the quantized model will see, so scales come from it; only steps that compute have ranges. Nothing
-    is stored but streaming statistics, and a set of the latents that computing steps were given, when one is asked for.
+    Two runs start from the same noise: one in full precision, where every step computes, and one that follows the step
+    plan. The quantized model will see the second, so scales come from it; only computing steps have ranges. Nothing is
+    stored but streaming statistics and, if asked for, a set of the latents that computing steps were given.
 
     Attributes:
         trajectories: how many to sample; by default as many as a fixed amount of arithmetic allows, 2 to 64.
@@ -83,7 +83,7 @@ class Calibrate(Pass):
         return self._count(work.program) * work.trajectory * (1 + work.share)
 
     def sizes(self, program: Program) -> tuple[int, int]:
-        """Return how many trajectories there will be, and latents of the calibration set, both halves of guidance."""
+        """Return the number of trajectories, and of rows of the calibration set; both halves of guidance count."""
         rows = 0 if self.selection == "none" else self._samples(program) * program.facts[StepPlan].halves
         return self._count(program), rows
 
@@ -109,11 +109,11 @@ class Calibrate(Pass):
         return program.with_facts(self._select(program, planned, count, self.selection))
 
     def _count(self, program: Program) -> int:
-        """Return how many trajectories are sampled."""
+        """Return the number of trajectories to sample."""
         return self.trajectories or affordable(trajectory_macs(program), AUTO_MACS, AUTO_LIMITS)
 
     def _samples(self, program: Program) -> int:
-        """Return how many latents the calibration set is to have."""
+        """Return the number of latents of the calibration set."""
         cost = PASSES * trajectory_macs(program) / len(program.facts[StepPlan])
         return self.latents or affordable(cost, AUTO_MACS, SAMPLES)
 
@@ -136,7 +136,7 @@ class Calibrate(Pass):
         return observer
 
     def _select(self, program: Program, observer: _RangeObserver, count: int, method: Method) -> CalibrationSet:
-        """The calibration set, of what computing steps were given on the trajectory that the plan takes."""
+        """Return the calibration set: latents that computing steps were given on the trajectory that the plan takes."""
         plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
         steps = [index for index in range(len(plan)) if plan.computes(index)]
         latents = np.concatenate([observer.latents(step) for step in steps])
@@ -154,10 +154,10 @@ class Calibrate(Pass):
 
 
 class _RangeObserver:
-    """Streaming ranges of what enters each site, per step, and the latents that the steps were given.
+    """Streaming ranges of the inputs of each site, per step, and the latents that the steps were given.
 
     Args:
-        program: what runs.
+        program: the program that runs.
         initial: the latents that trajectories start from, [N,C,H,W].
     """
 
@@ -177,15 +177,15 @@ class _RangeObserver:
             self._stats[site][call.index].add(value)
 
     def keep(self, taken: TakenStep) -> None:
-        """Keep the latent that a step gave to the next one."""
+        """Keep the latent that a step gives to the next one."""
         self._latents[taken.index + 1].append(taken.after)
 
     def latents(self, index: int) -> Array:
-        """The latents [N,C,H,W] that a step was given; after the last step, the final ones."""
+        """Return the latents [N,C,H,W] that a step was given; after the last step, the final latents."""
         return np.concatenate(self._latents[index])
 
     def ranges(self) -> dict[str, SiteRange]:
-        """The ranges of every site that ran, at the steps it ran at."""
+        """Return the ranges of every site that ran, at the steps at which it ran."""
         return {
             site: SiteRange(
                 steps=tuple(sorted(stats)),
@@ -198,17 +198,17 @@ class _RangeObserver:
 
 
 class _Running:
-    """Smallest, largest and mean square value seen so far."""
+    """The smallest, largest and mean square value of the tensors that were added."""
 
     def __init__(self) -> None:
         self.low, self.high = math.inf, -math.inf
         self._squares, self._count = 0.0, 0
 
     def add(self, value: torch.Tensor) -> None:
-        """Count a tensor in; a NaN in it stays visible as a NaN.
+        """Add the values of a tensor; a NaN among them stays visible as a NaN.
 
-        Measured on 2 cores: min and max apart take 0.1 ms a million values where aminmax takes 8, and the norm 0.1 ms
-        where summing squares in float64 takes 20.
+        Measured on 2 cores, for a million values: separate min and max take 0.1 ms where aminmax takes 8, and the norm
+        takes 0.1 ms where a sum of squares in float64 takes 20.
         """
         self.low = _least(self.low, value.min().item())
         self.high = -_least(-self.high, -value.max().item())

@@ -1,4 +1,4 @@
-"""Which steps variance compensation fits."""
+"""Check whether variance compensation fits the updates of the steps."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from qcgraph.plan.steps import StepPlan
 
 
 def check_compensable(plan: StepPlan) -> None:
-    """Refuse variance compensation for updates that look back.
+    """Refuse variance compensation for updates that use earlier steps.
 
-    Compensation corrects what an update gives, K * x' + (1 - K) * mu, by another noise prediction at the denoiser's
-    output, which is an affine of the prediction and the latent of that step. With history, x' also holds latents and
-    predictions of earlier steps: correcting them takes inputs that no graph of a single step has. And a prediction
-    that was changed for its own step would enter the later updates changed, as a correction that nobody fitted.
+    Compensation corrects the result of an update, K * x' + (1 - K) * mu, by another noise prediction at the denoiser's
+    output, which is an affine function of the prediction and the latent of that step. With history, x' also depends on
+    latents and predictions of earlier steps: the correction would need inputs that no graph of a single step has. And a
+    prediction that was corrected for its own step would enter later updates, as a correction that was not fitted.
 
     Raises:
         UsageError: an update of the plan has history.

@@ -27,23 +27,23 @@ from qcgraph.sampling.runner import Array
 
 Table = npt.NDArray[np.float64]
 SMALLEST_WEIGHT = 1e-6  # an update that all but ignores the noise prediction cannot carry a correction
-MASK = 0.5  # of the mean magnitude: elements beyond it also weigh by their relative error
+MASK = 0.5  # share of the mean magnitude above which elements are also weighted by their relative error
 
 
 @dataclass(frozen=True)
 class FitCompensation(Pass):
     """Fit the variance compensation of Q&C on the quantized, cached trajectory, in the order of the steps.
 
-    From the noise of the reference, what each step reaches, x, is compared with full precision, x'; mu is the reference
-    mean. The ratio is variance compensation literally, K = sigma_ref / sigma. The masked form is the least squares
-    K = sum w d e / sum w d^2 with d = x - mu, e = x' - mu and w = 1 + [|x'| > mean |x'| / 2] / x'^2, which is Q&C's
-    objective of absolute and relative errors. A step is fitted with all earlier corrections applied. Where the update
-    adds fresh noise c3 * z, K is solved on the part that the denoiser reaches: sigma_ref^2 - c3^2 is its variance.
-    Updates that look back to earlier steps are refused (see `qcgraph.passes.compensation._compensable`).
+    From the noise of the reference, the latent x after each step is compared with the latent x' of full precision; mu
+    is the reference mean. The ratio is variance compensation literally, K = sigma_ref / sigma. The masked form is the
+    least squares K = sum w d e / sum w d^2 with d = x - mu, e = x' - mu and w = 1 + [|x'| > mean |x'| / 2] / x'^2,
+    which is Q&C's objective of absolute and relative errors. A step is fitted with all earlier corrections applied.
+    Where the update adds fresh noise c3 * z, K is solved on the part that the denoiser determines, of variance
+    sigma_ref^2 - c3^2. Updates that use earlier steps are refused (see `qcgraph.passes.compensation._compensable`).
 
     Attributes:
-        clamp: K stays in [1 - clamp, 1 + clamp]; what was clamped is counted. 0 gives K = 1 everywhere.
-        form: ``ratio`` or ``masked``, which samples the captured program beside this one.
+        clamp: K stays in [1 - clamp, 1 + clamp], and clamped values are counted. 0 gives K = 1 everywhere.
+        form: ``ratio``, or ``masked``, which samples the captured program beside this one.
     """
 
     name: ClassVar[str] = "fit-compensation"
@@ -59,7 +59,7 @@ class FitCompensation(Pass):
         return work.trajectories * work.trajectory * work.share
 
     def check(self, captured: Program) -> None:
-        """Refuse steps whose updates look back."""
+        """Refuse steps whose updates use earlier steps."""
         check_compensable(captured.facts[StepPlan])
 
     def run(self, program: Program, context: PassContext) -> Program:
@@ -79,14 +79,15 @@ class FitCompensation(Pass):
 
 
 class _Fitting:
-    """Fits the correction of every step to what the step reaches, as an updater that goes on from the corrected latent.
+    """An updater that fits the correction of every step to the latent after its update, and goes on from the result.
 
     Args:
-        options: of the pass.
+        options: the pass, for its options.
         plan: the step plan.
-        reference: statistics of full precision.
-        noise: of the trajectories, past their initial draw.
-        exact: what each step of full precision reaches before fresh noise, from the same noise; of the masked form.
+        reference: the statistics of full precision.
+        noise: the noise of the trajectories, past their initial draw.
+        exact: for the masked form, the latents after each step of full precision, from the same noise, without fresh
+            noise.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class _Fitting:
 
 
 def _exact(context: PassContext, conditions: Conditions, seed: int) -> Iterator[Array]:
-    """Yield what each step of full precision reaches before fresh noise, on the trajectories of this noise.
+    """Yield the latents after each step of full precision, without fresh noise, on the trajectories of this noise.
 
     Raises:
         UsageError: the pipeline does not start from the captured program.
@@ -142,7 +143,7 @@ def _exact(context: PassContext, conditions: Conditions, seed: int) -> Iterator[
 
 
 def _ratio(reference: Table, reached: Table, update: Update) -> Table:
-    """K of each channel by deviations; 1 where there is no variance to correct."""
+    """Return K of each channel as the ratio of deviations; 1 where no variance can be corrected."""
     target = reference**2 - update.noise**2
     if abs(update.noise_prediction) < SMALLEST_WEIGHT:
         return np.ones_like(reference)
@@ -151,7 +152,7 @@ def _ratio(reference: Table, reached: Table, update: Update) -> Table:
 
 
 def _masked(reached: Array, exact: Array, mean: Table, update: Update) -> Table:
-    """K of each channel by weighted least squares, of values [N,C,H,W]; 1 where there is nothing to fit."""
+    """Return K of each channel by weighted least squares of values [N,C,H,W]; 1 where all values equal the mean."""
     if abs(update.noise_prediction) < SMALLEST_WEIGHT:
         return np.ones_like(mean)
     found, target = (values.astype(np.float64).swapaxes(0, 1).reshape(len(mean), -1) for values in (reached, exact))

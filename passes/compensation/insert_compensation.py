@@ -26,10 +26,10 @@ ops = torch.ops.qcgraph
 class InsertCompensation(Pass):
     """Fold the variance compensation into the noise prediction of every variant.
 
-    Correcting the latent after the update x' = c1 * x + c2 * eps, a * x' + b with a = K and b = (1 - K) * mu, is the
+    To correct the latent after the update x' = c1 * x + c2 * eps to a * x' + b, with a = K and b = (1 - K) * mu, is the
     same update with a compensated prediction: eps' = a * eps + ((a - 1) * c1 / c2) * x + b / c2. Hence one affine node
-    per graph, with three tables [steps, channels] that the ``row`` input selects from; it commutes with guidance, whose
-    weights sum to one. Updates that look back to earlier steps are refused (see
+    per graph, with three tables [steps, channels] that the ``row`` input selects from. It commutes with guidance, whose
+    weights sum to one. Updates that use earlier steps are refused (see
     `qcgraph.passes.compensation._compensable`).
     """
 
@@ -38,7 +38,7 @@ class InsertCompensation(Pass):
     precedes: ClassVar[tuple[type, ...]] = (Precision,)
 
     def check(self, captured: Program) -> None:
-        """Refuse steps whose updates look back."""
+        """Refuse steps whose updates use earlier steps."""
         check_compensable(captured.facts[StepPlan])
 
     def run(self, program: Program, context: PassContext) -> Program:
@@ -73,7 +73,7 @@ class InsertCompensation(Pass):
 
 
 def compensation_tables(fact: Compensation, plan: StepPlan) -> dict[str, torch.Tensor]:
-    """``gain``, ``slope`` and ``offset``, each f32[steps, channels]; exactly 1, 0 and 0 where K = 1."""
+    """Return ``gain``, ``slope`` and ``offset``, each f32[steps, channels]; exactly 1, 0 and 0 where K = 1."""
     gains, means = np.array(fact.gains), np.array(fact.means)
     updates = [step.update for step in plan.steps]
     latent = np.array([update.latent for update in updates])[:, None]

@@ -1,1 +1,1 @@
-"""Passes that bring a program into the form that a target runs fast."""
+"""Passes that bring a program into the form that runs fast on a target."""

@@ -1,4 +1,4 @@
-"""The floating-point types of values that passes reduce."""
+"""Floating-point types of values, for passes that reduce them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from torch import fx
 
 
 def is_float32(node: fx.Node) -> bool:
-    """Return whether a node gives a tensor in float32."""
+    """Return whether a node gives a float32 tensor."""
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and value.dtype == torch.float32

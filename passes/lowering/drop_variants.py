@@ -1,4 +1,4 @@
-"""drop-variants: leave out what the schedule does not use."""
+"""drop-variants: remove the variants and cached values that the schedule does not use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qcgraph.plan.steps import StepPlan
 class DropVariants(Pass):
     """Drop the variants that no step runs, and the cached values that no other variant takes.
 
-    A planner may leave a mode out. What is exported is what runs, and what runs is what is verified.
+    A planner may leave a mode unused. Only graphs that run are exported, and these are the graphs that are verified.
     """
 
     name: ClassVar[str] = "drop-variants"

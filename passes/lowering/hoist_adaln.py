@@ -1,4 +1,4 @@
-"""hoist-adaln: take what depends on timestep and conditions alone out of the steps."""
+"""hoist-adaln: compute values that depend on timestep and conditions alone outside of the steps."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ VIEWS = (
 
 @dataclass(frozen=True)
 class HoistAdaln(Pass):
-    """Compute what depends on timestep and conditions alone in a graph of its own, ahead of the steps, many at a time.
+    """Compute values that depend on timestep and conditions alone in a graph of its own, for many steps at a time.
 
-    In a DiT that is the embedders and every adaLN projection. Where such a value meets the latent, the variant takes it
-    from ``modulation`` f32[B,M], which holds all of its values side by side; the variant ``prepare_<name>`` makes it of
-    timestep and conditions. Each variant has its own, so that a step that skips blocks needs no values for them. The
-    values are those that the variant would compute itself, up to float rounding.
+    In a DiT these are the embedders and every adaLN projection. Where such a value meets the latent, the variant takes
+    it from ``modulation`` f32[B,M], which holds all these values side by side; the variant ``prepare_<name>`` computes
+    it from timestep and conditions. Each variant has its own, so that a step that skips blocks needs no values for
+    them. The values are those that the variant would compute itself, up to float rounding.
     """
 
     name: ClassVar[str] = "hoist-adaln"
@@ -67,7 +67,7 @@ class HoistAdaln(Pass):
         return Program(variants, constants, facts, program.history)
 
     def _cut(self, name: str, variant: Variant, context: PassContext) -> list[fx.Node]:
-        """The values to hoist; one that cannot be a row of numbers for each sample stays where it is."""
+        """Return the values to hoist; a value that cannot be a row of numbers for each sample stays where it is."""
         cut = []
         for node in find_cut(variant):
             if _is_row(node.meta["val"]):
@@ -78,7 +78,7 @@ class HoistAdaln(Pass):
         return cut
 
     def _prepare(self, variant: Variant, program: Program, cut: Sequence[fx.Node]) -> Variant:
-        """The graph that computes the values alone."""
+        """Return the graph that computes the hoisted values alone."""
         editor = GraphEditor(variant, program.constants, self.name)
         _read_batch_of(editor, TensorRole.STEP)
         output = output_node(editor.graph)
@@ -91,7 +91,7 @@ class HoistAdaln(Pass):
         return editor.finish()
 
     def _hoisted(self, variant: Variant, program: Program, cut: Sequence[fx.Node], preparing: Variant) -> Variant:
-        """The variant, which takes the values as an input."""
+        """Return the variant with the hoisted values as an input."""
         editor = GraphEditor(variant, program.constants, self.name)
         first, widths = editor.node(cut[0].name), [_width(node.meta["val"]) for node in cut]
         (made,), (spec,) = returned_nodes(preparing.graph), preparing.interface.outputs
@@ -109,10 +109,10 @@ class HoistAdaln(Pass):
 
 
 def find_cut(variant: Variant) -> list[fx.Node]:
-    """Return where a graph is cut: the values that depend on timestep and conditions alone and meet others.
+    """Return where a graph is cut: the values that depend on timestep and conditions alone and meet other inputs.
 
-    Where such a value is a mere view of another that is no larger, the other is taken, so that one that is expanded
-    over the tokens is kept once. Sizes do not count as a dependence.
+    Where such a value is a mere view of a value that is no larger, that value is taken instead, so that a value that is
+    expanded over the tokens is kept once. Sizes do not count as a dependence.
     """
     hoisted = {spec.name for spec in variant.interface.taken(*CONDITIONING)}
     sources: dict[fx.Node, frozenset[str]] = {}
@@ -130,14 +130,14 @@ def find_cut(variant: Variant) -> list[fx.Node]:
 
 
 def _reshaped(editor: GraphEditor, value: fx.Node, source: fx.Node, shape: list[int]) -> fx.Node:
-    """A value with the batch first, as this shape."""
+    """Reshape a value with the batch first."""
     if value.meta["val"].dim() == len(shape) == 2:
         return value
     return editor.call(aten.reshape.default, value, shape, source=source)
 
 
 def _compact(node: fx.Node) -> fx.Node:
-    """The value that a view shows, as long as it is no larger than the view."""
+    """Return the value that a view shows, as long as it is no larger than the view."""
     while node.target in VIEWS:
         source = node.args[0]
         if not isinstance(source, fx.Node) or _width(source.meta["val"]) > _width(node.meta["val"]):
@@ -147,7 +147,7 @@ def _compact(node: fx.Node) -> fx.Node:
 
 
 def _width(value: torch.Tensor) -> int:
-    """How many numbers there are for each sample."""
+    """Return the number of elements for each sample."""
     return prod(dim for dim in value.shape if isinstance(dim, int))
 
 
@@ -157,7 +157,7 @@ def _is_row(value: torch.Tensor) -> bool:
 
 
 def _read_batch_of(editor: GraphEditor, role: TensorRole) -> None:
-    """Read the size of the batch from this input, wherever it is read from another one, which may be dropped."""
+    """Read the size of the batch from the input of this role everywhere, because other inputs may be dropped."""
     chosen = editor.input_of(role)
     for node in editor.graph.nodes:
         source = node.args[0] if node.target is aten.sym_size.int else None

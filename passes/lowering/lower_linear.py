@@ -1,4 +1,4 @@
-"""lower-linear: quantized linears as a matmul and a bias addition, the form that int8 kernels are matched in."""
+"""lower-linear: rewrite quantized linears as a matmul and a bias addition, the form that int8 kernels match."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class LowerLinear(Pass):
 
 
 def _lower(editor: GraphEditor, linear: fx.Node, program: Program) -> tuple[fx.Node, fx.Node]:
-    """Rewrite a linear layer; return what multiplies now, and what gives the result with its bias."""
+    """Rewrite a linear layer; return the node that multiplies, and the node that gives the result with its bias."""
     activation, weight, *rest = linear.args
     assert isinstance(weight, fx.Node)
     codes, scale, zero_point, _ = weight.args

@@ -1,4 +1,4 @@
-"""plan-precision: decide the 16-bit type of what is not quantized, and what stays in float32."""
+"""plan-precision: decide the 16-bit type of values that are not quantized, and which nodes stay in float32."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from qcgraph.sampling.runner import Call
 aten = torch.ops.aten
 ops = torch.ops.qcgraph
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-HEADROOM = 8.0  # how much larger values may be than those that were seen, before float16 overflows
+HEADROOM = 8.0  # factor from the largest observed value to the largest float16, before float16 is refused
 PRODUCTS = (aten.linear.default, aten.matmul.default, aten.addmm.default, aten.mm.default, aten.bmm.default)
 
 WideNodes = dict[str, tuple[str, ...]]
@@ -34,17 +34,17 @@ WideNodes = dict[str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class PlanPrecision(Pass):
-    """Decide the floating-point type of what is not quantized, and which nodes stay in float32.
+    """Decide the floating-point type of values that are not quantized, and which nodes stay in float32.
 
-    In float32 stays what is computed of the timestep before the first linear layer, whose sines need the digits, and
-    the compensation of the prediction. With ``auto``, calibration trajectories are sampled and the largest value of any
-    other node decides: float16, which has three more bits, where it stays eight times below what that can hold, else
-    bfloat16. `reduce-precision` obeys the plan.
+    The nodes between the timestep and the first linear layer stay in float32, because their sines need the digits, and
+    so does the compensation of the prediction. With ``auto``, calibration trajectories are sampled and the largest
+    value of any other node decides: float16, which has three more bits, where that value is at most an eighth of the
+    largest float16, else bfloat16. `reduce-precision` obeys the plan.
 
     Attributes:
         dtype: ``float16``, ``bfloat16`` or ``auto``; ``float32`` changes nothing.
-        trajectories: how many trajectories are sampled.
-        seed: seeds their conditions and noise.
+        trajectories: the number of trajectories to sample.
+        seed: the seed of their conditions and noise.
     """
 
     name: ClassVar[str] = "plan-precision"
@@ -80,7 +80,7 @@ class PlanPrecision(Pass):
         return torch.float16 if fits else torch.bfloat16
 
     def _largest(self, program: Program, wide: WideNodes, context: PassContext) -> float:
-        """Return the largest magnitude that enters an operator as its first argument, or that a constant has."""
+        """Return the largest magnitude of a constant, or of the first argument of any operator."""
         found = [float(value.abs().max()) for value in program.constants.values() if value.dtype == torch.float32]
 
         def observe(call: Call, node: fx.Node, value: torch.Tensor) -> None:
@@ -93,13 +93,13 @@ class PlanPrecision(Pass):
 
 
 def _wide_nodes(variant: Variant) -> tuple[str, ...]:
-    """Return the nodes that stay in float32, in order: see `PlanPrecision`."""
+    """Return the nodes that stay in float32, in order (see `PlanPrecision`)."""
     wide: set[fx.Node] = set()
     timesteps = {spec.name for spec in variant.interface.taken(TensorRole.STEP)}
     for node in variant.graph.nodes:
         sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
         timely = all(source in wide or source.target in timesteps for source in sources)
-        timely &= bool(sources) or not node.all_input_nodes  # of constants alone, such as weights: reduced
+        timely &= bool(sources) or not node.all_input_nodes  # computed from constants alone, such as weights: reduced
         if node.op == "call_function" and node.target not in PRODUCTS and timely and is_float32(node):
             wide.add(node)
         if node.target is ops.compensate.default:

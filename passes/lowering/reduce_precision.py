@@ -1,4 +1,4 @@
-"""reduce-precision: compute what is not quantized in the planned type."""
+"""reduce-precision: compute values that are not quantized in the planned type."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ PLAN_AGAIN = "run plan-precision on the program as it is, right before reduce-pr
 
 @dataclass(frozen=True)
 class ReducePrecision(Pass):
-    """Compute in 16 bits what is not quantized, the residual stream and attention among it.
+    """Compute values that are not quantized in 16 bits, including the residual stream and attention.
 
-    Constants, cached values and modulation become 16 bits, scales of quantizers too. Latent, timestep and prediction
+    Constants, cached values, modulation and the scales of quantizers become 16 bits. Latent, timestep and prediction
     stay float32, and so do the nodes that the plan names (see `plan-precision`).
     """
 
@@ -59,10 +59,10 @@ class ReducePrecision(Pass):
 
 
 def _check_fits(plan: Precision, program: Program) -> None:
-    """Check that a plan speaks of the graphs of a program.
+    """Check that a plan is made for the graphs of a program.
 
     Raises:
-        ContractError: it names a variant or a node that the program does not have, or misses a variant.
+        ContractError: the plan names a variant or a node that the program does not have, or misses a variant.
     """
     for name in sorted(plan.wide.keys() ^ program.variants.keys()):
         problem = "is not in the plan of precision" if name in program.variants else "is planned and not in the program"
@@ -77,7 +77,7 @@ def _check_fits(plan: Precision, program: Program) -> None:
 
 
 def _with_scales(program: Program, renamed: Mapping[str, str]) -> Program:
-    """Return the program whose quantized sites name the scales that replaced theirs."""
+    """Return the program with quantized sites that name the scales that replaced their own."""
     sites = program.facts.get(QuantizedSites)
     if sites is None:
         return program
@@ -88,10 +88,10 @@ def _with_scales(program: Program, renamed: Mapping[str, str]) -> Program:
 
 
 def _reduce(editor: GraphEditor, program: Program, dtype: torch.dtype, planned: Collection[str]) -> dict[str, str]:
-    """Change the types of a graph, but for the nodes planned to stay in float32; nodes are typed anew afterwards.
+    """Change the types of a graph, except for the nodes planned to stay in float32; nodes are typed anew afterwards.
 
     Returns:
-        What replaced which constant.
+        The names of the new constants, by the names of those they replace.
     """
     wide = {node for node in editor.graph.nodes if node.name in planned}
     narrow_inputs = {spec.name for spec in editor.inputs if _is_reduced(spec)}
@@ -101,7 +101,7 @@ def _reduce(editor: GraphEditor, program: Program, dtype: torch.dtype, planned: 
         return node in wide or (node.op == "placeholder" and node.target not in narrow_inputs)
 
     def as_type(node: fx.Node, wanted: torch.dtype, user: fx.Node) -> fx.Node:
-        """The value of a node in this type, made where it is first used."""
+        """Return the value of a node in this type; a cast is inserted before its first user."""
         if not is_float32(node) or (node.op != "get_attr" and is_wide(node) == (wanted is torch.float32)):
             return node
         if (node, wanted) not in casts:
@@ -138,7 +138,7 @@ def _converted(editor: GraphEditor, node: fx.Node, dtype: torch.dtype, user: fx.
 
 
 def _cast_to(node: fx.Node, dtype: torch.dtype) -> None:
-    """Let a cast to float32 be one to this type."""
+    """Turn a cast to float32 into a cast to this type."""
     node.args = tuple(dtype if argument is torch.float32 else argument for argument in node.args)
     node.kwargs = {key: dtype if value is torch.float32 else value for key, value in node.kwargs.items()}
 

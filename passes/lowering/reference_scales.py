@@ -1,4 +1,4 @@
-"""reference-scales: scales that a timestep group selects, as a constant scale between two multiplications."""
+"""reference-scales: replace scales that a timestep group selects by a constant scale between two multiplications."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qcgraph.pipeline import Pass, PassContext
 
 aten = torch.ops.aten
 ops = torch.ops.qcgraph
-# Why an activation cannot have a constant scale, and what plans one that can.
+# The reasons why an activation cannot have a constant scale, each with its remedy.
 ASYMMETRIC = ("its zero points are not 0", "plan-quant{symmetric=true}")
 REGIONS = ("it has two regions", "search-scales{regions=false}")
 GROUP_BITS = ("it has other bits in other timestep groups", "allocate-bits{groups=false}")
@@ -29,15 +29,15 @@ NO_PRODUCT = ("it enters what is not a product", "plan-attention{regions=false}"
 
 @dataclass(frozen=True)
 class ReferenceScales(Pass):
-    """Give quantizers constant scales, and multiply by what the scale of a timestep group differs from them by.
+    """Give quantizers constant scales, and multiply by the ratio of a timestep group's scale to them.
 
     With the scale s_g of a group, one constant s0 of the activation and r_g = s_g / s0, a product is
-    dequantize(quantize(x * (1 / r_g), s0), s0) W * r_g: 1 / r_g and r_g are selected by the group, and what is between
-    is the same at every step, the form that TensorRT runs in int8. s0 is the geometric mean of the scales, so that
-    r_g stays near 1. An activation with one scale for all groups is left as it is.
+    dequantize(quantize(x * (1 / r_g), s0), s0) W * r_g: the group selects 1 / r_g and r_g, and the operations between
+    them are the same at every step, the form that TensorRT runs in int8. s0 is the geometric mean of the scales, so
+    that r_g stays near 1. An activation with one scale for all groups is left as it is.
 
-    One that has a zero point, two regions or other bits in other groups does not have this form; all such are named in
-    the error.
+    An activation that has a zero point, two regions or other bits in other groups does not have this form; the error
+    names all such activations.
     """
 
     name: ClassVar[str] = "reference-scales"
@@ -65,9 +65,9 @@ class _Referenced:
     """An activation with a constant scale.
 
     Attributes:
-        replaced: the name of the node that made its codes with selected scales.
-        quantize: the node that makes them now.
-        dequantize: the node that dequantizes them.
+        replaced: the name of the node that quantized the activation with selected scales.
+        quantize: the node that quantizes it now.
+        dequantize: the node that dequantizes it.
         divided: the node that divides the activation by the ratio of the scales.
         ratio: the node that selects this ratio.
     """
@@ -80,13 +80,13 @@ class _Referenced:
 
 
 def reference_scale(scales: torch.Tensor) -> torch.Tensor:
-    """The geometric mean f32[] of scales f32[G]; exactly that scale where all are equal."""
+    """Return the geometric mean f32[] of scales f32[G]; exactly that scale where all are equal."""
     wide = scales.double()
     return (wide[0] * (wide / wide[0]).log().mean().exp()).float()
 
 
 def _quantized_activations(variant: Variant, quantizers: Collection[str]) -> Iterator[fx.Node]:
-    """Yield the nodes that dequantize what some quantizers make, in order."""
+    """Yield the nodes that dequantize the codes of some quantizers, in order."""
     for node in variant.graph.nodes:
         if node.target is ops.dequantize.default and operand(node, 0).name in quantizers:
             yield node
@@ -96,7 +96,7 @@ def _check(dequantized: list[fx.Node], program: Program) -> None:
     """Refuse activations that cannot have a constant scale.
 
     Raises:
-        ContractError: names all of them, each with its reason.
+        ContractError: at least one cannot; the message names all of them, each with its reason.
     """
     reasons = {module_path(node) or node.name: reason for node in dequantized if (reason := _reason(node, program))}
     if not reasons:
@@ -109,7 +109,7 @@ def _check(dequantized: list[fx.Node], program: Program) -> None:
 
 
 def _reason(dequantize: fx.Node, program: Program) -> tuple[str, str] | None:
-    """Why an activation cannot have a constant scale, and what would help; None when it can."""
+    """Return why an activation cannot have a constant scale, and the remedy; None when it can."""
     quantize, zero_point = (operand(dequantize, index) for index in (0, 2))
     if quantize.target is ops.quantize_regions.default:
         return REGIONS
@@ -125,7 +125,7 @@ def _reason(dequantize: fx.Node, program: Program) -> tuple[str, str] | None:
 
 
 def _with_reference(editor: GraphEditor, dequantize: fx.Node, program: Program) -> _Referenced:
-    """Quantize and dequantize with the constant scale."""
+    """Quantize and dequantize an activation with the constant scale."""
     quantize, scale, zero_point = (operand(dequantize, index) for index in range(3))
     table, zeros, group = _table(scale), _table(zero_point), operand(scale, 1)
     scales = program.constants[table]
@@ -149,7 +149,7 @@ def _with_reference(editor: GraphEditor, dequantize: fx.Node, program: Program) 
 
 
 def _rescale_products(editor: GraphEditor, ratios: Mapping[fx.Node, fx.Node]) -> dict[str, str]:
-    """Multiply every product by the r_g of its factors; return what multiplies it, by name."""
+    """Multiply every product by the r_g of its factors; return the name of this multiplication by product."""
     made = {}
     products = dict.fromkeys(product for dequantized in ratios for product in dequantized.users)
     for product in products:
@@ -169,7 +169,7 @@ def _rescale_products(editor: GraphEditor, ratios: Mapping[fx.Node, fx.Node]) ->
 def _moved(
     sites: QuantizedSites, variant: str, made: Mapping[str, _Referenced], rescaled: Mapping[str, str]
 ) -> QuantizedSites:
-    """Return the sites after some activations of a variant got constant scales and some products were rescaled."""
+    """Return the sites of a variant after some activations got constant scales and some products were rescaled."""
     linears, attentions = dict(sites.linears), dict(sites.attentions)
     for name, linear, nodes in sites.linears_of(variant):
         if nodes.quantizer in made:
@@ -200,5 +200,5 @@ def _scale(dequantize: fx.Node) -> fx.Node:
 
 
 def _table(parameter: fx.Node) -> str:
-    """The constant that a parameter is, or is selected from."""
+    """Return the name of the constant that a parameter is, or is selected from."""
     return str((parameter if parameter.op == "get_attr" else operand(parameter, 0)).target)

@@ -1,4 +1,4 @@
-"""split-attention: attention as its two products and the softmax between them."""
+"""split-attention: rewrite attention as its two products and the softmax between them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qcgraph.pipeline import Pass, PassContext
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
 QUERY, KEY, VALUE = range(3)
-OPTIONS = {  # besides query, key and value: what is understood of each, and why others are not
+OPTIONS = {  # arguments besides query, key and value: the value that is supported, and why any other one is not
     "attn_mask": (None, "its attention is masked"),
     "dropout_p": (0.0, "its attention drops out"),
     "is_causal": (False, "its attention is causal"),
@@ -29,8 +29,8 @@ OPTIONS = {  # besides query, key and value: what is understood of each, and why
 class SplitAttention(Pass):
     """Split attention into its two products and the softmax between them, softmax(q k^T / sqrt(d)) v.
 
-    Queries are scaled before the product, where there are fewer values than after it. The result is the same up to the
-    order of float32 arithmetic. Attention with a mask, causal or with shared keys stays as it is.
+    Queries are scaled before the product, because they have fewer values than the logits. The result is the same up to
+    the order of float32 arithmetic. Attention that is causal, or has a mask or shared keys, stays as it is.
     """
 
     name: ClassVar[str] = "split-attention"
@@ -51,13 +51,13 @@ class SplitAttention(Pass):
 
 
 def _reason(node: fx.Node) -> str:
-    """Why an attention can not be split, or nothing."""
+    """Return why an attention cannot be split, or an empty string."""
     found = _options(node)
     return next((reason for key, (plain, reason) in OPTIONS.items() if found.get(key, plain) != plain), "")
 
 
 def _options(node: fx.Node) -> dict[str, Any]:
-    """The arguments besides query, key and value, by name."""
+    """Return the arguments besides query, key and value, by name."""
     names = [argument.name for argument in ATTENTION._schema.arguments]
     return {**dict(zip(names[VALUE + 1 :], node.args[VALUE + 1 :], strict=False)), **node.kwargs}
 

@@ -1,1 +1,1 @@
-"""Passes that decide what is quantized and how, and insert it."""
+"""Passes that decide which operations are quantized and how, and insert the quantizers."""

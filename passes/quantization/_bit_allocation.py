@@ -1,8 +1,8 @@
-"""Which bits each layer gets: least expected error for a budget of bit operations. NumPy only.
+"""Allocation of bits to layers: least expected error for a budget of bit operations. NumPy only.
 
 A layer's product of a w-bit weight and an a-bit activation costs w * a bit operations for every multiply-accumulate.
-The weight has the same bits at every step; the activation may have others in every timestep group. Errors of layers
-are taken to add up.
+The weight has the same bits at every step; the activation may have different bits in each timestep group. Errors of
+layers are assumed to add up.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy.typing as npt
 from qcgraph.errors import UsageError
 
 Table = npt.NDArray[np.float64]
-ROUNDS = 60  # of bisection, past what float64 resolves
+ROUNDS = 60  # of bisection, beyond the resolution of float64
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer costs with each choice of bits.
+    """The cost and the error of a layer with each choice of bits.
 
     Attributes:
-        macs: multiply-accumulates of each timestep group over a whole trajectory, f64[G].
+        macs: the multiply-accumulates of each timestep group over a whole trajectory, f64[G].
         weight_errors: the error of each choice of weight bits, over all groups, f64[W].
         activation_errors: the error of each choice of activation bits in each group, f64[G,A].
     """
@@ -34,7 +34,7 @@ class Layer:
     activation_errors: Table
 
     def as_one_group(self) -> Layer:
-        """The layer with all its timestep groups as one, whose activation has the same bits at every step."""
+        """Return the layer with all timestep groups merged, so that its activation has the same bits at every step."""
         return replace(
             self,
             macs=self.macs.sum(keepdims=True),
@@ -44,26 +44,27 @@ class Layer:
 
 @dataclass(frozen=True)
 class Bits:
-    """What a layer was given: bits of its weight, and of its activation in each timestep group."""
+    """The bits of a layer: of its weight, and of its activation in each timestep group."""
 
     weight: int
     activation: tuple[int, ...]
 
 
 def allocate(layers: Sequence[Layer], weights: Sequence[int], activations: Sequence[int], budget: float) -> list[Bits]:
-    """The bits of every layer whose expected errors add up to the least.
+    """Return the bits of every layer with the least sum of expected errors within a budget.
 
-    By Lagrange's multiplier: at a price for a bit operation every layer takes what is best for itself, and the price is
-    the lowest at which they stay within the budget. No allocation that costs as much as this one has less error.
+    The method is Lagrange's multiplier: at a price for a bit operation every layer takes its own best choice, and the
+    price is the lowest at which all layers stay within the budget. No allocation of the same cost has less error.
 
     Args:
         layers: the layers.
-        weights: choices of weight bits, rising.
-        activations: choices of activation bits, rising.
-        budget: average bits; as many bit operations as with all weights and activations of so many bits.
+        weights: the choices of weight bits, rising.
+        activations: the choices of activation bits, rising.
+        budget: the average bits: the cost is at most the bit operations of all layers with weights and activations of
+            ``budget`` bits.
 
     Raises:
-        UsageError: not even the fewest bits are within the budget.
+        UsageError: even the fewest bits exceed the budget.
     """
     limit = budget**2 * sum(float(layer.macs.sum()) for layer in layers)
 
@@ -90,7 +91,7 @@ def allocate(layers: Sequence[Layer], weights: Sequence[int], activations: Seque
 
 
 def _best(layer: Layer, weights: Sequence[int], activations: Sequence[int], price: float) -> tuple[Bits, float]:
-    """The bits of a layer at a price, and their cost in bit operations."""
+    """Return the best bits of a layer at a price, and their cost in bit operations."""
     costs = layer.macs[None, :, None] * np.multiply.outer(weights, activations)[:, None, :]  # [W,G,A]
     totals = layer.activation_errors[None] + price * costs
     choice = totals.argmin(axis=2)  # [W,G]; the fewest bits among equals

@@ -1,4 +1,4 @@
-"""What the channels of activations hold on calibration trajectories."""
+"""Ranges of the channels of activations on calibration trajectories."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ChannelRanges:
         self._count = 0
 
     def add(self, value: torch.Tensor) -> None:
-        """Count an activation [..., C] in."""
+        """Add the values of an activation [..., C]."""
         flat = value.flatten(0, -2)
         low, high, sums = flat.amin(dim=0), flat.amax(dim=0), torch.stack([flat.sum(dim=0), (flat**2).sum(dim=0)])
         first = self._count == 0
@@ -38,22 +38,22 @@ class ChannelRanges:
 
     @property
     def is_finite(self) -> bool:
-        """Return whether no value was an infinity or a NaN."""
+        """Whether all values were finite."""
         return bool(torch.isfinite(self._squares).all())
 
     @property
     def middle(self) -> torch.Tensor:
-        """Return the middle of the range of every channel."""
+        """The middle of the range of every channel."""
         return (self._low + self._high) / 2
 
     @property
     def half_width(self) -> torch.Tensor:
-        """Return half of the width of every range."""
+        """Half the width of the range of every channel."""
         return (self._high - self._low) / 2
 
     @property
     def power(self) -> torch.Tensor:
-        """Return the mean square of every channel about the middle of its range."""
+        """The mean square of every channel about the middle of its range."""
         mean, square = (self._squares / self._count).float()
         return square - 2 * mean * self.middle + self.middle**2
 
@@ -61,7 +61,7 @@ class ChannelRanges:
 def observe_channels(
     program: Program, activations: Sequence[EqualizableActivation], count: int, seed: int, progress: Progress
 ) -> Mapping[str, ChannelRanges]:
-    """Return the channels of activations, by node, on trajectories on which every step computes."""
+    """Return the channel ranges of activations, by node, on trajectories on which every step computes."""
     watched = {item.nodes[0]: item.name for item in activations}
     found = {item.name: ChannelRanges() for item in activations}
 

@@ -1,6 +1,6 @@
 """Activations whose channels can be shifted and divided at no cost: the layers that read them, the rows that make them.
 
-Read by the pass that plans equalization and by the pass that carries it out.
+The pass that plans equalization and the pass that carries it out read them here.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class EqualizableActivation:
     """An activation that can be shifted and divided at no cost.
 
     Attributes:
-        name: its node.
+        name: the name of its node.
         sites: the linear layers that read it.
         nodes: the nodes of these layers.
-        readers: weight and bias of each of these layers.
-        makers: the rows that make it.
+        readers: the names of the weight and the bias of each of these layers.
+        makers: the rows of weights that make it.
     """
 
     name: str
@@ -40,10 +40,10 @@ class EqualizableActivation:
 
 
 def only_graph(program: Program, asked_by: str) -> Variant:
-    """Return the one graph of a model whose variants are not made yet.
+    """Return the only graph of a model that is not split into variants yet.
 
     Raises:
-        UsageError: there are variants, which would all need the same change.
+        UsageError: the program has several variants, which would all need the same change.
     """
     if len(program.variants) > 1:
         raise UsageError(f"{asked_by} takes the one graph of the model", hint="run it before insert-cache")
@@ -55,8 +55,8 @@ def equalizable_activations(variant: Variant, refuse: Refuse) -> Iterator[Equali
     """Yield every activation that quantizable layers read and that can be shifted and divided, in order of the graph.
 
     Args:
-        variant: the graph; it stays as it is.
-        refuse: called for every other activation, with the first site that reads it and the reason.
+        variant: the graph, which stays unchanged.
+        refuse: called for every activation that cannot be, with the first site that reads it and the reason.
     """
     nodes = {node.name: node for node in variant.graph.nodes}
     reading: dict[str, list[tuple[str, fx.Node]]] = defaultdict(list)
@@ -80,10 +80,10 @@ def equalizable_activations(variant: Variant, refuse: Refuse) -> Iterator[Equali
 
 
 def _own_constants(layer: fx.Node) -> tuple[str, str]:
-    """Return weight and bias of a linear layer.
+    """Return the names of the weight and the bias of a linear layer.
 
     Raises:
-        NotLinearError: it has no bias, or shares one of them.
+        NotLinearError: the layer has no bias, or shares one of the two.
     """
     constants = layer.all_input_nodes[1:]
     if len(constants) < 2 or any(len(constant.users) > 1 for constant in constants):

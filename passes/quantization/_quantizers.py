@@ -15,14 +15,14 @@ ops = torch.ops.qcgraph
 
 
 def quantize_pair(editor: GraphEditor, value: fx.Node, quant: ActivationQuant, name: str, source: fx.Node) -> fx.Node:
-    """Insert quantize -> dequantize of an activation at the insertion point, and return the latter.
+    """Insert quantize and dequantize of an activation at the insertion point, and return the dequantize node.
 
     Args:
-        editor: of the graph.
+        editor: the editor of the graph.
         value: the activation.
-        quant: its codes.
-        name: what the names of its parameters begin with.
-        source: the node that they count as made from.
+        quant: the codes of the activation.
+        name: the prefix of the names of the parameters.
+        source: the node that the new nodes are recorded as made from.
     """
     scales, zeros = parameters(quant)
     scale = parameter(editor, f"{name}_scale", scales, source)
@@ -41,7 +41,7 @@ def quantize_pair(editor: GraphEditor, value: fx.Node, quant: ActivationQuant, n
 
 
 def parameter(editor: GraphEditor, name: str, values: torch.Tensor, source: fx.Node) -> fx.Node:
-    """A static parameter when there is one value, else the row of a table that the ``group`` input selects."""
+    """Insert a static parameter for a single value, else a table with a row that the ``group`` input selects."""
     if len(values) == 1:
         return editor.constant(name, values.reshape(()), source)
     table = editor.constant(name, values, source)

@@ -1,11 +1,12 @@
-"""How the probabilities of an attention are quantized: in one region, or in two with a split (TQ-DiT's MRQ).
+"""Quantization of the probabilities of an attention, in one region, or in two with a split (TQ-DiT's MRQ).
 
-With k bits and levels = 2^(k-1) - 1, values x below a split d become round(x / s1) * s1 with s1 = d / levels, the
-others round(x / s2) * s2 with s2 = 1 / levels. Splits are 2^-i, i = 0 .. 19, and so s2 = 2^i * s1. With d = 1 there is
-one region of k-1 bits.
+With k bits and levels = 2^(k-1) - 1, values x below a split d become round(x / s1) * s1 with s1 = d / levels, and
+values from d on become round(x / s2) * s2 with s2 = 1 / levels. Splits are 2^-i, i = 0 .. 19, so s2 = 2^i * s1. With
+d = 1 there is one region of k-1 bits.
 
-Two regions run in one of two forms. In *one tensor* of codes of s1, where those of the upper region, multiples of 2^i,
-have to fit; or in *two planes*, tensors that have no element in common and are multiplied each on its own.
+Two regions run in one of two forms. In *one tensor*, all codes are in steps of s1, and the codes of the upper region,
+multiples of 2^i, have to fit. In *two planes*, each region is a tensor of its own, no element is nonzero in both, and
+each is multiplied on its own.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ from qcgraph.facts import ActivationQuant, RegionQuant, codes
 from qcgraph.passes.quantization._scale_search import SMALLEST
 
 SPLITS = tuple(2.0**-i for i in range(20))
-WORTH = 0.9  # of the error of a form that costs less: a costlier one has to leave less
+WORTH = 0.9  # share of a cheaper form's error that a costlier form has to stay below
 
 
 def largest_held(*, symmetric: bool) -> int:
-    """The largest code of an integer tensor of 8 bits."""
+    """Return the largest code of an 8-bit integer tensor."""
     return 127 if symmetric else 255
 
 
 def in_regions(values: torch.Tensor, split: float, levels: int) -> torch.Tensor:
-    """Values in [0, 1] as two regions have them."""
+    """Round values in [0, 1] to two regions."""
     return torch.where(values < split, _rounded(values, split / levels), _rounded(values, 1.0 / levels))
 
 
 def region_codes(quant: RegionQuant) -> tuple[ActivationQuant, ActivationQuant]:
-    """The codes of the fine step, one scale for each split, and those of the coarse one.
+    """Return the codes of the fine step, with one scale for each split, and the codes of the coarse step.
 
-    Their limits are those of the type: neither region has values that exceed its own codes.
+    Their limits are those of the type, because no region has values that exceed its own codes.
     """
     high = largest_held(symmetric=quant.dtype == "int8")
     scales = tuple(float(np.float32(split / quant.levels)) for split in quant.splits)
@@ -54,7 +55,7 @@ class Choice:
 
     Attributes:
         quant: the codes.
-        error: its score, summed over the timestep groups.
+        error: their score, summed over the timestep groups.
     """
 
     quant: ActivationQuant | RegionQuant
@@ -62,12 +63,12 @@ class Choice:
 
 
 class ProbabilityScores:
-    """What each quantization of the probabilities of an attention would do to the noise prediction.
+    """The error of the noise prediction for each quantization of the probabilities of an attention.
 
     Args:
         largest: the largest probability of each timestep group.
-        bits: of a code.
-        symmetric: int8 codes instead of uint8.
+        bits: the number of bits of a code.
+        symmetric: whether codes are int8 instead of uint8.
     """
 
     def __init__(self, largest: torch.Tensor, bits: int, *, symmetric: bool) -> None:
@@ -79,7 +80,7 @@ class ProbabilityScores:
         self._split = torch.zeros(len(largest), len(SPLITS), dtype=torch.float64)
 
     def add(self, values: torch.Tensor, weights: torch.Tensor, groups: torch.Tensor) -> None:
-        """Count in probabilities [R,...], the weights of their squared errors, and the group of each row, i64[R]."""
+        """Add probabilities [R,...], the weights of their squared errors, and the group of each row, i64[R]."""
         steps = (self._largest[groups] / self._high).reshape(-1, *[1] * (values.dim() - 1))
         self._covering.index_add_(0, groups, _score((values / steps).round_().mul_(steps), values, weights))
         above = weights * (_rounded(values, 1.0 / self._levels) - values).square_()
@@ -89,14 +90,14 @@ class ProbabilityScores:
             self._split[:, position].index_add_(0, groups, errors)
 
     def one_region(self) -> Choice:
-        """One step for each timestep group, which covers its range."""
+        """Return the form with one region, whose step covers the range of each timestep group."""
         scales = _merged(tuple(float(step) for step in self._largest / self._high))
         dtype = "int8" if self._symmetric else "uint8"
         quant = ActivationQuant(scales, (0,) * len(scales), 0, self._high, dtype)
         return Choice(quant, float(self._covering.sum()))
 
     def two_regions(self, planes: int) -> Choice | None:
-        """The best split for each timestep group; None where one tensor does not hold two regions."""
+        """Return two regions with the best split for each timestep group; None where they do not fit one tensor."""
         count = len(SPLITS) if planes > 1 else self._splits_of_one_tensor()
         if not count:
             return None
@@ -106,13 +107,13 @@ class ProbabilityScores:
         return Choice(RegionQuant(splits, self._levels, dtype, planes), float(errors.sum()))
 
     def _splits_of_one_tensor(self) -> int:
-        """How many splits one tensor holds, besides 1, which is no split."""
+        """Return how many splits fit one tensor; 0 if only the split 1 does, which is one region."""
         held = largest_held(symmetric=self._symmetric)
         count = sum(self._levels / split <= held for split in SPLITS)
         return count if count > 1 else 0
 
     def options(self) -> Iterator[Choice]:
-        """Every form, those that cost less first."""
+        """Yield every form, the cheaper ones first."""
         yield self.one_region()
         for planes in (1, 2):
             choice = self.two_regions(planes)
@@ -120,7 +121,7 @@ class ProbabilityScores:
                 yield choice
 
     def best(self, *, regions: bool) -> tuple[ActivationQuant | RegionQuant, str]:
-        """The form that costs least, unless a costlier one leaves enough less error; and why it is one region."""
+        """Return the cheapest form, or a costlier one of sufficiently less error; and the reason for one region."""
         one, *others = self.options() if regions else (self.one_region(),)
         best = one
         for other in others:
@@ -133,7 +134,7 @@ class ProbabilityScores:
 
 
 def _merged(values: tuple[float, ...]) -> tuple[float, ...]:
-    """A single one where all timestep groups have the same."""
+    """Return the values, or a single one where all timestep groups have the same."""
     return values if len(set(values)) > 1 else values[:1]
 
 

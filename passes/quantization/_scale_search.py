@@ -1,13 +1,13 @@
-"""Searching the scales of an activation from histograms of its values.
+"""Search of the scales of an activation on histograms of its values.
 
 The score of a candidate is the expected squared error of the noise prediction (TQ-DiT's Hessian-guided search, HO):
-every value weighs what its error does to the prediction, (dL/dx)^2 with L = <v, eps> and v ~ N(0, I). Averaged over v
-this is the diagonal of the Gauss-Newton matrix; unlike the gradient of a loss between equal predictions it does not
-vanish.
+the error of every value is weighted by its effect on the prediction, (dL/dx)^2 with L = <v, eps> and v ~ N(0, I).
+Averaged over v this is the diagonal of the Gauss-Newton matrix; unlike the gradient of a loss between equal
+predictions it does not vanish.
 
-One thing a single step does not show. A sampler adds up the errors of its steps. Those of rounding differ from step to
-step and add up by their squares; what is clipped is the same at every step, and such errors add up themselves. So an
-error of clipping weighs as often as there are steps that compute.
+A single step does not show how errors accumulate. A sampler adds up the errors of its steps. Rounding errors differ
+from step to step and add up by their squares; clipping errors are the same at every step and add up linearly. The
+squared error of clipping is therefore weighted by the number of computing steps.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import torch
 from qcgraph.facts import ActivationQuant
 
 SMALLEST = torch.finfo(torch.float32).tiny
-BINS = 4096  # 16 for each code at 8 bits
-TOGETHER = 16  # candidates
-FACTORS = torch.linspace(0.45, 1.0, 12, dtype=torch.float64)  # of the observed range, at either end
+BINS = 4096  # 16 bins for each code at 8 bits
+TOGETHER = 16  # candidates that are scored at once
+FACTORS = torch.linspace(0.45, 1.0, 12, dtype=torch.float64)  # shares of the observed range, at either end
 
 
 class Histogram:
-    """Weights of the values of an activation, in equal bins between known limits, apart for timestep groups.
+    """Weights of the values of an activation, in equal bins between known limits, separately for timestep groups.
 
     Args:
         limits: the smallest and largest value of each group.
@@ -41,7 +41,7 @@ class Histogram:
         self._counts = torch.zeros(len(limits), BINS, dtype=torch.float64)
 
     def add(self, values: torch.Tensor, weights: torch.Tensor, groups: torch.Tensor) -> None:
-        """Count values [R,...] in, with weights of the same shape and the group of each row, i64[R]."""
+        """Add values [R,...], with weights of the same shape and the group of each row, i64[R]."""
         rows = values.reshape(len(values), -1)
         places = (rows - self._lows[groups, None]) / self._widths[groups, None] * BINS
         places = places.clamp_(0, BINS - 1).long()
@@ -51,14 +51,15 @@ class Histogram:
         self._counts += torch.bincount(index, minlength=size).reshape(shape)
 
     def centers(self, group: int) -> torch.Tensor:
-        """The middle of every bin of a group, f64[BINS]."""
+        """Return the middle of every bin of a group, f64[BINS]."""
         places = torch.arange(BINS, dtype=torch.float64) + 0.5
         return self._lows[group].double() + places * (self._widths[group].double() / BINS)
 
     def least_weights(self, group: int) -> torch.Tensor:
-        """What clipping the values of each bin weighs at least, f64[BINS]: all values alike, and one at either end.
+        """Return the least weight of clipping the values of each bin, f64[BINS].
 
-        The sensitivity of few large values is a matter of luck, and the ends were seen, if not in these samples.
+        All values weigh the same here, and either end holds at least one value. The measured sensitivity of few large
+        values is noisy, and the ends of the range were observed, if not in these samples.
         """
         counts = self._counts[group].clone()
         total = counts.sum()
@@ -67,12 +68,12 @@ class Histogram:
         return counts * (self.weights[group].sum() / total.clamp(min=1))
 
     def limits(self, group: int) -> tuple[float, float]:
-        """Smallest and largest value of a group, and zero."""
+        """Return the smallest and largest value of a group; the range includes zero."""
         low, high = self._limits[group]
         return min(low, 0.0), max(high, 0.0)
 
     def __add__(self, other: Histogram) -> Histogram:
-        """What both counted; their limits are the same."""
+        """Return the histogram of the values of both; their limits have to be the same."""
         total = Histogram(self._limits)
         total.weights = self.weights + other.weights
         total._counts = self._counts + other._counts
@@ -80,7 +81,7 @@ class Histogram:
 
 
 class Halves:
-    """What an activation holds on either half of the calibration set: what is found on one is judged on the other.
+    """Values of an activation on each half of the calibration set: scales found on one half are judged on the other.
 
     Args:
         limits: the smallest and largest value of each group.
@@ -93,13 +94,13 @@ class Halves:
         self.parts = (Histogram(limits), Histogram(limits))
 
     def whole(self) -> Histogram:
-        """The histogram of both."""
+        """Return the histogram of both halves."""
         return self.parts[0] + self.parts[1]
 
     def held_out(self, quant: ActivationQuant, clipping: float) -> float:
-        """What searched scales leave of the error of covering ones, on the half that they were not searched on.
+        """Return the error of searched scales over the error of covering scales, on the half without the search.
 
-        Infinite where a half has no samples.
+        The ratio is infinite where a half has no samples.
         """
         searched = covering = 0.0
         groups = range(len(self.parts[0].weights))
@@ -116,7 +117,7 @@ class Found:
     """The best parameters of one timestep group.
 
     Attributes:
-        scale: of the fine step, where there are two; exact in float32.
+        scale: the scale of the fine step where there are two steps; exact in float32.
         zero_point: the code of zero.
         error: the score.
     """
@@ -127,13 +128,13 @@ class Found:
 
 
 def search(histogram: Histogram, group: int, quant: ActivationQuant, clipping: float, *, covers: bool = False) -> Found:
-    """The parameters of the least score.
+    """Return the parameters of the least score.
 
     Args:
-        histogram: what the activation holds.
-        group: of which timestep group.
-        quant: its codes: limits, type and, with two regions, their shift and the zero point where they meet.
-        clipping: how often an error of clipping weighs.
+        histogram: the values of the activation.
+        group: the timestep group.
+        quant: the codes: limits, type and, with two regions, their shift and the zero point where they meet.
+        clipping: the factor of errors of clipping.
         covers: whether the whole range has to be covered, which leaves one candidate.
     """
     centers, weights = histogram.centers(group), histogram.weights[group]
@@ -150,14 +151,14 @@ def search(histogram: Histogram, group: int, quant: ActivationQuant, clipping: f
 def search_groups(
     histogram: Histogram, quant: ActivationQuant, clipping: float, *, covers: bool = False
 ) -> tuple[ActivationQuant, list[Found]]:
-    """The codes with the parameters of the least score for each timestep group, and what was found; see `search`."""
+    """Return codes with the parameters of least score for each timestep group, and what `search` found there."""
     groups = range(len(histogram.weights))
     found = [search(histogram, group, quant, clipping, covers=covers) for group in groups]
     return merged(quant, [(item.scale, item.zero_point) for item in found]), found
 
 
 def search_shared(histogram: Histogram, quant: ActivationQuant, clipping: float, *, covers: bool = False) -> Found:
-    """The parameters of the least score for all timestep groups together; see `search`."""
+    """Return the parameters of the least score for all timestep groups together; see `search`."""
     groups = range(len(histogram.weights))
     lows, highs = zip(*(histogram.limits(group) for group in groups), strict=True)
     scales, zeros = (_regions if quant.shift else _steps)(min(lows), max(highs), quant)
@@ -172,20 +173,20 @@ def search_shared(histogram: Histogram, quant: ActivationQuant, clipping: float,
 
 
 def score(histogram: Histogram, group: int, quant: ActivationQuant, clipping: float, found: Found) -> float:
-    """The score of given parameters; see `search`."""
+    """Return the score of given parameters; see `search`."""
     centers, weights = histogram.centers(group), histogram.weights[group]
     candidate = (torch.tensor([found.scale]).double(), torch.tensor([found.zero_point]).double())
     return float(scores(centers, weights, *candidate, quant.at(group), clipping, histogram.least_weights(group)))
 
 
 def merged(quant: ActivationQuant, found: Sequence[tuple[float, int]]) -> ActivationQuant:
-    """Codes with the scale and zero point of every timestep group; one of each where all groups have the same."""
+    """Return codes with the scale and zero point of every timestep group, or a single pair where all are equal."""
     scales, zeros = zip(*(found if quant.bits or len(set(found)) > 1 else found[:1]), strict=True)
     return replace(quant, scales=scales, zero_points=zeros)
 
 
 def score_of_planes(histogram: Histogram, group: int, quant: ActivationQuant) -> float:
-    """The score of two regions in tensors of their own, each with a step that covers it (MRQ at any bits)."""
+    """Return the score of two regions in tensors of their own, each with a step that covers it (MRQ at any bits)."""
     centers, weights = histogram.centers(group), histogram.weights[group]
     levels = (quant.high - quant.low) // 2
     low, high = histogram.limits(group)
@@ -204,14 +205,14 @@ def scores(
     clipping: float,
     least: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The score f64[K] of K scales and zero points, for values [V] with weights [V].
+    """Return the score f64[K] of K scales and zero points, for values [V] with weights [V].
 
     Args:
-        centers, weights: the values.
+        centers, weights: the values and their weights.
         scales, zeros: the candidates.
         quant: the codes.
-        clipping: how often an error of clipping weighs.
-        least: the least weight [V] of a value that is clipped; its own where None.
+        clipping: the factor of errors of clipping.
+        least: the least weight [V] of a clipped value; its own weight where None.
     """
     clipped = clipping * (weights if least is None else torch.maximum(weights, least))
     parts = zip(scales.split(TOGETHER), zeros.split(TOGETHER), strict=True)
@@ -226,7 +227,7 @@ def _scores(
     zeros: torch.Tensor,
     quant: ActivationQuant,
 ) -> torch.Tensor:
-    """The same for few candidates, whose errors stay in the cache of the processor."""
+    """Return the score of few candidates, whose errors stay in the cache of the processor; see `scores`."""
     scale, zero = scales[:, None], zeros[:, None]
     least, largest = (quant.low - zero) * scale, (quant.high - zero) * scale
     coarse = torch.where(centers > 0, 2.0**quant.shift, 1.0) * scale
@@ -237,7 +238,7 @@ def _scores(
 
 
 def _steps(low: float, high: float, quant: ActivationQuant) -> tuple[torch.Tensor, torch.Tensor]:
-    """Candidates of one step, the one that covers the range last."""
+    """Return candidates of one step; the last one covers the range."""
     lower = (FACTORS * low).repeat_interleave(len(FACTORS))
     upper = (FACTORS * high).repeat(len(FACTORS))
     if quant.dtype == "int8":
@@ -249,12 +250,12 @@ def _steps(low: float, high: float, quant: ActivationQuant) -> tuple[torch.Tenso
 
 
 def _regions(low: float, high: float, quant: ActivationQuant) -> tuple[torch.Tensor, torch.Tensor]:
-    """Candidates of two steps, the one that covers the range last."""
+    """Return candidates of two steps; the last one covers the range."""
     zero = quant.zero_points[0]
     largest = max(high / (quant.high - zero), -low / (zero - quant.low))
     return _float32(FACTORS * largest), torch.full_like(FACTORS, zero)
 
 
 def _float32(scales: torch.Tensor) -> torch.Tensor:
-    """The scales as float32 has them; of an activation that is always zero, the smallest there is."""
+    """Round scales to float32; the scale of an activation that is always zero becomes the smallest normal number."""
     return scales.float().clamp(min=SMALLEST).double()

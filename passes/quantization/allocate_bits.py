@@ -1,4 +1,4 @@
-"""allocate-bits: give bits to the layers and the steps where they do most for the images."""
+"""allocate-bits: give bits to the layers and the steps where they improve the images most."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.steps import StepPlan
 
 CHOICES = (4, 6, 8)
-# Errors of a weight are the same at every step, and add up; and rounding with feedback makes them smaller. Measured on
-# both reference models, at 4 and 6 bits, as the error of the images over what is expected of errors to nearest codes
-# that are new at every step.
+# Factor on the error of a weight: the error is the same at every step, and adds up; rounding with feedback makes it
+# smaller. Measured on both reference models, at 4 and 6 bits, as the error of the images over the error expected of
+# nearest codes whose rounding errors are new at every step.
 REPEATED = {"nearest": 6.0, "search": 6.0, "feedback": 1.0}
-FORWARDS_PER_ROW = 6.0  # runs of the model that the pass takes as long as, for every row of the calibration set, about
+FORWARDS_PER_ROW = 6.0  # cost of the pass in forwards of the model, for every row of the calibration set, about
 
 
 @dataclass(frozen=True)
 class AllocateBits(Pass):
     """Choose 4, 6 or 8 bits for every weight, and for every activation in every timestep group, within a budget.
 
-    What each choice costs is measured on the calibration set: the squared error of the noise prediction that rounding
+    The error of each choice is measured on the calibration set: the squared error of the noise prediction that rounding
     makes, to first order, times the squared coefficient that the sampler gives to the prediction. Such errors add up.
     The budget counts bit operations: multiply-accumulates times the bits of both factors.
 
     Attributes:
         budget: average bits; 6 allows as many bit operations as w6a6 takes.
         rounding: how weights will be rounded: ``feedback``, ``search`` or ``nearest``.
-        groups: whether an activation may have other bits in other timestep groups.
-        seed: seeds the directions in which the prediction is differentiated.
+        groups: whether the bits of an activation may differ between timestep groups.
+        seed: the seed of the directions in which the prediction is differentiated.
     """
 
     name: ClassVar[str] = "allocate-bits"
@@ -85,15 +85,15 @@ class AllocateBits(Pass):
 
 
 class _Observed:
-    """What rounding with each choice of bits does, over the calibration set.
+    """The error of rounding with each choice of bits, over the calibration set.
 
     Args:
-        program: with a plan of the sites that are to be quantized, of the most bits.
-        seed: of the directions.
+        program: the program, with a plan of the sites to quantize, at the most bits.
+        seed: the seed of the directions.
         context: reports progress.
 
     Attributes:
-        names: the sites of the variant that computes everything.
+        names: the sites of the computing variant.
     """
 
     def __init__(self, program: Program, seed: int, context: PassContext) -> None:
@@ -108,7 +108,7 @@ class _Observed:
         rows = CalibrationBatch.of(program)
         counts = np.maximum(np.bincount(rows.groups.numpy(), minlength=len(members)), 1)
         self._sizes = np.array([float(len(group)) for group in running])
-        # What the error of one row of the calibration set stands for, a group.
+        # The weight of the error of one calibration row in the whole trajectory, for each group.
         self._shares = np.array([np.square(coefficients[group]).sum() for group in running]) / counts
         self._histograms = {name: Histogram([ranges[name].over(group) for group in members]) for name in self.names}
         self._weight_errors = {name: np.zeros((len(members), len(CHOICES))) for name in self.names}
@@ -121,11 +121,11 @@ class _Observed:
                 np.add.at(self._weight_errors[item.site][:, choice], item.rows.groups.numpy(), errors.numpy())
 
     def layer(self, name: str, repeated: float) -> Layer:
-        """What a site costs with each choice.
+        """Return the cost and the error of a site with each choice.
 
         Args:
-            name: the site.
-            repeated: what errors of its weight weigh.
+            name: the name of the site.
+            repeated: the factor on the error of its weight.
         """
         groups = range(len(self._shares))
         errors = [[self._search(name, group, bits).error for bits in CHOICES] for group in groups]
@@ -136,7 +136,7 @@ class _Observed:
         )
 
     def activation(self, name: str, bits: tuple[int, ...]) -> ActivationQuant:
-        """Scales that cover the range of every timestep group with its bits."""
+        """Return codes whose scales cover the range of every timestep group with its bits."""
         widest = self._codes(name, max(bits))
         mixed = replace(widest, bits=bits if len(set(bits)) > 1 else ())
         found = [self._search(name, group, number) for group, number in enumerate(bits)]
@@ -152,7 +152,7 @@ class _Observed:
 
 
 def _differences(program: Program, weights: Mapping[str, str]) -> dict[str, list[torch.Tensor]]:
-    """The error f16[out,in] of each weight, by site, with the nearest codes of each choice of bits."""
+    """Return the error f16[out,in] of each weight, by site, with the nearest codes of each choice of bits."""
     found: dict[str, list[torch.Tensor]] = {}
     for site, name in weights.items():
         weight = program.constants[name]
@@ -162,5 +162,5 @@ def _differences(program: Program, weights: Mapping[str, str]) -> dict[str, list
 
 
 def _high(bits: int) -> int:
-    """The largest code of a weight."""
+    """Return the largest code of a weight."""
     return int(2 ** (bits - 1) - 1)

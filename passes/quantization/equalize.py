@@ -22,8 +22,9 @@ PLAN_AGAIN = "run plan-equalization on the program as it is, and equalize once"
 class Equalize(Pass):
     """Divide the channels of activations by the planned factors, and multiply the weights by them.
 
-    With x' = (x - o) / s, W' = W * s and b' = b + W * o a linear layer gives what it gave (see `plan-equalization`).
-    Dividing costs nothing, because the layers that make the activation do it: their rows and biases are divided.
+    With x' = (x - o) / s, W' = W * s and b' = b + W * o the result of a linear layer is unchanged (see
+    `plan-equalization`). Dividing costs nothing, because it is done in the rows and biases of the layers that make the
+    activation.
     """
 
     name: ClassVar[str] = "equalize"
@@ -49,7 +50,7 @@ class Equalize(Pass):
                     known = divided.setdefault(site_of[rows.weight], torch.ones(len(constants[rows.weight])))
                     known[list(rows.rows)] = factors
         outputs = {site: tuple(factors.tolist()) for site, factors in divided.items()}
-        # Copies, because a graph refers to the module that ran it, which holds the weights that are replaced here.
+        # Graphs are copied, because they refer to the module that ran them, which holds the replaced weights.
         variants = {name: replace(item, graph=copy_graph(item.graph)) for name, item in program.variants.items()}
         earlier = program.facts.get(Equalization) or Equalization({}, {})
         made = Equalization(_multiplied(earlier.inputs, inputs), _multiplied(earlier.outputs, outputs))
@@ -63,7 +64,7 @@ def _planned_activation(
     refusals: Mapping[str, str],
     constants: Mapping[str, torch.Tensor],
 ) -> EqualizableActivation:
-    """Return the activation of the program that a plan speaks of.
+    """Return the activation of the program that a plan names.
 
     Raises:
         ContractError: the program has no such activation.
@@ -88,12 +89,12 @@ def _planned_activation(
 def _move(
     constants: dict[str, torch.Tensor], item: EqualizableActivation, offset: torch.Tensor, factors: torch.Tensor
 ) -> None:
-    """Replace the constants of what makes an activation x, which makes (x - offset) / factors, and of what reads it."""
+    """Replace the constants of the layers that make or read an activation x, so that (x - offset) / factors is made."""
     for rows in item.makers:
         index = torch.tensor(rows.rows)
         weight, bias = constants[rows.weight].clone(), constants[rows.bias].clone()
         weight[index] /= factors[:, None]
-        # Of 1 + gain, what is left after dividing is again 1 + something.
+        # A gain is 1 + bias, so after the division the bias is the quotient less 1.
         bias[index] = (bias[index] - (factors - 1 if rows.is_gain else offset)) / factors
         constants[rows.weight], constants[rows.bias] = weight, bias
     for weight_name, bias_name in item.readers:
@@ -104,7 +105,7 @@ def _move(
 def _multiplied(
     earlier: Mapping[str, tuple[float, ...]], later: Mapping[str, tuple[float, ...]]
 ) -> dict[str, tuple[float, ...]]:
-    """Return the factors of sites by now, of an earlier run of this pass and of this one."""
+    """Return the factors of sites of an earlier run of this pass, multiplied by those of this run."""
     found = {**earlier, **later}
     for site in earlier.keys() & later.keys():
         found[site] = tuple(one * other for one, other in zip(earlier[site], later[site], strict=True))

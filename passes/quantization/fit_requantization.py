@@ -1,4 +1,4 @@
-"""fit-requantization: fit what a quantized linear's result is to be scaled and shifted by, per output channel."""
+"""fit-requantization: fit a scale and an offset for the result of each quantized linear, per output channel."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.steps import StepPlan
 
-HELD_BYTES = 24 * 2**20  # that the widest activation of rows which run together may take; their results take more
-LEAST_GAIN, MOST_GAIN = 0.5, 2.0  # a regression beyond these has no signal; its channel is left alone
-FORWARDS_PER_ROW = 3.0  # runs of the model that the pass takes as long as, for every row of the calibration set, about
+HELD_BYTES = 24 * 2**20  # bytes that the widest activation of rows that run together may take; their results take more
+LEAST_GAIN, MOST_GAIN = 0.5, 2.0  # a regression beyond these has no signal; its channel keeps the gain 1
+FORWARDS_PER_ROW = 3.0  # cost of the pass in forwards of the model, for every row of the calibration set, about
 
 
 @dataclass(frozen=True)
 class FitRequantization(Pass):
     """Fit the quantization part of CacheQuant's decoupled error correction: Y ~ a2 * Y_q + b2 per output channel.
 
-    Y_q is what a linear gives with quantized activation and weight, Y what it gives without, from the same inputs of
-    the calibration set: a2 = Cov(Y, Y_q) / Var(Y_q), b2 = mean(Y) - a2 * mean(Y_q). insert-qdq folds it
-    into the weight's scales, a2 * s, and into the bias, a2 * beta + b2, so that it costs nothing when it runs.
+    Y_q is the result of a linear layer with quantized activation and weight, Y its result without quantization, from
+    the same inputs of the calibration set: a2 = Cov(Y, Y_q) / Var(Y_q), b2 = mean(Y) - a2 * mean(Y_q). insert-qdq folds
+    a2 into the weight's scales, a2 * s, and both into the bias, a2 * beta + b2, so that the correction costs nothing at
+    run time.
 
     Attributes:
-        sites: ``all`` quantized linears, or the ``consumers``: those of the block after a cached range.
+        sites: ``all`` quantized linears, or the ``consumers``: the linears of the block after a cached range.
     """
 
     name: ClassVar[str] = "fit-requantization"
@@ -60,7 +61,7 @@ class FitRequantization(Pass):
                 rounded = rounded_activation(value, batch.groups, quant.activation)
                 exact = value @ program.constants[weight].t()
                 found[site.name].add(exact, rounded @ (codes.float() * scale[:, None]).t())
-            release_memory()  # of these rows, before the next ones run
+            release_memory()  # the memory of these rows, before the next ones run
         return program.with_facts(Requantization({name: fit.correction() for name, fit in found.items()}))
 
     def _chosen(self, program: Program, context: PassContext) -> dict[str, SiteQuant]:
@@ -81,18 +82,18 @@ class Regression:
     """Streaming sums of a linear's exact and quantized results, per output channel."""
 
     def __init__(self, channels: int) -> None:
-        self.sums = torch.zeros(4, channels, dtype=torch.float64)  # of Y, Y_q, Y_q^2 and Y * Y_q
+        self.sums = torch.zeros(4, channels, dtype=torch.float64)  # sums of Y, Y_q, Y_q^2 and Y * Y_q
         self.count = 0
 
     def add(self, exact: torch.Tensor, quantized: torch.Tensor) -> None:
-        """Count results [..., C] in; single batches are summed in float32, which is a hundred times faster."""
+        """Add results [..., C]; single batches are summed in float32, which is a hundred times faster."""
         one, other = exact.flatten(0, -2), quantized.flatten(0, -2)
         sums = [one.sum(dim=0), other.sum(dim=0), (other * other).sum(dim=0), (one * other).sum(dim=0)]
         self.sums += torch.stack(sums).double()
         self.count += len(one)
 
     def correction(self) -> SiteCorrection:
-        """Gain and offset of every channel; 1 and the mean error where the result does not vary."""
+        """Return the gain and offset of every channel; 1 and the mean error where the result does not vary."""
         mean, mean_quantized, square, cross = self.sums / self.count
         variance, covariance = square - mean_quantized**2, cross - mean * mean_quantized
         gain = covariance / variance

@@ -23,10 +23,10 @@ class GroupTimesteps(Pass):
 
     ``optimal`` chooses the boundaries by dynamic programming so that the summed quantization error expected from the
     ranges is least; ``uniform`` cuts the steps into groups of equal width. Groups are intervals of the timestep value,
-    and only steps that compute count; a step that reuses belongs to the group of the last computing step.
+    and only computing steps count; a reusing step belongs to the group of the last computing step.
 
     Attributes:
-        groups: how many; fewer when fewer steps compute.
+        groups: the number of groups; fewer when fewer steps compute.
         strategy: ``optimal`` or ``uniform``.
     """
 
@@ -55,16 +55,16 @@ class GroupTimesteps(Pass):
 
 
 def segment_costs(ranges: Ranges) -> SegmentErrors:
-    """Expected quantization error of every group [i, j) of the steps that run any site, as an array [n, n + 1].
+    """Return the expected quantization error of every group [i, j) of computing steps, as an array [n, n + 1].
 
-    A uniform quantizer over a range R has error R^2 / (12 * levels^2); summed over the steps of the group and over
-    sites, each relative to the site's mean square. The constant 12 * levels^2 does not change the optimum. Sites whose
-    range is not finite do not count; they stay in floating point.
+    A uniform quantizer over a range R has error R^2 / (12 * levels^2). It is summed over the steps of the group and
+    over sites, relative to the mean square of each site. The constant 12 * levels^2 does not change the optimum. Sites
+    whose range is not finite do not count; they stay in floating point.
     """
     sites = [site for site in ranges.planned.values() if site.is_finite]
     position = {step: place for place, step in enumerate(ranges.steps)}
     count = len(position)
-    lows = np.full((len(sites), count), np.inf)  # a step that does not run a site widens no range of it
+    lows = np.full((len(sites), count), np.inf)  # a step that does not run a site does not widen its range
     highs = np.full((len(sites), count), -np.inf)
     power = np.empty(len(sites))
     for row, site in enumerate(sites):
@@ -81,11 +81,11 @@ def segment_costs(ranges: Ranges) -> SegmentErrors:
 
 
 def optimal_starts(costs: SegmentErrors, groups: int) -> list[int]:
-    """The first step of each group in the partition into ``groups`` groups with the least summed cost.
+    """Return the first step of each group in the partition into ``groups`` groups with the least summed cost.
 
     Args:
-        costs: [n, n + 1], the cost of the group [i, j).
-        groups: how many, at most n.
+        costs: the cost of each group [i, j), [n, n + 1].
+        groups: the number of groups, at most n.
     """
     count = len(costs)
     best = np.full((groups + 1, count + 1), np.inf)
@@ -105,7 +105,7 @@ def optimal_starts(costs: SegmentErrors, groups: int) -> list[int]:
 
 
 def uniform_starts(steps: tuple[int, ...], total: int, groups: int) -> list[int]:
-    """The first computing step of each group of equal width over all steps.
+    """Return the first computing step of each group of equal width over all steps.
 
     A group in which no step computes is left out.
     """

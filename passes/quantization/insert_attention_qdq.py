@@ -33,9 +33,9 @@ ops = torch.ops.qcgraph
 
 @dataclass(frozen=True)
 class InsertAttentionQDQ(Pass):
-    """Insert quantize/dequantize pairs around the products of attention where the attention plan says so.
+    """Insert quantize/dequantize pairs around the products of attention that the attention plan names.
 
-    Probabilities in two regions become one integer tensor, or two planes that are multiplied each on its own, as
+    Probabilities in two regions become one integer tensor, or two planes that are each multiplied on their own, as
     planned.
     """
 
@@ -92,17 +92,17 @@ def _insert(editor: GraphEditor, attention: AttentionProducts, quant: AttentionQ
 def _regions(
     editor: GraphEditor, softmax: fx.Node, values: fx.Node, quant: RegionQuant, name: str, mixed: fx.Node
 ) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Replace the product of probabilities and values by that of probabilities in two regions.
+    """Replace the product of probabilities and values by a product of probabilities in two regions.
 
     Returns:
-        What dequantizes the probabilities, and what multiplies them.
+        The nodes that dequantize the probabilities, and the nodes that multiply them.
     """
     fine, coarse = region_codes(quant)
     split = parameter(editor, f"{name}_split", torch.tensor(quant.splits), mixed)
     below, above = (editor.call(ops.region.default, softmax, split, upper, source=mixed) for upper in (False, True))
     above = quantize_pair(editor, above, coarse, f"{name}_above", mixed)
     if quant.planes == 1:
-        # What is above the split is a multiple of the coarse step by now, so of the fine one too.
+        # Values above the split are multiples of the coarse step by now, so of the fine step too.
         both = editor.call(aten.add.Tensor, below, above, source=mixed)
         both = quantize_pair(editor, both, fine, f"{name}_both", mixed)
         product = editor.call(aten.matmul.default, both, values, source=mixed)

@@ -37,10 +37,11 @@ ops = torch.ops.qcgraph
 class InsertQDQ(Pass):
     """Insert quantize/dequantize pairs where the quantization plan says so.
 
-    Activations get the scale and zero point of the step's timestep group, selected from a table by the ``group``
-    input; linears that share an activation share the pair. Weights become int8 codes with one scale an output channel
-    (scale = max|w| / largest code, unless round-weights chose others). Where corrections of the results were fitted,
-    they are folded in: the scales of the weight become a2 * s, the bias a2 * beta + b2.
+    Activations get the scale and zero point of the step's timestep group, selected from a table by the ``group`` input;
+    linears that share an activation share the pair. Weights become int8 codes with one scale for each output channel
+    (scale = max|w| / largest code, unless round-weights chose other scales). Fitted corrections of the results are
+    folded
+    in: the scales of the weight become a2 * s, the bias a2 * beta + b2.
     """
 
     name: ClassVar[str] = "insert-qdq"
@@ -56,7 +57,7 @@ class InsertQDQ(Pass):
         for name, sites in planned.items():
             weights |= weight_names(program.variants[name], sites)
         called = names_of_codes(weights)
-        quantized: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # once for each site, shared by the variants
+        quantized: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # made once for each site, shared by the variants
         linears: dict[str, QuantizedLinear] = {}
         for name, sites in planned.items():
             if not sites:
@@ -84,7 +85,7 @@ class InsertQDQ(Pass):
         quantized: dict[str, tuple[torch.Tensor, torch.Tensor]],
         program: Program,
     ) -> fx.Node:
-        """Quantize both operands of a linear layer, which is returned."""
+        """Quantize both operands of a linear layer, and return the layer."""
         linear = editor.node(site.node)
         activation, weight = linear.args[0], linear.args[1]
         assert isinstance(activation, fx.Node) and isinstance(weight, fx.Node)
@@ -105,10 +106,10 @@ class InsertQDQ(Pass):
 
 
 def _planned(variant: Variant, plan: QuantPlan) -> list[Site]:
-    """The sites of a variant that are to be quantized.
+    """Return the sites of a variant that the plan quantizes.
 
     Raises:
-        ContractError: one of them cannot be.
+        ContractError: a planned site cannot be quantized.
     """
     sites = [site for site in find_sites(variant) if site.name in plan.sites]
     for site in sites:
@@ -137,7 +138,7 @@ def _weight(editor: GraphEditor, name: str, quantized: tuple[torch.Tensor, torch
 def _corrected_bias(
     editor: GraphEditor, linear: fx.Node, site: str, correction: SiteCorrection, program: Program
 ) -> tuple[fx.Node]:
-    """a2 * beta + b2; beta is 0 where the linear has no bias."""
+    """Return the bias a2 * beta + b2; beta is 0 where the linear has no bias."""
     gains, offsets = torch.tensor(correction.gains), torch.tensor(correction.offsets)
     bias = linear.args[2] if len(linear.args) > 2 else None
     beta = program.constants[str(bias.target)] if isinstance(bias, fx.Node) else torch.zeros_like(gains)

@@ -35,7 +35,7 @@ from qcgraph.pipeline.options import MOST_SEED, option
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.steps import StepPlan
 
-FORWARDS_PER_ROW = 6.0  # runs of the model that the pass takes as long as, for every row of the calibration set, about
+FORWARDS_PER_ROW = 6.0  # cost of the pass in forwards of the model, for every row of the calibration set, about
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,20 @@ class PlanAttention(Pass):
     """Decide the codes of both products of attention, which has to be split before.
 
     Queries, keys and values get searched scales, keys and values int8 codes with zero point 0. The probabilities get
-    one region, or two with a split for each timestep group (TQ-DiT's MRQ and TGQ), in one integer tensor where the
-    codes fit, else in two planes that are multiplied each on its own: a form that costs more is taken where it leaves
-    less error. Errors are weighed by what they do to the noise prediction.
+    one region, or two with a split for each timestep group (TQ-DiT's MRQ and TGQ): in one integer tensor where the
+    codes fit, else in two planes that are each multiplied on their own. A form that costs more is chosen only where it
+    leaves less error. Errors are weighted by their effect on the noise prediction.
 
     On CPUs this gains no time: in ONNX Runtime integer products take 1.0 to 1.4 times as long as attention in floating
     point, in one region, and twice as long in two (tools/attention_products.py).
 
     Attributes:
-        bits: 3 to 8; two regions take one of them.
+        bits: 3 to 8; with two regions, one of the bits selects the region.
         symmetric: int8 queries and probabilities with zero point 0 instead of uint8.
         high: the largest code of keys and values; by default 2^(bits-1) - 1.
         objective: ``fisher`` or ``range``, see search-scales.
         regions: whether probabilities may have two regions.
-        seed: seeds the directions in which the prediction is differentiated.
+        seed: the seed of the directions in which the prediction is differentiated.
     """
 
     name: ClassVar[str] = "plan-attention"
@@ -78,7 +78,7 @@ class PlanAttention(Pass):
         return program.with_facts(AttentionPlan(self._decide(program, context)))
 
     def _decide(self, program: Program, context: PassContext) -> dict[str, AttentionQuant]:
-        """The codes of every attention that can be quantized."""
+        """Return the codes of every attention that can be quantized."""
         rows, steps = CalibrationBatch.of(program), program.facts[StepPlan]
         ranges = _ranges(program, rows)
         if not ranges:
@@ -113,7 +113,7 @@ class PlanAttention(Pass):
         return AttentionQuant(**found, probabilities=probabilities)
 
     def _codes(self, operand: str) -> ActivationQuant:
-        """The codes of queries, keys or values, without scales."""
+        """Return the codes of queries, keys or values, without scales."""
         symmetric = self.symmetric or operand != "query"
         low, high = codes(self.bits, symmetric=symmetric)
         if operand != "query":
@@ -123,12 +123,12 @@ class PlanAttention(Pass):
 
 
 class _Statistics:
-    """What the operands of one attention hold, weighed by what their errors do.
+    """The values of the operands of one attention, weighted by the effect of their errors.
 
     Args:
-        ranges: per operand, the smallest and largest value f32[G,2] of each timestep group.
-        bits: of a code of the probabilities.
-        symmetric: whether these are int8.
+        ranges: the smallest and largest value of each timestep group, f32[G,2], by operand.
+        bits: the number of bits of a code of the probabilities.
+        symmetric: whether the probabilities are int8.
     """
 
     def __init__(self, ranges: Mapping[str, torch.Tensor], bits: int, *, symmetric: bool) -> None:
@@ -139,13 +139,13 @@ class _Statistics:
         }
 
     def add(self, operand: str, item: ValueSensitivity) -> None:
-        """Count in the values of an operand."""
+        """Add the values of an operand."""
         target = self.probabilities if operand == PROBABILITIES else self.histograms[operand]
         target.add(item.value, item.weight, item.rows.groups)
 
 
 def _places(program: Program, names: Collection[str]) -> dict[str, tuple[str, str]]:
-    """The nodes of the operands of these attentions, each with the attention and the operand."""
+    """Return the nodes of the operands of these attentions, each with the attention and the operand."""
     attentions = find_attention(program.variants[program.facts[StepPlan].computing])
     return {
         node.name: (attention.name, operand)
@@ -156,7 +156,10 @@ def _places(program: Program, names: Collection[str]) -> dict[str, tuple[str, st
 
 
 def _ranges(program: Program, rows: CalibrationBatch) -> dict[str, dict[str, torch.Tensor]]:
-    """Per attention and operand, the smallest and largest value f32[G,2]; of a group without rows, those of all."""
+    """Return the smallest and largest value of each timestep group, f32[G,2], by attention and operand.
+
+    A group without rows gets the range over all groups.
+    """
     variant, groups = program.facts[StepPlan].computing, program.facts[StepPlan].group_count
     places = _places(program, {attention.name for attention in find_attention(program.variants[variant])})
     found: dict[str, dict[str, torch.Tensor]] = {}
@@ -176,7 +179,7 @@ def _ranges(program: Program, rows: CalibrationBatch) -> dict[str, dict[str, tor
 
 
 def _unusable(ranges: Mapping[str, torch.Tensor]) -> str:
-    """Why an attention can not be quantized, or nothing."""
+    """Return why an attention cannot be quantized, or an empty string."""
     for operand, limits in ranges.items():
         if not bool(limits.isfinite().all()):
             return f"its {operand} is not finite during calibration"

@@ -1,4 +1,4 @@
-"""plan-equalization: decide by what the channels of activations are divided, so that they share a range."""
+"""plan-equalization: decide the factors that divide the channels of activations, so that they share a range."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 
-MACS, LIMITS = 0.6e12, (1, 16)  # ranges of channels settle sooner than what scales are searched with
+MACS, LIMITS = 0.6e12, (1, 16)  # ranges of channels settle sooner than the scales of activations
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -27,19 +27,19 @@ class PlanEqualization(Pass):
     """Decide the offsets and factors that even out the ranges of the channels of activations.
 
     A tensor has one scale, so a channel of small range wastes its bits. With x' = (x - o) / s, W' = W * s and b' = b +
-    W * o a linear layer gives what it gave; o is the middle of a channel's range, s = max|x - o|^a / max|W|^(1 - a)
-    (SmoothQuant, arXiv 2211.10438; the shift is that of Outlier Suppression+, arXiv 2304.09145). Planned are the
+    W * o the result of a linear layer is unchanged; o is the middle of a channel's range, s = max|x - o|^a / max|W|^(1
+    - a) (SmoothQuant, arXiv 2211.10438; the shift is that of Outlier Suppression+, arXiv 2304.09145). Planned are the
     activations that linear layers make, because their rows can make x' at no cost: the modulation of adaLN, or the
-    values of an attention. Where no such layer makes it, as after GELU, an activation stays as it is. For full
-    precision, before variants are made; `equalize` obeys the plan.
+    values of an attention. Where no such layer makes it, as after GELU, an activation stays as it is. The pass runs in
+    full precision, before variants are made; `equalize` obeys the plan.
 
     Attributes:
         strength: a, from 0, which evens out weights, to 1, which evens out activations; by default, for each activation
             the one of least expected noise.
-        weight_bits: bits of the weights, for that expectation.
-        activation_bits: bits of the activations.
-        trajectories: how many are observed; by default as many as a fixed amount of arithmetic allows.
-        seed: seeds their conditions and noise.
+        weight_bits: the bits of the weights, for the expected noise.
+        activation_bits: the bits of the activations, for the expected noise.
+        trajectories: how many to observe; by default as many as a fixed amount of arithmetic allows.
+        seed: the seed of their conditions and noise.
     """
 
     name: ClassVar[str] = "plan-equalization"
@@ -92,8 +92,8 @@ class PlanEqualization(Pass):
     def _noise(self, observed: ChannelRanges, weight: torch.Tensor, factors: torch.Tensor) -> float:
         """Return the expected squared error of the result, summed over its channels.
 
-        A rounding error is uniform over a step D and has variance D^2 / 12; those of the activation meet the weight,
-        those of the weight, with a step a row, meet the activation.
+        A rounding error is uniform over a step D and has variance D^2 / 12. Errors of the activation are multiplied by
+        the weight; errors of the weight, which has a step for each row, are multiplied by the activation.
         """
         scaled = weight * factors
         step = 2 * (observed.half_width / factors).max() / (2**self.activation_bits - 1)

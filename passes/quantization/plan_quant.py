@@ -1,4 +1,4 @@
-"""plan-quant: decide what is quantized, and with which scales."""
+"""plan-quant: decide which layers are quantized, and with which scales."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class PlanQuant(Pass):
     """Decide which linear layers are quantized, and the activation scales of every timestep group.
 
     Scales are min-max over the calibrated range of the group. Embedders, adaLN modulation, attention products and the
-    final layer stay in floating point; each site that is left alone is recorded with its reason, and it is said when
-    none is quantized.
+    final layer stay in floating point. Each site that is not quantized is recorded with its reason, and so is a program
+    in which no site is quantized.
 
     Attributes:
         weight_bits: 2 to 8.
@@ -97,7 +97,7 @@ class PlanQuant(Pass):
 
 
 def nothing_quantized(reasons: Iterable[str]) -> str:
-    """Say that bits were asked for in vain, and why the layers that there are stay as they are."""
+    """Say that no site is quantized although bits were asked for, and why, with the number of sites for each reason."""
     counts = Counter(reasons)
     if not counts:
         return "nothing is quantized: the model has no layer that multiplies by a constant"
@@ -106,7 +106,7 @@ def nothing_quantized(reasons: Iterable[str]) -> str:
 
 
 def why_nothing(program: Program, sites: Iterable[Site]) -> str:
-    """Say why nothing of a program is quantized: as plan-quant said where it ran, else as the graph of the model shows.
+    """Say why nothing in a program is quantized: the reason of plan-quant where it ran, else the reasons of the sites.
 
     Args:
         program: the program after its passes.
@@ -119,7 +119,10 @@ def why_nothing(program: Program, sites: Iterable[Site]) -> str:
 
 
 def affine_parameters(minimum: float, maximum: float, low: int, high: int, *, symmetric: bool) -> tuple[float, int]:
-    """Min-max scale (positive, exact in float32) and zero point, such that zero is a code and the range is covered."""
+    """Return the min-max scale and zero point for which the codes cover the range and zero is a code.
+
+    The scale is positive and exact in float32.
+    """
     minimum, maximum = min(float(minimum), 0.0), max(float(maximum), 0.0)
     if symmetric:
         return _positive(max(-minimum, maximum) / high), 0
@@ -128,12 +131,12 @@ def affine_parameters(minimum: float, maximum: float, low: int, high: int, *, sy
 
 
 def _positive(scale: float) -> float:
-    """The scale in float32; of a group in which the activation is always zero, the smallest one there is."""
+    """Round a scale to float32; the scale of an activation that is always zero becomes the smallest normal number."""
     return float(max(np.float32(scale), np.finfo(np.float32).tiny))
 
 
 def _unusable(observed: SiteRange | None) -> str:
-    """Why calibrated ranges cannot give scales, or nothing."""
+    """Return why calibrated ranges cannot give scales, or an empty string."""
     if observed is None:
         return "no computing step reached it during calibration"
     if not observed.is_finite:

@@ -1,4 +1,4 @@
-"""round-weights: choose the codes of weights by what rounding them does to results."""
+"""round-weights: choose the codes of weights by the error that rounding makes in results."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.steps import StepPlan
 
-TOKENS = 32768  # of the calibration set that a second moment is taken over
-FORWARDS_PER_ROW = 3.0  # runs of the model that the pass takes as long as, for every row of the calibration set, about
+TOKENS = 32768  # tokens of the calibration set that a second moment is averaged over
+FORWARDS_PER_ROW = 3.0  # cost of the pass in forwards of the model, for every row of the calibration set, about
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class RoundWeights(Pass):
     Over the calibration set, whose activations are quantized as planned, H = E[x x^T] of each layer's input is
     observed. ``search`` finds the scale of each output channel by d H d^T, d its rounding error (the weight half of
     TQ-DiT's Hessian-guided search), and rounds to nearest; ``feedback`` rounds column after column, so that later
-    columns make up for the errors of earlier ones (GPTQ, arXiv 2210.17323). Codes and scales become constants that
-    the fact RoundedWeights holds until insert-qdq takes them; without this pass it takes the nearest codes of scales
+    columns compensate the errors of earlier ones (GPTQ, arXiv 2210.17323). Codes and scales become constants that the
+    fact RoundedWeights holds until insert-qdq uses them. Without this pass, insert-qdq uses nearest codes, with scales
     that cover the largest weight.
 
     Attributes:
@@ -67,7 +67,7 @@ class RoundWeights(Pass):
         rows = CalibrationBatch.of(program)
         rows = rows.spread(min(rows_together(sites), max(2, TOKENS // _tokens(sites))))
         context.progress.note(f"  round-weights: {len(rows)} rows, {len(sites)} sites")
-        # Without the codes that an earlier run of this pass chose.
+        # Start without the codes that an earlier run of this pass chose.
         earlier = program.facts.without(RoundedWeights)
         constants = used_constants(program.variants.values(), program.constants, earlier)
         for site, value in entering(program, rows, set(plan)):
@@ -78,7 +78,7 @@ class RoundWeights(Pass):
                 rounded[site.name] = None
                 continue
             scale = search_scales(weight, moment, quant.high)
-            release_memory()  # that scales and activations took, before feedback takes matrices as large as H
+            release_memory()  # frees scales and activations, before feedback allocates matrices as large as H
             if self.method == "feedback":
                 codes = round_with_feedback(weight, moment, scale, quant.high)
             else:
@@ -87,21 +87,21 @@ class RoundWeights(Pass):
             chosen = RoundedWeight(name, f"{name}_scale", tensor_digest(weight), quant)
             constants[chosen.codes], constants[chosen.scale] = codes, scale
             rounded[site.name] = chosen
-            release_memory()  # that those took, before the next layer runs
+            release_memory()  # frees these matrices, before the next layer runs
         return replace(program, constants=constants).with_facts(RoundedWeights(rounded))
 
 
 def _second_moment(value: torch.Tensor) -> torch.Tensor:
-    """E[x x^T] of activations [..., C]."""
+    """Return E[x x^T] of activations [..., C]."""
     flat = value.flatten(0, -2)
     return (flat.t() @ flat).div_(len(flat))
 
 
 def _is_finite(values: torch.Tensor) -> bool:
-    """Whether all are; `torch.isfinite` of them would take more memory than they do."""
+    """Return whether all values are finite; `torch.isfinite` of all would take more memory than the values."""
     return bool(torch.isfinite(values.amin()) and torch.isfinite(values.amax()))
 
 
 def _tokens(sites: Sequence[Site]) -> int:
-    """The most values of a channel that a row has at any site."""
+    """Return the largest number of tokens that a row has at any site."""
     return max((prod(dim for dim in site.input_shape[:-1] if isinstance(dim, int)) for site in sites), default=1)

@@ -1,4 +1,4 @@
-"""search-scales: find the scales of activations, and whether two of them pay, by what their errors do to images."""
+"""search-scales: find scales of activations, and activations with two of them, by the effect of errors on images."""
 
 from __future__ import annotations
 
@@ -38,31 +38,31 @@ from qcgraph.plan.steps import StepPlan
 
 aten = torch.ops.aten
 NONLINEAR = (aten.gelu.default, aten.silu.default)  # their negative values are small and many
-WORTH = 0.9  # of the error of a form that costs less to run
-NEARLY = 0.99  # of the error of one scale for all timestep groups; images show more than this score of theirs
-HELD = 255  # codes that one integer tensor can hold
-FORWARDS_PER_ROW = 4.5  # runs of the model that the pass takes as long as, for every row of the calibration set, about
+WORTH = 0.9  # share of a cheaper form's error that a costlier form has to stay below
+NEARLY = 0.99  # the same for a scale of each timestep group instead of one; images improve more than this score
+HELD = 255  # largest code of a uint8 tensor; an int8 tensor holds half as much
+FORWARDS_PER_ROW = 4.5  # cost of the pass in forwards of the model, for every row of the calibration set, about
 
 
 @dataclass(frozen=True)
 class SearchScales(Pass):
     """Find activation scales on the calibration set, and the activations that should have two.
 
-    ``fisher`` weighs the error of every value by what it does to the noise prediction (TQ-DiT's Hessian-guided search),
-    and an error of clipping by the number of steps that repeat it; ``range`` keeps scales that cover the range. After
-    a GELU, negative values are small and many: with few bits they get a step 2^m times finer than positive ones
-    (TQ-DiT's multi-region quantization) where that leaves less error. Codes of both regions share one integer tensor;
-    those of 8 bits do not fit into it, and would take a second product.
+    ``fisher`` weights the error of every value by its effect on the noise prediction (TQ-DiT's Hessian-guided search),
+    and an error of clipping by the number of steps that repeat it; ``range`` keeps scales that cover the range. After a
+    GELU, negative values are small and many: with few bits they get a step 2^m times finer than positive ones (TQ-DiT's
+    multi-region quantization) where this leaves less error. Codes of both regions share one integer tensor; codes of 8
+    bits do not fit into it, and would need a second product.
 
-    Searched scales are judged on the half of the samples that they were not searched on, and those that cover the
-    range are kept where they leave less error there.
+    Searched scales are judged on the half of the samples that the search did not use. Scales that cover the range are
+    kept where they leave less error there.
 
     Attributes:
         objective: ``fisher`` or ``range``.
         regions: whether activations may have two regions.
         share: whether timestep groups share a scale where one for each leaves little less error; ``fisher`` only.
-        clipping: how often an error of clipping weighs; by default once for each computing step.
-        seed: seeds the directions in which the prediction is differentiated.
+        clipping: the factor of errors of clipping; by default the number of computing steps.
+        seed: the seed of the directions in which the prediction is differentiated.
     """
 
     name: ClassVar[str] = "search-scales"
@@ -110,7 +110,7 @@ class SearchScales(Pass):
         return program.with_facts(QuantPlan(sites))
 
     def _observed(self, program: Program, context: PassContext) -> dict[str, Halves]:
-        """What enters every planned site, weighed by what errors of it do."""
+        """Return the values of every planned site's input, weighted by the effect of their errors, as histograms."""
         steps, ranges = program.facts[StepPlan], program.facts[Ranges]
         names = set(program.facts[QuantPlan].sites)
         limits = {name: [ranges.planned[name].over(members) for members in steps.groups] for name in names}
@@ -127,7 +127,7 @@ class SearchScales(Pass):
 
 
 def _left(share: float) -> str:
-    """What searched scales leave on samples that they were not searched on, in words."""
+    """Say how much error searched scales leave on samples that the search did not use."""
     if share == math.inf:
         return "there are too few samples to search on some and to judge on others"
     return f"searched ones leave {share:.0%} of its error on samples that they were not searched on"
@@ -135,24 +135,24 @@ def _left(share: float) -> str:
 
 @dataclass(frozen=True)
 class _ScaleChoice:
-    """Codes, and their score."""
+    """Codes and their score."""
 
     quant: ActivationQuant
     error: float
 
     def share_of(self, other: _ScaleChoice) -> float:
-        """What it leaves of the error of another choice."""
+        """Return the error of this choice over the error of another one."""
         return self.error / other.error if other.error else 1.0
 
 
 @dataclass(frozen=True)
 class _Activation:
-    """What is searched for an activation.
+    """The values of an activation, for the search of its scales.
 
     Attributes:
-        histogram: its values.
-        groups: the timestep groups that samples tell of.
-        clipping: how often an error of clipping weighs.
+        histogram: the histogram of the values.
+        groups: the timestep groups that have samples.
+        clipping: the factor of errors of clipping.
         covers: whether scales have to cover the range.
     """
 
@@ -162,12 +162,12 @@ class _Activation:
     covers: bool
 
     def best(self, quant: ActivationQuant) -> _ScaleChoice:
-        """The best scale for each timestep group."""
+        """Return the best scale for each timestep group."""
         best, found = search_groups(self.histogram, quant, self.clipping, covers=self.covers)
         return _ScaleChoice(best, sum(found[group].error for group in self.groups))
 
     def in_regions(self, planned: ActivationQuant, one: _ScaleChoice) -> tuple[_ScaleChoice, str]:
-        """Two regions where they leave enough less error than one, else that one and the reason (TQ-DiT's MRQ)."""
+        """Return two regions if they leave sufficiently less error, else one and the reason (TQ-DiT's MRQ)."""
         options = [self.best(option) for option in _two_regions(planned)]
         if not options:
             planes = _ScaleChoice(
@@ -181,7 +181,7 @@ class _Activation:
         return one, f"one region: two would leave {two.share_of(one):.0%} of its error"
 
     def for_all_groups(self, apart: _ScaleChoice) -> tuple[_ScaleChoice, str]:
-        """One scale for all timestep groups and the reason, unless scales for each leave enough less (TQ-DiT's TGQ)."""
+        """Return one scale for all timestep groups and the reason, or the given scales if better (TQ-DiT's TGQ)."""
         if len(apart.quant.scales) == 1 or apart.quant.bits:
             return apart, ""
         found = search_shared(self.histogram, apart.quant, self.clipping, covers=self.covers)
@@ -195,7 +195,7 @@ class _Activation:
 
 
 def _after_nonlinear(program: Program) -> set[str]:
-    """The sites that an activation function feeds."""
+    """Return the sites whose input an activation function makes."""
     variant = program.variants[program.facts[StepPlan].computing]
     nodes = {node.name: node for node in variant.graph.nodes}
     sites = find_sites(variant)
@@ -203,12 +203,12 @@ def _after_nonlinear(program: Program) -> set[str]:
 
 
 def _two_regions(quant: ActivationQuant) -> Iterator[ActivationQuant]:
-    """The codes of two regions for as many bits, for every shift at which one integer tensor holds them.
+    """Yield the codes of two regions of the same bits, for every shift at which they fit one integer tensor.
 
-    One of the bits says which region it is, so each has 2^(bits - 1) - 1 codes besides zero.
+    One of the bits selects the region, so each region has 2^(bits - 1) - 1 codes besides zero.
     """
     if quant.bits:
-        return  # groups of other bits would need other shifts
+        return  # groups of different bits would need different shifts
     levels = (quant.high - quant.low) // 2
     zero = levels if quant.dtype == "uint8" else 0
     held = HELD if quant.dtype == "uint8" else HELD // 2

@@ -1,8 +1,8 @@
-"""The forecasters, by name: how cached values are forecast at steps that reuse them.
+"""The forecasters, by name: how cached values are forecast at reusing steps.
 
-A forecast is an affine of the last computed values of a cached tensor (see passes/caching/insert_forecast), with gains
-on D_r, D_r', D_r'' and an offset. A new forecaster is a file beside this one and a place in `FORECASTERS`; those of
-other distributions are entry points of the group ``qcgraph.forecasters``.
+A forecast is an affine function of the last computed values of a cached tensor (see passes/caching/insert_forecast),
+with gains on D_r, D_r', D_r'' and an offset. A new forecaster is a file beside this one and an entry in `FORECASTERS`;
+forecasters of other distributions are entry points of the group ``qcgraph.forecasters``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EXTENSIONS = Extensions("qcgraph.forecasters", "forecaster", lambda: FORECASTERS
 
 
 def known_forecasters() -> dict[str, str]:
-    """Return what every forecaster does, by name; those of other distributions are not imported for it."""
+    """Return a description of every forecaster, by name, without an import of other distributions."""
     own = {name: forecaster.description for name, forecaster in FORECASTERS.items()}
     return own | {name: f"of {offer.distribution}" for name, offer in EXTENSIONS.offers().items()}
 
@@ -41,7 +41,7 @@ def forecaster_named(name: str) -> Forecaster:
     """Return a forecaster by its name.
 
     Raises:
-        UsageError: there is none of this name, or the one of another distribution is broken.
+        UsageError: no forecaster has this name, or the forecaster of another distribution is broken.
     """
     found = FORECASTERS.get(name) or EXTENSIONS.load(name)
     if found is None:

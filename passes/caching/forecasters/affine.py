@@ -12,12 +12,12 @@ import numpy as np
 from qcgraph.passes.caching.forecasters.forecaster import Chosen, Forecaster, Samples
 from qcgraph.passes.caching.forecasters.moments import Moments
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 1e3)  # relative to the second moment of each regressor; the last keeps the prior
-ONE_FOLD_RIDGE = 1e-2  # towards reuse, where there are no other samples to choose by
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 1e3)  # relative to the second moment of each regressor; 1e3 keeps the prior
+ONE_FOLD_RIDGE = 1e-2  # strength towards reuse where no other samples exist to choose a strength on
 
 
 def _choose(samples: Samples) -> Chosen:
-    """Choose the prior and the strength that predict left-out samples best; with one fold shrink a little to reuse."""
+    """Choose the prior and the strength that predict left-out samples best; with one fold, shrink a little to reuse."""
     every = samples.every
     if len(samples.folds) == 1:
         chosen = every.ridge(samples.reuse, ONE_FOLD_RIDGE, offset=False)
@@ -31,7 +31,7 @@ def _choose(samples: Samples) -> Chosen:
 
 
 def _left_out(folds: Sequence[Moments], prior: Sequence[float], ridge: float) -> float:
-    """The error on each fold of what was fitted on the others, summed."""
+    """Return the summed error on each fold of the coefficients that are fitted on the other folds."""
     total = 0.0
     for index, fold in enumerate(folds):
         rest = reduce(add, [other for place, other in enumerate(folds) if place != index])

@@ -1,4 +1,4 @@
-"""What a forecaster is: a name, and a fit of the coefficients of one forecast."""
+"""A forecaster: a name, and a function that chooses the coefficients of one forecast."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from qcgraph.passes.caching.forecasters.moments import Moments, gains_of
 
 @dataclass(frozen=True)
 class Samples:
-    """What one forecast is fitted to.
+    """The samples that one forecast is fitted to.
 
     Attributes:
-        folds: statistics of disjoint samples.
-        every: those of all samples.
+        folds: the statistics of disjoint samples.
+        every: the statistics of all samples.
         taylor: k of the linear extrapolation (see `qcgraph.passes.caching._forecast.taylor_gain`).
-        values: how many of the computed values differ; with one there is nothing to extrapolate.
+        values: the number of different computed values; an extrapolation needs two.
     """
 
     folds: Sequence[Moments]
@@ -32,12 +32,12 @@ class Samples:
 
     @property
     def reuse(self) -> list[float]:
-        """The coefficients of the regressors that take the last value as it is."""
+        """The coefficients of the regressors that keep the last value unchanged."""
         return [1.0, *[0.0] * (self._terms - 1)]
 
     @property
     def extrapolation(self) -> list[float]:
-        """The coefficients of the linear extrapolation; those of reuse where there is one value."""
+        """The coefficients of the linear extrapolation, or of reuse where there is one value."""
         return [1.0, self.taylor, *[0.0] * (self._terms - 2)] if self._terms > 1 else self.reuse
 
     @property
@@ -45,7 +45,7 @@ class Samples:
         return self.every.cross.shape[1] - 1
 
     def fixed(self, coefficients: Sequence[float]) -> Tensor:
-        """Return the same coefficients without an offset for every channel, f64[C, terms + 1]."""
+        """Return the given coefficients without an offset for every channel, f64[C, terms + 1]."""
         return torch.tensor([*coefficients, 0.0], dtype=torch.float64).expand(len(self.every.power), -1)
 
 
@@ -54,13 +54,13 @@ Chosen: TypeAlias = tuple[Tensor, float]  # coefficients of the regressors f64[C
 
 @dataclass(frozen=True)
 class Forecaster:
-    """A way to forecast a cached value from those that were computed last.
+    """A way to forecast a cached value from its last computed values.
 
     Attributes:
-        name: what recipes and passes call it.
-        description: what it does, in a few words.
-        history: how many of the last computed values it looks back to.
-        choose: chooses the coefficients of one forecast, and says what their summed squared error is.
+        name: the name in recipes and passes.
+        description: what the forecaster does, in a few words.
+        history: the number of last computed values that the forecast uses.
+        choose: the function that chooses the coefficients of one forecast and returns their summed squared error.
     """
 
     name: str
@@ -74,9 +74,9 @@ class Fit:
     """Coefficients of one forecast.
 
     Attributes:
-        gains: f64[terms + 1, C], the offset last.
-        error: its summed squared error on the samples, left out in turn where it was chosen by that.
-        reuse_error: that of taking the last value as it is.
+        gains: the gains of the values and last the offset, f64[terms + 1, C].
+        error: the summed squared error on the samples; on left-out samples where these chose the coefficients.
+        reuse_error: the summed squared error of plain reuse.
     """
 
     gains: Tensor
@@ -88,8 +88,8 @@ def fit(forecaster: Forecaster, folds: Sequence[Moments], taylor: float, *, valu
     """Fit the coefficients of one forecast.
 
     Args:
-        forecaster: how.
-        folds: statistics of disjoint samples.
+        forecaster: the forecaster that chooses the coefficients.
+        folds: the statistics of disjoint samples.
         taylor: see `Samples`.
         values: see `Samples`.
     """

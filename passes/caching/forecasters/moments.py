@@ -1,4 +1,4 @@
-"""Sufficient statistics that forecasts are fitted from, and the form in which their coefficients are held."""
+"""Sufficient statistics for fitting forecasts, and the form in which facts and constants hold their coefficients."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class Moments:
-    """Sufficient statistics of the regression of a value on those computed before, per channel, in float64.
+    """Sufficient statistics of the regression of a value on its earlier values, per channel, in float64.
 
-    The regressors are the last value, its differences to each one before it, and one: differences keep a normal
-    equation of nearly equal values solvable.
+    The regressors are the last value, its differences to each value before it, and one. Differences keep the normal
+    equations of nearly equal values solvable.
 
     Args:
-        terms: how many computed values there are.
-        channels: of the value.
+        terms: the number of computed values.
+        channels: the number of channels of the value.
     """
 
     def __init__(self, terms: int, channels: int) -> None:
@@ -26,11 +26,11 @@ class Moments:
         self.count = 0
 
     def add(self, values: Sequence[Tensor], target: Tensor) -> None:
-        """Count samples in.
+        """Add samples to the statistics.
 
         Args:
             values: the computed values, the last one first, each [..., C].
-            target: what came of them, [..., C].
+            target: the value to forecast, [..., C].
         """
         last, *before = (value.double() for value in values)
         columns = [last, *(last - value for value in before), torch.ones_like(last)]
@@ -48,9 +48,9 @@ class Moments:
         return result
 
     def ridge(self, prior: Sequence[float], strength: float, *, offset: bool) -> Tensor:
-        """Coefficients of the regressors nearest to the samples and to a prior, f64[C, terms + 1].
+        """Return the coefficients of the regressors by ridge regression towards a prior, f64[C, terms + 1].
 
-        ``(G + strength * diag(G)) (c - prior) = b - G prior``, per channel.
+        They solve ``(G + strength * diag(G)) (c - prior) = b - G prior``, per channel.
         """
         used = torch.arange(len(prior) + offset)
         towards = torch.zeros(self.cross.shape[1], dtype=torch.float64)
@@ -65,13 +65,13 @@ class Moments:
         return result
 
     def error(self, coefficients: Tensor) -> float:
-        """The summed squared error of coefficients of the regressors [C, terms + 1] on these samples."""
+        """Return the summed squared error of coefficients of the regressors [C, terms + 1] on these samples."""
         fitted = (coefficients * (self.gram @ coefficients.unsqueeze(2)).squeeze(2)).sum()
         return max(0.0, float(self.power.sum() - 2 * (coefficients * self.cross).sum() + fitted))
 
 
 def gains_of(coefficients: Tensor) -> Tensor:
-    """From coefficients of the regressors [C, terms + 1] to those of the values and the offset, [terms + 1, C]."""
+    """Convert coefficients of the regressors [C, terms + 1] to gains of the values and the offset, [terms + 1, C]."""
     last, *differences, offset = coefficients.unbind(dim=1)
     gains = [last + sum(differences, torch.zeros_like(last)), *(-value for value in differences), offset]
     return torch.stack(gains)

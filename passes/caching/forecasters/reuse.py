@@ -1,4 +1,4 @@
-"""reuse: the last computed value as it is, gains (1, 0, 0, 0)."""
+"""reuse: the last computed value unchanged, gains (1, 0, 0, 0)."""
 
 from __future__ import annotations
 
