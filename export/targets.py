@@ -1,4 +1,4 @@
-"""Targets: what a program is compiled for, as data. No torch."""
+"""Targets as data: the forms of graphs and quantization, and the runtime, that a program is compiled for. No torch."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ LARGEST_INT16 = 2**15 - 1
 
 @dataclass(frozen=True)
 class Target:
-    """What a program is compiled for.
+    """The form of the graphs, the form of quantization, and the runtime that a program is compiled for.
 
     Attributes:
-        name: its name in recipes and on the command line.
-        description: one line on what it is.
+        name: the target's name in recipes and on the command line.
+        description: a description in one line.
         opset: the ONNX opset of the exported graphs.
-        legalize: the passes that rewrite what the target cannot express, as pipeline text.
+        legalize: the passes that rewrite operators which the target cannot express, as pipeline text.
         activation: ``asymmetric`` (uint8 codes with a zero point) or ``symmetric`` (int8 codes, zero point 0).
         weight_high: the largest weight code at 8 bits; codes are int8 in ``[-weight_high, weight_high]``.
         emits_onnx: whether a bundle holds an ONNX graph of every variant.
-        constant_scales: whether quantizers have to have constant scales. Activations then have neither two regions nor
-            other bits in other timestep groups.
+        constant_scales: whether the scales of quantizers must be constants. Activations then have neither two regions
+            nor bit widths that differ between timestep groups.
         integer_products: whether ONNX graphs multiply integers and scale the result, which brings biases into ONNX
             Runtime's int8 kernel; else they multiply dequantized values.
-        heads_in_place: whether attention takes its heads where the projection puts them, without transposes. ONNX
-            Runtime is faster so; TensorRT-RTX then splits the weight of q, k and v, and multiplies in floating point.
-        quantizers_apart: whether every product has a quantizer of its own. ONNX Runtime makes no integer kernels where
+        heads_in_place: whether attention takes its heads at the place where the projection puts them, without
+            transposes. ONNX Runtime is faster so; TensorRT-RTX then splits the weight of q, k and v, and multiplies in
+            floating point.
+        quantizers_apart: whether every product has its own quantizer. ONNX Runtime makes no integer kernels where
             several products share an int8 activation; TensorRT merges such products.
-        multiplies_float8: whether it runs products of 8-bit floating point.
-        precision: ``float32``, or ``auto`` where what is not quantized is faster in 16 bits; unless it is told
-            otherwise.
+        multiplies_float8: whether the target runs products of 8-bit floating point.
+        precision: the default type of values that are not quantized: ``float32``, or ``auto`` where 16 bits are faster.
         runtime: the name of its runtime (see `qcgraph.export.run.runtimes`).
-        stand_in: the name of the runtime that its graphs are checked, judged and measured on unless another is asked
-            for; empty where that is its own. Engines are built apart from a bundle, and need their GPU.
+        stand_in: the name of the runtime that checks, gates and measurements use by default; empty where it is the
+            target's own. Engines are built apart from a bundle, and need their GPU.
         is_portable: whether its graphs may hold operators of ONNX alone, up to the opset.
     """
 
@@ -64,7 +64,7 @@ class Target:
 
     @property
     def forms(self) -> dict[str, bool]:
-        """What `qcgraph.export.onnx.emit.emit_onnx` is told of it."""
+        """The options of `qcgraph.export.onnx.emit.emit_onnx` for this target."""
         return {
             "integer_products": self.integer_products,
             "heads_in_place": self.heads_in_place,
@@ -73,7 +73,7 @@ class Target:
 
     @property
     def may_saturate(self) -> bool:
-        """Whether CPUs without VNNI could add two products of codes that exceed their 16 bits.
+        """Whether the sum of two products of codes may exceed 16 bits on CPUs without VNNI.
 
         ONNX Runtime multiplies int8 activations as uint8.
         """
@@ -100,7 +100,7 @@ _TORCH = Target(
 _ONNXRUNTIME_CPU = Target(
     name="onnxruntime-cpu",
     description="ONNX Runtime on the CPU: int8 linear layers, scales selected by timestep group at run time",
-    opset=23,  # the first with Attention: fewer nodes than its parts, and a little faster
+    opset=23,  # the first opset with Attention: fewer nodes than its parts, and a little faster
     legalize="lower-linear",
     activation="asymmetric",
     # CPUs without VNNI add two products of uint8 and int8 in 16 bits, which saturate at 32767. With codes up to 64 the
@@ -128,7 +128,7 @@ _ONNX = Target(
     integer_products=False,
     heads_in_place=False,
     quantizers_apart=True,
-    multiplies_float8=False,  # ONNX Runtime takes it for int8 in float32 graphs, and then refuses them
+    multiplies_float8=False,  # ONNX Runtime takes float8 for int8 in float32 graphs, and then refuses them
     precision="float32",
     runtime="onnxruntime",
     is_portable=True,
@@ -150,7 +150,7 @@ _TENSORRT = replace(
     precision="auto",
     runtime="tensorrt",
     is_portable=False,
-    stand_in="onnxruntime",  # running the same graphs on the CPU is how they are checked
+    stand_in="onnxruntime",  # graphs are checked by running them on the CPU
 )
 
 _TENSORRT_RTX = replace(
@@ -175,7 +175,7 @@ EXTENSIONS = Extensions("qcgraph.targets", "target", lambda: TARGETS, _problem_o
 
 
 def target_named(name: str) -> Target:
-    """Return a target by its name, also one of another distribution.
+    """Return a target by its name, from qcgraph or another distribution.
 
     Raises:
         UsageError: there is no such target, or it is broken.
@@ -187,16 +187,16 @@ def target_named(name: str) -> Target:
 
 
 def record_of(target: Target) -> dict[str, Any] | None:
-    """Return a target of another distribution as data, which a bundle holds; None for one of qcgraph's own."""
+    """Return a target of another distribution as data for a bundle; None for one of qcgraph's own."""
     return None if target.name in TARGETS else asdict(target)
 
 
 def target_of(bundle: Bundle) -> Target:
-    """Return the target that a bundle was compiled for; one of another distribution is read from it, not imported.
+    """Return the target of a bundle; a target of another distribution is read from the bundle, not imported.
 
     Raises:
-        UsageError: the bundle names a target that is not qcgraph's, and does not hold it.
-        BundleError: what it holds is no target.
+        UsageError: the bundle names a target that is not qcgraph's, and holds no data of it.
+        BundleError: this data is not a target.
     """
     name, record = bundle.manifest.target, bundle.manifest.target_record
     if name in TARGETS:
@@ -205,5 +205,5 @@ def target_of(bundle: Bundle) -> Target:
         raise UsageError(f"unknown target {name!r}", where=str(bundle.path), hint=closest(name, TARGETS))
     try:
         return decode(Target, record)
-    except ValueError as error:  # pydantic's
+    except ValueError as error:  # raised by pydantic
         raise BundleError("holds a target that cannot be read", where=str(bundle.path), hint=AGAIN) from error

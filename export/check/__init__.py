@@ -1,1 +1,1 @@
-"""Checks that what was exported is what the program computes."""
+"""Checks that an exported graph computes the same as its program."""

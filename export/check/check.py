@@ -1,4 +1,4 @@
-"""What was checked of an export, and what was found. Plain data."""
+"""The results of checks of an export. Plain data."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-NO_NUMBER = float(np.finfo(np.float32).max)  # stands for a distance that is none, and unlike infinity exists in JSON
+NO_NUMBER = float(np.finfo(np.float32).max)  # in place of an undefined distance; unlike infinity, JSON has it
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was checked.
+    """The result of one check.
 
     Attributes:
-        name: what was checked.
-        variant: the variant it was checked on.
-        passed: whether it holds; None where that was not looked at, or makes no sense.
-        value: the figure that was found; then not a number.
-        limit: what the figure must not exceed.
+        name: the subject of the check.
+        variant: the variant that was checked.
+        passed: whether the check holds; None where it was not made, or does not apply.
+        value: the figure that was found; `NO_NUMBER` without one.
+        limit: the largest allowed figure.
         detail: the figure in words, with the offenders by name.
     """
 
@@ -31,7 +31,7 @@ class Check:
     detail: str
 
     def __str__(self) -> str:
-        """Return it in one line: what was checked where, what came, what was expected, and the detail."""
+        """Return one line: name and variant, the figure, its limit, and the detail."""
         where = f"{self.name} of {self.variant}" if self.variant else self.name
         if self.passed is None:
             return f"{where}: {self.detail}"
@@ -39,12 +39,12 @@ class Check:
 
     @property
     def failed(self) -> bool:
-        """Whether it was looked at and does not hold."""
+        """Whether the check was made and does not hold."""
         return self.passed is not None and not self.passed
 
 
 def failure_text(checks: Iterable[Check]) -> str:
-    """Return what failed of some checks, a line each with its figure and its limit; empty when nothing did."""
+    """Return the failed ones of some checks, a line each with its figure and its limit; empty when none failed."""
     return "\n".join(str(check) for check in checks if check.failed)
 
 

@@ -1,4 +1,4 @@
-"""Conformance: whether graphs are what their target takes, as far as can be told without the hardware it is for."""
+"""Conformance of graphs to a target, as far as it can be checked without the target's hardware."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ MADE = (TensorRole.CACHE, TensorRole.MODULATION)  # roles of inputs that other v
 def check_conformance(
     program: Program, folder: Path, target: Target, interfaces: Mapping[str, Interface], progress: Progress
 ) -> tuple[Check, ...]:
-    """Check that exported graphs are what a target takes; it need not be the one that they were exported for.
+    """Check that exported graphs fit a target, which may be another one than they were exported for.
 
-    Every graph is valid ONNX, tensors that one variant leaves to another are the same on both sides, and all of
-    `verify_export` holds: constant positive scales and zero points of 0 where the target asks for them, and parity with
-    the program. Portable targets take operators of ONNX alone, up to their opset; for those of TensorRT there are the
-    gates of `qcgraph.export.check.engine_checks`.
+    Every graph must be valid ONNX, tensors that one variant leaves to another must be the same on both sides, and all
+    of `verify_export` must hold: constant positive scales and zero points of 0 where the target requires them, and
+    parity with the program. Portable targets take operators of ONNX alone, up to their opset; targets of TensorRT have
+    the gates of `qcgraph.export.check.engine_checks`.
 
     Args:
-        program: what was exported; it holds a step plan.
-        folder: where the graphs and their weights are.
-        target: what they should be fit for.
+        program: the exported program, which holds a step plan.
+        folder: the folder of the graphs and their weights.
+        target: the target to check for.
         interfaces: inputs and outputs by variant.
-        progress: reports what takes long.
+        progress: reports progress of slow checks.
 
     Returns:
-        Every check that was made, passed or not.
+        Every check that was made, passed or failed.
 
     Raises:
-        UsageError: graphs are nothing to this target, or TensorRT, which has to judge, is not installed.
+        UsageError: the target takes no graphs, or TensorRT, which has to judge them, is not installed.
     """
     library = judge_of(target)
     paths = {variant: folder / f"{variant}.onnx" for variant in program.variants}
     checks = [_check_valid(variant, path) for variant, path in paths.items()]
     if not all(check.passed for check in checks):
-        return tuple(checks)  # what follows reads them
+        return tuple(checks)  # the checks below read the graphs
     checks.append(check_cache_tensors(program.facts[StepPlan], interfaces, paths))
     if target.is_portable:
         checks += (_check_operators(variant, path, target) for variant, path in paths.items())
@@ -68,10 +68,10 @@ def check_conformance(
 
 
 def judge_of(target: Target) -> Library | None:
-    """The library that has the last word on graphs for a target, None where there is none.
+    """Return the library that decides whether graphs fit a target, or None for a target without one.
 
     Raises:
-        UsageError: graphs are nothing to this target, or the library is not installed.
+        UsageError: the target takes no graphs, or the library is not installed.
     """
     if not target.emits_onnx:
         names = ", ".join(name for name, known in TARGETS.items() if known.emits_onnx)
@@ -80,15 +80,15 @@ def judge_of(target: Target) -> Library | None:
 
 
 def check_cache_tensors(plan: StepPlan, interfaces: Mapping[str, Interface], paths: Mapping[str, Path]) -> Check:
-    """What one variant leaves is what another takes: names, types and shapes, in the plan and in the graphs.
+    """Check that every tensor one variant takes is the one another leaves: name, type and shape, in plan and graphs.
 
     Args:
-        plan: says which variant prepares which.
+        plan: the plan, which gives the preparing variant of each variant.
         interfaces: inputs and outputs by variant, as the plan has them.
         paths: the graphs by variant, which are valid ONNX.
     """
     wrong = [problem for variant, path in paths.items() for problem in _differences(interfaces[variant], path)]
-    left: dict[str, tuple[str, TensorSpec]] = {}  # cached value, as the first variant that computes it leaves it
+    left: dict[str, tuple[str, TensorSpec]] = {}  # cached value -> the first variant that computes it, and the spec
     for variant, interface in interfaces.items():
         for spec in interface.caches:
             maker, known = left.setdefault(spec.value, (variant, spec))
@@ -110,7 +110,7 @@ def check_cache_tensors(plan: StepPlan, interfaces: Mapping[str, Interface], pat
 
 
 def _differences(interface: Interface, path: Path) -> Iterator[str]:
-    """Where a graph has other inputs or outputs than the plan says."""
+    """Yield the differences between the inputs and outputs of a graph and those in the plan."""
     graph = load_graph(path).graph
     for kind, values, specs in (
         ("takes", graph.inputs, interface.inputs),
@@ -126,7 +126,7 @@ def _differences(interface: Interface, path: Path) -> Iterator[str]:
 
 
 def _texts(values: Sequence[ir.Value]) -> dict[str, str]:
-    """Types of the inputs or outputs of a graph, written like those of the plan."""
+    """Return the types of the inputs or outputs of a graph, written as in the plan."""
     return {str(value.name): f"{value.dtype.short_name() if value.dtype else '?'}{value.shape}" for value in values}
 
 

@@ -1,4 +1,4 @@
-"""The gates of TensorRT: whether it reads and builds graphs, and what they were fused to, without the GPU."""
+"""The gates of TensorRT, checked without a GPU: it reads graphs, builds engines, and fuses the expected nodes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from qcgraph.plan.spec import Interface
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 
-COMPUTE_CAPABILITIES = ("8.9", "12.0")  # that graphs are built for, where the library builds ahead of time
-ATTENTION = ("Attention", "Softmax")  # one of these is in every attention, whole or in parts
+COMPUTE_CAPABILITIES = ("8.9", "12.0")  # built for, where the library builds ahead of time
+ATTENTION = ("Attention", "Softmax")  # every attention has one of these nodes, whether it is whole or in parts
 CONTROL = ("If", "Loop", "Scan")
 BUILT, PRODUCTS, FUSED, JUMPS = "engines", "8-bit products", "fused attention", "conditional jumps"
-PROBED = (PRODUCTS, FUSED, JUMPS)  # what is read out of engines
+PROBED = (PRODUCTS, FUSED, JUMPS)  # checks that read the steps of engines
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Library:
     """TensorRT or TensorRT-RTX.
 
     Attributes:
-        title: how people call it.
+        title: the usual name of the library.
         module: the Python module.
     """
 
@@ -42,35 +42,35 @@ class Library:
 
     @classmethod
     def load(cls, name: str) -> Library:
-        """A library by the name of its target.
+        """Load the library with the name of its target.
 
         Raises:
-            UsageError: it is not installed, or cannot be loaded here.
+            UsageError: the library is not installed, or cannot be loaded here.
         """
         module = tensorrt.load_provider(name)
         return cls(tensorrt.LIBRARIES[name].title, module)
 
     @property
     def version(self) -> str:
-        """What it is, and which."""
+        """The name and the version of the library."""
         return f"{self.title} {self.module.__version__}"
 
     @property
     def is_probed(self) -> bool:
-        """Whether its engines can be looked into (see `qcgraph.export.tensorrt.steps`)."""
+        """Whether the steps of its engines can be read (see `qcgraph.export.tensorrt.steps`)."""
         return str(self.module.__version__).startswith(PROBED_VERSIONS)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the engines of a graph should have been fused to.
+    """The fusions that are expected in the engines of a graph.
 
     Attributes:
-        products: the node of every quantized product, and how to call it.
-        absent: the linears that are planned to be quantized and are no such product.
-        attentions: the node of every attention, and how to call it.
-        branches: the nodes that run one graph or another.
-        is_half: whether anything is in 16 bits; TensorRT has no fused attention in float32.
+        products: the node of every quantized product -> its name in messages.
+        absent: linears that are planned to be quantized and are not among these products.
+        attentions: the node of every attention -> its name in messages.
+        branches: the nodes that choose between graphs or repeat one.
+        is_half: whether any weight has 16 bits; TensorRT has no fused attention in float32.
     """
 
     products: Mapping[str, str]
@@ -83,14 +83,14 @@ class Expected:
 def check_engine(
     library: Library, program: Program, variant: str, path: Path, interface: Interface, progress: Progress
 ) -> Iterator[Check]:
-    """Check that TensorRT reads a graph, strongly typed, builds engines of it, and fuses what should be fused.
+    """Check that TensorRT reads a graph, strongly typed, builds engines of it, and fuses the expected nodes.
 
     Args:
-        library: what reads and builds.
-        program: what was exported; it holds a step plan, which decides on the batches.
-        variant: which of its variants.
-        path: the graph of the variant, valid ONNX.
-        interface: the inputs and outputs that it has to have.
+        library: the library that reads and builds.
+        program: the exported program, which holds a step plan; the plan decides on the batches.
+        variant: the variant of the graph.
+        path: the graph, which is valid ONNX.
+        interface: the inputs and outputs of the variant.
         progress: reports the builds.
     """
     reading = f"read by {library.title}"
@@ -125,17 +125,17 @@ def check_engine(
 
 
 def check_fusion(variant: str, expected: Expected, engines: Mapping[str, FusedSteps]) -> Iterator[Check]:
-    """Check what the network of a variant was fused to.
+    """Check the fusions in the engines of a variant.
 
     Args:
         variant: the variant.
-        expected: what its graph asks for.
+        expected: the expected fusions.
         engines: the steps of its engines, by compute capability.
     """
     products, attentions = expected.products, expected.attentions
 
     def left(nodes: Mapping[str, str], fused: Callable[[FusedSteps], frozenset[str]]) -> dict[str, list[str]]:
-        """The nodes that are missing from the fused ones, by compute capability."""
+        """Return the names of nodes that are missing from the fused ones, by compute capability."""
         found = {name: [nodes[node] for node in nodes if node not in fused(steps)] for name, steps in engines.items()}
         return {capability: names for capability, names in found.items() if names}
 
@@ -161,14 +161,14 @@ def check_fusion(variant: str, expected: Expected, engines: Mapping[str, FusedSt
 
 
 def expected_of(program: Program, variant: str, path: Path) -> Expected:
-    """What the engines of an exported graph should be fused to; sites are called by their names in the program."""
+    """Return the expected fusions of an exported graph, with sites named as in the program."""
     from onnxscript import ir
 
     model = load_graph(path)
     graph, nodes = program.variants[variant], list(model.graph.all_nodes())
     quantized, plan = quantized_sites(program, variant), program.facts.get(QuantPlan)
     names = {site.node: site.name for site in find_sites(graph)}
-    values = {str(node.name): str(node.outputs[0].name) for node in nodes}  # these are called as in the program
+    values = {str(node.name): str(node.outputs[0].name) for node in nodes}  # values are named as in the program
     found = quantized_products(path)
     made = {values[node] for node in found}
     multiplied = {site.name for site in quantized if site.product in made}
@@ -196,7 +196,7 @@ def _check_builds(library: Library, variant: str, built: tuple[str, ...], refuse
 
 
 def _gate(name: str, variant: str, offenders: Mapping[str, list[str]], good: str, bad: str) -> Check:
-    """A check on what should be in no list of offenders, which are by compute capability."""
+    """Return a check that passes without offenders, which are given by compute capability."""
     count = len({offender for names in offenders.values() for offender in names})
     texts = [f"for {capability} {', '.join(names)}" for capability, names in offenders.items()]
     detail = f"{bad}: {'; '.join(texts)}" if texts else good

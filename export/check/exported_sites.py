@@ -1,4 +1,4 @@
-"""The quantized linears of an exported graph, cut out to be run on their own, and its quantization parameters."""
+"""The quantized linears of an exported graph, cut out to run on their own, and its quantization parameters."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 class CutSites:
     """Some quantized sites of an exported graph, each cut out and fed on its own, in one session.
 
-    The graph says which node of the program each of its nodes was emitted for, and values have the names of the
-    program's nodes that make them (see `qcgraph.export.onnx.emit`), so that the nodes of a site say where it is cut.
+    A node of the graph records the node of the program that it was emitted for, and a value has the name of the
+    program's node for it (see `qcgraph.export.onnx.emit`), so the nodes of a site tell where to cut.
 
     Args:
-        program: what was exported.
-        variant: which of its variants.
-        path: the exported graph.
-        sites: what to cut out of it.
+        program: the exported program.
+        variant: the name of one of its variants.
+        path: the exported graph of this variant.
+        sites: the sites to cut out.
         exact: see `qcgraph.export.run.onnxruntime.session_options`.
 
     Attributes:
         sites: the sites.
-        nodes: the nodes of the program whose values enter or leave them.
+        nodes: the nodes of the program whose values enter or leave these sites.
 
     Raises:
-        VerificationError: a site is not in the graph in the form that was emitted.
+        VerificationError: a site is not in the graph in its emitted form.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class CutSites:
         )
 
     def run(self, entering: Mapping[str, Array], selectors: Mapping[str, npt.NDArray[np.int64]]) -> dict[str, Array]:
-        """What leaves every site.
+        """Return the result of every site.
 
         Args:
-            entering: what enters the sites, by the name of the program's node; other entries are ignored.
+            entering: the entering values by the name of the program's node; further entries are ignored.
             selectors: the scalar inputs, the timestep group among them.
         """
         feeds: dict[str, npt.NDArray[Any]] = {name: entering[node] for name, node in self._entering.items()}
@@ -93,10 +93,10 @@ class CutSites:
 
 
 def _entering(made_for: Sequence[ir.Node]) -> ir.Value | None:
-    """Return the activation that nodes read which were emitted for the first node of a site; None without one.
+    """Return the activation that enters the nodes emitted for the first node of a site; None without one.
 
-    That is a quantizer, or the division before it. Its nodes make all else that they read themselves, but for scales
-    and zero points, which are single numbers.
+    The first node is a quantizer, or the division before it. All other inputs of its nodes are made by these nodes,
+    except scales and zero points, which are single numbers.
     """
     made = {value for node in made_for for value in node.outputs}
     read = {value for node in made_for for value in node.inputs if value is not None and value not in made}
@@ -105,14 +105,14 @@ def _entering(made_for: Sequence[ir.Node]) -> ir.Value | None:
 
 
 def _results(variant: Variant, graph: ir.Graph) -> dict[str, ir.Value]:
-    """Return the values of an exported graph by the names of the program's nodes that make them."""
+    """Return the values of an exported graph by the names of the program's nodes that they belong to."""
     returned = zip(returned_nodes(variant.graph), graph.outputs, strict=True)
     values = {str(value.name): value for node in graph for value in node.outputs}
     return values | {node.name: value for node, value in returned}
 
 
 def _multiplied_codes(graph: ir.Graph) -> frozenset[str]:
-    """Return the weight codes that are multiplied with a quantized activation, as dequantized values or as integers."""
+    """Return the weight codes multiplied with a quantized activation, as dequantized values or as integers."""
     found = []
     for node in graph:
         makers = [_maker(value) for value in node.inputs[:2]]
@@ -124,7 +124,7 @@ def _multiplied_codes(graph: ir.Graph) -> frozenset[str]:
 
 
 def _scaled(integers: ir.Node) -> ir.Node | None:
-    """The node that makes numbers of a product of integers: Mul(Cast(product), Mul(scale, scale))."""
+    """Return the node that scales a product of integers, in Mul(Cast(product), Mul(scale, scale))."""
     cast = _only_user(integers.outputs[0])
     scaled = _only_user(cast.outputs[0]) if cast is not None and cast.op_type == "Cast" else None
     scales = _maker(scaled.inputs[1]) if scaled is not None and scaled.op_type == "Mul" else None
@@ -141,13 +141,13 @@ def _only_user(value: ir.Value) -> ir.Node | None:
 
 
 def multiplied_integers(path: Path) -> frozenset[str]:
-    """The weight codes that an exported graph multiplies as integers, and whose biases the kernels take in."""
+    """Return the weight codes that an exported graph multiplies as integers, in kernels that add the bias too."""
     nodes = [node for node in load_graph(path).graph if node.op_type == "MatMulInteger"]
     return frozenset(str(codes.name) for node in nodes if (codes := node.inputs[1]) is not None)
 
 
 def _cut_session(model: ir.Model, inputs: list[ir.Value], outputs: list[ir.Value], folder: Path, options: Any) -> Any:
-    """A session of what computes these outputs; weights are read from where the whole graph has them."""
+    """Return a session of the part that computes these outputs; weights are read from the files of the whole graph."""
     from onnxscript import ir
     from onnxscript.optimizer import remove_unused_nodes
 
@@ -167,8 +167,8 @@ class Parameters:
         codes: weight codes by initializer.
         scales: scales by initializer.
         zero_points: zero points by initializer.
-        selected: scales and zero points that are no constants: the tables, by initializer, of which one row is selected
-            at run time, and values that are computed.
+        selected: names of scales and zero points that are not constant: tables, by initializer, whose rows are selected
+            at run time, and computed values.
     """
 
     codes: dict[str, npt.NDArray[np.int8]]
@@ -178,7 +178,7 @@ class Parameters:
 
 
 def parameters(path: Path) -> Parameters:
-    """Codes, scales and zero points of an exported graph, as they are on disk."""
+    """Return codes, scales and zero points of an exported graph from its files."""
     from onnxscript import ir
 
     found: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = ({}, {}, {})
@@ -196,7 +196,7 @@ def parameters(path: Path) -> Parameters:
 
 
 def _operands(node: ir.Node) -> Iterator[Sequence[ir.Value | None]]:
-    """The values, scale and zero point of what a node quantizes, dequantizes or multiplies as integers."""
+    """Yield values, scale and zero point of tensors that a node quantizes, dequantizes or multiplies as integers."""
     if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         yield node.inputs
     elif node.op_type == "MatMulInteger":
@@ -207,6 +207,6 @@ def _operands(node: ir.Node) -> Iterator[Sequence[ir.Value | None]]:
 
 
 def _source(value: ir.Value | None) -> ir.Value | None:
-    """The tensor itself, or the table that it is selected from."""
+    """Return the tensor itself, or the table that it is selected from."""
     maker = _maker(value)
     return maker.inputs[0] if maker is not None and maker.op_type == "Gather" else value

@@ -1,4 +1,4 @@
-"""Parity: an exported graph computes what its program computes, site by site and as a whole."""
+"""Parity of an exported graph with its program, site by site and as a whole."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ from qcgraph.sampling.cache_state import cached, depths, remember
 from qcgraph.sampling.conditions import in_turn
 from qcgraph.sampling.runner import step_inputs
 
-FLIPS = 1.5  # how far above the distance that flipped codes make in the program they may take a graph
-# How many times the program's own rounding another evaluation may be off. One that leaves roundings out is at most as
-# far from float64 as the program, one that makes more of them perhaps twice as far; the distances add up.
+FLIPS = 1.5  # allowed distance, as a multiple of the distance that flipped codes cause in the program
+# Allowed distance, as a multiple of the program's own rounding error. An evaluation with fewer roundings is at most as
+# far from float64 as the program, one with more roundings perhaps twice as far; the distances add up.
 ROUNDINGS = 3.0
-# Exponentials, tangents and error functions of a runtime, and products of integers that are scaled, are right to this,
-# relatively: a few units in the last place of float32, in which they are computed whatever the type around them.
+# Relative error of a runtime's exponentials, tangents, error functions and scaled integer products: a few units in the
+# last place of float32, the type of these computations whatever the type around them.
 FUNCTIONS = 16 * 2.0**-24
-NEAR = 0.5  # part of its limit from which on a result is also compared with what other legal roundings give
-STANDARD_ERRORS = 3.0  # how far above its limit a root mean square must be for certain, over the samples compared
-MAGNIFIED = 64.0  # times as much noise shows what a flip does where few samples see one
-STEPS = 4  # steps of the plan that a variant is compared at, two for large models
-SAMPLES = 256  # samples a step, fewer for large models; in a small one a rounding flips in few of them
-MACS = 10e9  # multiply-accumulates that running the samples of a step once may cost
-TOGETHER = 16  # sites whose values are held at once to compare them
-SLOWNESS = {"f16": 8}  # of PyTorch on a CPU, about; where it is slow, fewer samples are compared
+NEAR = 0.5  # share of the limit from which a result is compared with further legal roundings
+STANDARD_ERRORS = 3.0  # excess of a root mean square over its limit that is certain, given the number of samples
+MAGNIFIED = 64.0  # factor of noise that shows the effect of flips where few samples have one
+STEPS = 4  # number of steps that a variant is compared at; two for large models
+SAMPLES = 256  # per step, fewer for large models; in a small model few samples have a flip
+MACS = 10e9  # multiply-accumulates that one run of a step's samples may cost
+TOGETHER = 16  # number of sites whose values are held at once
+SLOWNESS = {"f16": 8}  # PyTorch's time on a CPU relative to float32; slow types compare fewer samples
 
 
 @dataclass(frozen=True)
 class _Margin:
-    """A distance and what it may be, both relative L2."""
+    """A distance and its limit, both relative L2."""
 
     distance: float
     limit: float
 
     @property
     def used(self) -> float:
-        """The part of the limit that the distance takes."""
+        """The distance as a share of the limit."""
         return self.distance / self.limit
 
     @property
@@ -63,18 +63,18 @@ class _Margin:
 
 
 def check_sites(program: Program, variant: str, sites: Sequence[QuantizedSite], path: Path, *, exact: bool) -> Check:
-    """Each site on its own computes what it computes in the program, given the same values.
+    """Check that each site of a graph computes the same as in the program, given the same values.
 
-    What the graph makes of them is compared with the site in float64. Where 16-bit values may be rounded or not before
-    they become codes, each choice is legal, and the nearest result counts (see `qcgraph.export.check.reference`). The
-    limit is `ROUNDINGS` times the distance of the program from float64, and what may be added by codes that lie on the
-    edge between two and by sums in 16 bits.
+    The graph's result is compared with the site in float64. Where 16-bit values may be rounded before they become
+    codes, each choice is legal, and the nearest result counts (see `qcgraph.export.check.reference`). The limit is
+    `ROUNDINGS` times the distance of the program from float64, plus the effect of codes on the edge between two and of
+    sums in 16 bits.
 
     Args:
-        program: what was exported.
-        variant: which of its variants.
-        sites: its quantized sites.
-        path: the exported graph.
+        program: the exported program.
+        variant: the name of one of its variants.
+        sites: the quantized sites of this variant.
+        path: the exported graph of this variant.
         exact: see `qcgraph.export.run.onnxruntime.session_options`.
     """
     try:
@@ -113,7 +113,7 @@ def _site_margin(
     leaving: torch.Tensor,
     found: torch.Tensor,
 ) -> _Margin:
-    """Return how near a result is to the nearest legal one, in the sample where that is closest to its limit."""
+    """Return the distance to the nearest legal result and its limit, in the sample that is closest to its limit."""
     rounding: torch.Tensor | None = None
     best = _Margin(NO_NUMBER, FUNCTIONS)
     for legal in reference.legal_results(entering, inputs):
@@ -136,18 +136,18 @@ def _norm(values: torch.Tensor) -> torch.Tensor:
 
 
 def check_outputs(program: Program, variant: str, runner: OnnxRuntimeRunner, draw: int = 0) -> Iterator[Check]:
-    """The whole graph computes what the program computes, up to the roundings that quantization amplifies.
+    """Check that a whole graph computes the same as the program, up to the roundings that quantization amplifies.
 
     Given the same codes, the two may be `ROUNDINGS` times as far apart as the program is from float64. But a difference
-    of one part in a million flips codes, in block after block, until the difference is what flips make of any: so the
-    program is run once more with its quantizers' inputs off by as much as such roundings, and the distance that makes
-    is what flips may add (see `_Flips`).
+    of one part in a million flips codes, block after block, until the flips decide the distance. So the program runs
+    once more with an error of the size of such roundings in the inputs of its quantizers, and flips may add the
+    resulting distance (see `_Flips`).
 
     Args:
-        program: what was exported.
-        variant: which of its variants.
+        program: the exported program.
+        variant: the name of one of its variants.
         runner: runs the exported graphs.
-        draw: which random input is compared.
+        draw: the number of the random input.
     """
     found_at: dict[str, list[float]] = {}
     roundings: dict[str, list[float]] = {}
@@ -183,23 +183,23 @@ def check_outputs(program: Program, variant: str, runner: OnnxRuntimeRunner, dra
 
 
 class _Flips:
-    """How far off codes that flip make an output, over samples.
+    """The distances that flipped codes cause in an output, over samples.
 
-    In a small model few samples see a flip, perhaps none in the program and one in the graph. Times as much noise makes
-    as many times more of them, so that their size is seen where they are rare; where they are not, they add up to less
-    than that many times as much.
+    In a small model few samples have a flip, perhaps none in the program and one in the graph. Under a multiple of the
+    noise that multiple of samples has one, so rare flips show their size too. Where flips are frequent, their effect
+    grows by less than that multiple.
     """
 
     def __init__(self) -> None:
         self._distances: dict[float, list[float]] = {}
 
     def add(self, distances: Sequence[float], magnified: float) -> None:
-        """Add the relative L2 distances of samples whose quantizers saw so many times the noise."""
+        """Add the relative L2 distances of samples whose quantizers saw a multiple of the noise."""
         self._distances.setdefault(magnified, []).extend(distances)
 
     @property
     def is_rare(self) -> bool:
-        """Whether fewer samples flipped than so many times the noise would flip in all of them."""
+        """Whether so few samples flipped that not even `MAGNIFIED` times the noise would flip all of them."""
         distances = self._distances[1.0]
         return bool(np.count_nonzero(distances) * MAGNIFIED < len(distances))
 
@@ -219,7 +219,7 @@ class _Flips:
         return max((max(distances) for distances in self._distances.values()), default=0.0)
 
     def _moment(self, power: int) -> float:
-        """Return a moment of the distances, the larger of what either noise says."""
+        """Return a moment of the distances, the larger one of both amounts of noise."""
         moments = (np.mean(np.power(values, power)) / times for times, values in self._distances.items())
         return float(max(moments, default=0.0))
 
@@ -227,8 +227,8 @@ class _Flips:
 def _limit(roundings: Sequence[float], flips: _Flips) -> float:
     """Return what the root mean square of the distances must not exceed.
 
-    Roundings are alike in all samples. Flips are events: as many of them may come as are expected, some standard
-    errors more, and one more, which is what a number below one means.
+    Roundings are alike in all samples. Flips are events: the expected number of them may come, plus some standard
+    errors, plus one, because an expected number below one still means that one may come.
     """
     count, rounded = len(roundings), ROUNDINGS**2 * np.square(roundings)
     flipped = flips.mean_square + (STANDARD_ERRORS * np.sqrt(flips.variance * count) + flips.largest**2) / count
@@ -236,7 +236,7 @@ def _limit(roundings: Sequence[float], flips: _Flips) -> float:
 
 
 def _steps(program: Program, variant: str) -> list[int]:
-    """Return steps of the plan that run a variant or are prepared by it, spread over it."""
+    """Return steps of the plan that run a variant or are prepared by it, spread over the plan."""
     plan = program.facts[StepPlan]
     steps = [index for index, step in enumerate(plan.steps) if step.variant == plan.serves(variant)]
     count = min(len(steps), STEPS if _macs(program) < MACS else STEPS // 2)
@@ -244,16 +244,16 @@ def _steps(program: Program, variant: str) -> list[int]:
 
 
 def _macs(program: Program) -> int:
-    """Multiply-accumulates of the largest variant for a batch of one; it is also what makes the others' caches."""
+    """Return the multiply-accumulates of the largest variant for a batch of one; it also computes all cached values."""
     return max(macs_by_variant(program.variants).values())
 
 
 def _inputs(
     program: Program, variant: str, step: int, samples: int, generator: np.random.Generator
 ) -> dict[str, torch.Tensor]:
-    """Return inputs of one step: noise as the latent, conditions in turn, and what computing steps cache of that.
+    """Return inputs of one step: noise as the latent, conditions in turn, and cached values that belong to them.
 
-    Where variants take both halves of guidance in one batch, the number of samples is even.
+    The number of samples is even where variants take both halves of guidance in one batch.
     """
     spec = program.facts[ModelSpec]
     if program.facts[StepPlan].restores_half:
@@ -270,7 +270,7 @@ def _without_caches(program: Program, variant: str, step: int, latent: torch.Ten
 
 
 def _caches(program: Program, variant: str, step: int, latent: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the cached values that a variant takes, as the steps that computed last before a step leave them."""
+    """Return the cached values that a variant takes, as the last computing steps before a step leave them."""
     taken = program.interfaces[variant].taken(TensorRole.CACHE)
     if not taken:
         return {}
@@ -285,7 +285,7 @@ def _caches(program: Program, variant: str, step: int, latent: torch.Tensor) -> 
 
 
 def _distances(found: npt.NDArray[np.floating[Any]], expected: npt.NDArray[np.floating[Any]]) -> list[float]:
-    """Relative L2 distance per sample."""
+    """Return the relative L2 distance of each sample."""
     wide = [values.astype(np.float64).reshape(len(values), -1) for values in (found, expected)]
     norms = np.maximum(np.linalg.norm(wide[1], axis=1), np.finfo(np.float32).tiny)
     distances = np.linalg.norm(wide[0] - wide[1], axis=1) / norms

@@ -1,8 +1,8 @@
-"""References in float64: how large the rounding of a program is, and which codes a quantizer may legally make.
+"""References in float64: the size of a program's rounding errors, and the codes that a quantizer may legally make.
 
-An exported graph and its program compute the same in the same type, and yet round elsewhere: a runtime may keep a value
-wide between two operators, round a quotient that the program does not round, or add in another order. What both
-differ from is the program in float64, and the program's own distance from that is the size of such roundings.
+An exported graph and its program compute the same in the same type, and yet round at different places: a runtime may
+keep a value wide between two operators, round a quotient that the program does not round, or add in another order. Both
+differ from the program in float64, and the program's own distance from it is the size of such roundings.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ aten = torch.ops.aten
 ops = torch.ops.qcgraph
 QUANTIZES = (ops.quantize.default, ops.quantize_regions.default)
 WIDENED = (torch.float32, torch.float16, torch.bfloat16)
-# How far quotients in float32 may be apart, relatively: a division, a multiplication by the reciprocal, or both fused.
+# Largest relative distance of float32 quotients: by division, by multiplication with the reciprocal, or both fused.
 QUOTIENT = 4 * 2.0**-24
 
 
@@ -33,17 +33,17 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 class Shadowed(fx.Interpreter):
-    """Run a variant as it is and, beside it, in float64 with the codes of the first.
+    """Runs a variant in its own types and, beside it, in float64 with the same codes.
 
-    Without rounding to codes a program is continuous, so the two stay as close as the roundings of its operators are
-    large.
+    A program without rounding to codes is continuous, so both runs stay as close as the roundings of the operators
+    allow.
 
     Args:
-        program: what to run.
-        variant: which of its variants.
+        program: the program to run.
+        variant: the name of one of its variants.
 
     Attributes:
-        rounding: quantizer -> relative L2 distance of what enters it from the same in float64.
+        rounding: quantizer -> relative L2 distance of its input from the same value in float64.
     """
 
     def __init__(self, program: Program, variant: str) -> None:
@@ -53,7 +53,7 @@ class Shadowed(fx.Interpreter):
         self.rounding: dict[str, float] = {}
 
     def outputs(self, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Run both; return the outputs by name, of the program and in float64."""
+        """Run both, and return the outputs by name: those of the program, and those in float64."""
         with torch.no_grad():
             found = self.run(*(inputs[name] for name in self._names.input_names))
         output = next(node for node in self._wide if node.op == "output")
@@ -72,7 +72,7 @@ class Shadowed(fx.Interpreter):
         return value
 
     def _in_float64(self, node: fx.Node, value: Any) -> Any:
-        """Return the value of a node in float64; codes, indices and choices are those of the program."""
+        """Return the value of a node in float64; codes, indices and choices are the program's."""
         if node.op in ("placeholder", "get_attr"):
             return widened(value)
         if isinstance(value, torch.Tensor) and (node.target in QUANTIZES or not value.is_floating_point()):
@@ -86,14 +86,14 @@ class Shadowed(fx.Interpreter):
 
 
 class Perturbed(fx.Interpreter):
-    """Run a variant whose quantizers see values that are a little off, as those of another implementation are.
+    """Runs a variant whose quantizers see values with a small error, as other implementations have it.
 
     Args:
-        program: what to run.
-        variant: which of its variants.
-        rounding: quantizer -> how far off its input is, relative to its root mean square.
-        generator: makes the noise.
-        magnified: how many times as much noise is made, of which that many times as many codes flip.
+        program: the program to run.
+        variant: the name of one of its variants.
+        rounding: quantizer -> error of its input, relative to the input's root mean square.
+        generator: draws the noise.
+        magnified: factor of the noise, and with it of the number of flipped codes.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Perturbed(fx.Interpreter):
         self._magnified = magnified
 
     def outputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run it; return the outputs by name."""
+        """Run the variant, and return its outputs by name."""
         with torch.no_grad():
             found = self.run(*(inputs[name] for name in self._names.input_names))
         return dict(zip(self._names.output_names, found, strict=True))
@@ -121,7 +121,7 @@ class Perturbed(fx.Interpreter):
             return super().run_node(n)
         (value, *parameters), _ = self.fetch_args_kwargs_from_env(n)
         wide = value.float()
-        # Quotients may be rounded too, each by its size. Zeros are exact, as those of the other region are.
+        # Quotients may be rounded too, each by its size. Zeros are exact, such as those of the other region.
         size = torch.hypot(wide * unit_roundoff(value.dtype), self._rounding[n.name] * wide.square().mean().sqrt())
         noise = torch.randn(wide.shape, generator=self._generator) * size * (wide != 0) * self._magnified
         return n.target((wide + noise).to(value.dtype), *parameters)
@@ -129,14 +129,14 @@ class Perturbed(fx.Interpreter):
 
 @dataclass(frozen=True)
 class LegalResult:
-    """What a site computes in float64 of codes that are legal.
+    """The result of a site in float64 for legal codes.
 
     Attributes:
         result: the result, f64.
-        edges: how far off each element may be because codes may be one step apart, where a quotient is within float32's
-            rounding of the edge between two.
-        sums: how far off each element may be, as a standard deviation, because a sum may be rounded to 16 bits after
-            every addition; 0 in float32.
+        edges: error of each element from codes that may be one step apart, where a quotient is within float32's
+            rounding of the edge between two codes.
+        sums: error of each element, as a standard deviation, from sums that may be rounded to 16 bits after every
+            addition; 0 in float32.
     """
 
     result: torch.Tensor
@@ -147,13 +147,13 @@ class LegalResult:
 class SiteReference:
     """A quantized site in float64.
 
-    A runtime may round what a ratio of scales divides, and the quotient that is rounded to a code, or not: in 16 bits
-    each choice makes other codes, because numbers there are as far apart as a sixteenth of a step. Everything after the
-    codes is continuous.
+    A runtime may round the value that a ratio of scales divides, and the quotient that becomes a code, or may not. In
+    16 bits each choice makes other codes, because numbers there are as far apart as a sixteenth of a step. Everything
+    after the codes is continuous.
 
     Args:
-        program: what the site is in.
-        variant: in which of its variants.
+        program: the program of the site.
+        variant: the variant of the site.
         site: the site.
     """
 
@@ -164,11 +164,11 @@ class SiteReference:
         self._dtype = DTYPES[site.dtype]
 
     def legal_results(self, entering: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> Iterator[LegalResult]:
-        """Yield the results that may be, that of the program first; equal ones once.
+        """Yield the possible results, the program's first; equal ones once.
 
         Args:
-            entering: the value that enters, in the type of the site.
-            inputs: those of the variant, the timestep group among them.
+            entering: the entering value, in the type of the site.
+            inputs: the inputs of the variant, among them the timestep group.
         """
         regions = any(node.target is ops.quantize_regions.default for node in self._nodes)
         choices = [(True, regions), (True, not regions), (False, regions), (False, not regions)]
@@ -185,7 +185,7 @@ class SiteReference:
     ) -> tuple[dict[fx.Node, Any], _Quotients]:
         """Return the values up to the quantizer, by node, and its quotients."""
         values: dict[fx.Node, Any] = {}
-        following: set[fx.Node] = set()  # depends on what enters
+        following: set[fx.Node] = set()  # nodes that depend on the entering value
         for node in self._nodes:
             if node.name == self.site.entering:
                 values[node] = entering.double()
@@ -204,7 +204,7 @@ class SiteReference:
         raise AssertionError(f"{self.site.name} has no quantizer")
 
     def _result(self, values: dict[fx.Node, Any], quotients: _Quotients) -> LegalResult:
-        """Compute what follows the codes."""
+        """Compute the site's result from its codes."""
         edges, sums, factor = torch.zeros(()), torch.zeros(()), torch.ones(())
         for node in self._nodes:
             if node in values:
@@ -223,15 +223,15 @@ class SiteReference:
     def _variances(
         self, product: fx.Node, values: Mapping[fx.Node, Any], quotients: _Quotients
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return how far off elements of a product may be, squared: by codes on an edge, and by sums in 16 bits."""
+        """Return the squared errors of a product's elements: from codes on an edge, and from sums in 16 bits."""
         activation, factor = (values[node].float() for node in product.all_input_nodes[:2])
         squares = (factor.t() if product.target is aten.linear.default else factor).square()
         steps = quotients.steps_on_edge()
         edges = steps.float().square() @ squares if bool(steps.any()) else torch.zeros(())
         if self._dtype is torch.float32:
             return edges, torch.zeros(())
-        # Partial sums of K terms t grow like those of a walk, sum_j S_j^2 = K/2 (sum t^2 + S^2). Each is rounded once,
-        # by a sixth of the unit roundoff squared on average: uniform, over numbers whose logarithm is uniform.
+        # Partial sums of K terms t grow like a random walk, sum_j S_j^2 = K/2 (sum t^2 + S^2). Each is rounded once,
+        # with a mean square of a sixth of the unit roundoff squared: uniform, over numbers whose logarithm is uniform.
         partial = len(squares) / 2 * (activation.square() @ squares + values[product].square())
         return edges, unit_roundoff(self._dtype) ** 2 / 6 * partial
 
@@ -241,8 +241,8 @@ class _Quotients:
 
     Args:
         node: the quantizer.
-        values: of the nodes before it, in float64.
-        dtype: what quotients are rounded to.
+        values: the values of the nodes before it, in float64.
+        dtype: the type that quotients are rounded to.
     """
 
     def __init__(self, node: fx.Node, values: Mapping[fx.Node, Any], dtype: torch.dtype) -> None:
@@ -257,7 +257,7 @@ class _Quotients:
         """Return the codes of the quotients times a factor, rounded to their type."""
         quotients = (self._exact * factor).to(self._dtype).double()
         low, high = self._limits[:2]
-        if self._zero_point.is_floating_point():  # of 8 bits
+        if self._zero_point.is_floating_point():  # 8-bit floating point
             return quotients.clamp(low, high).float().to(self._zero_point.dtype)
         zero = self._zero_point.double()
         if self.node.target is ops.quantize_regions.default:
@@ -269,20 +269,20 @@ class _Quotients:
         return codes.clamp(low, high).to(self._zero_point.dtype)
 
     def steps_on_edge(self) -> torch.Tensor:
-        """Return how far apart dequantized codes are that float32's rounding decides between; 0 for most."""
+        """Return the distance of the two dequantized codes between which float32's rounding decides; 0 for most."""
         below, above = (self.codes(factor).float() for factor in (1 - QUOTIENT, 1 + QUOTIENT))
         return (above - below).abs() * self._scale
 
 
 def widened(value: Any) -> Any:
-    """Return tensors of 16 and 32 bits of floating point in float64, in tuples too, and anything else as it is."""
+    """Return floating-point tensors of 16 and 32 bits in float64, in tuples too, and anything else unchanged."""
     if isinstance(value, (tuple, list)):
         return type(value)(widened(item) for item in value)
     return value.double() if isinstance(value, torch.Tensor) and value.dtype in WIDENED else value
 
 
 def _called(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    """Return what an operator makes of values in float64; where it names a floating-point type, it keeps this one."""
+    """Return the result of an operator in float64; any floating-point type among its arguments becomes float64."""
 
     def wide(argument: Any) -> Any:
         return torch.float64 if argument in WIDENED else argument
@@ -295,7 +295,7 @@ def _called(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
 
 
 def _between(variant: Variant, site: QuantizedSite) -> list[fx.Node]:
-    """Return the nodes that a site's result depends on, from what enters it on, in order."""
+    """Return the nodes that a site's result depends on, from the entering value on, in order."""
     nodes = {node.name: node for node in variant.graph.nodes}
     needed, waiting = set(), [nodes[site.leaving]]
     while waiting:

@@ -1,4 +1,4 @@
-"""Checks of exported graphs: what ONNX Runtime makes of them, and that they compute what the program computes."""
+"""Checks of exported graphs: their kernels in ONNX Runtime, their parameters, and parity with the program."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qcgraph.progress import Progress
 
 CONSTANT_SCALES = "constant scales"
 KERNEL = "MatMulIntegerToFloat"
-BIAS = 6  # its input
+BIAS = 6  # input of this kernel
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm")
 VIEWS = ("Transpose", "Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze")
 
@@ -34,14 +34,14 @@ def verify_export(
     """Check the exported graphs of a program.
 
     Args:
-        program: what was exported; it holds a step plan, whose steps give timesteps, groups and rows.
-        folder: where the graphs and their weights are.
-        target: what it was exported for.
+        program: the exported program, which holds a step plan; its steps give timesteps, groups and rows.
+        folder: the folder of the graphs and their weights.
+        target: the target that it was exported for.
         interfaces: inputs and outputs by variant.
         progress: reports the variants.
 
     Returns:
-        Every check that was made, passed or not. None for a target without ONNX graphs.
+        Every check that was made, passed or failed; none for a target without ONNX graphs.
 
     Raises:
         BundleError: ONNX Runtime cannot load a graph.
@@ -49,14 +49,14 @@ def verify_export(
     if not target.emits_onnx:
         return ()
     precision = precision_of(program.facts)
-    runner = open_runner(target, Exported(program, folder, interfaces), ONNXRUNTIME)  # what every graph is checked in
-    assert isinstance(runner, OnnxRuntimeRunner)  # it gives all outputs of a variant
+    runner = open_runner(target, Exported(program, folder, interfaces), ONNXRUNTIME)  # it runs every check
+    assert isinstance(runner, OnnxRuntimeRunner)  # only this runner gives all outputs of a variant
     checks: list[Check] = []
     for variant in progress.track(list(program.variants), "verifying"):
         path = folder / f"{variant}.onnx"
         sites = quantized_sites(program, variant)
         if precision == "f32":
-            checks.append(_check_kernels(program, variant, sites, path))  # there are none in 16 bits
+            checks.append(_check_kernels(program, variant, sites, path))  # int8 kernels do not exist in 16 bits
         if sites:
             found = list(_check_parameters(variant, parameters(path), target))
             checks += found
@@ -77,7 +77,7 @@ def _not_run(variant: str, precision: str) -> Check:
 
 
 def _check_kernels(program: Program, variant: str, sites: Sequence[QuantizedSite], path: Path) -> Check:
-    """Every planned linear runs in int8, its bias included where it can be; nothing dequantized is multiplied."""
+    """Check that planned linears run in int8, with biases where possible, and no product takes dequantized values."""
     optimized, integers = OptimizedGraph.of(path), multiplied_integers(path)
     plan = program.facts.get(QuantPlan)
     planned = set(plan.sites) if plan else set()
@@ -108,7 +108,7 @@ def _check_kernels(program: Program, variant: str, sites: Sequence[QuantizedSite
 
 
 def _dequantized_products(optimized: OptimizedGraph) -> Iterator[str]:
-    """Floating-point products of dequantized values."""
+    """Yield the floating-point products of dequantized values."""
     makers = {name: node for node in optimized.nodes for name in node.outputs}
     for node in optimized.nodes:
         for name in node.inputs if node.op in PRODUCTS else ():
@@ -121,7 +121,7 @@ def _dequantized_products(optimized: OptimizedGraph) -> Iterator[str]:
 
 
 def _check_parameters(variant: str, found: Parameters, target: Target) -> Iterator[Check]:
-    """Weight codes that the kernels multiply exactly, and scales and zero points that mean something."""
+    """Check that kernels multiply the weight codes exactly, and that scales and zero points are valid."""
     integers = {name: codes for name, codes in found.codes.items() if codes.dtype == np.int8}
     largest = {name: int(np.abs(codes.astype(np.int16)).max()) for name, codes in integers.items()}
     over = [name for name, value in largest.items() if value > target.weight_high]

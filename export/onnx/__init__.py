@@ -1,1 +1,1 @@
-"""Writing the variants of a program as ONNX graphs."""
+"""Export of the variants of a program as ONNX graphs."""

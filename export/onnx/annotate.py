@@ -1,8 +1,8 @@
-"""What viewers show of an exported graph: the module that each node comes from, and the type of every value.
+"""Annotations of an exported graph for viewers: the module of each node, and the type of every value.
 
-PyTorch's exporter remembers both, and more: stack traces with the paths of this machine, and shapes from before graphs
-were rewritten. Nothing of that is kept. Places come from the nodes of the program, and types from these and from ONNX's
-own inference over the final graph, so that they are never those of another graph.
+PyTorch's exporter records both, and more: stack traces with paths of this machine, and shapes from before graphs were
+rewritten. All of these records are replaced. Modules come from the nodes of the program, and types from these nodes and
+from ONNX's own inference over the final graph, so that they always describe this graph.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     import onnx
     from onnxscript import ir
 
-SCOPES = "pkg.torch.onnx.name_scopes"  # the modules around a node from the root on, then its name: PyTorch's key
+SCOPES = "pkg.torch.onnx.name_scopes"  # PyTorch's key: the modules around a node from the root on, then its name
 NAMESPACE = "namespace"  # the same as folders, for Model Explorer
-_INVENTED = "unk__"  # how ONNX's inference begins the names of dimensions that it does not know
+_INVENTED = "unk__"  # prefix of ONNX's inference for names of unknown dimensions
 
 
 def place_nodes(model: ir.Model, variant: Variant, sources: Mapping[str, str]) -> None:
-    """Replace what the exporter says of where nodes come from by what the program says.
+    """Replace the exporter's records of where nodes come from by those of the program.
 
     Args:
-        model: the exported model; is changed in place, and holds no stack traces afterwards.
-        variant: what was exported.
+        model: the exported model, which is changed in place and holds no stack traces afterwards.
+        variant: the exported variant.
         sources: the names of the program's nodes by those of the nodes that the exporter names.
     """
     paths = {node.name: module_path(node) for node in variant.graph.nodes}
@@ -52,7 +52,7 @@ def place_nodes(model: ir.Model, variant: Variant, sources: Mapping[str, str]) -
 
 
 def keep_place(replaced: ir.Node, *made: ir.Node) -> None:
-    """Let nodes that replace one come from where that came from."""
+    """Give nodes that replace a node the module and source of the replaced one."""
     for node in made:
         node.metadata_props.update(replaced.metadata_props)
 
@@ -66,9 +66,9 @@ def emitted_for(graph: ir.Graph) -> dict[str, list[ir.Node]]:
 
 
 def name_nodes(model: ir.Model) -> None:
-    """Call nodes as their module, and then as the program's node or the value that they make.
+    """Name nodes by their module, and then by the program's node or the value that they compute.
 
-    Such as ``blocks.3.attn.qkv/matmul``, and ``blocks.3.attn.qkv/matmul/MatMulInteger`` for a part of it.
+    Examples are ``blocks.3.attn.qkv/matmul``, and ``blocks.3.attn.qkv/matmul/MatMulInteger`` for a part of it.
     """
     taken: set[str] = set()
     for node in model.graph.all_nodes():
@@ -87,7 +87,7 @@ def name_nodes(model: ir.Model) -> None:
 
 
 def value_specs(variant: Variant) -> dict[str, TensorSpec]:
-    """The types of the values of a program by their names; without symbolic dimensions where its batch is not ``B``."""
+    """Return the types of a program's values by name; without symbolic dimensions where its batch is not ``B``."""
     nodes = {node.name: node for node in variant.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)}
     found = {name: spec_of(name, node.meta["val"]) for name, node in nodes.items()}
     inputs = [spec for spec in variant.interface.inputs if spec.name in found]
@@ -97,11 +97,11 @@ def value_specs(variant: Variant) -> dict[str, TensorSpec]:
 
 
 def record_types(proto: onnx.ModelProto, specs: Mapping[str, TensorSpec]) -> None:
-    """Write the type and shape of every intermediate value into a graph, as they are now.
+    """Write the present type and shape of every intermediate value into a graph.
 
     Args:
-        proto: the final graph; is changed in place.
-        specs: what is known of values by their names. It is not believed where the graph says otherwise.
+        proto: the final graph, which is changed in place.
+        specs: known types of values by name, used only where they agree with the graph.
     """
     import onnx
 
@@ -111,12 +111,12 @@ def record_types(proto: onnx.ModelProto, specs: Mapping[str, TensorSpec]) -> Non
     del graph.value_info[:]
     try:
         inferred = _inferred(proto)
-    except onnx.shape_inference.InferenceError:  # the check of the file says what is wrong
+    except onnx.shape_inference.InferenceError:  # the later check of the file reports the error
         return
     for name in sorted(made & specs.keys()):
         if value := _agreed(specs[name], inferred.get(name)):
             graph.value_info.append(value)
-    with suppress(onnx.shape_inference.InferenceError):  # dimensions that depend on one another: keep what is inferred
+    with suppress(onnx.shape_inference.InferenceError):  # dimensions that depend on one another: keep the first result
         inferred = _inferred(proto)
     del graph.value_info[:]
     for name in dict.fromkeys(name for node in graph.node for name in node.output):
@@ -125,7 +125,7 @@ def record_types(proto: onnx.ModelProto, specs: Mapping[str, TensorSpec]) -> Non
 
 
 def _inferred(proto: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
-    """What ONNX's inference finds; dimensions that it does not know have no name."""
+    """Return the types that ONNX's inference finds; unknown dimensions have no name."""
     import onnx
 
     found = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True).graph.value_info
@@ -137,7 +137,7 @@ def _inferred(proto: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
 
 
 def _agreed(spec: TensorSpec, inferred: onnx.ValueInfoProto | None) -> onnx.ValueInfoProto | None:
-    """The type of the program, unless the graph is known to make another."""
+    """Return the type of a value in the program, unless it contradicts the type in the graph."""
     import onnx
     from onnxscript import ir
 

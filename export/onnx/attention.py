@@ -1,7 +1,7 @@
-"""Attention as ONNX Runtime runs it: heads stay where the projection puts them, and masks have all their axes.
+"""Attention in the form that ONNX Runtime runs: heads stay where the projection puts them, and masks have all axes.
 
 Models split the projected values into heads and transpose them to [B,H,N,D] before the product, and back after it.
-ONNX's Attention (opset 23) also takes [B,N,H*D] and a number of heads, and then nothing has to be moved.
+ONNX's Attention (opset 23) also takes [B,N,H*D] and a number of heads, which needs no transpose.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ PARTS = 3  # query, key and value, in this order
 
 
 def keep_heads_in_place(model: ir.Model) -> int:
-    """Rewrite every Attention between such transposes into one on parts of the packed projection.
+    """Rewrite every Attention between such transposes to one on parts of the packed projection.
 
     Args:
-        model: is changed in place; values that remain keep their names.
+        model: the model, which is changed in place; remaining values keep their names.
 
     Returns:
-        How many were rewritten. What does not have exactly this form is left as it is.
+        The number of rewritten ones. An Attention in any other form is left as it is.
     """
     from onnxscript.optimizer import remove_unused_nodes
 
@@ -37,16 +37,16 @@ def keep_heads_in_place(model: ir.Model) -> int:
 
 
 def expand_masks(model: ir.Model) -> int:
-    """Give the masks of every Attention the number of queries and keys, and no rank that it does not take.
+    """Give the masks of every Attention the axes of queries and keys, and a rank that the operator takes.
 
     PyTorch broadcasts masks of any shape to [B,H,Q,L]; the operator takes ranks 2 to 4, and ONNX Runtime's kernel does
     not broadcast the axis of queries. Masks of rank 2 that have both axes are left as they are.
 
     Args:
-        model: is changed in place.
+        model: the model, which is changed in place.
 
     Returns:
-        How many masks were expanded.
+        The number of expanded masks.
     """
     return sum(_expand_mask(model.graph, node) for node in list(model.graph) if node.op_type == "Attention")
 
@@ -97,7 +97,7 @@ def _rewrite(graph: ir.Graph, attention: ir.Node) -> bool:
 
 
 def _unpacked(attention: ir.Node) -> tuple[ir.Value, int] | None:
-    """The packed projection [B,N,3*H*D] whose parts enter, and the number of heads."""
+    """Return the packed projection [B,N,3*H*D] whose parts enter an Attention, and the number of heads."""
     parts = [_part(value) for value in attention.inputs]
     transposes = {part[0] for part in parts if part is not None}
     if len(transposes) != 1 or [part and part[1] for part in parts] != list(range(PARTS)):
@@ -114,7 +114,7 @@ def _unpacked(attention: ir.Node) -> tuple[ir.Value, int] | None:
 
 
 def _part(value: ir.Value | None) -> tuple[ir.Node, int] | None:
-    """The transpose that a value is one slice of along the first axis, and which one."""
+    """Return the transpose whose slice along the first axis a value is, and the index of the slice."""
     from onnxscript import ir
 
     squeeze = _maker(value)
@@ -130,7 +130,7 @@ def _part(value: ir.Value | None) -> tuple[ir.Node, int] | None:
 
 
 def _flattening(attention: ir.Node) -> ir.Node | None:
-    """The reshape to [B,N,H*D] that ends what follows, when nothing else uses what is between."""
+    """Return the reshape to [B,N,H*D] after an attention and its transpose, where neither has another user."""
     transpose = _only_user(attention.outputs[0])
     if transpose is None or transpose.op_type != "Transpose" or _permutation(transpose) != FROM_HEADS:
         return None

@@ -1,4 +1,4 @@
-"""From a program to ONNX: one graph a variant, all of them on the one weights file of the bundle."""
+"""Export of a program to ONNX: one graph for each variant, all with the one weights file of the bundle."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import onnx
     from onnxscript import ir
 
-INLINE_BYTES = 1024  # what the exporter made and is larger than this goes into the weights file
-PRECISION_OPSET = 23  # from which on QuantizeLinear has the attribute
+INLINE_BYTES = 1024  # larger tensors of the exporter go into the weights file
+PRECISION_OPSET = 23  # first opset in which QuantizeLinear has the attribute ``precision``
 
 
 def emit_onnx(
@@ -39,26 +39,26 @@ def emit_onnx(
     heads_in_place: bool = True,
     quantizers_apart: bool = False,
 ) -> tuple[str, ...]:
-    """Write the program, its weights, and an ONNX graph of every variant into a folder that exists.
+    """Write the program, its weights, and an ONNX graph of every variant into an existing folder.
 
-    The graphs hold no weights of their own: they refer into ``weights.safetensors``, where each tensor of the program
-    stands once. Names of inputs and outputs are those of the interface; a value that is the value of a node of the
-    program has that node's name.
+    The graphs hold no weights of their own: they refer to ``weights.safetensors``, which holds each tensor of the
+    program once. Inputs and outputs have the names of the interface. A value that a node of the program computes has
+    this node's name.
 
     Args:
-        program: what to export.
-        folder: where ``program.json``, ``weights.safetensors`` and ``<variant>.onnx`` are written.
+        program: the program to export.
+        folder: the folder for ``program.json``, ``weights.safetensors`` and ``<variant>.onnx``.
         opset: the ONNX opset.
         progress: reports the variants.
         integer_products: whether quantized products multiply integers (see `qcgraph.export.targets.Target`).
-        heads_in_place: whether attention takes its heads where the projection puts them (see there).
-        quantizers_apart: whether every product has a quantizer of its own (see `part_quantizers`).
+        heads_in_place: whether attention takes its heads where the projection puts them (see `Target` too).
+        quantizers_apart: whether every product has its own quantizer (see `part_quantizers`).
 
     Returns:
         The names of the graph files.
 
     Raises:
-        QcgraphError: a variant cannot be exported; says which node and why.
+        QcgraphError: a variant cannot be exported; names the node and the reason.
     """
     models = {}
     for variant in program.variants:
@@ -79,10 +79,10 @@ def emit_onnx(
 
 
 def tensor_places(path: Path) -> dict[str, tuple[int, int]]:
-    """Offset and length in bytes of every tensor in a safetensors file.
+    """Return offset and length in bytes of every tensor in a safetensors file.
 
-    The file is the length of a JSON header (8 bytes, little-endian), the header, and the raw tensors, whose offsets in
-    the header count from its end.
+    The file consists of the length of a JSON header (8 bytes, little-endian), the header, and the raw tensors. The
+    offsets in the header count from the header's end.
     """
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -96,7 +96,7 @@ def tensor_places(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def _translate(program: Program, variant: str, opset: int, *, integer_products: bool, heads_in_place: bool) -> ir.Model:
-    """One variant as an ONNX model whose initializers are, in memory, the tensors of the program."""
+    """Return one variant as an ONNX model whose initializers are, in memory, the tensors of the program."""
     from onnxscript import ir
 
     interface = program.variants[variant].interface
@@ -119,10 +119,10 @@ def _translate(program: Program, variant: str, opset: int, *, integer_products: 
 
 
 def _part_zero_points(model: ir.Model) -> None:
-    """Let no two weights share a zero point: ONNX Runtime, told to multiply exactly, cannot convert a shared one.
+    """Make sure that no two weights share a zero point, since ONNX Runtime cannot convert a shared one exactly.
 
-    In float32 they are left out, as they are 0 by default. In 16 bits, where ONNX Runtime has no integer kernel and
-    dequantizes what it has converted, it then needs as many as there are channels: each gets its own (see
+    In float32 zero points of 0 are left out, as they are the default. In 16 bits ONNX Runtime has no integer kernel and
+    dequantizes converted weights, which requires a zero point for every channel: each weight gets its own (see
     `qcgraph.export.run.onnxruntime.session_options`).
     """
     from onnxscript import ir
@@ -146,11 +146,11 @@ def _part_zero_points(model: ir.Model) -> None:
 
 
 def part_quantizers(model: ir.Model) -> None:
-    """Give every product that shares a quantized activation with others a quantizer of its own.
+    """Give every product that shares a quantized activation with other products its own quantizer.
 
-    ONNX Runtime computes int8 activations as uint8, and does so only where one node reads the codes; where several do,
-    it multiplies them in floating point. Equal nodes are merged again when a graph is loaded, so the copies differ in
-    the attribute ``axis``, which means nothing where the scale is one number.
+    ONNX Runtime computes int8 activations as uint8, but only where one node reads the codes; where several nodes do, it
+    multiplies them in floating point. Loading a graph merges equal nodes, so the copies differ in the attribute
+    ``axis``, which has no effect on a scale of one number.
     """
     from onnxscript import ir
 
@@ -182,10 +182,11 @@ def part_quantizers(model: ir.Model) -> None:
 
 
 def _divide_in_float32(model: ir.Model) -> None:
-    """Let quantizers of 16 bits divide in float32, as the program does, where the opset can say so.
+    """Make quantizers of 16 bits divide in float32, as in the program, where the opset can express this.
 
-    By default the type of the scale is that of the quotient, whose spacing in 16 bits is up to a sixteenth of a step of
-    8 bits: runtimes that obey that (ONNX Runtime from 1.32 on) then make other codes of up to one value in a hundred.
+    By default the quotient has the type of the scale, whose spacing in 16 bits is up to a sixteenth of a step of 8
+    bits. Runtimes that follow the default (ONNX Runtime from 1.32 on) then make other codes of up to one value in a
+    hundred.
     """
     from onnxscript import ir
 
@@ -210,7 +211,7 @@ def _rename(model: ir.Model, names: Mapping[str, str], constants: Mapping[str, t
 
 
 class _Tensors:
-    """Decides which initializers go into the weights file, and under which names."""
+    """The choice of the initializers that go into the weights file, and of their names there."""
 
     def __init__(self, program: Program) -> None:
         self.exported: dict[str, torch.Tensor] = {}
@@ -218,7 +219,7 @@ class _Tensors:
         self._by_digest: dict[str, str] = {}
 
     def place(self, model: ir.Model, variant: str) -> dict[str, str]:
-        """Initializer -> its name in the weights file; what is not in it stays in the graph."""
+        """Return initializer -> its name in the weights file; initializers without a name there stay in the graph."""
         names = {}
         for name, value in model.graph.initializers.items():
             content = value.const_value
@@ -230,14 +231,14 @@ class _Tensors:
         return names
 
     def _add(self, tensor: torch.Tensor, name: str) -> str:
-        """The name of an equal tensor that is there already, else this one."""
+        """Return the name of an equal tensor that is stored already, else the given name."""
         known = self._by_digest.setdefault(tensor_digest(tensor), name)
         self.exported.setdefault(known, tensor)
         return known
 
 
 def _as_torch(content: ir.TensorProtocol) -> torch.Tensor:
-    """A copy as a tensor, also of types that NumPy itself does not have."""
+    """Return a copy as a torch tensor, also of types that NumPy itself does not have."""
     from onnxscript import ir
 
     array = content.numpy().copy()
@@ -264,7 +265,7 @@ def _write(model: ir.Model, path: Path, specs: Mapping[str, TensorSpec]) -> None
     """Write a graph and check it.
 
     Raises:
-        QcgraphError: it is not valid ONNX.
+        QcgraphError: the graph is not valid ONNX.
     """
     import onnx
     from onnxscript import ir
@@ -281,7 +282,7 @@ def _write(model: ir.Model, path: Path, specs: Mapping[str, TensorSpec]) -> None
 
 
 def _tidy(proto: onnx.ModelProto) -> None:
-    """Drop what the exporter remembers, paths of source files among it, but for where nodes come from."""
+    """Drop the exporter's records, such as paths of source files, except those of the modules of nodes."""
     proto.producer_name, proto.producer_version = "qcgraph", metadata.version("qcgraph")
     proto.ClearField("doc_string")
     del proto.metadata_props[:], proto.graph.metadata_props[:]

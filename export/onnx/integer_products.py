@@ -1,8 +1,8 @@
-"""Quantized products as ONNX Runtime fuses most of them: with their bias inside the int8 kernel.
+"""Quantized products in the form that ONNX Runtime fuses best: with their bias inside the int8 kernel.
 
-Of a MatMul of dequantized operands ONNX Runtime makes the kernel MatMulIntegerToFloat, and leaves the bias outside: one
-more pass over the result. What that MatMul computes can also be written out, as a product of integers times a product
-of scales, plus the bias; of this it makes the same kernel, with the bias in it.
+ONNX Runtime turns a MatMul of dequantized operands into the kernel MatMulIntegerToFloat, and leaves the bias outside,
+which costs one more pass over the result. The same product can be written as a product of integers times a product of
+scales, plus the bias. ONNX Runtime turns this form into the same kernel with the bias in it.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def multiply_integers(model: ir.Model) -> int:
         Mul(Cast(MatMulInteger(a, b, za, zb)), Mul(sa, sb))
 
     Codes of the activation are uint8, for which ONNX Runtime has fast kernels, and their scale is a scalar that is
-    selected at run time; the scale of the weight is a constant, of one value or one an output channel. A zero point of
-    the weight that is 0 is left out, which saves the kernel a little work. A bias needs no change: the kernel takes it
-    as it is, [out] or with ones before.
+    selected at run time. The scale of the weight is a constant of one value, or of one value for each output channel. A
+    zero point of the weight that is 0 is left out, which saves the kernel a little work. The kernel takes a bias of the
+    shape [out], with or without ones before it, so a bias needs no change.
 
     Args:
-        model: is changed in place; values that remain keep their names.
+        model: the model, which is changed in place; remaining values keep their names.
 
     Returns:
-        How many were rewritten. What does not have exactly this form is left as it is.
+        The number of rewritten products. A product in any other form is left as it is.
     """
     from onnxscript.optimizer import remove_unused_nodes
 
@@ -44,8 +44,8 @@ def multiply_integers(model: ir.Model) -> int:
         activation, weight = (_dequantized(value) for value in product.inputs)
         if activation is None or weight is None or not _is_selected(activation) or not _is_by_output(weight):
             continue
-        # ONNX Runtime computes equal products of scales once, and does not recognize the second that uses it. Weights
-        # of zeros have equal scales.
+        # ONNX Runtime computes equal products of scales once, and then does not recognize the second user of the
+        # result. Weights of zeros have equal scales.
         scales = (activation.inputs[1], _constant(weight.inputs[1]).tobytes())
         if scales not in scaled:
             scaled.add(scales)
@@ -62,7 +62,7 @@ def _rewrite(graph: ir.Graph, product: ir.Node, activation: ir.Node, weight: ir.
     zeros = (zero, weight_zero) if np.any(_constant(weight_zero)) else (zero,)
     integers = ir.node("MatMulInteger", [codes, weight_codes, *zeros])
     cast = ir.node("Cast", integers.outputs, {"to": ir.DataType.FLOAT})
-    scales = ir.node("Mul", [scale, weight_scale])  # in this order: the kernel takes the first as the activation's
+    scales = ir.node("Mul", [scale, weight_scale])  # the kernel takes the first scale as the activation's
     result = ir.node("Mul", [cast.outputs[0], scales.outputs[0]])
     made = [integers, cast, scales, result]
     keep_place(product, *made)
@@ -70,7 +70,7 @@ def _rewrite(graph: ir.Graph, product: ir.Node, activation: ir.Node, weight: ir.
 
 
 def _dequantized(value: ir.Value | None) -> ir.Node | None:
-    """The dequantize that makes a value, when it has a zero point."""
+    """Return the dequantize that computes a value, if it has a zero point."""
     maker = value.producer() if value is not None else None
     if maker is None or maker.op_type != "DequantizeLinear" or len(maker.inputs) != 3:
         return None
@@ -78,10 +78,10 @@ def _dequantized(value: ir.Value | None) -> ir.Node | None:
 
 
 def _is_selected(activation: ir.Node) -> bool:
-    """Whether the codes are uint8, and their scale is one number that is not known before run time.
+    """Tell whether the codes are uint8, and their scale is one number that is unknown before run time.
 
-    Of scales that are all known ONNX Runtime computes the product when it loads the graph, and then does not recognize
-    it either.
+    ONNX Runtime computes a product of known scales when it loads the graph, and then does not recognize the product of
+    integers.
     """
     from onnxscript import ir
 
@@ -91,7 +91,7 @@ def _is_selected(activation: ir.Node) -> bool:
 
 
 def _is_by_output(weight: ir.Node) -> bool:
-    """Whether the codes are a matrix [in,out] with known parameters, of one value or one an output."""
+    """Tell whether the codes are a matrix [in,out] with known parameters, of one value or of one for each output."""
     codes, scale, zero_point = weight.inputs
     if _rank(codes) != 2 or _constant(scale).size == 0 or _constant(zero_point).size == 0:
         return False
@@ -104,7 +104,7 @@ def _rank(value: ir.Value | None) -> int | None:
 
 
 def _constant(value: ir.Value | None) -> npt.NDArray[Any]:
-    """What a value is known to be; empty when it is computed."""
+    """Return the known content of a value; empty where the value is computed."""
     from onnxscript import ir
 
     known = ir.convenience.get_const_tensor(value) if value is not None else None

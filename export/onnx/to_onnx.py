@@ -1,4 +1,4 @@
-"""One variant as an ONNX model in memory, by PyTorch's exporter."""
+"""Translation of one variant to an ONNX model in memory, by PyTorch's exporter."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ from qcgraph.quiet import quiet
 if TYPE_CHECKING:
     from onnxscript import ir
 
-EXAMPLE_BATCH = 4  # even, and neither it nor its half is 1, which torch.export would take for a constant
+EXAMPLE_BATCH = 4  # neither the batch nor its half may be 1, which torch.export takes for a constant
 _SOURCE = "qcgraph_source"  # metadata of a copied node: the name of the node in the program
 _NODE = re.compile(r"%(\w+) :")
 
 
 def to_onnx(program: Program, variant: str, opset: int) -> tuple[ir.Model, dict[str, str]]:
-    """Translate a variant.
+    """Translate a variant to an ONNX model.
 
     Args:
-        program: what is exported.
-        variant: which of its variants.
+        program: the exported program.
+        variant: the name of one of its variants.
         opset: the ONNX opset.
 
     Returns:
         The model, whose initializers are the tensors of the program, and the names of the program's nodes by the names
-        that their values have in the model.
+        of their values in the model.
 
     Raises:
-        QcgraphError: it cannot be exported; says which node and why.
+        QcgraphError: the variant cannot be exported; names the node and the reason.
     """
     from onnxscript.optimizer import optimize_ir
 
     interface = program.variants[variant].interface
     try:
-        # They warn about what is not there and what they will change.
+        # The libraries warn about operators that are missing and about changes that they will make.
         with quiet("torch.onnx", "onnxscript", "onnx_ir"):
             exported = _exported(program, variant)
             result = torch.onnx.export(
@@ -69,7 +69,7 @@ def to_onnx(program: Program, variant: str, opset: int) -> tuple[ir.Model, dict[
                 custom_translation_table={op.target: op.to_onnx for op in OPS},
                 input_names=list(interface.input_names),
                 output_names=list(interface.output_names),
-                optimize=False,  # below, without the folding of weights
+                optimize=False,  # optimized below, without the folding of weights
                 verbose=False,
             )
             assert result is not None
@@ -84,7 +84,7 @@ def to_onnx(program: Program, variant: str, opset: int) -> tuple[ir.Model, dict[
 
 
 def _exported(program: Program, variant: str) -> torch.export.ExportedProgram:
-    """Return the form that PyTorch's exporter takes, traced only where an op has to be decomposed."""
+    """Return the exported program for PyTorch's exporter, traced only where an op has to be decomposed."""
     targets = {node.target for node in program.variants[variant].graph.nodes if node.op == "call_function"}
     names = {
         target.name() if isinstance(target, torch._ops.OpOverload) else "" for target in targets - {operator.getitem}
@@ -105,9 +105,10 @@ def _traced(program: Program, variant: str) -> torch.export.ExportedProgram:
 
 
 def _as_it_is(program: Program, variant: str) -> torch.export.ExportedProgram:
-    """Wrap a graph whose ops all have a form in ONNX: it is functional and typed, and tracing it would copy it.
+    """Wrap a graph whose ops all have a form in ONNX: it is functional and typed, and tracing would copy it.
 
-    The constants become inputs, as in what `torch.export` makes. What the exporter would trace again is handed back.
+    The constants become inputs, as `torch.export` makes them. The exporter asks for decompositions, which would trace
+    the graph again; they return the wrapped graph unchanged.
     """
     module, interface = program.module(variant), program.variants[variant].interface
     source, graph = module.graph, fx.Graph()
@@ -115,7 +116,7 @@ def _as_it_is(program: Program, variant: str) -> torch.export.ExportedProgram:
     copies: dict[str, fx.Node] = {}
     for name in (name for name, _ in module.named_buffers() if name in reads):
         copy = copies[name] = graph.placeholder("b_" + re.sub(r"\W", "_", name).lower())
-        copy.target = copy.name  # of two that are alike but for such characters, FX tells the names apart alone
+        copy.target = copy.name  # FX makes names unique where only such characters differ, not targets
         copy.meta = dict(reads[name].meta)
     inputs = [InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, True) for name, node in copies.items()]
     mapping: dict[fx.Node, fx.Node] = {}
@@ -147,14 +148,14 @@ def _as_it_is(program: Program, variant: str) -> torch.export.ExportedProgram:
 
 @cache
 def _with_onnx_form() -> frozenset[str]:
-    """The names of ops that are translated as they are."""
+    """Return the names of ops that are translated without decomposition."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     return frozenset({*map(str, ONNXRegistry.from_torchlib().functions), *(op.target.name() for op in OPS)})
 
 
 def _refusal(variant: str, error: Exception) -> QcgraphError:
-    """The innermost reason of an exporter's error, and the node that it is about."""
+    """Return an error with the innermost reason of an exporter's error, and the node that it is about."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
@@ -168,19 +169,19 @@ def _refusal(variant: str, error: Exception) -> QcgraphError:
 
 
 def _folds(node: ir.Node, constants: Mapping[str, torch.Tensor]) -> bool | None:
-    """Never fold what reads a tensor of the program: the result would be a second copy of it on disk.
+    """Forbid folding of nodes that read a tensor of the program: the result would be a second copy of it on disk.
 
-    Numbers may be folded. Limits of codes then are constants where the scale is, which not all consumers compute: in
-    TensorRT a zero point is nothing that can be converted to floating point.
+    Numbers may be folded. The limits of codes are then constants where the scale is constant. Some consumers could not
+    compute them: TensorRT cannot convert a zero point to floating point.
     """
     read = (constants.get(value.name) for value in node.inputs if value is not None and value.name is not None)
     return False if any(tensor is not None and tensor.dim() > 0 for tensor in read) else None
 
 
 def _names(decomposed: fx.Graph, graph: fx.Graph) -> dict[str, str]:
-    """Name of a decomposed node -> name of the program's node whose value it computes."""
+    """Return name of a decomposed node -> name of the program's node whose value it computes."""
     own = {node.name for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)}
-    last: dict[str, str] = {}  # an op that was decomposed has the value of the last of its parts
+    last: dict[str, str] = {}  # a decomposed op has the value of the last of its parts
     for node in decomposed.nodes:
         source = _source(node)
         if node.op == "call_function" and source in own and isinstance(node.meta.get("val"), torch.Tensor):
@@ -189,7 +190,7 @@ def _names(decomposed: fx.Graph, graph: fx.Graph) -> dict[str, str]:
 
 
 def _source(node: fx.Node) -> str:
-    """The name of the program's node that a node was made from, as torch.export remembers it, or we do."""
+    """Return the name of the program's node that a node was made from, by torch.export's record or ours."""
     if _SOURCE in node.meta:
         return str(node.meta[_SOURCE])
     sources: Any = node.meta.get("from_node")

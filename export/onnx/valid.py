@@ -1,4 +1,4 @@
-"""Whether a file is valid ONNX, and the ONNX type of a tensor of a plan."""
+"""Checks that a file is valid ONNX, and the ONNX types of tensors of a plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def problem_of(path: Path) -> str | None:
-    """What the full check of onnx says against a graph file; None where it is valid."""
+    """Return what the full check of onnx finds wrong with a graph file, or None for a valid one."""
     import onnx
 
     try:
@@ -24,10 +24,10 @@ def problem_of(path: Path) -> str | None:
 
 
 def load_graph(path: Path) -> ir.Model:
-    """Read a graph file; its weights stay in the files beside it until they are asked for.
+    """Read a graph file; its weights stay in the files beside it until they are read.
 
     Raises:
-        BundleError: it is no ONNX graph, or takes weights from a file that is not in its folder.
+        BundleError: the file is not an ONNX graph, or takes weights from outside its folder.
     """
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from onnxscript import ir
@@ -44,7 +44,7 @@ def load_graph(path: Path) -> ir.Model:
 
 
 def _outside(model: ir.Model, folder: Path) -> str:
-    """Name a file that a graph takes weights from and that is none of its folder; empty where there is none."""
+    """Return a file outside its folder that a graph takes weights from, with the reason; empty without one."""
     from onnxscript import ir
 
     tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
@@ -57,7 +57,7 @@ def _outside(model: ir.Model, folder: Path) -> str:
 
 
 def tensor_type(dtype: str) -> ir.TensorType:
-    """The ONNX type of tensors of a type as `qcgraph.plan.spec.TensorSpec` names it."""
+    """Return the ONNX type of tensors of a type that `qcgraph.plan.spec.TensorSpec` names."""
     from onnxscript import ir
 
     types = {"bf16": ir.DataType.BFLOAT16, "bool": ir.DataType.BOOL, "f16": ir.DataType.FLOAT16}

@@ -1,1 +1,1 @@
-"""Other forms of a bundle: one ONNX model, a Triton repository."""
+"""Other forms of a bundle: one ONNX model, or a Triton repository."""

@@ -1,4 +1,4 @@
-"""What a bundle can be exported to, and writing it in one piece."""
+"""The formats that a bundle can be exported to, and the export in one piece."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from qcgraph.export.package.triton import write_triton
 
 @dataclass(frozen=True)
 class Format:
-    """A form that other software takes.
+    """A format that other software reads.
 
     Attributes:
-        name: its name on the command line.
-        description: one line on what it is.
-        write: fills a folder that exists.
+        name: the format's name on the command line.
+        description: a description in one line.
+        write: fills an existing folder.
     """
 
     name: str
@@ -45,11 +45,11 @@ def export_bundle(bundle: Bundle, output: Path, name: str, *, force: bool = Fals
     Args:
         bundle: a bundle with ONNX graphs.
         output: the folder to write.
-        name: one of `FORMATS`.
-        force: whether an export that is there is replaced.
+        name: a name in `FORMATS`.
+        force: whether an existing export is replaced.
 
     Returns:
-        What was written.
+        The record of the export.
 
     Raises:
         UsageError: there is no such format, or the folder cannot be written.

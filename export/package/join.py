@@ -1,6 +1,6 @@
-"""Joining the ONNX graphs of a bundle to one: variants as branches, weights once in the graph around them.
+"""Joining the ONNX graphs of a bundle to one: variants are branches, and the graph around them holds each weight once.
 
-onnx-ir keeps a weight as the pointer into the bundle's file that it is, so joining reads none of them.
+onnx-ir keeps a weight as a pointer into the bundle's file, so joining reads no weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def join(bundle: Bundle, single: SingleModel) -> ir.Model:
-    """The one model; its weights still are in the files of the bundle.
+    """Return the one model, whose weights are still in the files of the bundle.
 
     Raises:
         BundleError: the bundle has no ONNX graphs.
@@ -31,18 +31,18 @@ def join(bundle: Bundle, single: SingleModel) -> ir.Model:
 
 
 class _Joining:
-    """The graph around the branches, while they are put in."""
+    """The graph around the branches while it is built."""
 
     def __init__(self, bundle: Bundle, single: SingleModel) -> None:
         self._bundle = bundle
         self._single = single
-        self._weights: dict[tuple[object, ...], ir.Value] = {}  # by the place in the bundle that they refer to
+        self._weights: dict[tuple[object, ...], ir.Value] = {}  # by their place in the bundle
         self._indices: list[ir.Value] = []
         self._ir_version = 0
         self._opsets: dict[str, int] = {}
         self._inputs = [_value(spec) for spec in single.all_inputs]
-        self._unpack: list[ir.Node] = []  # numbers out of their tensors of one element
-        self._outer: dict[str, ir.Value] = {}  # what branches take from around them, by its name in the bundle
+        self._unpack: list[ir.Node] = []  # nodes that make numbers of tensors with one element
+        self._outer: dict[str, ir.Value] = {}  # values that branches take from around them, by name in the bundle
         for value, spec in zip(self._inputs, single.all_inputs, strict=True):
             if spec.name in single.numbers:
                 self._unpack.append(_node("Squeeze", [value], [TensorSpec(f"{spec.name}_number", spec.dtype, ())]))
@@ -51,7 +51,7 @@ class _Joining:
         self._held = {(item.value, item.age): self._outer[item.taken.name] for item in single.cache}
 
     def model(self) -> ir.Model:
-        """All of it."""
+        """Return the whole model."""
         from onnxscript import ir
 
         graph = self._choice(0)
@@ -67,7 +67,7 @@ class _Joining:
         return ir.Model(graph, ir_version=self._ir_version, producer_name="qcgraph", producer_version=version)
 
     def _choice(self, index: int) -> ir.Graph:
-        """The graph that runs this variant or a later one."""
+        """Return the graph that runs this variant or a later one."""
         from onnxscript import ir
 
         variant = self._single.variants[index]
@@ -83,7 +83,7 @@ class _Joining:
         return ir.Graph([], chosen.outputs, nodes=[is_it, chosen], name=f"{variant}_or")
 
     def _branch(self, variant: str) -> ir.Graph:
-        """A variant, and what prepares it, with the outputs of the one model."""
+        """Return a variant and its preparing variant as one branch with the outputs of the one model."""
         outer = dict(self._outer)
         preparing: ir.Graph | None = None
         interface, other = self._bundle.interfaces[variant], self._bundle.plan.preparing.get(variant)
@@ -105,7 +105,7 @@ class _Joining:
         return graph
 
     def _adopted(self, variant: str, outer: Mapping[str, ir.Value]) -> ir.Graph:
-        """The graph of a variant as a branch: without inputs and weights, all names its own."""
+        """Return the graph of a variant as a branch: without inputs and weights, and with names of its own."""
         from onnxscript import ir
 
         model = load_graph(self._bundle.file(f"{variant}.onnx"))
@@ -128,25 +128,25 @@ class _Joining:
             for value in node.outputs:
                 value.name = f"{variant}/{value.name}"
                 if not value.is_graph_output():
-                    # Whoever runs the model need not know that sessions here leave one fusion out, which ONNX Runtime
-                    # makes where it knows shapes, and which rounds otherwise (see `DISABLED_OPTIMIZERS`).
+                    # Sessions in qcgraph leave out a fusion that ONNX Runtime makes where it knows shapes, and that
+                    # rounds otherwise (see `DISABLED_OPTIMIZERS`). Unknown shapes prevent it in any other session too.
                     value.shape = None
         return graph
 
     def _check_interface(self, variant: str, graph: ir.Graph, outer: Mapping[str, ir.Value]) -> None:
-        """Refuse a graph that does not take and leave what the plan says."""
+        """Refuse a graph whose inputs or outputs are not those in the plan."""
         taken, left = ([str(value.name) for value in values] for values in (graph.inputs, graph.outputs))
         if not set(taken) <= set(outer) or left != list(self._bundle.interfaces[variant].output_names):
             where = str(self._bundle.path / f"{variant}.onnx")
             raise BundleError("has other inputs or outputs than the plan says", where=where, hint=AGAIN)
 
     def _weight(self, value: ir.Value, variant: str) -> ir.Value:
-        """The one value for a weight, whichever variants read it."""
+        """Return the one value for a weight, shared by all variants that read it."""
         from onnxscript import ir
 
         content = value.const_value
         assert isinstance(content, ir.ExternalTensor)
-        self._bundle.file(str(content.location))  # weights that the manifest does not vouch for are not taken
+        self._bundle.file(str(content.location))  # weights that the manifest does not name are refused
         place = (content.location, content.offset, content.length, content.dtype, tuple(content.shape))
         if place not in self._weights:
             taken = {known.name for known in self._weights.values()}
@@ -155,12 +155,12 @@ class _Joining:
         return self._weights[place]
 
     def _cached(self, item: HostedCache, given: Mapping[str, ir.Value], graph: ir.Graph, variant: str) -> ir.Value:
-        """A cached value after a variant that computes the ones given."""
+        """Return a cached value after a variant that computes the given ones."""
         if item.value in given and not item.age:
             return given[item.value]
         spec = TensorSpec(f"{variant}/{item.given.name}", item.spec.dtype, item.spec.shape)
         if item.value in given:
-            # The first value of a trajectory stands for those before it, as in `qcgraph.sampling.cache_state.remember`.
+            # The first value of a trajectory stands for earlier ones, as in `qcgraph.sampling.cache_state.remember`.
             first = _passing(given[item.value], TensorSpec(f"{spec.name}/first", spec.dtype, spec.shape))
             later = _passing(
                 self._held[item.value, item.age - 1], TensorSpec(f"{spec.name}/later", spec.dtype, spec.shape)
@@ -184,7 +184,7 @@ def _prepend(preparing: ir.Graph, graph: ir.Graph) -> None:
 
 
 def _passing(value: ir.Value, spec: TensorSpec) -> ir.Graph:
-    """A branch that gives a value from around it."""
+    """Return a branch that passes on a value from around it."""
     from onnxscript import ir
 
     node = _node("Identity", [value], [spec])
@@ -201,7 +201,7 @@ def _if(condition: ir.Value, then: ir.Graph, other: ir.Graph, outputs: Sequence[
 def _node(
     op: str, inputs: Sequence[ir.Value], outputs: Sequence[TensorSpec], attributes: Sequence[ir.Attr] = ()
 ) -> ir.Node:
-    """A node that is called as its first output."""
+    """Return a node that is named like its first output."""
     from onnxscript import ir
 
     values = [_value(spec) for spec in outputs]

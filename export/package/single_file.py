@@ -1,7 +1,7 @@
-"""From a bundle to one ONNX model: every variant is a branch of it, an input chooses, and weights stand there once.
+"""Export of a bundle to one ONNX model: every variant is a branch, an input chooses one, and weights are stored once.
 
-An ``If`` runs one of its branches only, so a step costs what its variant costs. Caches are inputs and outputs; a branch
-that does not compute one passes it on (see `qcgraph.export.package.join`).
+An ``If`` runs one of its branches only, so a step costs as much as its variant. Caches are inputs and outputs; a branch
+that does not compute a cached value passes it on (see `qcgraph.export.package.join`).
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from onnxscript import ir
 
 MODEL = "model.onnx"
-PLAN_KEY = "qcgraph.plan"  # of the model's metadata: what a host has to know, as JSON
+PLAN_KEY = "qcgraph.plan"  # key in the model's metadata: the plan for hosts, as JSON
 LARGEST_FILE = 2**31 - 2**24  # bytes of weights in the model itself; protobuf ends at 2 GiB
 
 
 def write_single_file(bundle: Bundle, folder: Path, *, largest: int = LARGEST_FILE) -> SingleModel:
-    """Write ``model.onnx`` into a folder that exists, and beside it the weights where they do not fit in.
+    """Write ``model.onnx`` into an existing folder, and the weights beside it where the model cannot hold them.
 
     Args:
         bundle: a bundle with ONNX graphs.
-        folder: where the files are written.
-        largest: the most bytes of weights that the model holds itself.
+        folder: the folder for the files.
+        largest: the largest size in bytes of weights that the model itself holds.
 
     Raises:
         BundleError: the bundle has no ONNX graphs.

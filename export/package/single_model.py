@@ -1,4 +1,4 @@
-"""The outside of the one ONNX model that a bundle becomes: inputs, outputs, and what its host has to know. No ONNX."""
+"""The interface of the one ONNX model that a bundle becomes: inputs, outputs, and the plan for its host. No ONNX."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from qcgraph.plan.spec import GROUP, ROW, Interface, TensorSpec
 from qcgraph.sampling.cache_state import depths
 
 PLAN_FORMAT = 2
-VARIANT = "variant"  # i64[1]: the variant that runs, as an index
+VARIANT = "variant"  # i64[1]: the index of the variant that runs
 START = "start"  # bool[1]: whether a trajectory begins
 
 
 @dataclass(frozen=True)
 class HostedCache:
-    """A cached value of the request, which the host hands back as it came.
+    """A cached value of the request, which the host hands back unchanged.
 
     Attributes:
         value: the cached value.
-        age: how many computing steps before the last one it was computed.
+        age: the number of computing steps between this value and the last one.
         spec: its type and shape.
     """
 
@@ -33,12 +33,12 @@ class HostedCache:
 
     @property
     def taken(self) -> TensorSpec:
-        """The input."""
+        """The input that takes this value."""
         return replace(self.spec, name=f"{self._name}_in", age=self.age)
 
     @property
     def given(self) -> TensorSpec:
-        """The output."""
+        """The output that gives this value."""
         return replace(self.spec, name=f"{self._name}_out", age=self.age)
 
     @property
@@ -48,11 +48,12 @@ class HostedCache:
 
 @dataclass(frozen=True)
 class SingleModel:
-    """The outside of the one model.
+    """The interface of the one model.
 
     Attributes:
         variants: the variants, in the order of their indices.
-        inputs: the inputs but caches: what a request has, one number a step, and ``start`` where it matters.
+        inputs: the inputs except caches: those of the request, one number for each step, and ``start`` where it has an
+            effect.
         output: the noise prediction.
         cache: the cached values.
     """
@@ -64,7 +65,7 @@ class SingleModel:
 
     @classmethod
     def of(cls, bundle: Bundle) -> SingleModel:
-        """What a bundle becomes."""
+        """Return the interface of the model that a bundle becomes."""
         variants, interfaces = bundle.plan.variants, bundle.interfaces
         cache = _cache([interfaces[name] for name in variants])
         inputs: dict[str, TensorSpec] = {}
@@ -89,12 +90,12 @@ class SingleModel:
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """The inputs that are one number a step."""
+        """The inputs that are one number for each step."""
         return tuple(spec.name for spec in self.inputs if spec.shape == (1,))
 
 
 def host_plan(bundle: Bundle, single: SingleModel) -> dict[str, Any]:
-    """What a host has to know, as JSON data: the model, and for each step its numbers and the sampler's update."""
+    """Return the plan for a host as JSON data: the model, and for each step its numbers and the sampler's update."""
     plan, spec = bundle.plan, bundle.spec
     steps = []
     for index, step in enumerate(plan.steps):
@@ -118,7 +119,7 @@ def host_plan(bundle: Bundle, single: SingleModel) -> dict[str, Any]:
 
 
 def _cache(interfaces: Sequence[Interface]) -> tuple[HostedCache, ...]:
-    """Return the cached values that a variant reads, and those between them and what is computed."""
+    """Return the cached values that a variant reads, and the later values that will become them."""
     depth = depths(interfaces)
     read = {spec.value for interface in interfaces for spec in interface.taken(TensorRole.CACHE)}
     found: dict[tuple[str, int], HostedCache] = {}
@@ -129,6 +130,6 @@ def _cache(interfaces: Sequence[Interface]) -> tuple[HostedCache, ...]:
 
 
 def _preparing(bundle: Bundle, variant: str) -> tuple[TensorSpec, ...]:
-    """Return the inputs of what prepares a variant."""
+    """Return the inputs of the preparing variant of a variant."""
     preparing = bundle.plan.preparing.get(variant)
     return bundle.interfaces[preparing].inputs if preparing else ()

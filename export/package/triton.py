@@ -1,10 +1,10 @@
-"""From a bundle to a model of NVIDIA's Triton Inference Server, which keeps the caches of every request.
+"""Export of a bundle to a model of NVIDIA's Triton Inference Server, which keeps the caches of every request.
 
 Triton's implicit state belongs to one model, and an ensemble is a fixed graph of models that cannot choose between
-two. So all variants are one model (see `qcgraph.export.package.single_file`), the client sends which of them runs, and
-the state is the caches: what a step gives is what the next step of the same sequence takes. A sequence is one
-trajectory; its batch is a dimension of the tensors, because Triton's own batching takes one row from each sequence, and
-rows of one batch would have to be at the same step.
+two. So all variants are one model (see `qcgraph.export.package.single_file`), the client sends the variant to run, and
+the caches are the state: the output of a step is the input of the next step of the same sequence. A sequence is one
+trajectory. Its batch is a dimension of the tensors: Triton's own batching takes one row from each sequence, and rows of
+one batch would have to be at the same step.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from qcgraph.export.targets import target_of
 from qcgraph.plan.spec import TensorSpec
 
 CONFIG = "config.pbtxt"
-VERSION = "1"  # Triton's version of the model: a folder
-SEQUENCES = 32  # trajectories that are under way at once; others wait for one to end
-IDLE_SECONDS = 60  # after which a trajectory that nobody continues gives up its place
+VERSION = "1"  # Triton's version of the model, which is a folder
+SEQUENCES = 32  # number of simultaneous trajectories; further ones wait for one to end
+IDLE_SECONDS = 60  # time after which an idle trajectory gives up its place
 _TYPES = {"bf16": "TYPE_BF16", "bool": "TYPE_BOOL", "f16": "TYPE_FP16", "f32": "TYPE_FP32", "i64": "TYPE_INT64"}
 
 
 def write_triton(bundle: Bundle, folder: Path) -> SingleModel:
-    """Write ``config.pbtxt`` and ``1/model.onnx`` into a folder that exists: one of a model repository.
+    """Write ``config.pbtxt`` and ``1/model.onnx`` into an existing folder, which is one of a model repository.
 
     Raises:
         BundleError: the bundle has no ONNX graphs.
@@ -40,17 +40,17 @@ def write_triton(bundle: Bundle, folder: Path) -> SingleModel:
 
 
 def config_text(bundle: Bundle, single: SingleModel) -> str:
-    """The configuration of the model, as protobuf text of Triton's ``ModelConfig``.
+    """Return the configuration of the model, as protobuf text of Triton's ``ModelConfig``.
 
-    It has no name: Triton calls the model as its folder is called. A client reads the plan of the host from the
-    parameters.
+    The configuration has no name: Triton names the model after its folder. A client reads the plan for the host from
+    the parameters.
     """
     parts = ['backend: "onnxruntime"', "max_batch_size: 0"]
     parts += [f"input {_tensor(spec)}" for spec in single.inputs if spec.name != START]
     parts.append(f"output {_tensor(single.output)}")
     if single.cache:
         parts.append(_sequences(single))
-    if target_of(bundle).integer_products:  # ONNX Runtime has their kernels on the CPU
+    if target_of(bundle).integer_products:  # ONNX Runtime has kernels for them on the CPU
         parts.append("instance_group { count: 1 kind: KIND_CPU }")
     plan = json.dumps(
         json.dumps(host_plan(bundle, single))
@@ -68,9 +68,9 @@ def _dims(spec: TensorSpec, batch: int) -> str:
 
 
 def _sequences(single: SingleModel) -> str:
-    """The state of a sequence, and how many sequences there may be."""
+    """Return the configuration of sequences: their number and their state."""
     lines = [f"max_sequence_idle_microseconds: {IDLE_SECONDS * 10**6}"]
-    # Oldest, not direct: an instance then serves many sequences in turn, not one until it ends.
+    # Oldest, not direct: an instance then serves many sequences in turn, instead of one until its end.
     lines.append(f"oldest {{ max_candidate_sequences: {SEQUENCES} }}")
     if START in single.numbers:
         control = "control { kind: CONTROL_SEQUENCE_START bool_false_true: [ false, true ] }"

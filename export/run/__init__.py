@@ -1,1 +1,1 @@
-"""Running bundles: ONNX Runtime, PyTorch, and engines."""
+"""Runners of bundles: on ONNX Runtime, PyTorch, and engines."""

@@ -1,4 +1,4 @@
-"""Memory for cache tensors that stays where it is: taken by the step that computes one, free when no request has it."""
+"""Buffers for cache tensors at fixed addresses: taken by the step that computes one, free when no request holds it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class HeldBuffer:
-    """A cache tensor in the state of a request. Once nothing refers to it, its memory is free for a later step.
+    """A cache tensor in the state of a request. Its memory is free for a later step once nothing refers to it.
 
     Attributes:
         tensor: the values; nothing writes to them while this object lives.
@@ -28,11 +28,11 @@ class HeldBuffer:
 class Buffers:
     """The buffers of one cache tensor: as many as were ever held at once.
 
-    The first free one is taken, so that trajectories which come one after the other use the same addresses in the same
-    order. That is what CUDA graphs are captured for.
+    The first free one is taken, so that consecutive trajectories use the same addresses in the same order. CUDA graphs
+    are captured for fixed addresses.
 
     Args:
-        allocate: makes one more.
+        allocate: returns one more buffer.
     """
 
     def __init__(self, allocate: Callable[[], torch.Tensor]) -> None:
@@ -44,7 +44,7 @@ class Buffers:
         return len(self._tensors)
 
     def take(self) -> HeldBuffer:
-        """A buffer that no request holds; what is in it is arbitrary."""
+        """Return a buffer that no request holds; its content is arbitrary."""
         if not self._free:
             self._tensors.append(self._allocate())
             self._free.add(len(self._tensors) - 1)

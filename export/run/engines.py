@@ -1,4 +1,4 @@
-"""Running engines as a sampling backend: tensors stay on the device, and where they are."""
+"""A runner of engines: tensors stay on the device, at fixed addresses."""
 
 from __future__ import annotations
 
@@ -22,55 +22,55 @@ from qcgraph.plan.spec import BATCH, Interface, TensorSpec
 from qcgraph.sampling.cache_state import State, cached, depths, remember
 from qcgraph.sampling.runner import Array, Call
 
-MOST_CALLS = 64  # that are kept ready; each has an execution context and a CUDA graph
+MOST_CALLS = 64  # number of calls kept ready; each has an execution context and a CUDA graph
 
 
 class BoundVariant(Protocol):
-    """A variant with every input and output at an address of its own."""
+    """A variant with every input and output at a fixed address."""
 
     def run(self) -> None:
-        """Run it once; the device may still be at it when this returns."""
+        """Run the variant once; the device may still be working when this returns."""
         ...
 
 
 class Engines(Protocol):
-    """What runs the variants of one bundle on a device."""
+    """The engines of one bundle, which run its variants on a device."""
 
     @property
     def device(self) -> torch.device:
-        """Where their tensors are."""
+        """The device of their tensors."""
         ...
 
     def inputs(self, variant: str) -> frozenset[str]:
-        """The inputs that a variant reads."""
+        """Return the inputs that a variant reads."""
         ...
 
     def batch(self, variant: str) -> Batch:
-        """The batches that a variant takes."""
+        """Return the batches that a variant takes."""
         ...
 
     def stream(self) -> AbstractContextManager[None]:
-        """Where work is put in order: after what the host did before, and before what it does after."""
+        """Enter a stream whose work runs after the host's earlier work, and before the host's later work."""
         ...
 
     def bind(self, variant: str, tensors: Mapping[str, torch.Tensor]) -> BoundVariant:
-        """A variant on these tensors, which stay where they are as long as it is used."""
+        """Return a variant on these tensors, which keep their addresses as long as it is used."""
         ...
 
     def settle(self) -> None:
-        """Wait for all that was put in order."""
+        """Wait for all work on the stream."""
         ...
 
 
 class EngineRunner:
     """Runs engines (see `qcgraph.sampling.runner.Runner`), on NumPy arrays or on tensors of the device.
 
-    Inputs and the result of a variant have one place each. A cache tensor that a step computes is written where no
-    request holds one, and never again while a request does; steps that reuse read it there. Threads take turns: the
-    device does what one of them puts in order before what the next one does.
+    Each input and result of a variant has one place. A step writes a cache tensor into a buffer that no request holds,
+    and no step writes to it again while a request holds it; reusing steps read it there. Threads take turns: the device
+    runs the work of one thread before that of the next.
 
     Args:
-        engines: what runs the variants.
+        engines: the engines that run the variants.
         interfaces: inputs and outputs by variant.
     """
 
@@ -86,12 +86,12 @@ class EngineRunner:
 
     @property
     def engines(self) -> Engines:
-        """What runs the variants."""
+        """The engines that run the variants."""
         return self._engines
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """The device of its tensors."""
         return self._engines.device
 
     @property
@@ -102,15 +102,15 @@ class EngineRunner:
 
     @property
     def calls(self) -> tuple[BoundVariant, ...]:
-        """What is kept ready, the last one that ran last."""
+        """The calls that are kept ready, in the order of their last runs."""
         return tuple(self._calls.values())
 
     def run(self, call: Call) -> Array:
-        """Run one variant; the result is float32, whatever the engine gives.
+        """Run one variant; the result is float32, whatever type the engine gives.
 
         Raises:
             UsageError: the engine does not take the batch, or the device has not enough memory.
-            BundleError: there is no such variant, it reuses what was never computed, or TensorRT cannot run it.
+            BundleError: there is no such variant, it reuses a value that was never computed, or TensorRT cannot run it.
         """
         return cast(Array, self.run_tensors(call).to("cpu", torch.float32).numpy())
 
@@ -118,10 +118,10 @@ class EngineRunner:
         """Run one variant as `run` does, without leaving the device.
 
         Args:
-            call: its inputs are NumPy arrays, and tensors of any device and floating-point type.
+            call: the call; its inputs are NumPy arrays, or tensors of any device and floating-point type.
 
         Returns:
-            The result, a tensor of the device that is the caller's own.
+            The result, a new tensor on the device.
         """
         variant, inputs, state = call.variant, call.inputs, call.state
         interface = self._interface(variant)
@@ -146,7 +146,7 @@ class EngineRunner:
         return self._interfaces[variant]
 
     def _batch(self, variant: str, interface: Interface, inputs: Mapping[str, Any]) -> int:
-        """The batch of a call."""
+        """Return the batch of a call."""
         batch = next(len(inputs[spec.name]) for spec in interface.inputs if BATCH in spec.shape and spec.name in inputs)
         limits = self._engines.batch(variant)
         if not limits.minimum <= batch <= limits.maximum:
@@ -160,7 +160,7 @@ class EngineRunner:
     def _filled(
         self, variant: str, interface: Interface, batch: int, inputs: Mapping[str, Any], state: State
     ) -> dict[str, torch.Tensor]:
-        """The input tensors of a call by name, with their values."""
+        """Return the input tensors of a call by name, with their values."""
         tensors = {}
         for spec in interface.inputs:
             if spec.name not in self._engines.inputs(variant):
@@ -172,9 +172,9 @@ class EngineRunner:
         return tensors
 
     def _forget(self, interface: Interface, read: Mapping[str, torch.Tensor], state: State) -> None:
-        """Let go of what is about to become too old, so that its buffer is free for what takes its place.
+        """Drop the oldest cached values of a request, so that their buffers are free for the values that replace them.
 
-        Only where this call does not read it: a call that fails is then repeated as it was.
+        Values that this call reads are kept, so that a failed call can be repeated.
         """
         reading = {(spec.value, spec.age) for spec in interface.taken(TensorRole.CACHE) if spec.name in read}
         for spec in interface.caches:
@@ -204,7 +204,7 @@ class EngineRunner:
         return torch.empty(_shape(spec, batch), dtype=DTYPES[spec.dtype], device=self.device)
 
     def _call(self, variant: str, tensors: Mapping[str, torch.Tensor]) -> BoundVariant:
-        """A variant on these tensors, as it was bound before if it was."""
+        """Return a variant on these tensors, as it was bound before if it was."""
         key = (variant, *((name, tensor.data_ptr(), tuple(tensor.shape)) for name, tensor in tensors.items()))
         if key not in self._calls:
             if len(self._calls) >= MOST_CALLS:
@@ -224,7 +224,7 @@ class _Input:
         self._known: npt.NDArray[np.generic] | None = None
 
     def filled(self, value: Any) -> torch.Tensor:
-        """The tensor with a value; small ones from the host, such as labels, are copied when they change."""
+        """Copy a value to the tensor and return it; small arrays of the host, such as labels, are copied if changed."""
         if tuple(value.shape) != tuple(self._tensor.shape):
             raise UsageError(
                 f"{self._name} has shape {tuple(value.shape)}", hint=f"it takes {tuple(self._tensor.shape)}"

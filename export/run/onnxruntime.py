@@ -1,4 +1,4 @@
-"""Running exported graphs with ONNX Runtime on the CPU. NumPy and onnxruntime only, no torch."""
+"""A runner of exported graphs on ONNX Runtime on the CPU. NumPy and onnxruntime only, no torch."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from qcgraph.plan.spec import Interface
 from qcgraph.sampling.cache_state import cached, depths, remember
 from qcgraph.sampling.runner import Array, Call
 
-# It joins the last sum to the norm that follows where graphs state all shapes, and then rounds otherwise than both do.
+# This fusion joins the last sum to the next norm where graphs state all shapes, and rounds otherwise than the two ops.
 DISABLED_OPTIMIZERS = ["SkipLayerNormFusion"]
 EXECUTION_PROVIDERS = ["CPUExecutionProvider"]
-WEIGHTS = "weights.safetensors"  # of the graphs
+WEIGHTS = "weights.safetensors"  # the weights file of the graphs
 
 
 class OnnxRuntimeRunner:
     """Runs the exported graphs of a folder (see `qcgraph.sampling.runner.Runner`).
 
-    A graph is loaded by `load`, or when it is first run. Cache tensors in a request's state are OrtValues: a computing
-    step makes new ones, a reusing step reads them in place, and nothing ever writes to them again. Several threads may
-    run graphs at once, each with a state of its own.
+    A graph is loaded by `load`, or at its first run. Cache tensors in a request's state are OrtValues: a computing step
+    makes new ones, a reusing step reads them in place, and nothing ever writes to them again. Several threads may run
+    graphs at once, each with its own state.
 
     Args:
-        folder: where ``<variant>.onnx`` and its weights are.
+        folder: the folder of ``<variant>.onnx`` and its weights.
         interfaces: inputs and outputs by variant.
-        threads: how many threads a graph may use; all cores when None.
-        constants: values that take the place of those in the weights file, by name.
+        threads: the number of threads that a graph may use; all cores when None.
+        constants: values that replace those of the same names in the weights file.
         exact: see `session_options`.
-        check: called before every run; raises where the weights file, which sessions map into memory, is not what it
-            was.
+        check: called before every run; raises an error where the weights file, which sessions map into memory, has
+            changed.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class OnnxRuntimeRunner:
         self._threads = threads
         self._exact = exact
         self._depths = depths(interfaces.values())
-        # Sessions read them in place, so they have to live as long as the sessions do.
+        # Sessions read the values in place, so the values have to live as long as the sessions do.
         self._constants = {name: _ort_value(value) for name, value in (constants or {}).items()}
         self._check = check
         self._sessions: dict[str, Any] = {}
         self._loading = threading.Lock()
 
     def load(self) -> None:
-        """Load every graph now, so that what becomes of their files later does not matter.
+        """Load every graph now, so that later changes to their files have no effect.
 
         Raises:
             BundleError: a graph cannot be loaded.
@@ -78,7 +78,8 @@ class OnnxRuntimeRunner:
         """Run one variant.
 
         Raises:
-            BundleError: there is no such variant, its graph cannot be loaded, or it reuses what was never computed.
+            BundleError: there is no such variant, its graph cannot be loaded, or it reuses a value that was never
+                computed.
         """
         outputs = self.run_outputs(call.variant, call.inputs, call.state)
         interface = self._interfaces[call.variant]
@@ -89,7 +90,7 @@ class OnnxRuntimeRunner:
     def run_outputs(
         self, variant: str, inputs: Mapping[str, npt.NDArray[np.generic]], state: Mapping[tuple[str, int], object]
     ) -> dict[str, Any]:
-        """All outputs of one variant by name, as OrtValues; what ``inputs`` lacks is taken from ``state``."""
+        """Return all outputs of one variant as OrtValues by name; inputs that ``inputs`` lacks come from ``state``."""
         session = self._session(variant)
         if self._check is not None:
             self._check()
@@ -98,7 +99,7 @@ class OnnxRuntimeRunner:
         given = {name: np.asarray(inputs[name], order="C") for name in interface.input_names if name in inputs}
         for spec in interface.inputs:
             if spec.name in given:
-                binding.bind_cpu_input(spec.name, given[spec.name])  # it reads the array in place; we keep it alive
+                binding.bind_cpu_input(spec.name, given[spec.name])  # reads the array in place; `given` keeps it alive
             else:
                 binding.bind_ortvalue_input(spec.name, cached(spec, variant, state))
         for name in interface.output_names:
@@ -123,7 +124,7 @@ def open_bundle(target: Target, bundle: Bundle, threads: int | None) -> OnnxRunt
     """Return a runner on the graphs of a bundle, all of them loaded.
 
     Raises:
-        BundleError: it was not exported to graphs, one cannot be loaded, or the bundle was replaced meanwhile.
+        BundleError: the bundle has no graphs, one cannot be loaded, or the bundle was replaced meanwhile.
     """
     graphs = [f"{variant}.onnx" for variant in bundle.interfaces]
     missing = [name for name in graphs if name not in bundle.manifest.files]
@@ -159,20 +160,20 @@ class OptimizedNode:
 
 @dataclass(frozen=True)
 class OptimizedGraph:
-    """What ONNX Runtime makes of a graph when it loads it.
+    """A graph after ONNX Runtime's optimization at loading.
 
     Attributes:
-        nodes: its nodes, in an order they can run in.
+        nodes: the nodes of the graph, in an order they can run in.
     """
 
     nodes: tuple[OptimizedNode, ...]
 
     @classmethod
     def of(cls, path: Path) -> OptimizedGraph:
-        """The optimized form of an exported graph.
+        """Return the optimized form of an exported graph.
 
         Raises:
-            BundleError: ONNX Runtime cannot load it.
+            BundleError: ONNX Runtime cannot load the graph.
         """
         import onnx
 
@@ -180,7 +181,7 @@ class OptimizedGraph:
             optimized = folder / "optimized.onnx"
             options = session_options(None)
             options.optimized_model_filepath = str(optimized)
-            options.add_session_config_entry("session.disable_prepacking", "1")  # it is never run
+            options.add_session_config_entry("session.disable_prepacking", "1")  # the session is never run
             # Weights beside the graph, because a graph file cannot hold more than 2 GiB.
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
             options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
@@ -192,26 +193,26 @@ class OptimizedGraph:
         return cls(tuple(nodes))
 
     def count(self, op: str) -> int:
-        """How many nodes are this op."""
+        """Return the number of nodes with this op."""
         return sum(node.op == op for node in self.nodes)
 
 
 def session_options(threads: int | None, *, exact: bool = False) -> Any:
-    """The options every session is loaded with.
+    """Return the options that every session is loaded with.
 
     Args:
-        threads: how many threads a graph may use; all cores when None.
+        threads: the number of threads that a graph may use; all cores when None.
         exact: whether codes of which two products exceed 16 bits are multiplied exactly on CPUs without VNNI, too (see
-            `qcgraph.export.targets.Target`). It takes about a sixth longer, on every CPU.
+            `qcgraph.export.targets.Target`). This takes about a sixth longer, on every CPU.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; warnings are about graphs that are fine
+    options.log_severity_level = 3  # errors only; warnings are about sound graphs
     if threads is not None:
         options.intra_op_num_threads = threads
-    # The variants take turns: threads of one that spin while they wait for work would take the cores of the other (on
-    # two cores, a computing step that takes turns with a reusing one then takes 1.7 times as long).
+    # The variants take turns: spinning threads of one that waits would take the cores of the other. (On two cores, a
+    # computing step that takes turns with a reusing one then takes 1.7 times as long.)
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if exact:
         options.add_session_config_entry("session.x64quantprecision", "1")
@@ -219,17 +220,17 @@ def session_options(threads: int | None, *, exact: bool = False) -> Any:
 
 
 def _ort_value(array: npt.NDArray[np.generic]) -> Any:
-    """An array in the form of ONNX Runtime."""
+    """Return an array in the form of ONNX Runtime."""
     import onnxruntime
 
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
 def load_session(model: Path | bytes, options: Any) -> Any:
-    """A session of a graph file, or of a graph in memory.
+    """Return a session of a graph file, or of a graph in memory.
 
     Raises:
-        BundleError: ONNX Runtime cannot load it.
+        BundleError: ONNX Runtime cannot load the graph.
     """
     import onnxruntime
 
@@ -238,7 +239,7 @@ def load_session(model: Path | bytes, options: Any) -> Any:
         return onnxruntime.InferenceSession(
             source, options, providers=EXECUTION_PROVIDERS, disabled_optimizers=DISABLED_OPTIMIZERS
         )
-    except Exception as error:  # its exceptions share no base class but this
+    except Exception as error:  # ONNX Runtime's exceptions share no other base class
         raise BundleError(
             f"ONNX Runtime cannot load the graph: {str(error).splitlines()[0]}",
             where=model.name if isinstance(model, Path) else None,

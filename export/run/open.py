@@ -1,7 +1,7 @@
-"""The one door to runtimes: whoever runs, measures, judges or verifies a compilation gets its runner here.
+"""The one door to runtimes: all code that runs, measures, judges or verifies a compilation gets its runner here.
 
-A runner of a bundle is of the bundle that was opened, and stays what it is: everything is read when it is made (see
-`qcgraph.bundle.watch`). No torch, unless a runtime that needs it is opened.
+A runner of a bundle belongs to the bundle that was opened, and later changes have no effect on it: everything is read
+when it is made (see `qcgraph.bundle.watch`). No torch, unless a runtime that needs it is opened.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from qcgraph.ir.program import Program
 
 SAMPLES_AT_ONCE = 64
-MOST_THREADS = 1024  # more cores than that one computer has none, and a thread each is made at once
+MOST_THREADS = 1024  # no computer has more cores, and all threads are made at once
 
 
 def open_runner(target: Target, source: Source, runtime: str | None = None, threads: int | None = None) -> Runner:
-    """Return a runner for what was compiled for a target.
+    """Return a runner for a compilation.
 
     Args:
-        target: what it was compiled for.
+        target: the target of the compilation.
         source: a bundle, or a legal program in a folder.
-        runtime: one of `qcgraph.export.run.runtimes.RUNTIMES`; by default see `runtime_for`.
-        threads: how many threads it may use; by default all cores. Engines run on a GPU and take none.
+        runtime: a name in `qcgraph.export.run.runtimes.RUNTIMES`; `runtime_for` gives the default.
+        threads: the number of threads that it may use; by default all cores. Engines run on a GPU and take none.
 
     Raises:
-        UsageError: the runtime is unknown or not installed, there is no GPU where it needs one, or the number of
-            threads is not positive or of no use.
+        UsageError: the runtime is unknown or not installed, its GPU is missing, or the number of threads is not
+            positive or has no effect.
         BundleError: the bundle was not exported for it, has no engines that run here, or was replaced meanwhile.
     """
     chosen = runtime_for(target, _precision(source)) if runtime is None else runtime_named(runtime)
@@ -52,15 +52,15 @@ def runner_of(bundle: Bundle, runtime: str | None = None, threads: int | None = 
 def export_to(
     runtime: Runtime, target: Target, program: Program, folder: Path, progress: Progress, threads: int | None = None
 ) -> Runner:
-    """Return a runner for a legal program that was not exported yet; what the runtime reads goes to an empty folder.
+    """Return a runner for a legal program that was not exported yet; exported files go to an empty folder.
 
     Args:
-        runtime: what runs it.
-        target: what it is compiled for.
+        runtime: the runtime that runs it.
+        target: the target of the compilation.
         program: the program after legalization.
         folder: an empty folder, which must outlive the runner.
         progress: reports the export.
-        threads: how many threads it may use; by default all cores.
+        threads: the number of threads that it may use; by default all cores.
     """
     if runtime.reads_graphs:
         from qcgraph.export.onnx.emit import emit_onnx
@@ -70,7 +70,7 @@ def export_to(
 
 
 def samples_at_once(runner: Runner, plan: StepPlan) -> int:
-    """How many samples to draw together: `SAMPLES_AT_ONCE`, or as many as engines were built for."""
+    """Return the number of samples to draw together: `SAMPLES_AT_ONCE`, or fewer if engines take fewer."""
     largest: int | None = getattr(runner, "largest_batch", None)
     return SAMPLES_AT_ONCE if largest is None else max(1, min(SAMPLES_AT_ONCE, largest // plan.halves))
 

@@ -1,4 +1,4 @@
-"""Opening the engines of a bundle: those of the GPU that is here, if they are what their record says."""
+"""Opening the engines of a bundle that are for the GPU of this machine, if they match their record."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def open_bundle(bundle: Bundle, provider: str, threads: int | None) -> EngineRun
     """Return a runner on the engines in a bundle.
 
     Raises:
-        UsageError: a number of threads was given, or `open_engines` does not find what it needs.
+        UsageError: a number of threads was given, or `open_engines` lacks TensorRT, a GPU or memory.
         BundleError: there are no engines that run here, or the bundle was replaced meanwhile.
     """
     if threads is not None:
@@ -38,16 +38,16 @@ def open_bundle(bundle: Bundle, provider: str, threads: int | None) -> EngineRun
 
 
 def open_engines(bundle: Bundle, provider: str, folder: Path | None = None) -> EngineRunner:
-    """A runner on the engines of a bundle.
+    """Return a runner on the engines of a bundle.
 
     Args:
-        bundle: what to run.
+        bundle: the bundle to run.
         provider: see `qcgraph.export.tensorrt.provider.LIBRARIES`.
-        folder: where its engines are; ``engines`` in the bundle unless it is given.
+        folder: the folder of its engines; ``engines`` in the bundle by default.
 
     Raises:
         UsageError: TensorRT is not installed, or there is no GPU or not enough memory on it.
-        BundleError: there are no engines, or they are damaged, of another bundle, or not for what is here.
+        BundleError: engines are missing or damaged, or belong to another bundle, GPU or version of the library.
     """
     module, device = load_provider(provider), require_device()
     place, capability = folder or bundle.path / ENGINES, capability_of(device)
@@ -58,17 +58,17 @@ def open_engines(bundle: Bundle, provider: str, folder: Path | None = None) -> E
 
 
 def choose_engines(folder: Path, bundle: Bundle, provider: str, version: str, capability: str) -> dict[str, Engine]:
-    """The engine of every variant of a bundle that runs here.
+    """Return the engine of every variant of a bundle that runs here.
 
     Args:
         folder: a folder of engines.
-        bundle: what they have to be built of.
-        provider: what is to run them.
-        version: its version.
+        bundle: the bundle that they have to be built of.
+        provider: the library that is to run them.
+        version: the version of this library.
         capability: the compute capability of the GPU, such as ``8.9``.
 
     Raises:
-        BundleError: there are none; says what there is instead.
+        BundleError: there are none; says which engines there are instead.
     """
     build = f"qcgraph build {bundle.path} --target {provider} --compute-capability {capability}"
     if not has_engines(folder):
@@ -93,10 +93,10 @@ def choose_engines(folder: Path, bundle: Bundle, provider: str, version: str, ca
 
 
 def read_engine(folder: Path, engine: Engine) -> bytes:
-    """The bytes of an engine.
+    """Return the bytes of an engine.
 
     Raises:
-        BundleError: it is missing or changed.
+        BundleError: the file is missing or changed.
     """
     content = read_file(folder, engine.file, largest=engine.bytes, hint=BUILD_AGAIN)
     if hashlib.sha256(content).hexdigest() != engine.sha256:

@@ -1,6 +1,6 @@
-"""The runtimes: what runs a compilation, one row each. No torch, unless a runtime that needs it is opened.
+"""The runtimes in one table, a row each. No torch, unless a runtime that needs it is opened.
 
-A new runtime is a module that makes its runners, and a row here.
+A new runtime needs a module that makes its runners, and a row here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qcgraph.ir.program import Program
 
 ONNXRUNTIME = "onnxruntime"
-TORCH = "torch"  # the reference: it runs every program
+TORCH = "torch"  # the reference, which runs every program
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Exported:
 
     Attributes:
         program: the program after legalization.
-        folder: where its graphs and weights are; a runtime that runs programs reads nothing there.
+        folder: the folder of its graphs and weights; a runtime that runs programs reads nothing there.
         interfaces: inputs and outputs by variant.
         constants: the constants of the program that differ from those in the folder, by name.
     """
@@ -50,15 +50,15 @@ Opener: TypeAlias = Callable[[Target, Source, int | None], Runner]
 
 @dataclass(frozen=True)
 class Runtime:
-    """What runs a compilation.
+    """The software that runs a compilation.
 
     Attributes:
         name: its name in targets and on the command line.
-        title: what reports call it.
-        module: the Python module that it is.
+        title: its name in reports.
+        module: its Python module.
         types: the floating-point types that it runs.
-        reads_graphs: whether it runs exported graphs; the others run the program.
-        open: makes a runner for a target from a bundle or an exported program, with a number of threads, or all cores.
+        reads_graphs: whether it runs exported graphs; any other runtime runs the program.
+        open: returns a runner for a target and a bundle or exported program, with a number of threads, or all cores.
     """
 
     name: str
@@ -89,7 +89,7 @@ def _open_torch(target: Target, source: Source, threads: int | None) -> Runner:
 
 
 def _open_tensorrt(provider: str) -> Opener:
-    """Return what opens the engines that a provider built."""
+    """Return a function that opens the engines of a provider."""
 
     def opened(target: Target, source: Source, threads: int | None) -> Runner:
         from qcgraph.export.run.open_engines import open_bundle
@@ -146,14 +146,14 @@ def runtime_named(name: Any) -> Runtime:
 
 
 def runtime_for(target: Target, precision: str) -> Runtime:
-    """Return the runtime that runs a target's programs unless another is asked for.
+    """Return the default runtime of a target's programs.
 
-    It is the one that stands in for the target's own where the target names one, and PyTorch where that does not run
-    the floating-point type.
+    This is the target's stand-in, or else its own runtime; and PyTorch where this runtime lacks the floating-point
+    type.
 
     Args:
         target: the target.
-        precision: the floating-point type of what is not quantized.
+        precision: the floating-point type of values that are not quantized.
     """
     runtime = runtime_named(target.stand_in or target.runtime)
     return runtime if precision in runtime.types else RUNTIMES[TORCH]

@@ -1,8 +1,8 @@
-"""Engines of TensorRT and TensorRT-RTX on the GPU that is here: contexts, scratch memory, and CUDA graphs.
+"""Engines of TensorRT and TensorRT-RTX on the GPU of this machine: contexts, scratch memory, and CUDA graphs.
 
-Nothing is allocated while an engine runs: all contexts share one piece of scratch memory, as large as the largest wants
-it, because on one stream they run one after the other. A context has one set of addresses and shapes. It is run
-directly once, which also compiles what TensorRT-RTX compiles late; from the second time on it is a CUDA graph.
+Nothing is allocated while an engine runs: all contexts share one scratch memory of the largest size that any of them
+needs, because they run one after the other on one stream. A context has one set of addresses and shapes. Its first run
+is direct, which also compiles the late kernels of TensorRT-RTX; from the second run on it is a CUDA graph.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from qcgraph.files.atomic import writing_file
 from qcgraph.files.folder import read_file
 from qcgraph.plan.spec import Interface, TensorSpec
 
-TYPES = {"f32": "FLOAT", "f16": "HALF", "bf16": "BF16", "i64": "INT64", "i32": "INT32"}  # ours -> TensorRT's
+TYPES = {"f32": "FLOAT", "f16": "HALF", "bf16": "BF16", "i64": "INT64", "i32": "INT32"}  # qcgraph's types -> TensorRT's
 BUILD_AGAIN = "build the engines again: qcgraph build --force"
 
 
 @dataclass(frozen=True)
 class EngineFile:
-    """An engine that was read and found to be the one that its record names."""
+    """An engine that was read, and that matches its record."""
 
     record: Engine
     content: bytes = field(repr=False)
 
 
 class TensorRTEngines:
-    """The engines of a bundle, loaded (see `qcgraph.export.run.engines.Engines`).
+    """The loaded engines of a bundle (see `qcgraph.export.run.engines.Engines`).
 
     Args:
         module: TensorRT or TensorRT-RTX (see `qcgraph.export.tensorrt.provider.load_provider`).
-        files: an engine of every variant, by variant.
+        files: the engine of every variant, by variant.
         interfaces: inputs and outputs by variant.
         device: a CUDA device.
-        kernels: the file that keeps what TensorRT-RTX compiles when it runs; with TensorRT there is none.
+        kernels: the file for kernels that TensorRT-RTX compiles at run time; TensorRT has none.
 
     Raises:
-        BundleError: an engine cannot be loaded, or has other inputs or outputs than its interface.
+        BundleError: an engine cannot be loaded, or its inputs or outputs are not those of its interface.
         UsageError: there is not enough device memory.
     """
 
@@ -80,16 +80,16 @@ class TensorRTEngines:
         return self._device
 
     def inputs(self, variant: str) -> frozenset[str]:
-        """The inputs that a variant reads."""
+        """Return the inputs that a variant reads."""
         return self._inputs[variant]
 
     def batch(self, variant: str) -> Batch:
-        """The batches that a variant takes."""
+        """Return the batches that a variant takes."""
         return self._batches[variant]
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        """A stream of its own, because the default one cannot be captured: after the host's, before what follows."""
+        """Enter a separate stream, since the default one cannot be captured; it waits for the host's and vice versa."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         try:
@@ -99,15 +99,15 @@ class TensorRTEngines:
             current.wait_stream(self._stream)
 
     def settle(self) -> None:
-        """Wait for all that runs."""
+        """Wait for all running work."""
         self._stream.synchronize()
 
     def bind(self, variant: str, tensors: Mapping[str, torch.Tensor]) -> TensorRTCall:
-        """A context of a variant on these tensors.
+        """Return a context of a variant on these tensors.
 
         Raises:
             UsageError: there is not enough device memory.
-            BundleError: TensorRT does not take them.
+            BundleError: TensorRT does not take these tensors.
         """
         self._log.errors.clear()
         context = self._contexts.make(variant)
@@ -123,19 +123,19 @@ class TensorRTEngines:
         return TensorRTCall(self, variant, context, tuple(tuple(tensor.shape) for tensor in tensors.values()))
 
     def enqueue(self, variant: str, context: Any) -> None:
-        """Put a run of a context in order.
+        """Enqueue a run of a context.
 
         Raises:
             UsageError: there is not enough device memory.
-            BundleError: TensorRT cannot run it.
+            BundleError: TensorRT cannot run the context.
         """
         self._log.errors.clear()
         if not context.execute_async_v3(self._stream.cuda_stream):
             raise self._failed(variant, "cannot be run")
 
     def capture(self, variant: str, context: Any) -> torch.cuda.CUDAGraph | None:
-        """A run of a context as a CUDA graph; None where it cannot be captured."""
-        can_capture = getattr(context, "is_stream_capturable", None)  # TensorRT-RTX has it
+        """Return a run of a context as a CUDA graph; None where it cannot be captured."""
+        can_capture = getattr(context, "is_stream_capturable", None)  # TensorRT-RTX has this method
         if can_capture is not None and not can_capture(self._stream.cuda_stream):
             return None
         graph = torch.cuda.CUDAGraph()
@@ -147,11 +147,11 @@ class TensorRTEngines:
             finally:
                 graph.capture_end()
         except (QcgraphError, RuntimeError):
-            return None  # it runs as well without, only slower
+            return None  # runs without a graph are correct, only slower
         return graph
 
     def keep_kernels(self, variant: str, shapes: tuple[object, ...]) -> None:
-        """Write down what was compiled, once for every variant and batch."""
+        """Write the compiled kernels to their file, once for every variant and batch."""
         if (variant, shapes) not in self._compiled:
             self._compiled.add((variant, shapes))
             self._contexts.keep_kernels()
@@ -163,7 +163,7 @@ class TensorRTEngines:
         return engine
 
     def _failed(self, variant: str, what: str) -> QcgraphError:
-        """The error for what TensorRT did not do."""
+        """Return the error for a failure of TensorRT, with the errors in its log."""
         said = "; ".join(dict.fromkeys(self._log.errors)) or "TensorRT does not say why"
         if "out of memory" in said.lower() or "outofmemory" in said.lower():
             return out_of_memory(f"the engine of {variant}", said)
@@ -171,7 +171,7 @@ class TensorRTEngines:
 
 
 class TensorRTCall:
-    """A context of a variant, at its addresses (see `qcgraph.export.run.engines.BoundVariant`)."""
+    """A context of a variant at fixed addresses (see `qcgraph.export.run.engines.BoundVariant`)."""
 
     def __init__(self, engines: TensorRTEngines, variant: str, context: Any, shapes: tuple[object, ...]) -> None:
         self._engines = engines
@@ -183,11 +183,11 @@ class TensorRTCall:
 
     @property
     def is_graph(self) -> bool:
-        """Whether it runs as a CUDA graph by now."""
+        """Whether the variant runs as a CUDA graph by now."""
         return self._graph is not None
 
     def run(self) -> None:
-        """Run it once; call it inside of `TensorRTEngines.stream`."""
+        """Run the variant once; called inside of `TensorRTEngines.stream`."""
         if self._runs == 1:
             self._graph = self._engines.capture(self._variant, self._context)
         if self._graph is not None:
@@ -200,7 +200,7 @@ class TensorRTCall:
 
 
 class _Contexts:
-    """Makes contexts that get their memory from us, with the kernels that were compiled before."""
+    """Makes contexts with memory from qcgraph, and with the kernels that earlier runs compiled."""
 
     def __init__(self, module: Any, engines: Mapping[str, Any], kernels: Path) -> None:
         self._engines = engines
@@ -208,7 +208,7 @@ class _Contexts:
         self._strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
         self._configs: dict[str, Any] = {}
         self._kernels: Any = None
-        self._kept = 0  # bytes
+        self._kept = 0  # size in bytes of the kernels in the file
         if hasattr(module, "IRuntimeCache"):
             self._configs = {variant: engine.create_runtime_config() for variant, engine in engines.items()}
             self._configure(module)
@@ -218,19 +218,20 @@ class _Contexts:
         for config in self._configs.values():
             self._kernels = self._kernels or config.create_runtime_cache()
             config.set_execution_context_allocation_strategy(self._strategy)
-            # Kernels for the very shapes, compiled before the first run ends: a graph keeps those it was captured with.
+            # Kernels for the exact shapes, compiled before the first run ends: a graph keeps the kernels of its
+            # capture.
             config.dynamic_shapes_kernel_specialization_strategy = (
                 module.DynamicShapesKernelSpecializationStrategy.EAGER
             )
             config.cuda_graph_strategy = module.CudaGraphStrategy.DISABLED
-        with suppress(BundleError):  # there is none yet
+        with suppress(BundleError):  # the file does not exist yet
             content = read_file(self._file.parent, self._file.name)
             self._kept = len(content) if self._kernels.deserialize(content) else 0  # of another driver: compiled anew
         for config in self._configs.values():
             config.set_runtime_cache(self._kernels)
 
     def make(self, variant: str) -> Any:
-        """A context without memory of its own; None where TensorRT does not make it."""
+        """Return a context without memory of its own; None where TensorRT cannot make it."""
         return self._engines[variant].create_execution_context(self._configs.get(variant, self._strategy))
 
     def keep_kernels(self) -> None:
@@ -245,10 +246,10 @@ class _Contexts:
 
 
 def _check_tensors(module: Any, engine: Any, variant: str, interface: Interface) -> frozenset[str]:
-    """The inputs that an engine reads; graphs may have some that they do not.
+    """Return the inputs that an engine reads; graphs may have more.
 
     Raises:
-        BundleError: its tensors are not those of the interface.
+        BundleError: the tensors of the engine are not those of the interface.
     """
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     inputs = frozenset(name for name in names if engine.get_tensor_mode(name) == module.TensorIOMode.INPUT)
@@ -263,6 +264,6 @@ def _check_tensors(module: Any, engine: Any, variant: str, interface: Interface)
 
 
 def _is(module: Any, engine: Any, spec: TensorSpec) -> bool:
-    """Whether a tensor of an engine is on the device and of the type that is planned."""
+    """Tell whether a tensor of an engine is on the device and has the planned type."""
     on_device = engine.get_tensor_location(spec.name) == module.TensorLocation.DEVICE
     return on_device and engine.get_tensor_dtype(spec.name).name == TYPES.get(spec.dtype)

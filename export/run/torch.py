@@ -1,4 +1,4 @@
-"""Running a program in PyTorch, the reference, as the runtime of a bundle or of a program in memory."""
+"""A runner of programs in PyTorch, the reference, as the runtime of a bundle or of a program in memory."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def open_bundle(bundle: Bundle, threads: int | None) -> TorchRunner:
         BundleError: the program is missing or damaged, or the bundle was replaced meanwhile.
     """
     for name in (PROGRAM, WEIGHTS):
-        bundle.file(name)  # other files than those that the manifest vouches for are not run
+        bundle.file(name)  # files that the manifest does not name are not run
     _use(threads)
     with reading(bundle, [PROGRAM, WEIGHTS]):
         stored = load_program(bundle.path)
         # Copies, because safetensors maps the file into memory.
         program = replace(stored, constants={name: value.clone() for name, value in stored.constants.items()})
         for variant in program.variants:
-            program.module(variant)  # made once, before several threads ask for it
+            program.module(variant)  # made once, before several threads need it
     return TorchRunner(program)
 
 

@@ -1,4 +1,4 @@
-"""The GPU that is here, as PyTorch sees it."""
+"""The GPU of this machine, as PyTorch sees it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from qcgraph.errors import UsageError
 
 
 def device_problem() -> str | None:
-    """Why there is no GPU to run engines on; None where there is one."""
+    """Return why there is no GPU to run engines on; None where there is one."""
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} is built without CUDA"
     return None if torch.cuda.is_available() else "there is no CUDA device"
 
 
 def require_device() -> torch.device:
-    """The CUDA device that is in use.
+    """Return the CUDA device in use.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no CUDA device.
     """
     if problem := device_problem():
         raise UsageError(
@@ -31,17 +31,17 @@ def require_device() -> torch.device:
 
 
 def capability_of(device: torch.device) -> str:
-    """The compute capability of a CUDA device, such as ``8.9``."""
+    """Return the compute capability of a CUDA device, such as ``8.9``."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"{major}.{minor}"
 
 
 @contextmanager
 def device_memory(what: str) -> Iterator[None]:
-    """Say what there was no device memory for.
+    """Turn a lack of device memory into an error that names its purpose.
 
     Raises:
-        UsageError: the body ran out of it.
+        UsageError: the body ran out of device memory.
     """
     try:
         yield
@@ -50,7 +50,7 @@ def device_memory(what: str) -> Iterator[None]:
 
 
 def out_of_memory(what: str, said: str) -> UsageError:
-    """The error for device memory that does not suffice."""
+    """Return the error for insufficient device memory."""
     return UsageError(
         f"not enough device memory for {what}: {said}",
         hint="sample fewer at once, build the engines for smaller batches (qcgraph build --batch), or end what else "

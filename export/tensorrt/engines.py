@@ -1,4 +1,4 @@
-"""From a bundle to a folder of engines: one of every variant for every compute capability, written in one piece."""
+"""Building a folder of engines of a bundle: one for every variant and compute capability, written in one piece."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.sampling.modulation import TOGETHER
 
-SAMPLES_AT_MOST = 8  # that an engine takes at once, unless it is told otherwise
+SAMPLES_AT_MOST = 8  # samples that an engine takes at once by default
 
 
 def build_engines(
@@ -44,24 +44,24 @@ def build_engines(
     force: bool = False,
     progress: Progress | None = None,
 ) -> EngineManifest:
-    """Build an engine of every variant of a bundle for every compute capability.
+    """Build an engine for every variant of a bundle and every compute capability.
 
-    Nothing is written before all of them are built.
+    Nothing is written before all engines are built.
 
     Args:
         bundle: a bundle with ONNX graphs.
-        capabilities: compute capabilities of GPUs, such as ``8.9``; by default that of the GPU that is here.
-        output: the folder to write; ``engines`` in the bundle unless it is given.
-        batch: the batches that the engines are to take (see `batch_for`); by default one to eight samples.
-        provider: see `qcgraph.export.tensorrt.provider.LIBRARIES`; by default the target of the bundle where that is
-            one, else ``tensorrt-rtx``.
-        force: whether engines that are there are replaced.
+        capabilities: compute capabilities of GPUs, such as ``8.9``; by default that of the GPU of this machine.
+        output: the folder to write; by default ``engines`` in the bundle.
+        batch: the batches that the engines take (see `batch_for`); by default one to eight samples.
+        provider: a name in `qcgraph.export.tensorrt.provider.LIBRARIES`; by default the bundle's runtime if it is
+            there, else ``tensorrt-rtx``.
+        force: whether existing engines are replaced.
         progress: reports the engines.
 
     Raises:
-        UsageError: the bundle has no ONNX graphs, TensorRT is not installed or cannot hold a graph, there is no GPU
-            where one is needed, or an option is wrong; says which.
-        BundleError: a graph is not what the plan says, or the bundle was replaced while engines were built of it.
+        UsageError: names the reason: the bundle has no ONNX graphs, TensorRT is not installed or cannot hold a graph, a
+            required GPU is missing, or an option is wrong.
+        BundleError: a graph does not match the plan, or the bundle was replaced while engines were built of it.
     """
     progress, place = progress or Progress(), output or bundle.path / ENGINES
     graphs = _graphs(bundle)
@@ -96,19 +96,19 @@ def build_engines(
 
 
 def default_provider(bundle: Bundle) -> str:
-    """What builds the engines of a bundle: what it was compiled for, else TensorRT-RTX."""
+    """Return the provider that builds the engines of a bundle: its runtime, else TensorRT-RTX."""
     runtime = target_of(bundle).runtime
     return runtime if runtime in tensorrt.LIBRARIES else "tensorrt-rtx"
 
 
-MOST_AT_ONCE = 2**20  # of latents in a batch
+MOST_AT_ONCE = 2**20  # latents in a batch
 
 
 def parse_batch(text: str) -> Batch:
-    """The batches of ``MIN,OPT,MAX``.
+    """Return the batches of ``MIN,OPT,MAX``.
 
     Raises:
-        UsageError: these are not three whole numbers, 1 <= MIN <= OPT <= MAX.
+        UsageError: the text is not three whole numbers, 1 <= MIN <= OPT <= MAX.
     """
     hint = "for example --batch 2,2,16: MIN, OPT and MAX, each at least the one before"
     try:
@@ -125,14 +125,14 @@ def parse_batch(text: str) -> Batch:
 
 
 def default_batch(plan: StepPlan) -> Batch:
-    """One sample to `SAMPLES_AT_MOST`, tuned for one; the denoiser sees each twice under guidance."""
+    """Return one sample to `SAMPLES_AT_MOST`, tuned for one; under guidance each counts twice in the batch."""
     return Batch(minimum=plan.halves, optimum=plan.halves, maximum=plan.halves * SAMPLES_AT_MOST)
 
 
 def batch_for(variant: str, batch: Batch, plan: StepPlan) -> Batch:
-    """The batches of one variant.
+    """Return the batches of one variant.
 
-    A variant that prepares others sees many steps at once, see `qcgraph.sampling.modulation.Modulation`.
+    A variant that prepares other variants takes many steps at once, see `qcgraph.sampling.modulation.Modulation`.
 
     Raises:
         UsageError: the variant takes both halves of guidance, and a batch is odd.
@@ -163,7 +163,7 @@ def _graphs(bundle: Bundle) -> dict[str, Path]:
 
 
 def _check_capabilities(module: Any, capabilities: Sequence[str], provider: str) -> tuple[str, ...]:
-    """The compute capabilities to build for, each once."""
+    """Return the compute capabilities to build for, each once."""
     title = tensorrt.LIBRARIES[provider].title
     offered = tuple(tensorrt.compute_capabilities(module))
     hint = f"known: {', '.join(offered)}"
@@ -179,7 +179,7 @@ def _check_capabilities(module: Any, capabilities: Sequence[str], provider: str)
 
 
 def _present_capability(reason: str, hint: str) -> str:
-    """The compute capability of the GPU that is here, which is wanted for a reason."""
+    """Return the compute capability of the GPU of this machine, or raise the reason for needing one."""
     from qcgraph.export.tensorrt.device import capability_of, device_problem, require_device
 
     if problem := device_problem():
@@ -188,7 +188,7 @@ def _present_capability(reason: str, hint: str) -> str:
 
 
 def _earlier_timings(place: Path) -> bytes:
-    """What was measured for the engines that are there; they are built faster again with it."""
+    """Return the timing cache of the existing engines, which speeds up building them again."""
     try:
         return read_file(place, TIMING_CACHE)
     except BundleError:
@@ -196,7 +196,7 @@ def _earlier_timings(place: Path) -> bytes:
 
 
 def _refuse_problems(module: Any, graphs: dict[str, Path]) -> None:
-    """Refuse graphs that cannot be built, all at once and before the first is built."""
+    """Refuse graphs that cannot be built, all at once and before any of them is built."""
     found = {path.name: tensorrt.problems(module, path) for path in graphs.values()}
     refused = {name: problems for name, problems in found.items() if problems}
     if refused:
@@ -204,7 +204,7 @@ def _refuse_problems(module: Any, graphs: dict[str, Path]) -> None:
 
 
 def quantized_products(graph: Path) -> tuple[str, ...]:
-    """The nodes of an ONNX graph that multiply two dequantized matrices."""
+    """Return the nodes of an ONNX graph that multiply two dequantized matrices."""
     import onnx
 
     nodes = onnx.load(graph, load_external_data=False).graph.node
@@ -214,7 +214,7 @@ def quantized_products(graph: Path) -> tuple[str, ...]:
 
 
 def _written(built: tensorrt.Built, folder: Path, variant: str, capability: str, batch: Batch) -> Engine:
-    """The record of an engine that is now in the folder; nothing is known of its steps."""
+    """Write an engine into the folder, and return its record without figures on its steps."""
     name = f"{variant}.{device_tag(capability)}.engine"
     (folder / name).write_bytes(built.engine)
     return Engine(
@@ -235,7 +235,7 @@ def _written(built: tensorrt.Built, folder: Path, variant: str, capability: str,
 
 
 def _counts(fused: FusedSteps, quantized: Sequence[str]) -> dict[str, object]:
-    """What the probe tells, as fields of `Engine`."""
+    """Return the figures of the probe as fields of `Engine`."""
     return {
         "steps": len(fused.steps),
         "quantized_gemms": fused.quantized_gemms,

@@ -1,11 +1,11 @@
-"""Engines with TensorRT and TensorRT-RTX: reading an ONNX graph, and building an engine of it.
+"""TensorRT and TensorRT-RTX: reading an ONNX graph, and building an engine of it.
 
-Both have the same API under different module names; which is used is one row of `LIBRARIES`. The module is imported
-when it is needed, so nothing else of qcgraph asks for it.
+Both have the same API under different module names; `LIBRARIES` has a row for each. The module is imported when it is
+needed, so no other part of qcgraph requires it.
 
-TensorRT-RTX builds for a compute capability ahead of time, without such a GPU and without measuring: kernels are
-chosen, and compiled, on the GPU when an engine is first run, which has a runtime cache of its own. TensorRT builds for
-the GPU that is there and measures kernels on it; what it measured is a timing cache, which later builds start from.
+TensorRT-RTX builds for a compute capability ahead of time, without such a GPU and without measuring. It chooses and
+compiles kernels on the GPU at the first run of an engine, with a runtime cache of its own. TensorRT builds for the GPU
+of this machine and measures kernels on it; later builds start from these measurements, the timing cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qcgraph.plan.spec import BATCH, Interface
 from qcgraph.progress import PLAIN_INTERVAL, Progress
 
 _CAPABILITY = re.compile(r"SM(\d+)(\d)")
-_DECOMPOSABLE = "ATTENTION_INPUT"  # the first layer of what ONNX calls Attention
+_DECOMPOSABLE = "ATTENTION_INPUT"  # the first layer of ONNX's Attention
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Provider:
     """A library with TensorRT's API.
 
     Attributes:
-        name: how qcgraph calls it.
-        title: how people call it.
-        module: the Python module.
-        install: what installs it.
-        builds_ahead: whether it builds for GPUs that are not there; else it measures on the one that is.
+        name: its name in qcgraph.
+        title: its usual name.
+        module: its Python module.
+        install: the command that installs it.
+        builds_ahead: whether it builds for any GPU; else it builds for, and measures on, the GPU of this machine.
     """
 
     name: str
@@ -61,9 +61,9 @@ class NodeProblem:
     """A node that TensorRT cannot hold.
 
     Attributes:
-        node: its name; empty where TensorRT does not say.
-        operator: its ONNX operator; likewise.
-        reason: what TensorRT says about it.
+        node: the node's name; empty where TensorRT does not say.
+        operator: the node's ONNX operator; empty likewise.
+        reason: TensorRT's message.
     """
 
     node: str
@@ -76,10 +76,10 @@ class Built:
     """A serialized engine.
 
     Attributes:
-        engine: its bytes.
-        seconds: what building it took.
+        engine: the bytes of the engine.
+        seconds: seconds that building it took.
         layers: layers of the network before fusion.
-        timing_cache: what was measured, and what was known before; None where nothing is measured.
+        timing_cache: earlier and new measurements of kernels; None where the provider does not measure.
     """
 
     engine: memoryview = field(repr=False)
@@ -89,10 +89,10 @@ class Built:
 
 
 def load_provider(name: str) -> Any:
-    """The module of a provider.
+    """Return the module of a provider.
 
     Raises:
-        UsageError: there is no such provider, it is not installed, or it cannot be loaded here.
+        UsageError: the provider is unknown, not installed, or cannot be loaded here.
     """
     if name not in LIBRARIES:
         raise UsageError(f"unknown provider {name!r}", hint=closest(name, LIBRARIES))
@@ -108,7 +108,7 @@ def load_provider(name: str) -> Any:
 
 
 def compute_capabilities(module: Any) -> dict[str, Any]:
-    """The compute capabilities that a provider builds for without such a GPU: ``8.9`` and its constant, rising."""
+    """Return the compute capabilities that a provider builds for ahead of time, rising: ``8.9`` -> its constant."""
     if not hasattr(module, "ComputeCapability"):
         return {}
     members = module.ComputeCapability.__members__
@@ -118,7 +118,7 @@ def compute_capabilities(module: Any) -> dict[str, Any]:
 
 
 def problems(module: Any, graph: Path) -> tuple[NodeProblem, ...]:
-    """Every node of an ONNX graph that TensorRT cannot hold; none when it can be built."""
+    """Return every node of an ONNX graph that TensorRT cannot hold; none when it can build the graph."""
     return _Reading(module, graph).problems
 
 
@@ -133,20 +133,20 @@ def build(
 ) -> Built:
     """Build an engine of an ONNX graph.
 
-    The network is strongly typed: every tensor has the type that the graph gives it, nothing is rounded further. What
-    the graph refers to in other files is read from beside it.
+    The network is strongly typed: every tensor has its type in the graph, and nothing is rounded further. Files that
+    the graph refers to are read from the folder of the graph.
 
     Args:
         module: see `load_provider`.
         graph: the ONNX file.
-        interface: the inputs and outputs that it has to have.
-        batch: the batches that the engine is to take.
-        capability: one of `compute_capabilities`; of the GPU that is there, where the provider does not build ahead.
-        progress: reports what takes long.
-        timing_cache: of an earlier build; of another GPU or version, it is not used.
+        interface: the inputs and outputs that the graph must have.
+        batch: the batches that the engine takes.
+        capability: a key of `compute_capabilities`; that of this machine's GPU where the provider does not build ahead.
+        progress: reports progress of slow builds.
+        timing_cache: the cache of an earlier build; ignored if it is of another GPU or version.
 
     Raises:
-        UsageError: TensorRT cannot hold the graph, or cannot build it; says which nodes and why.
+        UsageError: TensorRT cannot hold the graph, or cannot build it; names nodes and reasons.
         BundleError: the graph has other inputs or outputs.
     """
     reading = _Reading(module, graph)
@@ -161,7 +161,7 @@ def build(
     if ahead:
         config.num_compute_capabilities = 1
         config.set_compute_capability(ahead[capability], 0)
-    if hasattr(module.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # without it, running cannot be captured as a CUDA graph
+    if hasattr(module.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # else runs cannot be captured as a CUDA graph
         config.set_flag(module.BuilderFlag.REQUIRE_USER_ALLOCATION)
     timings = None if ahead else timings_of(config, timing_cache)
     if hasattr(config, "progress_monitor"):
@@ -175,7 +175,7 @@ def build(
 
 
 def refusal(found: Mapping[str, tuple[NodeProblem, ...]]) -> UsageError:
-    """The error for graphs that TensorRT cannot hold, by file name: every node, and each reason once."""
+    """Return the error for graphs that TensorRT cannot hold, by file name: every node, and each reason once."""
     lines = []
     for name, nodes in found.items():
         reasons: dict[tuple[str, str], list[str]] = {}
@@ -192,13 +192,13 @@ def refusal(found: Mapping[str, tuple[NodeProblem, ...]]) -> UsageError:
 
 
 class _Reading:
-    """A graph as TensorRT reads it. The parser owns the weights, so it has to live as long as the network."""
+    """A graph that TensorRT has read. The parser owns the weights, so it has to live as long as the network."""
 
     def __init__(self, module: Any, graph: Path) -> None:
         self.log = quiet_log(module)
         self.builder = module.Builder(self.log)
         flags = getattr(module, "NetworkDefinitionCreationFlag", None)
-        strong = getattr(flags, "STRONGLY_TYPED", None)  # later versions know no other
+        strong = getattr(flags, "STRONGLY_TYPED", None)  # later versions have this kind only
         self.network = self.builder.create_network(0 if strong is None else 1 << int(strong))
         self._parser = module.OnnxParser(self.network, self.log)
         self.problems = () if self._parser.parse_from_file(str(graph)) else tuple(self._errors())
@@ -206,7 +206,7 @@ class _Reading:
     def _errors(self) -> Iterator[NodeProblem]:
         for index in range(self._parser.num_errors):
             error = self._parser.get_error(index)
-            # "false" is all that is said of an operator which TensorRT has not.
+            # TensorRT's only message for an operator that it lacks is "false".
             reason = "is not supported" if error.desc() in ("", "false") else " ".join(error.desc().split())
             yield NodeProblem(error.node_name(), error.node_operator(), reason)
 
@@ -223,7 +223,10 @@ def _check_interface(network: Any, interface: Interface, graph: Path) -> None:
 
 
 def timings_of(config: Any, earlier: bytes) -> Any:
-    """The timing cache of a build, which must live as long as that: the earlier one, or an empty one if it is unfit."""
+    """Return the timing cache of a build: the earlier one, or an empty one if the earlier is unfit.
+
+    It must live as long as the build.
+    """
     for content in (earlier, b""):
         cache = config.create_timing_cache(content)
         if cache is not None and config.set_timing_cache(cache, False):
@@ -232,7 +235,7 @@ def timings_of(config: Any, earlier: bytes) -> Any:
 
 
 def _profile(builder: Any, interface: Interface, batch: Batch) -> Any:
-    """The shapes that an engine is for. Inputs without a batch, such as the scalars group and row, need none."""
+    """Return the shapes of an engine. Inputs without a batch, such as the scalars group and row, need none."""
     profile = builder.create_optimization_profile()
     for spec in interface.inputs:
         if BATCH in spec.shape:
@@ -244,17 +247,17 @@ def _profile(builder: Any, interface: Interface, batch: Batch) -> Any:
 
 
 def _let_attention_decompose(module: Any, network: Any) -> None:
-    """Let attention that has no fused kernel, as in float32, be built of its parts; else building it fails."""
+    """Let attention without a fused kernel, as in float32, be built of its parts, since building fails otherwise."""
     kind = getattr(module.LayerType, _DECOMPOSABLE, None)
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if kind is not None and layer.type == kind:
-            layer.__class__ = module.IAttentionInputLayer  # how the bindings cast: they give the base class only
+            layer.__class__ = module.IAttentionInputLayer  # a cast; the bindings give the base class only
             layer.attention.decomposable = True
 
 
 def quiet_log(module: Any) -> Any:
-    """A logger that keeps errors and prints nothing: TensorRT's own writes to stdout, which is for data."""
+    """Return a logger that keeps errors and prints nothing: TensorRT's own writes to stdout, which is for data."""
     serious = (module.ILogger.Severity.ERROR, module.ILogger.Severity.INTERNAL_ERROR)
 
     class Log(module.ILogger):  # type: ignore[misc]  # the module has no annotations
@@ -270,10 +273,10 @@ def quiet_log(module: Any) -> Any:
 
 
 def _run(builder: Any, network: Any, config: Any, watch: Any) -> Any:
-    """The serialized engine, or None.
+    """Return the serialized engine, or None.
 
-    In a thread of its own: a signal is raised in the main thread, in whatever Python comes next, and in a callback it
-    would have to pass through TensorRT's C++. Here it finds the main thread waiting.
+    The build runs in a thread of its own. A signal is raised in the main thread, in the Python code that comes next,
+    and in a callback it would have to pass through TensorRT's C++. With this thread it finds the main thread waiting.
     """
     with ThreadPoolExecutor(max_workers=1) as pool:
         building = pool.submit(builder.build_serialized_network, network, config)
@@ -285,7 +288,7 @@ def _run(builder: Any, network: Any, config: Any, watch: Any) -> Any:
 
 
 def _watch(module: Any, label: str, progress: Progress) -> Any:
-    """What TensorRT tells while it builds: reported now and then."""
+    """Return a monitor that reports TensorRT's phases while it builds, at intervals."""
 
     class Watch(module.IProgressMonitor):  # type: ignore[misc]  # the module has no annotations
         def __init__(self) -> None:

@@ -1,19 +1,20 @@
-r"""What a network was fused to, read out of the bytes of an engine: a probe, and never an API.
+r"""The steps that a network was fused to, read out of the bytes of an engine: a probe, and never an API.
 
-TensorRT does not say, without the GPU that an engine is for, whether a product stayed in 8 bits. But an engine of
-TensorRT-RTX holds its program as text, between other things::
+Without the GPU that an engine is for, TensorRT does not say whether a product stayed in 8 bits. But an engine of
+TensorRT-RTX holds its program as text, among other data::
 
     header {                          inputs, outputs, regions of memory
     descriptors {                     tensor={ ... name="q.1" ... type=int8 }
-    main {                            what runs on the GPU, a step a line
+    main {                            steps on the GPU, one a line
       function={ name=__myl_MulAdd ... layers="[ONNX Layer: mul]\x1f[ONNX Layer: add]" }
       fully_connected={ name="linear" ... input={"q.1" "weight" ...} ... }
       runtime_fusion={ name=__myl_FcAdd ... binary=1 ... }
     shape_main {                      arithmetic of shapes on the host
 
-and after it, for every ``runtime_fusion`` and in the order of their ``binary``, a program of the same form whose header
-names ``runtime-fusion-consts``. This was found by looking (TensorRT-RTX 1.7.1), is documented nowhere, and may change
-with every version: use it for counts in a report and in tests that are pinned to a version, for nothing that decides.
+After it follows a program of the same form for every ``runtime_fusion``, in the order of their ``binary``; its header
+names ``runtime-fusion-consts``. This was found by inspection (TensorRT-RTX 1.7.1), is documented nowhere, and may
+change with every version. Use it for counts in a report and in tests that are pinned to a version, and never for
+decisions.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-PROBED_VERSIONS = ("1.7",)  # of TensorRT-RTX: where the probe was compared with what was built
+PROBED_VERSIONS = ("1.7",)  # of TensorRT-RTX: versions whose probe results were compared with known engines
 
 _PROGRAM = b"header {\n  version = "
 _SECTION = re.compile(r"^(\w+) \{\n(.*?)^\}$", re.MULTILINE | re.DOTALL)
@@ -47,10 +48,10 @@ class FusedStep:
 
     Attributes:
         kind: ``function`` (a generated kernel), ``fully_connected`` (a product of matrices), ``runtime_fusion`` (a
-            product with what is before and after it), ``corrltn`` (a convolution) and others.
-        name: how TensorRT calls it.
-        layers: the ONNX nodes that it computes, or a part of which.
-        quantized_gemms: products of two matrices of 8 bits in it.
+            product with the nodes before and after it), ``corrltn`` (a convolution) or another kind.
+        name: TensorRT's name of the step.
+        layers: the ONNX nodes that the step computes wholly or in part.
+        quantized_gemms: number of products of two 8-bit matrices in the step.
     """
 
     kind: str
@@ -64,8 +65,8 @@ class FusedSteps:
     """The steps of an engine, in order.
 
     Attributes:
-        steps: what runs on the GPU.
-        conditional_jumps: jumps that depend on a value.
+        steps: the steps on the GPU.
+        conditional_jumps: number of jumps that depend on a value.
     """
 
     steps: tuple[FusedStep, ...]
@@ -73,17 +74,17 @@ class FusedSteps:
 
     @property
     def quantized_gemms(self) -> int:
-        """Products of two matrices of 8 bits; those that share an activation may have been merged into one."""
+        """The number of products of two 8-bit matrices; products that share an activation may have been merged."""
         return sum(step.quantized_gemms for step in self.steps)
 
     @property
     def fused_attention(self) -> int:
-        """Attentions that one kernel computes."""
+        """The number of attentions that one kernel computes."""
         return sum(step.name.startswith(_ATTENTION) for step in self.steps)
 
     @property
     def quantized_layers(self) -> frozenset[str]:
-        """The ONNX nodes that became part of a product of two matrices of 8 bits."""
+        """The ONNX nodes that became part of a product of two 8-bit matrices."""
         return frozenset(layer for step in self.steps if step.quantized_gemms for layer in step.layers)
 
     @property
@@ -127,13 +128,13 @@ class _FusedProgram:
 
 
 def fused_steps(engine: bytes | memoryview) -> FusedSteps | None:
-    """The steps of an engine of TensorRT-RTX, as far as its bytes tell.
+    """Return the steps of an engine of TensorRT-RTX, as far as its bytes show them.
 
     Args:
         engine: the serialized engine.
 
     Returns:
-        The steps, or None where no program was found: another version may write engines in another way.
+        The steps, or None where no program was found: other versions may write engines in other ways.
     """
     programs = list(_programs(bytes(engine)))
     steps: list[FusedStep] = []

@@ -1,10 +1,10 @@
-"""Bundle: a folder that a stranger can inspect, move and run. Written in one piece or not at all; no torch.
+"""Bundle: a folder of data that anybody can inspect, move and run. Written in one piece or not at all; no torch.
 
-Files: ``manifest.json`` (what is in the folder, with sha256), ``recipe.lock.toml``, ``plan.json`` (the model, the step
+Files: ``manifest.json`` (the names of all files, with sha256), ``recipe.lock.toml``, ``plan.json`` (the model, the step
 plan and the interface of every variant), the exported graphs, ``program.json`` and ``weights.safetensors`` (the final
-program), ``ir/NNN_pass.txt`` and ``.diff``, and the report. Nothing in it is code, nothing is pickled.
+program), ``ir/NNN_pass.txt`` and ``.diff``, and the report. No file is code, and none is pickled.
 
-Writing is atomic (see `qcgraph.files.atomic`): a process that is killed leaves the old bundle or none.
+Writing is atomic (see `qcgraph.files.atomic`): a killed process leaves the old bundle or none.
 """
 
 from qcgraph.bundle.manifest import MANIFEST, Manifest

@@ -1,4 +1,4 @@
-"""A folder of engines that were built of a bundle: ``engines.json`` and one file an engine. Plain data, no TensorRT."""
+"""The folder of engines of a bundle: ``engines.json`` and one file for each engine. Plain data, no TensorRT."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from qcgraph.errors import BundleError
 from qcgraph.files import atomic
 from qcgraph.files.folder import is_sha256, name_problem, parsed, read_file, record_of, text_of
 
-ENGINES = "engines"  # the folder in a bundle, unless another place is asked for
+ENGINES = "engines"  # the default folder in a bundle
 RECORD = "engines.json"
 RECORD_FORMAT = 1
-TIMING_CACHE = "timing.cache"  # of TensorRT's builder: how fast which kernel was here
+TIMING_CACHE = "timing.cache"  # measured kernel times of TensorRT's builder
 BUILD_AGAIN = "build the engines again"
-_FILE = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"  # the name of an engine, which leads into no other folder
+_FILE = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"  # the name of an engine's file; it cannot lead into another folder
 _CACHE = re.compile(r"timing\.cache|runtime\.sm\d+\.cache")
 
 
 class Batch(BaseModel):
-    """The batches that an engine takes, counted as its graph counts them: under guidance two a sample.
+    """The batches that an engine takes, in samples of its graph: under guidance two for each image.
 
     Attributes:
-        minimum: the smallest.
-        optimum: the one that the engine is tuned for.
-        maximum: the largest; an engine reserves memory for it.
+        minimum: the smallest batch.
+        optimum: the batch that the engine is tuned for.
+        maximum: the largest batch; an engine reserves memory for it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,18 +48,19 @@ class Engine(BaseModel):
 
     Attributes:
         variant: the variant that it runs.
-        file: its name in the folder.
-        sha256: of the file.
-        bytes: of the file.
-        compute_capability: of the GPUs that it runs on, such as ``8.9``.
+        file: the name of its file in the folder.
+        sha256: sha256 of the file.
+        bytes: size of the file in bytes.
+        compute_capability: compute capability of the GPUs that it runs on, such as ``8.9``.
         batch: the batches that it takes.
-        seconds: what building it took.
-        layers: layers of the network before fusion.
-        steps: what the network was fused to; None where that cannot be seen, as in the next four.
-        quantized_gemms: products of matrices of 8 bits among them; those that share an activation may be merged.
-        not_quantized: nodes of the graph that multiply quantized values and became no part of a product of 8 bits.
-        fused_attention: fused attention kernels among them.
-        conditional_jumps: jumps in the engine that depend on a value.
+        seconds: seconds that building it took.
+        layers: number of layers in the network before fusion.
+        steps: number of steps after fusion. This field and the next four are None where the engine does not show them.
+        quantized_gemms: number of steps that are 8-bit matrix products; products that share an activation may be
+            merged.
+        not_quantized: nodes of the graph that multiply quantized values and became no part of an 8-bit product.
+        fused_attention: number of steps that are fused attention kernels.
+        conditional_jumps: number of jumps in the engine that depend on a value.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,12 +81,12 @@ class Engine(BaseModel):
 
 
 class Source(BaseModel):
-    """What engines were built of.
+    """The bundle that engines or exports were made of.
 
     Attributes:
         model: the model of the bundle.
-        target: its target.
-        manifest: sha256 of its manifest, and thereby of all in it.
+        target: the target of the bundle.
+        manifest: sha256 of the bundle's manifest, which fixes every file in it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -96,14 +97,14 @@ class Source(BaseModel):
 
 
 class EngineManifest(BaseModel):
-    """What ``engines.json`` holds.
+    """The record of a folder of engines, ``engines.json``.
 
     Attributes:
         format: the layout of the record.
         qcgraph: the version of qcgraph that wrote it.
-        provider: what built the engines, such as ``tensorrt-rtx``.
-        version: its version; an engine runs with that one.
-        source: the bundle.
+        provider: the library that built the engines, such as ``tensorrt-rtx``.
+        version: the version of this library; engines run with the same version only.
+        source: the bundle that the engines were built of.
         engines: the engines, by variant and then by compute capability.
     """
 
@@ -118,7 +119,7 @@ class EngineManifest(BaseModel):
 
 
 def source_of(bundle: Bundle) -> Source:
-    """The identity of a bundle, for the record of its engines."""
+    """Return the identity of a bundle, for the record of its engines."""
     manifest = (bundle.path / MANIFEST).read_bytes()
     return Source(
         model=bundle.manifest.model, target=bundle.manifest.target, manifest=hashlib.sha256(manifest).hexdigest()
@@ -126,10 +127,10 @@ def source_of(bundle: Bundle) -> Source:
 
 
 def read_engines(folder: Path) -> EngineManifest:
-    """The record of a folder of engines.
+    """Return the record of a folder of engines.
 
     Raises:
-        BundleError: there is none, or it is malformed or of another format.
+        BundleError: the record is missing or malformed, or has another format.
     """
     where = str(folder / RECORD)
     text = text_of(read_file(folder, RECORD, hint=BUILD_AGAIN), where, hint=BUILD_AGAIN)
@@ -145,12 +146,12 @@ def has_engines(folder: Path) -> bool:
 
 
 def engine_files(folder: Path) -> frozenset[str]:
-    """Return the names of the files of a folder of engines, caches among them; empty where it is none."""
+    """Return the names of the files of a folder of engines, caches among them; none for any other folder."""
     return frozenset(written_engines(folder) or ())
 
 
 def written_engines(folder: Path) -> atomic.Written | None:
-    """Return the files of a folder of engines and their sha256, where one is known; None of another folder."""
+    """Return the files of a folder of engines and their sha256, None where unknown; None for any other folder."""
     data = record_of(folder, RECORD)
     engines = data.get("engines")
     if not isinstance(data.get("qcgraph"), str) or not isinstance(engines, list):
@@ -161,22 +162,22 @@ def written_engines(folder: Path) -> atomic.Written | None:
         if not isinstance(name, str) or name_problem(name) or not is_sha256(digest):
             return None
         files[name] = digest
-    # Caches are written to after the record.
+    # Runs write to caches after the record is written.
     return files | {item.name: None for item in folder.iterdir() if _CACHE.fullmatch(item.name)}
 
 
 def runtime_cache(capability: str) -> str:
-    """The file beside the engines that keeps the kernels which were compiled for a compute capability."""
+    """Return the name of the file beside the engines that keeps the kernels compiled for a compute capability."""
     return f"runtime.{device_tag(capability)}.cache"
 
 
 def device_tag(capability: str) -> str:
-    """A compute capability as file names have it: ``sm89`` for ``8.9``."""
+    """Return a compute capability as in file names: ``sm89`` for ``8.9``."""
     return f"sm{capability.replace('.', '')}"
 
 
 def write_record(folder: Path, provider: str, version: str, source: Source, engines: tuple[Engine, ...]) -> None:
-    """Write ``engines.json`` into a folder that holds the engines."""
+    """Write ``engines.json`` into a folder that already holds the engines."""
     record = EngineManifest(
         format=RECORD_FORMAT,
         qcgraph=metadata.version("qcgraph"),

@@ -18,13 +18,13 @@ RECORD_FORMAT = 1
 
 
 class ExportManifest(BaseModel):
-    """What ``export.json`` holds.
+    """The record of an exported folder, ``export.json``.
 
     Attributes:
         format: the layout of the record.
         qcgraph: the version of qcgraph that wrote it.
-        kind: what was exported, such as ``onnx-single``.
-        source: the bundle.
+        kind: the format of the export, such as ``onnx-single``.
+        source: the bundle that was exported.
         files: every other file, by its path with ``/``.
     """
 
@@ -38,7 +38,7 @@ class ExportManifest(BaseModel):
 
 
 def write_record(folder: Path, kind: str, bundle: Bundle) -> ExportManifest:
-    """Write ``export.json`` into a folder that holds all other files."""
+    """Write ``export.json`` into a folder that already holds all other files."""
     record = ExportManifest(
         format=RECORD_FORMAT,
         qcgraph=metadata.version("qcgraph"),
@@ -55,7 +55,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def written_export(folder: Path) -> atomic.Written | None:
-    """Return the files of an exported folder and their sha256; None of another folder."""
+    """Return the files of an exported folder and their sha256; None for any other folder."""
     data = record_of(folder, RECORD)
     hashes = recorded_hashes(data)
     return {RECORD: None, **hashes} if hashes is not None and isinstance(data.get("kind"), str) else None

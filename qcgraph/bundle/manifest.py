@@ -1,4 +1,4 @@
-"""The manifest of a bundle: every file with its size and sha256, and what wrote it."""
+"""The manifest of a bundle: every file with its size and sha256, and the versions of the software that wrote it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ MANIFEST = "manifest.json"
 RECIPE = "recipe.lock.toml"
 PLAN = "plan.json"
 REQUIRED = (PLAN, RECIPE)
-PACKAGES = ("diffusers", "numpy", "onnx", "onnxruntime", "onnxscript", "torch")  # what decides what a compilation gives
+PACKAGES = ("diffusers", "numpy", "onnx", "onnxruntime", "onnxscript", "torch")  # packages that results depend on
 
 CHANGED = "the file was changed after it was written"
 _COMPILED = "give the folder that qcgraph compile wrote"
 
 
 class FileEntry(BaseModel):
-    """One file of a bundle: its content's sha256 and its size in bytes."""
+    """One file of a bundle: the sha256 of its content and its size in bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,18 +41,18 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What is in a bundle, and what made it.
+    """The files of a bundle, and the origin of the bundle.
 
     Attributes:
         schema_version: the layout of the bundle.
         qcgraph: the version of qcgraph that wrote it.
         model: the name of the model.
         target: the name of the target.
-        target_record: the target as data where it is of another distribution, so that nothing has to be imported.
-        precision: the floating-point type of what is not quantized.
-        packages: the versions of the libraries that it was compiled with.
+        target_record: the target as data where another distribution defines it, so that nothing has to be imported.
+        precision: the floating-point type of values that are not quantized.
+        packages: the versions of the libraries that the bundle was compiled with.
         files: every other file, by its path with ``/``.
-        overrides: what was let through on demand although a check of the compilation refuses it.
+        overrides: failed checks of the compilation that the user allowed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,7 +69,7 @@ class Manifest(BaseModel):
 
 
 def entry_of(path: Path) -> FileEntry:
-    """The entry of a file as it is now."""
+    """Return the manifest's entry for a file in its present state."""
     return FileEntry(sha256=sha256_of(path), bytes=path.stat().st_size)
 
 
@@ -81,7 +81,7 @@ def write_manifest(
     overrides: tuple[str, ...] = (),
     target_record: dict[str, str | int | bool] | None = None,
 ) -> None:
-    """Write the manifest of a folder that holds all other files.
+    """Write the manifest of a folder that already holds all other files.
 
     Raises:
         BundleError: a file that every bundle has is missing.
@@ -105,10 +105,10 @@ def write_manifest(
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a bundle.
+    """Return the manifest of a bundle.
 
     Raises:
-        BundleError: there is none, it is malformed, or it has another schema version.
+        BundleError: the manifest is missing or malformed, or has another schema version.
     """
     where = str(path / MANIFEST)
     if not path.is_dir():
@@ -129,19 +129,19 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def written_files(folder: Path) -> Written | None:
-    """Return the files of a bundle of any schema version and in whatever state, and their sha256; None of another."""
+    """Return the files of a bundle of any schema version, in any state, and their sha256; None for any other folder."""
     data = record_of(folder, MANIFEST)
     hashes = recorded_hashes(data)
     return {MANIFEST: None, **hashes} if hashes is not None and isinstance(data.get("schema_version"), int) else None
 
 
 def has_manifest(folder: Path) -> bool:
-    """Tell whether a folder is a bundle, of any schema version and in whatever state."""
+    """Tell whether a folder is a bundle, of any schema version and in any state."""
     return written_files(folder) is not None
 
 
 def size_problem(folder: Path, name: str, entry: FileEntry) -> str:
-    """Return whether a file is missing, is not in the folder or is of another size; empty when none of it."""
+    """Return why a file is missing, outside the folder or of another size; empty for none of these problems."""
     if problem := path_problem(folder, name):
         return problem
     try:
@@ -154,7 +154,7 @@ def size_problem(folder: Path, name: str, entry: FileEntry) -> str:
 
 
 def content_problem(folder: Path, name: str, entry: FileEntry) -> str:
-    """Return whether a file of the right size was changed; empty when it was not."""
+    """Return why the content of a file is not the recorded one; empty when it is."""
     try:
         return "" if sha256_of(folder / name) == entry.sha256 else CHANGED
     except OSError as error:

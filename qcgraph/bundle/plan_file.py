@@ -1,4 +1,4 @@
-"""Plans as files: a bundle's ``plan.json``, or TOML that a person writes, a line for every timestep.
+"""Plans as files: a bundle's ``plan.json``, or TOML that a person writes, with a line for every timestep.
 
 ::
 
@@ -11,7 +11,7 @@
     980 = "full"
     960 = "reuse"
 
-Only ``[timesteps]`` must be there. What else is said is checked: a plan that names a model is for that model alone.
+Only ``[timesteps]`` is required. All other keys are checked: a plan that names a model is for that model alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from qcgraph.plan.schedule import TimedSchedule
 from qcgraph.plan.schedule.timed import COMPUTES_WORD
 from qcgraph.plan.steps import Step, StepPlan
 
-MOST_PLAN_BYTES = 2**24  # the plan.json of a thousand steps is below 1 MB
+MOST_PLAN_BYTES = 2**24  # bytes; the plan.json of a thousand steps is below 1 MB
 WRITE_HINT = "qcgraph inspect BUNDLE --show plan prints a plan to edit"
 HEADING = """\
 # What every timestep does: full computes; reuse carries on what was last computed. Edit it, then compile with
@@ -45,14 +45,14 @@ HEADING = """\
 
 @dataclass(frozen=True)
 class PlanFile:
-    """A schedule that was made elsewhere, and for what.
+    """A cache schedule from a file or a bundle, and the model and sampling that it was made for.
 
     Attributes:
-        schedule: what to do at which timestep.
+        schedule: the mode of every timestep.
         where: the file, for errors.
-        model: the digest of the weights that it was made for; empty: it is for any model.
-        scheduler: the scheduler it was made for, if known.
-        guidance: the weight of guidance it was made for, if known.
+        model: the digest of the weights that it was made for; empty where it is for any model.
+        scheduler: the scheduler that it was made for, if known.
+        guidance: the weight of guidance that it was made for, if known.
     """
 
     schedule: TimedSchedule
@@ -65,10 +65,10 @@ class PlanFile:
         """Refuse a model that the plan was not made for.
 
         Args:
-            digest: of its weights.
+            digest: the digest of the model's weights.
 
         Raises:
-            UsageError: the plan names another one.
+            UsageError: the plan names another model.
         """
         if self.model and self.model != digest:
             raise UsageError(
@@ -79,23 +79,23 @@ class PlanFile:
             )
 
     def describe(self) -> str:
-        """One line: scheduler, steps, guidance, as far as they are known."""
+        """Return scheduler, steps and guidance in one line, where they are known."""
         guidance = "" if self.guidance is None else f"guidance {self.guidance:g}"
         parts = (self.scheduler, f"{len(self.schedule.timesteps)} steps", guidance)
         return ", ".join(part for part in parts if part)
 
 
 def read_plan(path: Path) -> PlanFile:
-    """The plan in a file or a bundle.
+    """Return the plan in a file or a bundle.
 
     Args:
-        path: a bundle's folder, a ``plan.json``, or a TOML file (the same keys in JSON will do).
+        path: a bundle's folder, a ``plan.json``, or a TOML file (JSON with the same keys is read too).
 
     Raises:
-        UsageError: there is no such file, it cannot be read, or what it says cannot be followed.
+        UsageError: there is no such file, or it cannot be read, or its schedule cannot be followed.
         BundleError: the bundle, or the ``plan.json``, is damaged.
     """
-    if os.path.isdir(path):  # noqa: PTH112 - which no path can make raise
+    if os.path.isdir(path):  # noqa: PTH112 - raises for no path
         return _of_bundle(Bundle.open(path, check=False).plan, str(path / PLAN))
     where = str(path)
     if not os.path.lexists(path):
@@ -112,7 +112,7 @@ def read_plan(path: Path) -> PlanFile:
 
 
 def plan_data(plan: StepPlan) -> dict[str, Any]:
-    """The schedule of a step plan as data, in the keys of a plan file."""
+    """Return the cache schedule of a step plan as data, in the keys of a plan file."""
     mark = plan.fingerprint
     return {
         "model": mark.model,
@@ -127,7 +127,7 @@ def plan_data(plan: StepPlan) -> dict[str, Any]:
 
 
 def plan_toml(data: dict[str, Any]) -> str:
-    """What `plan_data` gives as the text of a plan file; `read_plan` reads it."""
+    """Return the data of `plan_data` as the text of a plan file, which `read_plan` reads."""
     head = [f"{key} = {json.dumps(value)}" for key, value in data.items() if key != "timesteps"]
     lines = [
         f"{key if key.isdecimal() else json.dumps(key)} = {json.dumps(mode)}" for key, mode in data["timesteps"].items()
@@ -186,7 +186,7 @@ def _timestep(key: str, where: str) -> float:
 
 
 def _check_steps(plan: Any, where: str) -> None:
-    """Refuse a ``plan.json`` in which a key of a step is misspelled, which would else keep its default."""
+    """Refuse a ``plan.json`` with a misspelled key of a step, whose value would silently be the default."""
     known = {item.name for item in fields(Step)}
     steps = plan.get("steps") if isinstance(plan, dict) else None
     for index, step in enumerate(steps if isinstance(steps, list) else ()):
@@ -198,7 +198,7 @@ def _check_steps(plan: Any, where: str) -> None:
 
 
 def _usage_error(error: ValidationError, where: str) -> UsageError:
-    """What pydantic found: a key that is not known, which may be why another is missing, or else the first thing."""
+    """Return an error for pydantic's finding; an unknown key comes first, since it may explain a missing one."""
     found = error.errors()
     first = next((item for item in found if item["type"] == "extra_forbidden"), found[0])
     place = ".".join(str(part) for part in first["loc"])

@@ -1,4 +1,4 @@
-"""Reading a bundle."""
+"""Opening a bundle, and reading the files in it."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from qcgraph.recipe import Recipe
 PLAN_FORMAT = 2
 PROGRAM = "program.json"
 IR_FOLDER = "ir"
-_KEPT = (PLAN, RECIPE, REPORT)  # read when a bundle is opened, so that they are of one bundle
+_KEPT = (PLAN, RECIPE, REPORT)  # read together when a bundle is opened, so that they belong to one bundle
 _LARGEST_KEPT = 2**24  # bytes
-_ATTEMPTS = 20  # at opening a bundle that is replaced meanwhile
-_LARGEST_COUNT = 10**6  # values of a condition
+_ATTEMPTS = 20  # attempts at opening a bundle that is replaced meanwhile
+_LARGEST_COUNT = 10**6  # number of values of a condition
 _LARGEST_LATENT = 2**28  # numbers of one sample
 
 _IR_NAME = re.compile(rf"{IR_FOLDER}/(?P<index>[0-9]+)_(?P<name>.+)\.txt")
@@ -47,14 +47,14 @@ _Value = TypeVar("_Value")
 
 
 class _RefusalData(BaseModel):
-    """What a pass refused, and why."""
+    """A site or node that a pass refused, and the reason."""
 
     where: str
     reason: str
 
 
 class _Record(BaseModel):
-    """What a pass did."""
+    """The result of a pass."""
 
     text: str
     changed: bool
@@ -63,7 +63,7 @@ class _Record(BaseModel):
 
 @dataclass(frozen=True)
 class Damage:
-    """A file that is not as it was written, and in what way."""
+    """A file that differs from the one that was written, and the difference."""
 
     file: str
     problem: str
@@ -80,11 +80,11 @@ class IrText:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A compiled denoiser on disk; use `open`.
+    """A compiled denoiser on disk; opened with `open`.
 
     Attributes:
         path: the folder.
-        manifest: what is in it.
+        manifest: the files in it, and its origin.
     """
 
     path: Path
@@ -96,15 +96,16 @@ class Bundle:
     def open(cls, path: Path | str, *, check: bool = True) -> Bundle:
         """Open a bundle.
 
-        Files that the manifest does not name are not looked at. A bundle that another process replaces at this moment
-        is the old or the new one, whole.
+        Files that the manifest does not name are ignored. When another process replaces the bundle at this moment, the
+        result is the whole old bundle or the whole new one.
 
         Args:
-            path: its folder.
-            check: whether every file must be there and unchanged; without it, that is asked of a file when it is read.
+            path: the folder of the bundle.
+            check: whether every file must be present and unchanged; else each file is checked when it is read.
 
         Raises:
-            BundleError: it is no bundle, was written by another version, or a file is missing or changed; says which.
+            BundleError: it is no bundle, was written by another version, or a file, which is named, is missing or
+                changed.
         """
         path = Path(path)
         for _ in range(_ATTEMPTS):
@@ -122,7 +123,7 @@ class Bundle:
 
     @classmethod
     def _open(cls, path: Path, stamp: tuple[int, ...] | None, *, check: bool) -> Bundle:
-        """Open the bundle that is there now; see `open`."""
+        """Open the bundle that is at a path now; see `open`."""
         manifest = read_manifest(path)
         kept = {}
         for name in _KEPT:
@@ -138,7 +139,7 @@ class Bundle:
         return bundle
 
     def damage(self) -> Iterator[Damage]:
-        """The files that are missing, truncated or changed; sizes first, contents after."""
+        """Yield the files that are missing, truncated or changed: all sizes are checked first, then the contents."""
         whole = []
         for name, entry in self.manifest.files.items():
             problem = size_problem(self.path, name, entry)
@@ -152,17 +153,17 @@ class Bundle:
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """The size of all files in bytes."""
         return sum(entry.bytes for entry in self.manifest.files.values())
 
     @property
     def recipe(self) -> Recipe:
-        """The resolved recipe that it was compiled with."""
+        """The resolved recipe of the compilation."""
         try:
             return Recipe.from_toml(self._text(RECIPE), where=str(self.path / RECIPE))
         except UsageError as error:
             raise BundleError(error.message, where=error.where, hint=AGAIN) from None
-        except (ValueError, RecursionError) as error:  # of tomllib: a number or nesting that it does not take
+        except (ValueError, RecursionError) as error:  # raised by tomllib for a number or nesting out of its range
             where = str(self.path / RECIPE)
             raise BundleError(f"is not valid TOML ({str(error)[:100]})", where=where, hint=AGAIN) from None
 
@@ -183,14 +184,14 @@ class Bundle:
 
     @cached_property
     def facts(self) -> Facts:
-        """All that the passes know; without ``program.json`` the model and the step plan only."""
+        """The facts that the passes recorded; without ``program.json`` the model and the step plan only."""
         if PROGRAM not in self.manifest.files:
             return Facts([self.spec, self.plan])
         return self._parsed(PROGRAM, lambda data: Facts.decode(data["facts"]))
 
     @property
     def history(self) -> tuple[dict[str, Any], ...]:
-        """What the passes did, in order: ``text``, ``changed`` and ``refusals`` (each ``where`` and ``reason``)."""
+        """The record of each pass in order: ``text``, ``changed`` and ``refusals`` (each ``where`` and ``reason``)."""
         if PROGRAM not in self.manifest.files:
             return ()
         return self._parsed(
@@ -199,10 +200,10 @@ class Bundle:
 
     @property
     def report(self) -> CompileReport | None:
-        """The summary of the compilation, None where the bundle has none.
+        """The report of the compilation, None where the bundle has none.
 
         Raises:
-            BundleError: it has another schema version or shape.
+            BundleError: the report has another schema version or shape.
         """
         return self._parsed(REPORT, parse_report) if REPORT in self.manifest.files else None
 
@@ -214,7 +215,7 @@ class Bundle:
         return tuple(sorted(texts, key=lambda item: item.index))
 
     def file(self, name: str) -> Path:
-        """The path of a file that the manifest names.
+        """Return the path of a file that the manifest names.
 
         Raises:
             BundleError: the bundle has no such file, or it leads out of the bundle.
@@ -237,7 +238,7 @@ class Bundle:
         return parsed(str(self.path / name), self._text(name), build)
 
     def _text(self, name: str) -> str:
-        """The text of a file that the manifest names, as it was written."""
+        """Return the text of a file that the manifest names, if the file is unchanged."""
         self.file(name)
         entry = self.manifest.files[name]
         if problem := "" if name in self._kept else size_problem(self.path, name, entry):
@@ -250,7 +251,7 @@ class Bundle:
         return text_of(content, str(self.path / name))
 
     def _damaged(self, name: str, problem: str) -> BundleError:
-        """The error about a file, which may be of another bundle by now."""
+        """Return the error about a file, which may belong to another bundle by now."""
         if self._stamp is not None and self._is_replaced():
             return BundleError("was replaced while it was read", where=str(self.path), hint="run it again")
         return BundleError(problem, where=str(self.path / name), hint=AGAIN)
@@ -263,12 +264,12 @@ class Bundle:
 
 
 def _appears(path: Path) -> bool:
-    """Whether a folder that was not there a moment ago is on its way into its place, or there now."""
+    """Tell whether a folder that was missing a moment ago is there now, or is being put in place."""
     return atomic.is_interrupted(path) or atomic.stamp(path) is not None
 
 
 def is_bundle(path: Path | str) -> bool:
-    """Whether `Bundle.open` is the one to say what is wrong with this path: a bundle, or what is left of one."""
+    """Tell whether a path holds a bundle or the remains of one, so that `Bundle.open` can say what is wrong with it."""
     atomic.restore_interrupted(Path(path), has_manifest)
     return (Path(path) / MANIFEST).is_file()
 
@@ -277,8 +278,8 @@ def decode_plan(data: Any) -> tuple[ModelSpec, StepPlan, dict[str, Interface]]:
     """Return what ``plan.json`` holds: the model, the steps, and the interface of every variant.
 
     Raises:
-        BundleError: it has another format, or holds a number that none of these can have.
-        ValueError: data of another shape.
+        BundleError: the format is another one, or a number is impossible for a model, a step or an interface.
+        ValueError: the data has another shape.
     """
     if data["format"] != PLAN_FORMAT:
         raise BundleError(f"has format {data['format']!r:.40}, not {PLAN_FORMAT}", where=PLAN, hint="upgrade qcgraph")
@@ -295,7 +296,7 @@ def decode_plan(data: Any) -> tuple[ModelSpec, StepPlan, dict[str, Interface]]:
 
 
 def _check_sizes(spec: ModelSpec) -> None:
-    """Refuse sizes that no model has, before anything is made of such a size."""
+    """Refuse sizes that no model has, before anything of such a size is allocated."""
     if min(spec.latent_shape) < 1 or math.prod(spec.latent_shape) > _LARGEST_LATENT:
         raise ValueError(f"a latent of {spec.latent_shape} is none")
     for condition in spec.conditions:
@@ -306,7 +307,7 @@ def _check_sizes(spec: ModelSpec) -> None:
 
 
 def _check_finite(data: Any) -> None:
-    """Refuse NaN and infinity, with which every sample would be NaN."""
+    """Refuse NaN and infinity, which would make every sample NaN."""
     if isinstance(data, float) and not math.isfinite(data):
         raise ValueError(f"holds {data}")
     for item in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():

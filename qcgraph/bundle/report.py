@@ -1,4 +1,4 @@
-"""The report of a compilation, ``report.json``: its schema, and reading it. docs/report.md lists its fields."""
+"""The schema and the reader of ``report.json``, the report of a compilation. docs/report.md lists its fields."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REPORT_VERSION: Final = 1
 
 
 def _number(value: Any) -> Any:
-    """Return a value, and None for infinity and NaN, which JSON does not have."""
+    """Return a value, or None for infinity and NaN, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -168,16 +168,16 @@ class CompileReport(_Part):
     stages: dict[str, float] = Field({}, description="seconds of every stage around the passes, by name")
 
     def with_fields(self, **fields: Any) -> CompileReport:
-        """Return this report with other values of these fields, which are validated."""
+        """Return this report with new values of these fields, which are validated."""
         return CompileReport(**{name: getattr(self, name) for name in type(self).model_fields} | fields)
 
 
 def parse_report(data: Any) -> CompileReport:
-    """Return the report that JSON data holds.
+    """Return the report in JSON data.
 
     Raises:
-        BundleError: it has another schema version.
-        ValidationError: it is of another shape.
+        BundleError: the report has another schema version.
+        ValidationError: the report has another shape.
     """
     version = data.get("schema_version") if isinstance(data, dict) else None
     if type(version) is not int or version != REPORT_VERSION:

@@ -1,7 +1,7 @@
-"""Files that stay what they were when a bundle was opened, however long ago that is.
+"""Checks that files are as they were when a bundle was opened, however long ago.
 
-A bundle is replaced as one folder, so what was opened before keeps its files, and what is opened after would be of
-another bundle. Weights are mapped into memory: who writes into the file itself changes what was loaded.
+A bundle is replaced as one folder. Files that were opened before keep their content, and files that are opened after
+would belong to another bundle. Weights are mapped into memory: a write to their file changes the loaded weights.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from qcgraph.errors import BundleError
 from qcgraph.files.folder import AGAIN
 
 _Place = tuple[int, int]  # the device and the inode of a file
-_State = tuple[int, int]  # its size in bytes, and when it was last written to, in nanoseconds
+_State = tuple[int, int]  # the size of a file in bytes, and the time of the last write in nanoseconds
 
 
 class OpenFile:
-    """A file that is held open, so that it can be told whether anything was written to it since.
+    """A file that is held open to detect later writes to it.
 
     Args:
         path: the file.
-        entry: what the manifest says of it.
+        entry: the file's entry in the manifest.
 
     Raises:
-        BundleError: it cannot be opened.
+        BundleError: the file cannot be opened.
     """
 
     def __init__(self, path: Path, entry: FileEntry) -> None:
@@ -46,10 +46,10 @@ class OpenFile:
         self._state = self._now()[1]
 
     def check(self) -> None:
-        """Refuse a file that was written to; whether another one is at its path by now does not matter.
+        """Refuse a file that was written to; a different file at its path does not matter.
 
         Raises:
-            BundleError: its content is not that of the manifest any more.
+            BundleError: the content differs from the manifest.
         """
         if self._now()[1] == self._state:
             return
@@ -65,7 +65,7 @@ class OpenFile:
             self._state = state
 
     def is_at_its_path(self) -> bool:
-        """Whether its path still leads to it, as it was when it was opened."""
+        """Tell whether the path still leads to this file, and the file is unchanged since it was opened."""
         try:
             found = self._path.stat()
         except OSError:
@@ -74,7 +74,7 @@ class OpenFile:
 
     def _sha256(self) -> str:
         with os.fdopen(os.dup(self._descriptor), "rb") as stream:
-            stream.seek(0)  # of all who share the descriptor, which is why there is a lock
+            stream.seek(0)  # users of the descriptor share its position, hence the lock
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def _now(self) -> tuple[_Place, _State]:
@@ -84,18 +84,18 @@ class OpenFile:
 
 @contextmanager
 def reading(bundle: Bundle, names: Iterable[str] = (), done: str = "loaded") -> Iterator[Mapping[str, OpenFile]]:
-    """Read files of a bundle by their paths: when the body has read them, they all were of this one bundle.
+    """Read files of a bundle by their paths, and ensure afterwards that all of them belonged to this one bundle.
 
     Args:
         bundle: an opened bundle.
-        names: files to hold open, as they are now; those that the bundle does not have are left out.
-        done: what is done with the bundle, for the message: loaded, verified, built into engines.
+        names: files to hold open in their present state; names that the bundle does not have are ignored.
+        done: the use of the bundle for the error message: loaded, verified, built into engines.
 
     Yields:
-        The files that are held open, by name.
+        The open files by name.
 
     Raises:
-        BundleError: the bundle was replaced, changed or deleted in the meantime, whatever the body made of it.
+        BundleError: the bundle was replaced, changed or deleted meanwhile, whether the body succeeded or not.
     """
     files = {}
     for name in dict.fromkeys(names):
@@ -107,7 +107,7 @@ def reading(bundle: Bundle, names: Iterable[str] = (), done: str = "loaded") -> 
                 raise
     try:
         yield files
-    except Exception:  # whatever a library says of files that are gone, that they are gone is why
+    except Exception:  # missing files are the cause, whatever error a library raises about them
         _require_same(bundle, done)
         raise
     _require_same(bundle, done)
@@ -116,7 +116,7 @@ def reading(bundle: Bundle, names: Iterable[str] = (), done: str = "loaded") -> 
 
 
 def _require_same(bundle: Bundle, done: str) -> None:
-    """Refuse a bundle that another one has taken the place of, or none."""
+    """Refuse a bundle that is no longer at its path."""
     with suppress(BundleError):
         if read_manifest(bundle.path) == bundle.manifest:
             return

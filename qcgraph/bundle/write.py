@@ -1,4 +1,4 @@
-"""Writing a bundle, in one piece or not at all."""
+"""Writing of a bundle in one piece or not at all."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from qcgraph.files import atomic
 from qcgraph.plan.spec import Interface, ModelSpec
 from qcgraph.plan.steps import StepPlan
 
-_LINE_WIDTH = 280  # of a value that plan.json keeps on one line; a step that looks back to one other fits
+_LINE_WIDTH = 280  # characters of a value that plan.json keeps on one line; a step that refers to one earlier step fits
 
 
 def write_plan(folder: Path, spec: ModelSpec, plan: StepPlan, interfaces: Mapping[str, Interface]) -> None:
-    """Write ``plan.json`` into a folder, to be read by people too: a step a line."""
+    """Write ``plan.json`` into a folder, one line for each step, so that people can read it too."""
     data = {
         "format": PLAN_FORMAT,
         "model": encode(spec),
@@ -31,7 +31,7 @@ def write_plan(folder: Path, spec: ModelSpec, plan: StepPlan, interfaces: Mappin
 
 
 def readable_json(value: Any, indent: str = "") -> str:
-    """JSON with every value on one line that fits there."""
+    """Return JSON in which every value that fits is on one line."""
     flat = json.dumps(value, allow_nan=False)
     if (len(flat) <= _LINE_WIDTH and indent) or not isinstance(value, (dict, list, tuple)) or not value:
         return flat
@@ -45,11 +45,11 @@ def readable_json(value: Any, indent: str = "") -> str:
 
 
 def check_output(path: Path, *, force: bool) -> None:
-    """Refuse a place that a bundle cannot be written to; call it before any work begins.
+    """Refuse a place that a bundle cannot be written to; called before any work begins.
 
     Raises:
-        UsageError: something is there (with ``force``: something else than a bundle), the folder around it cannot be
-            written, or another process writes there now.
+        UsageError: something exists there (with ``force``: something other than a bundle), the folder around it is not
+            writable, or another process writes there now.
     """
     BUNDLE_FOLDER.check(path, force=force)
 
@@ -67,17 +67,17 @@ def writing(
 ) -> Iterator[Path]:
     """Write a bundle in one piece.
 
-    The body fills the folder that it is given; it writes at least ``plan.json`` and ``recipe.lock.toml``. The manifest
-    is written after it, and then the folder takes its place. When the body raises, nothing changes.
+    The body fills the yielded folder with at least ``plan.json`` and ``recipe.lock.toml``. The manifest is written
+    after the body, and then the folder takes its place. Nothing changes when the body raises.
 
     Args:
-        path: where the bundle is to be.
+        path: the place of the bundle.
         model: the name of the model.
         target: the name of the target.
-        precision: the floating-point type of what is not quantized.
-        overrides: what was let through on demand, see `Manifest`.
-        target_record: the target as data where it is of another distribution.
-        force: whether a bundle that is there is replaced.
+        precision: the floating-point type of values that are not quantized.
+        overrides: failed checks that the user allowed, see `Manifest`.
+        target_record: the target as data where another distribution defines it.
+        force: whether an existing bundle is replaced.
 
     Yields:
         The folder to fill.
@@ -92,7 +92,7 @@ def writing(
 
 
 def written_bundle(folder: Path) -> atomic.Written | None:
-    """Return the files of a bundle and of its engines, which go with it, and their sha256; None of another folder."""
+    """Return the files of a bundle and of its engines, and their sha256; None for any other folder."""
     files = written_files(folder)
     if files is None:
         return None

@@ -1,1 +1,1 @@
-"""How a module becomes a program: captured with torch.export, brought to one form, compared with the module."""
+"""Capture of a module as a program: traced with torch.export, brought to one form, compared with the module."""

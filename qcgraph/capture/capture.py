@@ -1,4 +1,4 @@
-"""From a PyTorch denoiser to a Program, with `torch.export` and a symbolic batch."""
+"""Capture of a PyTorch denoiser as a Program, with `torch.export` and a symbolic batch."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ aten = torch.ops.aten
 def capture(module: nn.Module, spec: ModelSpec, input_names: tuple[str, ...]) -> Program:
     """Capture a denoiser as a program with a single variant.
 
-    What the trace writes in place becomes values (`torch.export` functionalizes it), and contractions with a constant
-    become linear layers, however they are written; a model that has neither is captured as it is.
+    `torch.export` functionalizes writes in place, and every contraction with a constant becomes a linear layer, however
+    it is written; a model that has neither is captured unchanged.
 
     Args:
         module: the denoiser, in eval mode; it takes latent, timestep and the conditions of the spec, and returns one
             tensor [B, C_out, H, W].
-        spec: what it is.
+        spec: the model's name, inputs, conditions and noise schedule.
         input_names: the names its ``forward`` gives to the inputs of the spec, in their order.
 
     Returns:
         A program whose inputs are those of the spec, and whose output is the prediction f32[B,C_out,H,W].
 
     Raises:
-        CaptureError: `torch.export` cannot trace it, or the trace holds something a program may not hold; says what.
+        CaptureError: says why `torch.export` cannot trace the model, or what a program may not hold in its trace.
     """
     module = unwrapped(module)
     refuse_module(module, spec)
@@ -62,10 +62,10 @@ def capture(module: nn.Module, spec: ModelSpec, input_names: tuple[str, ...]) ->
 
 
 def _exported(module: nn.Module, spec: ModelSpec, input_names: tuple[str, ...]) -> torch.export.ExportedProgram:
-    """What `torch.export` makes of a module.
+    """Return the exported program that `torch.export` makes of a module.
 
-    It is functionalized where it writes in place, or calls what a program may not call: many operators, such as `mT`,
-    are short for others, which then take their place.
+    The result is functionalized where the module writes in place, or calls an operator that a program may not call:
+    many such operators, as `mT`, are short for operators that a program may call.
     """
     batch = torch.export.Dim("B", min=1, max=MAX_BATCH)
     named = dict(zip(input_names, example_inputs(spec, 3).values(), strict=True))
@@ -93,12 +93,12 @@ def _example(tensor: TensorSpec, batch: int) -> torch.Tensor:
 
 
 def _writes(graph: fx.Graph) -> bool:
-    """Whether a trace writes in place, or holds graphs in graphs, which might."""
+    """Tell whether a trace writes in place, or holds nested graphs, which might write."""
     return any(node.op == "get_attr" or _is_writing(node) for node in graph.nodes)
 
 
 def _is_taken(graph: fx.Graph) -> bool:
-    """Whether a program takes each call of a trace: as it is, by another name, or dropped."""
+    """Tell whether a program takes each call of a trace: unchanged, by another name, or dropped."""
     return all(
         node.op != "call_function"
         or legality.illegal_target(node.target) is None
@@ -111,7 +111,7 @@ def _is_taken(graph: fx.Graph) -> bool:
 
 
 def _spelled_out(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """A trace in the terms that its operators are short for, unless a program does not take these either."""
+    """Return a trace with its composite operators decomposed, unless a program does not take the result either."""
     decomposed = exported.run_decompositions({})
     return decomposed if _is_taken(decomposed.graph) else exported
 
@@ -131,7 +131,7 @@ def _refuse_state(exported: torch.export.ExportedProgram, spec: ModelSpec) -> No
 def _own_graph(
     exported: torch.export.ExportedProgram, spec: ModelSpec, input_names: tuple[str, ...]
 ) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
-    """The exported graph with lifted parameters as constants again, canonical input names, and no identities."""
+    """Return the exported graph with lifted parameters as constants again, canonical input names, and no identities."""
     lifted = _lifted_constants(exported)
     prefix = _common_prefix(target for target, _ in lifted.values())
     renamed = dict(zip(input_names, (tensor.name for tensor in spec.inputs), strict=True))
@@ -167,7 +167,7 @@ def _own_graph(
 
 
 def _keep_results(graph: fx.Graph, exported: torch.export.ExportedProgram) -> None:
-    """Drop what a functionalized trace returns for the caller's arguments, which a program does not write to."""
+    """Drop the results that a functionalized trace returns for arguments it writes to; a program writes to none."""
     (output,) = graph.find_nodes(op="output")
     kinds = [spec.kind for spec in exported.graph_signature.output_specs]
     if any(kind is not torch.export.graph_signature.OutputKind.USER_OUTPUT for kind in kinds):
@@ -180,7 +180,7 @@ def _keep_results(graph: fx.Graph, exported: torch.export.ExportedProgram) -> No
 
 
 def _refuse_operators(graph: fx.Graph) -> None:
-    """Refuse what a program may not call. What writes in place counts, used or not.
+    """Refuse operators that a program may not call, among them any call that writes in place, used or not.
 
     Raises:
         CaptureError: names the operator, the module and the line of the model.
@@ -195,12 +195,12 @@ def _refuse_operators(graph: fx.Graph) -> None:
 
 
 def _lifted_constants(exported: torch.export.ExportedProgram) -> dict[str, tuple[str, torch.Tensor]]:
-    """Placeholder name -> (qualified name, detached value) of every parameter, buffer and constant."""
+    """Return placeholder name -> (qualified name, detached value) for every parameter, buffer and constant."""
     signature = exported.graph_signature
     named = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
     named |= dict(signature.inputs_to_lifted_tensor_constants)
     values: dict[str, Any] = dict(exported.constants) | dict(exported.state_dict)
-    # Tensors made in inference mode count no writes, by which digests are remembered: those are copied.
+    # Digests are remembered by a tensor's count of writes. Tensors made in inference mode have none, and are copied.
     plain = {
         name: value.clone() if value.is_inference() else value.detach()
         for name, value in values.items()
@@ -210,10 +210,10 @@ def _lifted_constants(exported: torch.export.ExportedProgram) -> dict[str, tuple
 
 
 def _constant_name(name: str) -> str:
-    """The name of a constant, which becomes text of a program that runs.
+    """Return the name of a constant if the code of a program can hold it.
 
     Raises:
-        CaptureError: it has characters that such text cannot hold.
+        CaptureError: the name has characters that such code cannot hold.
     """
     if not is_name(name):
         raise CaptureError(f"the parameter {name!r} has quotes or line breaks in its name", hint="rename its module")
@@ -221,13 +221,13 @@ def _constant_name(name: str) -> str:
 
 
 def _common_prefix(names: Any) -> str:
-    """``model.`` when every constant lives under one wrapping module ``model``, else nothing."""
+    """Return ``model.`` when every constant lives under one wrapping module ``model``, else nothing."""
     heads = {name.split(".")[0] if "." in name else "" for name in names}
     return f"{heads.pop()}." if len(heads) == 1 and "" not in heads else ""
 
 
 def _strip_path(node: fx.Node, prefix: str) -> None:
-    """Take the wrapping module's name off the module path of a node."""
+    """Remove the wrapping module's name from the module path of a node."""
     stack = node.meta.get("nn_module_stack")
     if stack:
         path, kind = list(stack.values())[-1]
@@ -237,7 +237,7 @@ def _strip_path(node: fx.Node, prefix: str) -> None:
 
 
 def _is_writing(node: fx.Node) -> bool:
-    """Whether a call writes to its arguments. Detaching a constant in place changes no value."""
+    """Tell whether a call writes to its arguments. Detaching in place changes no value and does not count."""
     return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False)) and (
         node.target is not aten.detach_.default
     )

@@ -1,7 +1,7 @@
-"""Contractions with a constant, however they were written, as the one form that passes quantize: `aten.linear`.
+"""Rewriting of contractions with a constant to the one form that passes quantize, `aten.linear`.
 
 ``x @ W``, ``torch.einsum("btc,co->bto", x, W)``, ``tensordot``, ``addmm``, ``bmm`` with an expanded matrix and a
-convolution of kernel 1 all are ``linear(x, weight[out, in], bias)`` once the axes of x that are summed over are last.
+convolution of kernel 1 are all ``linear(x, weight[out, in], bias)`` once the summed axes of x are last.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class _Product:
     """A sum of products of an activation and a constant, by the names of their axes.
 
     Attributes:
-        activation: the node.
-        weight: the constant.
-        axes: of activation, weight and result.
-        name: what the constant is called after.
+        activation: the node of the activation.
+        weight: the value of the constant.
+        axes: the names of the axes of activation, weight and result.
+        name: the constant's name, which names of new constants begin with.
         bias: added to the result along the last axis of the linear layer, scaled by ``gain``.
-        gain: of the bias.
+        gain: the factor of the bias.
     """
 
     activation: fx.Node
@@ -47,10 +47,10 @@ class _Product:
 
 
 def contract_by_linears(program: Program) -> Program:
-    """The program with every contraction of an activation with a constant as a linear layer.
+    """Return the program with every contraction of an activation with a constant as a linear layer.
 
-    Only those on the way of the latent change; a linear layer whose weight and bias are constants stays as it is, and
-    so does the whole program where there is nothing else.
+    Only contractions on the way of the latent change. A linear layer whose weight and bias are constants stays as it
+    is, and so does the whole program where there is nothing to rewrite.
     """
     edits = {}
     for name, variant in program.variants.items():
@@ -65,7 +65,7 @@ def contract_by_linears(program: Program) -> Program:
 
 
 class _Rewriter:
-    """Rewrites contractions of one graph."""
+    """Rewrites the contractions of one graph."""
 
     def __init__(self, editor: GraphEditor, constants: Any) -> None:
         self._editor = editor
@@ -73,11 +73,11 @@ class _Rewriter:
         self._known: dict[fx.Node, torch.Tensor | None] = {}
 
     def rewrite(self, node: fx.Node, *, is_outer: bool) -> bool:
-        """Whether a contraction was rewritten.
+        """Rewrite a contraction, and return whether it was rewritten.
 
         Args:
             node: the contraction.
-            is_outer: whether it is an embedder or a final layer: those stay convolutions.
+            is_outer: whether it is an embedder or a final layer; convolutions there stay convolutions.
         """
         if node.target is aten.linear.default:
             return self._fold(node)
@@ -99,7 +99,7 @@ class _Rewriter:
             if value is not None:
                 linear.update_arg(index, self._constant(_name_of(source), value, linear))
                 changed = True
-            elif index == 2:  # a computed bias is no part of a layer
+            elif index == 2:  # a computed bias is not part of a layer
                 self._part_bias(linear, source)
                 changed = True
         return changed
@@ -113,7 +113,7 @@ class _Rewriter:
             user.replace_input_with(linear, total)
 
     def _product(self, node: fx.Node) -> _Product | None:
-        """What a contraction multiplies, or None where it is not one activation by one constant."""
+        """Return the product of a contraction, or None where its factors are not one activation and one constant."""
         if MATMULS[node.target].startswith("conv"):
             return self._convolution(node)
         operands = factors(node)
@@ -150,7 +150,7 @@ class _Rewriter:
         return _Product(activation, value.flatten(1), axes, _name_of(weight), bias)
 
     def _weight(self, operand: fx.Node, node: fx.Node) -> torch.Tensor | None:
-        """The constant that an operand is; a matrix where it is one that is only repeated along the batch."""
+        """Return a constant operand's value, or the matrix that an operand repeats along the batch; else None."""
         value = self._value(operand)
         source = operand.args[0] if operand.target in EXPANDING else None
         if value is None and isinstance(source, fx.Node) and MATMULS[node.target] == "matmul":
@@ -168,7 +168,7 @@ class _Rewriter:
         return value
 
     def _value(self, node: fx.Node) -> torch.Tensor | None:
-        """The value of a node that depends on constants alone, else None."""
+        """Return the value of a node that depends on constants alone, else None."""
         if node in self._known:
             return self._known[node]
         value = None
@@ -184,7 +184,7 @@ class _Rewriter:
         return value
 
     def _constant(self, source: str, value: torch.Tensor, near: fx.Node) -> fx.Node:
-        """A new constant, called after the one that it was computed from."""
+        """Return a new constant, named after the one that its value was computed from."""
         name = base = f"{source}_linear"
         count = 1
         while any(name in known for known in (self._constants, self._editor.new_constants)):
@@ -226,12 +226,12 @@ class _Rewriter:
         node.replace_all_uses_with(value)
 
     def _bias(self, product: _Product, node: fx.Node) -> tuple[tuple[fx.Node, ...], fx.Node | None]:
-        """The bias of the layer where it is a constant vector, else what is to be added to the result."""
+        """Return the layer's bias where it is a constant vector, else the node to add to the result."""
         if product.bias is None:
             return (), None
         value, width = self._value(product.bias), product.weight.shape[-1]
         _, weight, result = product.axes
-        is_last = result[-1] in weight  # else a bias of the result is none of the layer
+        is_last = result[-1] in weight  # a bias along other axes of the result is not the layer's
         if MATMULS[node.target].startswith("conv"):
             is_last, width = True, len(product.weight)
         if value is not None and is_last and value.numel() == width and value.shape[-1] == width:
@@ -243,7 +243,7 @@ class _Rewriter:
         return (), self._editor.call(aten.mul.Tensor, product.bias, product.gain, source=node)
 
 
-_DEFAULTS = (None, None, None, 1, 0, 1, 1)  # of a convolution's arguments
+_DEFAULTS = (None, None, None, 1, 0, 1, 1)  # defaults of a convolution's arguments
 
 
 def _numbers(value: Any) -> list[int]:
@@ -256,7 +256,7 @@ def _other(node: fx.Node, operand: fx.Node) -> fx.Node:
 
 
 def _name_of(node: fx.Node) -> str:
-    """The constant that a value is computed from, else the node's own name."""
+    """Return the name of a constant that a value is computed from, else the node's own name."""
     seen, pending = set(), [node]
     while pending:
         found = pending.pop(0)
@@ -269,7 +269,7 @@ def _name_of(node: fx.Node) -> str:
 
 
 def _axes(node: fx.Node, weights: Sequence[torch.Tensor | None]) -> tuple[list[str], list[str], list[str]] | None:
-    """The axes of both operands of a product and of its result, or None where it is of another kind."""
+    """Return the axes of both operands of a product and of its result, or None for another kind of product."""
     shapes = [
         value.shape if value is not None else factor.meta["val"].shape
         for value, factor in zip(weights, factors(node), strict=True)
@@ -288,7 +288,7 @@ def _axes(node: fx.Node, weights: Sequence[torch.Tensor | None]) -> tuple[list[s
     if kind not in ("matmul", "linear") or node.target is aten.addbmm.default or min(one, other) < 2:
         return None
     if min(one, other) > 2:
-        return None  # a constant matrix for every sample or head is several layers
+        return None  # a constant matrix for every sample or head would be several layers
     batch = [f"b{index}" for index in range(max(one, other) - 2)]
     first, second = (["m", "k"], ["k", "n"])
     return (
@@ -307,7 +307,7 @@ def _tensordot_axes(node: fx.Node, one: int, other: int) -> tuple[list[str], lis
 
 
 def _is_layer(product: _Product) -> bool:
-    """Whether a product is one linear layer: every axis of the weight is either made or summed over, and each once."""
+    """Tell whether a product is one linear layer: each axis of the weight is an output or summed, and occurs once."""
     activation, weight, result = (list(axes) for axes in product.axes)
     if any(len(set(axes)) < len(axes) for axes in (activation, weight, result)) or product.weight.dim() != len(weight):
         return False

@@ -1,4 +1,4 @@
-"""Calls that give back the value they are given or have a plainer form, which capture drops and replaces."""
+"""Calls that return their argument, which capture drops, and calls with a plainer form, which capture replaces."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import fx
 from qcgraph.ir.graph import dimension_text
 
 aten = torch.ops.aten
-SAME_VALUE = (aten.to.dtype, aten.alias.default, aten.detach.default, aten.detach_.default)  # but for the dtype
+SAME_VALUE = (aten.to.dtype, aten.alias.default, aten.detach.default, aten.detach_.default)  # if dtypes are equal
 KEEPING_SHAPE = (aten.expand.default, aten.expand_as.default, aten.flatten.using_ints, aten.unflatten.int)
 SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
-# What leaves values undefined, and the same with zeros; the arguments are alike.
+# Operators whose results are undefined -> operators that return zeros; the arguments are alike.
 UNDEFINED: dict[Any, Any] = {
     aten.empty.memory_format: aten.zeros.default,
     aten.empty_like.default: aten.zeros_like.default,
     aten.new_empty.default: aten.new_zeros.default,
 }
-# Python's operators on tensors, which differ from what they are called by in nothing; the arguments are alike.
+# Python's operators on tensors -> the same operators under their usual names; the arguments are alike.
 SPELLED: dict[Any, Any] = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
     aten.__and__.Scalar: aten.bitwise_and.Scalar,
@@ -35,10 +35,10 @@ SPELLED: dict[Any, Any] = {
 
 
 def is_identity(node: fx.Node) -> bool:
-    """Whether a call gives its first argument.
+    """Tell whether a call returns its first argument.
 
-    Such are inactive dropout, conversions to the dtype that a value has, and changes of shape that change none, among
-    them squeezing an axis that is not 1.
+    Examples are inactive dropout, conversions to the dtype that a value has already, and changes of shape without
+    effect, such as squeezing an axis that is not 1.
     """
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
@@ -53,7 +53,7 @@ def is_identity(node: fx.Node) -> bool:
 
 
 def simplify(graph: fx.Graph) -> None:
-    """Give undefined values the value 0, name operators once, and take what overwrites a value for the value."""
+    """Set undefined values to 0, use one name for each operator, and replace an overwritten value by the new one."""
     for node in list(graph.nodes):
         if node.target in UNDEFINED:
             kwargs = {key: value for key, value in node.kwargs.items() if key != "memory_format"}

@@ -1,4 +1,4 @@
-"""What a trace means: the captured program and its module, called with the same random inputs, must agree."""
+"""A check of captured programs: a program and its module, called with the same random inputs, must agree."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from qcgraph.ir.structure import find_sites, total_macs
 from qcgraph.plan.spec import PREDICTION_NAME, TIMESTEP, ModelSpec
 from qcgraph.plan.steps import StepPlan
 
-# None of them is that of the trace. A batch of one is where sizes of one are mistaken; two alike in a row are what a
-# cache between calls would confuse.
+# None of them is the batch of the trace. Mistakes about sizes of one show at a batch of one; a cache between calls
+# would confuse the two equal batches in a row.
 BATCHES = (1, 1, 2, 5)
 COUNTS = (12, 4, 3)  # calls: of a small model, of a large one, and of one whose single forward takes seconds
 MACS = 2e11  # multiply-accumulates that the calls of one side may take: seconds on two cores
-FLOOR = 1e-5  # relative L2: what float32 leaves of a sum of a few thousand terms, in another order
-NUDGE = 1e-6  # relative change of the latent, some units in the last place of float32, whose effect is allowed ten-fold
-TIMES = 10.0
-CEILING = 1e-2  # beyond which two results are two things, however sensitive the model is
+FLOOR = 1e-5  # relative L2 distance of float32 sums of a few thousand terms in different orders
+NUDGE = 1e-6  # relative change of the latent: some units in the last place of float32
+TIMES = 10.0  # allowed distance, as a multiple of the effect of this change
+CEILING = 1e-2  # largest limit of the distance, however sensitive the model is
 SEED = 0
 
 
@@ -36,7 +36,7 @@ class _Example:
 
     Attributes:
         inputs: latent, timestep and conditions by their names in a program.
-        where: timestep, batch and conditions in words.
+        where: timestep, batch and conditions in words, for error messages.
     """
 
     inputs: Mapping[str, Tensor]
@@ -46,19 +46,19 @@ class _Example:
 def check_meaning(program: Program, module: nn.Module, input_names: tuple[str, ...], plan: StepPlan) -> None:
     """Compare a captured program with its module on random latents, at timesteps of the plan.
 
-    Several batch sizes are tried and all kinds of conditions; null values where the plan has guidance. The limit
-    of the relative L2 distance, sample by sample, is what the module's own result moves by when the latent moves by
-    its rounding, ten-fold, and at least 1e-5.
+    Several batch sizes and all kinds of conditions are tried, with null values where the plan has guidance. The limit
+    of the relative L2 distance, sample by sample, is ten times the module's own change when the latent moves by its
+    rounding, and at least 1e-5.
 
     Args:
-        program: as captured, with a single variant.
-        module: what it was captured from; it is called about ten times.
-        input_names: of the parameters of its ``forward``, in the order of the inputs of the spec.
-        plan: whose timesteps.
+        program: the program as captured, with a single variant.
+        module: the module that it was captured from; it is called about ten times.
+        input_names: the names of its ``forward``'s parameters, in the order of the inputs of the spec.
+        plan: the step plan that gives the timesteps.
 
     Raises:
-        CaptureError: they differ, with the distance and the limit; or the module's result is not finite, is another
-            one each time, depends on whether gradients are recorded, or on what else is in the batch.
+        CaptureError: program and module differ, with the distance and the limit; or the module's result is not finite,
+            differs from call to call, depends on whether gradients are recorded, or depends on the rest of the batch.
     """
     spec = program.facts[ModelSpec]
     comparison = _Comparison(program, unwrapped(module), input_names, spec)
@@ -74,12 +74,12 @@ def check_meaning(program: Program, module: nn.Module, input_names: tuple[str, .
 
 
 def _calls(program: Program, spec: ModelSpec, plan: StepPlan) -> Iterator[_Example]:
-    """The inputs to compare at: fewer, and of smaller batches, for models that take long."""
+    """Yield the inputs to compare at: fewer calls, with smaller batches, for models that take long."""
     macs = max(1, total_macs(find_sites(program.variants[program.computing])))
     count = next((count for count in COUNTS if macs * _samples(count) <= MACS), COUNTS[-1])
     generator = torch.Generator().manual_seed(SEED)
     used = 0
-    places = [0, count - 1, *range(1, count - 1)]  # the first two far apart, which `check_apart` puts into one batch
+    places = [0, count - 1, *range(1, count - 1)]  # the first two are far apart, since `check_apart` joins them
     for index, place in enumerate(places):
         batch = BATCHES[index % len(BATCHES)]
         timestep = plan.timesteps[round(place * (len(plan) - 1) / max(1, count - 1))]
@@ -94,7 +94,7 @@ def _calls(program: Program, spec: ModelSpec, plan: StepPlan) -> Iterator[_Examp
 def _conditions(
     spec: ModelSpec, batch: int, used: int, generator: torch.Generator, *, is_guided: bool
 ) -> dict[str, Tensor]:
-    """Return conditions of a batch: the ends and the middle of what may be counted, normal numbers of what may not."""
+    """Return conditions of a batch: first, last and middle value of countable ones, normal numbers for all else."""
     found = {}
     for condition in spec.conditions:
         if condition.count is None:
@@ -126,7 +126,7 @@ class _Comparison:
     def expected(
         self, call: _Example, *, gradients: bool = False, inference: bool = False, nudged: bool = False
     ) -> Tensor:
-        """What the module gives. It gets inputs of its own, since it may write to them."""
+        """Return the module's result. The module gets inputs of its own, since it may write to them."""
         inputs = {self._names[name]: value.clone() for name, value in call.inputs.items()}
         if nudged:
             latent = inputs[self._latent]
@@ -134,7 +134,7 @@ class _Comparison:
         try:
             with torch.inference_mode(inference), torch.set_grad_enabled(gradients):  # the first sets the second
                 result = self._module(**inputs)
-        except Exception as error:  # a model is anybody's code; what it raises is told
+        except Exception as error:  # a model's code may raise anything; the error is passed on
             hint = (
                 "the spec says which latents and conditions there are, and which value of a condition is its null value"
             )
@@ -143,7 +143,7 @@ class _Comparison:
         return result.detach()
 
     def check(self, call: _Example) -> Tensor:
-        """Compare both at one input; the module's result.
+        """Compare program and module on one input, and return the module's result.
 
         Raises:
             CaptureError: see `check_meaning`.
@@ -182,7 +182,7 @@ class _Comparison:
         return expected
 
     def _limit(self, call: _Example, expected: Tensor) -> float:
-        """How far rounding may carry the result of a call."""
+        """Return the largest distance that rounding may cause in the result of a call."""
         moved = distance(self.expected(call, nudged=True), expected)
         return min(CEILING, max(FLOOR, TIMES * moved))
 
@@ -190,7 +190,7 @@ class _Comparison:
         """Call the module again, with gradients recorded or in inference mode.
 
         Raises:
-            CaptureError: the result is another one.
+            CaptureError: the result differs from the expected one.
         """
         error = self._moved(call, expected, gradients=not inference, inference=inference)
         if error <= FLOOR or error <= self._limit(call, expected):
@@ -212,17 +212,17 @@ class _Comparison:
         )
 
     def check_apart(self, calls: Sequence[_Example], alone: Sequence[Tensor]) -> None:
-        """Put calls of one sample each, at timesteps and with conditions of their own, into one batch.
+        """Join calls of one sample each, at different timesteps and conditions, to one batch; compare the results.
 
-        Calibration observes such batches, hoisting prepares many timesteps in one, and a cache of guidance computes
-        half of one.
+        Calibration observes such batches, `hoist-adaln` prepares many timesteps in one batch, and a cache of guidance
+        computes half of a batch.
 
         Args:
-            calls: of one sample each.
-            alone: what the module gave for each.
+            calls: the calls, of one sample each.
+            alone: the module's result for each call.
 
         Raises:
-            CaptureError: a sample's result is another one when it is not alone.
+            CaptureError: a sample's result is different in a batch with other samples.
         """
         joined = {name: torch.cat([call.inputs[name] for call in calls]) for name in self._names}
         together = _Example(joined, "in one batch: " + "; ".join(call.where for call in calls))
@@ -243,7 +243,7 @@ class _Comparison:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """The largest relative L2 distance of a sample; infinite where only one of both is zero or finite."""
+    """Return the largest relative L2 distance of a sample; infinite where only one of both is zero or finite."""
     if torch.equal(found, expected):
         return 0.0
     difference = (found.double() - expected.double()).flatten(1).norm(dim=1)

@@ -1,4 +1,4 @@
-"""Why a module cannot be captured, in words: what wraps it, what it is made of, and the line of the model."""
+"""Errors that say why a module cannot be captured: its mode, its parts, its operators, and the line of the model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TABLE = "LEGAL_OPERATORS in qcgraph/ir.legal_operators.py"
 
 
 def refuse_module(module: nn.Module, spec: ModelSpec) -> None:
-    """Refuse a module of which any part is in training mode, or not on the CPU.
+    """Refuse a module that has a part in training mode, or a tensor that is not on the CPU.
 
     Raises:
         CaptureError: says which part.
@@ -42,7 +42,7 @@ def refuse_module(module: nn.Module, spec: ModelSpec) -> None:
 
 
 def refuse_trace(module: nn.Module, inputs: Mapping[str, torch.Tensor], spec: ModelSpec, error: Exception) -> NoReturn:
-    """Say why `torch.export` failed: the model cannot be called like this at all, or only not be traced.
+    """Raise the reason why `torch.export` failed: the model cannot be called with these inputs, or it cannot be traced.
 
     Raises:
         CaptureError: always.
@@ -64,10 +64,10 @@ def call_error(module: nn.Module, how: str, name: str, error: Exception, hint: s
 
     Args:
         module: the model.
-        how: with what it was called, or where.
-        name: the model's.
-        error: what it raised.
-        hint: unless its parameters are of another type than those that are captured.
+        how: the inputs of the call, or its place.
+        name: the model's name.
+        error: the error that the model raised.
+        hint: the hint, which is replaced where the model's parameters are not float32.
     """
     kinds = {value.dtype for value in module.parameters() if value.is_floating_point()} - {torch.float32}
     message = f"the model fails when it is called {how}: {first_line(error)}"
@@ -89,7 +89,7 @@ def _place(name: str, error: Exception) -> str:
 
 
 def refuse_operator(node: fx.Node, reason: str) -> NoReturn:
-    """Say which operator of a trace may not stand in a program, and where the model calls it.
+    """Raise an error that names an operator that may not stand in a program, and the line of the model that calls it.
 
     Raises:
         CaptureError: always.
@@ -100,7 +100,7 @@ def refuse_operator(node: fx.Node, reason: str) -> NoReturn:
 
 
 def _operator_hint(node: fx.Node) -> str:
-    """What a user can do about an operator."""
+    """Return advice for a user on an operator."""
     name = str(node.target)
     if "dropout" in name or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return "a denoiser gives the same result every time: switch dropout and noise off, or make the noise an input"
@@ -110,17 +110,17 @@ def _operator_hint(node: fx.Node) -> str:
 
 
 def _called(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Exception | None:
-    """What a module raises when it is called, without being traced."""
+    """Return the error that a module raises when it is called without being traced, or None."""
     try:
         with torch.no_grad():
             module(**{name: value.clone() for name, value in inputs.items()})
-    except Exception as error:  # noqa: BLE001 - a model is anybody's code; what it raises is told
+    except Exception as error:  # noqa: BLE001 - a model's code may raise anything; the error is passed on
         return error
     return None
 
 
 def _reason(error: Exception) -> tuple[str, str]:
-    """Why torch.export failed, and what a user can do about it."""
+    """Return why torch.export failed, and advice for a user."""
     kind, text = type(error).__name__, str(error)
     if "DataDependent" in kind or "data-dependent" in text:
         return (
@@ -138,24 +138,24 @@ def _reason(error: Exception) -> tuple[str, str]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its type."""
+    """Return the first line of an error's message, or its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def user_line(trace: TracebackType | None) -> str:
-    """The innermost line of the model in a traceback, or nothing."""
+    """Return the innermost line of the model in a traceback, or nothing."""
     frames = [frame for frame in traceback.extract_tb(trace) if _is_foreign(frame.filename)]
     return f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
 
 
 def traced_line(node: fx.Node) -> str:
-    """The innermost line of the model that made a node, or nothing."""
+    """Return the innermost line of the model that made a node, or nothing."""
     found = [match for match in _LINE.finditer(node.meta.get("stack_trace") or "") if _is_foreign(match["file"])]
     return f"{found[-1]['file']}:{found[-1]['line']} ({found[-1]['code']})" if found else ""
 
 
 def _is_foreign(file: str) -> bool:
-    """Whether a file is the model's code rather than PyTorch's or ours."""
+    """Tell whether a file is the model's code rather than PyTorch's or qcgraph's."""
     if file.startswith("<"):
         return False
     path = Path(file)

@@ -1,4 +1,4 @@
-"""Wrappers of modules that do not change what they compute: of torch.compile, and those that spread over devices."""
+"""Wrappers of modules that leave their results unchanged: of torch.compile, and of parallelism over devices."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module that is inside of these wrappers, which has the parameters of its own ``forward``."""
+    """Return the module inside such wrappers, whose ``forward`` has the parameters of the model."""
     from torch import nn
 
     while True:
-        inner = getattr(module, "_orig_mod", None)  # of torch.compile
+        inner = getattr(module, "_orig_mod", None)  # set by torch.compile
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             inner = module.module
         if not isinstance(inner, nn.Module):

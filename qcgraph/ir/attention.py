@@ -10,12 +10,12 @@ from torch import fx
 from qcgraph.ir.graph import Variant, module_path
 
 aten = torch.ops.aten
-PROBABILITIES = "probabilities"  # the operand that the softmax gives
+PROBABILITIES = "probabilities"  # the operand that the softmax computes
 
 
 @dataclass(frozen=True)
 class AttentionProducts:
-    """Where an attention multiplies.
+    """The nodes of an attention that multiply.
 
     Attributes:
         name: its module path, with ``.attention``; ``#2`` is appended to the second in a module.
@@ -31,14 +31,14 @@ class AttentionProducts:
 
     @property
     def operands(self) -> dict[str, fx.Node]:
-        """What is multiplied: ``query``, ``key`` (transposed), ``probabilities`` and ``value``."""
+        """The multiplied values: ``query``, ``key`` (transposed), ``probabilities`` and ``value``."""
         query, key, value = self.logits.args[0], self.logits.args[1], self.mixed.args[1]
         assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
         return {"query": query, "key": key, PROBABILITIES: self.probabilities, "value": value}
 
 
 def find_attention(variant: Variant) -> tuple[AttentionProducts, ...]:
-    """Every matmul(softmax(matmul(q, k), last axis), v) of floating-point values, in order."""
+    """Find every matmul(softmax(matmul(q, k), last axis), v) of floating-point values, in order."""
     found = []
     uses: dict[str, int] = {}
     for mixed in variant.graph.nodes:

@@ -1,7 +1,7 @@
-"""Where the channels of an activation come from, when something linear makes them: what can take a change of scale.
+"""Linear layers whose outputs are the channels of an activation, and can take over a change of its scale.
 
-An activation x may be replaced by (x - offset) / factor a channel at no cost where the outputs of linear layers make
-it: their rows are divided and their biases moved instead. Two forms are known::
+Replacing an activation x by (x - offset) / factor for each channel costs nothing where outputs of linear layers are its
+channels: the rows of these layers are divided, and their biases moved. Two forms are known::
 
     x = norm * (1 + gain) + shift            adaLN: gain and shift are rows of modulation layers
     x = heads(attention(q, k, v))            the rows of v: the weights of attention sum to one
@@ -36,18 +36,18 @@ MOVES = (  # ops that move values and compute none
     aten.unbind.int,
     operator.getitem,
 )
-PARTING = (aten.chunk.default, aten.split.Tensor, aten.unbind.int)  # every part of theirs has users of its own
+PARTING = (aten.chunk.default, aten.split.Tensor, aten.unbind.int)  # their results have users of their own
 
 
 @dataclass(frozen=True)
 class OutputChannels:
-    """OutputChannels of a linear layer that make the channels of an activation, one a channel.
+    """Outputs of a linear layer that become the channels of an activation, one output for each channel.
 
     Attributes:
         weight: the constant [out, in].
         bias: the constant [out].
-        rows: the row that makes each channel.
-        is_gain: whether the activation holds 1 plus what they make, as a factor; else they are added.
+        rows: for each channel, the row of the weight that computes it.
+        is_gain: whether the activation is multiplied by 1 plus these outputs; else they are added to it.
     """
 
     weight: str
@@ -57,18 +57,18 @@ class OutputChannels:
 
 
 class NotLinearError(Exception):
-    """The channels do not come from rows of linear layers; says why."""
+    """Raised with the reason why the channels do not come from rows of linear layers."""
 
 
 def makers(variant: Variant, name: str) -> tuple[OutputChannels, ...]:
-    """The rows that make the channels of the activation that a node gives.
+    """Return the rows of linear layers that compute the channels of an activation.
 
     Args:
-        variant: the graph; nothing is changed.
-        name: the node.
+        variant: the graph, which is not changed.
+        name: the node whose value is the activation.
 
     Raises:
-        NotLinearError: there are no such rows, or something else uses what they make.
+        NotLinearError: there are no such rows, or another node uses their outputs.
     """
     node = next(node for node in variant.graph.nodes if node.name == name)
     modulated = _modulated(node)
@@ -79,7 +79,7 @@ def makers(variant: Variant, name: str) -> tuple[OutputChannels, ...]:
 
 
 def _modulated(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """gain and shift of ``norm * (1 + gain) + shift``."""
+    """Return gain and shift of ``norm * (1 + gain) + shift``, or None for other forms."""
     if not _is_sum(node) or len(node.all_input_nodes) != 2:
         return None
     for product, shift in (node.all_input_nodes, node.all_input_nodes[::-1]):
@@ -92,7 +92,7 @@ def _modulated(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _is_sum(node: fx.Node) -> bool:
-    return node.target is aten.add.Tensor and not node.kwargs  # which may scale one of the two
+    return node.target is aten.add.Tensor and not node.kwargs  # keywords may scale one of the two summands
 
 
 def _rows(linear: fx.Node, index: torch.Tensor, *, is_gain: bool) -> OutputChannels:
@@ -109,9 +109,9 @@ def _rows(linear: fx.Node, index: torch.Tensor, *, is_gain: bool) -> OutputChann
 
 
 def _trace(node: fx.Node, *, is_read: bool = False) -> tuple[fx.Node, torch.Tensor]:
-    """The linear layer that makes a value, and which of its outputs stands where, for a batch of one.
+    """Return the linear layer behind a value, and the index of its output at each position, for a batch of one.
 
-    What layers read may have several users; the values that it is made of have one each.
+    A value that layers read may have several users; the values that it is computed from must have one user each.
     """
     if not is_read and len(node.users) > 1 and node.target not in PARTING:
         raise NotLinearError(f"%{node.name}, which it is made of, is used elsewhere too")

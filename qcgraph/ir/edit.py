@@ -28,7 +28,7 @@ from qcgraph.plan.spec import Interface, TensorSpec
 
 
 class GraphEditor:
-    """A copy of a variant's graph to edit, and the only way passes insert nodes.
+    """A copy of a variant's graph to edit, and the only way for passes to insert nodes.
 
     Every inserted node gets its type (by running the op on fake tensors), its origin and its module path, so that the
     program prints and verifies after the edit.
@@ -44,22 +44,22 @@ class GraphEditor:
         self._fake_mode = fake_mode_of(self.graph)
 
     def node(self, name: str) -> fx.Node:
-        """The node of this name in the copy."""
+        """Return the node of this name in the copy."""
         return next(node for node in self.graph.nodes if node.name == name)
 
     @property
     def first_call(self) -> fx.Node:
-        """The first node that computes: what all of them use goes before it. The output where none does."""
+        """The first node that computes, before which values for all nodes belong; the output in a graph without any."""
         return next(node for node in self.graph.nodes if node.op in ("call_function", "output"))
 
     def call(
         self, target: Any, *args: Any, source: fx.Node, name: str | None = None, top_level: bool = False
     ) -> fx.Node:
-        """Insert a call at the current insertion point, made from ``source``.
+        """Insert a call at the current insertion point, with ``source`` as the node that it is made from.
 
-        It counts as code of the module that ``source`` is in, or of none when it is ``top_level``.
+        The call belongs to the module of ``source``, or to no module when it is ``top_level``.
         """
-        schema = getattr(target, "_schema", None)  # a Python function on numbers or tuples has none
+        schema = getattr(target, "_schema", None)  # a Python function on numbers or tuples has no schema
         short = schema.name.split("::")[-1] if schema else target.__name__
         node = self.graph.create_node("call_function", target, args, {}, name=name or short)
         fakes = fx.node.map_arg(args, lambda argument: argument.meta["val"])
@@ -80,10 +80,10 @@ class GraphEditor:
             yield
 
     def constant(self, name: str, value: torch.Tensor, source: fx.Node) -> fx.Node:
-        """A reference to a constant, which is added to the program when it is new.
+        """Return a reference to a constant; a new constant is added to the program.
 
         Raises:
-            ContractError: the program has a constant of this name and another value.
+            ContractError: the program has another value under this name.
         """
         _check_same(name, value, self._constants)
         _check_same(name, value, self.new_constants)
@@ -98,7 +98,7 @@ class GraphEditor:
         return node
 
     def input(self, spec: TensorSpec, like: torch.Tensor, source: fx.Node) -> fx.Node:
-        """An input of this name, added after the others when it is new; ``like`` gives its (fake) value."""
+        """Return the input of this name; a new one is added last and takes its (fake) value from ``like``."""
         for node in self.graph.nodes:
             if node.op == "placeholder" and node.name == spec.name:
                 return node
@@ -125,11 +125,11 @@ class GraphEditor:
 
     @property
     def interface(self) -> Interface:
-        """The inputs and outputs as they are by now."""
+        """The present inputs and outputs."""
         return Interface(tuple(self.inputs), tuple(self.outputs))
 
     def drop_unused_inputs(self, *roles: TensorRole) -> None:
-        """Drop the inputs that no output depends on: of these roles, or of any where none is given."""
+        """Drop inputs that no output depends on: those of these roles, or of any role where none is given."""
         eliminate_dead_code(self.graph)
         droppable = {spec.name for spec in self.inputs if not roles or spec.role in roles}
         for node in list(self.graph.nodes):
@@ -138,7 +138,7 @@ class GraphEditor:
                 self.inputs = [spec for spec in self.inputs if spec.name != node.target]
 
     def set_outputs(self, nodes: Sequence[fx.Node], specs: Sequence[TensorSpec]) -> None:
-        """Make these nodes, in this order, the outputs: with the names and roles of the specs, and their own types."""
+        """Make these nodes the outputs, in this order: names and roles come from the specs, types from the nodes."""
         output = output_node(self.graph)
         output.args = (tuple(nodes),)
         types = [spec_of("", node.meta["val"]) for node in nodes]
@@ -147,7 +147,7 @@ class GraphEditor:
         ]
 
     def finish(self) -> Variant:
-        """The edited variant, without dead nodes."""
+        """Return the edited variant without dead nodes."""
         eliminate_dead_code(self.graph)
         self.graph.lint()
         return Variant(self.graph, self.interface)
@@ -160,7 +160,7 @@ class GraphEditor:
 
 
 def with_edits(program: Program, edits: Mapping[str, GraphEditor]) -> Program:
-    """The program with edited variants and their new constants; without those that nothing refers to any more."""
+    """Return the program with edited variants and their new constants, without constants that nothing refers to."""
     variants = dict(program.variants) | {name: editor.finish() for name, editor in edits.items()}
     constants = dict(program.constants)
     for editor in edits.values():

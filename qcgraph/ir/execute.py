@@ -1,4 +1,4 @@
-"""Running a program in PyTorch as a sampling backend."""
+"""A runner that executes a program in PyTorch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Observe = Callable[[Call, fx.Node, torch.Tensor], None]
 
 @contextmanager
 def ordinary_torch() -> Iterator[None]:
-    """Set aside what a caller may have told PyTorch to do everywhere, which would change or break what runs."""
+    """Set aside global settings of PyTorch that would change or break a run, such as autocast or a default dtype."""
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
-        # Outside of inference mode first: within it no mode for gradients matters, and its tensors cannot be exported.
+        # Leave inference mode first: within it no mode for gradients matters, and its tensors cannot be exported.
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         if torch.get_default_device().type != "cpu":
@@ -35,11 +35,11 @@ def ordinary_torch() -> Iterator[None]:
 
 
 class TorchRunner:
-    """The reference backend: runs the graphs of a program as they are (see `qcgraph.sampling.runner.Runner`).
+    """The reference runtime, which runs the graphs of a program unchanged (see `qcgraph.sampling.runner.Runner`).
 
     Args:
-        program: what to run.
-        observe: called with (call, node, first argument's value) before every op; slower, for calibration.
+        program: the program to run.
+        observe: called with (call, node, first argument's value) before every op, for calibration; makes runs slower.
     """
 
     def __init__(self, program: Program, observe: Observe | None = None) -> None:
@@ -49,7 +49,7 @@ class TorchRunner:
 
     @property
     def program(self) -> Program:
-        """The program that it runs."""
+        """The program that this runner runs."""
         return self._program
 
     def run(self, call: Call) -> Array:
@@ -78,7 +78,7 @@ class TorchRunner:
 
 
 class _Watcher(fx.Interpreter):
-    """Interprets a graph and shows the first argument of every op."""
+    """Interprets a graph and passes the first argument of every op to an observer."""
 
     def __init__(self, module: fx.GraphModule, call: Call, observe: Observe) -> None:
         super().__init__(module)
@@ -96,16 +96,17 @@ class _Watcher(fx.Interpreter):
 def walk(
     program: Program, variant: str, inputs: Sequence[torch.Tensor], *, gradients: bool = False
 ) -> Iterator[tuple[fx.Node, Mapping[fx.Node, Any]]]:
-    """Run a variant node by node; values are let go as soon as nothing needs them any more.
+    """Run a variant node by node, and free every value after its last use.
 
     Args:
-        program: what to run.
-        variant: which of its variants.
+        program: the program to run.
+        variant: the name of one of its variants.
         inputs: in the order of its interface.
-        gradients: whether values remember how to be differentiated.
+            gradients: whether values keep what is needed to differentiate them.
 
     Yields:
-        A node that ran, the output last, and the values that are held, its own and those that entered it among them.
+        A node that ran, the output last, and all values that are held then, with the node's own value and its
+        arguments.
     """
     interpreter = fx.Interpreter(program.module(variant))
     interpreter.args_iter = iter(inputs)

@@ -1,4 +1,4 @@
-"""Variants: FX graphs with an interface, and what can be asked of a graph and its nodes."""
+"""Variants: FX graphs with an interface, and functions that read a graph and its nodes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.complex128: "c128",
 }
 _NAME = re.compile(r"[^\s\"\\{}](?:[^\"\\{}\x00-\x1f]*[^\s\"\\{}])?")
-EXPRESSIONS = 4096  # sizes in terms of the batch that are remembered: a program has few, and asks for them often
+EXPRESSIONS = 4096  # number of remembered sizes in terms of the batch; a program has few, and asks for them often
 DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -50,14 +50,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Origin:
-    """Who made a node, and from which node."""
+    """The pass that made a node, and the node that it was made from."""
 
     made_by: str
     source: str
 
 
 def is_name(text: object) -> bool:
-    """Whether a text may name a constant: it is quoted in the code of a graph, and must not end the quotation."""
+    """Tell whether a text may name a constant: a graph's code quotes it, so it must not end the quotation."""
     return isinstance(text, str) and _NAME.fullmatch(text) is not None
 
 
@@ -68,7 +68,7 @@ def spec_of(name: str, value: torch.Tensor, role: TensorRole | None = None) -> T
 
 
 def cache_spec(name: str, value: torch.Tensor, cached: str, age: int = 0) -> TensorSpec:
-    """Return the spec of an input or output that holds a cached value, as it was some computing steps ago."""
+    """Return the spec of an input or output that holds a cached value of ``age`` computing steps ago."""
     return replace(spec_of(name, value, TensorRole.CACHE), value=cached, age=age)
 
 
@@ -85,7 +85,7 @@ def input_node(graph: fx.Graph, interface: Interface, role: TensorRole) -> fx.No
 
 
 def dimension_text(dim: int | torch.SymInt) -> int | str:
-    """An integer, or the expression of a symbolic dimension in terms of the batch ``B``."""
+    """Return an integer, or the expression of a symbolic dimension in terms of the batch ``B``."""
     if isinstance(dim, int):
         return dim
     return _expression_text(dim.node.expr)
@@ -104,7 +104,7 @@ def _expression_text(expression: Expr) -> int | str:
 
 
 def size_of(dim: int | torch.SymInt, batch: int) -> float:
-    """A dimension where the batch is a number."""
+    """Return the size of a dimension for a batch of this size."""
     return dim if isinstance(dim, int) else _expression_value(dim.node.expr, batch)
 
 
@@ -114,21 +114,21 @@ def _expression_value(expression: Expr, batch: int) -> float:
 
 
 def module_path(node: fx.Node) -> str:
-    """The dotted path of the module whose code made this node, ``""`` for the root."""
+    """Return the dotted path of the module whose code made this node, ``""`` for the root."""
     stack = node.meta.get("nn_module_stack")
     return str(list(stack.values())[-1][0]) if stack else ""
 
 
 def output_node(graph: fx.Graph) -> fx.Node:
-    """The output node of a graph."""
+    """Return the output node of a graph."""
     return next(iter(reversed(graph.nodes)))
 
 
 def returned_nodes(graph: fx.Graph) -> tuple[fx.Node, ...]:
-    """The nodes whose values a graph returns, in order.
+    """Return the nodes whose values a graph returns, in order.
 
     Raises:
-        ContractError: it returns something else than a tuple of values.
+        ContractError: the graph returns anything but a tuple of values.
     """
     returned = output_node(graph).args[0]
     nodes = tuple(node for node in returned if isinstance(node, fx.Node)) if isinstance(returned, tuple) else ()
@@ -138,15 +138,15 @@ def returned_nodes(graph: fx.Graph) -> tuple[fx.Node, ...]:
 
 
 def eliminate_dead_code(graph: fx.Graph) -> None:
-    """Drop calls and constants whose value nobody uses; inputs stay.
+    """Drop calls and constants whose values have no users; inputs stay.
 
-    Everything a program may call is pure, also the ops that FX takes for random (attention with dropout off).
+    Every op in a program is pure, also those that FX considers random (attention with dropout off).
     """
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy with the same node names and metadata."""
+    """Return a copy with the same node names and metadata."""
     copy = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -157,16 +157,16 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 def fake_value(mode: FakeTensorMode, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run an op on fake tensors.
 
-    PyTorch's dispatcher in Python keeps the batch a symbol in ops that are made of others, as `torch.export` does it:
-    that in C++ reads sizes as numbers, in PyTorch 2.11 those of a product of two stacks of matrices, and from then on
-    the batch is one number in all graphs that share its symbol.
+    With PyTorch's dispatcher in Python, as in `torch.export`, the batch stays a symbol in composite ops. The dispatcher
+    in C++ reads sizes as numbers (in PyTorch 2.11 the sizes of a product of two stacks of matrices). From then on the
+    batch would be one number in all graphs that share its symbol.
     """
     with enable_python_dispatcher(), mode:
         return target(*args, **kwargs)
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
-    """The fake mode that the values of a graph live in."""
+    """Return the fake mode of the values in a graph."""
     for node in graph.nodes:
         value = node.meta.get("val")
         if hasattr(value, "fake_mode"):

@@ -14,11 +14,11 @@ from qcgraph.ir.graph import DTYPES, fake_value, size_of
 from qcgraph.plan.spec import BATCH, Interface, TensorSpec
 from qcgraph.quiet import without_log
 
-BATCH_HINT = 97  # a batch that no other dimension of a denoiser is likely to equal, so that sizes are not confused
+BATCH_HINT = 97  # batch size that is unlikely to equal another dimension of a denoiser, so that sizes are not confused
 
 
-LARGEST = 2**40  # elements of a value, or an integer: far more than any machine holds
-LONGEST = 200  # terms of a symbolic size; those of models have a few
+LARGEST = 2**40  # number of elements of a value, or an integer: far more than any machine holds
+LONGEST = 200  # number of terms of a symbolic size; those of models have a few
 
 _PLAIN: dict[str, tuple[type, ...]] = {
     "int": (int, fx.Node),
@@ -37,10 +37,10 @@ _PLAIN: dict[str, tuple[type, ...]] = {
 
 
 def check_arguments(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Check the number, the names and, as far as they are plain, the types of the arguments of a call.
+    """Check the number, the names and the simple types of the arguments of a call.
 
     Raises:
-        TypeError: they are not those that the op takes.
+        TypeError: the op does not take these arguments.
     """
     schema = getattr(target, "_schema", None)
     if schema is None:
@@ -60,7 +60,7 @@ def check_arguments(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 def _fits(value: Any, kind: str) -> bool:
-    """Whether a value may be an argument of a type of an op's schema."""
+    """Tell whether a value may be an argument of this type, as an op's schema names it."""
     while kind.startswith("Optional["):
         if value is None:
             return True
@@ -77,7 +77,7 @@ def _check_size(value: Any) -> None:
     """Refuse values that no machine holds, and sizes whose formulas are longer than those of models.
 
     Raises:
-        ValueError: says which.
+        ValueError: says which size or value is refused.
     """
     if isinstance(value, (tuple, list)):
         for item in value:
@@ -96,14 +96,15 @@ def _check_size(value: Any) -> None:
         raise ValueError("an integer is larger than any machine holds")
 
 
-@without_log("torch._subclasses.fake_tensor")  # which logs a traceback of shapes that do not fit, and raises it
+@without_log("torch._subclasses.fake_tensor")  # PyTorch logs a traceback of shapes that do not fit, and raises it too
 def infer_types(graph: fx.Graph, interface: Interface, constants: Mapping[str, torch.Tensor]) -> None:
     """Give every node its type by running the graph on fake inputs with a symbolic batch.
 
-    Blocks repeat: calls of an op on arguments of the same types share a value, which is all there is to know of them.
+    Calls of an op on arguments of the same types share one value, because blocks repeat and nothing but types is
+    needed.
 
     Raises:
-        ValueError: a value is larger than any machine holds; or what an op raises of arguments that it cannot take.
+        ValueError: a value is larger than any machine holds. An op raises its own errors for arguments that do not fit.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     values: dict[fx.Node, Any] = {}
@@ -130,7 +131,7 @@ def infer_types(graph: fx.Graph, interface: Interface, constants: Mapping[str, t
 
 
 def _type_of(value: Any) -> object:
-    """Return what the result of an op depends on in an argument: the type of a tensor, and all of anything else."""
+    """Return the part of an argument that decides the result's type: the type of a tensor, anything else whole."""
     if isinstance(value, torch.Tensor):
         layout = (*value.shape, *value.stride(), value.storage_offset())
         return "tensor", value.dtype, value.dim(), tuple(_type_of(size) for size in layout)
@@ -140,7 +141,7 @@ def _type_of(value: Any) -> object:
         return type(value), tuple(_type_of(item) for item in value)
     if isinstance(value, dict):
         return "named", tuple((name, _type_of(item)) for name, item in value.items())
-    return type(value), value  # True is 1, and 1 is 1.0
+    return type(value), value  # the type tells True from 1, and 1 from 1.0
 
 
 def _fake_input(mode: FakeTensorMode, spec: TensorSpec) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""The operators of PyTorch that a program may call: those that capture makes of models, one table on one screen.
+"""The operators of PyTorch that a program may call, in one table: those that captured models are made of.
 
-They compute their result from their arguments alone, the same each time: nothing here draws random numbers, reads or
-writes files, measures, or writes to its arguments. A program that was read from a file can name nothing else.
+Their results depend on their arguments alone. None of them draws random numbers, reads or writes files, measures time,
+or writes to its arguments. A program that was read from a file cannot name other operators.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-# All overloads of a name, except those that write to an argument. Text, since as a list it would take 400 lines.
+# All overloads of a name, except those that write to an argument. One text, since a list would take 400 lines.
 LEGAL_OPERATORS = frozenset(
     """
     _adaptive_avg_pool2d _conj _log_softmax _native_batch_norm_legit_no_training _prelu_kernel _softmax _to_copy
@@ -54,7 +54,7 @@ LEGAL_OPERATORS = frozenset(
     """.split()  # noqa: SIM905
 )
 
-# The value that makes an op of the table draw or keep nothing, by the argument that could make it do so.
+# For each op that may draw random numbers or keep state: the argument that decides it, and the value that prevents it.
 _QUIET: dict[str, tuple[str, Any]] = {
     "scaled_dot_product_attention": ("dropout_p", 0.0),
     "batch_norm": ("training", False),
@@ -63,17 +63,17 @@ _QUIET: dict[str, tuple[str, Any]] = {
 
 
 def is_legal_operator(target: torch._ops.OpOverload) -> bool:
-    """Whether an operator of PyTorch is one that a program may call."""
+    """Tell whether a program may call an operator of PyTorch."""
     return name_of(target) in LEGAL_OPERATORS
 
 
 def name_of(target: torch._ops.OpOverload) -> str:
-    """The name of an operator without its namespace and overload."""
+    """Return the name of an operator without its namespace and overload."""
     return str(target._schema.name.split("::")[-1])
 
 
 def is_quiet(node: fx.Node) -> bool:
-    """Whether the arguments of an admitted operator keep it from drawing random numbers and from keeping state."""
+    """Tell whether the arguments of a legal operator keep it from drawing random numbers and from keeping state."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
     name, quiet = _QUIET.get(name_of(node.target), ("", None))

@@ -1,4 +1,4 @@
-"""What a legal program is: one table of rules, checked after every pass."""
+"""The rules of legal programs in one table, checked after every pass."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ INTEGER_FUNCTIONS = (operator.getitem, operator.add, operator.sub, operator.mul,
 SCALED = tuple(getattr(torch.ops.qcgraph, name).default for name in ("quantize", "quantize_regions", "dequantize"))
 OP_RULES = {op.target: op.verify for op in OPS}
 
-Finding = tuple[str, str]  # (where, what)
+Finding = tuple[str, str]  # (place, reason)
 
 
 def verify(program: Program) -> None:
-    """Check every rule.
+    """Check every rule of the table.
 
     Raises:
-        ContractError: the first finding, with its graph, node and module path, and how many more there are.
+        ContractError: names the first finding, with its graph, node and module path, and the number of further
+            findings.
     """
     findings = list(find(program))
     if not findings:
@@ -44,7 +45,7 @@ def verify(program: Program) -> None:
 
 
 def find(program: Program) -> Iterator[Finding]:
-    """Every place where the program is illegal."""
+    """Yield every place where the program is illegal, with the reason."""
     for rule in PROGRAM_RULES:
         for what in rule(program):
             yield "program", what
@@ -121,7 +122,7 @@ def _op_is_legal(node: fx.Node, program: Program) -> str | None:
 
 
 def illegal_target(target: Any) -> str | None:
-    """Why a call target may not stand in a program, or None."""
+    """Return why a call target may not stand in a program, or None."""
     if not isinstance(target, torch._ops.OpOverload):
         return None if target in INTEGER_FUNCTIONS else f"calls {target}, which is not an op"
     if target.namespace not in NAMESPACES:

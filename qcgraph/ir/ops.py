@@ -2,11 +2,11 @@
 
 Scales and zero points are tensors, so that a timestep group can select them at run time. Formulas:
 
-* quantize:    q = clamp(round_half_even(x / scale) + zero_point, low, high); codes of 8-bit floating point are the
-  nearest such number of clamp(x / scale, low, high) instead
-* quantize_regions:  the same below zero; above it, with c = 2^shift,
+* quantize:    q = clamp(round_half_even(x / scale) + zero_point, low, high); in 8-bit floating point, q is the nearest
+  such number of clamp(x / scale, low, high)
+* quantize_regions:  as quantize below zero; above it, with c = 2^shift,
   q = clamp(round(x / (c * scale)), 0, (high - zero_point) / c) * c + zero_point
-* region:      x where x < split (or, of the upper one, where not), else 0
+* region:      x where x < split (for the upper region: where x >= split), else 0
 * dequantize:  x = (q - zero_point) * scale
 * select:      table[index]
 * forecast:    D = sum_a gain[a, half] * value[a] + offset[half], per channel (see passes/caching/insert_forecast)
@@ -32,7 +32,7 @@ HALVES = 2  # of guidance: conditional, unconditional
 
 
 def along(axis: int, values: Tensor, rank: int) -> Tensor:
-    """Per-axis values shaped for broadcasting; scalars are left alone."""
+    """Reshape values of one axis for broadcasting to a rank; scalars stay as they are."""
     if values.dim() == 0:
         return values
     shape = [1] * rank
@@ -42,8 +42,8 @@ def along(axis: int, values: Tensor, rank: int) -> Tensor:
 
 @torch.library.custom_op("qcgraph::quantize", mutates_args=())
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int) -> Tensor:
-    """Affine quantization; ``scale`` and ``zero_point`` are scalars or one value along ``axis``."""
-    # In float32: codes do not depend on how a quotient would be rounded to 16 bits.
+    """Quantize by an affine map; ``scale`` and ``zero_point`` are scalars or one value along ``axis``."""
+    # In float32, so that codes do not depend on how a quotient would be rounded to 16 bits.
     codes = x.float() / along(axis, scale.float(), x.dim())
     if zero_point.is_floating_point():
         return codes.clamp_(low, high).to(zero_point.dtype)
@@ -61,9 +61,9 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: i
 def quantize_regions(
     x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, shift: int, axis: int
 ) -> Tensor:
-    """Two steps in one integer tensor: ``scale`` below zero, ``2^shift * scale`` above (TQ-DiT's MRQ, after GELU).
+    """Quantize with step ``scale`` below zero and ``2^shift * scale`` above (TQ-DiT's MRQ, after GELU), as one integer.
 
-    Each region has a bit less than the codes ``low..high`` would allow; with a shift of 0 it is `quantize`.
+    Each region has slightly fewer codes than ``low..high`` has. With a shift of 0 this op equals `quantize`.
     ``scale`` and ``zero_point`` are scalars or one value along ``axis``.
     """
     scale, zero = along(axis, scale, x.dim()), along(axis, zero_point, x.dim()).to(x.dtype)
@@ -80,7 +80,7 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, shift: 
 
 @torch.library.custom_op("qcgraph::region", mutates_args=())
 def region(x: Tensor, split: Tensor, upper: bool) -> Tensor:
-    """The values below ``split``, a scalar, or those from it on, and zero for the others.
+    """Return the values of one region and zero elsewhere: below ``split``, a scalar, or from ``split`` on if ``upper``.
 
     The two regions of a tensor have no element in common, and their sum is the tensor.
     """
@@ -94,16 +94,16 @@ def _(x: Tensor, split: Tensor, upper: bool) -> Tensor:
 
 @torch.library.custom_op("qcgraph::dequantize", mutates_args=())
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    """The inverse affine map; ``scale`` and ``zero_point`` are scalars or one value along ``axis``."""
+    """Apply the inverse affine map; ``scale`` and ``zero_point`` are scalars or one value along ``axis``."""
     if _is_16_bit_factor(q, scale, axis):
-        # On CPUs PyTorch multiplies 16 bits by columns that lie together, fifteen times as fast as by rows.
+        # On CPUs PyTorch multiplies 16-bit floats by contiguous columns fifteen times as fast as by rows.
         return dequantize(q.t().contiguous(), scale, zero_point, 0).t()
     scale, zero_point = along(axis, scale, q.dim()), along(axis, zero_point, q.dim())
     return q.to(scale.dtype).sub_(zero_point.to(scale.dtype)).mul_(scale)
 
 
 def _is_16_bit_factor(q: Tensor, scale: Tensor, axis: int) -> bool:
-    """Whether codes are a weight [in, out], of which the columns have a scale each."""
+    """Tell whether codes are a weight [in, out] with one 16-bit scale for each column."""
     return q.dim() == 2 and axis == 1 and scale.dim() == 1 and scale.dtype != torch.float32
 
 
@@ -116,7 +116,7 @@ def _(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
 
 @torch.library.custom_op("qcgraph::select", mutates_args=())
 def select(table: Tensor, index: Tensor) -> Tensor:
-    """One row of a table, by a scalar index that the host gives at every step."""
+    """Return one row of a table, by a scalar index that the host gives at every step."""
     return table[index].clone()
 
 
@@ -127,10 +127,10 @@ def _(table: Tensor, index: Tensor) -> Tensor:
 
 @torch.library.custom_op("qcgraph::forecast", mutates_args=())
 def forecast(values: list[Tensor], coefficients: Tensor, half: Tensor) -> Tensor:
-    """Per-channel affine of the last computed values of a cached tensor, apart for the two halves of guidance.
+    """Forecast a cached tensor per channel, as an affine map of its last computed values for each half of guidance.
 
     Args:
-        values: each [B, ..., C], the last computed one first.
+        values: each [B, ..., C], the most recent one first.
         coefficients: [len(values) + 1, 2, C]; the last row is the offset. (1, 0, ..., 0) gives ``values[0]``.
         half: i64[B], 0 for a conditional sample, 1 for an unconditional one.
     """
@@ -149,10 +149,10 @@ def _(values: list[Tensor], coefficients: Tensor, half: Tensor) -> Tensor:
 
 @torch.library.custom_op("qcgraph::guidance_difference", mutates_args=())
 def guidance_difference(prediction: Tensor) -> Tensor:
-    """What the other half of guidance predicts less, [B,H,W,C] for a noise prediction [B,C,H,W].
+    """Subtract from each half of guidance the other half, [B,H,W,C] for a noise prediction [B,C,H,W].
 
-    The batch holds both halves, in the same order: sample i of the one and sample B/2 + i of the other are of the same
-    latent. Channels are last, as in every cached tensor.
+    The batch holds both halves in the same order: samples i and B/2 + i belong to the same latent. Channels are last,
+    as in every cached tensor.
     """
     one, other = prediction.movedim(1, -1).chunk(HALVES)
     return torch.cat([one - other, other - one])
@@ -166,7 +166,7 @@ def _(prediction: Tensor) -> Tensor:
 
 @torch.library.custom_op("qcgraph::conditional_half", mutates_args=())
 def conditional_half(x: Tensor) -> Tensor:
-    """The first half of a batch, [B // 2, ...] of [B, ...]."""
+    """Return the first half of a batch, [B // 2, ...] of [B, ...]."""
     return x[: len(x) // HALVES].clone()
 
 
@@ -177,7 +177,7 @@ def _(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("qcgraph::restore_half", mutates_args=())
 def restore_half(prediction: Tensor, difference: Tensor) -> Tensor:
-    """Both halves of a noise prediction [B,C,H,W], from the first [B // 2,C,H,W] and what they differ by [B,H,W,C]."""
+    """Return a noise prediction [B,C,H,W] from its first half [B // 2,C,H,W] and the difference of halves [B,H,W,C]."""
     return torch.cat([prediction, prediction - difference[: len(prediction)].movedim(-1, 1)])
 
 
@@ -188,7 +188,7 @@ def _(prediction: Tensor, difference: Tensor) -> Tensor:
 
 @torch.library.custom_op("qcgraph::compensate", mutates_args=())
 def compensate(prediction: Tensor, latent: Tensor, gain: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
-    """Per-channel affine of the noise prediction and the latent, on the first channels of the prediction.
+    """Correct the first channels of a noise prediction by a per-channel affine map of the prediction and the latent.
 
     Args:
         prediction: [B, C_out, H, W]; channels past C (a learned sigma) pass through.
@@ -310,8 +310,8 @@ def _onnx_quantize(x: Any, scale: Any, zero_point: Any, low: int, high: int, axi
     from onnxscript import opset21 as op
 
     if high - low < 255:
-        # QuantizeLinear saturates at the limits of its type only. Narrower codes are clipped before it, in floating
-        # point: an integer Clip after it would keep the int8 kernels from matching.
+        # QuantizeLinear saturates at the limits of its type only. For fewer codes, values are clipped before it, in
+        # floating point: an integer Clip after it would keep the int8 kernels from matching.
         zero = op.CastLike(zero_point, x)
         limits = ((op.CastLike(op.Constant(value_float=float(limit)), x) - zero) * scale for limit in (low, high))
         x = op.Clip(x, *limits)
@@ -321,8 +321,8 @@ def _onnx_quantize(x: Any, scale: Any, zero_point: Any, low: int, high: int, axi
 def _onnx_quantize_regions(x: Any, scale: Any, zero_point: Any, low: int, high: int, shift: int, axis: int) -> Any:
     from onnxscript import opset21 as op
 
-    # Above zero, values are first rounded to the coarse step; what QuantizeLinear then divides by the fine one is a
-    # multiple of 2^shift. Below zero it rounds itself, and its type saturates or the clip does.
+    # Above zero, values are rounded to the coarse step first, so that QuantizeLinear divides multiples of 2^shift fine
+    # steps. Below zero, QuantizeLinear rounds, and its type or the clip saturates.
     coarse = op.Mul(scale, op.Constant(value_float=2.0**shift))
     largest = (op.Constant(value_float=float(high)) - op.CastLike(zero_point, x)) * op.Constant(value_float=2.0**-shift)
     above = op.Mul(op.Clip(op.Round(op.Div(x, coarse)), op.Constant(value_float=0.0), largest), coarse)
@@ -403,12 +403,12 @@ def _onnx_compensate(prediction: Any, latent: Any, gain: Any, slope: Any, offset
 
 @dataclass(frozen=True)
 class OpInfo:
-    """What the compiler knows of one qcgraph op.
+    """One qcgraph op: its target, its rule and its translation.
 
     Attributes:
         target: the op overload.
-        verify: from a node, why it is illegal, or None.
-        to_onnx: the onnxscript translation, by positional arguments.
+        verify: returns why a node of this op is illegal, or None.
+        to_onnx: the translation to onnxscript, which takes the op's positional arguments.
     """
 
     target: Any

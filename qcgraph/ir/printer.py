@@ -1,6 +1,6 @@
-"""Programs as text: deterministic, a type on every value, and who made each node.
+"""Programs as deterministic text: the type of every value, and the pass that made each node.
 
-The text is what `--print-after`, `inspect`, `diff` and the golden tests show, so it is made for reading::
+`--print-after`, `inspect`, `diff` and the golden tests show this text, so it is made for reading::
 
     graph full(%latent: f32[B,1,8,8], %timestep: f32[B], %class_label: i64[B], %group: i64[]) {
       ; blocks.0.attn.qkv
@@ -23,17 +23,17 @@ from qcgraph.ir.graph import DTYPE_NAMES, Origin, Variant, module_path, returned
 
 
 def print_program(facts: Facts, variants: Mapping[str, Variant]) -> str:
-    """A whole program: a header with its facts, then every variant."""
+    """Return the text of a whole program: a header with its facts, then every variant."""
     return "\n".join([print_facts(facts), *(print_variant(name, variant) for name, variant in variants.items())])
 
 
 def print_facts(facts: Facts) -> str:
-    """Facts, a few lines each: see `qcgraph.facts.Fact`."""
+    """Return the text of facts, a few lines for each: see `qcgraph.facts.Fact`."""
     return "\n".join([*(line for fact in facts for line in fact.lines()), ""])
 
 
 def print_variant(name: str, variant: Variant) -> str:
-    """One graph as text."""
+    """Return the text of one graph."""
     inputs = ", ".join(f"%{spec.name}: {spec}" for spec in variant.interface.inputs)
     lines = [f"graph {name}({inputs}) {{"]
     path: str | None = None
@@ -52,7 +52,7 @@ def print_variant(name: str, variant: Variant) -> str:
 
 
 def print_node(node: fx.Node) -> str:
-    """One node: ``%name: type = op(arguments)`` and, unless it was captured, who made it."""
+    """Return the text of one node: ``%name: type = op(arguments)`` and, unless it was captured, its origin."""
     arguments = [_argument(argument) for argument in node.args]
     arguments += [f"{key}={_argument(value)}" for key, value in node.kwargs.items()]
     text = f"%{node.name}: {_type(node.meta.get('val'))} = {target_name(node.target)}({', '.join(arguments)})"
@@ -61,7 +61,7 @@ def print_node(node: fx.Node) -> str:
 
 
 def target_name(target: Any) -> str:
-    """``linear`` for the default overload of an aten op, ``add.Tensor`` for others, ``qcgraph.quantize`` for ours."""
+    """Return ``linear`` for a default overload of aten, ``add.Tensor`` for another, ``qcgraph.quantize`` for ours."""
     if isinstance(target, torch._ops.OpOverload):
         namespace, name = target.namespace, target._schema.name.split("::")[-1]
         overload = "" if target._overloadname == "default" else f".{target._overloadname}"

@@ -20,7 +20,7 @@ from qcgraph.plan.steps import StepPlan, digest, digest_of
 
 @dataclass(frozen=True)
 class Refusal:
-    """Something a pass left alone: the site or node, and why."""
+    """A site or node that a pass left alone, and the reason."""
 
     where: str
     reason: str
@@ -28,7 +28,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """One entry of a program's history: the pass as pipeline text, and what it did."""
+    """One entry of a program's history: the pass as pipeline text, and its results."""
 
     text: str
     changed: bool
@@ -40,10 +40,10 @@ class Program:
     """A denoiser under compilation.
 
     Attributes:
-        variants: the graphs by name; a single one until a cache splits it. The step plan says what each is for.
+        variants: the graphs by name; a single one until a cache splits it. The step plan gives each its role.
         constants: every parameter and table by name, shared by all variants.
-        facts: what the passes know, by type.
-        history: the passes run so far.
+        facts: the records of the passes, by type.
+        history: the passes that have run.
     """
 
     variants: Mapping[str, Variant]
@@ -57,11 +57,11 @@ class Program:
         return {name: variant.interface for name, variant in self.variants.items()}
 
     def with_facts(self, *facts: Fact) -> Program:
-        """This program with these facts added or replaced."""
+        """Return this program with these facts added or replaced."""
         return replace(self, facts=self.facts.with_(*facts))
 
     def module(self, variant: str) -> fx.GraphModule:
-        """An executable module of one variant; its constants are the program's, not copies.
+        """Return an executable module of one variant, which holds the program's constants and no copies.
 
         Raises:
             ContractError: there is no such variant.
@@ -76,8 +76,8 @@ class Program:
         """Run one variant in PyTorch.
 
         Args:
-            variant: its name.
-            inputs: a tensor for every name of its interface; other entries are ignored.
+            variant: the name of the variant.
+            inputs: a tensor for every name of the variant's interface; other entries are ignored.
 
         Returns:
             the outputs by name.
@@ -88,7 +88,7 @@ class Program:
         return dict(zip(interface.output_names, outputs, strict=True))
 
     def prepared(self, variant: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the inputs of a variant, with the modulation that another one computes of them where it takes one."""
+        """Return the inputs of a variant, with the modulation from its preparing variant where it takes one."""
         plan = self.facts.get(StepPlan)
         preparing = plan.preparing.get(variant) if plan else None
         return {**inputs, **(self.run(preparing, inputs) if preparing else {})}
@@ -109,7 +109,7 @@ class Program:
 
     @property
     def constant_bytes(self) -> int:
-        """What the constants take in memory, in bytes."""
+        """The size of all constants in bytes."""
         return sum(constant.nbytes for constant in self.constants.values())
 
     @cached_property
@@ -119,11 +119,11 @@ class Program:
 
     @cached_property
     def digest(self) -> str:
-        """A digest of all that the program is: its graphs, the values of its constants, its facts."""
+        """A digest of the whole program: its graphs, the values of its constants, its facts."""
         return self.compute_digest()
 
     def compute_digest(self) -> str:
-        """The digest, computed anew (the property remembers it)."""
+        """Compute the digest anew; the property `digest` remembers it."""
         text = print_program(self.facts, self.variants)
         return digest(part.encode() for part in (text, self.constants_digest, digest_of(self.facts.encode())))
 
@@ -137,11 +137,11 @@ class Program:
         return {}
 
 
-_TENSOR_DIGESTS = WeakTensorKeyDictionary()  # tensor -> (its version when it was read, its digest)
+_TENSOR_DIGESTS = WeakTensorKeyDictionary()  # tensor -> (version of the tensor when it was read, digest)
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
-    """The digest of a tensor's dtype, shape and bytes; remembered until the tensor is written to or dies."""
+    """Return a digest of a tensor's dtype, shape and bytes, remembered until the tensor is written to or deleted."""
     version, known = _TENSOR_DIGESTS.get(tensor, (-1, ""))
     if version != tensor._version:
         raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -153,6 +153,6 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 def used_constants(
     variants: Iterable[Variant], constants: Mapping[str, torch.Tensor], facts: Facts
 ) -> dict[str, torch.Tensor]:
-    """The constants that some graph refers to or some fact holds, in their order."""
+    """Return the constants that a graph refers to or a fact holds, in their order."""
     used = {str(node.target) for variant in variants for node in variant.graph.nodes if node.op == "get_attr"}
     return {name: value for name, value in constants.items() if name in used | facts.held_constants}

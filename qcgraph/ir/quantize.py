@@ -1,4 +1,4 @@
-"""Quantizing weights and activations as the plan says: codes, scales, and the values that they stand for."""
+"""Quantization of weights and activations as the plan says: codes, scales, and the values that codes represent."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from qcgraph.ir.program import Program, tensor_digest
 ops = torch.ops.qcgraph
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODE_TYPES}
 
-PARTS = 16  # in which an activation is quantized
-ROWS = 64  # of a weight that are quantized together: temporaries as large as a weight, freed between its codes and the
-# next one's, leave holes that the allocator does not fill again, at DiT-XL/2 of more memory than the model
+PARTS = 16  # number of parts in which an activation is quantized
+ROWS = 64  # rows of a weight that are quantized together. Temporaries as large as a weight, freed between its codes and
+# the next codes, leave holes that the allocator does not fill again: at DiT-XL/2 more memory than the model takes.
 
 
 def quantize_weight(weight: torch.Tensor, quant: WeightQuant) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [out, in] and scales f32[out] of a weight; a channel of zeros keeps the scale 1.
+    """Return codes [out, in] and scales f32[out] of a weight; a channel of zeros keeps the scale 1.
 
     Raises:
         ContractError: the weight is not a matrix.
@@ -39,13 +39,13 @@ def quantize_weight(weight: torch.Tensor, quant: WeightQuant) -> tuple[torch.Ten
 
 
 def covering_scale(weight: torch.Tensor, high: int) -> torch.Tensor:
-    """The scale [out] of each row with which its largest weight has the largest code; 1 for a row of zeros."""
-    largest = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1))  # takes no copy of the weight
+    """Return a scale [out] for each row, at which its largest weight has the largest code; 1 for a row of zeros."""
+    largest = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1))  # makes no copy of the weight
     return torch.where(largest > 0, largest / high, torch.ones_like(largest))
 
 
 def check_integers(plan: QuantPlan) -> None:
-    """Refuse a plan of 8-bit floating point, for passes that choose integers.
+    """Refuse a plan of 8-bit floating point, on behalf of passes that choose integers.
 
     Raises:
         ContractError: names the first site.
@@ -59,17 +59,18 @@ def check_integers(plan: QuantPlan) -> None:
 
 
 def weight_codes(program: Program, site: str, weight: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [out, in] and scales f32[out] of a site's weight, as it is planned to be quantized.
+    """Return codes [out, in] and scales f32[out] of a site's weight, according to the plan.
 
-    Those that were chosen for it; the nearest ones where no pass chose any, or could for this site.
+    Codes that a pass chose for this site are returned; without any, the nearest codes.
 
     Args:
-        program: with a plan of the site.
-        site: its name.
-        weight: the constant that it multiplies with.
+        program: a program with a plan of the site.
+        site: the name of the site.
+        weight: the constant that the site multiplies with.
 
     Raises:
-        ContractError: codes were chosen, but not for this site, or for another weight or other codes than it has now.
+        ContractError: a pass chose codes, but for other sites, for another weight, or for another plan than the present
+            one.
     """
     quant, rounded = program.facts[QuantPlan].sites[site].weight, program.facts.get(RoundedWeights)
     if rounded is None:
@@ -105,31 +106,31 @@ def weight_codes(program: Program, site: str, weight: str) -> tuple[torch.Tensor
 
 
 def names_of_codes(weights: Mapping[str, str]) -> dict[str, str]:
-    """What the codes of each site's weight are called after: the weight, and the site too where several share it.
+    """Return a name for the codes of each site's weight: the weight's, after the site's where sites share the weight.
 
-    Each of these quantizes it in its own way: with other bits, other activations, other corrections.
+    Sites that share a weight may quantize it differently: with other bits, other activations, other corrections.
 
     Args:
-        weights: by site, the constant that it multiplies with.
+        weights: for each site, the constant that it multiplies with.
     """
     readers = Counter(weights.values())
     return {site: weight if readers[weight] == 1 else f"{site}.{weight}" for site, weight in weights.items()}
 
 
 def parameters(quant: ActivationQuant) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales f32[G] and zero points [G] of an activation; G is 1 where all timestep groups share them."""
+    """Return scales f32[G] and zero points [G] of an activation; G is 1 where all timestep groups share them."""
     return torch.tensor(quant.scales), torch.tensor(quant.zero_points, dtype=DTYPES[quant.dtype])
 
 
 def rounded_activation(value: torch.Tensor, groups: torch.Tensor, quant: ActivationQuant) -> torch.Tensor:
-    """What an activation f32[R,...] becomes when it is quantized and dequantized.
+    """Quantize and dequantize an activation f32[R,...].
 
-    Part by part, because it takes several times the memory of what it quantizes.
+    This happens part by part, because it takes several times the memory of the quantized values.
 
     Args:
         value: the activation.
         groups: i64[R], the timestep group of each row.
-        quant: how it is quantized.
+        quant: the quantization of the activation.
     """
     result, size = torch.empty_like(value), max(1, -(-len(value) // PARTS))
     for rows, members, found in zip(*(tensor.split(size) for tensor in (value, groups, result)), strict=True):
@@ -148,7 +149,7 @@ def _rounded_rows(value: torch.Tensor, groups: torch.Tensor, quant: ActivationQu
 
 
 def clip_limits(quant: ActivationQuant) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values f32[G] that the smallest and the largest code of each timestep group stand for."""
+    """Return the values f32[G] of the smallest and of the largest code of each timestep group."""
     scales, zeros = parameters(quant)
     limits = torch.tensor([(quant.at(group).low, quant.at(group).high) for group in range(len(quant.bits))])
     least, largest = ((limits - zeros[:, None].long()) * scales[:, None]).unbind(1)
@@ -156,7 +157,7 @@ def clip_limits(quant: ActivationQuant) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantized(value: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, quant: ActivationQuant) -> torch.Tensor:
-    """Codes of an activation with these parameters, scalars or one a row."""
+    """Return codes of an activation for scales and zero points that are scalars or one value for each row."""
     if quant.shift:
         return ops.quantize_regions(value, scale, zero, quant.low, quant.high, quant.shift, 0)
     return ops.quantize(value, scale, zero, quant.low, quant.high, 0)

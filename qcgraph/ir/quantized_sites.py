@@ -1,4 +1,4 @@
-"""The quantized linears of a variant as the fact `QuantizedSites` names them, and what enters and leaves them."""
+"""The quantized linears of a variant, found by the fact `QuantizedSites`, with the values that enter and leave them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from qcgraph.sampling.runner import Array
 
 @dataclass(frozen=True)
 class QuantizedSite:
-    """A linear both of whose operands are dequantized, in one variant.
+    """A linear in one variant, both of whose operands are dequantized.
 
     Attributes:
         name: the site.
         product: the node that multiplies.
         codes: the constant with its weight codes.
-        transposed: whether these are [in,out] instead of [out,in].
-        weight: the constant of the captured model that they were made from.
+        transposed: whether the codes are [in,out] instead of [out,in].
+        weight: the constant of the captured model that the codes were made from.
         quantizer: the node that makes codes of its activation.
-        entering: the node whose floating-point value is quantized; what divides it by a ratio of scales comes after.
-        divides: the node that does so, else the quantizer.
-        rescaled: the node that multiplies the product by that ratio, else the product.
+        entering: the node whose floating-point value is quantized, before any division by a ratio of scales.
+        divides: the node that divides by this ratio, else the quantizer.
+        rescaled: the node that multiplies the product by this ratio, else the product.
         leaving: the node whose value is the result, bias included.
-        dtype: the type of what enters and leaves, ``f32`` or one of 16 bits.
+        dtype: the type of the entering and leaving values, ``f32`` or a type of 16 bits.
     """
 
     name: str
@@ -83,17 +83,17 @@ def quantized_products(program: Program, variant: str) -> tuple[str, ...]:
 
 
 def sites_of(facts: Facts) -> QuantizedSites:
-    """Return what is quantized, which is nothing where no fact says so."""
+    """Return the quantized sites of a program's facts; there are none without the fact."""
     return facts.get(QuantizedSites) or QuantizedSites({}, {})
 
 
 def facts_in(facts: Facts, made_of: Mapping[str, str], variants: Mapping[str, Variant]) -> Facts:
-    """Return facts whose quantized sites are those of variants that were made of the present ones.
+    """Return facts whose quantized sites are in these variants, which were made of the present variants.
 
     Args:
-        facts: the facts.
-        made_of: per variant, the present one that it was made of; nodes kept their names.
-        variants: the variants.
+        facts: the facts about the present variants.
+        made_of: for each variant, the present one that it was made of; nodes kept their names.
+        variants: the new variants.
     """
     sites = facts.get(QuantizedSites)
     if sites is None:
@@ -103,11 +103,11 @@ def facts_in(facts: Facts, made_of: Mapping[str, str], variants: Mapping[str, Va
 
 
 def operand(node: fx.Node, index: int) -> fx.Node:
-    """Return the node that is an argument of another.
+    """Return the node that is an argument of another node.
 
     Args:
-        node: the node that takes it.
-        index: which argument.
+        node: the node that takes the argument.
+        index: the position of the argument.
     """
     found = node.args[index]
     assert isinstance(found, fx.Node)
@@ -117,16 +117,16 @@ def operand(node: fx.Node, index: int) -> fx.Node:
 def record(
     program: Program, variant: str, inputs: Mapping[str, torch.Tensor], groups: Sequence[Set[str]]
 ) -> Iterator[tuple[int, dict[str, Array]]]:
-    """The values of groups of nodes while PyTorch runs a variant.
+    """Yield the values of groups of nodes while PyTorch runs a variant.
 
     Args:
-        program: what to run.
-        variant: which of its variants.
-        inputs: by name.
-        groups: names of nodes.
+        program: the program to run.
+        variant: the name of one of its variants.
+        inputs: the inputs by name.
+        groups: sets of node names.
 
     Yields:
-        The position of a group and its values by node, as soon as the last of them is there. Those of all groups at
+        The position of a group and its values by node, as soon as the group is complete. The values of all groups at
         once would take as much memory as the weights of a large model.
     """
     waiting: list[dict[str, Array]] = [{} for _ in groups]

@@ -1,11 +1,11 @@
-"""Rounding a weight so that its layer's result, not the weight itself, changes least.
+"""Rounding of a weight such that its layer's result, rather than the weight itself, changes least.
 
 With inputs x the squared error of output j is d H d^T, d the error of row j and H = E[x x^T]. Rounding each entry to
-the nearest code makes d small, but not d H d^T: entries whose inputs go together can make up for each other.
+the nearest code makes d small, but not d H d^T: errors of entries whose inputs are correlated can cancel.
 
-* ``search_scales`` finds the scale of each row by that error (the weight half of TQ-DiT's Hessian-guided search: a
-  Fisher factor that belongs to an output is the same for all entries of its row, and drops out).
-* ``round_with_feedback`` rounds column after column and lets the columns to come make up for the error (GPTQ, Frantar
+* ``search_scales`` finds the scale of each row by that error (the weight half of TQ-DiT's Hessian-guided search: the
+  Fisher factor of an output is the same for all entries of its row, and drops out).
+* ``round_with_feedback`` rounds column after column, and later columns compensate for the error (GPTQ, Frantar
   et al., 2023, arXiv 2210.17323, algorithm 1; order by falling diagonal of H).
 """
 
@@ -15,13 +15,13 @@ import torch
 
 from qcgraph.ir.quantize import covering_scale
 
-SHRINKS = torch.linspace(1.0, 0.4, 31)  # of the scale that covers a row's largest weight; the largest of equals
-DAMPINGS = (0.003, 0.03, 0.3, 3.0)  # of the mean of H's diagonal, added to it: with 0.1 and 0.0001 images were worse
-COLUMNS = 128  # that are rounded before the rest of the weight is touched, which is what takes the time
+SHRINKS = torch.linspace(1.0, 0.4, 31)  # of the scale that covers a row; the largest of equally good ones wins
+DAMPINGS = (0.003, 0.03, 0.3, 3.0)  # shares of the diagonal's mean, added to it; 0.1 and 0.0001 gave worse images
+COLUMNS = 128  # columns that are rounded before the rest of the weight is updated, which is the slow part
 
 
 def search_scales(weight: torch.Tensor, second_moment: torch.Tensor, high: int) -> torch.Tensor:
-    """The scale [out] of each row of a weight [out, in] whose nearest codes change the result least.
+    """Find the scale [out] of each row of a weight [out, in] whose nearest codes change the result least.
 
     Args:
         weight: the weight.
@@ -39,18 +39,18 @@ def search_scales(weight: torch.Tensor, second_moment: torch.Tensor, high: int) 
 
 
 def nearest(weight: torch.Tensor, scale: torch.Tensor, high: int) -> torch.Tensor:
-    """The nearest codes of a weight [out, in], as numbers."""
+    """Return the nearest codes of a weight [out, in], as floating-point numbers."""
     return (weight / scale[:, None]).round_().clamp_(-high, high)
 
 
 def round_with_feedback(
     weight: torch.Tensor, second_moment: torch.Tensor, scale: torch.Tensor, high: int
 ) -> torch.Tensor:
-    """Codes i8[out, in] of a weight for given scales, each column making up for the errors of those before it.
+    """Return codes i8[out, in] of a weight for given scales; each column compensates for the errors of those before it.
 
     Args:
         weight: the weight, [out, in].
-        second_moment: H, [in, in]; inputs that are always zero may be among it.
+        second_moment: H, [in, in]; it may include inputs that are always zero.
         scale: [out].
         high: the largest code.
     """
@@ -71,14 +71,15 @@ def round_with_feedback(
 
 
 def _feedback(second_moment: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of H in an order, damped as much as it takes.
+    """Return the upper Cholesky factor of the inverse of H in an order, with the smallest damping at which it exists.
 
-    Without any feedback where nothing helps. Every matrix is as large as H, and let go as soon as it can be.
+    Return the identity, which means no feedback, where no damping suffices. Each matrix is as large as H, and is freed
+    as soon as possible.
     """
     smallest = torch.finfo(second_moment.dtype).tiny
     for damping in DAMPINGS:
         damped = second_moment[order][:, order]
-        damped /= damped.diagonal().mean().clamp(min=smallest)  # codes do not depend on it, but float32 ends at 1e38
+        damped /= damped.diagonal().mean().clamp(min=smallest)  # no effect on codes, but float32 ends at 1e38
         damped.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped

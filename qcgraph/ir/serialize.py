@@ -1,9 +1,9 @@
 """Programs on disk: graphs and facts as JSON, constants as safetensors. Never pickle, never code.
 
-Reading resolves every op by name against the legal namespaces, so a file can only ever name ops that the legality
-table admits. PyTorch turns a graph into text that it runs: whatever becomes part of that text (names of inputs,
-constants and arguments) is checked here. Types are not stored: they are inferred anew from the interface when a program
-is read, and the program is then as legal as one that passes made.
+Reading resolves every op by name against the legal namespaces, so a file can only name ops that the legality table
+admits. PyTorch turns a graph into code and runs it, so every text that becomes part of this code (names of inputs,
+constants and arguments) is checked here. Types are not stored: reading infers them anew from the interface, and the
+program is then as legal as one that passes made.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from qcgraph.plan.spec import Interface, TensorSpec
 _AGAIN = "compile again with this version"
 _STRANGE = "this file was not written by qcgraph"
 INTEGERS = {function.__name__: function for function in INTEGER_FUNCTIONS}
-# What ops and decoders raise of wrong arguments; PyTorch's own errors are RuntimeErrors, pydantic's ValueErrors.
+# The errors of ops and decoders for wrong arguments; PyTorch's own errors are RuntimeErrors, pydantic's ValueErrors.
 READING_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 FORMAT = 2
 PROGRAM = "program.json"
 WEIGHTS = "weights.safetensors"
 LARGEST_PROGRAM = 2**30  # bytes
-EXPORTED = "onnx/"  # tensors in the weights file whose names begin so belong to exported graphs, not to the program
+EXPORTED = "onnx/"  # name prefix of tensors in the weights file that belong to exported graphs, not to the program
 
 
 def program_to_json(program: Program) -> dict[str, Any]:
-    """All of a program but the values of its constants."""
+    """Return all of a program but the values of its constants, as JSON data."""
     return {
         "format": FORMAT,
         "variants": {name: _variant_to_json(variant) for name, variant in program.variants.items()},
@@ -49,11 +49,11 @@ def program_to_json(program: Program) -> dict[str, Any]:
 
 
 def program_from_json(data: Mapping[str, Any], constants: Mapping[str, torch.Tensor]) -> Program:
-    """The inverse of `program_to_json`.
+    """Return the program of JSON data from `program_to_json`.
 
     Raises:
-        BundleError: another format version, an op that is not legal, a constant that is missing, or data that was
-            written by another version of qcgraph.
+        BundleError: the format is another version, an op is not legal, a constant is missing, or another version of
+            qcgraph wrote the data.
     """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
@@ -62,7 +62,7 @@ def program_from_json(data: Mapping[str, Any], constants: Mapping[str, torch.Ten
         variants = {name: _variant_from_json(entry, constants) for name, entry in data["variants"].items()}
         history = tuple(decode(HistoryEntry, record) for record in data["history"])
         program = Program(variants, dict(constants), Facts.decode(data["facts"]), history)
-    except UsageError as error:  # of a step plan that no plan can be
+    except UsageError as error:  # raised for a step plan that contradicts itself
         raise BundleError(error.message, where=PROGRAM, hint=_AGAIN) from error
     except READING_ERRORS as error:
         raise BundleError(
@@ -75,7 +75,7 @@ def program_from_json(data: Mapping[str, Any], constants: Mapping[str, torch.Ten
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line of bounded length."""
+    """Return an error's type and message in one line of bounded length."""
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
 
@@ -84,23 +84,23 @@ def save_program(program: Program, folder: Path, exported: Mapping[str, torch.Te
     """Write ``program.json`` and ``weights.safetensors`` into a folder that exists.
 
     Args:
-        program: what to write.
-        folder: where.
-        exported: tensors of exported graphs that go into the same weights file, by names that begin with ``onnx/``.
+        program: the program to write.
+        folder: the folder to write into.
+        exported: tensors of exported graphs for the same weights file, by names that begin with ``onnx/``.
     """
     from safetensors.torch import save_file
 
     (folder / PROGRAM).write_text(json.dumps(program_to_json(program)))
     tensors = dict(program.constants) | dict(exported or {})
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
-    (folder / WEIGHTS).chmod((folder / PROGRAM).stat().st_mode)  # safetensors lets only the owner read what it makes
+    (folder / WEIGHTS).chmod((folder / PROGRAM).stat().st_mode)  # safetensors lets only the owner read its files
 
 
 def load_program(folder: Path) -> Program:
-    """Read what `save_program` wrote.
+    """Read a program that `save_program` wrote.
 
     Raises:
-        BundleError: a file is missing or damaged, or see `program_from_json`.
+        BundleError: a file is missing or damaged; see also `program_from_json`.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -163,7 +163,7 @@ def _node_from_json(
     interface: Interface,
     constants: Mapping[str, torch.Tensor],
 ) -> fx.Node:
-    """A node; it can only refer to those before it."""
+    """Add a node to a graph; it can refer only to nodes before it."""
     kind, target = entry["op"], entry["target"]
     if kind == "get_attr" and target not in constants:
         raise BundleError(f"constant {str(target)[:200]!r} is missing", where=WEIGHTS, hint="compile again")

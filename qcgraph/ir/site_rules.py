@@ -1,4 +1,4 @@
-"""Rules of the fact `QuantizedSites`: it names all that a program quantizes, and names it as it is in the graphs."""
+"""Rules of the fact `QuantizedSites`: it names every quantized product of a program, as it is in the graphs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Graph = Mapping[str, fx.Node]  # the nodes of a variant by name
 
 
 def find_wrong_sites(program: Program) -> Iterator[str]:
-    """Yield each way in which the quantized sites of a program are not those of its graphs, with site and node."""
+    """Yield each difference between the quantized sites of a program and its graphs, with site and node."""
     sites = sites_of(program.facts)
     graphs = {name: {node.name: node for node in variant.graph.nodes} for name, variant in program.variants.items()}
     for site, linear in sites.linears.items():
@@ -78,7 +78,7 @@ def _wrong_linear(linear: QuantizedLinear, nodes: LinearNodes, graph: Graph | No
 
 
 def _wrong_weight(linear: QuantizedLinear, nodes: LinearNodes, product: fx.Node, weight: object) -> Iterator[str]:
-    """Yield what is wrong with the weight that a product takes."""
+    """Yield the errors in the weight that a product takes."""
     if not isinstance(weight, fx.Node) or weight.target is not ops.dequantize.default:
         yield f"its product %{nodes.product} does not take dequantized codes"
         return
@@ -92,7 +92,7 @@ def _wrong_weight(linear: QuantizedLinear, nodes: LinearNodes, product: fx.Node,
 
 
 def _wrong_ratio(nodes: LinearNodes, graph: Graph) -> Iterator[str]:
-    """Yield what is wrong with the two multiplications around a product with a constant scale."""
+    """Yield the errors in the two multiplications around a product with a constant scale."""
     if bool(nodes.divides) != bool(nodes.rescales):
         yield f"its product %{nodes.product} has a ratio of scales on one side alone"
     if nodes.divides and graph[nodes.quantizer].args[:1] != (graph[nodes.divides],):

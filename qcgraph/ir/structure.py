@@ -1,8 +1,8 @@
-"""Blocks and quantizable sites of a captured graph, found from its structure; plain values, nothing is changed.
+"""Blocks and quantizable sites of a captured graph, found from its structure; functions that read and change nothing.
 
 A *block* is one element of a module list whose elements run one after the other on the same residual stream: the value
-that leaves one enters the next. A *site* is a linear layer (or another multiply-accumulate op) with its cost, and the
-reason why it is not quantizable when it is not.
+that leaves one element enters the next. A *site* is a linear layer (or another multiply-accumulate op) with its cost,
+and with the reason why it is not quantizable, if any.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qcgraph.ir.graph import DTYPE_NAMES, Variant, dimension_text, module_path, 
 from qcgraph.plan.roles import TensorRole
 
 aten = torch.ops.aten
-PAIR = 2  # samples: both halves of guidance
+PAIR = 2  # batch size of two, for both halves of guidance
 _BLOCK_PATH = re.compile(r"(?:(?P<list>.+?)\.)?(?P<index>\d+)(?:\.|$)")
 MATMULS: dict[Any, str] = {
     aten.linear.default: "linear",
@@ -53,7 +53,7 @@ MATMULS: dict[Any, str] = {
     aten.conv_transpose3d.input: "conv_transpose3d",
     aten.scaled_dot_product_attention.default: "attention",
 }
-# What these multiply comes after what they add.
+# The first argument of these ops is added to the product of the next two.
 _ADDING = (aten.addmm.default, aten.baddbmm.default, aten.addbmm.default, aten.addmv.default)
 
 
@@ -73,11 +73,11 @@ class Site:
     Attributes:
         name: the module path; ``#2`` is appended to the second use of a module.
         node: the node's name.
-        kind: what multiplies: ``linear``, ``matmul``, ``attention``, ``conv2d`` and so on (see `MATMULS`).
-        input_shape: shape of the activation, the batch as ``B``.
+        kind: the kind of op: ``linear``, ``matmul``, ``attention``, ``conv2d`` and so on (see `MATMULS`).
+        input_shape: shape of the activation, with the batch as ``B``.
         weight_shape: shape of the weight, empty when there is none.
-        macs: multiply-accumulates for each sample of the batch; of what runs for half of them, half as many.
-        refusal: why it is not quantized, empty when it can be.
+        macs: multiply-accumulates for each sample of the batch; half of them for an op that runs for half of the batch.
+        refusal: why the site is not quantized, empty when it can be.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Site:
 
 
 def latent_dependent(variant: Variant) -> set[fx.Node]:
-    """The nodes whose value depends on the latent, not on timestep and conditions alone; none without a latent.
+    """Return the nodes whose values depend on the latent; there are none in a graph that takes no latent.
 
     Sizes do not count: a value that uses only the batch size of the latent does not depend on it.
     """
@@ -105,9 +105,9 @@ def latent_dependent(variant: Variant) -> set[fx.Node]:
 
 
 def find_blocks(variant: Variant) -> tuple[Block, ...]:
-    """The transformer blocks in order; empty when there is no chain of blocks.
+    """Return the transformer blocks in order; empty when there is no chain of blocks.
 
-    Of all module lists whose elements chain, the longest wins.
+    The longest of all module lists whose elements chain is chosen.
     """
     dependent = latent_dependent(variant)
     lists: dict[str, dict[int, list[fx.Node]]] = {}
@@ -120,9 +120,9 @@ def find_blocks(variant: Variant) -> tuple[Block, ...]:
 
 
 def _chain(name: str, members: Mapping[int, list[fx.Node]], dependent: Collection[fx.Node]) -> tuple[Block, ...]:
-    """Blocks of one module list, or nothing when a member does not pass on exactly one residual stream.
+    """Return the blocks of one module list, or nothing when a member does not pass on exactly one residual stream.
 
-    Only what depends on the latent can be the stream: tables of positions may have its shape too.
+    Only values that depend on the latent can be the stream: tables of positions may have its shape too.
     """
     blocks: list[Block] = []
     for index in sorted(members):
@@ -154,10 +154,11 @@ def _same_type(one: object, other: object) -> bool:
 
 
 def find_branches(variant: Variant, block: Block) -> tuple[str, ...]:
-    """The nodes of a block's branches before their gates, first to last: what is added to the residual stream.
+    """Return the nodes of a block's branches before their gates, first to last: the summands of the residual stream.
 
-    A branch is the other operand of an addition on the way of the stream through the block; where that is a product of
-    a gate that does not depend on the latent, its other factor. Empty when the block is not made of such additions.
+    A branch is the other operand of an addition on the way of the stream through the block. Where this operand is a
+    product with a gate that does not depend on the latent, the branch is the other factor. The result is empty when the
+    block is not made of such additions.
     """
     nodes = {node.name: node for node in variant.graph.nodes}
     dependent = latent_dependent(variant)
@@ -165,7 +166,7 @@ def find_branches(variant: Variant, block: Block) -> tuple[str, ...]:
 
 
 def _added(leaving: fx.Node, entering: fx.Node, dependent: set[fx.Node]) -> list[fx.Node]:
-    """The branches between two points of the stream, last to first; nothing when additions do not lead there."""
+    """Return the branches between two points of the stream, last to first; none when additions do not connect them."""
     branches: list[fx.Node] = []
     node = leaving
     while node is not entering:
@@ -182,20 +183,21 @@ def _added(leaving: fx.Node, entering: fx.Node, dependent: set[fx.Node]) -> list
 
 
 def _ungated(node: fx.Node, dependent: set[fx.Node]) -> fx.Node:
-    """The factor of a product that depends on the latent, when only one does; else the node."""
+    """Return the factor of a product that depends on the latent, if only one does; else the node itself."""
     factors = [source for source in node.args if isinstance(source, fx.Node) and source in dependent]
     return factors[0] if node.target is aten.mul.Tensor and len(factors) == 1 and len(node.args) == 2 else node
 
 
 def cached_node(variant: Variant, blocks: Sequence[Block], value: CachedValue) -> str:
-    """The node that reusing a cached value replaces: the output of a branch, or the stream that leaves a range.
+    """Return the node that a cached value replaces in a reusing step.
 
-    With the difference of the halves of guidance, it is the noise prediction.
+    This is the output of a branch, or the stream that leaves a range; for the difference of the halves of guidance, it
+    is the noise prediction.
 
     Args:
         variant: the whole denoiser.
         blocks: its blocks.
-        value: what is cached.
+        value: the cached value.
     """
     if value.is_guidance:
         return returned_nodes(variant.graph)[0].name
@@ -205,7 +207,7 @@ def cached_node(variant: Variant, blocks: Sequence[Block], value: CachedValue) -
 
 
 def find_sites(variant: Variant) -> tuple[Site, ...]:
-    """Every multiply-accumulate op of a graph in order, each with the reason why it is not quantizable, if any."""
+    """Return every multiply-accumulate op of a graph in order, with the reason why it is not quantizable, if any."""
     dependent = latent_dependent(variant)
     outside = outer_layers(variant)
     sites: list[Site] = []
@@ -233,13 +235,13 @@ def find_sites(variant: Variant) -> tuple[Site, ...]:
 
 
 def contractions(variant: Variant) -> tuple[fx.Node, ...]:
-    """Every node that multiplies and adds up, in order; an einsum that only moves or scales values is none."""
+    """Return every node that multiplies and adds up, in order; an einsum that only moves or scales values does not."""
     found = (node for node in variant.graph.nodes if node.target in MATMULS)
     return tuple(node for node in found if node.target is not aten.einsum.default or _einsum_adds_up(node))
 
 
 def factors(node: fx.Node) -> tuple[fx.Node, ...]:
-    """What a multiply-accumulate op multiplies, in the order of its arguments."""
+    """Return the factors of a multiply-accumulate op, in the order of its arguments."""
     if node.target is aten.einsum.default:
         return tuple(node.args[1])  # type: ignore[arg-type]
     if node.target is aten.linalg_multi_dot.default:
@@ -249,11 +251,11 @@ def factors(node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def outer_layers(variant: Variant) -> set[fx.Node]:
-    """The contractions before and after all repeated parts of the network: embedders and final layers.
+    """Return the contractions before and after all repeated parts of the network: embedders and final layers.
 
-    A repeated part is an element of a module list that contracts more than once on the way of the latent, whether it
-    is a block of a chain or not. In a network without any, its first and last contractions are outer layers, unless
-    that leaves nothing.
+    A repeated part is an element of a module list that contracts more than once on the way of the latent, whether it is
+    a block of a chain or not. In a network without repeated parts, the first and last contractions are outer layers,
+    unless all contractions would be.
     """
     dependent = latent_dependent(variant)
     nodes = [node for node in contractions(variant) if node in dependent]
@@ -268,20 +270,20 @@ def outer_layers(variant: Variant) -> set[fx.Node]:
         after, before = _downstream(variant, inner), _upstream(variant, inner)
         return {node for node in nodes if node not in inner and (node not in after or node not in before)}
     if variant.interface.taken(TensorRole.CACHE):
-        return set(nodes)  # the blocks are what reusing skips
+        return set(nodes)  # a variant that takes cached values skips the blocks, so all that remains is outside them
     after, before = _downstream(variant, nodes), _upstream(variant, nodes)
     outer = {node for node in nodes if node not in after or node not in before}
     return outer if outer != set(nodes) else set()
 
 
 def _element(node: fx.Node) -> str:
-    """The path of the outermost element of a module list that a node is in, or nothing."""
+    """Return the path of the outermost element of a module list that a node is in, or nothing."""
     match = _BLOCK_PATH.match(module_path(node))
     return f"{match['list'] or ''}.{match['index']}" if match else ""
 
 
 def _downstream(variant: Variant, starts: Collection[fx.Node]) -> set[fx.Node]:
-    """The nodes whose values depend on the value of one of these, but for itself."""
+    """Return the nodes whose values depend on the value of a node among ``starts``."""
     found: set[fx.Node] = set()
     for node in variant.graph.nodes:
         if any(source in found or source in starts for source in node.all_input_nodes):
@@ -290,7 +292,7 @@ def _downstream(variant: Variant, starts: Collection[fx.Node]) -> set[fx.Node]:
 
 
 def _upstream(variant: Variant, ends: Collection[fx.Node]) -> set[fx.Node]:
-    """The nodes on whose values the value of one of these depends, but for itself."""
+    """Return the nodes that the value of a node among ``ends`` depends on."""
     found: set[fx.Node] = set()
     for node in reversed(variant.graph.nodes):
         if any(user in found or user in ends for user in node.users):
@@ -317,7 +319,7 @@ def _is_convolution(node: fx.Node) -> bool:
 
 
 def _refusal(node: fx.Node, kind: str, on_latent: bool, is_outside: bool) -> str:
-    """Why a site stays in floating point, in the words of the report."""
+    """Return why a site stays in floating point, in the words of the report."""
     if kind == "attention":
         return "attention is not a linear layer (quantization.attention = true quantizes its products)"
     if kind != "linear" or node.target is not aten.linear.default:
@@ -362,17 +364,17 @@ def _macs(node: fx.Node, kind: str) -> int:
 
 
 def _chain_macs(operands: list[list[int]]) -> int:
-    """Of products of several matrices, multiplied from left to right."""
+    """Count the multiply-accumulates of a product of several matrices, multiplied from left to right."""
     rows = operands[0][0] if len(operands[0]) > 1 else 1
     return sum(rows * prod(operand) for operand in operands[1:])
 
 
 def einsum_letters(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
-    """The name of every axis of the operands and of the result of an einsum; those of an ellipsis are ``.0``, ``.1``..
+    """Name every axis of the operands and of the result of an einsum; axes of an ellipsis are ``.0``, ``.1`` and so on.
 
     Args:
-        equation: as PyTorch takes it, with or without a result.
-        ranks: of the operands.
+        equation: the equation as PyTorch takes it, with or without a result.
+        ranks: the ranks of the operands.
     """
     left, arrow, right = equation.replace(" ", "").partition("->")
     spelled = left.split(",")
@@ -402,7 +404,7 @@ def _einsum_adds_up(node: fx.Node) -> bool:
 
 
 def _einsum_macs(node: fx.Node, sizes: Sequence[Sequence[int]]) -> int:
-    """Every product of two operands, from left to right, over all axes that either of them has."""
+    """Count the multiply-accumulates of products of two operands, from left to right, over all axes of either."""
     operands, result = _axes(node)
     known: dict[str, int] = {}
     for axes, shape in zip(operands, sizes, strict=True):
@@ -417,21 +419,21 @@ def _einsum_macs(node: fx.Node, sizes: Sequence[Sequence[int]]) -> int:
 
 
 def _size(dim: int | torch.SymInt) -> int:
-    """A dimension, for a batch of two."""
+    """Return the size of a dimension for a batch of two."""
     return int(size_of(dim, PAIR))
 
 
 def weight_names(variant: Variant, sites: Iterable[Site]) -> dict[str, str]:
-    """The constant that each of these linear layers multiplies with, by site."""
+    """Return the constant that each of these linear layers multiplies with, by site."""
     nodes = {node.name: node for node in variant.graph.nodes}
     return {site.name: str(nodes[site.node].all_input_nodes[1].target) for site in sites}
 
 
 def macs_by_variant(variants: Mapping[str, Variant]) -> dict[str, int]:
-    """Multiply-accumulates of every variant, for each sample of the batch."""
+    """Return the multiply-accumulates of every variant, for each sample of the batch."""
     return {name: total_macs(find_sites(variant)) for name, variant in variants.items()}
 
 
 def total_macs(sites: Iterable[Site]) -> int:
-    """Multiply-accumulates of all sites for a batch of one."""
+    """Return the multiply-accumulates of all sites for a batch of one."""
     return sum(site.macs for site in sites)

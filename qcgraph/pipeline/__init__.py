@@ -1,4 +1,4 @@
-"""Passes in order: what a pass is, what watches it, and what it costs."""
+"""Passes, pipelines of passes, the instruments that watch them, and estimates of their work."""
 
 from qcgraph.pipeline.pipeline import Instrument, Pass, PassContext, Pipeline, find_pass, make_pass, registry
 

@@ -1,4 +1,4 @@
-"""How many trajectories a measurement may sample."""
+"""The calibration budget: the number of trajectories that a measurement may sample."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from qcgraph.plan.steps import StepPlan
 
 TRAJECTORY_LIMITS = (2, 16)
 RECORD_MACS = 0.6e12  # multiply-accumulates that each part of the measurement may take: seconds on two cores
-RECORD_BYTES = 2**30  # that recorded cached values may take; one trajectory is recorded whatever it takes
+RECORD_BYTES = 2**30  # bytes of recorded cached values; one trajectory is recorded whatever its size
 FLOAT_BYTES = 4
 
 
 def affordable_trajectories(program: Program) -> int:
-    """How many trajectories on which every step computes can be recorded, by arithmetic and by memory."""
+    """Return how many trajectories with computing steps alone can be recorded, by arithmetic and by memory."""
     plan, values = program.facts[StepPlan], program.variants[program.computing].interface.caches
     size = FLOAT_BYTES * sum(prod(dim for dim in value.shape if isinstance(dim, int)) for value in values)
     held = RECORD_BYTES // max(1, size * plan.halves * len(plan))
@@ -23,7 +23,13 @@ def affordable_trajectories(program: Program) -> int:
 
 
 def affordable(macs: float, limit: float, bounds: tuple[int, int]) -> int:
-    """How many times so many multiply-accumulates fit into a limit, at least and at most so often."""
+    """Return how many runs fit into a limit, within bounds.
+
+    Args:
+        macs: multiply-accumulates of one run.
+        limit: multiply-accumulates of all runs.
+        bounds: the smallest and the largest result.
+    """
     least, most = bounds
     return max(least, min(most, int(limit / macs)))
 

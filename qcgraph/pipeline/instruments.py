@@ -1,4 +1,4 @@
-"""What watches a pipeline: time, dump, print, numerics, reproduce. Passes know nothing of them."""
+"""Instruments that watch a pipeline: time, dump, print, numerics, reproduce. Passes do not know of them."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ RECORD = "reproducer.json"
 
 
 class Timer(Instrument):
-    """Measures the seconds of every pass, and of the stages around the passes; announces both.
+    """Measures and announces the seconds of every pass, and of the stages around the passes.
 
     Attributes:
-        seconds: of the passes, in order.
+        seconds: seconds of the passes, in order.
         stages: seconds of the other stages, by name.
     """
 
@@ -45,7 +45,7 @@ class Timer(Instrument):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measure what is done inside as a stage of this name."""
+        """Measure the seconds of a ``with`` block as a stage of this name."""
         self._progress.stage(name)
         start = time.perf_counter()
         yield
@@ -62,7 +62,7 @@ class Timer(Instrument):
 
 
 class Dump(Instrument):
-    """Keeps the program's text after every pass, the captured one first."""
+    """Keeps the program's text after every pass, with the captured program first."""
 
     def __init__(self, captured: Program) -> None:
         self.texts: list[tuple[str, str]] = [("capture", captured.text)]
@@ -71,7 +71,7 @@ class Dump(Instrument):
         self.texts.append((pass_.name, after.text))
 
     def write(self, folder: Path) -> None:
-        """Write ``NNN_pass.txt``, and ``NNN_pass.diff`` against the pass before, into a folder."""
+        """Write ``NNN_pass.txt``, and ``NNN_pass.diff`` against the text before it, into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         earlier = ""
         for index, (name, text) in enumerate(self.texts):
@@ -84,7 +84,7 @@ class Dump(Instrument):
 
 
 class PrintAfter(Instrument):
-    """Prints the program after the passes asked for, ``all`` meaning every one that changed something."""
+    """Prints the program after the passes with these names; ``all`` stands for every pass that changed something."""
 
     def __init__(self, names: tuple[str, ...], out: TextIO) -> None:
         self._names = names
@@ -97,7 +97,7 @@ class PrintAfter(Instrument):
 
 
 class VerifyEach(Instrument):
-    """After every pass: the input was left alone, the program survives a round trip to disk, and it runs."""
+    """Checks after every pass that its input is unchanged, and its result survives a round trip to disk and runs."""
 
     def __init__(self, captured: Program, progress: Progress) -> None:
         self._progress = progress
@@ -118,7 +118,7 @@ class VerifyEach(Instrument):
         inputs = dict(self._inputs)
         inputs |= {spec.name: torch.zeros((), dtype=torch.int64) for spec in (GROUP, ROW)}
         errors: dict[str, float] = {}
-        cached: dict[str, torch.Tensor] = {}  # what the computing variant caches, for reuse at whatever age
+        cached: dict[str, torch.Tensor] = {}  # values from the computing variant, reused at whatever age
         for name, interface in program.interfaces.items():
             if not interface.given(TensorRole.PREDICTION):
                 continue
@@ -131,9 +131,9 @@ class VerifyEach(Instrument):
 
 
 class Reproduce(Instrument):
-    """On failure, saves the program before the failing pass and the rest of the pipeline.
+    """Saves the program before a failing pass, and the rest of the pipeline.
 
-    Wrong input is the user's to mend and leaves nothing; what a pass did wrong leaves a folder for ``tools/replay.py``.
+    Wrong input is up to the user and saves nothing. A fault of a pass saves a folder for ``tools/replay.py``.
     """
 
     def __init__(self, folder: Callable[[], Path], progress: Progress) -> None:
@@ -150,21 +150,21 @@ class Reproduce(Instrument):
                 (partial / "pipeline.txt").write_text(rest.text + "\n", "utf-8")
                 (partial / "error.txt").write_text("".join(traceback.format_exception(error)), "utf-8")
                 _write_record(partial)
-        except UsageError as problem:  # what the pass did wrong is still to be told
+        except UsageError as problem:  # the pass's own error is raised after this
             self._progress.note(f"  saved no reproducer: {problem.where} {problem.message}")
             return
         self._progress.note(f"  saved the program before {pass_.name} and the rest of the pipeline in {folder}")
 
 
 def _write_record(folder: Path) -> None:
-    """Write ``reproducer.json`` into a folder that holds all other files."""
+    """Write ``reproducer.json`` into a folder that already holds all other files."""
     entries = {path.name: entry_of(path).model_dump() for path in sorted(folder.iterdir())}
     record = {"qcgraph": metadata.version("qcgraph"), "kind": "reproducer", "files": entries}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
 
 def written_reproducer(folder: Path) -> Written | None:
-    """Return the files of a reproducer and their sha256; None of another folder."""
+    """Return the files of a reproducer and their sha256; None for another folder."""
     data = record_of(folder, RECORD)
     hashes = recorded_hashes(data)
     return {RECORD: None, **hashes} if hashes is not None and data.get("kind") == "reproducer" else None

@@ -1,7 +1,7 @@
-"""Options of passes: what type and range each has, checked as soon as a pass is made and before anything runs.
+"""Types and ranges of the options of passes, checked as soon as a pass is made and before any pass runs.
 
-The type of an option is the annotation of its field; `option` adds its range. Whole numbers are never negative, numbers
-are finite and texts are not endless, also where no range is given.
+The type of an option is the annotation of its field; `option` adds its range. Even without a range, whole numbers are
+never negative, numbers are finite, and texts have a limited length.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from qcgraph.errors import UsageError, closest, shown
 from qcgraph.files.documents import is_text
 
 Value = TypeVar("Value")
-MOST = 10**9  # of any number: more than there are steps, samples, or seconds to wait for them
-MOST_TRAJECTORIES = 100_000  # whose noise and latents a machine still holds
+MOST = 10**9  # largest number: more than there are steps, samples, or seconds to wait for them
+MOST_TRAJECTORIES = 100_000  # largest number whose noise and latents a machine still holds
 MOST_SEED = 2**62  # passes draw from twice a seed, which PyTorch takes up to 2^64
 AUTO_HINT = "null takes as many as a fixed amount of arithmetic allows"
 LONGEST = 4096  # characters of a text
@@ -34,11 +34,11 @@ class Bounds:
     Attributes:
         least: the smallest number.
         most: the largest number.
-        above: a number that it has to exceed.
-        below: a number that it must not reach.
-        longest: characters of a text.
-        hint: what to give instead of a wrong value.
-        among: returns the texts that are allowed, each with what it stands for; None where any text is.
+        above: a number that the option has to exceed.
+        below: a number that the option must not reach.
+        longest: the largest number of characters of a text.
+        hint: advice for a wrong value.
+        among: returns the allowed texts, each with its meaning; None where any text is allowed.
     """
 
     least: float = 0
@@ -50,7 +50,7 @@ class Bounds:
     among: Callable[[], Mapping[str, str]] | None = None
 
     def holds(self, value: object) -> bool:
-        """Return whether a value of the right type is in range; a text must also be one that can be written down."""
+        """Return whether a value of the right type is in range; a text must also be one that files can hold."""
         if isinstance(value, str):
             is_known = self.among is None or value in self.among()
             return is_known and len(value) <= self.longest and is_text(value)
@@ -71,18 +71,18 @@ def _and(high: str) -> str:
 
 
 def option(default: Value, **bounds: Any) -> Value:
-    """A field of a pass with a range.
+    """Return a field of a pass with a range.
 
     Args:
-        default: its default.
-        bounds: see `Bounds`.
+        default: the default of the field.
+        bounds: the fields of `Bounds`.
     """
     made: Value = field(default=default, metadata={_BOUNDS: Bounds(**bounds)})
     return made
 
 
 def choices_of(item: Any) -> Mapping[str, str]:
-    """Return the texts that an option may be, each with what it stands for; nothing where any text is allowed.
+    """Return the texts that an option may be, each with its meaning; nothing where any text is allowed.
 
     Args:
         item: a field of a pass.
@@ -98,7 +98,7 @@ def check_options(pass_: Any) -> None:
         pass_: an instance of a dataclass with a ``name``.
 
     Raises:
-        UsageError: names the pass and the option, the value that it has, and those that it may have.
+        UsageError: names the pass and the option, its value, and the values that it may have.
     """
     own: type = type(pass_)
     kinds = _kinds(own)
@@ -118,12 +118,12 @@ def check_options(pass_: Any) -> None:
 
 
 def converted(kind: type, name: str, value: object) -> object:
-    """The value of an option as its type has it: a whole number becomes a float where that is wanted.
+    """Return a value in the type of its option: a whole number becomes a float where the option is a float.
 
     Args:
-        kind: the pass.
-        name: the field.
-        value: as it was written.
+        kind: the class of the pass.
+        name: the name of the field.
+        value: the value as it was written.
     """
     wants_float = float in _members(_kinds(kind)[name])
     is_whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MOST
@@ -132,22 +132,22 @@ def converted(kind: type, name: str, value: object) -> object:
 
 @cache
 def _kinds(kind: type) -> dict[str, Any]:
-    """The types of the fields of a pass."""
+    """Return the types of the fields of a pass."""
     return get_type_hints(kind)
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
-    """The types of a union, else the type itself."""
+    """Return the types of a union, else the type itself."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def _choices(kind: Any) -> list[Any]:
-    """The values of the literal types among those of an option."""
+    """Return the values of the literal types among those of an option."""
     return [value for member in _members(kind) if get_origin(member) is Literal for value in get_args(member)]
 
 
 def _is_of(value: object, kind: Any) -> bool:
-    """Whether a value has the type of an option; a truth value is no number."""
+    """Tell whether a value has the type of an option; a truth value is not a number."""
     if any(type(value) is type(choice) and value == choice for choice in _choices(kind)):
         return True
     members = set(_members(kind))
@@ -161,7 +161,7 @@ def _is_of(value: object, kind: Any) -> bool:
 
 
 def _wanted(kind: Any, bounds: Bounds) -> str:
-    """What an option may be, in words."""
+    """Return the types and ranges of an option in words."""
     parts = [", ".join(map(str, choices))] if (choices := _choices(kind)) else []
     for member in _members(kind):
         if member in (int, float):

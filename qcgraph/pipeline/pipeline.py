@@ -2,8 +2,8 @@
 
 The text of a pass is its name and the options that differ from their defaults, ``insert-qdq`` or
 ``plan-cache{interval=3}``; the text of a pipeline is its passes with commas between. The framework, not the pass,
-checks the contract: the facts a pass requires and provides, the legality of what it returns, and whether it changed
-anything.
+checks the contract: the facts that a pass requires and provides, the legality of its result, and whether it changed
+the program.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qcgraph.pipeline.options import check_options, converted
 from qcgraph.pipeline.workload import Workload
 from qcgraph.progress import Progress
 
-MOST_CHARACTERS = 200_000  # of a pipeline's text, which may hold a schedule
+MOST_CHARACTERS = 200_000  # of a pipeline's text, which may hold a cache schedule
 _BARE = re.compile(r"[A-Za-z0-9_.:/+-]+")
 _TOKEN = re.compile(r"\s*(?P<name>[a-z][a-z0-9-]*)\s*(?:\{(?P<options>[^{}]*)\})?\s*(?P<end>,|$)")
 _OPTION = re.compile(r"\s*(?P<key>[a-z][a-z0-9-]*)=(?P<value>\"(?:[^\"\\]|\\.)*\"|[^\s\"]+)(?:\s+|$)")
@@ -36,11 +36,11 @@ _OPTION = re.compile(r"\s*(?P<key>[a-z][a-z0-9-]*)=(?P<value>\"(?:[^\"\\]|\\.)*\
 
 @dataclass(frozen=True)
 class Costs:
-    """What measures how long the variants of a program take.
+    """A measurement of the time that the variants of a program take.
 
     Attributes:
-        runtime: the name of the runtime that it measures on.
-        measure: makes milliseconds by variant from a program.
+        runtime: the name of the runtime of the measurement.
+        measure: returns milliseconds by variant for a program.
     """
 
     runtime: str
@@ -49,13 +49,13 @@ class Costs:
 
 @dataclass
 class PassContext:
-    """What the framework hands to a running pass.
+    """The means that the framework gives to a running pass.
 
     Attributes:
         progress: where to report progress.
-        refusals: what was refused.
-        costs: measures the variants of a program, or None where nothing can measure them.
-        origin: the captured program, or None where nobody gave it.
+        refusals: the refusals of the pass.
+        costs: measures the variants of a program, or None where no runtime can.
+        origin: the captured program, or None where the caller did not give it.
     """
 
     progress: Progress = field(default_factory=Progress)
@@ -64,7 +64,7 @@ class PassContext:
     origin: Program | None = None
 
     def refuse(self, where: str, reason: str) -> None:
-        """Record a node or site that the pass leaves alone, and why."""
+        """Record a node or site that the pass leaves alone, and the reason."""
         self.refusals.append(Refusal(where, reason))
 
 
@@ -74,13 +74,13 @@ class Pass(ABC):
 
     Attributes:
         name: the spelling in pipelines; also the file's name.
-        requires: the facts that must be there before.
-        precedes: the facts that must not be there yet, because they are decided on what this pass changes.
-        provides: the facts that are there after.
-        provides_with: facts that are there after only with an option: the text of the pass with it, and the fact.
+        requires: the facts that the program must hold before.
+        precedes: the facts that the program must not hold yet, because they depend on what this pass changes.
+        provides: the facts that the program holds after.
+        provides_with: facts that are provided with an option only: the text of the pass with the option, and the fact.
         samples: whether the pass samples trajectories; a dry run leaves it out.
         restarts: whether a compilation starts anew from the result of this pass, which is the captured model with other
-            weights: it is the origin of the passes that follow, and the weights that it replaced are let go.
+            weights: it is the origin of the passes that follow, and the weights that it replaced are freed.
 
     Raises:
         UsageError: an option has a wrong type or is out of range.
@@ -99,10 +99,10 @@ class Pass(ABC):
 
     @abstractmethod
     def run(self, program: Program, context: PassContext) -> Program:
-        """The transformed program; the one given is not touched."""
+        """Return the transformed program; the given program stays unchanged."""
 
     def check(self, captured: Program) -> None:  # noqa: B027 - most passes refuse nothing beforehand
-        """Refuse what the pass could not do to this model; called before any pass runs, and before anything is sampled.
+        """Refuse a model that the pass cannot transform; called before any pass runs, and before anything is sampled.
 
         Args:
             captured: the captured program, which holds the model's spec and the step plan.
@@ -112,11 +112,10 @@ class Pass(ABC):
         """
 
     def sizes(self, program: Program) -> tuple[int, int]:
-        """Return how many trajectories the pass leaves to later passes, and how many latents of them.
+        """Return the numbers of trajectories and of their latents that the pass leaves to later passes.
 
         Args:
             program: a program with a step plan.
-            computing: the variant that computes.
         """
         return 0, 0
 
@@ -137,7 +136,7 @@ class Pass(ABC):
 
     @classmethod
     def summary(cls) -> str:
-        """The first sentence of the docstring: the help of the pass."""
+        """Return the first sentence of the docstring, which is the help of the pass."""
         return (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
 
 
@@ -145,13 +144,13 @@ class Instrument:
     """Watches a pipeline run; every hook does nothing unless it is overridden."""
 
     def before(self, pass_: Pass, program: Program) -> None:
-        """Called before a pass."""
+        """Watch the start of a pass."""
 
     def after(self, pass_: Pass, before: Program, after: Program) -> None:
-        """Called after a pass whose result is legal; its record is the last of ``after.history``."""
+        """Watch the end of a pass whose result is legal; its record is the last of ``after.history``."""
 
     def failed(self, pass_: Pass, rest: Pipeline, program: Program, error: Exception) -> None:
-        """Called when a pass, or the check of its result, raised; ``rest`` starts with that pass."""
+        """Watch the failure of a pass, or of the check of its result; ``rest`` starts with this pass."""
 
 
 @dataclass(frozen=True)
@@ -164,10 +163,10 @@ class Pipeline:
         return iter(self.passes)
 
     def without_sampling(self) -> Pipeline:
-        """Return the passes that can run where nothing is sampled, in their order.
+        """Return the passes that can run without sampling, in their order.
 
-        A pass that samples is left out, and so is every pass after it that requires a fact which only a pass that was
-        left out would have provided.
+        A pass that samples is left out, and so is every later pass that requires a fact which only an omitted pass
+        would have provided.
         """
         kept: list[Pass] = []
         missing: set[type] = set()
@@ -186,7 +185,7 @@ class Pipeline:
             captured: the captured program, which holds the model's spec and the step plan.
 
         Raises:
-            UsageError: a pass refuses the model; says which.
+            UsageError: names the pass that refuses the model, and why.
         """
         for pass_ in self.passes:
             try:
@@ -201,7 +200,7 @@ class Pipeline:
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:
-        """A pipeline from its text.
+        """Return the pipeline of a text.
 
         Raises:
             UsageError: the text is malformed, or names an unknown pass or option, or an option has a wrong value.
@@ -216,17 +215,17 @@ class Pipeline:
         costs: Costs | None = None,
         origin: Program | None = None,
     ) -> Program:
-        """Run the passes one after the other, each checked against its contract.
+        """Run the passes one after the other, and check each against its contract.
 
         Args:
-            program: what they start from.
-            instruments: what watches them.
-            progress: where they report it.
+            program: the program to start from.
+            instruments: the instruments that watch the passes.
+            progress: where instruments and passes report progress.
             costs: measures the variants of a program.
             origin: the captured program, for passes that compare with it; they refuse where it is not given.
 
         Raises:
-            QcgraphError: a pass refused its input, or broke its contract; says after which passes.
+            QcgraphError: a pass refused its input or broke its contract; names it and the passes before it.
         """
         for index, pass_ in enumerate(self.passes):
             try:
@@ -245,7 +244,7 @@ class Pipeline:
 
 
 def _run_checked(pass_: Pass, program: Program, context: PassContext) -> Program:
-    """Run one pass under its contract: requires -> run -> provides and legality, on the result."""
+    """Run one pass under its contract: requires -> run -> provides and legality of the result."""
     if missing := [kind.__name__ for kind in pass_.requires if kind not in program.facts]:
         providers = _providers(missing)
         hint = f"run {' or '.join(providers)} before it" if providers else "give the program this fact first"
@@ -265,7 +264,7 @@ def _run_checked(pass_: Pass, program: Program, context: PassContext) -> Program
 
 
 def _providers(facts: Sequence[str]) -> list[str]:
-    """The passes that provide any of these facts, as their texts."""
+    """Return the texts of the passes that provide any of these facts."""
     offers = [(name, fact) for name, kind in registry().items() for fact in kind.provides]
     offers += [offer for kind in registry().values() for offer in kind.provides_with]
     return list(dict.fromkeys(text for text, fact in offers if fact.__name__ in facts))
@@ -282,12 +281,12 @@ def _located(error: Exception, pass_: Pass, done: Sequence[Pass]) -> QcgraphErro
 
 @cache
 def registry() -> dict[str, type[Pass]]:
-    """Every pass of `qcgraph.passes` by name; one pass a file, the file named like the pass."""
+    """Return every pass of `qcgraph.passes` by name; each file holds one pass, and both have the same name."""
     package = importlib.import_module("qcgraph.passes")
     found: dict[str, type[Pass]] = {}
     for info in pkgutil.walk_packages(package.__path__, "qcgraph.passes."):
         *place, file = info.name.removeprefix(f"{package.__name__}.").split(".")
-        if info.ispkg or file.startswith("_") or len(place) > 1:  # a room, a helper, or helpers in a folder of a room
+        if info.ispkg or file.startswith("_") or len(place) > 1:  # a folder, a helper, or a helper's folder
             continue
         module = importlib.import_module(info.name)
         classes = [
@@ -314,7 +313,7 @@ EXTENSIONS = Extensions("qcgraph.passes", "pass", lambda: registry(), _problem_o
 
 
 def find_pass(name: str) -> type[Pass]:
-    """Return a pass by its name, also one of another distribution.
+    """Return a pass by its name, from qcgraph or another distribution.
 
     Raises:
         UsageError: there is no such pass, or it is broken.
@@ -326,7 +325,7 @@ def find_pass(name: str) -> type[Pass]:
 
 
 def make_pass(name: str, options: dict[str, Any]) -> Pass:
-    """A pass from its name and options (keys spelled with ``-`` or ``_``).
+    """Return a pass by its name and options (keys spelled with ``-`` or ``_``).
 
     Raises:
         UsageError: the pass or an option is unknown, or a value does not fit.
@@ -382,10 +381,10 @@ def _parse_options(text: str) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """A number, true/false, a quoted string, or a bare word."""
+    """Read a number, true/false, a quoted string, or a bare word."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):  # a number of thousands of digits is no number here, nor is a nest a list
+    except (ValueError, RecursionError):  # neither a number of thousands of digits nor a deep nest is a value
         return text
     return text if isinstance(value, dict | list) else value
 

@@ -1,4 +1,4 @@
-"""How much a compilation computes, counted in runs of the model on one latent: what a dry run estimates time by."""
+"""The work of a compilation, counted in runs of the model on one latent; a dry run estimates time by it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Workload:
 
     Attributes:
         program: the program after the passes that need no samples.
-        trajectories: how many calibration samples.
-        rows: latents of the calibration set, both halves of guidance; 0 where no pass selects one.
+        trajectories: the number of calibration trajectories.
+        rows: the number of latents in the calibration set, both halves of guidance; 0 where no pass selects one.
         share: the arithmetic of a trajectory under the step plan, relative to one on which every step computes.
     """
 
@@ -29,11 +29,11 @@ class Workload:
 
     @property
     def trajectory(self) -> int:
-        """Runs of the computing graph on one latent in a trajectory on which every step computes."""
+        """The runs of the computing graph on one latent in a trajectory of computing steps alone."""
         plan = self.program.facts[StepPlan]
         return plan.halves * len(plan)
 
     def run(self, variant: str) -> float:
-        """Return what one run of a variant costs, relative to one of the computing graph."""
+        """Return the cost of one run of a variant, relative to one of the computing graph."""
         macs = macs_by_variant(self.program.variants)
         return (macs[variant] + RUN_MACS) / (macs[self.program.computing] + RUN_MACS)

@@ -1,4 +1,4 @@
-"""What is asked of a compilation: recipes, presets and gates."""
+"""Recipes, presets and gates: the settings of a compilation."""
 
 from qcgraph.recipe.recipe import AUTO_BITS, MOST_BITS, PRESETS, Calibration, Recipe, preset_names
 

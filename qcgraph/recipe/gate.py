@@ -1,4 +1,4 @@
-"""Quality gates such as ``psnr>=28,accuracy_drop<=0.01``: parsing and checking. No torch."""
+"""Quality gates such as ``psnr>=28,accuracy_drop<=0.01``: their parser and their check. No torch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 from qcgraph.errors import RefusedError, UsageError, closest, shown
 
-# What a gate may ask for -> the metrics that it needs.
+# Terms of a gate -> the metrics that they need.
 TERMS: Mapping[str, tuple[str, ...]] = {
     "psnr": ("psnr",),
     "ssim": ("ssim",),
     "latent_error": ("latent_error",),
     "fid_small": ("fid_small",),
-    "fid_rise": ("fid_small",),  # of the compilation less that of full precision
+    "fid_rise": ("fid_small",),  # of the compilation minus that of full precision
     "kid": ("kid",),
     "accuracy": ("accuracy",),
-    "accuracy_drop": ("accuracy",),  # of full precision less that of the compilation
+    "accuracy_drop": ("accuracy",),  # of full precision minus that of the compilation
 }
 _COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -41,17 +41,17 @@ class Term:
 
     @property
     def text(self) -> str:
-        """As it is written."""
+        """The text of this condition; `Gate.parse` reads it."""
         return f"{self.name}{self.sign}{self.limit!r}".removesuffix(".0")
 
     def holds(self, value: float) -> bool:
-        """Whether a value meets it; NaN meets nothing."""
+        """Tell whether a value meets this condition; NaN meets none."""
         return _COMPARISONS[self.sign](value, self.limit)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A condition and what was measured."""
+    """A condition and the measured value."""
 
     term: str
     value: float
@@ -59,10 +59,10 @@ class Verdict:
 
 
 def require(verdicts: Sequence[Verdict], *, where: str | None = None, hint: str) -> None:
-    """Refuse a missed gate.
+    """Refuse a compilation that misses a condition of its gate.
 
     Raises:
-        RefusedError: a condition is not met; says which, and what was measured.
+        RefusedError: names the conditions that are not met, and the measured values.
     """
     missed = [f"{verdict.term} (it is {verdict.value:.4g})" for verdict in verdicts if not verdict.passed]
     if missed:
@@ -77,20 +77,20 @@ class Gate:
 
     @property
     def text(self) -> str:
-        """As it is written; `parse` is the inverse."""
+        """The text of the gate; `parse` is the inverse."""
         return ",".join(term.text for term in self.terms)
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The metrics that have to be measured for it."""
+        """The metrics that the gate needs."""
         return tuple(dict.fromkeys(metric for term in self.terms for metric in TERMS[term.name]))
 
     @classmethod
     def parse(cls, text: str) -> Gate:
-        """A gate from its text.
+        """Return the gate of a text.
 
         Raises:
-            UsageError: it is not of the form ``name>=number,...``, or there is no such term.
+            UsageError: the text is not of the form ``name>=number,...``, or names an unknown term.
         """
         terms = []
         for part in text.split(","):
@@ -109,9 +109,9 @@ class Gate:
         return cls(tuple(terms))
 
     def check(self, values: Mapping[str, float]) -> tuple[Verdict, ...]:
-        """Every condition with what was measured.
+        """Return every condition with its measured value.
 
         Args:
-            values: by the names of the terms.
+            values: the measured values by the names of the terms.
         """
         return tuple(Verdict(term.text, values[term.name], passed=term.holds(values[term.name])) for term in self.terms)

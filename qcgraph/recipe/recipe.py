@@ -1,7 +1,7 @@
-"""Recipe: all that a compilation is asked for, as TOML and as validated data. No torch.
+"""Recipe: all settings of a compilation, as TOML and as validated data. No torch.
 
 A recipe is a preset (``careful``, ``balanced``, ``fast``), a TOML file, or neither; options of the command line go on
-top. The fully resolved recipe is written into the bundle as ``recipe.lock.toml``, and can be given back as a recipe.
+top. The fully resolved recipe is written into the bundle as ``recipe.lock.toml``, which is a recipe too.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from qcgraph.recipe.gate import TERMS, Gate
 PRESETS = Path(__file__).parent / "presets"
 _BITS = re.compile(r"w([2-8])a([2-8])")
 MOST_BITS = 8
-# What a number of a recipe may be at most: far above all use, and small enough that nothing is counted in vain.
+# Largest numbers in a recipe: far above all use, and small enough that no computation with them is endless.
 MOST_STEPS = 100_000
-MOST_COUNT = 1_000_000  # of trajectories, samples and tries
-MOST_SEED = 2**63 - 1  # what every generator of random numbers takes
+MOST_COUNT = 1_000_000  # number of trajectories, samples and tries
+MOST_SEED = 2**63 - 1  # the largest seed that every generator of random numbers takes
 MOST_MEMORY = 2**50  # bytes
 MOST_GUIDANCE = 10_000.0
-MOST_NAME = 64  # characters of the name of a scheduler or a forecaster
+MOST_NAME = 64  # characters in the name of a scheduler or a forecaster
 AUTO_BITS = "auto"
 _MIXED = re.compile(r"auto=([4-7](?:\.[0-9]{1,17})?|8(?:\.0{1,17})?)")
 _AUTO = re.compile(AUTO_BITS)
@@ -41,7 +41,7 @@ _BLOCKS = re.compile(rf"{_RANGE}(?:\+{_RANGE})*")
 
 
 def _fits(*patterns: re.Pattern[str], word: str) -> AfterValidator:
-    """Accepts one word, or what matches a pattern; the field's description says which in the error."""
+    """Return a validator that accepts one word, or a match of a pattern; its error quotes the field's description."""
 
     def check(value: str) -> str:
         if value != word and not any(pattern.fullmatch(value) for pattern in patterns):
@@ -256,17 +256,17 @@ class Recipe(_Section):
 
     Attributes:
         sampling: scheduler, steps and guidance.
-        calibration: the trajectories that are observed.
+        calibration: the observed trajectories.
         quantization: bits and timestep groups.
-        cache: the schedule and the blocks.
-        modulation: where what depends on timestep and conditions alone is computed.
+        cache: the cache schedule and the blocks.
+        modulation: whether embedders and adaLN projections are computed ahead of the steps.
         compensation: variance compensation.
-        target: what to export for.
+        target: form of graphs, form of quantization, and runtime.
         gate: conditions on quality, and whether unsafe combinations are allowed.
-        pipeline: another pipeline than the default one.
+        pipeline: a pipeline in place of the default one.
     """
 
-    # The options of the command line, each with the section and key that it sets.
+    # The options of the command line, each with its section and key.
     OPTIONS: ClassVar[Mapping[str, tuple[str, str]]] = {
         "steps": ("sampling", "steps"),
         "scheduler": ("sampling", "scheduler"),
@@ -285,7 +285,7 @@ class Recipe(_Section):
         "allow_unsafe": ("gate", "allow_unsafe"),
     }
 
-    # What --ablate switches off, and the keys that do it.
+    # Components that --ablate switches off, each with the keys and values for it.
     COMPONENTS: ClassVar[Mapping[str, Mapping[tuple[str, str], object]]] = {
         "tgq": {("quantization", "groups"): 1},
         "mrq": {("quantization", "regions"): False},
@@ -294,7 +294,7 @@ class Recipe(_Section):
         "vc": {("compensation", "mode"): "off"},
         "dec": {("quantization", "correction"): "off"},
         "equalize": {("quantization", "equalize"): False},
-        "feedback": {},  # of the rounding, see below
+        "feedback": {},  # changes the rounding, see `_rounding_without`
     }
 
     sampling: Sampling = Sampling()
@@ -309,13 +309,13 @@ class Recipe(_Section):
 
     @classmethod
     def of(cls, given: Recipe | str | os.PathLike[str] | Mapping[str, Any] | None) -> Recipe:
-        """Return the recipe that a caller means: one, a preset or TOML file, its sections as a dict, or the defaults.
+        """Return the recipe of a Recipe, the name of a preset, a path of a TOML file, a dict of sections, or None.
 
         Args:
-            given: what the caller gave; the defaults when None.
+            given: the caller's recipe in one of these forms; None stands for the defaults.
 
         Raises:
-            UsageError: it is none of these, or `load` and `from_toml` would refuse it.
+            UsageError: the type is none of these, or `load` and `from_toml` refuse the recipe.
         """
         if given is None or isinstance(given, Recipe):
             return given or cls()
@@ -332,7 +332,7 @@ class Recipe(_Section):
 
     @classmethod
     def load(cls, name_or_path: str | os.PathLike[str]) -> Recipe:
-        """A preset by name, or a TOML file.
+        """Return the preset of a name, or the recipe in a TOML file.
 
         Raises:
             UsageError: there is no such preset or file, it cannot be read, or it holds an unknown key or wrong value.
@@ -348,11 +348,11 @@ class Recipe(_Section):
 
     @classmethod
     def from_toml(cls, text: str, *, where: str = "recipe") -> Recipe:
-        """A recipe from TOML text; what is not said keeps its default.
+        """Return the recipe of a TOML text; missing keys keep their defaults.
 
         Args:
             text: the TOML.
-            where: what errors call it, a file name for example.
+            where: the source for errors, a file name for example.
 
         Raises:
             UsageError: the text is not TOML, or it holds an unknown key or a wrong value.
@@ -361,7 +361,7 @@ class Recipe(_Section):
         return cls._validated(data, where=where)
 
     def override(self, **options: object) -> Recipe:
-        """This recipe with options of the command line on top; an option that is None says nothing.
+        """Return this recipe with options of the command line on top; options that are None change nothing.
 
         Args:
             options: values by the names in `OPTIONS`, for example ``steps=20, bits="w6a6"``.
@@ -380,13 +380,13 @@ class Recipe(_Section):
         return self._validated(data, where="recipe", flags=flags)
 
     def to_toml(self) -> str:
-        """The whole recipe as TOML, defaults included; `from_toml` is the inverse."""
+        """Return the whole recipe as TOML, defaults included; `from_toml` is the inverse."""
         import tomli_w
 
         return tomli_w.dumps(self.model_dump())
 
     def ablated(self, components: Sequence[str]) -> Recipe:
-        """This recipe with components switched off.
+        """Return this recipe with components switched off.
 
         Args:
             components: names in `COMPONENTS`.
@@ -408,7 +408,7 @@ class Recipe(_Section):
         return self._validated(data, where="--ablate")
 
     def _rounding_without(self, components: Sequence[str]) -> str:
-        """How weights are rounded without these components: the search of their scales is the other half of HO."""
+        """Return how weights are rounded without these components; the search of scales is the other half of HO."""
         rounding = self.quantization.rounding
         if rounding == "feedback" and "feedback" in components:
             rounding = "search"
@@ -416,57 +416,57 @@ class Recipe(_Section):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether layers multiply numbers of 8 bits and fewer."""
+        """Whether layers multiply numbers of at most 8 bits."""
         return self.quantization.bits != "off"
 
     @property
     def is_float8(self) -> bool:
-        """Whether these are floating point."""
+        """Whether quantized numbers are floating point."""
         return bool(_FLOAT8.fullmatch(self.quantization.bits))
 
     @property
     def weight_bits(self) -> int:
-        """The most bits that a weight has, when it is quantized."""
+        """The largest number of bits of a quantized weight."""
         match = _BITS.fullmatch(self.quantization.bits)
         return int(match[1]) if match else MOST_BITS
 
     @property
     def activation_bits(self) -> int:
-        """The most bits that an activation has, when it is quantized."""
+        """The largest number of bits of a quantized activation."""
         match = _BITS.fullmatch(self.quantization.bits)
         return int(match[2]) if match else MOST_BITS
 
     @property
     def bit_budget(self) -> float | None:
-        """Bits on average that are allocated to layers and timestep groups, None when all have the same."""
+        """The mean number of bits that layers and timestep groups share; None when all have the same number."""
         match = _MIXED.fullmatch(self.quantization.bits)
         return float(match[1]) if match else None
 
     @property
     def is_cached(self) -> bool:
-        """Whether some steps may reuse."""
+        """Whether some steps may be reusing steps."""
         return self.cache.schedule != "off"
 
     @property
     def cache_interval(self) -> int | None:
-        """Every how many steps one computes, evenly or not; None when the cache is off, has a budget or a plan."""
+        """The number of steps for each computing step, even or not; None with the cache off, a budget or a plan."""
         match = _INTERVAL.fullmatch(self.cache.schedule)
         return int(match[2]) if match else None
 
     @property
     def cache_budget(self) -> float | None:
-        """What sampling may cost relative to computing every step, None when that is not asked for."""
+        """The cost of sampling relative to computing every step, None when the recipe sets no such budget."""
         match = _BUDGET.fullmatch(self.cache.schedule)
         return float(match[1]) if match else None
 
     @property
     def is_searched(self) -> bool:
-        """Whether the schedule follows from measurements: ``dps=N`` or ``budget=F``."""
+        """Whether measurements decide the cache schedule: ``dps=N`` or ``budget=F``."""
         return self.cache_budget is not None or self.cache.schedule.startswith("dps=")
 
     @property
     def followed(self) -> str | None:
-        """The text of the schedule that is given (see `qcgraph.plan.schedule.TimedSchedule`), None when none is."""
+        """The text of a given cache schedule (see `qcgraph.plan.schedule.TimedSchedule`), None without one."""
         match = _PLAN.fullmatch(self.cache.schedule)
         return match[1] if match else None
 
@@ -490,7 +490,7 @@ class Recipe(_Section):
         for section, keys in data.items():
             entries = keys.items() if isinstance(keys, Mapping) else ()
             for text in (section, *(text for entry in entries for text in entry)):
-                if isinstance(text, str) and not is_text(text):  # which neither pydantic nor a file can hold
+                if isinstance(text, str) and not is_text(text):  # neither pydantic nor a file can hold it
                     raise UsageError(f"{shown(text)} is no text", where=where, hint="write it in UTF-8, without NUL")
         try:
             return cls.model_validate(data)
@@ -499,7 +499,7 @@ class Recipe(_Section):
 
 
 def preset_names() -> tuple[str, ...]:
-    """The presets that ship with the package."""
+    """Return the names of the presets that ship with the package."""
     return tuple(sorted(path.stem for path in PRESETS.glob("*.toml")))
 
 
@@ -508,7 +508,7 @@ def _preset_hint(asked: str) -> str:
 
 
 def _usage_error(error: ValidationError, where: str, flags: Mapping[tuple[str, str], str]) -> UsageError:
-    """The first finding of pydantic in the words of the recipe; the key is one of a section, or a section."""
+    """Return an error for the first finding of pydantic, in the words of the recipe: a key or a section."""
     first = error.errors()[0]
     section, *rest = (str(part) for part in first["loc"])
     sections = Recipe.model_fields
