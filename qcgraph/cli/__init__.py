@@ -1,4 +1,4 @@
-"""The command line. stdout is data, stderr is progress, logs and errors."""
+"""The command line; stdout carries data, stderr carries progress, logs and errors."""
 
 from qcgraph.cli.app import main, run
 

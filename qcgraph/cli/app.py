@@ -1,4 +1,4 @@
-"""The application: its commands, and what becomes of their errors."""
+"""Define the command-line application: its commands, and how it reports their errors."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from qcgraph.files.documents import is_text
 
 WRONG_INPUT = 2
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells count
-UNREAD = 141  # as of a process that SIGPIPE ends: whoever reads the output has gone
-# What a path that was given can be wrong in; any other error of the system is ours.
+UNREAD = 141  # the exit code of a process that SIGPIPE ended: the reader of its output has closed it
+# Errors that the path given by the user explains; any other error of the operating system is a bug of qcgraph.
 PATH_ERRORS = (
     errno.EACCES,
     errno.EDQUOT,
@@ -58,7 +58,7 @@ app = typer.Typer(
 
 
 class Interrupted(BaseException):
-    """The user, or the system, asked the process to end."""
+    """A signal from the user or the system that asks the process to end."""
 
 
 def _show_version(asked: bool) -> None:
@@ -94,7 +94,7 @@ app.command("targets")(targets_command)
 
 
 def main() -> NoReturn:
-    """The entry point: run the command line and exit with its code."""
+    """Run the command line as the entry point, and exit with its code."""
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     _open_streams()
@@ -105,13 +105,13 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 ok, 1 a verification failed, 2 wrong usage or input, 130 interrupted, 141 nobody reads the
-        output any more. What is not an error of the user, nor of code of the user's that qcgraph called, but of
-        qcgraph, is raised on: Python shows where, and exits with 1.
+        The exit code: 0 ok, 1 a verification failed, 2 wrong usage or input, 130 interrupted, 141 the reader of the
+        output has closed it. Errors of the user, and of user code that qcgraph called, are reported. A bug of qcgraph
+        is raised: Python prints its traceback and exits with 1.
     """
     try:
         code = _run(arguments)
-        sys.stdout.flush()  # a reader of stdout that has left is noticed here, not at exit
+        sys.stdout.flush()  # notices here, not at exit, that the reader of stdout has closed it
     except QcgraphError as error:
         _report(f"{error.where}: {error.message}" if error.where else error.message, error.hint)
         return error.exit_code
@@ -127,7 +127,7 @@ def run(arguments: Sequence[str]) -> int:
     except MemoryError:
         _report("there is not enough memory", "close other programs, or take a smaller model, fewer samples or steps")
         return WRONG_INPUT
-    except Exception as error:  # noqa: BLE001 - the last resort: it says whose error it is, and swallows none of ours
+    except Exception as error:  # noqa: BLE001 - the last resort: it reports errors of users, raises ours
         return _unexpected(error)
     return code
 
@@ -141,24 +141,24 @@ def _run(arguments: Sequence[str]) -> int:
             )
     try:
         Path.cwd()
-    except FileNotFoundError:  # in which libraries that are imported later end the process
+    except FileNotFoundError:  # libraries that are imported later would end the process with this error
         raise UsageError("the current folder was removed", hint="change into one that is there") from None
     try:
         return int(app(list(arguments) or ["--help"], prog_name="qcgraph", standalone_mode=False) or 0)
     except SystemExit as leaving:
         if isinstance(leaving.__context__, BrokenPipeError):
-            return UNREAD  # typer has seen to it that nothing is written any more
+            return UNREAD  # typer has stopped all output
         raise
 
 
 def _unexpected(error: Exception) -> int:
-    """Report what no command expects, when it comes from outside of qcgraph: the system, or code of the user's.
+    """Report an error that no command expects, if the system or user code caused it.
 
     Returns:
         The exit code.
 
     Raises:
-        Exception: it is a bug of qcgraph.
+        Exception: the error is a bug of qcgraph.
     """
     if isinstance(error, OSError) and error.errno in PATH_ERRORS:
         _report(f"{error.filename or 'cannot write'}: {error.strerror}", "choose a place that can be read and written")
@@ -174,25 +174,25 @@ def _unexpected(error: Exception) -> int:
 
 
 def users_frame(error: BaseException) -> traceback.FrameSummary | None:
-    """Return the innermost place in code of the user's that an error came through, None where there is none.
+    """Return the innermost frame of user code that an error came through, or None if there is none.
 
-    Code of the user's is what qcgraph called and is neither part of it, nor of Python, nor installed as a library.
+    User code is code that qcgraph called and that belongs to neither qcgraph, nor Python, nor an installed library.
 
     Args:
-        error: what was raised.
+        error: the error that was raised.
     """
     found, is_called = None, False
     for frame, line in traceback.walk_tb(error.__traceback__):
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
         if package == "qcgraph":
-            found, is_called = None, True  # what the user's code calls of ours is ours again
+            found, is_called = None, True  # qcgraph called by user code is qcgraph again
         elif is_called and not _is_library(frame.f_code.co_filename):
             found = traceback.FrameSummary(frame.f_code.co_filename, line, frame.f_code.co_name)
     return found
 
 
 def _is_library(file: str) -> bool:
-    """Whether a source file belongs to Python or an installed package, or is none (code that a library generated)."""
+    """Return whether a file belongs to Python or an installed package, or is no file (generated code)."""
     if file.startswith("<"):
         return True
     path = Path(file)
@@ -202,15 +202,15 @@ def _is_library(file: str) -> bool:
 
 
 def _open_streams() -> None:
-    """Make printing safe: no stream is missing, and what its encoding lacks is printed as an escape.
+    """Make printing safe: open missing streams, and print characters that an encoding lacks as escapes.
 
-    A process may be started with closed descriptors. The next file that it opens would then be its stdout.
+    A process may be started with closed descriptors. The next file that it opens would then become its stdout.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this descriptor
     if sys.stdout is None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - it lives as long as the process
     if sys.stderr is None:
@@ -226,11 +226,11 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 def _report(what: str, hint: str | None) -> None:
     text = f"error: {what}\n\nhint: {hint}" if hint else f"error: {what}"
-    with contextlib.suppress(BrokenPipeError):  # nobody reads it
+    with contextlib.suppress(BrokenPipeError):  # the reader of stderr may have closed it
         print(text, file=sys.stderr)
 
 
 def _command_path(error: typer.TyperException) -> str:
-    """``qcgraph sample`` for an error in the usage of that command."""
+    """Return the path of the command with the usage error, such as ``qcgraph sample``."""
     context = getattr(error, "ctx", None)
     return str(context.command_path) if context is not None else "qcgraph"

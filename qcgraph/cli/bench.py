@@ -89,10 +89,10 @@ def bench_command(
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
-    """The numbers of a list such as ``1,4,16``.
+    """Return the numbers of a list such as ``1,4,16``.
 
     Raises:
-        UsageError: something in it is not a whole number.
+        UsageError: an element is not a whole number, or is too large.
     """
     try:
         batches = tuple(int(part) for part in text.split(",") if part.strip())
@@ -106,7 +106,7 @@ def parse_batches(text: str) -> tuple[int, ...]:
 
 
 def print_report(report: BenchReport) -> None:
-    """The report for people."""
+    """Print the report as tables."""
     print_fields(_setting(report))
     timed = [row for row in report.rows if row.forward is not None]
     print_heading("latency")

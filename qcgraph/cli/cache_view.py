@@ -1,4 +1,4 @@
-"""The cache of a compilation in a few lines, for `compile` and `inspect`."""
+"""Show the cache of a compilation in a few lines, for `compile` and `inspect`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from qcgraph.cli.output import count_text
 if TYPE_CHECKING:
     from qcgraph.bundle.report import CacheReport, EdgeReport
 
-NAMED = 2  # cached values that are named; of more their number is given
+NAMED = 2  # up to this many cached values are shown by name; above it, only their number
 
 
 def cache_fields(report: CacheReport | None, edges: Sequence[EdgeReport] = ()) -> Iterator[tuple[str, str]]:
-    """Yield what is cached, what the schedule costs, and how well steps that reuse do.
+    """Yield the cached values, the cost of the schedule, and the errors of reusing steps, each with its name.
 
     Args:
         report: the cache of a compilation.

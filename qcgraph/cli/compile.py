@@ -176,7 +176,7 @@ def _print_summary(result: CompileResult) -> None:
 
 
 def _print_pipeline(report: CompileReport) -> None:
-    """Print every pass of the pipeline, and whether this dry run ran it."""
+    """Print every pass of the pipeline, and whether the dry run ran it."""
     from qcgraph.pipeline import Pipeline
 
     ran = {row.text for row in report.passes}
@@ -212,7 +212,7 @@ def _summary(report: CompileReport, bundle: Bundle | None) -> list[tuple[str, st
 
 
 def _schedule(report: CompileReport, cache: CacheReport, bundle: Bundle | None) -> str:
-    """Return the schedule, and whether it is a draft that sampling will replace."""
+    """Return the schedule as text, marked as a draft if sampling will replace it."""
     text = cache.schedule
     is_draft = bundle is None and _plans_steps(report.pipeline)
     return f"{text}; a draft, the one that is compiled follows from samples" if is_draft else text
@@ -227,7 +227,7 @@ def _plans_steps(pipeline: str) -> bool:
 
 
 def _estimate(estimate: EstimateReport) -> list[tuple[str, str]]:
-    """Return what compiling will take, by name."""
+    """Return the estimated time, memory and size, each with its name."""
     return [
         ("time", duration_text(estimate.seconds)),
         ("memory", size_text(estimate.memory_bytes)),
@@ -236,7 +236,7 @@ def _estimate(estimate: EstimateReport) -> list[tuple[str, str]]:
 
 
 def _groups(report: CompileReport, bundle: Bundle | None) -> int:
-    """Return the number of timestep groups; in a dry run, of those that are asked for."""
+    """Return the number of timestep groups; for a dry run, the number that the recipe asks for."""
     planned = report.recipe.quantization.groups if report.planned_sites else 1
     return report.timestep_groups if bundle else planned
 
@@ -251,7 +251,7 @@ def _quantized(report: CompileReport) -> str:
 
 
 def _followed_text(followed: GivenPlan, plan: str) -> str:
-    """Where the schedule is from, and what it does to the images."""
+    """Return where a given schedule comes from, and its effect on the images, as text."""
     text = f"of {followed.source}{', carried over' if followed.is_retargeted else ''}"
     if followed.other_guidance:
         text += f" (made at another guidance than here: {plan})"

@@ -55,14 +55,14 @@ def diff_command(
 
 
 def diff_passes(bundle: Bundle, first: str, second: str) -> dict[str, Any]:
-    """What changed in the program from one pass to another, as JSON data."""
+    """Return the changes of the program from one pass to another, as JSON data."""
     before, after = pass_text(bundle, first), pass_text(bundle, second)
     first, second = (f"{text.index:03d}_{text.name}" for text in (before, after))
     return _program_difference(before.text, after.text, first, second)
 
 
 def diff_bundles(one: Bundle, other: Bundle) -> dict[str, Any]:
-    """What differs between two bundles, as JSON data: recipe, plan, facts, and the final program."""
+    """Return the differences between two bundles as JSON data: recipe, plan, facts, and the final program."""
     before, after = (pass_text(bundle, None).text for bundle in (one, other))
     return {
         "recipe": _changes(_flat(one.recipe.model_dump()), _flat(other.recipe.model_dump())),
@@ -84,7 +84,7 @@ def _program_difference(before: str, after: str, first: str, second: str) -> dic
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Key -> [value before, value after], where they differ; None stands for nothing."""
+    """Return key -> [value before, value after] for all keys whose values differ; None stands for a missing key."""
     keys = dict.fromkeys([*before, *after])
     return {key: [before.get(key), after.get(key)] for key in keys if before.get(key) != after.get(key)}
 
@@ -104,7 +104,7 @@ def _plan_fields(bundle: Bundle) -> dict[str, Any]:
 
 
 def _fact_fields(bundle: Bundle) -> dict[str, Any]:
-    """A digest a fact: enough to say which differ."""
+    """Return a digest of every fact, by name; equal facts have equal digests."""
     from qcgraph.plan.steps import digest_of
 
     return {name: digest_of(value) for name, value in bundle.facts.encode().items()}

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 KIND = "eval"
 FILES = ("eval.json", "samples.png", "curves.png")
 NOTHING = "-"
-WORST_SITES = 8  # that are printed; the JSON has all
-MOMENTS = 5  # steps at which the error of the latent is printed; the JSON has all
+WORST_SITES = 8  # the worst sites that are printed; the JSON contains all sites
+MOMENTS = 5  # the number of steps whose latent errors are printed; the JSON contains all steps
 
 
 def eval_command(
@@ -119,7 +119,7 @@ def _document(evaluation: Evaluation, bundle: Bundle, path: Path, threads: int |
 
 
 def _check(evaluation: Evaluation, bundle: Path) -> None:
-    """Fail when the bundle is at fault, or the gate is not met."""
+    """Raise an error if the bundle is at fault or the gate is not met."""
     from qcgraph.recipe.gate import require
 
     if evaluation.faults:
@@ -145,7 +145,7 @@ def _check_output(folder: Path) -> None:
 
 
 def _output_kind() -> FolderKind:
-    """The kind of folder that is written, which replaces an earlier one."""
+    """Return the kind of folder that this command writes, and that may replace an earlier one."""
     from qcgraph.files.atomic import FolderKind, Written
     from qcgraph.files.folder import record_of
 
@@ -159,7 +159,7 @@ def _output_kind() -> FolderKind:
 def _write(evaluation: Evaluation, bundle: Bundle, folder: Path, document: dict[str, Any]) -> None:
     from qcgraph.evaluation.pictures import draw_curves, save_samples
 
-    curves = draw_curves(evaluation, bundle.plan)  # which takes a second, for which the folder need not be locked
+    curves = draw_curves(evaluation, bundle.plan)  # drawing takes a second, during which the folder need not be locked
     with _output_kind().writing(folder, force=True) as partial:
         save_samples(evaluation, partial / FILES[1], is_image=bundle.spec.is_image)
         (partial / FILES[2]).write_bytes(curves)
@@ -176,7 +176,7 @@ def _print(evaluation: Evaluation, bundle: Bundle) -> None:
         print(f"\nreal images among themselves, as many as samples of a seed: {floor}")
     if evaluation.converged_floor is not None:
         print(f"the converged reference agrees with half its steps to {evaluation.converged_floor:.1f} dB")
-    if len(evaluation.rows) > 2:  # more than full precision and the bundle
+    if len(evaluation.rows) > 2:  # more rows than full precision and the bundle
         _print_attribution(evaluation)
     _print_problems(evaluation)
 

@@ -1,4 +1,4 @@
-"""qcgraph export: a bundle in a form that other software takes. Imports neither torch nor diffusers."""
+"""qcgraph export: a bundle in another form, for other software. Imports neither torch nor diffusers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""qcgraph inspect: what is in a bundle, or what a model looks like before it is compiled."""
+"""qcgraph inspect: the contents of a bundle, or the layers of a model before it is compiled."""
 
 from __future__ import annotations
 

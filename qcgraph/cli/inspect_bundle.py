@@ -1,4 +1,4 @@
-"""The views of a bundle, without torch: every one is data first, and a table made of that data."""
+"""Show views of a bundle, without torch: every view is data first, and a table made of this data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qcgraph.cli.scales_view import print_scales, scales
 from qcgraph.compiler.cache_report import cache_report
 from qcgraph.facts import AttentionPlan, ForecastFit, QuantPlan
 
-MOST_OPS = 5  # named in the overview
+MOST_OPS = 5  # operations that the overview names
 
 
 def inspect_bundle(bundle: Bundle, show: str | None, *, json: bool) -> None:
@@ -69,7 +69,7 @@ def _overview(bundle: Bundle) -> dict[str, Any]:
 
 
 def _passes(bundle: Bundle) -> list[dict[str, Any]]:
-    """What every pass changed, from the texts before and after it."""
+    """Return the changes of every pass, from the texts of the program before and after it."""
     programs = [(text, read_program_text(text.text)) for text in bundle.ir_texts]
     history = dict(enumerate(bundle.history, start=1))
     rows = []
@@ -91,7 +91,7 @@ def _passes(bundle: Bundle) -> list[dict[str, Any]]:
 
 
 def refused_count(refusals: Iterable[Mapping[str, str]]) -> int:
-    """How many different things a pass left alone; each graph that holds one says so."""
+    """Return the number of distinct refusals; every graph with the same node repeats its refusal."""
     return len({(refusal["where"], refusal["reason"]) for refusal in refusals})
 
 
@@ -169,7 +169,7 @@ def _schedule(bundle: Bundle) -> list[dict[str, Any]]:
 
 
 def _forecast_errors(bundle: Bundle) -> dict[int, dict[str, float]]:
-    """By step and cached value, the relative error of its forecast."""
+    """Return the relative error of every forecast, by step and cached value."""
     fit, found = bundle.facts.get(ForecastFit), dict[int, dict[str, float]]()
     for entry in fit.steps if fit else ():
         found.setdefault(entry.step, {})[entry.name] = entry.forecast
@@ -205,7 +205,7 @@ def _worst(errors: Mapping[str, float]) -> str:
 
 
 def _history_texts(history: Sequence[Mapping[str, float]], depth: int) -> Iterator[str]:
-    """Two cells for every step back, empty where the update does not look back so far."""
+    """Yield two cells for every earlier step, empty cells where the update does not look back that far."""
     for term in history:
         yield from (f"{term[key]:.6f}" for key in ("latent", "noise_prediction"))
     yield from [""] * (2 * (depth - len(history)))
@@ -236,7 +236,7 @@ def _print_refused(rows: list[dict[str, str]]) -> None:
 
 
 def _sites(bundle: Bundle) -> list[dict[str, Any]]:
-    """Quantized sites, then those left in floating point with the reason of `plan-quant`."""
+    """Return quantized sites, then sites left in floating point with the reason of `plan-quant`."""
     linears, attentions = bundle.facts.get(QuantPlan), bundle.facts.get(AttentionPlan)
     names = [*(linears.sites if linears else ()), *(attentions.sites if attentions else ())]
     quantized = [{"site": name, "quantized": True, "reason": ""} for name in names]

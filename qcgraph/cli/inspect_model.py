@@ -1,4 +1,4 @@
-"""The view of a model: captured, with its blocks, its sites and what of it can be quantized."""
+"""Show a captured model: its blocks, its sites, and which of them can be quantized."""
 
 from __future__ import annotations
 

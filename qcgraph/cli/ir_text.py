@@ -1,4 +1,4 @@
-"""Reads programs as text back into graphs and lines, so that bundles are inspected and compared without torch."""
+"""Read printed programs back into graphs and lines, so that bundles are inspected and compared without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOP_LEVEL = "top level"
 
 @dataclass(frozen=True)
 class NodeLine:
-    """One node: its name, its op, the module path that it stands under, and the line."""
+    """One node: its name, its operation, its module path, and its line of text."""
 
     name: str
     op: str
@@ -26,7 +26,7 @@ class NodeLine:
 
 @dataclass(frozen=True)
 class GraphText:
-    """One graph: its name, its text from ``graph`` to the brace, and its nodes."""
+    """One graph: its name, its text from ``graph`` to the closing brace, and its nodes."""
 
     name: str
     text: str
@@ -34,20 +34,20 @@ class GraphText:
 
     @property
     def ops(self) -> Counter[str]:
-        """How many nodes there are of each op."""
+        """The number of nodes of each operation."""
         return Counter(node.op for node in self.nodes)
 
 
 @dataclass(frozen=True)
 class ProgramText:
-    """A program: the lines about its facts, and its graphs by name."""
+    """One program: the lines about its facts, and its graphs by name."""
 
     facts: str
     graphs: Mapping[str, GraphText]
 
 
 def read_program_text(text: str) -> ProgramText:
-    """Read what `qcgraph.ir.printer` wrote."""
+    """Read a program that `qcgraph.ir.printer` printed."""
     facts: list[str] = []
     graphs: dict[str, list[str]] = {}
     lines = facts
@@ -70,7 +70,7 @@ def _graph(name: str, lines: list[str]) -> GraphText:
 
 
 def matching(graph: GraphText, pattern: str) -> tuple[NodeLine, ...]:
-    """The nodes whose name or module path matches a glob; a path also matches for all that is below it."""
+    """Return the nodes whose name or module path matches a glob; a path matches all paths below it, too."""
     return tuple(
         node
         for node in graph.nodes
@@ -79,7 +79,7 @@ def matching(graph: GraphText, pattern: str) -> tuple[NodeLine, ...]:
 
 
 def with_paths(nodes: tuple[NodeLine, ...]) -> Iterator[str]:
-    """The lines of nodes, each run of nodes under its module path."""
+    """Yield the lines of nodes, with the module path above each run of nodes that share it."""
     path: str | None = None
     for node in nodes:
         if node.path != path:
@@ -89,7 +89,7 @@ def with_paths(nodes: tuple[NodeLine, ...]) -> Iterator[str]:
 
 
 def op_changes(before: ProgramText, after: ProgramText) -> dict[str, tuple[Counter[str], Counter[str]]]:
-    """Per graph that differs: how many nodes of each op were added, and how many were removed."""
+    """Return, for every graph that differs, the numbers of added and removed nodes of each operation."""
     changes: dict[str, tuple[Counter[str], Counter[str]]] = {}
     for name in dict.fromkeys([*before.graphs, *after.graphs]):
         old, new = (program.graphs[name].ops if name in program.graphs else Counter() for program in (before, after))
@@ -100,7 +100,7 @@ def op_changes(before: ProgramText, after: ProgramText) -> dict[str, tuple[Count
 
 
 def ops_text(ops: Counter[str], sign: str = "", most: int | None = None) -> str:
-    """Ops with their counts, the most frequent first: ``30 linear, 12 add.Tensor``."""
+    """Return operations with their counts, the most frequent first: ``30 linear, 12 add.Tensor``."""
     shown = sorted(ops.items(), key=lambda item: (-item[1], item[0]))
     parts = [f"{sign}{count} {op}" for op, count in shown[:most]]
     if most is not None and len(shown) > most:

@@ -1,4 +1,4 @@
-"""qcgraph passes, models and targets: what there is."""
+"""qcgraph passes, models and targets: lists of all three."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _runs_on(row: dict[str, Any]) -> str:
 
 
 def _offered(extensions: Extensions) -> Iterator[tuple[Any, str]]:
-    """Return what other distributions offer and is whole, each with its distribution; warn of the rest."""
+    """Yield the offers of other distributions that load, each with its distribution; warn of those that do not."""
     _warn(extensions.problems())
     for name, offer in extensions.offers().items():
         try:
@@ -107,7 +107,7 @@ def _print_rows(
     cells: Callable[[dict[str, Any]], tuple[str, ...]],
     right: tuple[str, ...] = (),
 ) -> None:
-    """Print a table, with a column for the distribution where a row is not qcgraph's own."""
+    """Print a table, with a column for the distribution if any row comes from another one than qcgraph."""
     if any(row["distribution"] for row in rows):
         titles = (*titles, "from")
         print_table(titles, [(*cells(row), row["distribution"] or "qcgraph") for row in rows], right=right)
@@ -116,7 +116,7 @@ def _print_rows(
 
 
 def describe_pass(kind: type[Pass]) -> dict[str, Any]:
-    """A pass as JSON data, from its fields and its docstring."""
+    """Describe a pass as JSON data, from its fields and its docstring."""
     from qcgraph.pipeline.options import choices_of
 
     text, _, attributes = (inspect.getdoc(kind) or "").replace("``", "").partition("Attributes:")

@@ -1,4 +1,4 @@
-"""What the commands print: tables and fields for people, JSON for programs."""
+"""Print results of commands: tables and fields for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-PIPE_WIDTH = 1000  # columns when nobody looks: nothing is wrapped or cut
+PIPE_WIDTH = 1000  # columns of output to a pipe or file, so that no line is wrapped or cut
 
-MOST_SAMPLES = 1_000_000  # of anything that is counted on the command line
-MOST_SEED = 2**63 - 1  # what a file of samples can hold
+MOST_SAMPLES = 1_000_000  # the largest count that any option accepts
+MOST_SEED = 2**63 - 1  # the largest seed that a file of samples can hold
 MOST_THREADS = 4096
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 def console() -> Console:
-    """A console on stdout that prints text as it is."""
+    """Return a console on stdout that prints text without markup."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else PIPE_WIDTH
@@ -31,12 +31,12 @@ def console() -> Console:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout (see `finite`)."""
+    """Print one JSON document to stdout (see `finite`)."""
     print(json.dumps(finite(value), indent=2, allow_nan=False))
 
 
 def finite(value: Any) -> Any:
-    """A value that JSON can hold: NaN and infinity, which it has not, become null."""
+    """Return a value that JSON can hold: NaN and infinity become null."""
     if isinstance(value, dict):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -45,12 +45,12 @@ def finite(value: Any) -> Any:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[str] = ()) -> None:
-    """A table on stdout.
+    """Print a table to stdout.
 
     Args:
         columns: the headings.
-        rows: one cell a column.
-        right: the columns that are aligned right, as numbers are.
+        rows: for every row, one cell for each column.
+        right: the columns that are aligned right, such as numbers.
     """
     from rich.table import Table
 
@@ -64,7 +64,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, rig
 
 
 def print_fields(fields: Iterable[tuple[str, object]]) -> None:
-    """Names and values on stdout, one a line."""
+    """Print names and values to stdout, one pair on each line."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2, 0, 0))
@@ -76,7 +76,7 @@ def print_fields(fields: Iterable[tuple[str, object]]) -> None:
 
 
 def print_heading(text: str) -> None:
-    """A heading on stdout, after an empty line."""
+    """Print an empty line and a heading to stdout."""
     from rich.text import Text
 
     print()
@@ -84,7 +84,7 @@ def print_heading(text: str) -> None:
 
 
 def _print_without_padding(table: Any) -> None:
-    """Rich fills every line of a table with blanks, which people then copy and programs then diff."""
+    """Print a table without the blanks with which rich fills its lines; copied text and diffs would contain them."""
     screen = console()
     with screen.capture() as captured:
         screen.print(table)
@@ -93,7 +93,7 @@ def _print_without_padding(table: Any) -> None:
 
 
 def size_text(count: int) -> str:
-    """A number of bytes for people: ``4.2 MB``."""
+    """Return a number of bytes as text: ``4.2 MB``."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"
@@ -101,12 +101,12 @@ def size_text(count: int) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Return a number of seconds for people: ``40 s``, ``3 min``, ``2.5 h``."""
+    """Return a number of seconds as text: ``40 s``, ``3 min``, ``2.5 h``."""
     if seconds >= 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
 
 
 def count_text(count: int, word: str) -> str:
-    """A number and a word: ``1 step``, ``50 steps``."""
+    """Return a number and a word, in the plural where needed: ``1 step``, ``50 steps``."""
     return f"{count} {word}" if count == 1 else f"{count} {word}s"

@@ -1,4 +1,4 @@
-"""Programs as text on the command line: which one is asked for, and printing what is asked of it."""
+"""Print programs as text on the command line: select a program, and print all or a part of it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from qcgraph.errors import UsageError, closest, shown
 if TYPE_CHECKING:
     from qcgraph.bundle import Bundle, IrText
 
-_LONGEST_NUMBER = 9  # digits of the number of a pass; Python refuses to read thousands of them
+_LONGEST_NUMBER = 9  # digits of a pass number; Python refuses to read numbers of thousands of digits
 
 
 def pass_text(bundle: Bundle, asked: str | None) -> IrText:
-    """The program after a pass, given by its name or its number; the last one when nothing is asked for.
+    """Return the text of the program after a pass, given by name or number; by default after the last pass.
 
     Raises:
         UsageError: there is no such pass, or it ran several times.
@@ -41,7 +41,7 @@ def pass_text(bundle: Bundle, asked: str | None) -> IrText:
 
 
 def graphs_of(program: ProgramText, asked: str | None) -> tuple[GraphText, ...]:
-    """All graphs of a program, or the one that is asked for.
+    """Return the graph with a given name, or all graphs of a program if no name is given.
 
     Raises:
         UsageError: there is no such graph.
@@ -58,9 +58,9 @@ def print_program(text: str, graph: str | None, node: str | None, *, about: Mapp
 
     Args:
         text: the program.
-        graph: the graph that is asked for.
+        graph: the name of the graph to print, or None for all graphs.
         node: a glob on node names and module paths.
-        about: what else the JSON document says.
+        about: further fields of the JSON document.
         json: whether to print a JSON document.
 
     Raises:

@@ -1,4 +1,4 @@
-"""qcgraph sample: draw samples with a bundle. With ONNX Runtime it imports neither torch nor diffusers."""
+"""qcgraph sample: samples of a bundle. With ONNX Runtime it imports neither torch nor diffusers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qcgraph.sampling.runner import Array
 
 MOST_BY_DEFAULT = 16
-MOST_BYTES = 2**32  # of latents, which are all in memory until the picture is drawn
+MOST_BYTES = 2**32  # bytes of latents, all of which are in memory until the picture is drawn
 
 
 def sample_command(
@@ -100,10 +100,10 @@ def sample_command(
 
 
 def choose_conditions(count: int | None, classes: Sequence[int], spec: ModelSpec) -> Conditions:
-    """Return the conditions of the samples: the classes asked for in turn, or all values of the conditions in turn.
+    """Return the conditions of the samples: the given classes in turn, or all values of the conditions in turn.
 
     Raises:
-        UsageError: no samples, a class that the model does not know, or classes of a model that takes none.
+        UsageError: no samples, a class that the model does not know, or classes for a model without classes.
     """
     from qcgraph.sampling.conditions import in_turn, of_labels
 
@@ -128,7 +128,7 @@ def _check_amount(count: int, spec: ModelSpec) -> None:
 
 
 def columns_for(count: int, cycle: int) -> int:
-    """Columns of the grid: one for each class of the cycle where that fits, else as many as rows."""
+    """Return the number of columns: one for each class of the cycle if this fits, otherwise as many as rows."""
     return min(count, cycle) if 1 < cycle <= MOST_BY_DEFAULT else math.ceil(math.sqrt(count))
 
 

@@ -1,4 +1,4 @@
-"""The scales of a bundle: data, and a table made of it."""
+"""Show the scales of a bundle: data, and a table made of this data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qcgraph.facts import ActivationQuant, AttentionPlan, QuantPlan, RegionQuant
 
 
 def scales(bundle: Bundle) -> list[dict[str, Any]]:
-    """Every quantized activation: the linear layers it enters, then the operands of attention."""
+    """Return every quantized activation: the inputs of linear layers, then the operands of attention."""
     linears, attentions = bundle.facts.get(QuantPlan), bundle.facts.get(AttentionPlan)
     rows = [
         _activation(name, site.activation) | {"weight_codes": [-site.weight.high, site.weight.high]}
@@ -43,7 +43,7 @@ def _activation(name: str, quant: ActivationQuant | RegionQuant) -> dict[str, An
 
 
 def print_scales(rows: list[dict[str, Any]]) -> None:
-    """The same as a table."""
+    """Print the scales as a table."""
     if not rows:
         print("nothing is quantized")
         return
@@ -63,7 +63,7 @@ def print_scales(rows: list[dict[str, Any]]) -> None:
 
 
 def _two_steps(row: Mapping[str, Any]) -> str:
-    """How the coarse step follows from the fine one, where there are two."""
+    """Describe the coarse step of a quantizer with two step sizes; empty for one with a single step size."""
     if "splits" in row:
         return f" twice, split at {' '.join(f'{split:g}' for split in row['splits'])}"
     return f", x{2 ** row['shift']} > 0" if row["shift"] else ""

@@ -16,7 +16,7 @@ from qcgraph.errors import VerificationError
 if TYPE_CHECKING:
     from qcgraph.export.check.check import Check
 
-MARKS = {True: "ok", False: "FAILED", None: "-"}  # None: not looked at, or it makes no sense
+MARKS = {True: "ok", False: "FAILED", None: "-"}  # None: not checked, or not applicable
 
 
 def verify_command(
@@ -64,7 +64,7 @@ def verify_command(
 
 
 def _as_data(check: Check) -> dict[str, Any]:
-    """A check as JSON data; what was not looked at has no figures."""
+    """Return a check as JSON data; a check that did not run has no figures."""
     return asdict(check) | ({"value": None, "limit": None} if check.passed is None else {})
 
 

@@ -1,1 +1,1 @@
-"""The only room that sees all others: compiles a model by a recipe, and says what that gives and costs."""
+"""Compile a model by a recipe, and report quality and cost; the only package that imports all other packages."""

@@ -1,4 +1,4 @@
-"""What a compilation shows before it is written: caches above the quantization noise, and the quality asked for."""
+"""Accept or refuse a compilation before it is written, by its cached edges and by its gate."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.recipe.gate import Gate, Verdict, require
 
-UNSAFE = "unsafe-cache"  # the override that the manifest then records
+UNSAFE = "unsafe-cache"  # the override that the manifest of such a bundle records
 
 
 def check_conditions(gate: Gate, model: LoadedModel) -> None:
-    """Refuse a gate that can not be measured, before any work begins.
+    """Refuse a gate that cannot be measured, before any work begins.
 
     Raises:
         UsageError: a condition needs a judge that the model does not have, or a library that is not installed.
@@ -36,20 +36,20 @@ def check_conditions(gate: Gate, model: LoadedModel) -> None:
 def admit_edges(
     program: Program, origin: Program, seed: int, *, allow_unsafe: bool, progress: Progress
 ) -> tuple[EdgeReport, ...]:
-    """Measure the cached edges of a program, and refuse a cache that carries more noise than the change it leaves out.
+    """Measure the cached edges of a program, and refuse a cache whose noise exceeds the change that reuse leaves out.
 
     Args:
         program: the compiled program.
         origin: the captured model.
-        seed: the seed of the calibration.
+        allow_unsafe: whether an unsafe cache is accepted.
         allow_unsafe: whether an unsafe cache is let through.
         progress: reports the measurement.
 
     Returns:
-        What was measured, for the report.
+        The measurement of every cached edge, for the report.
 
     Raises:
-        RefusedError: an edge is unsafe, and that is not allowed.
+        RefusedError: an edge is unsafe, and ``allow_unsafe`` is not set.
     """
     edges = measure_edges(program, origin, seed, progress)
     unsafe = [edge for edge in edges if not edge.is_safe]
@@ -70,27 +70,27 @@ def _measured(edge: CachedEdge) -> str:
 
 
 def overrides(edges: Sequence[EdgeReport]) -> tuple[str, ...]:
-    """What was let through although it is unsafe, for the manifest."""
+    """Return the overrides for the manifest: the names of unsafe things that were accepted."""
     return (UNSAFE,) if any(edge.snr is not None and edge.snr < LEAST_SNR for edge in edges) else ()
 
 
 def admit_quality(
     gate: Gate, model: LoadedModel, origin: Program, program: Program, folder: Path, target: Target, progress: Progress
 ) -> tuple[Verdict, ...]:
-    """Sample what was exported, and refuse it when the gate is not met.
+    """Sample from the exported program, and refuse it when the gate is not met.
 
     Args:
         gate: the conditions.
         model: the model.
         origin: the model, captured.
         program: the compiled program.
-        folder: where it was exported to.
-        target: what for.
+        folder: the folder of the exported program.
+        target: the target that it was exported for.
         progress: reports the samples.
 
     Raises:
         UsageError: a condition does not apply to the model.
-        RefusedError: the gate is not met; says by which term.
+        RefusedError: the gate is not met; the message names the failed conditions.
     """
     runner = open_runner(target, Exported(program, folder, program.interfaces))
     subject = Subject(model, origin, program, program.facts[StepPlan], runner, folder, target)

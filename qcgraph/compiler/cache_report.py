@@ -1,4 +1,4 @@
-"""What a compilation cached, by which schedule, and how well steps that reuse do. Plain data for reports and views."""
+"""Report which values a compilation cached, by which schedule, and how close reusing steps come to computing ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cache_report(facts: Facts) -> CacheReport | None:
 
 
 def _planned(plan: SchedulePlan | None) -> PlannedSchedule | None:
-    """Return how the schedule was found; None for an even or a given one."""
+    """Return how the schedule was found, or None for an even or a given schedule."""
     if plan is None:
         return None
     return PlannedSchedule(

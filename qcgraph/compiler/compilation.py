@@ -1,4 +1,4 @@
-"""The composition root: from a model's name and a recipe to a verified bundle."""
+"""Compile a model by a recipe: from the model's name to a verified bundle."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
 from qcgraph.recipe.gate import Verdict
 
-HELD_BYTES = 2**28  # of weights that are kept, and their capture, instead of being loaded and captured again
+HELD_BYTES = 2**28  # bytes of weights that stay in memory with their capture; a larger model is loaded again
 
 
 @dataclass(frozen=True)
 class CompileResult:
-    """What a compilation gave.
+    """The result of a compilation.
 
     Attributes:
-        bundle: the bundle, or None when nothing was to be written.
+        bundle: the bundle, or None when none was to be written.
         report: the summary.
         program_text: the program as text after the last pass that ran.
     """
@@ -67,7 +67,7 @@ class CompileResult:
 
 
 class _ReleaseMemory(Instrument):
-    """After every pass, what it freed goes back to the system."""
+    """Return the memory that a pass freed to the system, after every pass."""
 
     def after(self, pass_: Pass, before: Program, after: Program) -> None:
         release_memory()
@@ -91,21 +91,21 @@ def compile_model(
 
     Args:
         model: a model's name, or a loaded model.
-        recipe: what to do with it.
-        output: the folder of the bundle; not needed when nothing is written.
-        plan: a schedule to take instead of the recipe's; the recipe in the bundle holds it.
-        force: whether an existing bundle there is replaced.
-        stop_after: stop after this pass and write nothing.
+        recipe: the settings of the compilation.
+        output: the folder of the bundle; not needed when no bundle is written.
+        plan: a schedule that replaces the one of the recipe; the recipe in the bundle records it.
+        force: whether an existing bundle at ``output`` is replaced.
+        stop_after: the pass to stop after; no bundle is written then.
         verify_each: run and check the program after every pass.
         print_after: passes after which the program is printed to ``out``, or ``all``.
-        dry_run: resolve everything, run nothing that samples, write nothing.
-        progress: where progress goes.
-        out: where printed programs go, standard output by default.
+        dry_run: whether to resolve all settings, but run no pass that samples and write no bundle.
+        progress: receives progress messages.
+        out: the stream for printed programs, standard output by default.
 
     Raises:
         UsageError: the input is wrong; nothing was written.
-        VerificationError: the exported graphs do not do what the program does (what was exported is kept beside the
-            output), a cache is unsafe, or the gate of the recipe is not met; nothing was written to the output.
+        VerificationError: the exported graphs differ from the program (the export is kept beside the output), a cache
+            is unsafe, or the gate of the recipe is not met; nothing was written to the output.
     """
     compilation = _Compilation(
         model=model,
@@ -119,7 +119,7 @@ def compile_model(
         progress=progress or Progress(),
         out=out or sys.stdout,
     )
-    with torch.inference_mode(mode=False):  # tensors made in it count no writes, and nothing is differentiated there
+    with torch.inference_mode(mode=False):  # tensors made in inference mode count no writes and allow no gradients
         if not is_asked_for(recipe):
             return compilation.run(recipe)
         if dry_run:
@@ -131,7 +131,7 @@ def compile_model(
 
 @dataclass(frozen=True)
 class _Compilation:
-    """What `compile_model` was given, but the recipe, whose bits may have to be found."""
+    """The arguments of `compile_model` except the recipe, whose bits may have to be searched."""
 
     model: str | LoadedModel
     output: Path | None
@@ -164,7 +164,7 @@ class _Compilation:
         start, kept = [captured], captured if self.dry_run else None
         held = (loaded, captured) if captured.constant_bytes <= HELD_BYTES else None
         elapsed = time.perf_counter() - started
-        del loaded, captured  # the weights of a large model are not held while the passes run, once they have others
+        del loaded, captured  # large weights are not held while the passes run, once passes have replaced them
         program = self._transformed(start, _prefix(pipeline, self.stop_after, self.dry_run), instruments, target)
         report = compile_report(sites, program, recipe, target, pipeline, timer.seconds)
         if recipe.is_quantized and not (report.planned_sites if self.dry_run else report.quantized_sites):
@@ -183,10 +183,10 @@ class _Compilation:
         return CompileResult(None, report, program.text)
 
     def _place(self) -> Path | None:
-        """Return where the bundle goes, None where nothing is to be written.
+        """Return the folder for the bundle, or None when no bundle is written.
 
         Raises:
-            UsageError: no place was given, or nothing can be written there.
+            UsageError: no folder was given, or it cannot be written.
         """
         if self.dry_run or self.stop_after is not None:
             return None
@@ -196,7 +196,7 @@ class _Compilation:
         return self.output
 
     def _instruments(self, captured: Program) -> Iterator[Instrument]:
-        """Return what watches the passes besides time and text."""
+        """Yield the instruments that watch the passes, except those for time and text."""
         yield Reproduce(lambda: _reproducer_folder(self.output), self.progress)
         yield _ReleaseMemory()
         if self.verify_each:
@@ -207,11 +207,11 @@ class _Compilation:
     def _transformed(
         self, start: list[Program], pipeline: Pipeline, instruments: Sequence[Instrument], target: Target
     ) -> Program:
-        """Return what the passes make of the program in ``start``, which is taken out so that nothing else holds it."""
+        """Return the program after all passes; take it out of ``start``, so that nothing else keeps it in memory."""
         program = start.pop()
         for part in _parts(pipeline):
             program = part.run(program, instruments, self.progress, costs_for(target, self.progress), origin=program)
-            gc.collect()  # graphs and their modules refer to each other; with them go the weights that were replaced
+            gc.collect()  # graphs and modules refer to each other; collecting them frees the weights that were replaced
             release_memory()
         return program
 
@@ -241,14 +241,14 @@ class _Compilation:
         """
 
         def origin() -> tuple[LoadedModel, Program]:
-            """Return what was captured, and its model."""
+            """Return the model and its capture."""
             return held or _loaded_again(self.model, recipe, program, self.progress, timer)
 
         edges, original = _admitted_edges(origin, recipe, program, self.progress, timer)
-        gc.collect()  # with what was measured goes the model
+        gc.collect()  # frees the model that the measurement used
 
         def fill(folder: Path) -> CompileReport:
-            """Write all of a bundle but its graphs and weights, and return its report."""
+            """Write everything in a bundle except its graphs and weights, and return its report."""
             self.progress.stage("write")
             whole = report.with_fields(
                 cached_edges=edges,
@@ -281,10 +281,10 @@ class _Compilation:
 
 
 def following(recipe: Recipe, plan: PlanFile | None) -> Recipe:
-    """A recipe with the schedule of a plan in it: a bundle can be compiled again from its recipe alone.
+    """Return a recipe that contains the schedule of a plan, so that the bundle can be compiled again from it alone.
 
     Raises:
-        UsageError: the recipe brings a pipeline of its own.
+        UsageError: the recipe has its own pipeline.
     """
     if plan is None:
         return recipe
@@ -299,7 +299,7 @@ def following(recipe: Recipe, plan: PlanFile | None) -> Recipe:
 
 
 def _followed(recipe: Recipe, plan: PlanFile | None, program: Program) -> GivenPlan | None:
-    """What became of a schedule that was given, and what it does to the final latents (see `Rehearsed`)."""
+    """Report how a given schedule was applied, and its effect on the final latents (see `Rehearsed`)."""
     if recipe.followed is None:
         return None
     schedule, steps = TimedSchedule.parse(recipe.followed), program.facts[StepPlan]
@@ -316,7 +316,7 @@ def _followed(recipe: Recipe, plan: PlanFile | None, program: Program) -> GivenP
 
 
 def _write(folder: Path, program: Program, recipe: Recipe, report: CompileReport, dump: Dump) -> None:
-    """Write all of a bundle but its graphs and weights."""
+    """Write everything in a bundle except its graphs and weights."""
     dump.write(folder / "ir")
     write_plan(folder, program.facts[ModelSpec], program.facts[StepPlan], program.interfaces)
     (folder / "recipe.lock.toml").write_text(recipe.to_toml(), "utf-8")
@@ -328,12 +328,12 @@ def verify_bundle(bundle: Bundle, progress: Progress | None = None, target: str 
 
     Args:
         bundle: the bundle.
-        progress: reports what takes long.
-        target: a target that the graphs are to conform to as well (see `qcgraph.export.check.conformance`).
+        progress: receives progress messages.
+        target: a target that the graphs must also conform to (see `qcgraph.export.check.conformance`).
 
     Raises:
-        BundleError: the bundle's files are not those that were written, or it has no graphs to conform.
-        UsageError: there is no such target, it takes no graphs, or what has to judge is not installed.
+        BundleError: a file of the bundle is missing or was changed, or the bundle has no graphs to check.
+        UsageError: the target does not exist or takes no graphs, or the library that checks it is not installed.
     """
     progress, compiled_for = progress or Progress(), target_of(bundle)
     if target is None:
@@ -341,7 +341,7 @@ def verify_bundle(bundle: Bundle, progress: Progress | None = None, target: str 
     from qcgraph.export.check.conformance import check_conformance, judge_of
 
     asked = target_named(target)
-    judge_of(asked)  # before the program is loaded, which may take long
+    judge_of(asked)  # refuses early: loading the program may take long
     for variant in bundle.interfaces:
         bundle.file(f"{variant}.onnx")
     return check_conformance(load_program(bundle.path), bundle.path, asked, bundle.interfaces, progress)
@@ -350,7 +350,7 @@ def verify_bundle(bundle: Bundle, progress: Progress | None = None, target: str 
 def _captured(
     model: str | LoadedModel, recipe: Recipe, progress: Progress, timer: Timer, *, again: bool = False
 ) -> tuple[LoadedModel, Program]:
-    """The model, and the captured program with its step plan."""
+    """Return the model, and its captured program with the step plan."""
     suffix = " again" if again else ""
     progress.note(f"loading {model}" if isinstance(model, str) else f"taking {model.spec.name}")
     with timer.stage(f"load{suffix}"):
@@ -370,10 +370,10 @@ def _captured(
 def _loaded_again(
     model: str | LoadedModel, recipe: Recipe, program: Program, progress: Progress, timer: Timer
 ) -> tuple[LoadedModel, Program]:
-    """The model that a program was compiled from, and its capture: neither was held while the passes ran.
+    """Load and capture the model of a program again, because neither was held while the passes ran.
 
     Raises:
-        UsageError: it has other weights now.
+        UsageError: the weights of the model have changed.
     """
     loaded, captured = _captured(model, recipe, progress, timer, again=True)
     found, expected = (of.facts[StepPlan].fingerprint.model for of in (captured, program))
@@ -393,7 +393,7 @@ def _admitted_edges(
     progress: Progress,
     timer: Timer,
 ) -> tuple[tuple[EdgeReport, ...], tuple[LoadedModel, Program] | None]:
-    """What `admit_edges` measured, and the model again where a gate will judge by it."""
+    """Return the edges that `admit_edges` measured, and the model with its capture if a gate needs them."""
     judges = recipe.conditions is not None
     has_edges = is_quantized(program) and len(program.facts[StepPlan].variants) > 1
     if not judges and not has_edges:
@@ -407,7 +407,7 @@ def _admitted_edges(
 
 
 def _export(program: Program, folder: Path, target: Target, progress: Progress, timer: Timer) -> tuple[Check, ...]:
-    """Write the program and its graphs for the target, and return what was checked of them."""
+    """Write the program and its graphs for the target, and return the checks of the graphs."""
     if not target.emits_onnx:
         with timer.stage("export"):
             save_program(program, folder)
@@ -429,14 +429,14 @@ def _check_pass_names(pipeline: Pipeline, names: tuple[str, ...]) -> None:
 
 
 def _check_applicable(recipe: Recipe, pipeline: Pipeline, loaded: LoadedModel, captured: Program) -> None:
-    """Refuse what will not go with the model or its steps, before anything is sampled."""
+    """Refuse a recipe that does not fit the model or its steps, before anything is sampled."""
     pipeline.check(captured)
     if recipe.conditions is not None:
         check_conditions(recipe.conditions, loaded)
 
 
 def _prefix(pipeline: Pipeline, stop_after: str | None, dry_run: bool) -> Pipeline:
-    """Return the passes that run: up to the one to stop after, and in a dry run only those that need no samples."""
+    """Return the passes to run: up to ``stop_after``, and in a dry run only those that need no samples."""
     names = [pass_.name for pass_ in pipeline]
     chosen = Pipeline(pipeline.passes[: names.index(stop_after) + 1] if stop_after else pipeline.passes)
     return chosen.without_sampling() if dry_run else chosen
@@ -452,5 +452,5 @@ def _parts(pipeline: Pipeline) -> tuple[Pipeline, ...]:
 def _reproducer_folder(output: Path | None) -> Path:
     if output is None:
         user = os.getuid() if hasattr(os, "getuid") else 0
-        return Path(tempfile.gettempdir()) / f"qcgraph-{user}.reproducer"  # the last one of a user: they are large
+        return Path(tempfile.gettempdir()) / f"qcgraph-{user}.reproducer"  # one for each user: they are large
     return output.with_name(f"{output.name}.reproducer")

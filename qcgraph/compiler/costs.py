@@ -1,4 +1,4 @@
-"""What one run of every variant costs, in milliseconds, and on which runtime: what planning under a budget goes by."""
+"""Measure the milliseconds of one run of every variant, and name the runtime; planning under a budget needs both."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ WARM_UP = 3
 
 
 def measure_costs(program: Program, target: Target, progress: Progress) -> dict[str, float]:
-    """The median time of one run of every variant for one image, both halves of guidance, variants taking turns.
+    """Return the median milliseconds of one run of every variant on one image with guidance; variants take turns.
 
     Args:
         program: a program before legalization.
-        target: what it is compiled for; its legalization is applied, and what its runtime reads is exported to a
-            temporary folder.
+        target: what the program is compiled for; its legalization is applied, and the files that its runtime reads are
+            exported to a temporary folder.
         progress: reports the export.
     """
     legal = Pipeline.parse(target.legalize).run(program) if target.legalize else program
@@ -42,10 +42,9 @@ def measure_costs(program: Program, target: Target, progress: Progress) -> dict[
 
 
 def costs_for(target: Target, progress: Progress) -> Costs:
-    """Return what measures the variants of programs before legalization, with the runtime that it measures on.
+    """Return the function that measures variants before legalization, and the name of the runtime that it measures on.
 
-    It is the runtime that stands in for the target's own where the target has one: its milliseconds are then not those
-    of the target.
+    A target may have a stand-in for its runtime. The milliseconds are then those of the stand-in.
     """
     return Costs(runtime_for(target, "f32").name, lambda program: measure_costs(program, target, progress))
 
@@ -54,7 +53,7 @@ def _turns(runner: Runner, program: Program) -> dict[str, float]:
     plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
     latent = np.random.default_rng(0).standard_normal((plan.halves, *spec.latent_shape), dtype=np.float32)
     inputs = step_inputs(plan, spec, 0, latent, in_turn(plan.halves, spec, with_null=True))
-    names, state = [plan.computing, *plan.reusing], dict[tuple[str, int], object]()  # the first makes the caches
+    names, state = [plan.computing, *plan.reusing], dict[tuple[str, int], object]()  # computing fills the caches
     seconds: Mapping[str, list[float]] = {name: [] for name in names}
     for turn in range(WARM_UP + ROUNDS):
         for name in names:

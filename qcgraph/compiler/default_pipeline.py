@@ -1,4 +1,4 @@
-"""The default pipeline, on one page: what runs, in which order, and why there."""
+"""Build the default pipeline, on one page: its passes, their order, and the reason for every place."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from qcgraph.recipe import MOST_BITS, Recipe
 
 
 def default_pipeline(recipe: Recipe, target: Target) -> Pipeline:
-    """The passes a recipe asks for, its own or the default ones, then what its target asks for and they lack.
+    """Return the passes of a recipe, its own or the default ones, and after them the missing passes of its target.
 
     Raises:
-        UsageError: the recipe's own pipeline text is wrong, or it asks for what the target cannot hold.
+        UsageError: the pipeline text of the recipe is wrong, or the target does not support what the recipe asks for.
     """
     if recipe.pipeline.passes:
         chosen = Pipeline.parse(recipe.pipeline.passes)
@@ -28,7 +28,7 @@ def default_pipeline(recipe: Recipe, target: Target) -> Pipeline:
 
 
 def target_notes(recipe: Recipe, target: Target) -> tuple[str, ...]:
-    """What a target means for what a recipe asks for or leaves open, in words for the report.
+    """Return notes for the report on what the target changes or decides about the recipe.
 
     Raises:
         UsageError: see `default_pipeline`.
@@ -51,7 +51,7 @@ def target_notes(recipe: Recipe, target: Target) -> tuple[str, ...]:
 
 
 def _measuring_notes(recipe: Recipe, target: Target) -> Iterator[str]:
-    """Say where the steps are planned by milliseconds of another runtime than the target's own."""
+    """Yield a note if the steps are planned by milliseconds of another runtime than the target's own."""
     measuring = runtime_for(target, "f32")
     if recipe.cache_budget is not None and recipe.cache.cost == "latency" and measuring.name != target.runtime:
         yield (
@@ -61,7 +61,7 @@ def _measuring_notes(recipe: Recipe, target: Target) -> Iterator[str]:
 
 
 def _lacking(chosen: Pipeline, recipe: Recipe, target: Target) -> Iterator[Pass]:
-    """What a target asks for at the end of a pipeline, as far as that does not have it."""
+    """Return the passes that the target requires and the pipeline lacks; they come last."""
     names = {pass_.name for pass_ in chosen}
     legalization = Pipeline.parse(target.legalize) if target.legalize else Pipeline(())
     yield from (pass_ for pass_ in (*legalization, *_reduced(recipe, target)) if pass_.name not in names)
@@ -72,7 +72,7 @@ def _passes(recipe: Recipe, target: Target) -> Iterator[Pass]:
     compensated = recipe.compensation.mode != "off"
 
     if quantized and recipe.quantization.equalize and not recipe.is_float8:
-        # Before there are variants: it changes the constants that all of them will share.
+        # Before any variants are made: this pass changes constants that all variants will share.
         yield _pass(
             "plan-equalization",
             weight_bits=round(recipe.bit_budget or recipe.weight_bits),
@@ -81,28 +81,28 @@ def _passes(recipe: Recipe, target: Target) -> Iterator[Pass]:
         )
         yield _pass("equalize")
     if recipe.is_cached:
-        # Before calibration: ranges and errors are only worth observing on the steps, and in the graphs, that will run.
+        # Before calibration: ranges and errors should be observed on the steps and in the graphs that will run.
         yield from _caching(recipe, quantized=quantized)
     if quantized or compensated or recipe.forecast != "reuse":
-        # Still in full precision, so that one run gives the reference and the other the ranges of the cached path.
+        # Still in full precision: one run gives the reference, another gives the ranges of the cached path.
         yield _calibrate(recipe, quantized=quantized)
     if quantized:
         yield from _quantizing(recipe, target)
     if recipe.is_cached:
-        # On the quantized model: a step that reuses carries on the noise of quantization.
+        # On the quantized model: a reusing step passes the noise of quantization on.
         yield from _settling(recipe, quantized=quantized)
     if compensated:
-        # Last: what is compensated is the drift that quantization and caching leave together.
+        # Last: compensation corrects the drift of quantization and caching together.
         form = "masked" if recipe.compensation.mode == "vc-masked" else "ratio"
         yield _pass("fit-compensation", clamp=recipe.compensation.clamp, form=form)
         yield _pass("insert-compensation")
     if recipe.modulation.hoist:
-        # When all is decided: it changes no value, and what observes and fits before need not prepare any.
+        # After all decisions: this pass changes no value, and passes that observe and fit need not run its variant.
         yield _pass("hoist-adaln")
 
 
 def _reduced(recipe: Recipe, target: Target) -> Iterator[Pass]:
-    """The type of what is not quantized, last of all: what is fitted and searched before is so in float32."""
+    """Yield the pass that reduces the type of unquantized values; it is last, so that fits and searches use float32."""
     precision = recipe.target.precision
     if precision != "float32" and target.integer_products:
         if precision != "auto":
@@ -125,19 +125,19 @@ def _calibrate(recipe: Recipe, *, quantized: bool) -> Pass:
 
 
 def _sampling(recipe: Recipe) -> dict[str, int]:
-    """The trajectories of every pass that samples: the seed, and how many where the recipe says it."""
+    """Return the options of every pass that samples: the seed, and the number of trajectories if the recipe sets it."""
     asked = recipe.calibration
     return {"seed": asked.seed} | ({} if asked.trajectories == "auto" else {"trajectories": asked.trajectories})
 
 
 def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
-    """What is quantized and how, then the quantizers."""
+    """Yield the passes that plan quantization, then those that insert and fit quantizers."""
     asked, seed = recipe.quantization, recipe.calibration.seed
     if recipe.is_float8:
         yield from _quantizing_to_float8(recipe, target)
         return
     regions = _has_regions(recipe, target)
-    # Groups before scales: a scale belongs to a group.
+    # Groups come before scales: every scale belongs to a group.
     yield _pass("group-timesteps", groups=asked.groups, strategy=asked.grouping)
     yield _pass(
         "plan-quant",
@@ -147,7 +147,7 @@ def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
         weight_high=target.weight_high,
     )
     if recipe.bit_budget is not None:
-        # Before scales are searched, which depend on the bits.
+        # Before the search for scales, which depends on the bits.
         yield _pass(
             "allocate-bits",
             budget=recipe.bit_budget,
@@ -158,13 +158,13 @@ def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
     if asked.scales == "fisher" or regions:
         yield _pass("search-scales", objective=asked.scales, regions=regions, seed=seed)
     if asked.rounding != "nearest":
-        # After the scales: weights are rounded for activations as they will be.
+        # After the scales: weights are rounded for the quantized activations.
         yield _pass("round-weights", method=asked.rounding)
     if asked.correction != "off":
-        # While weights are still whole: what is fitted is the difference that quantizing them makes.
+        # Before weights are quantized: the fitted correction is the difference that quantizing makes.
         yield _pass("fit-requantization", sites=asked.correction)
     if asked.attention:
-        # After what is decided on the model as it is; before insert-qdq, which drops the calibration set.
+        # After all decisions on the original model; before insert-qdq, which drops the calibration set.
         yield _pass("split-attention")
         yield _pass(
             "plan-attention",
@@ -180,7 +180,7 @@ def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
 
 
 def _quantizing_to_float8(recipe: Recipe, target: Target) -> Iterator[Pass]:
-    """Fewer passes: numbers whose precision is relative gain nothing from scales that clip or that channels share."""
+    """Yield fewer passes for fp8: its relative precision gains nothing from scales that clip or that channels share."""
     asked = recipe.quantization
     if not target.multiplies_float8 or (target.emits_onnx and recipe.target.precision == "float32"):
         takers = ", ".join(name for name, known in TARGETS.items() if known.multiplies_float8)
@@ -195,7 +195,7 @@ def _quantizing_to_float8(recipe: Recipe, target: Target) -> Iterator[Pass]:
 
 
 def _has_regions(recipe: Recipe, target: Target) -> bool:
-    """Whether activations may have two regions: as asked for, else where the target can hold them."""
+    """Return whether activations may have two regions: as the recipe says, by default if the target supports them."""
     asked = recipe.quantization.regions
     if asked is True and target.constant_scales:
         raise UsageError(
@@ -207,7 +207,7 @@ def _has_regions(recipe: Recipe, target: Target) -> bool:
 
 
 def _caching(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
-    """What is cached, and the steps as far as they are known before calibration, which should see about these."""
+    """Yield the passes that plan and insert the cache, with a draft of the schedule if quantization follows."""
     yield _pass(
         "plan-cache",
         **_spacing(recipe),
@@ -220,7 +220,7 @@ def _caching(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
     if recipe.followed:
         yield _pass("apply-plan", plan=recipe.followed)
     if recipe.is_searched:
-        # With quantization it is a draft.
+        # With quantization, this schedule is a draft.
         yield _schedule(recipe, final=not quantized)
 
 
@@ -237,24 +237,24 @@ def _forecaster(recipe: Recipe) -> Forecaster:
 
 
 def _settling(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
-    """The schedule that will run, and the forecasts that go with it."""
+    """Yield the passes that fix the final schedule and its forecasts."""
     if recipe.is_searched and quantized:
-        # Again, because errors are others now, and because costs can be measured.
+        # Planned again: quantization changes the errors, and costs can be measured now.
         yield _schedule(recipe, final=True)
     if recipe.followed:
-        # What is given is not looked for; what it does is told all the same.
+        # A given schedule is not searched for, but its effect is measured and reported.
         yield _pass("rehearse-steps", forecast=recipe.forecast, **_sampling(recipe))
     if recipe.is_searched or recipe.followed or "+" in recipe.cache.blocks:
-        # Only now is it known which of the variants the schedule uses.
+        # Only now is it known which variants the schedule uses.
         yield _pass("drop-variants")
     if recipe.forecast != "reuse":
-        # Closed loop: what a forecast amplifies has to be there when it is fitted.
+        # Closed loop: the fit must see the errors that a forecast amplifies.
         yield _pass("insert-forecast")
         yield _pass("fit-forecast", kind=recipe.forecast)
 
 
 def _spacing(recipe: Recipe) -> dict[str, Any]:
-    """The draft of a schedule; one that is given needs none, but the variants that a draft brings about."""
+    """Return the options for a draft of the schedule; a given schedule needs only the variants that a draft creates."""
     if recipe.cache_budget is not None:
         return {"budget": recipe.cache_budget}
     return {"interval": recipe.cache_interval} if recipe.cache_interval else {}

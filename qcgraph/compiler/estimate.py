@@ -1,4 +1,4 @@
-"""What compiling will take, estimated before anything is sampled: time, memory, and the size of the bundle."""
+"""Estimate, before any sampling, the time and memory that a compilation needs and the size of its bundle."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from qcgraph.plan.steps import StepPlan
 from qcgraph.sampling.conditions import in_turn
 from qcgraph.sampling.runner import step_call, step_inputs
 
-TIMED_MACS = 2e9  # multiply-accumulates of the batch that one run is timed with; small models need a batch
-TIMED_ROWS = 64  # the largest such batch
-# The rest was read off compilations of digits and of DiT-S/2 to DiT-XL/2 (docs/benchmarks.md, "What compiling costs").
-EXPORT_SECONDS = 0.015  # to export and check a variant, for every node of its graph
-JUDGED_FORWARDS = 300  # runs of a small model that checking the exported graphs takes as long as ..
-JUDGED_MACS = 100e9  # .. or as many multiply-accumulates, where that is less
-NODE_BYTES = 4000  # of program.json, the texts and the graphs in a bundle, for every node of the captured graph
-WORKING_SHARE = 0.3  # of the weights, held besides them while passes and the export run
-WORKING_BYTES = 400e6  # held besides the weights, whatever the model
+TIMED_MACS = 2e9  # multiply-accumulates of the batch that one run is timed with; small models need a larger batch
+TIMED_ROWS = 64  # the largest batch that one run is timed with
+# The constants below were fitted to compilations of digits and of DiT-S/2 to DiT-XL/2
+# (docs/benchmarks.md, "What compiling costs").
+EXPORT_SECONDS = 0.015  # seconds to export and check a variant, for every node of its graph
+JUDGED_FORWARDS = 300  # checking the exported graphs takes as long as this many runs of a small model ..
+JUDGED_MACS = 100e9  # .. or as a run of this many multiply-accumulates, whichever is less
+NODE_BYTES = 4000  # bytes of program.json, texts and graphs in a bundle, for every node of the captured graph
+WORKING_SHARE = 0.3  # memory that passes and export need besides the weights, as a share of the weights
+WORKING_BYTES = 400e6  # bytes of memory that any compilation needs besides the weights
 FLOAT_BYTES = 4
 CODE_BYTES = 1
 
 
 @dataclass(frozen=True)
 class CompileEstimate:
-    """What a compilation will take, about: within a factor of two where it was compared.
+    """An estimate of time, memory and size, within a factor of two of all compilations it was compared with.
 
     Attributes:
-        seconds: wall time, on this machine with as many threads as now.
+        seconds: wall time on this machine with the current number of threads.
         memory_bytes: the largest resident size of the process.
         bundle_bytes: the size of the bundle.
     """
@@ -52,14 +53,14 @@ class CompileEstimate:
 def estimate(
     captured: Program, program: Program, pipeline: Pipeline, planned: Sequence[Site], target: Target, elapsed: float
 ) -> CompileEstimate:
-    """CompileEstimate what compiling takes, from one run of the model and from what the passes say of their work.
+    """Estimate a compilation from one run of the model and from the work that its passes report.
 
     Args:
         captured: the captured program.
         program: the program after the passes that need no samples.
         pipeline: all passes.
-        planned: the sites that are to be quantized.
-        target: what it is compiled for.
+        planned: the sites that will be quantized.
+        target: the target of the compilation.
         elapsed: seconds that loading and capturing took.
     """
     work = workload(program, pipeline)
@@ -81,7 +82,7 @@ def estimate(
 
 
 def workload(program: Program, pipeline: Pipeline) -> Workload:
-    """Return the sizes that the work of passes depends on."""
+    """Return the sizes that determine the work of the passes."""
     plan, macs = program.facts[StepPlan], macs_by_variant(program.variants)
     spent = sum(macs[name] * plan.uses(name) for name in macs)
     sizes = [pass_.sizes(program) for pass_ in pipeline]
@@ -91,7 +92,7 @@ def workload(program: Program, pipeline: Pipeline) -> Workload:
 
 
 def seconds_per_forward(program: Program) -> float:
-    """Return the seconds that the captured model takes for one latent, from one run after another that warms up."""
+    """Return the seconds that the captured model takes for one latent, from one run after a warm-up run."""
     spec, plan = program.facts[ModelSpec], program.facts[StepPlan]
     (macs,) = macs_by_variant(program.variants).values()
     count = int(np.clip(TIMED_MACS // max(macs, 1), 1, TIMED_ROWS))

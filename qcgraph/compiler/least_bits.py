@@ -1,4 +1,4 @@
-"""The fewest bits that meet a gate: compilations with more and fewer of them, until the step between is small."""
+"""Find the fewest bits that meet a gate, by bisection over compilations."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from qcgraph.errors import RefusedError, UsageError
 from qcgraph.progress import Progress
 from qcgraph.recipe import AUTO_BITS, Recipe
 
-BUDGETS = (4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5, 8.0)  # bits on average
+BUDGETS = (4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5, 8.0)  # average bits that the search tries
 Result = TypeVar("Result")
 
 
 def is_asked_for(recipe: Recipe) -> bool:
-    """Whether a recipe leaves the bits to its gate.
+    """Return whether a recipe leaves the choice of bits to its gate.
 
     Raises:
-        UsageError: it does, and has none.
+        UsageError: the recipe leaves it to the gate, but has no gate.
     """
     if recipe.quantization.bits != AUTO_BITS:
         return False
@@ -31,25 +31,25 @@ def is_asked_for(recipe: Recipe) -> bool:
 
 
 def most_bits() -> str:
-    """Return the bits that the search may need at most, as the recipe spells them: what a dry run assumes."""
+    """Return the largest bits of the search, as a recipe spells them; a dry run assumes them."""
     return f"{AUTO_BITS}={BUDGETS[-1]:g}"
 
 
 def compile_with_least(recipe: Recipe, compile_: Callable[[Recipe, bool], Result], progress: Progress) -> Result:
     """Compile with the fewest bits that meet the gate, by bisection over `BUDGETS`.
 
-    A compilation that meets it is written, and replaced by the next one that does with fewer bits: whenever this is
-    stopped, what is there is good enough.
+    A bundle that meets the gate is written, and replaced by the next one that meets the gate with fewer bits. If the
+    search is interrupted, the last bundle still meets the gate.
 
     Args:
-        recipe: asks for ``auto`` bits under a gate.
-        compile_: compiles a recipe and writes the bundle; the flag says whether it replaces one of these attempts.
-        progress: told of the attempts.
+        recipe: asks for ``auto`` bits, and has a gate.
+        compile_: compiles a recipe and writes the bundle; the flag says whether it replaces an earlier one.
+        progress: receives progress messages.
 
     Raises:
-        RefusedError: the most bits do not meet the gate; nothing was written.
+        RefusedError: the gate is not met with the most bits; nothing was written.
     """
-    low, high = 0, len(BUDGETS)  # all below low are refused, high is met
+    low, high = 0, len(BUDGETS)  # budgets below low miss the gate; those from high on meet it
     best: Result | None = None
     refusal: RefusedError | None = None
     while low < high:

@@ -1,4 +1,4 @@
-"""What becomes of a bundle whose exported graphs fail a check: it is kept beside its place, to be looked at."""
+"""Keep a bundle whose exported graphs fail a check, beside its intended folder, for inspection."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from qcgraph.export.check.check import Check, failure_text
 from qcgraph.export.targets import Target, record_of
 from qcgraph.files.atomic import resolved
 
-FAILED_CHECKS = "failed-checks"  # the override by which the manifest of a rejected bundle can be told
+FAILED_CHECKS = "failed-checks"  # the override that marks the manifest of a rejected bundle
 
 
 def rejected_place(output: Path) -> Path:
-    """Return the folder that keeps a bundle which was to be ``output`` and failed its checks."""
+    """Return the folder that keeps a rejected bundle which was meant for ``output``."""
     place = resolved(output)
     return (output.parent if place.name == output.name else place.parent) / f"{place.name}.rejected"
 
@@ -31,16 +31,16 @@ def reject(
     target: Target,
     precision: str,
 ) -> VerificationError:
-    """Keep a bundle whose checks failed in `rejected_place`, and return the error that says which.
+    """Keep a bundle whose checks failed in `rejected_place`, and return an error that names the failed checks.
 
     Args:
-        checks: all checks that were made; at least one failed.
-        folder: holds what was exported, which is moved.
-        output: where the bundle was to be; what is there is not touched.
-        fill: writes what a bundle has besides its graphs and weights into the folder that it is given.
+        checks: all checks of the export; at least one failed.
+        folder: the folder of the export; its files are moved.
+        output: the intended folder of the bundle; it is not touched.
+        fill: writes everything in a bundle except its graphs and weights into the given folder.
         model: the name of the model.
-        target: what it was exported for.
-        precision: the floating-point type of what is not quantized.
+        target: the target of the export.
+        precision: the floating-point type of values that are not quantized.
     """
     place = rejected_place(output)
     failed = sum(check.failed for check in checks)
@@ -67,13 +67,13 @@ def reject(
 
 
 def forget_rejected(output: Path) -> None:
-    """Remove what an earlier compilation to ``output`` left in `rejected_place`, now that one has passed its checks.
+    """Remove the rejected bundle of an earlier compilation to ``output``, after a compilation that passed its checks.
 
-    A folder that is not such a bundle, or holds anything that qcgraph did not write, stays as it is.
+    The folder is kept if it is not a rejected bundle, or if it holds files that qcgraph did not write.
     """
     place = rejected_place(output)
     try:
         if FAILED_CHECKS in Bundle.open(place, check=False).manifest.overrides:
             BUNDLE_FOLDER.remove(place)
     except (BundleError, UsageError):
-        return  # nothing is there, or it is not ours to remove
+        return  # no such folder, or not a bundle of qcgraph

@@ -1,4 +1,4 @@
-"""What report.json tells of a compilation."""
+"""Summarize a compilation for report.json."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def compile_report(
     pipeline: Pipeline,
     seconds: Sequence[float],
 ) -> CompileReport:
-    """Return the summary of a compilation as far as its program tells it.
+    """Return the summary of a compilation that its program and pipeline determine.
 
     Args:
         sites: the sites of the model.
         program: the compiled program.
         recipe: the resolved recipe.
-        target: what the program is compiled for.
-        pipeline: the passes that the recipe stands for.
+        target: the target of the compilation.
+        pipeline: the passes of the recipe.
         seconds: the seconds of every pass that ran.
     """
     plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
@@ -63,7 +63,7 @@ def compile_report(
 
 
 def _range_change(program: Program) -> RangeChange | None:
-    """Return the site whose range caching changes most, at the steps that compute."""
+    """Return the site whose range changes most through caching, at computing steps."""
     ranges = program.facts.get(Ranges)
     sites = [site for site, found in ranges.planned.items() if found.is_finite] if ranges else []
     if ranges is None or not sites:
@@ -73,5 +73,5 @@ def _range_change(program: Program) -> RangeChange | None:
 
 
 def quantizable(sites: Sequence[Site]) -> list[Site]:
-    """Return the sites that a quantized compilation plans to quantize, as far as the graph alone decides."""
+    """Return the sites that a quantized compilation plans to quantize, judged by the graph alone."""
     return [site for site in sites if not site.refusal]

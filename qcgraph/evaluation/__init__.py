@@ -1,1 +1,1 @@
-"""What a bundle costs in quality, and which part of it: same-noise fidelity, distribution, attribution, faults."""
+"""Measure the quality that a bundle loses, and the part that loses it: fidelity, distribution, attribution, faults."""

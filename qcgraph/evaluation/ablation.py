@@ -1,4 +1,4 @@
-"""Taking parts of a compilation out of its program again: what is left shows what each part costs."""
+"""Take parts of a compilation out of its program again, so that the remaining program shows the cost of each part."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from qcgraph.ir.program import Program
 from qcgraph.ir.quantized_sites import QuantizedSite, operand, quantized_sites, sites_of
 
 ops = torch.ops.qcgraph
-NEUTRAL = (1.0, 0.0, 0.0)  # gain, slope and offset that leave the noise prediction as it is, to the last bit
+NEUTRAL = (1.0, 0.0, 0.0)  # gain, slope and offset that leave the noise prediction unchanged, to the last bit
 
 
 def compensation_tables(program: Program) -> dict[str, float]:
-    """The constants that hold the compensation, each with the value at which it does nothing."""
+    """Return the constants that hold the compensation, each with the value at which it has no effect."""
     tables: dict[str, float] = {}
     for variant in program.variants.values():
         for node in variant.graph.nodes:
@@ -30,7 +30,7 @@ def compensation_tables(program: Program) -> dict[str, float]:
 
 
 def without_compensation(program: Program) -> Program:
-    """The program with its variance compensation at neutral."""
+    """Return the program with neutral variance compensation."""
     neutral = {
         name: torch.full_like(program.constants[name], value) for name, value in compensation_tables(program).items()
     }
@@ -38,22 +38,22 @@ def without_compensation(program: Program) -> Program:
 
 
 def is_quantized(program: Program) -> bool:
-    """Whether any linear of a program is quantized."""
+    """Return whether any linear layer of a program is quantized."""
     return bool(sites_of(program.facts).linears)
 
 
 def without_quantization(program: Program, model: Program, keep: Collection[str] = ()) -> Program:
-    """The program with its quantized linears back in floating point, caches and all else as they are.
+    """Return the program with its quantized linear layers back in floating point, and its caches unchanged.
 
-    Products of attention are in floating point then, too.
+    Products of attention are then in floating point, too.
 
     Args:
-        program: a compiled program.
-        model: the captured model, which has the weights.
+        program: the compiled program.
+        model: the captured model, with the original weights.
         keep: the sites that stay quantized.
 
     Raises:
-        BundleError: the model lacks a weight; it is not the model that was compiled.
+        BundleError: the model lacks a weight, so it is not the model that was compiled.
     """
     known = sites_of(program.facts)
     edits: dict[str, GraphEditor] = {}
@@ -82,11 +82,11 @@ def without_quantization(program: Program, model: Program, keep: Collection[str]
 
 
 def _restore_bias(editor: GraphEditor, site: QuantizedSite, product: fx.Node, program: Program) -> None:
-    """Take the correction of a site's result out of its bias: (bias - b2) / a2."""
+    """Remove the correction of a site's result from its bias: (bias - b2) / a2."""
     correction = _correction(program, site)
     if correction is None:
         return
-    adding = product if len(product.args) > 2 else editor.node(site.leaving)  # lowered, the bias is added apart
+    adding = product if len(product.args) > 2 else editor.node(site.leaving)  # lowered, another node adds the bias
     bias = next(node for node in adding.all_input_nodes[-1:] if node.op == "get_attr")
     values = program.constants[str(bias.target)]
     gains, offsets = (torch.tensor(part, dtype=torch.float64) for part in (correction.gains, correction.offsets))
@@ -101,15 +101,15 @@ def _correction(program: Program, site: QuantizedSite) -> SiteCorrection | None:
 
 
 def float_weight(site: QuantizedSite, model: Program, program: Program) -> torch.Tensor:
-    """The weight that a site's codes were made from, in the layout of the codes: [out,in], or [in,out] when lowered.
+    """Return the float weight behind a site's codes, in their layout: [out,in], or [in,out] when lowered.
 
     Args:
         site: the site.
         model: the captured model.
-        program: the compiled program; where it divided the channels of an activation, its weight is multiplied.
+        program: the compiled program; where it divides the channels of an activation, the weight is multiplied.
 
     Raises:
-        BundleError: the model has no such weight.
+        BundleError: the model has no weight of this name and shape.
     """
     shape = tuple(program.constants[site.codes].shape)
     weight = model.constants.get(site.weight)
@@ -122,19 +122,19 @@ def float_weight(site: QuantizedSite, model: Program, program: Program) -> torch
         weight = weight / torch.tensor(equalized.outputs[site.name])[:, None]
     if equalized is not None and site.name in equalized.inputs:
         weight = weight * torch.tensor(equalized.inputs[site.name])
-    return weight.t() if site.transposed else weight  # a view: a large model should not be in memory twice
+    return weight.t() if site.transposed else weight  # a view, so that a large weight is not in memory twice
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """The quantization of one activation, as it stands in a program.
+    """The quantization of one activation in a program.
 
     Attributes:
-        variant: the graph it is in.
-        node: its quantize node, or the one before that divides by a ratio of scales: the activation enters there.
-        sites: the sites that it feeds; q, k and v may share one.
+        variant: the variant that contains it.
+        node: the node at which the activation enters: the quantize node, or a division by a ratio of scales before it.
+        sites: the sites that take the quantized activation; q, k and v may share one.
         scale: f32[G], or f32[1] for all timestep groups.
-        zero_point: as many.
+        zero_point: one for every scale.
         low: smallest code.
         high: largest code.
         shift: see `qcgraph.facts.ActivationQuant`.
@@ -150,13 +150,13 @@ class Quantizer:
     shift: int = 0
 
     def parameters(self, group: int) -> tuple[float, int]:
-        """Scale and zero point of a timestep group."""
+        """Return scale and zero point of a timestep group."""
         position = group if len(self.scale) > 1 else 0
         return float(self.scale[position]), int(self.zero_point[position])
 
 
 def activation_quantizers(program: Program) -> tuple[Quantizer, ...]:
-    """The quantizers of all activations that enter quantized sites."""
+    """Return the quantizers of all activations that enter quantized sites."""
     found = []
     for name, variant in program.variants.items():
         nodes = {node.name: node for node in variant.graph.nodes}
@@ -178,7 +178,7 @@ def activation_quantizers(program: Program) -> tuple[Quantizer, ...]:
 
 
 def dequantized_weight(program: Program, variant: str, site: QuantizedSite) -> torch.Tensor:
-    """What a site multiplies with, in the layout of its codes; the gain that corrects its result is taken out."""
+    """Return the weight that a site multiplies by, in the layout of its codes, without the gain of its correction."""
     node = next(node for node in program.variants[variant].graph.nodes if node.name == site.product)
     dequantize = operand(node, 1)
     values = [program.constants[str(operand(dequantize, index).target)] for index in range(3)]
@@ -191,6 +191,6 @@ def dequantized_weight(program: Program, variant: str, site: QuantizedSite) -> t
 
 
 def _selected(parameter: fx.Node, program: Program) -> torch.Tensor:
-    """All values of a parameter, whether it is a constant or selected from a table."""
+    """Return all values of a parameter, whether it is a constant or selected from a table."""
     source = parameter if parameter.op == "get_attr" else operand(parameter, 0)
     return program.constants[str(source.target)].reshape(-1)

@@ -1,4 +1,4 @@
-"""Bootstrap intervals over seeds and samples. NumPy only."""
+"""Compute bootstrap intervals over seeds and samples, with NumPy only."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy.typing as npt
 Values = npt.NDArray[np.float64]
 
 REPLICATES = 1000
-FEW_REPLICATES = 100  # for what takes milliseconds a replicate
-LEFT_OUT = 12  # one in so many samples is left out at a time
-LEAST_IN_CLASS = 4  # samples of a class that can be drawn from on their own
+FEW_REPLICATES = 100  # replicates of functions that take milliseconds each
+LEFT_OUT = 12  # one in twelve samples is left out at a time
+LEAST_IN_CLASS = 4  # the fewest samples of a class that are resampled within the class
 LEVEL = 0.99
-TWO_RUNS = 2**0.5  # by how much more two runs differ than each of them does from the truth
+TWO_RUNS = 2**0.5  # two runs differ by this factor more than each of them differs from the truth
 
 
 @dataclass(frozen=True)
 class BootstrapEstimate:
     """A measured value, and the interval in which another run with other seeds is expected.
 
-    The samples of every seed are drawn again; what that scatters by is how far a run is from the truth. Two runs differ
-    by the root of two more, because both scatter, so the interval is that much wider than one for the truth.
+    The samples of every seed are resampled, and the scatter shows how far one run is from the truth. Two runs differ by
+    the root of two more, because both scatter, so the interval is wider by this factor than one for the truth.
 
     Attributes:
-        value: the value.
+        value: the measured value.
         low: lower end of the interval.
         high: upper end of the interval.
     """
@@ -45,13 +45,13 @@ class BootstrapEstimate:
 
 
 class Bootstrap:
-    """Draws the samples of seeds again, the same ones for whatever is estimated, so that differences are paired.
+    """Resamples the samples of seeds; every estimate uses the same resampling, so that differences are paired.
 
-    Classes stay as frequent as they are, because every run has the same.
+    Classes keep their frequencies, because every run has the same classes.
 
     Args:
         seeds: number of seeds.
-        labels: the classes of the samples of each.
+        labels: the classes of the samples of each seed.
     """
 
     def __init__(self, seeds: int, labels: Sequence[int]) -> None:
@@ -65,7 +65,7 @@ class Bootstrap:
         self._samples = np.concatenate(drawn, axis=-1)
 
     def estimate(self, function: Callable[..., Values], *values: Values) -> BootstrapEstimate:
-        """The function of the means of values.
+        """Estimate a function of the means of values.
 
         Args:
             function: takes one mean (or an array of means) for each of the values, elementwise.
@@ -76,13 +76,13 @@ class Bootstrap:
         return interval(point, np.asarray(function(*picked), dtype=np.float64))
 
     def estimate_sets(self, function: Callable[[Values], float], features: Values) -> BootstrapEstimate:
-        """The mean over seeds of a function of a set of samples, such as a distance of distributions.
+        """Estimate the mean over seeds of a function of a set of samples, such as a distance of distributions.
 
-        Samples that are drawn twice would distort such a distance, so samples are left out instead, a twelfth of each
-        class at a time, with deviations scaled to what drawing again gives (delete-d jackknife; Shao and Wu, 1989).
+        Repeated samples would distort such a distance. Samples are therefore left out instead of resampled, a twelfth
+        of each class at a time, with deviations scaled to those of resampling (delete-d jackknife; Shao and Wu, 1989).
 
         Args:
-            function: of the features [samples, F] of one seed.
+            function: takes the features [samples, F] of one seed.
             features: f64[seeds, samples, F].
         """
         values = np.array([function(part) for part in features])
@@ -96,12 +96,12 @@ class Bootstrap:
         return interval(float(values.mean()), np.asarray(replicates))
 
     def _kept(self, generator: np.random.Generator) -> npt.NDArray[np.int64]:
-        """The samples that remain when some of each class are left out."""
+        """Return the samples that remain when a part of each class is left out."""
         return np.concatenate([generator.permutation(members)[_left_out(members) :] for members in self._strata])
 
 
 def _strata(labels: Sequence[int]) -> list[npt.NDArray[np.int64]]:
-    """The samples of each class; all in one where a class has too few to draw from."""
+    """Return the samples of each class, or all samples as one set if a class has too few to resample."""
     classes = np.asarray(labels)
     strata = [np.flatnonzero(classes == label) for label in np.unique(classes)]
     return strata if min(map(len, strata)) >= LEAST_IN_CLASS else [np.arange(len(classes))]
@@ -112,7 +112,7 @@ def _left_out(members: npt.NDArray[np.int64]) -> int:
 
 
 def interval(point: float, replicates: Values) -> BootstrapEstimate:
-    """The interval that replicates span around their median, moved to the point: a bias that they share drops out."""
+    """Return the interval of replicates around their median, moved to the point, which removes a common bias."""
     finite = replicates[np.isfinite(replicates)]
     if not np.isfinite(point) or not len(finite):
         return BootstrapEstimate(point, point, point)

@@ -1,4 +1,4 @@
-"""Cached edges: the quantization noise that a cache carries on, against the change that it leaves out."""
+"""Compare the quantization noise that a cached edge passes on with the change that reusing leaves out."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from qcgraph.progress import Progress
 from qcgraph.sampling.calibration import sample_calibration
 from qcgraph.sampling.runner import Array, Call
 
-TRAJECTORIES = 8  # fewer for large models
-MACS = 1e12  # multiply-accumulates that they may cost, about half a minute on two cores
-PROGRAMS = 2  # run on every step: float and quantized
-LEAST_SNR = 0.0  # dB; below, the cache carries more noise than it leaves out change
+TRAJECTORIES = 8  # the most trajectories that are measured; large models take fewer
+MACS = 1e12  # multiply-accumulates for all trajectories, about half a minute on two cores
+PROGRAMS = 2  # programs that run every step: float and quantized
+LEAST_SNR = 0.0  # dB; below it, the noise in the cache exceeds the change that reusing leaves out
 
 
 @dataclass(frozen=True)
 class CachedEdge:
-    """A value that is carried from computing steps to reusing ones.
+    """A value that is passed from computing steps to reusing steps.
 
     Attributes:
         name: the cache tensor.
-        noise: relative L2 error that quantization makes in it at a computing step.
-        change: relative L2 change of it from one step to the next, in full precision.
+        noise: relative L2 error of the tensor from quantization at a computing step.
+        change: relative L2 change of the tensor from one step to the next, in full precision.
     """
 
     name: str
@@ -41,26 +41,26 @@ class CachedEdge:
 
     @property
     def snr(self) -> float:
-        """The step-to-step change over the quantization noise, dB: what is worth computing anew over what spoils it."""
+        """The ratio of step-to-step change to quantization noise, dB: the loss by reuse over that by quantization."""
         return float(20 * np.log10(self.change / self.noise)) if self.noise else float("inf")
 
     @property
     def is_safe(self) -> bool:
-        """Whether the change is above the noise."""
+        """Whether the change is at least as large as the noise."""
         return self.snr >= LEAST_SNR
 
 
 def measure_edges(program: Program, origin: Program, seed: int, progress: Progress) -> tuple[CachedEdge, ...]:
-    """Noise and change of every cache tensor of a quantized program, on a few trajectories of the cached float model.
+    """Measure noise and change of every cached tensor of a quantized program, on trajectories of its float model.
 
     Args:
         program: the compiled program.
-        origin: the model it was compiled from, captured.
+        origin: the captured model that it was compiled from.
         seed: the seed of the trajectories; they are calibration trajectories.
-        progress: reports the steps.
+        progress: receives progress messages.
 
     Returns:
-        One entry a cache tensor; none when nothing is quantized, or nothing is cached.
+        One entry for each cached tensor; empty if the program is not quantized or caches nothing.
     """
     plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
     if not is_quantized(program) or len(plan.variants) < 2:
@@ -74,7 +74,7 @@ def measure_edges(program: Program, origin: Program, seed: int, progress: Progre
 
 
 class _Comparing:
-    """Runs the float program; wherever it writes a cache, the quantized one computes it from the same input."""
+    """Runs the float program; at every step that writes a cache, the quantized one runs on the same input."""
 
     def __init__(self, exact: Program, quantized: Program) -> None:
         self._exact = TorchRunner(exact)
@@ -107,7 +107,7 @@ class _Comparing:
             self._last[spec.value] = (call.index, exact)
 
     def edges(self) -> tuple[CachedEdge, ...]:
-        """What was found."""
+        """Return the measured edges."""
         return tuple(
             CachedEdge(name, noise=_root_mean_square(noise), change=_root_mean_square(self._change[name]))
             for name, noise in self._noise.items()

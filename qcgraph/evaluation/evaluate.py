@@ -1,4 +1,4 @@
-"""Judging a compilation: samples of it, of its parts and of its rivals from the same noise, and what they show."""
+"""Judge a compilation by samples of it, of its parts and of its rivals, all drawn from the same noise."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ from qcgraph.recipe.gate import Gate, Verdict
 from qcgraph.sampling.conditions import in_turn
 from qcgraph.sampling.runner import Array
 
-SAMPLES = 128  # of a seed, unless it is said how many
-CONVERGED_SAMPLES = 64  # of the first seed; the converged reference takes hundreds of steps
-MACS = 1e13  # multiply-accumulates that either of them may cost: two minutes on two cores; large models draw fewer
-PICTURED = 10  # samples of every setting that are kept to be looked at
+SAMPLES = 128  # default number of samples of each seed
+CONVERGED_SAMPLES = 64  # samples of the converged reference, of the first seed only; it takes hundreds of steps
+MACS = 1e13  # multiply-accumulates for samples or reference: two minutes on two cores; large models draw fewer
+PICTURED = 10  # samples of every setting that are kept as pictures
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured.
+    """The options of an evaluation.
 
     Attributes:
         samples: samples of each seed; None for 128, or as many as a fixed amount of arithmetic allows.
         seeds: number of seeds.
-        seed: the first seeds of noise are ``seed * seeds``, ``seed * seeds + 1``, ...: other seeds share none.
+        seed: the seeds of the noise are ``seed * seeds``, ``seed * seeds + 1``, ...; another value shares none of them.
         metrics: names of metrics; None for all that apply.
-        attribution: whether the parts and the rivals are measured, not the compilation alone.
-        sites: whether every quantized layer is measured; only with attribution.
-        gate: conditions to be met, or none.
+        attribution: whether the parts and the rivals are measured in addition to the compilation.
+        sites: whether every quantized layer is measured; it requires attribution.
+        gate: conditions to meet, or None.
     """
 
     samples: int | None = None
@@ -70,44 +70,44 @@ class Options:
                 raise UsageError(f"{count} {what}", hint="1 or more")
         if self.seed < 0:
             raise UsageError(f"seed {self.seed} is negative", hint="a seed is 0 or larger")
-        for name in self.metrics or ():  # before a model is loaded
+        for name in self.metrics or ():  # checked before a model is loaded
             if name not in METRICS:
                 raise UsageError(f"unknown metric {shown(name)}", hint=closest(name, METRICS))
 
     @property
     def wanted(self) -> tuple[str, ...] | None:
-        """The metrics to measure: those asked for, and those of the gate; None for all."""
+        """The metrics to measure: the requested ones and those of the gate; None for all."""
         if self.metrics is None:
             return None
         return (*self.metrics, *(self.gate.metrics if self.gate else ()))
 
     @property
     def noise_seeds(self) -> tuple[int, ...]:
-        """The seeds of the noise."""
+        """The seeds of the noise, one for each run."""
         return tuple(self.seed * self.seeds + index for index in range(self.seeds))
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that was measured.
+    """The results of an evaluation.
 
     Attributes:
         seeds: the seeds of the noise.
-        samples: samples of each.
+        samples: samples of each seed.
         metrics: the metrics.
         rows: the settings, full precision first.
-        interaction: the squared error of quantization and caching together over the sum of their own, dB: 0 where
-            they do not interact; None where one of them is not there.
-        compensation: how much compensation raises the squared error, dB; None where there is none.
+        interaction: the squared error of quantization and caching together over the sum of their own errors, dB: 0 if
+            they do not interact; None if one of them is missing.
+        compensation: the change of the squared error by compensation, dB; None without compensation.
         floors: FID-small and KID between real images.
         converging: the scheduler of the converged reference.
-        converged_samples: how many samples the converged reference has.
+        converged_samples: the number of samples of the converged reference.
         converged_floor: PSNR between the converged reference and itself with half the steps, dB.
-        sites: what every quantized site costs, the worst first.
-        scales: how every activation scale fits.
-        faults: what is broken.
+        sites: the cost of every quantized site, the worst first.
+        scales: the fit of every activation scale.
+        faults: the faults that were found.
         verdicts: the conditions of the gate.
-        pictures: the first samples of every setting that was drawn, by its title.
+        pictures: the first samples of every setting that was sampled, by its title.
     """
 
     seeds: tuple[int, ...]
@@ -132,11 +132,11 @@ class Evaluation:
         return not self.faults and all(verdict.passed for verdict in self.verdicts)
 
     def row(self, key: str) -> EvaluatedSetting:
-        """The row of a setting."""
+        """Return the row of a setting."""
         return next(row for row in self.rows if row.key == key)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it but the pictures, as JSON data; the same measurement gives the same data."""
+        """Return all results except the pictures as JSON data; the same measurement gives the same data."""
         return {
             "samples": self.samples,
             "seeds": self.seeds,
@@ -164,8 +164,8 @@ def evaluate(subject: Subject, options: Options, progress: Progress) -> Evaluati
 
     Args:
         subject: the compilation.
-        options: what is measured.
-        progress: reports the samples.
+        options: the measurements to make.
+        progress: receives progress messages.
 
     Raises:
         UsageError: a metric does not exist, does not apply, or needs more samples.
@@ -192,7 +192,7 @@ class _Run:
         self._bootstrap = Bootstrap(options.seeds, self._labels)
 
     def evaluation(self) -> Evaluation:
-        """Sample everything, compute everything."""
+        """Draw all samples, and compute all results."""
         with scratch_folder() as folder:
             settings = self._settings(folder)
             tallies, trajectory = self._sample(settings)
@@ -232,7 +232,7 @@ class _Run:
         return (alone[0], *parts(self._subject, folder, self._progress), alone[1], *rivals(self._subject))
 
     def _sample(self, settings: Sequence[Setting]) -> tuple[dict[str, Tally], Trajectory]:
-        """Every setting from every seed, compared with full precision; and the first seed's trajectory."""
+        """Sample every setting from every seed and compare it with full precision; also return the first trajectory."""
         steps, channels = len(self._subject.plan), self._subject.spec.latent_shape[0]
         drawn = {setting.key: Tallying(setting, steps, channels) for setting in settings if setting.draw is not None}
         first: Trajectory | None = None
@@ -249,7 +249,7 @@ class _Run:
         return {key: tallying.tally() for key, tallying in drawn.items()}, first
 
     def _converged(self, settings: Sequence[Setting]) -> tuple[Array | None, Array | None]:
-        """Samples of the converged reference, and those with half the steps."""
+        """Return samples of the converged reference, and samples with half its steps."""
         if not any(setting.key == "fewer_steps" and setting.draw for setting in settings):
             return None, None
         self._progress.note(f"  converged reference: {CONVERGED_STEPS} and {CONVERGED_STEPS // 2} steps")
@@ -271,10 +271,10 @@ class _Run:
 
 
 def interaction(bootstrap: Bootstrap, errors: Mapping[str, Values]) -> BootstrapEstimate | None:
-    """The squared error of quantization and caching together over the sum of the errors of each, dB.
+    """Return the squared error of quantization and caching together over the sum of their own errors, dB.
 
     Args:
-        bootstrap: makes the interval.
+        bootstrap: computes the interval.
         errors: squared errors f64[S,N] by the keys of the settings.
     """
     if not {"quantization", "cache", "both"} <= set(errors):
@@ -287,7 +287,7 @@ def interaction(bootstrap: Bootstrap, errors: Mapping[str, Values]) -> Bootstrap
 
 
 def _gate_values(rows: Sequence[EvaluatedSetting]) -> dict[str, float]:
-    """What the terms of a gate stand for."""
+    """Return the values of the terms of a gate."""
     found = {row.key: row.metrics for row in rows if row.metrics is not None}
     own, exact = found["compiled"], found["full_precision"]
     values = {name: estimate.value for name, estimate in own.items()}
@@ -299,5 +299,5 @@ def _gate_values(rows: Sequence[EvaluatedSetting]) -> dict[str, float]:
 
 
 def _without_nothing(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without the fields that say nothing."""
+    """Return a row without its empty fields."""
     return {name: value for name, value in row.items() if value not in (None, "", (), {})}

@@ -1,4 +1,4 @@
-"""Faults: findings that no sound compilation shows, whatever its settings, each with the measurement that says so."""
+"""Find faults: findings that no sound compilation shows, whatever its settings, each with its measurement."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from qcgraph.evaluation.tally import Tally, Values
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.steps import Step, StepPlan
 
-LOST_DECIBELS = 6.0  # a scale twice too wide, or one that cuts off as much as that; sound ones lose 0 to 3
-LOSING_DECIBELS = 1.0  # an error that is raised by less may be bad luck
-LOOSE_DRIFT = 1.5  # compensation may leave this much of the variance drift that it was to remove
-SMALLEST_DRIFT = 0.002  # a drift that the noise of so many samples explains
-COEFFICIENT = 1e-6  # relative; another version of diffusers may round differently
+LOST_DECIBELS = 6.0  # a scale twice too wide, or one that clips as much; sound scales lose 0 to 3
+LOSING_DECIBELS = 1.0  # smaller increases of an error may be chance
+LOOSE_DRIFT = 1.5  # compensation may leave at most this multiple of the variance drift without it
+SMALLEST_DRIFT = 0.002  # the sampling noise of the evaluation explains drifts below it
+COEFFICIENT = 1e-6  # relative tolerance; another version of diffusers may round differently
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that is broken.
+    """A defect of a compilation.
 
     Attributes:
         kind: ``plan``, ``samples``, ``scale``, ``weight``, ``schedule`` or ``compensation``.
         where: the site, step or table.
-        message: what was found, with the figures.
+        message: the finding, with its figures.
     """
 
     kind: str
@@ -46,15 +46,15 @@ def find_faults(
     fits: Sequence[ScaleFit],
     sites: Sequence[SiteEffect],
 ) -> tuple[Fault, ...]:
-    """Every fault that the measurements show.
+    """Find every fault that the measurements show.
 
     Args:
         subject: the compilation.
-        tallies: what was sampled, by the keys of the settings.
-        errors: the squared errors of the images of those settings, f64[S,N].
-        bootstrap: makes intervals.
-        fits: how activation scales fit; nothing where that was not measured.
-        sites: what every site costs, likewise.
+        tallies: the samples, by the keys of the settings.
+        errors: the squared errors of the images of these settings, f64[S,N].
+        bootstrap: computes intervals.
+        fits: the fit of every activation scale; empty if it was not measured.
+        sites: the cost of every site; empty if it was not measured.
     """
     return (
         *_plan_faults(subject),
@@ -67,7 +67,7 @@ def find_faults(
 
 
 def _plan_faults(subject: Subject) -> Iterator[Fault]:
-    """The plan that is sampled with is the program's, and its coefficients are those of the scheduler."""
+    """Check that the plan is the program's, and that its coefficients are those of the scheduler."""
     plan, mark = subject.plan, subject.plan.fingerprint
     compiled = subject.program.facts.get(StepPlan)
     if compiled is not None and compiled != plan:
@@ -87,7 +87,7 @@ def _plan_faults(subject: Subject) -> Iterator[Fault]:
 
 
 def _coefficients(step: Step) -> tuple[float, ...]:
-    """Timestep, the update's three numbers, and two more for every earlier step that it looks back to."""
+    """Return the timestep, the three coefficients of the update, and two more for every earlier step that it uses."""
     history = (value for term in step.update.history for value in (term.latent, term.noise_prediction))
     return (step.timestep, step.update.latent, step.update.noise_prediction, step.update.noise, *history)
 
@@ -107,7 +107,7 @@ def _sample_faults(tallies: Mapping[str, Tally]) -> Iterator[Fault]:
 
 
 def _scale_faults(fits: Sequence[ScaleFit]) -> Iterator[Fault]:
-    """No activation scale is much worse than the range of what it quantizes would give."""
+    """Check that no activation scale is much worse than the scale from the observed range."""
     for fit in fits:
         lost = fit.attainable - fit.snr
         if lost > LOST_DECIBELS:
@@ -133,7 +133,7 @@ def _weight_faults(sites: Sequence[SiteEffect]) -> Iterator[Fault]:
 def _schedule_faults(
     tallies: Mapping[str, Tally], errors: Mapping[str, Values], bootstrap: Bootstrap
 ) -> Iterator[Fault]:
-    """Reusing at some steps is not worse than leaving these steps out: both cost the same."""
+    """Check that reusing at some steps is not worse than leaving these steps out; both cost the same."""
     if not {"cache", "fewer_steps"} <= set(tallies):
         return
     loss = error_ratio(bootstrap, errors["cache"], errors["fewer_steps"])
@@ -147,14 +147,14 @@ def _schedule_faults(
 
 
 def uncompensated(keys: Collection[str]) -> str | None:
-    """The setting that the compensated one compares with: the same graphs with compensation at neutral."""
+    """Return the setting that compensation is compared with: the same graphs with neutral compensation."""
     return next((key for key in ("both", "cache", "quantization") if key in keys), None)
 
 
 def _compensation_faults(
     tallies: Mapping[str, Tally], errors: Mapping[str, Values], bootstrap: Bootstrap
 ) -> Iterator[Fault]:
-    """Compensation does not raise the error, and leaves less variance drift than there was."""
+    """Check that compensation raises neither the error nor, beyond a tolerance, the variance drift."""
     bare = uncompensated(tallies)
     if bare is None:
         return
@@ -177,7 +177,7 @@ def _compensation_faults(
 
 
 def error_ratio(bootstrap: Bootstrap, one: Values, other: Values) -> BootstrapEstimate:
-    """How much larger squared errors [S,N] are than others, in dB; 0 where there are none."""
+    """Return how much larger the first squared errors [S,N] are than the second, in dB; 0 where an error is zero."""
 
     def decibels(first: Values, second: Values) -> Values:
         ratio = np.divide(first, second, out=np.ones_like(first * 1.0), where=(second > 0) & (first > 0))
@@ -187,6 +187,6 @@ def error_ratio(bootstrap: Bootstrap, one: Values, other: Values) -> BootstrapEs
 
 
 def largest_drift(tally: Tally, full_precision: Tally) -> float:
-    """How far the standard deviation of the latents is from that of full precision at most, relative."""
+    """Return the largest relative deviation of the latents' standard deviation from that of full precision."""
     ratio = tally.deviations / full_precision.deviations
     return float(np.abs(ratio - 1).max()) if np.isfinite(ratio).all() else math.inf

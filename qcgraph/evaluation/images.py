@@ -1,4 +1,4 @@
-"""Samples as a picture: a grid of images in a PNG file."""
+"""Save samples as a picture: a grid of images in a PNG file."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Array = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 
 GAP = 2  # pixels between two images
-VISIBLE = 64  # pixels: smaller images are enlarged by a whole factor to at least this
+VISIBLE = 64  # pixels; smaller images are enlarged by a whole factor to at least this size
 BACKGROUND = 255
 
 
 def save_grid(latents: Array, path: Path, columns: int, *, is_image: bool) -> None:
-    """Write a grid of samples, row by row, as a PNG file; the file is complete or not there.
+    """Write a grid of samples, row by row, as a PNG file; an incomplete file never remains.
 
     Args:
         latents: [N,C,H,W].
-        path: where; the name ends with ``.png``.
-        columns: how many samples a row holds.
+        path: the file; its name ends with ``.png``.
+        columns: the number of samples in a row.
         is_image: see `to_pixels`.
     """
     from PIL import Image
@@ -34,12 +34,12 @@ def save_grid(latents: Array, path: Path, columns: int, *, is_image: bool) -> No
 
 
 def to_pixels(latents: Array, *, is_image: bool) -> Pixels:
-    """Samples as pixels, u8[N,H,W,1] (gray) or u8[N,H,W,3] (red, green, blue).
+    """Return samples as pixels, u8[N,H,W,1] (gray) or u8[N,H,W,3] (red, green, blue).
 
     Args:
         latents: [N,C,H,W].
-        is_image: whether they are images in [-1, 1]; otherwise the first three channels are shown, each stretched
-            from its smallest to its largest value over all samples.
+        is_image: whether latents are images in [-1, 1]; otherwise the first three channels are shown, each
+            stretched from its smallest to its largest value over all samples.
     """
     shown = latents[:, : 3 if latents.shape[1] >= 3 else 1]
     if is_image:
@@ -52,13 +52,13 @@ def to_pixels(latents: Array, *, is_image: bool) -> Pixels:
 
 
 def enlarged(pixels: Pixels) -> Pixels:
-    """Small images enlarged by repeating pixels, so that they can be seen."""
+    """Enlarge small images by repeating pixels, so that they are visible."""
     factor = -(-VISIBLE // max(pixels.shape[1:3]))
     return pixels.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def grid(pixels: Pixels, columns: int) -> Pixels:
-    """Images u8[N,H,W,C] side by side, row by row, with gaps; u8[rows*H + gaps, columns*W + gaps, C]."""
+    """Arrange images u8[N,H,W,C] row by row, with gaps; return u8[rows*H + gaps, columns*W + gaps, C]."""
     count, height, width, channels = pixels.shape
     columns = min(columns, count)
     rows = -(-count // columns)

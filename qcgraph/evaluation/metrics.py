@@ -1,4 +1,4 @@
-"""The metrics of image quality: what each needs and computes, from torchmetrics where it has them."""
+"""Compute the metrics of image quality, with torchmetrics where it has them."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from qcgraph.plan.spec import ModelSpec
 Array = npt.NDArray[np.float32]
 Values = npt.NDArray[np.float64]
 
-KID_SUBSET = 100  # samples a subset
+KID_SUBSET = 100  # samples in a subset
 KID_SUBSETS = 10
-OWN = ("psnr", "latent_error", "accuracy")  # what takes no more than a mean
-STANDARD_SIGMA = 1.5  # of the SSIM window, which is 11 pixels wide then
-SMALL_SIGMA = 0.5  # of images too small for that one
+OWN = ("psnr", "latent_error", "accuracy")  # metrics that need no more than a mean
+STANDARD_SIGMA = 1.5  # of the standard SSIM window, which is 11 pixels wide
+SMALL_SIGMA = 0.5  # of the window for images that are too small for the standard one
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric that can be asked for.
+    """A metric of image quality.
 
     Attributes:
-        name: its name on the command line and in the JSON.
-        title: its heading.
-        unit: its unit, or nothing.
-        higher_is_better: which way is better.
-        judged: whether it needs the judge of a model: features, a classifier, real images.
-        samples: how many samples of a seed it needs.
-        samples_per_feature: and how many for each feature of the judge.
+        name: the name on the command line and in the JSON.
+        title: the heading in tables.
+        unit: the unit, or empty.
+        higher_is_better: whether larger values are better.
+        judged: whether the metric needs the judge of a model: features, a classifier, real images.
+        samples: the fewest samples of a seed.
+        samples_per_feature: the fewest samples of a seed for each feature of the judge.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Metric:
     samples_per_feature: int = 0
 
     def needed(self, feature_count: int) -> int:
-        """How many samples of a seed it needs, with a judge of so many features."""
+        """Return the fewest samples of a seed, for a judge with a number of features."""
         return max(self.samples, self.samples_per_feature * feature_count)
 
 
@@ -58,7 +58,7 @@ METRICS = {
         Metric("psnr", "PSNR", "dB", higher_is_better=True, judged=False, samples=4),
         Metric("ssim", "SSIM", "", higher_is_better=True, judged=False, samples=4),
         Metric("latent_error", "latent error", "", higher_is_better=False, judged=False, samples=4),
-        # A covariance of F features has full rank from F + 1 samples on; its estimate is of use from about twice that.
+        # A covariance of F features has full rank from F + 1 samples on; about twice as many give a useful estimate.
         Metric("fid_small", "FID-small", "", False, judged=True, samples=4, samples_per_feature=2),
         Metric("kid", "KID", "", higher_is_better=False, judged=True, samples=KID_SUBSET),
         Metric("accuracy", "class accuracy", "", higher_is_better=True, judged=True, samples=50),
@@ -67,7 +67,7 @@ METRICS = {
 
 
 def check_installed(metrics: Iterable[Metric]) -> None:
-    """Refuse to begin without the library that some metrics come from.
+    """Refuse to begin if a metric needs a library that is not installed.
 
     Raises:
         UsageError: a metric needs torchmetrics, which is not installed.
@@ -81,15 +81,15 @@ def check_installed(metrics: Iterable[Metric]) -> None:
 
 
 def choose_metrics(names: Iterable[str] | None, *, judged: bool, model: str) -> tuple[Metric, ...]:
-    """The metrics asked for, or all that apply to a model.
+    """Return the requested metrics, or all metrics that apply to a model.
 
     Args:
-        names: names, or None for all that apply.
+        names: names of metrics, or None for all that apply.
         judged: whether the model has a judge.
-        model: its name, for errors.
+        model: the name of the model, for errors.
 
     Raises:
-        UsageError: there is no such metric, or it needs a judge that the model does not have.
+        UsageError: a metric does not exist, or needs a judge that the model does not have.
     """
     if names is None:
         return tuple(metric for metric in METRICS.values() if judged or not metric.judged)
@@ -110,13 +110,13 @@ def choose_metrics(names: Iterable[str] | None, *, judged: bool, model: str) -> 
 
 
 def check_samples(metrics: Sequence[Metric], samples: int | None, feature_count: int) -> int:
-    """Refuse too few samples; None stands for enough of them.
+    """Refuse an insufficient number of samples; None stands for a sufficient one.
 
     Returns:
-        How many the metrics need.
+        The number of samples that the metrics need.
 
     Raises:
-        UsageError: a metric needs more samples; says how many.
+        UsageError: a metric needs more samples; the message says how many.
     """
     needed = {metric.name: metric.needed(feature_count) for metric in metrics}
     short = {name: count for name, count in needed.items() if samples is not None and count > samples}
@@ -132,28 +132,28 @@ def check_samples(metrics: Sequence[Metric], samples: int | None, feature_count:
 
 
 def shown(images: Array, spec: ModelSpec) -> Array:
-    """Images as they are looked at: clipped to [-1, 1]; latents of an autoencoder as they are."""
+    """Return images clipped to [-1, 1], as a picture shows them; latents of an autoencoder are unchanged."""
     return np.clip(images, -1, 1) if spec.is_image else images
 
 
 def peak(reference: Array, spec: ModelSpec) -> float:
-    """The range that PSNR and SSIM refer to: 2 of images in [-1, 1], of latents the one they have."""
+    """Return the range that PSNR and SSIM refer to: 2 for images in [-1, 1], the range of the reference for latents."""
     return 2.0 if spec.is_image else float(reference.max() - reference.min())
 
 
 def psnr(mean_squared_error: Any, peak: float) -> Any:
-    """Peak signal-to-noise ratio in dB, ``10 log10(peak^2 / MSE)``; infinite where there is no error.
+    """Return the peak signal-to-noise ratio in dB, ``10 log10(peak^2 / MSE)``; infinite if there is no error.
 
-    The squared error is averaged over samples before the logarithm, so single bad samples count.
+    The squared error is averaged over samples before the logarithm, so that single bad samples count.
     """
     with np.errstate(divide="ignore"):
         return 10 * np.log10(peak**2 / np.asarray(mean_squared_error, dtype=np.float64))
 
 
 def ssim(images: Array, reference: Array, peak: float) -> Values:
-    """Structural similarity of each image, f64[N], with a Gaussian window of sigma 1.5 (Wang et al., 2004).
+    """Return the structural similarity of each image, f64[N], with a Gaussian window of sigma 1.5 (Wang et al., 2004).
 
-    Images of less than 16 pixels take a sigma of 0.5, because the standard window would leave nothing of them.
+    Images of less than 16 pixels take a sigma of 0.5, because the standard window would not fit into them.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -166,7 +166,7 @@ def ssim(images: Array, reference: Array, peak: float) -> Values:
 
 
 class _Identity(torch.nn.Module):
-    """Features as they are, in the form that torchmetrics asks for."""
+    """Passes features on unchanged, in the form that torchmetrics requires."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class _Identity(torch.nn.Module):
 
 
 class Distances:
-    """Distances of distributions to one set of real features.
+    """Computes distances between distributions of features and one set of real features.
 
     Args:
         real: features f32[M,F] of real images.
@@ -192,7 +192,7 @@ class Distances:
         self._fid = FrechetInceptionDistance(feature=features, input_img_size=real.shape[1:], reset_real_features=False)
         self._fid.update(values, real=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # says that it keeps all features; they are small
+            warnings.simplefilter("ignore")  # it warns that it keeps all features, which are small
             self._kid = KernelInceptionDistance(
                 feature=features, subsets=KID_SUBSETS, subset_size=KID_SUBSET, reset_real_features=False
             )
@@ -200,17 +200,17 @@ class Distances:
         self._kid.update(values / self._size, real=True)
 
     def fid_small(self, features: npt.NDArray[Any]) -> float:
-        """Frechet distance of the features [N,F] of a small classifier (the formula of FID; Heusel et al., 2017)."""
+        """Return the Frechet distance of features [N,F] of a small classifier (as FID; Heusel et al., 2017)."""
         return self._compute(self._fid, features)
 
     def kid(self, features: npt.NDArray[Any]) -> float:
-        """Kernel distance of the features [N,F], polynomial kernel of degree 3 (KID; Binkowski et al., 2018).
+        """Return the kernel distance of features [N,F], polynomial kernel of degree 3 (KID; Binkowski et al., 2018).
 
         The kernel is made for features of about unit size, so they are divided by the root mean square of the real
-        ones. It is unbiased: where there is no distance it scatters around zero.
+        features. The estimate is unbiased: for equal distributions it scatters around zero.
         """
         with torch.random.fork_rng():
-            torch.manual_seed(0)  # of the subsets
+            torch.manual_seed(0)  # seeds the choice of subsets
             return self._compute(self._kid, features / self._size)
 
     @staticmethod
@@ -222,7 +222,7 @@ class Distances:
 
 
 def real_floor(real: Array, samples: int) -> dict[str, float]:
-    """FID-small and KID between disjoint parts of the real images: what no generator can be expected to be below.
+    """Return FID-small and KID between disjoint parts of the real images; no generator is expected to be below them.
 
     One part has as many images as a seed has samples (at most half of them), because FID falls with the sample size.
 

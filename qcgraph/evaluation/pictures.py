@@ -1,4 +1,4 @@
-"""An evaluation to be looked at: samples of every setting, and errors over the steps."""
+"""Draw an evaluation: samples of every setting, and errors over the steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZE = (8.0, 6.0)  # inches
 
 
 def check_drawing() -> None:
-    """Refuse to begin when curves cannot be drawn.
+    """Refuse to begin if curves cannot be drawn.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -27,16 +27,15 @@ def check_drawing() -> None:
 
 
 def save_samples(evaluation: Evaluation, path: Path, *, is_image: bool) -> None:
-    """The first samples of every setting, a row each, in the order of the table."""
+    """Save the first samples of every setting, one row for each, in the order of the table."""
     rows = list(evaluation.pictures.values())
     save_grid(np.concatenate(rows), path, len(rows[0]), is_image=is_image)
 
 
 def draw_curves(evaluation: Evaluation, plan: StepPlan) -> bytes:
-    """Draw two curves over the steps for every part: the error of the latent, the drift of its standard deviation.
+    """Draw two curves over the steps for every part: the error of the latent, and the drift of its standard deviation.
 
-    Where quantization and caching are there, a dotted line shows what their errors would add up to if they did not
-    interact.
+    If the bundle is quantized and cached, a dotted line shows the sum of both errors, as if they did not interact.
 
     Returns:
         A PNG file.

@@ -1,4 +1,4 @@
-"""The metrics of one setting."""
+"""Compute the metrics of one setting."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from qcgraph.sampling.runner import Array
 
 @dataclass(frozen=True)
 class EvaluatedSetting:
-    """What was measured of one setting.
+    """The measurements of one setting.
 
     Attributes:
-        key: its name.
-        title: its heading.
+        key: the name of the setting.
+        title: the heading of the setting.
         cost: multiply-accumulates of a sample, in steps of the model.
-        absent: why it was not measured, or nothing.
-        metrics: by name.
-        by_seed: the value of every seed, by name.
+        absent: the reason why the setting was not measured, or empty.
+        metrics: estimates by the name of the metric.
+        by_seed: the values of all seeds by the name of the metric.
         converged_psnr: PSNR against the converged reference, dB.
-        latent_errors: relative L2 error of the latent after every update, where the steps are those of the plan.
+        latent_errors: relative L2 error of the latent after every update, if the steps are those of the plan.
         deviations: standard deviation of the latents over that of full precision after every update, the mean over
-            channels, likewise.
+            channels, if the steps are those of the plan.
     """
 
     key: str
@@ -48,10 +48,10 @@ class Measuring:
     """Turns tallies into rows.
 
     Args:
-        spec: the model.
-        labels: one class a sample of a seed.
+        spec: the spec of the model.
+        labels: the class of every sample of a seed.
         judge: features, classifier and real images; None where no metric needs them.
-        bootstrap: makes intervals.
+        bootstrap: computes intervals.
         reference: the tally of full precision.
         goal: samples of the converged reference from the first seed, or None.
     """
@@ -76,7 +76,7 @@ class Measuring:
         self._peak = peak(reference.finals, spec)
 
     def row(self, tally: Tally, metrics: Sequence[Metric]) -> EvaluatedSetting:
-        """The row of a setting; full precision has no fidelity, because it is what that refers to."""
+        """Return the row of a setting; full precision itself has no fidelity, because fidelity refers to it."""
         setting, itself = tally.setting, tally is self._reference
         estimates, by_seed = {}, {}
         for metric in metrics:
@@ -103,12 +103,12 @@ class Measuring:
         return tuple((tally.deviations / self._reference.deviations).mean(axis=1).tolist())
 
     def plain_psnr(self, images: Array, reference: Array) -> float:
-        """PSNR of images against as many references, dB."""
+        """Return the PSNR of images against their references, dB."""
         one, other = (shown(part, self._spec) for part in (images[: len(reference)], reference))
         return float(psnr(mean_squares(one, other).mean(), self._peak))
 
     def _measure(self, name: str, tally: Tally) -> tuple[BootstrapEstimate, Any]:
-        """A metric: the estimate, and the value of every seed."""
+        """Return the estimate of a metric, and its value for every seed."""
         measures: dict[str, Callable[[Tally], tuple[BootstrapEstimate, Any]]] = {
             "psnr": self._psnr,
             "ssim": self._ssim,
@@ -120,7 +120,7 @@ class Measuring:
         return measures[name](tally)
 
     def squared_errors(self, tally: Tally) -> Values:
-        """The mean squared error of every image as it is looked at, f64[S,N]: what PSNR averages."""
+        """Return the mean squared error of every clipped image, f64[S,N], which PSNR averages."""
         return self._each(tally, mean_squares)
 
     def _psnr(self, tally: Tally) -> tuple[BootstrapEstimate, Any]:
@@ -128,7 +128,7 @@ class Measuring:
         return self._bootstrap.estimate(self.decibels, errors), self.decibels(errors.mean(axis=1))
 
     def decibels(self, errors: Values) -> Values:
-        """PSNR of mean squared errors, dB."""
+        """Return the PSNR of mean squared errors, dB."""
         return np.asarray(psnr(errors, self._peak))
 
     def _ssim(self, tally: Tally) -> tuple[BootstrapEstimate, Any]:
@@ -136,7 +136,7 @@ class Measuring:
         return self._bootstrap.estimate(np.asarray, values), values.mean(axis=1)
 
     def _each(self, tally: Tally, function: Callable[[Array, Array], Values]) -> Values:
-        """A function of images and those of full precision, f64[S,N]."""
+        """Apply a function to images and those of full precision, f64[S,N]."""
         images = shown(tally.finals, self._spec)
         return np.stack([function(one, other) for one, other in zip(images, self._exact, strict=True)])
 

@@ -1,4 +1,4 @@
-"""How well activation scales fit what they quantize, on the trajectory that the compilation takes."""
+"""Measure how well activation scales fit the quantized activations, on trajectories of the compiled program."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SMALLEST = float(np.finfo(np.float32).tiny)
 
 @dataclass(frozen=True)
 class ScaleFit:
-    """How the activation scale of one site and timestep group fits what enters the site.
+    """The fit of one activation scale, for one site and timestep group.
 
     Attributes:
         site: the site.
         group: the timestep group.
-        snr: signal-to-quantization-noise with the scale that is there, dB.
-        attainable: the same with the scale that the range seen here would give, dB.
-        clipped: share of values that no code reaches.
+        snr: signal-to-quantization-noise with the compiled scale, dB.
+        attainable: signal-to-quantization-noise with the scale from the range observed here, dB.
+        clipped: share of values outside of the range of codes.
     """
 
     site: str
@@ -42,7 +42,7 @@ class ScaleFit:
 
 @dataclass
 class _Sums:
-    """Sums over what enters one quantizer in one timestep group."""
+    """Sums over the activation that enters one quantizer in one timestep group."""
 
     low: float = 0.0  # zero is always a code
     high: float = 0.0
@@ -54,16 +54,16 @@ class _Sums:
 
 
 def fit_scales(subject: Subject, conditions: Conditions, seed: int, progress: Progress) -> tuple[ScaleFit, ...]:
-    """How every activation scale fits, on trajectories of the compiled program.
+    """Measure the fit of every activation scale, on trajectories of the compiled program.
 
-    They run twice: first the ranges are found, then the errors, with the scales that are there and with those that the
-    ranges would give.
+    The trajectories run twice: first to find the ranges, then to find the errors of the compiled scales and of the
+    scales from these ranges.
 
     Args:
         subject: the compilation.
-        conditions: of the trajectories.
+        conditions: the conditions of the trajectories.
         seed: the seed of the noise.
-        progress: reports the steps.
+        progress: receives progress messages.
     """
     watch = _Watch(activation_quantizers(subject.program), subject.plan)
     runner = TorchRunner(subject.program, watch)
@@ -84,7 +84,7 @@ def fit_scales(subject: Subject, conditions: Conditions, seed: int, progress: Pr
 
 
 class _Watch:
-    """Sees what enters every quantizer (see `qcgraph.ir.execute.Observe`)."""
+    """Observes the input of every quantizer (see `qcgraph.ir.execute.Observe`)."""
 
     def __init__(self, quantizers: Sequence[Quantizer], plan: StepPlan) -> None:
         self._quantizers = {(item.variant, item.node): item for item in quantizers}
@@ -104,7 +104,7 @@ class _Watch:
             sums.low, sums.high = min(sums.low, value.min().item()), max(sums.high, value.max().item())
 
     def fits(self) -> list[ScaleFit]:
-        """The fit of every site in every timestep group that ran it."""
+        """Return the fit of every site in every timestep group that ran it."""
         return [
             ScaleFit(
                 site,
@@ -126,21 +126,21 @@ def _add_errors(sums: _Sums, quantizer: Quantizer, value: torch.Tensor, group: i
     sums.signal += torch.linalg.vector_norm(value).item() ** 2
     sums.clipped += int(((codes < low) | (codes > high)).sum())
     sums.noise += _noise(value, scale, zero_point, low, high, quantizer.shift)
-    # With two regions, some of the codes are not used.
+    # With two regions, some codes are unused.
     high = high if not quantizer.shift else low + 2 * (zero_point - low)
     ideal = max((sums.high - sums.low) / (high - low), SMALLEST)
     sums.attainable += _noise(value, ideal, round(low - sums.low / ideal), low, high)
 
 
 def _noise(value: torch.Tensor, scale: float, zero_point: int, low: int, high: int, shift: int = 0) -> float:
-    """The summed squared error of quantizing a tensor."""
+    """Return the summed squared error of quantizing a tensor."""
     step = torch.where(value > 0, scale * 2.0**shift, scale)
     rounded = (torch.round(value / step) * step).clamp((low - zero_point) * scale, (high - zero_point) * scale)
     return torch.linalg.vector_norm(value - rounded).item() ** 2
 
 
 def decibels(signal: float, noise: float) -> float:
-    """Signal to noise in dB; 300, beyond what float64 resolves, where there is no noise."""
+    """Return the signal-to-noise ratio in dB; without noise 300, which float64 cannot resolve."""
     if noise <= 0:
         return 300.0
     return float(10 * np.log10(max(signal, SMALLEST) / noise))

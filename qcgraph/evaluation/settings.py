@@ -1,4 +1,4 @@
-"""What is sampled to judge a compilation: the model, the compilation, its parts alone, and the rivals it must beat."""
+"""Define the settings that are sampled to judge a compilation: model, compilation, its parts, and its rivals."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ from qcgraph.sampling.runner import Array, Runner
 Observe = Callable[[TakenStep], None]
 Draw = Callable[[Conditions, int, Observe | None], Array]
 
-CONVERGED_STEPS = 250  # of the reference that both rivals converge to
+CONVERGED_STEPS = 250  # steps of the reference that both rivals converge to
 RIVAL = "dpmsolver++"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A compilation that is judged.
+    """The compilation under evaluation.
 
     Attributes:
-        model: the model it was compiled from.
-        origin: that model, captured.
+        model: the model that it was compiled from.
+        origin: the captured model.
         program: the compiled program.
-        plan: the step plan that is sampled with.
-        runner: what runs the compilation where it is deployed.
-        folder: where its exported graphs are.
-        target: what it was compiled for.
-        threads: how many threads runners may use; all cores when None.
+        plan: the step plan of the samples.
+        runner: runs the compilation as it is deployed.
+        folder: the folder of its exported graphs.
+        target: the target that it was compiled for.
+        threads: the number of threads of runners; None for all cores.
     """
 
     model: LoadedModel
@@ -69,12 +69,12 @@ class Subject:
 
     @classmethod
     def of_bundle(cls, bundle: Bundle, model: str | None = None, threads: int | None = None) -> Subject:
-        """A bundle, with the model it came from.
+        """Return a bundle as a subject, with the model that it was compiled from.
 
         Args:
             bundle: the bundle.
-            model: where the model is, when it is not where it was.
-            threads: how many threads runners may use; all cores when None.
+            model: the name of the model, if it is not where the bundle recorded it.
+            threads: the number of threads of runners; None for all cores.
 
         Raises:
             UsageError: the model is not found, or is another one.
@@ -84,28 +84,28 @@ class Subject:
         loaded = find_model(bundle, model)
         origin = captured_origin(bundle, loaded)
         target = target_of(bundle)
-        # Reading a program again takes longer than most of what is asked of it: every value gets its type anew.
+        # Reading a program again takes longer than most uses of it, because the type of every value is inferred again.
         program = runner.program if isinstance(runner, TorchRunner) else load_program(bundle.path)
         return cls(loaded, origin, program, bundle.plan, runner, bundle.path, target, threads)
 
     @property
     def runtime(self) -> Runtime:
-        """What the compilation runs on when it is judged."""
+        """The runtime that runs the compilation during the evaluation."""
         return runtime_for(self.target, precision_of(self.program.facts))
 
     @property
     def spec(self) -> ModelSpec:
-        """The model's spec."""
+        """The spec of the model."""
         return self.model.spec
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether no update adds fresh noise: then other step counts and solvers follow the same trajectory."""
+        """Whether no update adds fresh noise, so that other step counts and solvers follow the same trajectory."""
         return not any(step.update.noise for step in self.plan.steps)
 
     @property
     def converging(self) -> str:
-        """The first-order solver, which converges to the trajectory that others approximate with fewer steps."""
+        """The first-order solver, which converges to the trajectory that faster samplers approximate."""
         return first_order(self.spec.noise_schedule)
 
     @property
@@ -114,11 +114,11 @@ class Subject:
         return bool(compensation_tables(self.program))
 
     def macs(self, steps: int) -> int:
-        """Multiply-accumulates of so many steps of the model, both halves of guidance."""
+        """Return the multiply-accumulates of a number of steps of the model, with both halves of guidance."""
         return total_macs(find_sites(self.origin.variants[self.origin.computing])) * steps * self.plan.halves
 
     def cost(self, plan: StepPlan) -> float:
-        """Multiply-accumulates of sampling with a plan, in steps of the model."""
+        """Return the multiply-accumulates of sampling with a plan, in steps of the model."""
         macs = macs_by_variant(self.program.variants)
         whole = total_macs(find_sites(self.origin.variants[self.origin.computing]))
         unknown = [step.variant for step in plan.steps if step.variant not in macs]
@@ -129,15 +129,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class Setting:
-    """Something to sample with.
+    """A way to draw samples.
 
     Attributes:
-        key: its name in the JSON.
-        title: its heading.
+        key: the name in the JSON.
+        title: the heading in tables.
         cost: multiply-accumulates of a sample, in steps of the model.
-        draw: conditions, seed and what to call with every step -> final latents f32[N,C,H,W].
+        draw: conditions, seed and a callback for every step -> final latents f32[N,C,H,W].
         planned: whether it takes the steps of the plan, so that its latents compare with full precision step by step.
-        absent: why it is not sampled, or nothing.
+        absent: the reason why it is not sampled, or empty.
     """
 
     key: str
@@ -149,23 +149,23 @@ class Setting:
 
 
 def full_precision(subject: Subject) -> Setting:
-    """The model itself, in PyTorch eager, with the steps of the plan."""
+    """Return the setting of the model itself, in PyTorch eager, with the steps of the plan."""
     draw = _drawing(subject, EagerRunner(subject.model), subject.plan.all_computing)
     return Setting("full_precision", "full precision", len(subject.plan), draw)
 
 
 def compiled(subject: Subject) -> Setting:
-    """The compilation as it is deployed."""
+    """Return the setting of the compilation as it is deployed."""
     return Setting("compiled", "compiled", subject.cost(subject.plan), _drawing(subject, subject.runner, subject.plan))
 
 
 def parts(subject: Subject, folder: Path, progress: Progress) -> tuple[Setting, ...]:
-    """Quantization only, caching only, and both without compensation: each the compiled program with parts taken out.
+    """Return quantization only, caching only, and both without compensation: the compiled program without some parts.
 
     Args:
         subject: the compilation.
-        folder: an empty folder for graphs that have to be exported; it must outlive the settings.
-        progress: reports the exports.
+        folder: an empty folder for graphs that are exported; it must outlive the settings.
+        progress: receives progress messages.
     """
     program, plan = subject.program, subject.plan
     quantized, cached = is_quantized(program), len(plan.variants) > 1
@@ -193,10 +193,10 @@ def parts(subject: Subject, folder: Path, progress: Progress) -> tuple[Setting, 
 
 
 def rivals(subject: Subject) -> tuple[Setting, ...]:
-    """Fewer steps at equal cost, in full precision: what anybody can have for nothing.
+    """Return fewer steps at equal cost in full precision, the cheapest alternative to a compilation.
 
-    Equal cost means as many steps of the model as the plan has multiply-accumulates for; the rivals are not quantized,
-    which is generous to them.
+    Equal cost means that the steps have as many multiply-accumulates as the plan. The rivals are not quantized,
+    which is in their favour.
     """
     steps = max(1, round(subject.cost(subject.plan)))
     name, guidance = subject.plan.fingerprint.scheduler, subject.plan.fingerprint.guidance
@@ -219,7 +219,7 @@ def rivals(subject: Subject) -> tuple[Setting, ...]:
 
 
 def converged(subject: Subject) -> tuple[Setting, Setting]:
-    """The trajectory that every deterministic sampler approximates, and the same with half the steps."""
+    """Return the trajectory that every deterministic sampler approximates, and the same with half the steps."""
     name, steps = subject.converging, CONVERGED_STEPS
     return (
         Setting("converged", f"{steps} steps of {name}", steps, _solving(subject, name, steps), planned=False),
@@ -247,7 +247,7 @@ def _solving(subject: Subject, scheduler: str, steps: int) -> Draw:
 
 
 def _uncompensated(subject: Subject) -> Runner:
-    """The compilation with its compensation at neutral: the same graphs, other tables."""
+    """Return the compilation with neutral compensation: the same graphs with other tables."""
     program = without_compensation(subject.program)
     tables = {name: program.constants[name].numpy() for name in compensation_tables(program)}
     exported = Exported(program, subject.folder, program.interfaces, tables)
@@ -260,6 +260,6 @@ def _exported(subject: Subject, program: Program, folder: Path, progress: Progre
 
 
 def pin_threads(threads: int | None) -> None:
-    """Let PyTorch use so many threads, too."""
+    """Set the number of threads of PyTorch, if one is given."""
     if threads is not None:
         torch.set_num_threads(threads)

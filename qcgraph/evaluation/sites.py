@@ -1,4 +1,4 @@
-"""Which linear layers hurt: what quantizing each of them alone does to a sampling step."""
+"""Measure the effect of quantizing each linear layer alone on a sampling step."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from qcgraph.sampling.noise import Noise
 from qcgraph.sampling.runner import step_inputs
 
 STEPS = 4  # steps at which the effect of a site is measured
-SAMPLES = 16  # samples a step, fewer for large models
-MACS = 1e12  # multiply-accumulates that measuring all sites may cost, about a minute on two cores
+SAMPLES = 16  # samples of each step; fewer for large models
+MACS = 1e12  # multiply-accumulates for measuring all sites, about a minute on two cores
 
 
 @dataclass(frozen=True)
 class SiteEffect:
-    """What quantizing one site costs.
+    """The cost of quantizing one site.
 
     Attributes:
-        site: its name.
+        site: the name of the site.
         effect: relative L2 error of the latent after one sampling step in which this site alone is quantized, the root
             mean square over a few steps. It weighs the noise prediction as the sampler does.
-        weight_snr: signal-to-quantization-noise of its result where its weight alone is quantized, dB.
-        weight_attainable: the same for min-max scales of as many codes, dB.
+        weight_snr: signal-to-quantization-noise of its result if only its weight is quantized, dB.
+        weight_attainable: the same ratio for min-max scales with as many codes, dB.
     """
 
     site: str
@@ -53,14 +53,14 @@ class SiteEffect:
 def measure_sites(
     subject: Subject, trajectory: Trajectory, conditions: Conditions, seed: int, progress: Progress
 ) -> tuple[SiteEffect, ...]:
-    """What every quantized site costs, the worst first.
+    """Measure the cost of every quantized site; the worst comes first.
 
     Args:
         subject: the compilation.
         trajectory: latents of full precision.
-        conditions: of those latents.
-        seed: the seed they were drawn with.
-        progress: reports the sites.
+        conditions: the conditions of the latents.
+        seed: the seed of the latents.
+        progress: receives progress messages.
     """
     program = without_compensation(subject.program)
     variant = subject.plan.computing
@@ -89,7 +89,7 @@ def measure_sites(
 
 @dataclass(frozen=True)
 class _Probe:
-    """The denoiser's inputs at one step, and what a unit error of its output weighs in the latent that follows."""
+    """The denoiser's inputs at one step, and the weight of its output error in the next latent."""
 
     inputs: dict[str, torch.Tensor]
     weight: float
@@ -98,7 +98,7 @@ class _Probe:
 def _probes(
     subject: Subject, trajectory: Trajectory, conditions: Conditions, seed: int, sites: int
 ) -> tuple[_Probe, ...]:
-    """A few steps of the full-precision trajectory, every second sample unconditional."""
+    """Return inputs at a few steps of the full-precision trajectory; every second sample is unconditional."""
     plan, spec = subject.plan, subject.spec
     cost = total_macs(find_sites(subject.origin.variants[subject.origin.computing])) * (sites + 1) * STEPS
     count = affordable(cost, MACS, (1, min(SAMPLES, len(conditions))))
@@ -117,7 +117,7 @@ def _probes(
 
 
 def _entering(exact: Program, variant: str, probe: _Probe, sites: Sequence[QuantizedSite]) -> dict[str, torch.Tensor]:
-    """The activation that enters every site at one step, by node."""
+    """Return the activation that enters every site at one step, by node."""
     wanted = [frozenset(site.entering for site in sites)]
     ((_, values),) = record(exact, variant, probe.inputs, wanted)
     return {name: torch.from_numpy(value) for name, value in values.items()}
@@ -126,9 +126,9 @@ def _entering(exact: Program, variant: str, probe: _Probe, sites: Sequence[Quant
 def _weight_fit(
     program: Program, variant: str, site: QuantizedSite, model: Program, value: torch.Tensor
 ) -> tuple[float, float]:
-    """Signal-to-quantization-noise of a result with the weight as it is, and with min-max scales a channel, in dB.
+    """Return the signal-to-quantization-noise of a result in dB, with the compiled weight and with min-max scales.
 
-    Of the result, not of the weight: codes may be chosen so that their errors make up for each other.
+    The ratio is that of the result, not of the weight: codes may be chosen so that their errors cancel.
     """
     codes = program.constants[site.codes]
     weight = float_weight(site, model, program)

@@ -1,4 +1,4 @@
-"""Sampling a model with any diffusers scheduler, also those whose steps remember earlier ones."""
+"""Sample a model with any diffusers scheduler, including those whose steps remember earlier ones."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def sample_with(
     conditions: Conditions,
     seed: int,
 ) -> Array:
-    """Sample one latent for each of some conditions with a diffusers scheduler that makes its own updates.
+    """Sample one latent for each condition with a diffusers scheduler that makes its own updates.
 
     Args:
         scheduler: a key of `qcgraph.plan.schedulers.SOLVERS`; one that neither draws noise nor scales its input.
         steps: number of sampling steps.
         guidance: weight of classifier-free guidance; 1 means none.
         runner: the denoiser; every step runs its captured variant.
-        spec: what the denoiser is.
-        conditions: of the samples.
+        spec: the spec of the denoiser.
+        conditions: the conditions of the samples.
         seed: seeds the initial noise, which is that of `qcgraph.sampling.loop.sample`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What is kept of the samples of one setting: final latents, squared errors after every update, and spread."""
+"""Collect the samples of one setting: final latents, squared errors after every update, and standard deviations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qcgraph.sampling.loop import TakenStep
 from qcgraph.sampling.runner import Array
 
 Values = npt.NDArray[np.float64]
-BROKEN = 1e30  # stands for the squared error of a latent that is not finite
+BROKEN = 1e30  # the squared error of a latent that is not finite
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Trajectory:
 
     @classmethod
     def draw(cls, setting: Setting, conditions: Conditions, seed: int) -> Trajectory:
-        """Sample a setting and keep every latent."""
+        """Sample a setting, and keep the latent after every update."""
         latents: list[Array] = []
 
         assert setting.draw is not None
@@ -35,17 +35,16 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Tally:
-    """What is kept of one setting.
+    """The collected samples of one setting.
 
     Attributes:
-        setting: what was sampled.
-        finals: the final latents, f32[S,N,C,H,W]; what is not finite is zero.
-        errors: mean squared error of every latent against full precision, f64[S,steps,N]; of the final latents only
-            where the steps are not those of the plan. Of full precision itself, the mean square: what errors are
-            relative to.
-        deviations: standard deviation of the latents after every update, f64[steps,C]; empty where the steps are not
-            those of the plan.
-        is_finite: whether every final latent is.
+        setting: the setting of the samples.
+        finals: the final latents, f32[S,N,C,H,W]; values that are not finite are zero.
+        errors: mean squared error of every latent against full precision, f64[S,steps,N]; of the final latents only, if
+            the steps are not those of the plan. For full precision itself, the mean square that errors refer to.
+        deviations: standard deviation of the latents after every update, f64[steps,C]; empty if the steps are not those
+            of the plan.
+        is_finite: whether all values of the final latents are finite.
     """
 
     setting: Setting
@@ -59,7 +58,7 @@ class Tallying:
     """Collects a `Tally`, seed after seed.
 
     Args:
-        setting: what is sampled.
+        setting: the setting that is sampled.
         steps: number of steps of the plan.
         channels: latent channels.
     """
@@ -71,14 +70,14 @@ class Tallying:
         self._spread = LatentStatistics(steps, channels)
 
     def take(self, trajectory: Trajectory) -> None:
-        """Count in a seed of full precision."""
+        """Add a trajectory of full precision."""
         for index, latent in enumerate(trajectory.latents):
             self._spread.add(index, latent)
         self._finals.append(trajectory.latents[-1])
         self._errors.append(np.stack([mean_squares(latent) for latent in trajectory.latents]))
 
     def add(self, conditions: Conditions, seed: int, exact: Trajectory) -> None:
-        """Sample a seed and compare it with full precision."""
+        """Sample with a seed, and compare the samples with full precision."""
         assert self._setting.draw is not None
         errors: list[Values] = []
 
@@ -91,7 +90,7 @@ class Tallying:
         self._errors.append(np.stack(errors) if errors else mean_squares(final, exact.latents[-1])[None])
 
     def tally(self) -> Tally:
-        """What was collected."""
+        """Return the collected samples."""
         finals = np.stack(self._finals)
         return Tally(
             setting=self._setting,
@@ -103,7 +102,7 @@ class Tallying:
 
 
 def mean_squares(latents: Array, reference: Array | None = None) -> Values:
-    """The mean square of each latent [N,C,H,W], or of its difference to a reference, f64[N]."""
+    """Return the mean square of each latent [N,C,H,W], or of its difference from a reference, f64[N]."""
     wide = latents.astype(np.float64)
     difference = wide if reference is None else wide - reference
     means = (difference.reshape(len(wide), -1) ** 2).mean(axis=1)

@@ -1,4 +1,4 @@
-"""Models that qcgraph compiles: trained digits, the original DiT, diffusers folders, your own factory."""
+"""Load the models that qcgraph compiles: trained digits, the original DiT, diffusers folders, your own factory."""
 
 from qcgraph.models.judge import Judge
 from qcgraph.models.loaded import LoadedModel

@@ -1,4 +1,4 @@
-"""Reads weights from files, never running code that a file carries: dense floating-point tensors, or the reason."""
+"""Read dense floating-point weights from files, without ever running code that a file carries."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from qcgraph.models.files import is_there
 from qcgraph.models.geometry import DiTConfig
 from qcgraph.quiet import quiet
 
-_NESTED = ("ema", "model")  # where the original's training keeps weights; the average is what it samples from
-_WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
+_NESTED = ("ema", "model")  # keys of weights in the original DiT's training files; it samples from ema
+_WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DistributedDataParallel and torch.compile put before names
 _GEOMETRY_HINT = "weights carry the original DiT's names; another geometry may fit, `qcgraph models` lists them"
-_NAMED = 3  # keys that an error names before it counts the rest
+_NAMED = 3  # keys that an error names; the remaining keys are only counted
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_STORED_FLOATS = ("F16", "BF16", "F32", "F64")  # the same, as safetensors calls them
+_STORED_FLOATS = ("F16", "BF16", "F32", "F64")  # the supported floating-point types, as safetensors calls them
 _NOT_FLOAT = "not floating point of 16 bits or more: what its numbers stand for is not known"
 _FLOAT_HINT = "save weights as float32, float16 or bfloat16 tensors"
-# What torch's readers raise on bytes that torch.save did not write; each means that the file cannot be read.
+# Errors that torch's readers raise on bytes that torch.save did not write; each means an unreadable file.
 _UNREADABLE = (
     RuntimeError,
     EOFError,
@@ -47,7 +47,7 @@ _UNREADABLE = (
 
 
 def _ignore(note: str) -> None:
-    """Take a note and do nothing."""
+    """Ignore a note."""
 
 
 def load_dit(
@@ -58,20 +58,20 @@ def load_dit(
     Args:
         config: the geometry that the file must have.
         path: a ``.safetensors`` file, or a file of ``torch.save``; weights may be nested under ``ema`` or ``model``.
-        hint: what to do where the file holds other weights.
-        note: called with what was done to the names.
+        hint: advice for the user when the file holds other weights.
+        note: called with a note on every change to the names.
 
     Raises:
         UsageError: the file is missing, unreadable, needs code to be read, or holds other weights.
     """
     weights = read_weights(path, note=note)
-    if config.depth > len(weights):  # before as many blocks are built
+    if config.depth > len(weights):  # checked before any block is built
         raise UsageError(
             f"a network of {config.depth} blocks has more than the {len(weights)} parameters of the file",
             where=str(path),
             hint=hint,
         )
-    # On "meta" nothing is allocated or initialised, so that the file's tensors are the only copy in memory.
+    # On "meta" nothing is allocated or initialised, so the tensors of the file are the only copy in memory.
     with torch.device("meta"):
         model = DiT(config)
     _fill(model, weights, path, hint)
@@ -84,7 +84,7 @@ def load_weights(module: nn.Module, path: Path, *, hint: str) -> None:
     Args:
         module: the module, whose parameters and buffers are replaced.
         path: as for :func:`load_dit`.
-        hint: what to do where the file holds other weights.
+        hint: advice for the user when the file holds other weights.
 
     Raises:
         UsageError: as for :func:`load_dit`.
@@ -104,7 +104,7 @@ def read_weights(path: Path, *, note: Callable[[str], None] = _ignore) -> dict[s
 
     Args:
         path: as for :func:`load_dit`.
-        note: called with the prefix that was taken off.
+        note: called with a note on the prefix that was removed.
 
     Raises:
         UsageError: the file is missing, unreadable, needs code to be read, is not a checkpoint, or holds a tensor that
@@ -121,7 +121,7 @@ def read_weights(path: Path, *, note: Callable[[str], None] = _ignore) -> dict[s
 
 
 def read_names(path: Path) -> tuple[str, ...]:
-    """Read the names of the tensors in a checkpoint; of a ``.safetensors`` file, without reading the tensors.
+    """Read the names of the tensors in a checkpoint; a ``.safetensors`` file is read without its tensors.
 
     Args:
         path: as for :func:`load_dit`.
@@ -143,7 +143,7 @@ def read_names(path: Path) -> tuple[str, ...]:
 
 
 def unusual(tensor: object) -> str | None:
-    """Return what a weight is if it is not a dense floating-point tensor with values, else None."""
+    """Describe a weight that is not a dense floating-point tensor with values; return None for one that is."""
     if not isinstance(tensor, Tensor):
         return f"a {type(tensor).__name__}, not a tensor"
     kind = str(tensor.dtype).removeprefix("torch.")
@@ -163,7 +163,7 @@ def unusual(tensor: object) -> str | None:
 
 
 def _unnested(content: Any, path: Path, note: Callable[[str], None]) -> dict[str, Tensor]:
-    """The mapping of names to tensors in what a file of torch.save holds."""
+    """Return the mapping of names to tensors from the content of a file of torch.save."""
     found = [name for name in _NESTED if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)]
     if found:
         content = content[found[0]]
@@ -186,7 +186,7 @@ def _unnested(content: Any, path: Path, note: Callable[[str], None]) -> dict[str
 
 
 def wrapper_prefix(names: Iterable[str]) -> str:
-    """Return the prefix of wrappers that all names have, ``module._orig_mod.`` for example; empty where none has it."""
+    """Return the prefix of wrappers that all names share, such as ``module._orig_mod.``; empty if there is none."""
     rest, prefix = list(names), ""
     while rest and (wrapper := next((one for one in _WRAPPERS if all(name.startswith(one) for name in rest)), None)):
         rest = [name.removeprefix(wrapper) for name in rest]
@@ -210,8 +210,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    # The original's training checkpoints carry their command-line options; a Namespace only holds values.
-    # torch warns of a pickle protocol that it does not know, and then fails or has read what it knows.
+    # The original DiT's training checkpoints carry their command-line options; a Namespace only holds values.
+    # torch warns of an unknown pickle protocol, and then either fails or reads the file.
     with torch.serialization.safe_globals([argparse.Namespace]), quiet():
         try:
             _check_expansion(path)
@@ -242,13 +242,13 @@ def _check_expansion(path: Path) -> None:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    if isinstance(error, LookupError):  # whose text is no sentence
+    if isinstance(error, LookupError):  # the text of a LookupError is no sentence
         return f"{type(error).__name__} {lines[0] if lines else ''}"
     return lines[0] if lines else type(error).__name__
 
 
 def _misfit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
-    """Which weights the module does not have, lacks, or shapes differently; None where all fit."""
+    """Describe which weights are missing, unexpected or of another shape; return None if all weights fit."""
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     if missing or unexpected:
@@ -265,7 +265,7 @@ def _misfit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str 
 
 
 def _prefix_hint(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
-    """What to do where names differ from the expected ones by something in front of them; None where they do not."""
+    """Return advice when the names of the weights have an unexpected prefix; None if they have none."""
     anchor = next(iter(expected))
     prefixes = {name.removesuffix(anchor) for name in found if name.endswith(f".{anchor}")} | {*_WRAPPERS}
     for prefix in sorted(prefixes):
@@ -276,6 +276,6 @@ def _prefix_hint(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
 
 
 def first_of(items: list[str]) -> str:
-    """Return the first few of many items, and how many more there are."""
+    """Return the first few items of a list as text, and the number of the remaining ones."""
     rest = len(items) - _NAMED
     return ", ".join(items[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

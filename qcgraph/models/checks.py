@@ -1,4 +1,4 @@
-"""Checks of a loaded model that hold whatever it was loaded from: its spec, its noise schedule, its weights."""
+"""Check the spec, the noise schedule and the weights of a loaded model, whatever its source."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ class _Spec(_Strict):
 
 
 def check_spec(spec: ModelSpec, where: str) -> None:
-    """Refuse a spec with values that no model has.
+    """Refuse a spec with values that no model can have.
 
     Args:
-        spec: the spec, which may come from a factory.
-        where: what errors call the model.
+        spec: the spec, possibly from a factory.
+        where: the name of the model in errors.
 
     Raises:
-        UsageError: names the first wrong value.
+        UsageError: a value is wrong; the message names the first one.
     """
     if not isinstance(spec, ModelSpec) or not isinstance(spec.noise_schedule, NoiseSchedule):
         raise UsageError(
@@ -112,7 +112,7 @@ def check_spec(spec: ModelSpec, where: str) -> None:
 
 
 def _check_schedule(schedule: NoiseSchedule, where: str) -> None:
-    """Refuse noise schedules that the schedulers do not know."""
+    """Refuse a noise schedule that the schedulers do not support."""
     for field, value, known in (
         ("beta_schedule", schedule.beta_schedule, _BETA_SCHEDULES),
         ("prediction", schedule.prediction, _PREDICTIONS),
@@ -122,12 +122,12 @@ def _check_schedule(schedule: NoiseSchedule, where: str) -> None:
 
 
 def check_weights(module: nn.Module, where: str) -> None:
-    """Refuse weights that are not dense floating point, or that would turn every output into NaN.
+    """Refuse weights that are not dense floating point, or that are NaN or infinite.
 
-    Buffers may also be whole numbers and truth values, which index and mask.
+    Buffers may also hold whole numbers and truth values, for indexing and masking.
 
     Raises:
-        UsageError: names the first such tensor.
+        UsageError: a tensor is refused; the message names the first one.
     """
     import torch
 
@@ -159,7 +159,7 @@ def check_weights(module: nn.Module, where: str) -> None:
 
 
 def _is_index(tensor: object) -> bool:
-    """Whether a buffer is dense whole numbers or truth values."""
+    """Return whether a buffer holds dense whole numbers or truth values."""
     import torch
 
     whole = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

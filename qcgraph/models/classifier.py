@@ -1,4 +1,4 @@
-"""A small classifier of digits, which judges generated images: class accuracy, and features for FID-small."""
+"""Classify digits with a small network that judges generated images: class accuracy, and features for FID-small."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ class DigitsClassifier(nn.Module):
         self.head = nn.Linear(self.feature_count, CLASS_COUNT)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class logits [N, 10] of images [N, 1, 8, 8]."""
+        """Return class logits [N, 10] of images [N, 1, 8, 8]."""
         return self.head(self.trunk(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """The features that FID-small compares, [N, 64], of images [N, 1, 8, 8] in [-1, 1]."""
+        """Return the features [N, 64] that FID-small compares, of images [N, 1, 8, 8] in [-1, 1]."""
         return self.trunk(images)
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """Share of images [N, 1, 8, 8] classified as their label [N], between 0 and 1."""
+        """Return the share of images [N, 1, 8, 8] classified as their label [N], between 0 and 1."""
         return float((self(images).argmax(dim=1) == labels).double().mean())
 
 
 def load_classifier(path: Path = DIGITS_FOLDER / CLASSIFIER_FILE) -> DigitsClassifier:
-    """Loads a classifier, by default the one that ships with the package: frozen, in evaluation mode, float32.
+    """Load a classifier, frozen, in evaluation mode and float32; by default the one that ships with the package.
 
     Args:
         path: a safetensors file of its weights, of any float type.
@@ -66,7 +66,7 @@ def load_classifier(path: Path = DIGITS_FOLDER / CLASSIFIER_FILE) -> DigitsClass
 
 
 def digits_judge(path: Path = DIGITS_FOLDER / CLASSIFIER_FILE) -> Judge:
-    """Judges images of digits by a classifier, and by all of scikit-learn's digits.
+    """Make a judge of digit images from a classifier and all of scikit-learn's digits.
 
     Args:
         path: as for :func:`load_classifier`.

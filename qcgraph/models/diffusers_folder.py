@@ -1,4 +1,4 @@
-"""Reads class-conditional transformers that diffusers saved, with the noise schedule beside them."""
+"""Load class-conditional transformers that diffusers saved, with the noise schedule beside them."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ INPUT_NAMES = ("hidden_states", "timestep", "class_labels")
 
 
 class DiffusersDenoiser(nn.Module):
-    """Gives a diffusers transformer the signature of a denoiser: three tensors in, one out."""
+    """A diffusers transformer with the signature of a denoiser: three tensors in, one out."""
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
         self.transformer = transformer
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        """Predicts the noise in ``hidden_states`` [B, C, H, W] at ``timestep`` [B] for ``class_labels`` [B]."""
+        """Predict the noise in ``hidden_states`` [B, C, H, W] at ``timestep`` [B] for ``class_labels`` [B]."""
         return self.transformer(hidden_states, timestep=timestep, class_labels=class_labels, return_dict=False)[0]
 
 
 def is_diffusers_folder(folder: Path) -> bool:
-    """Whether the folder, or a ``transformer`` in it, has the ``config.json`` that diffusers writes."""
+    """Return whether the folder, or a ``transformer`` in it, has the ``config.json`` that diffusers writes."""
     return any((place / "config.json").is_file() for place in (folder, folder / "transformer"))
 
 
 def load_diffusers_folder(folder: Path) -> LoadedModel:
-    """Loads a model folder, or the transformer of a pipeline folder; nothing is downloaded.
+    """Load a model folder, or the transformer of a pipeline folder; nothing is downloaded.
 
     Args:
         folder: has ``config.json``, or ``transformer/config.json`` and perhaps ``scheduler/scheduler_config.json``
@@ -50,8 +50,8 @@ def load_diffusers_folder(folder: Path) -> LoadedModel:
         The denoiser, in the float32 and evaluation mode that diffusers loads it in.
 
     Raises:
-        UsageError: the model is of another kind or process, or its configuration or weights are damaged or do not fit
-            each other.
+        UsageError: the model is of another kind or process, its configuration or weights are damaged, or they do not
+            match each other.
     """
     is_pipeline = (folder / "transformer" / CONFIG_FILE).is_file()
     model_folder = folder / "transformer" if is_pipeline else folder
@@ -62,7 +62,7 @@ def load_diffusers_folder(folder: Path) -> LoadedModel:
         name=folder.resolve().name,
         latent_shape=(config.in_channels, config.sample_size, config.sample_size),
         class_count=config.num_embeds_ada_norm,
-        null_class=config.num_embeds_ada_norm,  # diffusers, too, puts the null class in the row after the last
+        null_class=config.num_embeds_ada_norm,  # like qcgraph, diffusers puts the null class in the row after the last
         output_channels=config.out_channels or config.in_channels,
         noise_schedule=schedule,
     )
@@ -70,7 +70,7 @@ def load_diffusers_folder(folder: Path) -> LoadedModel:
 
 
 def _no_schedule(folder: Path) -> tuple[NoiseSchedule, tuple[str, ...]]:
-    """The original DiT's noise schedule, for the folder of a model alone, which states none."""
+    """Return the original DiT's noise schedule, with a note, for a model folder that has no schedule of its own."""
     note = "a model folder states no noise schedule: it is taken to be that of the original DiT"
     if (folder.resolve().parent / "scheduler" / SCHEDULER_FILE).is_file():
         note += "; name the folder above it to have that of the pipeline"
@@ -78,19 +78,19 @@ def _no_schedule(folder: Path) -> tuple[NoiseSchedule, tuple[str, ...]]:
 
 
 def _load_transformer(folder: Path, config: TransformerConfig) -> tuple[Any, tuple[str, ...]]:
-    """Loads the weights, and refuses what diffusers would only warn of: names or shapes of another network."""
+    """Load the weights, and refuse names or shapes of another network, for which diffusers would only warn."""
     from diffusers import DiTTransformer2DModel
 
     files = find_weights(folder)
     check_prefix(files, folder)
-    if config.num_layers > len(files.names):  # before as many blocks are built
+    if config.num_layers > len(files.names):  # checked before any block is built
         raise UsageError(
             f"num_layers = {config.num_layers}, and the weights are {len(files.names)} tensors in all",
             where=str(folder / CONFIG_FILE),
             hint=_HINT,
         )
     try:
-        with quiet("diffusers"):  # it warns where accelerate is not installed, and of weights that are refused below
+        with quiet("diffusers"):  # diffusers warns where accelerate is missing, and of weights that are refused below
             transformer, report = DiTTransformer2DModel.from_pretrained(
                 folder,
                 local_files_only=True,
@@ -107,7 +107,7 @@ def _load_transformer(folder: Path, config: TransformerConfig) -> tuple[Any, tup
 
 
 def _check_loaded(report: Mapping[str, Any], folder: Path) -> None:
-    """Refuses a network whose parameters are not exactly those of the weight files."""
+    """Refuse a network whose parameters differ from those of the weight files."""
     complaints = [
         f"{len(names)} {what}, the first is {min(names)}"
         for names, what in (

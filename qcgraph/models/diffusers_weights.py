@@ -1,4 +1,4 @@
-"""Finds the weight files of a diffusers model and checks them against each other before they are loaded."""
+"""Find the weight files of a diffusers model, and check them against each other before they are loaded."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from qcgraph.errors import UsageError
 from qcgraph.models.checkpoint import first_of, read_names, wrapper_prefix
 from qcgraph.models.json_file import read_json
 
-_STEM = "diffusion_pytorch_model"  # what diffusers calls weight files
-# One file, or the index of several; a variant (fp16, ema ..) stands between two dots.
+_STEM = "diffusion_pytorch_model"  # the name that diffusers gives to weight files
+# One file, or the index of several files; a variant (fp16, ema ..) stands between two dots.
 _SINGLE = re.compile(rf"{_STEM}(?:\.(?P<variant>[\w-]+?))?\.(?P<form>safetensors|bin)")
 _INDEX = re.compile(rf"{_STEM}\.(?P<form>safetensors|bin)\.index(?:\.(?P<variant>[\w-]+))?\.json")
-_FORMS = ("safetensors", "bin")  # the first is preferred
-_HALVES = ("fp16", "bf16", "fp32", "fp64")  # variants that are the same weights in another precision
+_FORMS = ("safetensors", "bin")  # file formats, the preferred one first
+_HALVES = ("fp16", "bf16", "fp32", "fp64")  # variants that store the same weights in another precision
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class WeightFiles:
     """The weights of a model folder.
 
     Attributes:
-        variant: what diffusers calls the variant, or None.
-        is_safetensors: whether they are safetensors rather than files of torch.save.
+        variant: the variant by its name in diffusers, or None.
+        is_safetensors: whether the files are safetensors; otherwise torch.save wrote them.
         names: the names of all tensors.
     """
 
@@ -37,14 +37,14 @@ class WeightFiles:
 def find_weights(folder: Path) -> WeightFiles:
     """Find the weights that diffusers would load, and read the names of their tensors.
 
-    The only variant in a folder is taken where it is the same weights in another precision.
+    If a folder has a single variant, it is accepted when it stores the same weights in another precision.
 
     Args:
         folder: the folder of the model.
 
     Raises:
-        UsageError: there are none, they are damaged or not floating point, shards are missing, or the names in them are
-            not those of the index.
+        UsageError: there are no weights, they are damaged or not floating point, shards are missing, or the names in
+            the shards differ from the index.
     """
     found = [
         (match["variant"] or "", _FORMS.index(match["form"]), path)
@@ -58,7 +58,7 @@ def find_weights(folder: Path) -> WeightFiles:
             where=str(folder),
             hint="is the download complete?",
         )
-    variant = variants[0]  # none is first
+    variant = variants[0]  # files without a variant come first
     if variant and (len(variants) > 1 or variant not in _HALVES):
         raise UsageError(
             f"the folder has only variants of the weights: {', '.join(variants)}",
@@ -73,7 +73,7 @@ def find_weights(folder: Path) -> WeightFiles:
 
 
 def check_prefix(files: WeightFiles, folder: Path) -> None:
-    """Refuse weights whose names all have the prefix of a wrapper, which diffusers does not take off."""
+    """Refuse weights whose names all have the prefix of a wrapper, which diffusers does not remove."""
     prefix = wrapper_prefix(files.names)
     if prefix:
         raise UsageError(
@@ -84,7 +84,7 @@ def check_prefix(files: WeightFiles, folder: Path) -> None:
 
 
 def _shard_names(index: Path) -> tuple[str, ...]:
-    """The names of the tensors in the shards of an index, which must be those in the index."""
+    """Return the names of the tensors in the shards of an index; they must be the names in the index."""
     content: Any = read_json(index).get("weight_map")
     if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()) or not content:
         raise UsageError("has no weight_map of names to files", where=str(index), hint="is the download complete?")

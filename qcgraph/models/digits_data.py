@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, as the trained models and their classifiers see them."""
+"""Load scikit-learn's handwritten digits in the form that the trained models and their classifiers use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CLASS_COUNT = 10
 
 
 def load_digits() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """All 1797 digits.
+    """Load all 1797 digits.
 
     Returns:
         images: [1797, 1, 8, 8], float32 in [-1, 1].
@@ -27,7 +27,7 @@ def load_digits() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 
 def split_indices(train_fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Splits the digits into a training and a held-out part, every class in the same proportion.
+    """Split the digits into a training and a held-out part, with every class in the same proportion.
 
     Args:
         train_fraction: share of the training part, between 0 and 1, both excluded.

@@ -1,7 +1,7 @@
 """The original DiT in one file (Peebles & Xie, "Scalable Diffusion Models with Transformers", 2023).
 
-Parameter names are those of the original code, so its checkpoints load unchanged. Every size comes from the config,
-none from a tensor except the batch, so ``torch.export`` with a symbolic batch finds nothing to specialise on.
+Parameter names are those of the original code, so that its checkpoints load unchanged. Every size except the batch
+comes from the config, so that ``torch.export`` with a symbolic batch does not specialise on any tensor.
 
 Shapes in the comments: B batch, C channels, S input size, P patch size, G = S / P, T = G * G tokens, D width, H heads.
 """
@@ -22,7 +22,7 @@ INPUT_NAMES = ("x", "t", "y")  # the parameters of DiT.forward: latent, timestep
 
 
 class PatchEmbed(nn.Module):
-    """Cuts a latent into patches and projects each to a token."""
+    """Cut a latent into patches, and project each patch to a token."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Embeds a timestep: sinusoidal features, then an MLP."""
+    """Embed a timestep: sinusoidal features, then an MLP."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Embeds a class label; the last row of the table is the null class of guidance."""
+    """Embed a class label; the last row of the table is the null class of guidance."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Maps each token to the values of its patch."""
+    """Map each token to the values of its patch."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -125,10 +125,10 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """A class-conditional Diffusion Transformer. Its weights are unset until initialised or loaded.
+    """A class-conditional Diffusion Transformer. Its weights are unset until they are initialised or loaded.
 
     Args:
-        config: the sizes.
+        config: the sizes of the network.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -137,21 +137,21 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(config)
         self.y_embedder = LabelEmbedder(config)
-        # A frozen parameter rather than a buffer, because the original counts and stores it as one.
+        # A frozen parameter rather than a buffer, because the original DiT counts and stores it as a parameter.
         self.pos_embed = nn.Parameter(position_embedding(config), requires_grad=False)
         self.blocks = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
         self.final_layer = FinalLayer(config)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Predicts the noise in a latent.
+        """Predict the noise in a latent.
 
         Args:
             x: noisy latent, [B, C, S, S].
             t: timestep on the training scale, [B], int64 or float32.
-            y: class label, [B], int64; ``config.null_class`` is the unconditional one.
+            y: class label, [B], int64; ``config.null_class`` is the label of the unconditional half of guidance.
 
         Returns:
-            [B, C_out, S, S]; the first C channels are the noise prediction, the rest a learned variance.
+            [B, C_out, S, S]; the first C channels are the noise prediction, the remaining ones a learned variance.
         """
         x = self.x_embedder(x) + self.pos_embed  # [B, T, D]
         condition = self.t_embedder(t) + self.y_embedder(y)  # [B, D]
@@ -160,7 +160,7 @@ class DiT(nn.Module):
         return self.unpatchify(self.final_layer(x, condition))  # [B, C_out, S, S]
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """Puts the patches back where they came from: [B, T, P * P * C_out] -> [B, C_out, S, S]."""
+        """Put the patches back in their places: [B, T, P * P * C_out] -> [B, C_out, S, S]."""
         grid, patch, channels = self.config.grid_size, self.config.patch_size, self.config.output_channels
         x = x.reshape(-1, grid, grid, patch, patch, channels)
         x = x.permute(0, 5, 1, 3, 2, 4)  # [B, C_out, G, P, G, P]
@@ -168,12 +168,12 @@ class DiT(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Shifts and scales tokens [B, T, D] per image by [B, D]."""
+    """Shift and scale tokens [B, T, D] per image by [B, D]."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 def position_embedding(config: DiTConfig) -> Tensor:
-    """The fixed 2-D sin-cos embedding of the grid, [1, T, D]: the column in one half of D, the row in the other."""
+    """Return the fixed 2-D sin-cos embedding of the grid, [1, T, D]: half of D for the column, half for the row."""
     positions = torch.arange(config.grid_size, dtype=torch.float64)
     quarter = config.width // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -186,7 +186,7 @@ def position_embedding(config: DiTConfig) -> Tensor:
 
 @torch.no_grad()
 def initialize_zero(model: DiT, generator: torch.Generator) -> None:
-    """Sets every parameter to the original's start of training: each block the identity, the output zero (adaLN-Zero).
+    """Initialise every parameter as the original DiT does: each block is the identity, the output zero (adaLN-Zero).
 
     Args:
         model: the model, changed in place.
@@ -203,10 +203,10 @@ def initialize_zero(model: DiT, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def initialize_random(model: DiT, generator: torch.Generator) -> None:
-    """Sets every parameter so that an untrained model behaves like a trained one where a compiler looks.
+    """Initialise every parameter so that an untrained model exercises a compiler as a trained one does.
 
-    Blocks contribute (gates of 0.1 to 0.5), the output is of order 1 and depends on latent, timestep and class. A
-    model at the original's start of training returns zero, on which no transformation can be seen to go wrong.
+    Blocks contribute (gates of 0.1 to 0.5), and the output is of order 1 and depends on latent, timestep and class.
+    The original initialisation makes a model return zero, which would hide every wrong transformation.
 
     Args:
         model: the model, changed in place.
@@ -226,12 +226,12 @@ def initialize_random(model: DiT, generator: torch.Generator) -> None:
 
 
 def _initialize_trunk(model: DiT, generator: torch.Generator) -> None:
-    """What both starts share: the position embedding, Xavier weights of the blocks, zero biases everywhere."""
+    """Initialise the position embedding, Xavier weights of the blocks, and zero biases, as both initialisations do."""
     model.pos_embed.copy_(position_embedding(model.config))
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
             nn.init.zeros_(parameter)
-    # As in the original, the convolution is initialised as the linear layer on flattened patches that it is.
+    # The original DiT initialises the convolution as the equivalent linear layer on flattened patches.
     projection = model.x_embedder.proj.weight
     nn.init.xavier_uniform_(projection.view(projection.shape[0], -1), generator=generator)
     for block in _blocks(model):
@@ -240,17 +240,17 @@ def _initialize_trunk(model: DiT, generator: torch.Generator) -> None:
 
 
 def _blocks(model: DiT) -> list[DiTBlock]:
-    """The blocks in order, as what they are; a ``ModuleList`` only knows modules."""
+    """Return the blocks in order, with their type; a ``ModuleList`` only knows modules."""
     return [module for module in model.blocks if isinstance(module, DiTBlock)]
 
 
 def _modulations(model: DiT) -> list[nn.Linear]:
-    """Every adaLN projection, the final layer's last."""
+    """Return every adaLN projection, with the one of the final layer last."""
     inner = [_linear(block.adaLN_modulation[1]) for block in _blocks(model)]
     return [*inner, _linear(model.final_layer.adaLN_modulation[1])]
 
 
 def _linear(module: nn.Module) -> nn.Linear:
-    """Narrows the type of an element of a ``Sequential``."""
+    """Narrow the type of an element of a ``Sequential``."""
     assert isinstance(module, nn.Linear)
     return module

@@ -1,4 +1,4 @@
-"""A loaded model as a sampling backend: PyTorch eager, without qcgraph. What everything else is compared with."""
+"""Run a loaded model in PyTorch eager, without qcgraph, as the reference of every comparison."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qcgraph.sampling.runner import Array, Call
 
 
 class EagerRunner:
-    """Runs the module of a model as it is (see `qcgraph.sampling.runner.Runner`), whatever variant is asked for."""
+    """Runs the unchanged module of a model (see `qcgraph.sampling.runner.Runner`), for every variant."""
 
     def __init__(self, model: LoadedModel) -> None:
         self._module = model.module
@@ -21,10 +21,10 @@ class EagerRunner:
         self._names = dict(zip(inputs, model.input_names, strict=True))
 
     def run(self, call: Call) -> Array:
-        """Return the noise prediction, f32[B,C_out,H,W]; groups, rows and caches mean nothing here."""
+        """Return the noise prediction, f32[B,C_out,H,W]; groups, rows and caches have no effect."""
         if not call.is_step:  # the module computes its own modulation
             return np.empty((len(call.inputs[TIMESTEP.name]), 0), dtype=np.float32)
-        # Copies, because a module may write to its arguments.
+        # Copies are passed, because a module may write to its arguments.
         values = {theirs: torch.from_numpy(call.inputs[ours]).clone() for ours, theirs in self._names.items()}
         with torch.inference_mode():
             return cast(Array, self._module(**values).numpy())

@@ -1,4 +1,4 @@
-"""Calls a factory of the user's and unwraps what it returns; what the factory raises is told apart from our errors."""
+"""Call a user's factory and unwrap its model; errors of the factory are told apart from those of qcgraph."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def call_factory(name: str) -> LoadedModel:
         name: ``package.module:factory``.
 
     Raises:
-        UsageError: the module or the factory is not there or raises, or the factory returns something else.
+        UsageError: the module or the factory is missing or raises an error, or the factory returns no model.
     """
     module_name, _, factory_name = name.partition(":")
     try:
@@ -39,7 +39,7 @@ def call_factory(name: str) -> LoadedModel:
             where=name,
             hint="install the package, or put its folder on PYTHONPATH; `qcgraph models` lists the built-in names",
         ) from error
-    except (Exception, SystemExit) as error:  # whatever code of the user's raises
+    except (Exception, SystemExit) as error:  # any error of user code
         raise _raised(f"importing {module_name}", error, name, None) from error
     factory = getattr(module, factory_name, None)
     if not callable(factory):
@@ -51,19 +51,19 @@ def made_by(factory: Callable[[], Any], what: str, name: str, module: ModuleType
     """Call a factory.
 
     Args:
-        factory: what makes the model.
-        what: what an error calls the factory.
-        name: what was typed where the model was asked for.
-        module: where the factory is.
+        factory: the function that makes the model.
+        what: the description of the factory in errors.
+        name: the name of the model as the user typed it.
+        module: the module of the factory, if known.
 
     Raises:
-        UsageError: the factory raises, or returns something else than a model.
+        UsageError: the factory raises an error, or returns no model.
     """
     try:
         model = factory()
     except QcgraphError:
-        raise  # the factory used qcgraph, which says itself what is wrong
-    except (Exception, SystemExit) as error:  # whatever code of the user's raises
+        raise  # the factory used qcgraph, whose error explains itself
+    except (Exception, SystemExit) as error:  # any error of user code
         raise _raised(what, error, name, module) from error
     if not isinstance(model, LoadedModel):
         raise UsageError(f"the factory returned {type(model).__name__}", where=name, hint=_EXPECTED)
@@ -71,14 +71,14 @@ def made_by(factory: Callable[[], Any], what: str, name: str, module: ModuleType
 
 
 def unwrapped(model: LoadedModel, where: str) -> LoadedModel:
-    """Return the model without what torch.compile or data parallelism wrapped around it, which cannot be captured.
+    """Return the model without wrappers of torch.compile or data parallelism, which cannot be captured.
 
     Args:
         model: the model.
-        where: what an error calls it.
+        where: the name of the model in errors.
 
     Raises:
-        UsageError: its module is none.
+        UsageError: the model has no torch module.
     """
     import torch
 
@@ -92,10 +92,10 @@ def unwrapped(model: LoadedModel, where: str) -> LoadedModel:
 
 
 def check_parameters(model: LoadedModel, where: str) -> None:
-    """Refuse a module whose ``forward`` does not have the parameters that the model names.
+    """Refuse a module whose ``forward`` lacks a parameter that the model names.
 
     Raises:
-        UsageError: names the first one.
+        UsageError: a parameter is missing; the message names the first one.
     """
     wanted = [tensor.name for tensor in model.spec.inputs]
     hint = f"input_names are the forward parameters for {', '.join(wanted)}, in this order"
@@ -112,15 +112,15 @@ def check_parameters(model: LoadedModel, where: str) -> None:
 
 
 def try_forward(model: LoadedModel, where: str, *, is_guided: bool = False) -> None:
-    """Call a model once with what its spec says, so that what it cannot take is said in its own words.
+    """Call a model once with inputs of its spec, so that errors show in the model's own words.
 
     Args:
         model: the model.
-        where: what an error calls it.
-        is_guided: whether it also has to take null values.
+        where: the name of the model in errors.
+        is_guided: whether the model must also accept null values of its conditions.
 
     Raises:
-        UsageError: the module raises, or returns something else than one tensor [B, C_out, H, W].
+        UsageError: the module raises an error, or does not return one tensor [B, C_out, H, W].
     """
     import torch
 
@@ -136,7 +136,7 @@ def try_forward(model: LoadedModel, where: str, *, is_guided: bool = False) -> N
             output: Any = model.module(**dict(zip(model.input_names, inputs.values(), strict=True)))
     except QcgraphError:
         raise
-    except Exception as error:  # whatever code of the user's raises
+    except Exception as error:  # any error of user code
         if is_guided and isinstance(error, IndexError):
             nulls = [f"{item.name} {item.null}" for item in spec.conditions if item.null is not None]
             raise UsageError(
@@ -168,13 +168,13 @@ def _raised(what: str, error: BaseException, name: str, module: ModuleType | Non
 
 
 def _said(error: BaseException) -> str:
-    """The type of an error and the first line of what it says."""
+    """Return the type of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _at(error: BaseException, module: ModuleType | None) -> str:
-    """Where an error was raised: in the file of the module, or else at the innermost place."""
+    """Return the place of an error: its line in the file of the module, or else the innermost one."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = Path(__file__).name
     file = getattr(module, "__file__", None)

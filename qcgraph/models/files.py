@@ -1,4 +1,4 @@
-"""Names of what the training tools write, where the embedded model is, and whether a file is there."""
+"""Name the files of the training tools and the folder of the embedded model, and check whether files exist."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ REAL_FILE = "real.safetensors"
 
 
 def is_there(path: Path, kind: Callable[[Path], bool] = Path.is_file) -> bool:
-    """Return whether there is a file, or what else ``kind`` asks for, at a path that the file system may not know."""
+    """Return whether a file, or whatever ``kind`` checks for, exists at a path that may be invalid."""
     try:
         return kind(path)
-    except (OSError, ValueError):  # too long, in a folder that may not be read, or with a zero byte
+    except (OSError, ValueError):  # the path is too long, in an unreadable folder, or contains a zero byte
         return False

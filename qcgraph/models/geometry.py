@@ -1,4 +1,4 @@
-"""The sizes of DiT models. Plain data, no torch, so that models can be listed without loading any."""
+"""Define the sizes of DiT models as plain data without torch, so that models can be listed without loading any."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class DiTConfig:
         mlp_ratio: hidden width of the MLP over ``width``.
 
     Raises:
-        ValueError: a size is not positive or is beyond `LARGEST_SIZE`, or the sizes do not divide as the
-            architecture needs.
+        ValueError: a size is not positive or exceeds `LARGEST_SIZE`, or the sizes are not divisible as the architecture
+            requires.
     """
 
     input_size: int = 32
@@ -60,22 +60,22 @@ class DiTConfig:
 
     @property
     def grid_size(self) -> int:
-        """Patches along one side of the latent."""
+        """The number of patches along one side of the latent."""
         return self.input_size // self.patch_size
 
     @property
     def token_count(self) -> int:
-        """Tokens of one latent."""
+        """The number of tokens of one latent."""
         return self.grid_size**2
 
     @property
     def output_channels(self) -> int:
-        """Channels the network returns."""
+        """The number of channels that the network returns."""
         return self.channels * 2 if self.learn_sigma else self.channels
 
     @property
     def mlp_width(self) -> int:
-        """Hidden channels of a block's MLP."""
+        """The number of hidden channels of a block's MLP."""
         return int(self.width * self.mlp_ratio)
 
     @property
@@ -85,7 +85,7 @@ class DiTConfig:
 
     @property
     def parameter_count(self) -> int:
-        """Number of parameters, the fixed position embedding included, as the original counts them."""
+        """The number of parameters, including the fixed position embedding, as the original DiT counts them."""
         width = self.width
         patch_values = self.patch_size**2
         embedders = (
@@ -108,11 +108,11 @@ class DiTConfig:
     def model_spec(
         self, name: str, *, noise_schedule: NoiseSchedule | None = None, is_image: bool = False
     ) -> ModelSpec:
-        """What the host must know of a DiT of these sizes.
+        """Return the spec of a DiT of these sizes.
 
         Args:
-            name: how the model is called.
-            noise_schedule: the training noise schedule, by default the original's.
+            name: the name of the model.
+            noise_schedule: the noise schedule of the training, by default that of the original DiT.
             is_image: whether the latent is an image in [-1, 1].
         """
         return ModelSpec.class_conditional(
@@ -127,7 +127,7 @@ class DiTConfig:
 
 
 def _linear(inputs: int, outputs: int) -> int:
-    """Parameters of a linear layer with a bias."""
+    """Return the number of parameters of a linear layer with a bias."""
     return inputs * outputs + outputs
 
 
@@ -139,7 +139,7 @@ GEOMETRIES: dict[str, DiTConfig] = {
     for size, (depth, width, heads) in _SIZES.items()
     for patch_size in (2, 4, 8)
 } | {
-    # The one released checkpoint for 512 x 512 images: the same network on a latent twice as large.
+    # The one released checkpoint for 512 x 512 images: the same network on a latent of twice the size.
     "dit-xl-2-512": DiTConfig(input_size=64),
 }
 """Geometries of the original, by name: ``dit-<size>-<patch>`` for latents of 4 x 32 x 32."""

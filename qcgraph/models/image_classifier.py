@@ -1,4 +1,4 @@
-"""A small classifier of images, which judges what a model of them draws: class accuracy, and features for FID-small."""
+"""Classify images with a small network that judges generated images: class accuracy, and features for FID-small."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ REAL_IMAGES = "images"
 """The tensor u8[M,C,H,W] in the file of real images."""
 
 _HINT = "the file must be one that tools/train_dit.py wrote"
-_BATCH = 256  # judged at once
+_BATCH = 256  # images that are judged at once
 _WIDTHS = (32, 64, 128)
 
 
 class ImageClassifier(nn.Module):
-    """Three stages of two convolutions each, for images [N, C, S, S] in [-1, 1] of any size from 4 pixels on.
+    """Three stages of two convolutions each, for images [N, C, S, S] in [-1, 1] of at least 4 pixels.
 
     Args:
-        channels: C.
-        class_count: how many classes it tells apart.
+        channels: C, the number of channels of the images.
+        class_count: the number of classes.
     """
 
     feature_count = 64
@@ -50,26 +50,26 @@ class ImageClassifier(nn.Module):
         self.head = nn.Linear(self.feature_count, class_count)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class logits [N, K] of images [N, C, S, S]."""
+        """Return class logits [N, K] of images [N, C, S, S]."""
         return self.head(self.trunk(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """The features that FID-small compares, [N, 64], of images [N, C, S, S] in [-1, 1]."""
+        """Return the features [N, 64] that FID-small compares, of images [N, C, S, S] in [-1, 1]."""
         return self.trunk(images)
 
 
 def _convolution(before: int, width: int) -> nn.Sequential:
-    """Groups instead of batch statistics: an image is judged the same whatever it comes with."""
+    """Return a convolution with group norm: unlike batch norm, it judges an image the same in any batch."""
     return nn.Sequential(nn.Conv2d(before, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU())
 
 
 def load_image_classifier(path: Path, channels: int, class_count: int) -> ImageClassifier:
-    """Loads a classifier: frozen, in evaluation mode, float32.
+    """Load a classifier, frozen, in evaluation mode and float32.
 
     Args:
         path: a safetensors file of its weights, of any float type.
-        channels: of the images.
-        class_count: how many classes it tells apart.
+        channels: the number of channels of the images.
+        class_count: the number of classes.
 
     Raises:
         UsageError: the file is missing, unreadable, or holds other weights.
@@ -81,16 +81,16 @@ def load_image_classifier(path: Path, channels: int, class_count: int) -> ImageC
 
 
 def image_judge(classifier_path: Path, real_path: Path, shape: tuple[int, int, int], class_count: int) -> Judge:
-    """Judges images by a classifier, and by real images that it was not trained on.
+    """Make a judge of images from a classifier and real images that it was not trained on.
 
     Args:
         classifier_path: as for :func:`load_image_classifier`.
         real_path: a safetensors file with the tensor ``images`` u8[M,C,H,W].
         shape: C, H, W of the images.
-        class_count: how many classes there are.
+        class_count: the number of classes.
 
     Raises:
-        UsageError: a file is missing, unreadable, or holds something else.
+        UsageError: a file is missing or unreadable, or has the wrong content.
     """
     classifier = load_image_classifier(classifier_path, shape[0], class_count)
     real = _real_images(real_path, shape)
@@ -105,13 +105,13 @@ def image_judge(classifier_path: Path, real_path: Path, shape: tuple[int, int, i
 
 
 def scaled(images: Tensor) -> Tensor:
-    """Pixels u8 as float32 in [-1, 1]."""
+    """Return u8 pixels as float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 @torch.no_grad()
 def in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """What a function of images gives for many, a few hundred at a time."""
+    """Apply a function to many images, a few hundred at a time."""
     return torch.cat([function(part) for part in images.split(_BATCH)])
 
 

@@ -1,4 +1,4 @@
-"""Reads the JSON files of model folders: an object, or the reason why not."""
+"""Read JSON files of model folders; each must hold an object."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from qcgraph.errors import UsageError
 from qcgraph.files import documents
 
-_LARGEST = 2**24  # bytes; the largest that is known, the index of a sharded checkpoint, has a hundredth of that
+_LARGEST = 2**24  # bytes; the largest known file, the index of a sharded checkpoint, has a hundredth of this size
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, in which numbers may be infinite: diffusers writes some that are.
+    """Read a JSON object; numbers may be infinite, because diffusers writes infinite settings.
 
     Args:
         path: the file.
 
     Raises:
-        UsageError: the file cannot be read, is not JSON, or holds something else.
+        UsageError: the file cannot be read, is not JSON, or holds no object.
     """
     hint = "is the download complete? otherwise save the model again with diffusers"
     content = documents.read_json(path, hint=hint, most_bytes=_LARGEST, finite=False)
@@ -28,10 +28,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a configuration as diffusers does, which takes the defaults of settings that ``_use_default_values`` lists.
+    """Read a configuration as diffusers does: settings listed under ``_use_default_values`` keep their defaults.
 
     Raises:
-        UsageError: see `read_json`, or the list is none of names.
+        UsageError: see `read_json`, or ``_use_default_values`` is not a list of names.
     """
     config = read_json(path)
     unused = config.get("_use_default_values", [])

@@ -1,4 +1,4 @@
-"""What judges the samples of a model: a feature network, a classifier and real images. It imports no torch."""
+"""Judge the samples of a model by a feature network, a classifier and real images; imports no torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Judge:
-    """What the samples of a model are judged with.
+    """The judge of a model's samples.
 
-    The callables take and return NumPy arrays, whatever computes behind them, and take any number of images at once.
+    The callables take and return NumPy arrays, whatever library computes them, and accept any number of images.
 
     Attributes:
         features: images f32[N,C,H,W] -> features f32[N,F].

@@ -1,4 +1,4 @@
-"""What every source of models hands on. Importing it imports no torch."""
+"""Define the model that every source of models returns; imports no torch."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class LoadedModel:
     """A denoiser that is ready to be captured.
 
     Attributes:
-        module: the network, in evaluation mode, frozen, float32. It returns one tensor, [B, C_out, H, W]. Wrappers that
-            compile it or spread it over devices are taken off.
-        spec: what the host must know of it.
+        module: the network, frozen, in evaluation mode and float32. It returns one tensor, [B, C_out, H, W]. It has no
+            wrappers that compile it or spread it over devices.
+        spec: the denoiser's inputs, shapes and noise schedule, as the host needs them.
         input_names: names of the module's forward parameters in the order of the inputs of the spec: latent
             [B, C, H, W], timestep [B], and the conditions.
-        judge: makes what samples are judged with (class accuracy, FID-small), or None where nothing can judge them. It
-            is called on demand, because a judge may need data and libraries that compiling does not; a factory of
-            your own may supply one for its model.
-        notes: what the user should know of how the model was read: settings that are not followed, prefixes taken off.
+        judge: makes the judge of samples (class accuracy, FID-small), or None if there is none. It is called on demand,
+            because a judge may need data and libraries that compiling does not; your own factory may supply one for
+            its model.
+        notes: messages for the user on how the model was read, such as ignored settings and removed prefixes.
     """
 
     module: nn.Module

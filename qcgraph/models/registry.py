@@ -1,4 +1,4 @@
-"""Turns the name of a model into a loaded model. Listing imports no torch; loading does, inside the functions."""
+"""Load a model by its name. Listing models imports no torch; loading imports it inside the functions."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class ModelInfo:
     """One line of the list of models.
 
     Attributes:
-        name: what to type where a model is asked for; capitals stand for something to fill in.
-        description: one line on what it is.
-        parameters: number of parameters, or None where it depends on what is filled in.
-        geometry: the sizes, or None likewise.
-        distribution: the distribution that adds it, empty for qcgraph.
+        name: the name to type on the command line; words in capitals stand for your own values.
+        description: one line that describes the model.
+        parameters: number of parameters, or None if it depends on the values filled in.
+        geometry: the sizes, or None if they depend on the values filled in.
+        distribution: the distribution that adds the model, empty for qcgraph.
     """
 
     name: str
@@ -50,7 +50,7 @@ EXTENSIONS = Extensions("qcgraph.models", "model", lambda: (EMBEDDED, *GEOMETRIE
 
 
 def list_models() -> tuple[ModelInfo, ...]:
-    """The models that :func:`load_model` accepts, without loading any or importing what other distributions add."""
+    """List the models that :func:`load_model` accepts; loads none, and imports no other distribution."""
     digits = read_card().config
     checkpoints = tuple(
         ModelInfo(
@@ -75,23 +75,23 @@ def list_models() -> tuple[ModelInfo, ...]:
 
 
 class CodeError(UsageError):
-    """A model's name asks for code where only data is read."""
+    """The name of a model asks for code in a place where only data is read."""
 
 
 def load_model(name: str, *, seed: int = 0, calls: bool = True) -> LoadedModel:
-    """Loads a model by name.
+    """Load a model by name.
 
     Args:
         name: ``digits``; ``GEOMETRY:FILE`` for an original checkpoint or ``GEOMETRY:random``; a folder that
             diffusers or ``tools/train_digits.py`` wrote; the name that another distribution gives a model by an entry
             point; or ``package.module:factory``. A factory's module is used as it is, frozen and converted in place.
-        seed: seed of ``:random`` weights; the others ignore it.
-        calls: whether a factory is imported and called; not where the name was read from a file.
+        seed: seed of ``:random`` weights; it has no effect on other models.
+        calls: whether a factory may be imported and called; false when the name was read from a file.
 
     Raises:
-        CodeError: the name is that of a factory, or of another distribution's model, and none is to be called.
-        UsageError: the name is unknown, or what it names cannot be read, does not fit, was trained on an unsupported
-            noise schedule, or holds NaN, infinity or what is not floating point; or a factory raises.
+        CodeError: the name is that of a factory, or of another distribution's model, and ``calls`` is false.
+        UsageError: the name is unknown; or the model cannot be read, does not fit, has an unsupported noise schedule,
+            or holds weights that are NaN, infinite or not floating point; or a factory raises an error.
     """
     model = _load(name, seed, calls=calls)
     check_spec(model.spec, name)
@@ -103,16 +103,16 @@ def load_model(name: str, *, seed: int = 0, calls: bool = True) -> LoadedModel:
 
 
 def check_loaded(model: LoadedModel) -> LoadedModel:
-    """Check a model that was made in Python, and take it out of the wrappers that cannot be captured.
+    """Check a model that was made in Python, and remove wrappers that cannot be captured.
 
     Args:
-        model: the model, which stays as it is.
+        model: the model, which is not changed.
 
     Returns:
         The model without wrappers.
 
     Raises:
-        UsageError: it is not a model as `LoadedModel` describes it: its spec, its weights, its precision or its mode.
+        UsageError: the spec, weights, precision or mode of the model differ from the description in `LoadedModel`.
     """
     where = getattr(model.spec, "name", None) or "the model"
     model = unwrapped(model, where)
@@ -128,7 +128,7 @@ def check_loaded(model: LoadedModel) -> LoadedModel:
 
 
 def _load(name: str, seed: int, *, calls: bool) -> LoadedModel:
-    """Chooses the source by the form of the name."""
+    """Load a model from the source that the form of its name indicates."""
     if name == EMBEDDED:
         return load_trained_folder()
     geometry, separator, source = name.partition(":")
@@ -163,7 +163,7 @@ def _load(name: str, seed: int, *, calls: bool) -> LoadedModel:
 
 
 def _load_folder(folder: Path) -> LoadedModel:
-    """A folder of one of the two known forms, told apart by its files."""
+    """Load a folder of one of the two known forms, told apart by their files."""
     from qcgraph.models.diffusers_folder import is_diffusers_folder, load_diffusers_folder
 
     if is_diffusers_folder(folder):
@@ -178,7 +178,7 @@ def _load_folder(folder: Path) -> LoadedModel:
 
 
 def _load_geometry(geometry: str, source: str, seed: int) -> LoadedModel:
-    """An original DiT with weights from a file, or random ones."""
+    """Load an original DiT with weights from a file, or with random weights."""
     from qcgraph.models.checkpoint import load_dit
     from qcgraph.models.dit import INPUT_NAMES
 
@@ -193,12 +193,12 @@ def _load_geometry(geometry: str, source: str, seed: int) -> LoadedModel:
 
 
 def _random_dit(config: DiTConfig, seed: int) -> DiT:
-    """A DiT with random weights that depend on the seed alone."""
+    """Return a DiT with random weights that depend on the seed alone."""
     import torch
 
     from qcgraph.models.dit import DiT, initialize_random
 
-    # Built without memory first: the default initialisation takes long and would draw from the global generator.
+    # Built without memory first: the default initialisation is slow and would draw from the global generator.
     with torch.device("meta"):
         model = DiT(config)
     model.to_empty(device="cpu")
@@ -207,7 +207,7 @@ def _random_dit(config: DiTConfig, seed: int) -> DiT:
 
 
 def _from_factory(name: str) -> LoadedModel:
-    """What a factory makes, without wrappers; a module in half precision is noted."""
+    """Return the model of a factory without wrappers; a module in half precision is noted."""
     return _usable(call_factory(name), name)
 
 

@@ -1,8 +1,8 @@
-"""Reads the ``scheduler_config.json`` of a diffusers folder: every setting is followed, noted, or refused by name.
+"""Read the ``scheduler_config.json`` of a diffusers folder: every setting is followed, noted, or refused by name.
 
-A setting says either what the model was trained on, or which steps are taken. One of the first kind enters the noise
-schedule, or the model is refused. One of the second kind is kept for the scheduler that it belongs to, where a step
-plan can hold what it does; else a note names it.
+A setting describes either the training of the model or the choice of steps. A training setting enters the noise
+schedule, or the model is refused. A setting for steps is kept for the scheduler that it belongs to if a step plan can
+represent it; otherwise a note names it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from qcgraph.models.json_file import read_config, read_json
 from qcgraph.plan.spec import FLOW, FolderSampler, NoiseSchedule
 
 CONFIG_FILE = "scheduler_config.json"
-INDEX_FILE = "model_index.json"  # of a pipeline folder; names the class of each part
+INDEX_FILE = "model_index.json"  # the index of a pipeline folder; it names the class of each part
 
-# Classes whose updates are linear -> the scheduler that follows them. What is parallel in two of them is for training.
+# Classes with linear updates -> the qcgraph scheduler that follows them. The parallel mode of two of them is ignored.
 _SUPPORTED = {
     "DDIMScheduler": "ddim",
     "DDIMParallelScheduler": "ddim",
@@ -35,7 +35,7 @@ _SUPPORTED = {
 }
 _SCALES, _TWICE = "it scales the input of the denoiser", "it calls the denoiser twice for a step"
 _UNSUPPORTED = "none of qcgraph's schedulers does the same"
-# Classes that sample the same processes by updates that no step plan holds -> the reason.
+# Classes that sample the same processes, with updates that a step plan cannot represent -> the reason.
 _OTHERS = {
     "DEISMultistepScheduler": _UNSUPPORTED,
     "DPMSolverSinglestepScheduler": _UNSUPPORTED,
@@ -52,7 +52,7 @@ _OTHERS = {
 }
 _SIGMAS = "it is for models whose noise has its own scale of sigmas (EDM), not one of betas"
 _DISTILLED = "it is for models that were distilled to a few steps, which an ordinary solver does not sample"
-# Classes that say that the model is of another process -> the reason.
+# Classes whose models follow another process -> the reason.
 _FOREIGN = {
     "CMStochasticIterativeScheduler": _DISTILLED,
     "CogVideoXDDIMScheduler": "it shifts the signal-to-noise ratio of the betas (snr_shift_scale)",
@@ -80,7 +80,7 @@ _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 _Beta = Annotated[float, Field(gt=0, lt=1)]
 _Positive = Annotated[float, Field(gt=0)]
 _Any = ConfigDict(strict=True)
-_TRAINED: dict[str, Any] = {  # settings that say what the model was trained on, with their types
+_TRAINED: dict[str, Any] = {  # settings that describe the training of the model, with their types
     "num_train_timesteps": Annotated[int, Field(ge=1, le=100_000)],
     "beta_start": _Beta,
     "beta_end": _Beta,
@@ -95,10 +95,10 @@ _TRAINED: dict[str, Any] = {  # settings that say what the model was trained on,
     "use_dynamic_shifting": bool,
     "invert_sigmas": bool,
 }
-# Settings that must not come with a class that does not have them, but for the value at which they say nothing. Betas
-# are not among them: the classes without betas are those of flows, which have none.
+# Settings that are refused on a class that does not have them, except at the value listed here, which has no effect.
+# Betas are not listed: the classes without betas are those of flows, which have none.
 _SPEAKING: dict[str, Any] = {
-    "prediction_type": FLOW,  # of classes for flows
+    "prediction_type": FLOW,  # the value for classes of flows
     "trained_betas": None,
     "rescale_betas_zero_snr": False,
     "timestep_type": "discrete",
@@ -107,7 +107,7 @@ _SPEAKING: dict[str, Any] = {
     "shift": 1,
     "use_dynamic_shifting": False,
     "invert_sigmas": False,
-    # of older releases of diffusers, or of classes of other processes
+    # settings of older releases of diffusers, or of classes of other processes
     "predict_epsilon": True,
     "snr_shift_scale": 1,
     "sigma_data": None,
@@ -130,14 +130,14 @@ _SPACED: dict[str, Any] = {  # settings that choose the steps
     "lambda_min_clipped": float,
     "shift_terminal": Annotated[float, Field(gt=0, lt=1)] | None,
 }
-_UNBOUNDED = ("lambda_min_clipped",)  # may be minus infinity, which it is by default
-# Values of these that no linear update follows, but that diffusers knows.
+_UNBOUNDED = ("lambda_min_clipped",)  # may be minus infinity, which is the default
+# Values that diffusers knows and no linear update can follow.
 _UNPLANNED: dict[str, tuple[Any, ...]] = {
     "variance_type": ("learned", "learned_range", None),
     "algorithm_type": ("sde-dpmsolver++", "sde-dpmsolver"),
 }
 _SWITCHED: dict[str, Any] = {"clip_sample": bool, "thresholding": bool, "stochastic_sampling": bool}
-_OWNED: dict[str, tuple[Any, str]] = {  # settings that mean something only where another is true
+_OWNED: dict[str, tuple[Any, str]] = {  # settings that have an effect only where another setting is true
     "clip_sample_range": (_Positive, "clip_sample"),
     "dynamic_thresholding_ratio": (Annotated[float, Field(ge=0, le=1)], "thresholding"),
     "sample_max_value": (_Positive, "thresholding"),
@@ -152,16 +152,16 @@ _METADATA = ("_class_name", "_diffusers_version", "_use_default_values")
 
 
 def read_schedule(folder: Path) -> tuple[NoiseSchedule, tuple[str, ...]]:
-    """Read what a pipeline folder says of the process that its model was trained on, and of its steps.
+    """Read the noise schedule and the step settings from a pipeline folder.
 
     Args:
         folder: the folder of the pipeline, which may have ``scheduler/scheduler_config.json``.
 
     Returns:
-        The noise schedule, the original DiT's where the folder states none, and notes on what is not followed.
+        The noise schedule, by default the original DiT's, and notes on settings that are not followed.
 
     Raises:
-        UsageError: a setting has a wrong value, or says that the model is of a process that is not supported.
+        UsageError: a setting has a wrong value, or belongs to a model of an unsupported process.
     """
     path = folder / "scheduler" / CONFIG_FILE
     if not path.is_file():
@@ -175,7 +175,7 @@ def read_schedule(folder: Path) -> tuple[NoiseSchedule, tuple[str, ...]]:
 
 
 def _check_absent(path: Path, index: Path) -> None:
-    """Refuse a folder that has a scheduler of which there is no file, as after a download that was interrupted.
+    """Refuse a folder whose scheduler file is missing, as after an interrupted download.
 
     Raises:
         UsageError: the file is a link to nothing or no ordinary file, or the pipeline's index names a scheduler.
@@ -197,7 +197,7 @@ class _Reader:
 
     Attributes:
         path: the file.
-        config: what it holds.
+        config: the settings by name.
     """
 
     path: Path
@@ -205,10 +205,10 @@ class _Reader:
 
     @property
     def class_name(self) -> str:
-        """The class that the file names, one that can be read.
+        """The class that the file names, if it is supported.
 
         Raises:
-            UsageError: it names none, or one of another process.
+            UsageError: the file names no class, or the class of another process.
         """
         name = self.config.get("_class_name")
         if not isinstance(name, str):
@@ -221,7 +221,7 @@ class _Reader:
         raise self._refusal(f"{name} is not supported: it is not known what it is for", readable)
 
     def check_index(self, path: Path) -> None:
-        """Refuse a pipeline whose index names another class than the file, which diffusers would take instead."""
+        """Refuse a pipeline whose index names another class than the file; diffusers would use the one of the index."""
         if not path.is_file():
             return
         entry = read_json(path).get("scheduler")
@@ -233,7 +233,7 @@ class _Reader:
             )
 
     def read(self) -> tuple[NoiseSchedule, tuple[str, ...]]:
-        """The noise schedule and the notes; see `read_schedule`."""
+        """Return the noise schedule and the notes; see `read_schedule`."""
         name = self.class_name
         defaults = self._defaults(name)
         notes = self._check_unknown(name, defaults)
@@ -250,7 +250,7 @@ class _Reader:
             and not _same(value, defaults[key])
             and (key not in _OWNERS or settings.get(_OWNERS[key]))
         }
-        changed |= {key: True for key in _SWITCHED if settings.get(key)}  # which is the default of some
+        changed |= {key: True for key in _SWITCHED if settings.get(key)}  # some classes have this default
         if not is_followed:
             return schedule, (*notes, self._note_others(name, changed, schedule))
         own = {key: value for key, value in changed.items() if self._is_planned(key, value)}
@@ -260,11 +260,11 @@ class _Reader:
 
     @staticmethod
     def _is_planned(key: str, value: Any) -> bool:
-        """Whether a step plan can hold what a setting does, whatever the other ones are."""
+        """Return whether a step plan can represent a setting, whatever the values of other settings."""
         return key in _SPACED and value not in _UNPLANNED.get(key, ())
 
     def _notes(self, name: str, own: dict[str, Any], unplanned: dict[str, Any]) -> list[str]:
-        """Notes on the settings that choose steps: those that are taken, and those that no step plan holds."""
+        """Return notes on the settings for steps: those that are used, and those that no step plan can represent."""
         notes = []
         if own:
             notes.append(f"{self.path.name}: the scheduler {_SUPPORTED[name]} takes {_listed(own)} from it")
@@ -276,7 +276,7 @@ class _Reader:
         return notes
 
     def _defaults(self, name: str) -> dict[str, Any]:
-        """The settings of a class of the installed diffusers, with what they are where the file says nothing."""
+        """Return the settings of a class of the installed diffusers, with their defaults."""
         import diffusers
 
         kind = getattr(diffusers, name, None)
@@ -287,10 +287,10 @@ class _Reader:
         return defaults
 
     def _check_unknown(self, name: str, defaults: dict[str, Any]) -> list[str]:
-        """Notes on settings that the class does not have, which diffusers ignores.
+        """Return notes on settings that the class does not have and that diffusers ignores.
 
         Raises:
-            UsageError: one of them would say that the model is of another process, or is a misspelt one that would.
+            UsageError: a setting, perhaps misspelt, would mean that the model is of another process.
         """
         import diffusers
 
@@ -318,7 +318,7 @@ class _Reader:
         owned = _OWNED.get(key)
         kind = owned[0] if owned else ({**_TRAINED, **_SPACED, **_SWITCHED}).get(key)
         if kind is None:
-            return  # of a class that is not followed; noted with it
+            return  # a setting of a class that is not followed; it is noted with the class
         try:
             TypeAdapter(kind, config=_Any if key in _UNBOUNDED else _STRICT).validate_python(value)
         except ValidationError as error:
@@ -327,7 +327,7 @@ class _Reader:
             ) from None
 
     def _process(self, name: str, settings: dict[str, Any]) -> NoiseSchedule:
-        """What the model was trained on."""
+        """Return the noise schedule that the model was trained with."""
         if settings.get("trained_betas") is not None:
             raise self._refusal("trained_betas are not supported", "use a schedule that has a name")
         if settings.get("use_dynamic_shifting"):
@@ -363,7 +363,7 @@ class _Reader:
         )
 
     def _note_others(self, name: str, changed: dict[str, Any], schedule: NoiseSchedule) -> str:
-        """The note on a class whose updates no step plan holds."""
+        """Return the note on a class whose updates no step plan can represent."""
         instead = "flow-euler" if schedule.is_flow else "ddim"
         besides = f", nor its {_listed(changed)}" if changed else ""
         return (
@@ -376,7 +376,7 @@ class _Reader:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values of JSON are the same; true is not 1."""
+    """Return whether two JSON values are the same; true is not 1."""
     return isinstance(one, bool) == isinstance(other, bool) and one == other
 
 

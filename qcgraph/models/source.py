@@ -1,4 +1,4 @@
-"""The model that a bundle was compiled from: found again, loaded, and known by its digest to be that one."""
+"""Find and load the model that a bundle was compiled from, and recognise it by the digest of its weights."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from qcgraph.models import CodeError, LoadedModel, load_model
 def find_model(bundle: Bundle, name: str | None = None) -> LoadedModel:
     """Load the model that a bundle was compiled from.
 
-    It is loaded, not recognised: `captured_origin` tells whether it is the one. A bundle is data: a file or folder of
-    weights that it names is read, a function that it names is never imported.
+    The model is loaded, not compared; `captured_origin` checks that it is the compiled one. A bundle is data: a file or
+    folder of weights that it names is read, but a function that it names is never imported.
 
     Args:
         bundle: the bundle.
-        name: where the model is, as for `qcgraph.models.load_model`; by default what was typed when the bundle was
-            compiled, with relative paths relative to the current folder.
+        name: the name of the model, as for `qcgraph.models.load_model`; by default the name that was typed when the
+            bundle was compiled, with relative paths relative to the current folder.
 
     Raises:
-        UsageError: it cannot be found or loaded, or the bundle names a function.
+        UsageError: the model cannot be found or loaded, or the bundle names a function.
     """
     if name is not None:
         return load_model(name)
@@ -43,7 +43,7 @@ def find_model(bundle: Bundle, name: str | None = None) -> LoadedModel:
 
 
 def captured_origin(bundle: Bundle, model: LoadedModel) -> Program:
-    """Capture the model that a bundle was compiled from, as the compilation did before any pass.
+    """Capture the model of a bundle, as the compilation did before its first pass.
 
     Returns:
         The program with the single variant ``main``, in full precision; it has no step plan.
@@ -65,6 +65,6 @@ def captured_origin(bundle: Bundle, model: LoadedModel) -> Program:
 
 
 def _recorded_source(bundle: Bundle) -> str:
-    """Return what was typed when the bundle was compiled; the model's own name where it came as an object."""
+    """Return the name that was typed for the compilation, or the model's own name if an object was compiled."""
     report = bundle.report
     return report.source if report and report.source is not None else bundle.spec.name

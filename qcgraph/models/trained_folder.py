@@ -1,4 +1,4 @@
-"""Folders that the training tools wrote: a DiT, its judge and its card. One ships as ``digits``.
+"""Load folders that the training tools wrote: a DiT, its judge and its card. One ships as ``digits``.
 
 ``tools/train_digits.py`` trains models of digits, ``tools/train_dit.py`` models of any images.
 """
@@ -23,16 +23,16 @@ _HINT = f"the folder must be as {_TOOL} wrote it: card and weights of one traini
 
 
 class Card(BaseModel):
-    """The card of a trained model; what is a plain dictionary is for people and tests, loading does not need it.
+    """The card of a trained model; loading needs no field that is a plain dictionary, people and tests do.
 
     Attributes:
-        name: how the model is called.
+        name: the name of the model.
         config: the sizes of the network.
-        schedule: the noise schedule that it was trained on.
-        data: what it draws: ``digits``, which scikit-learn has, or ``images``, of which the folder has some.
+        schedule: the noise schedule of the training.
+        data: the data that the model draws: ``digits`` of scikit-learn, or ``images``, some of which are in the folder.
         training: settings, loss curve and wall time of the training.
         classifier: settings and accuracies of the classifier.
-        environment: what the weights depend on besides the settings.
+        environment: versions and other conditions that the weights depend on besides the settings.
         evaluation: settings and figures of the evaluation.
     """
 
@@ -49,15 +49,15 @@ class Card(BaseModel):
 
 
 def is_trained_folder(folder: Path) -> bool:
-    """Whether the folder was written by the training tool, be it complete or not."""
+    """Return whether a training tool wrote the folder, even if it is incomplete."""
     return any((folder / name).is_file() for name in (CARD_FILE, WEIGHTS_FILE, IMAGES_WEIGHTS_FILE))
 
 
 def read_card(folder: Path = DIGITS_FOLDER) -> Card:
-    """The card of a trained folder; of the embedded model by default.
+    """Read the card of a trained folder, by default of the embedded model.
 
     Raises:
-        UsageError: there is none, it is not JSON, or it holds an unknown key or a wrong value.
+        UsageError: the card is missing, is not JSON, or has an unknown key or a wrong value.
     """
     path = _file(folder, CARD_FILE)
     try:
@@ -71,14 +71,14 @@ def read_card(folder: Path = DIGITS_FOLDER) -> Card:
 
 
 def load_trained_folder(folder: Path = DIGITS_FOLDER) -> LoadedModel:
-    """Loads the weight average that the training stored, as float32, with the judge of the folder.
+    """Load the weight average that the training stored, as float32, with the judge of the folder.
 
     Args:
-        folder: has ``card.json`` and ``digits.safetensors``, of images ``model.safetensors``; the judge also needs
-            ``classifier.safetensors``, and of images ``real.safetensors``.
+        folder: has ``card.json`` and ``digits.safetensors`` or, for images, ``model.safetensors``; the judge also needs
+            ``classifier.safetensors`` and, for images, ``real.safetensors``.
 
     Raises:
-        UsageError: a file is missing or damaged, or the weights are not of the sizes on the card.
+        UsageError: a file is missing or damaged, or the sizes of the weights differ from the card.
     """
     from qcgraph.models.checkpoint import load_dit
     from qcgraph.models.dit import INPUT_NAMES
@@ -106,7 +106,7 @@ def _load_judge(folder: Path, card: Card) -> Judge:
 
 
 def _file(folder: Path, name: str) -> Path:
-    """The path of a file of the folder, which must be there."""
+    """Return the path of a file that must be in the folder."""
     path = folder / name
     if not path.is_file():
         raise UsageError(f"the folder has no {name}", where=str(folder), hint=_HINT)

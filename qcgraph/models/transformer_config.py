@@ -1,4 +1,4 @@
-"""Reads the ``config.json`` of a diffusers transformer: sizes that it can be built with, or the reason why not."""
+"""Read the ``config.json`` of a diffusers transformer, and check that a network can be built from it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from qcgraph.models.json_file import read_config
 CONFIG_FILE = "config.json"
 _SUPPORTED, _OLDER = "DiTTransformer2DModel", "Transformer2DModel"
 _METADATA = ("_class_name", "_diffusers_version", "_name_or_path", "_use_default_values")
-_LARGEST_GRID = 1024  # patches along a side; a million tokens, which no known model has
+_LARGEST_GRID = 1024  # patches along a side; a million tokens exceed every known model
 
 _Size = Annotated[int, Field(ge=1, le=2**20)]
 
 
 class TransformerConfig(BaseModel):
-    """The settings of a ``DiTTransformer2DModel``; what a file leaves out has diffusers' default."""
+    """The settings of a ``DiTTransformer2DModel``; missing settings have the defaults of diffusers."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
@@ -96,21 +96,21 @@ def _check_kind(config: dict[str, Any], folder: Path) -> None:
 
 
 def _defaults(kind: Any) -> dict[str, Any]:
-    """The settings of a class of diffusers with their defaults."""
+    """Return the settings of a class of diffusers with their defaults."""
     parameters = inspect.signature(kind.__init__).parameters
     return {key: value.default for key, value in parameters.items() if key != "self"}
 
 
 def _check_unknown(config: dict[str, Any], defaults: dict[str, Any], path: Path) -> tuple[str, ...]:
-    """Notes on settings that the class does not have.
+    """Return notes on settings that the class does not have.
 
     Raises:
-        UsageError: one of them is of the older class, and would make it another network.
+        UsageError: a setting belongs to the older class, and would make another network.
     """
     import diffusers
 
     unknown = [key for key in config if key not in defaults and key not in _METADATA]
-    if "dtype" in unknown:  # the one unknown key that diffusers gives to the class, which refuses it
+    if "dtype" in unknown:  # the only unknown key that diffusers passes to the class, which refuses it
         raise UsageError(
             f"dtype = {shown(config['dtype'])} is no setting of {_SUPPORTED}, and diffusers cannot load it",
             where=str(path),
@@ -160,7 +160,7 @@ def _misfit(error: ValidationError, path: Path) -> UsageError:
 
 
 def _check_sizes(config: TransformerConfig, path: Path) -> None:
-    """Refuse sizes that do not divide as the network needs."""
+    """Refuse sizes that are not divisible as the network requires."""
     width = config.num_attention_heads * config.attention_head_dim
     outputs = config.out_channels or config.in_channels
     complaints = (
