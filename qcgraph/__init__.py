@@ -51,7 +51,7 @@ def compile(  # noqa: A001 - the verb of the field, as in torch.compile
 
     resolved = Recipe.of(recipe)
     place = as_path(output, where="output")
-    followed = None if plan is None else read_plan(as_path(plan, where="plan"))
+    given = None if plan is None else read_plan(as_path(plan, where="plan"))
     if not isinstance(force, bool):
         raise UsageError(f"{shown(force)} is neither True nor False", where="force", hint="leave it out, or give True")
     from qcgraph.compiler.compilation import compile_model
@@ -59,7 +59,7 @@ def compile(  # noqa: A001 - the verb of the field, as in torch.compile
 
     named = _model_or_name(model)
     with ordinary_torch():
-        bundle = compile_model(named, resolved, place, plan=followed, force=force).bundle
+        bundle = compile_model(named, resolved, place, plan=given, force=force).bundle
     assert bundle is not None
     return bundle
 

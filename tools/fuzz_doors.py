@@ -225,8 +225,8 @@ def _enter_schedule(data: bytes) -> str:
     key, text = json.loads(data)
     recipe = Recipe.of({"cache": {"blocks": text}}) if key == "blocks" else Recipe().override(**{key: text})
     _ = (recipe.bit_budget, recipe.cache_interval, recipe.cache_budget, recipe.conditions, recipe.weight_bits)
-    if recipe.followed is not None:
-        schedule = TimedSchedule.parse(recipe.followed)
+    if recipe.given_plan is not None:
+        schedule = TimedSchedule.parse(recipe.given_plan)
         assert TimedSchedule.parse(schedule.text) == schedule
         schedule.at([900.0, 500.0, 1.0])
     return PASSED

@@ -144,7 +144,7 @@ def check_fusion(variant: str, expected: Expected, engines: Mapping[str, FusedSt
         not_quantized = {"every GPU": list(expected.absent)} | not_quantized
     counts = " and ".join(sorted({str(steps.quantized_gemms) for steps in engines.values()}))
     good = f"{len(products)} quantized products in {counts} GEMMs of 8 bits" if products else "nothing is quantized"
-    yield _gate(PRODUCTS, variant, not_quantized, good, "not in a product of 8 bits")
+    yield _checked(PRODUCTS, variant, not_quantized, good, "not in a product of 8 bits")
     if attentions and not expected.is_half:
         reason = (
             f"not met: TensorRT fuses attention of 16 bits only, and the graph is float32; {len(attentions)} in parts"
@@ -153,7 +153,7 @@ def check_fusion(variant: str, expected: Expected, engines: Mapping[str, FusedSt
     else:
         parts = left(attentions, lambda steps: steps.attention_layers)
         good = f"each of {len(attentions)} is one kernel" if attentions else "there is no attention"
-        yield _gate(FUSED, variant, parts, good, "in parts")
+        yield _checked(FUSED, variant, parts, good, "in parts")
     jumps = max(steps.conditional_jumps for steps in engines.values())
     where = f" in {', '.join(expected.branches)}" if expected.branches else ""
     detail = f"{jumps} in the engine{where}: no CUDA graph can hold it" if jumps else "none"
@@ -195,7 +195,7 @@ def _check_builds(library: Library, variant: str, built: tuple[str, ...], refuse
     return Check(BUILT, variant, passed=not refused, value=len(refused), limit=0, detail=detail)
 
 
-def _gate(name: str, variant: str, offenders: Mapping[str, list[str]], good: str, bad: str) -> Check:
+def _checked(name: str, variant: str, offenders: Mapping[str, list[str]], good: str, bad: str) -> Check:
     """Return a check that passes without offenders, which are given by compute capability."""
     count = len({offender for names in offenders.values() for offender in names})
     texts = [f"for {capability} {', '.join(names)}" for capability, names in offenders.items()]

@@ -36,9 +36,9 @@ from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.sampling.calibration import (
     LatentStatistics,
+    as_tuples,
     calibration_conditions,
     calibration_noise,
-    rows,
     sample_calibration,
 )
 from qcgraph.sampling.loop import TakenStep
@@ -102,7 +102,7 @@ class Calibrate(Pass):
             )
         planned = full if plan == full_plan else self._observe(program, plan, count, context, "planned steps")
         ranges = Ranges(planned.ranges(), full.ranges(), count)
-        reference = Reference(rows(latents.means), rows(latents.deviations), self.seed, count)
+        reference = Reference(as_tuples(latents.means), as_tuples(latents.deviations), self.seed, count)
         program = program.with_facts(ranges, reference)
         if self.selection == "none":
             return program

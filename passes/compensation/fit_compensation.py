@@ -19,7 +19,7 @@ from qcgraph.pipeline.options import option
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan, Update
-from qcgraph.sampling.calibration import calibration_conditions, calibration_noise, rows
+from qcgraph.sampling.calibration import as_tuples, calibration_conditions, calibration_noise
 from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.loop import Request, Sampler, Updates, trajectory
 from qcgraph.sampling.noise import Noise
@@ -120,7 +120,9 @@ class _Fitting:
     @property
     def fact(self) -> Compensation:
         """The corrections that were fitted."""
-        return Compensation(rows(self._gains), rows(self._means), self._clamped, float(np.abs(self._drifts - 1).max()))
+        return Compensation(
+            as_tuples(self._gains), as_tuples(self._means), self._clamped, float(np.abs(self._drifts - 1).max())
+        )
 
 
 def _exact(context: PassContext, conditions: Conditions, seed: int) -> Iterator[Array]:

@@ -198,7 +198,7 @@ def _summary(report: CompileReport, bundle: Bundle | None) -> list[tuple[str, st
         ("work", f"{report.mac_ratio:.1%} of the multiply-accumulates of the model"),
     ]
     if report.given_plan is not None:
-        fields.append(("plan", _followed_text(report.given_plan, report.plan)))
+        fields.append(("plan", _given_text(report.given_plan, report.plan)))
     if report.estimate is not None:
         fields += [(name, f"about {text}") for name, text in _estimate(report.estimate)]
     if bundle is not None:
@@ -250,14 +250,14 @@ def _quantized(report: CompileReport) -> str:
     return f"{text}, {report.quantized_attentions} attentions" if report.quantized_attentions else text
 
 
-def _followed_text(followed: GivenPlan, plan: str) -> str:
+def _given_text(given: GivenPlan, plan: str) -> str:
     """Return where a given schedule comes from, and its effect on the images, as text."""
-    text = f"of {followed.source}{', carried over' if followed.is_retargeted else ''}"
-    if followed.other_guidance:
+    text = f"of {given.source}{', carried over' if given.is_retargeted else ''}"
+    if given.other_guidance:
         text += f" (made at another guidance than here: {plan})"
-    if followed.error is None:
-        return f"{text}; {followed.computing} steps compute"
+    if given.error is None:
+        return f"{text}; {given.computing} steps compute"
     return (
-        f"{text}; {followed.computing} steps compute, and the final latents have a mean squared error of "
-        f"{followed.error:.3g}, with as many even steps {followed.even_error:.3g}"
+        f"{text}; {given.computing} steps compute, and the final latents have a mean squared error of "
+        f"{given.error:.3g}, with as many even steps {given.even_error:.3g}"
     )

@@ -146,7 +146,7 @@ class _Compilation:
 
     def run(self, recipe: Recipe) -> CompileResult:
         """Compile by a recipe whose bits are known."""
-        recipe = following(recipe, self.plan)
+        recipe = with_given_plan(recipe, self.plan)
         target = target_named(recipe.target.name)
         pipeline = default_pipeline(recipe, target)
         _check_pass_names(pipeline, (*self.print_after, *([self.stop_after] if self.stop_after else [])))
@@ -172,7 +172,7 @@ class _Compilation:
         found = None if kept is None else estimate(kept, program, pipeline, quantizable(sites), target, elapsed)
         report = report.with_fields(
             source=self.model if isinstance(self.model, str) else None,
-            given_plan=_followed(recipe, self.plan, program),
+            given_plan=_given_plan(recipe, self.plan, program),
             notes=notes,
             estimate=found and EstimateReport(**asdict(found)),
         )
@@ -280,7 +280,7 @@ class _Compilation:
             return fill(folder)
 
 
-def following(recipe: Recipe, plan: PlanFile | None) -> Recipe:
+def with_given_plan(recipe: Recipe, plan: PlanFile | None) -> Recipe:
     """Return a recipe that contains the schedule of a plan, so that the bundle can be compiled again from it alone.
 
     Raises:
@@ -298,11 +298,11 @@ def following(recipe: Recipe, plan: PlanFile | None) -> Recipe:
     return recipe.override(cache=schedule)
 
 
-def _followed(recipe: Recipe, plan: PlanFile | None, program: Program) -> GivenPlan | None:
+def _given_plan(recipe: Recipe, plan: PlanFile | None, program: Program) -> GivenPlan | None:
     """Report how a given schedule was applied, and its effect on the final latents (see `Rehearsed`)."""
-    if recipe.followed is None:
+    if recipe.given_plan is None:
         return None
-    schedule, steps = TimedSchedule.parse(recipe.followed), program.facts[StepPlan]
+    schedule, steps = TimedSchedule.parse(recipe.given_plan), program.facts[StepPlan]
     rehearsed = program.facts.get(Rehearsed)
     return GivenPlan(
         source=plan.describe() if plan else f"{len(schedule.timesteps)} steps",

@@ -217,8 +217,8 @@ def _caching(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
         memory=recipe.cache.memory,
     )
     yield _pass("insert-cache")
-    if recipe.followed:
-        yield _pass("apply-plan", plan=recipe.followed)
+    if recipe.given_plan:
+        yield _pass("apply-plan", plan=recipe.given_plan)
     if recipe.is_searched:
         # With quantization, this schedule is a draft.
         yield _schedule(recipe, final=not quantized)
@@ -241,10 +241,10 @@ def _settling(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
     if recipe.is_searched and quantized:
         # Planned again: quantization changes the errors, and costs can be measured now.
         yield _schedule(recipe, final=True)
-    if recipe.followed:
+    if recipe.given_plan:
         # A given schedule is not searched for, but its effect is measured and reported.
         yield _pass("rehearse-steps", forecast=recipe.forecast, **_sampling(recipe))
-    if recipe.is_searched or recipe.followed or "+" in recipe.cache.blocks:
+    if recipe.is_searched or recipe.given_plan or "+" in recipe.cache.blocks:
         # Only now is it known which variants the schedule uses.
         yield _pass("drop-variants")
     if recipe.forecast != "reuse":

@@ -12,7 +12,7 @@ from torch import fx
 
 from qcgraph.errors import ContractError
 from qcgraph.ir.graph import (
-    Origin,
+    Provenance,
     Variant,
     copy_graph,
     eliminate_dead_code,
@@ -154,7 +154,7 @@ class GraphEditor:
 
     def _stamp(self, node: fx.Node, value: Any, source: fx.Node, *, top_level: bool = False) -> None:
         node.meta["val"] = value
-        node.meta["origin"] = Origin(self._made_by, source.name)
+        node.meta["provenance"] = Provenance(self._made_by, source.name)
         if "nn_module_stack" in source.meta and not top_level:
             node.meta["nn_module_stack"] = source.meta["nn_module_stack"]
 

@@ -49,7 +49,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """The pass that made a node, and the node that it was made from."""
 
     made_by: str

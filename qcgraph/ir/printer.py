@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from qcgraph.facts import Facts
-from qcgraph.ir.graph import DTYPE_NAMES, Origin, Variant, module_path, returned_nodes, spec_of
+from qcgraph.ir.graph import DTYPE_NAMES, Provenance, Variant, module_path, returned_nodes, spec_of
 
 
 def print_program(facts: Facts, variants: Mapping[str, Variant]) -> str:
@@ -56,8 +56,8 @@ def print_node(node: fx.Node) -> str:
     arguments = [_argument(argument) for argument in node.args]
     arguments += [f"{key}={_argument(value)}" for key, value in node.kwargs.items()]
     text = f"%{node.name}: {_type(node.meta.get('val'))} = {target_name(node.target)}({', '.join(arguments)})"
-    origin = node.meta.get("origin")
-    return f"{text}   ; {origin.made_by}, from {origin.source}" if isinstance(origin, Origin) else text
+    provenance = node.meta.get("provenance")
+    return f"{text}   ; {provenance.made_by}, from {provenance.source}" if isinstance(provenance, Provenance) else text
 
 
 def target_name(target: Any) -> str:

@@ -20,7 +20,7 @@ from torch import fx
 from qcgraph.errors import BundleError, UsageError
 from qcgraph.facts import Facts, decode
 from qcgraph.files.folder import parsed, path_problem, read_file, text_of
-from qcgraph.ir.graph import DTYPE_NAMES, DTYPES, Origin, Variant, is_name, module_path
+from qcgraph.ir.graph import DTYPE_NAMES, DTYPES, Provenance, Variant, is_name, module_path
 from qcgraph.ir.infer import check_arguments, infer_types
 from qcgraph.ir.legality import INTEGER_FUNCTIONS, NAMESPACES, find, illegal_target
 from qcgraph.ir.program import HistoryEntry, Program
@@ -126,7 +126,7 @@ def _variant_to_json(variant: Variant) -> dict[str, Any]:
 
 
 def _node_to_json(node: fx.Node) -> dict[str, Any]:
-    origin = node.meta.get("origin")
+    provenance = node.meta.get("provenance")
     return {
         "op": node.op,
         "name": node.name,
@@ -134,7 +134,7 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
         "args": _argument_to_json(node.args),
         "kwargs": {key: _argument_to_json(value) for key, value in node.kwargs.items()},
         "path": module_path(node),
-        **({"origin": asdict(origin)} if isinstance(origin, Origin) else {}),
+        **({"provenance": asdict(provenance)} if isinstance(provenance, Provenance) else {}),
     }
 
 
@@ -191,8 +191,8 @@ def _node_from_json(
     if entry["path"]:
         path = str(entry["path"])
         node.meta["nn_module_stack"] = {path: (path, "")}
-    if "origin" in entry:
-        node.meta["origin"] = decode(Origin, entry["origin"])
+    if "provenance" in entry:
+        node.meta["provenance"] = decode(Provenance, entry["provenance"])
     return node
 
 

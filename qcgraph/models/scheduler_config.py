@@ -238,9 +238,9 @@ class _Reader:
         defaults = self._defaults(name)
         notes = self._check_unknown(name, defaults)
         settings = {key: self.config.get(key, default) for key, default in defaults.items()}
-        is_followed = name in _SUPPORTED
+        is_supported = name in _SUPPORTED
         for key, value in settings.items():
-            if is_followed or key in _TRAINED:
+            if is_supported or key in _TRAINED:
                 self._check_type(key, value)
         schedule = self._process(name, settings)
         changed = {
@@ -251,7 +251,7 @@ class _Reader:
             and (key not in _OWNERS or settings.get(_OWNERS[key]))
         }
         changed |= {key: True for key in _SWITCHED if settings.get(key)}  # some classes have this default
-        if not is_followed:
+        if not is_supported:
             return schedule, (*notes, self._note_others(name, changed, schedule))
         own = {key: value for key, value in changed.items() if self._is_planned(key, value)}
         notes += self._notes(name, own, {key: value for key, value in changed.items() if key not in own})

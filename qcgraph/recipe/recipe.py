@@ -58,7 +58,7 @@ def _rising(value: str) -> str:
     return value
 
 
-def _followable(value: str) -> str:
+def _readable_plan(value: str) -> str:
     if match := _PLAN.fullmatch(value):
         try:
             TimedSchedule.parse(match[1])
@@ -156,7 +156,7 @@ class Quantization(_Section):
 class Cache(_Section):
     """Which steps compute, and which blocks the others skip."""
 
-    schedule: Annotated[str, _fits(_INTERVAL, _BUDGET, _PLAN, word="off"), AfterValidator(_followable)] = Field(
+    schedule: Annotated[str, _fits(_INTERVAL, _BUDGET, _PLAN, word="off"), AfterValidator(_readable_plan)] = Field(
         "off",
         description="off; interval=N: every N-th step computes, the others reuse; dps=N: as many computing steps, "
         "placed by CacheQuant's rule; budget=F: the best schedule at the fraction F of the cost, 0.3 for example; or "
@@ -465,7 +465,7 @@ class Recipe(_Section):
         return self.cache_budget is not None or self.cache.schedule.startswith("dps=")
 
     @property
-    def followed(self) -> str | None:
+    def given_plan(self) -> str | None:
         """The text of a given cache schedule (see `qcgraph.plan.schedule.TimedSchedule`), None without one."""
         match = _PLAN.fullmatch(self.cache.schedule)
         return match[1] if match else None
@@ -475,7 +475,7 @@ class Recipe(_Section):
         """The name of the forecaster of cached values."""
         if self.cache.forecast != "auto":
             return self.cache.forecast
-        return "reuse" if self.cache_budget is None and self.followed is None else "affine"
+        return "reuse" if self.cache_budget is None and self.given_plan is None else "affine"
 
     @property
     def conditions(self) -> Gate | None:

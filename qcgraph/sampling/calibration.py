@@ -103,6 +103,6 @@ class LatentStatistics:
         return np.sqrt(np.maximum(variance, 0.0))
 
 
-def rows(table: npt.NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
+def as_tuples(table: npt.NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
     """A table as nested tuples, the form that facts hold."""
     return tuple(tuple(float(value) for value in row) for row in table)

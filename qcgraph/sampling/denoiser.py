@@ -110,8 +110,8 @@ class Denoiser:
         self._runner = runner
         self._device_runner = runner if isinstance(runner, DeviceRunner) else None
         self._request = Request(runner if self._device_runner is None else OnDevice(self._device_runner), plan, spec)
-        self._following = None if own_updates else HostCheck(plan, spec)
-        self._late = None if self._device_runner is None else LateHostCheck(self._following, len(plan))
+        self._host_check = None if own_updates else HostCheck(plan, spec)
+        self._late = None if self._device_runner is None else LateHostCheck(self._host_check, len(plan))
         self._first: Any = None  # the first latent of the trajectory, where the latents do not identify it
         self._precision = ""  # of the latents of the trajectory
         self._fetched = {condition.name: Fetched() for condition in spec.conditions}
@@ -160,7 +160,7 @@ class Denoiser:
 
     def request(self) -> Denoiser:
         """The same denoiser for another trajectory, with a state of its own; graphs and weights are shared."""
-        another = Denoiser(self._runner, self.plan, self.spec, own_updates=self._following is None)
+        another = Denoiser(self._runner, self.plan, self.spec, own_updates=self._host_check is None)
         another._dtype = self._dtype
         return another
 
@@ -171,8 +171,8 @@ class Denoiser:
             self._first = None
             if self._late is not None:
                 self._late.forget()
-            if self._following is not None:
-                self._following.restart()
+            if self._host_check is not None:
+                self._host_check.restart()
 
     def __copy__(self) -> Denoiser:
         return self.request()
@@ -237,7 +237,7 @@ class Denoiser:
             except BaseException:
                 self._request.interrupt()  # the host has no prediction to go on with
                 raise
-            unchecked = "" if self._following is None or self._warned else self._following.unchecked
+            unchecked = "" if self._host_check is None or self._warned else self._host_check.unchecked
             self._warned |= bool(unchecked)
         if unchecked:
             warnings.warn(unchecked, UncheckedLatentsWarning, stacklevel=2)
@@ -252,20 +252,20 @@ class Denoiser:
                 f"the latent is {precision}, this trajectory began with {self._precision}",
                 hint="keep the dtype of latents within a trajectory",
             )
-        if self._late is None and self._following is not None:
-            self._following.check(index, latent, conditions, HALF_TOLERANCES.get(precision, TOLERANCE))
+        if self._late is None and self._host_check is not None:
+            self._host_check.check(index, latent, conditions, HALF_TOLERANCES.get(precision, TOLERANCE))
         return self._request.denoise(index, latent, conditions)
 
     def _note(self, index: int, latent: Any, conditions: Conditions, prediction: Any, precision: str) -> None:
         """Remember a step that was taken, or judge the one before it."""
         if self._late is not None:
             self._late.took(index, latent, conditions, prediction, HALF_TOLERANCES.get(precision, TOLERANCE))
-        elif self._following is not None:
-            self._following.note(index, latent, conditions, prediction)
+        elif self._host_check is not None:
+            self._host_check.note(index, latent, conditions, prediction)
 
     def _begin(self, latent: Any, conditions: Conditions, precision: str) -> None:
         """Begin a trajectory, unless another one may go on that its latents do not tell from this one."""
-        if self._following is None:
+        if self._host_check is None:
             taken = self._request.taken
             is_again = taken == 1 and self._request.began_with(conditions) and _same(latent, self._first)
             if taken and not is_again:

@@ -76,12 +76,12 @@ class LateHostCheck:
     step of the plan at once.
 
     Args:
-        following: what judges; without it latents have to be finite, and nothing else.
+        host_check: what judges; without it latents have to be finite, and nothing else.
         steps: of the plan.
     """
 
-    def __init__(self, following: HostCheck | None, steps: int) -> None:
-        self._following = following
+    def __init__(self, host_check: HostCheck | None, steps: int) -> None:
+        self._host_check = host_check
         self._last = steps - 1
         self._waiting: _Taken | None = None
 
@@ -100,7 +100,7 @@ class LateHostCheck:
             UsageError: its latents are not finite.
         """
         earlier, self._waiting = self._waiting, None
-        judged = (latent, prediction) if self._following is not None else (latent.abs().amax(),) * 2
+        judged = (latent, prediction) if self._host_check is not None else (latent.abs().amax(),) * 2
         taken = _sent(index, judged[0], conditions, judged[1], tolerance)
         if earlier is not None and index > 0:
             self._judge(earlier)
@@ -120,14 +120,14 @@ class LateHostCheck:
         latent = taken.latent.numpy()
         if not np.isfinite(latent).all():
             raise UsageError(NOT_FINITE, hint=NOT_FINITE_HINT)
-        if self._following is not None:
-            self._following.check(taken.index, latent, taken.conditions, taken.tolerance)
+        if self._host_check is not None:
+            self._host_check.check(taken.index, latent, taken.conditions, taken.tolerance)
         self._note(taken)
 
     def _note(self, taken: _Taken) -> None:
         taken.arrive()
-        if self._following is not None:
-            self._following.note(taken.index, taken.latent.numpy(), taken.conditions, taken.prediction.numpy())
+        if self._host_check is not None:
+            self._host_check.note(taken.index, taken.latent.numpy(), taken.conditions, taken.prediction.numpy())
 
 
 def _sent(

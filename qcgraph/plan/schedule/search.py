@@ -72,11 +72,11 @@ def least_ticks(errors: Array, prices: Prices, fixed: Collection[int]) -> int:
     spent = np.full((gaps, gaps + 1), np.inf)
     spent[0, 0] = prices.full  # step 0 computes
     for step in range(1, steps):
-        following = np.full_like(spent, np.inf)
-        following[0, 1:] = spent.min(axis=1) + prices.full
+        next_states = np.full_like(spent, np.inf)
+        next_states[0, 1:] = spent.min(axis=1) + prices.full
         if step not in fixed:
-            following[1:, :-1] = spent[:-1, :-1] + cheapest[step, 1:]
-        spent = following
+            next_states[1:, :-1] = spent[:-1, :-1] + cheapest[step, 1:]
+        spent = next_states
     return int(spent.min())
 
 
@@ -101,11 +101,11 @@ def search(errors: Array, prices: Prices, fixed: Collection[int], ticks: int) ->
     error[0, 0, prices.full] = 0.0  # step 0 computes
     parents, choices = [], []
     for step in range(1, steps):
-        following = np.full_like(error, np.inf)
-        parents.append(compute(error, following, prices.full))
+        next_states = np.full_like(error, np.inf)
+        parents.append(compute(error, next_states, prices.full))
         skipped = errors[:, step, 1:]
-        choices.append(None if step in fixed else skip(error[:-1, :-1], following[1:, :-1], skipped, prices.skips))
-        error = following
+        choices.append(None if step in fixed else skip(error[:-1, :-1], next_states[1:, :-1], skipped, prices.skips))
+        error = next_states
     spent = int(error.min(axis=(0, 1)).argmin())  # among equals the cheapest
     gap, earlier = (int(index) for index in np.unravel_index(error[..., spent].argmin(), error.shape[:2]))
     found: list[int | None] = [None] * steps
@@ -123,38 +123,38 @@ def search(errors: Array, prices: Prices, fixed: Collection[int], ticks: int) ->
     return found
 
 
-def compute(error: Array, following: Array, price: int) -> npt.NDArray[np.uint16]:
-    """Let a step compute: write the states at gap = 0 into ``following``.
+def compute(error: Array, next_states: Array, price: int) -> npt.NDArray[np.uint16]:
+    """Let a step compute: write the states at gap = 0 into ``next_states``.
 
     Args:
         error: [G + 1, G + 2, ticks + 1], the states before the step.
-        following: the states after it, of the same shape.
+        next_states: the states after it, of the same shape.
         price: ticks of a computing step.
 
     Returns:
         Per gap before the step and ticks spent before it, the best ``earlier``: [G + 1, ticks + 1 - price].
     """
     affordable = error[..., : error.shape[-1] - price]
-    following[0, 1:, price:] = affordable.min(axis=1)
+    next_states[0, 1:, price:] = affordable.min(axis=1)
     return affordable.argmin(axis=1).astype(np.uint16)
 
 
-def skip(error: Array, following: Array, skipped: Array, prices: Sequence[int]) -> npt.NDArray[np.uint8]:
-    """Let a step reuse, in each state by the mode that suits it: write the states at gap > 0 into ``following``.
+def skip(error: Array, next_states: Array, skipped: Array, prices: Sequence[int]) -> npt.NDArray[np.uint8]:
+    """Let a step reuse, in each state by the mode that suits it: write the states at gap > 0 into ``next_states``.
 
     Args:
         error: [G, G + 1, ticks + 1], the states before the step that can be reused from.
-        following: the states after it, of the same shape, one gap further.
+        next_states: the states after it, of the same shape, one gap further.
         skipped: [modes, G, G + 1], the errors of skipping the step.
         prices: ticks of every mode.
 
     Returns:
         The mode by which each state after the step was reached: [G, G + 1, ticks + 1].
     """
-    choice = np.zeros(following.shape, dtype=np.uint8)
+    choice = np.zeros(next_states.shape, dtype=np.uint8)
     for mode, price in enumerate(prices):
         offered = error[..., : error.shape[-1] - price] + skipped[mode, :, :, None]
-        held = following[..., price:]
+        held = next_states[..., price:]
         better = offered < held
         np.copyto(held, offered, where=better)
         np.copyto(choice[..., price:], mode, where=better)

@@ -153,9 +153,9 @@ def _distinct(positions: list[int], steps: int) -> set[int]:
     moved = [0, *positions[1:]]
     for place in range(1, len(moved)):
         moved[place] = max(moved[place], moved[place - 1] + 1)
-    following = steps
+    after = steps
     for place in reversed(range(len(moved))):
-        following = moved[place] = min(moved[place], following - 1)
+        after = moved[place] = min(moved[place], after - 1)
     return set(moved)
 
 
