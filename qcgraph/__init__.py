@@ -1,7 +1,7 @@
-"""qcgraph: compiles Diffusion Transformers into quantized, cached graphs that run several times faster.
+"""qcgraph: compile Diffusion Transformers into quantized, cached graphs that run several times faster.
 
-``qcgraph.compile(model, recipe, output=...)`` writes a bundle, ``qcgraph.load(bundle)`` gives the denoiser back as a
-callable. Importing qcgraph imports neither torch nor a runtime.
+``qcgraph.compile(model, recipe, output=...)`` writes a bundle, and ``qcgraph.load(bundle)`` returns its denoiser as a
+callable. An import of qcgraph imports neither torch nor a runtime.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qcgraph.recipe import Recipe
     from qcgraph.sampling.denoiser import Denoiser
 
-LONGEST_NAME = 4096  # of a model, characters: the longest path that systems take
+LONGEST_NAME = 4096  # characters of a model's name: the longest path that systems take
 __version__ = metadata.version("qcgraph")
 
 
@@ -32,15 +32,15 @@ def compile(  # noqa: A001 - the verb of the field, as in torch.compile
     plan: PathLike[str] | str | None = None,
     force: bool = False,
 ) -> Bundle:
-    """Compile a denoiser and write the bundle.
+    """Compile a denoiser and write a bundle.
 
     Args:
         model: a model name as on the command line, or a loaded model.
         recipe: a recipe, a preset's name, the path of a TOML file, or the sections of one as a dict such as
             ``{"sampling": {"steps": 20}}``; the defaults when None.
         output: the folder of the bundle.
-        plan: a bundle or plan file whose schedule to take instead of the recipe's.
-        force: whether an existing bundle there is replaced.
+        plan: a bundle or plan file whose schedule replaces that of the recipe.
+        force: whether to replace an existing bundle in the folder.
 
     Raises:
         QcgraphError: wrong input (`UsageError`, `CaptureError`), or the export does not match (`VerificationError`).
@@ -85,17 +85,17 @@ def _model_or_name(model: object) -> str | LoadedModel:
 def load(
     bundle: Path | str, *, backend: str | None = None, threads: int | None = None, own_updates: bool = False
 ) -> Denoiser:
-    """The denoiser of a bundle, as a callable that takes the place of a diffusers transformer.
+    """Return the denoiser of a bundle, as a callable that replaces a diffusers transformer.
 
-    All of it is read now: what becomes of the folder afterwards does not matter, whether it is replaced or deleted.
+    All files are read now, so the folder may be replaced or deleted afterwards.
 
     Args:
-        bundle: the folder.
+        bundle: the folder of the bundle.
         backend: ``onnxruntime`` or ``torch``; on a GPU ``tensorrt-rtx`` or ``tensorrt``, once engines were built. By
-            default the one of the bundle's target.
-        threads: how many threads it may use; by default all cores.
-        own_updates: whether the host changes latents in another way than the plan's sampler does, to fill in a part of
-            an image for example. Without it, another guidance weight or scheduler than the plan's is refused.
+            default the runtime of the bundle's target.
+        threads: the number of threads that it may use; by default all cores.
+        own_updates: whether the host changes latents in another way than the plan's sampler, for example to fill in a
+            part of an image. Without it, another guidance weight or scheduler than the plan's is refused.
 
     Raises:
         BundleError: the bundle is damaged, or cannot run on this backend.

@@ -1,4 +1,4 @@
-"""``python -m qcgraph`` is the command ``qcgraph``."""
+"""Run the command ``qcgraph`` by ``python -m qcgraph``."""
 
 from qcgraph.cli import main
 

@@ -1,4 +1,4 @@
-"""The errors qcgraph raises on purpose: where, what, and a hint on what to do next."""
+"""The errors that qcgraph raises on purpose: where, what, and a hint on what to do next."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class QcgraphError(Exception):
 
     Args:
         message: what is wrong, in one sentence.
-        where: the place it is wrong at (node, module path, file, option), when there is one.
+        where: the place of the problem (node, module path, file, option), if there is one.
         hint: what the user can do about it.
     """
 
@@ -51,15 +51,15 @@ class VerificationError(QcgraphError):
 
 
 class RefusedError(VerificationError):
-    """What was compiled is sound but not good enough: an unsafe cache, or a gate that is not met."""
+    """A compilation is valid but not good enough: an unsafe cache, or a gate that is not met."""
 
 
 def shown(value: object, most: int = 80) -> str:
-    """Return a value as an error may quote it, in one short line, whatever it is.
+    """Return a value of any type as an error may quote it, in one short line.
 
     Args:
-        value: what was given.
-        most: the characters of it that are quoted; the middle of a longer one is left out.
+        value: the value.
+        most: the number of characters to quote; the middle of a longer text is left out.
     """
     try:
         text = repr(value)
@@ -69,10 +69,10 @@ def shown(value: object, most: int = 80) -> str:
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """A hint for an unknown name: the closest known one, then all of them.
+    """Return a hint for an unknown name: the closest known name, then all of them.
 
     Args:
-        name: what was asked for.
+        name: the unknown name.
         known: the names that exist.
 
     Returns:

@@ -1,7 +1,7 @@
-"""What other distributions add to qcgraph by entry points: known by name, imported only when it is used.
+"""Extensions of qcgraph from other distributions, by entry points: known by name, imported only when used.
 
-A distribution that offers a name which qcgraph has itself, or one that another distribution offers too, is left out of
-the names; asking for such a name says which distributions they are. What is broken hurts nobody who does not use it.
+A name that qcgraph has itself, or that several distributions offer, cannot be used; asking for it names these
+distributions. A broken extension affects only its users.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from qcgraph.errors import QcgraphError, UsageError
 
 @dataclass(frozen=True)
 class Offer:
-    """What a distribution offers under one name.
+    """An object that a distribution offers under a name.
 
     Attributes:
-        name: what to ask for.
+        name: the name to ask for.
         distribution: the distribution, with its version.
-        value: what the entry point names, ``package.module:object``.
+        value: the object that the entry point names, ``package.module:object``.
     """
 
     name: str
@@ -34,10 +34,10 @@ class Extensions:
     """The entry points of one group.
 
     Attributes:
-        group: its name, ``qcgraph.passes`` for example.
-        noun: what one of them is, in errors.
+        group: the name of the group, ``qcgraph.passes`` for example.
+        noun: the word for one of them in errors.
         own: returns the names that qcgraph has itself, which cannot be taken.
-        problem_of: returns what is wrong with an object that a name stands for, empty when nothing is.
+        problem_of: returns the problem of an object with a name, or an empty string if it has none.
     """
 
     group: str
@@ -46,12 +46,12 @@ class Extensions:
     problem_of: Callable[[str, Any], str]
 
     def offers(self) -> dict[str, Offer]:
-        """Return what can be asked for, by name; nothing is imported."""
+        """Return the usable offers by name; nothing is imported."""
         own = set(self.own())
         return {name: offers[0] for name, offers in self._all().items() if name not in own and len(offers) == 1}
 
     def problems(self) -> tuple[str, ...]:
-        """Return a sentence for every name that cannot be asked for."""
+        """Return a sentence for every name that is offered but cannot be used."""
         own = set(self.own())
         found = []
         for name, offers in self._all().items():
@@ -64,10 +64,10 @@ class Extensions:
         return tuple(found)
 
     def load(self, name: str) -> Any:
-        """Import what a name stands for; None where no distribution offers it.
+        """Import the object of a name; return None where no distribution offers the name.
 
         Raises:
-            UsageError: several distributions offer it, it cannot be imported, or it is not what it should be.
+            UsageError: several distributions offer the name, it cannot be imported, or its object is not valid.
         """
         offers = self._all().get(name, [])
         if not offers or name in set(self.own()):
@@ -80,8 +80,8 @@ class Extensions:
             found = metadata.EntryPoint(name, offer.value, self.group).load()
             problem = self.problem_of(name, found)
         except QcgraphError:
-            raise  # it used qcgraph, which says itself what is wrong
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever code of the distribution raises
+            raise  # a refusal of qcgraph itself, which says what is wrong
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - any code of the distribution may run
             said = str(error).strip().splitlines() or ["nothing"]
             problem = f"cannot be imported: {type(error).__name__}: {said[0]}"
         if problem:
@@ -89,7 +89,7 @@ class Extensions:
         return found
 
     def _all(self) -> dict[str, list[Offer]]:
-        """Return what every distribution offers, by name."""
+        """Return all offers of all distributions, by name."""
         found: dict[str, list[Offer]] = {}
         for entry in sorted(metadata.entry_points(group=self.group)):
             of = entry.dist

@@ -13,16 +13,16 @@ PLAIN_INTERVAL = 10.0  # seconds between two plain lines about the same work
 
 
 class Progress:
-    """Says nothing; what library calls use unless they are given another one."""
+    """Progress that reports nothing, the default of library calls."""
 
     def stage(self, name: str) -> None:
-        """A stage of a compilation begins, a pass or another; what measures a compilation listens here."""
+        """Report that a stage of a compilation begins, such as a pass; measurements of a compilation override this."""
 
     def note(self, text: str) -> None:
-        """One line about what happens now."""
+        """Report one line about the present work."""
 
     def track(self, items: Sequence[Item], label: str) -> Iterator[Item]:
-        """Iterate, reporting how far along it is."""
+        """Iterate over the items, and report how many are done."""
         return iter(items)
 
 
@@ -33,11 +33,11 @@ class PlainProgress(Progress):
         self._stream = stream or sys.stderr
 
     def note(self, text: str) -> None:
-        """One line about what happens now."""
+        """Report one line about the present work."""
         print(text, file=self._stream, flush=True)
 
     def track(self, items: Sequence[Item], label: str) -> Iterator[Item]:
-        """Iterate; a line every few seconds with the time left."""
+        """Iterate over the items, and report the time left in a line every few seconds."""
         start = reported = time.monotonic()
         for count, item in enumerate(items):
             now = time.monotonic()
@@ -52,7 +52,7 @@ class TerminalProgress(PlainProgress):
     """A bar with an ETA, for people."""
 
     def track(self, items: Sequence[Item], label: str) -> Iterator[Item]:
-        """Iterate under a bar that disappears when it is done."""
+        """Iterate over the items under a bar that disappears at the end."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
@@ -63,5 +63,5 @@ class TerminalProgress(PlainProgress):
 
 
 def progress_for(stream: TextIO) -> Progress:
-    """The progress that suits a stream."""
+    """Return the progress that suits a stream."""
     return TerminalProgress(stream) if stream.isatty() else PlainProgress(stream)

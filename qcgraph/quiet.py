@@ -1,4 +1,4 @@
-"""Keeps libraries from printing warnings about what qcgraph checks and says itself."""
+"""Keep libraries from printing warnings about problems that qcgraph checks and reports itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Let libraries report only errors while the block runs; what they raise is raised anyway.
+    """Let libraries report only errors while the block runs; exceptions are not affected.
 
     Args:
         names: the loggers whose warnings are dropped, with the loggers below them; all Python warnings are dropped.
@@ -30,10 +30,10 @@ def quiet(*names: str) -> Iterator[None]:
 
 @contextmanager
 def without_log(name: str) -> Iterator[None]:
-    """Drop what one logger says while the block runs, errors too, because they are also raised; in any thread.
+    """Drop all messages of one logger while the block runs, even errors, because they are also raised; in any thread.
 
     Args:
-        name: the logger; those below it are not concerned.
+        name: the name of the logger; the loggers below it are not affected.
     """
 
     def drop(_: logging.LogRecord) -> bool:

@@ -1,6 +1,6 @@
 """The typed facts that passes leave for each other. Plain data, no torch.
 
-A fact is a frozen dataclass of numbers, strings and tuples; a program holds at most one fact of a type. All of them
+A fact is a frozen dataclass of numbers, strings and tuples; a program holds at most one fact of a type. All facts
 survive a JSON round trip exactly (see `encode` and `decode`).
 """
 

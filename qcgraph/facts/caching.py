@@ -1,4 +1,4 @@
-"""What is cached, and when it is reused."""
+"""Facts about cached values: the values, the modes that reuse them, and the schedule."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ NO_BLOCK = -1
 
 @dataclass(frozen=True)
 class CachedValue:
-    """A value that computing steps store and others reuse.
+    """A value that computing steps store and reusing steps take.
 
     Attributes:
-        name: what its tensor is called in interfaces, ``cache_0`` for example.
-        first_block: the first block that is skipped when it is reused; `NO_BLOCK` for the difference of the noise
-            predictions of both halves of guidance, with which one half is skipped in all blocks.
-        last_block: the last one, inclusive.
-        branch: which branch of the (one) block it is the output of, before its gate, counted from 0; -1 for the change
-            of the residual stream over all of the blocks.
+        name: the name of its tensor in interfaces, ``cache_0`` for example.
+        first_block: the first block that is skipped when the value is reused; `NO_BLOCK` for the difference of the
+            noise predictions of both halves of guidance, with which one half is skipped in all blocks.
+        last_block: the last skipped block, inclusive.
+        branch: the branch of the (single) block whose output before its gate the value is, counted from 0; -1 for the
+            change of the residual stream over all of the blocks.
     """
 
     name: str
@@ -27,7 +27,7 @@ class CachedValue:
 
     @property
     def is_guidance(self) -> bool:
-        """Whether it is the difference of both halves of guidance."""
+        """Whether the value is the difference of both halves of guidance."""
         return self.first_block == NO_BLOCK
 
     def __str__(self) -> str:
@@ -39,13 +39,13 @@ class CachedValue:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What is cached, which variants reuse it, and how many computed values of each are kept.
+    """The cached values, the variants that reuse them, and the number of computed values that are kept of each.
 
     Attributes:
-        values: what computing steps store.
-        modes: by the name of a variant that reuses, the names of the values that it reuses; it computes the rest.
+        values: the values that computing steps store.
+        modes: for each reusing variant, the names of the values that it reuses; it computes the rest.
         history: how many of the last computed values a forecast may use; 1 is plain reuse.
-        draft: what each step does to begin with: None computes, else a mode. The step plan holds what became of it.
+        draft: the first schedule: for each step, None to compute, else a mode. The step plan holds the final schedule.
     """
 
     values: tuple[CachedValue, ...]
@@ -54,7 +54,7 @@ class CachePlan:
     draft: tuple[str | None, ...]
 
     def lines(self) -> list[str]:
-        """Return the lines that the text of a program has of it."""
+        """Return the lines about this fact in the text of a program."""
         lines = [f"cache {value.name}: {value}" for value in self.values]
         lines += [f"mode {name}: reuses {', '.join(values)}" for name, values in self.modes.items()]
         if self.values and self.history > 1:
@@ -64,14 +64,14 @@ class CachePlan:
 
 @dataclass(frozen=True)
 class SchedulePlan:
-    """How the step plan came to its variants, and what they are expected to do.
+    """The origin of the schedule in the step plan, and its expected error.
 
     Attributes:
         strategy: ``joint`` or ``dps``.
         measured_on: the name of the runtime that the costs were measured on; empty where they are arithmetic.
-        spent: cost of sampling relative to computing every step.
-        expected_error: mean squared error of the final latent that the measured errors of skipped steps add up to.
-        rehearsed_error: the same, of trajectories sampled under this schedule.
+        spent: the cost of sampling relative to computing every step.
+        expected_error: the mean squared error of the final latent as the sum of the measured errors of skipped steps.
+        rehearsed_error: the mean squared error of the final latent of trajectories sampled under this schedule.
     """
 
     strategy: str
@@ -81,7 +81,7 @@ class SchedulePlan:
     rehearsed_error: float | None
 
     def lines(self) -> list[str]:
-        """Return the lines that the text of a program has of it."""
+        """Return the lines about this fact in the text of a program."""
         unit = f"measured on {self.measured_on}" if self.measured_on else "multiply-accumulates"
         line = f"schedule {self.strategy}: {self.spent:.1%} of computing every step ({unit})"
         return [line if self.rehearsed_error is None else f"{line}, mean squared error {self.rehearsed_error:.2g}"]
@@ -89,12 +89,12 @@ class SchedulePlan:
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What reusing does to the final latents: their mean squared error against those of steps that all compute.
+    """The mean squared error of the final latents under a schedule, against trajectories on which every step computes.
 
     Attributes:
-        error: under the step plan.
-        even_error: under a schedule of the same cost whose computing steps are evenly spaced.
-        trajectories: how many were sampled; 0 where nothing reuses.
+        error: the error under the step plan.
+        even_error: the error under a schedule of the same cost whose computing steps are evenly spaced.
+        trajectories: how many were sampled; 0 where no step reuses.
     """
 
     error: float
@@ -102,6 +102,6 @@ class Rehearsed:
     trajectories: int
 
     def lines(self) -> list[str]:
-        """Return the lines that the text of a program has of it."""
+        """Return the lines about this fact in the text of a program."""
         errors = f"mean squared error {self.error:.3g}, of even steps {self.even_error:.3g}"
         return [f"rehearsal {errors}, {self.trajectories} trajectories"]

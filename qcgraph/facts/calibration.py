@@ -1,4 +1,4 @@
-"""What calibration saw."""
+"""Facts that calibration observes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SiteRange:
-    """Range statistics of the activation that enters one site, one entry for every step that runs the site.
+    """Range statistics of the activation that enters one site, with an entry for every step that runs the site.
 
     Attributes:
-        steps: the indices of those steps, rising.
-        lows: smallest value per step.
-        highs: largest value per step.
-        mean_squares: mean of the squares per step.
+        steps: the indices of these steps, rising.
+        lows: the smallest value of each step.
+        highs: the largest value of each step.
+        mean_squares: the mean of the squared values of each step.
     """
 
     steps: tuple[int, ...]
@@ -25,17 +25,17 @@ class SiteRange:
 
     @property
     def widths(self) -> tuple[float, ...]:
-        """Largest less smallest value, per step."""
+        """The largest less the smallest value of each step."""
         return tuple(high - low for low, high in zip(self.lows, self.highs, strict=True))
 
     def over(self, steps: Collection[int]) -> tuple[float, float]:
-        """Smallest and largest value over some steps; over all where none of them runs the site."""
+        """Return the smallest and largest value over the given steps, or over all if none of them runs the site."""
         places = [place for place, step in enumerate(self.steps) if step in steps] or range(len(self.steps))
         return min(self.lows[place] for place in places), max(self.highs[place] for place in places)
 
     @property
     def is_finite(self) -> bool:
-        """Whether no step saw an infinity or a NaN."""
+        """Whether all values were finite at all steps."""
         return all(math.isfinite(value) for value in (*self.lows, *self.highs, *self.mean_squares))
 
 
@@ -44,9 +44,9 @@ class Ranges:
     """Calibrated activation ranges.
 
     Attributes:
-        planned: per site, ranges on the trajectory that the step plan takes (cached when it caches).
-        full: per site, ranges on the full-precision trajectory that computes every step.
-        trajectories: how many trajectories were observed.
+        planned: the ranges of each site on the trajectory that the step plan takes (cached when it caches).
+        full: the ranges of each site on the full-precision trajectory that computes every step.
+        trajectories: the number of observed trajectories.
     """
 
     planned: dict[str, SiteRange]
@@ -59,13 +59,13 @@ class Ranges:
         return tuple(sorted({step for site in self.planned.values() for step in site.steps}))
 
     def change(self, site: str) -> float:
-        """How much the range of a site differs between the two trajectories at most, relative to full precision."""
+        """Return the largest difference of a site's range between the two trajectories, relative to full precision."""
         full = dict(zip(self.full[site].steps, self.full[site].widths, strict=True))
         planned = zip(self.planned[site].steps, self.planned[site].widths, strict=True)
         return max(abs(width - full[step]) / full[step] if full[step] > 0 else 0.0 for step, width in planned)
 
     def lines(self) -> list[str]:
-        """Return the lines that the text of a program has of it."""
+        """Return the lines about this fact in the text of a program."""
         return [f"ranges of {len(self.planned)} sites at {len(self.steps)} steps, {self.trajectories} trajectories"]
 
 
@@ -74,10 +74,10 @@ class Reference:
     """Statistics of the full-precision latent after every sampler update, over samples and positions.
 
     Attributes:
-        means: per step and channel.
-        deviations: standard deviation per step and channel.
-        seed: the seed of the noise and of the conditions the trajectories started from.
-        trajectories: how many trajectories there were.
+        means: the mean by step and channel.
+        deviations: the standard deviation by step and channel.
+        seed: the seed of the noise and of the conditions that the trajectories started from.
+        trajectories: the number of trajectories.
     """
 
     means: tuple[tuple[float, ...], ...]
@@ -86,7 +86,7 @@ class Reference:
     trajectories: int
 
     def lines(self) -> list[str]:
-        """Return the lines that the text of a program has of it."""
+        """Return the lines about this fact in the text of a program."""
         return [f"reference latent statistics at {len(self.means)} steps, {self.trajectories} trajectories"]
 
 
@@ -95,10 +95,10 @@ class CalibrationSet:
     """The inputs that quantization is decided on: latents that computing steps of the plan are given.
 
     Attributes:
-        method: how they were selected from the pool.
-        pool: how many there were to select from.
-        steps: the index of the step of each.
-        conditions: by name, the value of each condition for each.
+        method: the method that selected them from the pool.
+        pool: the number of latents in the pool.
+        steps: the index of the step of each latent.
+        conditions: for each condition by name, its value for each latent.
         latents: f32[N,C,H,W], little-endian, as base64.
     """
 
@@ -109,5 +109,5 @@ class CalibrationSet:
     latents: str
 
     def lines(self) -> list[str]:
-        """Return the lines that the text of a program has of it."""
+        """Return the lines about this fact in the text of a program."""
         return [f"calibration set {len(self.steps)} of {self.pool} latents, selected by {self.method}"]

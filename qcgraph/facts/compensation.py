@@ -1,4 +1,4 @@
-"""What corrects the noise prediction."""
+"""Facts about the correction of the noise prediction."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ class Compensation:
     """Variance compensation: after each update the latent becomes ``mean + gain * (latent - mean)``.
 
     Attributes:
-        gains: K per step and channel.
-        means: mu per step and channel.
-        clamped: how many gains were clamped.
-        largest_drift: the largest distance from 1, over steps and channels, of the standard deviation that the compiled
-            denoiser reached over the one that would need no correction, all earlier steps corrected.
+        gains: K by step and channel.
+        means: mu by step and channel.
+        clamped: the number of clamped gains.
+        largest_drift: the largest distance from 1, over steps and channels, of the ratio of two standard deviations:
+            that of the compiled denoiser, with all earlier steps corrected, over the one that needs no correction.
     """
 
     gains: tuple[tuple[float, ...], ...]
@@ -23,7 +23,7 @@ class Compensation:
     largest_drift: float
 
     def lines(self) -> list[str]:
-        """Return the lines that the text of a program has of it."""
+        """Return the lines about this fact in the text of a program."""
         gains = [gain for row in self.gains for gain in row]
         bounds = f"{min(gains):.4f} .. {max(gains):.4f}"
         return [f"compensation gains {bounds} over {len(self.gains)} steps, {self.clamped} clamped"]

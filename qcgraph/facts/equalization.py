@@ -1,4 +1,4 @@
-"""By what the channels of activations are divided."""
+"""Facts about the factors that divide the channels of activations."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class EqualizedActivation:
 
     Attributes:
         sites: the sites (by name) that read it.
-        offsets: one a channel.
-        factors: one a channel.
+        offsets: the offset of each channel.
+        factors: the factor of each channel.
     """
 
     sites: tuple[str, ...]
@@ -22,12 +22,12 @@ class EqualizedActivation:
 
 @dataclass(frozen=True)
 class EqualizationPlan:
-    """The activations whose channels are to share a range, in the order of the graph."""
+    """The activations whose channels will be made to share a range, in the order of the graph."""
 
     activations: tuple[EqualizedActivation, ...]
 
     def lines(self) -> list[str]:
-        """Return the lines that the text of a program has of it."""
+        """Return the lines about this fact in the text of a program."""
         factors = [factor for item in self.activations for factor in item.factors]
         sites = sum(len(item.sites) for item in self.activations)
         return [f"equalization planned of {sites} sites, {_bounds(factors)}"] if factors else []
@@ -35,18 +35,18 @@ class EqualizationPlan:
 
 @dataclass(frozen=True)
 class Equalization:
-    """What the channels of activations were divided by, so that they share a range.
+    """The factors that the channels of activations were divided by, so that they share a range.
 
     Attributes:
-        inputs: per site (by name), the factors of what enters it, with which its weight was multiplied.
-        outputs: the factors by which the rows of a site were divided, where its result makes such an activation.
+        inputs: by site, the factors of its input, with which its weight was multiplied.
+        outputs: by site, the factors by which its rows were divided, where its result makes such an activation.
     """
 
     inputs: dict[str, tuple[float, ...]]
     outputs: dict[str, tuple[float, ...]]
 
     def lines(self) -> list[str]:
-        """Return the lines that the text of a program has of it."""
+        """Return the lines about this fact in the text of a program."""
         factors = [factor for site in self.inputs.values() for factor in site]
         return [f"equalization of {len(self.inputs)} sites, {_bounds(factors)}"] if factors else []
 

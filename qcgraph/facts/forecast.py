@@ -1,4 +1,4 @@
-"""How cached values are forecast."""
+"""Facts about the forecasts of cached values."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ForecastStep:
-    """How well a cached value is forecast at a step that reuses it, closed loop.
+    """The error of the forecast of a cached value at a reusing step, closed loop.
 
     Attributes:
-        name: the cached value.
+        name: the name of the cached value.
         step: the index of the step.
-        reuse: relative L2 error of taking the last computed value as it is.
-        forecast: relative L2 error of the forecast, on samples that it was not fitted on where there are enough.
+        reuse: the relative L2 error of plain reuse of the last computed value.
+        forecast: the relative L2 error of the forecast, on samples that it was not fitted on where these are enough.
     """
 
     name: str
@@ -24,18 +24,18 @@ class ForecastStep:
 
 @dataclass(frozen=True)
 class ForecastFit:
-    """That the forecasts were fitted, and how well they do; the coefficients are constants of the program.
+    """The fitted forecasts and their errors; the coefficients are constants of the program.
 
     Attributes:
         kind: the name of the forecaster.
-        steps: per cached value and reusing step, in order.
+        steps: the errors by cached value and reusing step, in order.
     """
 
     kind: str
     steps: tuple[ForecastStep, ...]
 
     def lines(self) -> list[str]:
-        """Return the lines that the text of a program has of it."""
+        """Return the lines about this fact in the text of a program."""
         if not self.steps:
             return [f"forecast {self.kind} at no step"]
         reuse, errors = ([getattr(step, name) for step in self.steps] for name in ("reuse", "forecast"))

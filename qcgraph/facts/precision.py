@@ -1,4 +1,4 @@
-"""The type of what is not quantized."""
+"""Facts about the type of values that are not quantized."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Precision:
-    """The plan of the floating-point type of what is not quantized.
+    """The plan of the floating-point type of values that are not quantized.
 
     Attributes:
         dtype: ``f16``, ``bf16`` or ``f32``.
-        largest: the largest magnitude that was seen on calibration trajectories.
-        wide: per variant, the names of the nodes that stay in float32, in the order of the graph.
+        largest: the largest magnitude on calibration trajectories.
+        wide: by variant, the names of the nodes that stay in float32, in the order of the graph.
     """
 
     dtype: str
@@ -20,13 +20,13 @@ class Precision:
     wide: dict[str, tuple[str, ...]]
 
     def lines(self) -> list[str]:
-        """Return the lines that the text of a program has of it."""
+        """Return the lines about this fact in the text of a program."""
         return [f"computed in {self.dtype}, values up to {self.largest:.3g}"]
 
 
 @dataclass(frozen=True)
 class ComputeType:
-    """The floating-point type that the graphs compute in what is not quantized.
+    """The floating-point type of values in the graphs that are not quantized.
 
     Attributes:
         dtype: ``f16``, ``bf16`` or ``f32``.
@@ -35,5 +35,5 @@ class ComputeType:
     dtype: str
 
     def lines(self) -> list[str]:
-        """Return no line: the type stands at every value of the graphs."""
+        """Return no line, because the text of the graphs shows the type of every value."""
         return []

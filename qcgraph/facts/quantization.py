@@ -1,4 +1,4 @@
-"""How sites and attention are quantized."""
+"""Facts about the quantization of sites and attention."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class TimestepGroups:
     lower_timesteps: tuple[float, ...]
 
     def lines(self) -> list[str]:
-        """Return the lines that the text of a program has of it."""
+        """Return the lines about this fact in the text of a program."""
         bounds = ", ".join(f"{value:g}" for value in self.lower_timesteps)
         return [f"timestep groups {len(self.lower_timesteps)}, down to timestep {bounds}"]
 
 
 def codes(bits: int, *, symmetric: bool) -> tuple[int, int]:
-    """Smallest and largest code: ``-2^(b-1) .. 2^(b-1)-1`` when symmetric, else ``0 .. 2^b-1``."""
+    """Return the smallest and largest code: ``-2^(b-1) .. 2^(b-1)-1`` when symmetric, else ``0 .. 2^b-1``."""
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
 
 
@@ -35,14 +35,14 @@ class ActivationQuant:
     """Affine quantization of an activation: ``q = clamp(round(x / scale) + zero_point, low, high)``.
 
     Attributes:
-        scales: one scale a timestep group, or a single one for all groups.
-        zero_points: as many as there are scales.
-        low: smallest code.
-        high: largest code.
+        scales: one scale for each timestep group, or a single scale for all groups.
+        zero_points: as many zero points as there are scales.
+        low: the smallest code.
+        high: the largest code.
         dtype: ``uint8``, ``int8`` or ``float8_e4m3fn``; codes of the last are floating point and have no zero point.
         shift: with two regions (TQ-DiT's MRQ), codes above the zero point are multiples of 2 to this power, so that
             positive values have a coarser step than negative ones; 0 for one step.
-        bits: the bits of each timestep group, where they differ; ``low`` and ``high`` are those of the most.
+        bits: the bits of each timestep group, where they differ; ``low`` and ``high`` are then those of the most bits.
     """
 
     scales: tuple[float, ...]
@@ -54,7 +54,7 @@ class ActivationQuant:
     bits: tuple[int, ...] = ()
 
     def at(self, group: int) -> ActivationQuant:
-        """The codes that one timestep group uses."""
+        """Return the codes that one timestep group uses."""
         if not self.bits:
             return self
         low, high = codes(self.bits[group], symmetric=self.dtype == "int8")
@@ -76,11 +76,11 @@ class ActivationQuant:
 
 @dataclass(frozen=True)
 class WeightQuant:
-    """Symmetric quantization of a weight, one scale an output channel.
+    """Symmetric quantization of a weight, with one scale for each output channel.
 
     Attributes:
-        high: codes are in ``[-high, high]``.
-        dtype: what holds them, ``int8`` or ``float8_e4m3fn``.
+        high: the largest code; codes are in ``[-high, high]``.
+        dtype: the type of the codes, ``int8`` or ``float8_e4m3fn``.
     """
 
     high: int
@@ -89,7 +89,7 @@ class WeightQuant:
 
 @dataclass(frozen=True)
 class SiteQuant:
-    """How one site is quantized."""
+    """The quantization of one site."""
 
     activation: ActivationQuant
     weight: WeightQuant
@@ -102,29 +102,29 @@ class SiteQuant:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """Per site (by name), how it is quantized; a site that is not here stays in floating point."""
+    """The quantization of each site, by name; a site that is missing here stays in floating point."""
 
     sites: dict[str, SiteQuant]
 
     @property
     def floating(self) -> tuple[str, ...]:
-        """The sites that are planned to be 8-bit floating point."""
+        """The sites that are planned in 8-bit floating point."""
         return tuple(name for name, site in self.sites.items() if FLOAT8 in (site.weight.dtype, site.activation.dtype))
 
     def lines(self) -> list[str]:
-        """Return the lines that the text of a program has of it."""
+        """Return the lines about this fact in the text of a program."""
         return [f"quant {name}: {site.describe()}" for name, site in self.sites.items()]
 
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """The codes that were chosen for the weight of one site, and what they were chosen for.
+    """The codes that were chosen for the weight of one site, and the weight and form that they fit.
 
     Attributes:
         codes: the constant that holds the codes, i8[out,in].
         scale: the constant that holds their scales, f32[out].
         weight: the digest of the weight (see `qcgraph.ir.program.tensor_digest`).
-        quant: the codes that were allowed.
+        quant: the allowed codes.
     """
 
     codes: str
@@ -135,10 +135,10 @@ class RoundedWeight:
 
 @dataclass(frozen=True)
 class RoundedWeights:
-    """The codes of weights that were chosen, which the program holds until they are inserted.
+    """The chosen codes of weights, which the program holds until they are inserted.
 
     Attributes:
-        sites: per site (by name), its codes; None where none could be chosen, and the nearest ones are to be taken.
+        sites: the codes of each site, by name; None where none could be chosen, so that the nearest codes are inserted.
     """
 
     sites: dict[str, RoundedWeight | None]
@@ -149,13 +149,13 @@ class RoundedWeights:
         return tuple(name for found in self.sites.values() if found for name in (found.codes, found.scale))
 
     def lines(self) -> list[str]:
-        """Return no line: the codes show once they are inserted."""
+        """Return no line, because the codes show once they are inserted."""
         return []
 
 
 @dataclass(frozen=True)
 class SiteCorrection:
-    """Correction of a quantized linear's result without bias, per output channel: ``gain * result + offset``."""
+    """The correction of a quantized linear's result without bias, per output channel: ``gain * result + offset``."""
 
     gains: tuple[float, ...]
     offsets: tuple[float, ...]
@@ -163,12 +163,12 @@ class SiteCorrection:
 
 @dataclass(frozen=True)
 class Requantization:
-    """Per site (by name), the correction that is folded into its weight's scales and its bias."""
+    """The correction of each site, by name, which is folded into its weight's scales and its bias."""
 
     sites: dict[str, SiteCorrection]
 
     def lines(self) -> list[str]:
-        """Return the lines that the text of a program has of it."""
+        """Return the lines about this fact in the text of a program."""
         gains = [gain for site in self.sites.values() for gain in site.gains]
         bounds = f"gains {min(gains, default=1):.4f} .. {max(gains, default=1):.4f}"
         return [f"requantization of {len(self.sites)} sites, {bounds}"] if gains else []
@@ -179,9 +179,9 @@ class RegionQuant:
     """Probabilities in two regions, each with a step and ``levels`` codes besides zero (TQ-DiT's MRQ, after a softmax).
 
     Attributes:
-        splits: one a timestep group, or a single one: values below it have the step ``split / levels``, the others
-            ``1 / levels``.
-        levels: ``2^(bits-1) - 1``, since one of the bits says which region it is.
+        splits: one split for each timestep group, or a single split for all. Values below it have the step
+            ``split / levels``, values from it on have the step ``1 / levels``.
+        levels: ``2^(bits-1) - 1``, because one of the bits selects the region.
         dtype: ``uint8`` or ``int8``.
         planes: 2 where each region is a tensor that is multiplied on its own, 1 where one tensor holds both.
     """
@@ -200,13 +200,13 @@ class RegionQuant:
 
 @dataclass(frozen=True)
 class AttentionQuant:
-    """How both products of an attention are quantized.
+    """The quantization of both products of an attention.
 
     Attributes:
-        query: queries, scaled by one over the root of their length.
-        key: keys.
-        probabilities: what the softmax gives.
-        value: values.
+        query: the codes of queries, which are scaled by one over the root of their length.
+        key: the codes of keys.
+        probabilities: the codes of the softmax's result.
+        value: the codes of values.
     """
 
     query: ActivationQuant
@@ -226,25 +226,26 @@ class AttentionQuant:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Per attention (by name), how its products are quantized; one that is not here stays in floating point."""
+    """The quantization of each attention, by name; an attention that is missing here stays in floating point."""
 
     sites: dict[str, AttentionQuant]
 
     def lines(self) -> list[str]:
-        """Return the lines that the text of a program has of it."""
+        """Return the lines about this fact in the text of a program."""
         return [f"quant {name}: {site.describe()}" for name, site in self.sites.items()]
 
 
 @dataclass(frozen=True)
 class LinearNodes:
-    """The nodes of a quantized linear layer in one variant, by their names.
+    """The names of the nodes of a quantized linear layer in one variant.
 
     Attributes:
-        quantizer: makes the codes of the activation.
-        product: multiplies the dequantized activation and the dequantized weight.
-        leaving: gives the result, bias included.
-        divides: divides the activation by a ratio of scales before it is quantized (see reference-scales), or empty.
-        rescales: multiplies the product by that ratio, or empty.
+        quantizer: the node that makes the codes of the activation.
+        product: the node that multiplies the dequantized activation and the dequantized weight.
+        leaving: the node that gives the result, bias included.
+        divides: the node that divides the activation by a ratio of scales before it is quantized (see
+            reference-scales), or empty.
+        rescales: the node that multiplies the product by this ratio, or empty.
     """
 
     quantizer: str
@@ -261,9 +262,9 @@ class QuantizedLinear:
     Attributes:
         weight: the constant of the captured model that the codes were made from.
         codes: the constant that holds the codes.
-        scale: the constant that holds their scales, one an output channel.
-        transposed: whether the codes are [in,out], the layout of a matrix product; else they are [out,in].
-        nodes: its nodes by variant.
+        scale: the constant that holds their scales, one for each output channel.
+        transposed: whether the codes are [in,out], the layout of a matrix product, instead of [out,in].
+        nodes: the nodes of the layer by variant.
     """
 
     weight: str
@@ -275,11 +276,11 @@ class QuantizedLinear:
 
 @dataclass(frozen=True)
 class AttentionNodes:
-    """The nodes of a quantized attention in one variant, by their names.
+    """The names of the nodes of a quantized attention in one variant.
 
     Attributes:
-        quantizers: per operand, what makes its codes; probabilities in two regions have two quantizers.
-        products: what multiplies dequantized operands.
+        quantizers: by operand, the nodes that make its codes; probabilities in two regions have two.
+        products: the nodes that multiply dequantized operands.
     """
 
     quantizers: dict[str, tuple[str, ...]]
@@ -296,7 +297,7 @@ class QuantizedAttention:
     """An attention whose products are quantized.
 
     Attributes:
-        nodes: its nodes by variant.
+        nodes: the nodes of the attention by variant.
     """
 
     nodes: dict[str, AttentionNodes]
@@ -304,7 +305,7 @@ class QuantizedAttention:
 
 @dataclass(frozen=True)
 class QuantizedSites:
-    """Where a program is quantized. Passes that change the form of a quantized site keep this true.
+    """The quantized sites of a program. Passes that change the form of a quantized site update this fact.
 
     Attributes:
         linears: the quantized linear layers by site, in order.
@@ -315,7 +316,7 @@ class QuantizedSites:
     attentions: dict[str, QuantizedAttention]
 
     def with_sites(self, other: QuantizedSites) -> QuantizedSites:
-        """Return these sites and those of another fact."""
+        """Return the sites of this fact and of another one."""
         return QuantizedSites({**self.linears, **other.linears}, {**self.attentions, **other.attentions})
 
     def linears_of(self, variant: str) -> Iterator[tuple[str, QuantizedLinear, LinearNodes]]:
@@ -341,12 +342,12 @@ class QuantizedSites:
         return frozenset(nodes.product for *_, nodes in self.linears_of(variant)).union(*attentions)
 
     def in_variants(self, made_of: Mapping[str, str], kept: Mapping[str, Collection[str]]) -> QuantizedSites:
-        """Return the sites of variants that were made of the present ones.
+        """Return the sites of new variants that were made from the present ones.
 
         Args:
-            made_of: per variant that there will be, the present one that it was made of; nodes kept their names.
-            kept: per variant that there will be, the names of its nodes. A site whose product is not among them is not
-                in the variant.
+            made_of: for each new variant, the present variant that it was made from; nodes keep their names.
+            kept: for each new variant, the names of its nodes. A site whose product is not among them is not in the
+                variant.
         """
         linears, attentions = {}, {}
         for name, linear in self.linears.items():
@@ -362,5 +363,5 @@ class QuantizedSites:
         return QuantizedSites(linears, attentions)
 
     def lines(self) -> list[str]:
-        """Return no line: the graphs show the quantizers."""
+        """Return no line, because the text of the graphs shows the quantizers."""
         return []

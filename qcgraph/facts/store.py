@@ -19,10 +19,10 @@ Data = TypeVar("Data")  # any plain dataclass
 
 
 class Fact(Protocol):
-    """What passes leave for each other: a frozen dataclass of numbers, strings and tuples, and the text of it."""
+    """A fact that passes leave for later passes: a frozen dataclass of numbers, strings and tuples, with its text."""
 
     def lines(self) -> list[str]:
-        """Return the lines that the text of a program has of it; none where the graphs show it."""
+        """Return the lines about the fact in the text of a program; none where the graphs show it."""
         ...
 
 
@@ -32,19 +32,19 @@ FAMILIES = (caching, equalization, calibration, quantization, forecast, compensa
 
 
 def _facts_of(family: ModuleType) -> Iterator[type[Fact]]:
-    """Return the facts of a family in the order of its file: the classes that have lines; others are parts of them."""
+    """Yield the facts of a family in the order of its file: the classes with lines; the rest are parts of facts."""
     for kind in vars(family).values():
         if isinstance(kind, type) and kind.__module__ == family.__name__ and hasattr(kind, "lines"):
             yield kind
 
 
-# Every fact that programs can hold, in the order in which their text shows them.
+# All facts of qcgraph that programs can hold, in the order in which their text shows them.
 FACT_TYPES: tuple[type[Fact], ...] = (
     ModelSpec,
     StepPlan,
     *(kind for family in FAMILIES for kind in _facts_of(family)),
 )
-FOREIGN = ":"  # in the key of a fact of another distribution, ``package.module:Fact``
+FOREIGN = ":"  # part of the key of a fact of another distribution, ``package.module:Fact``
 
 
 class Facts:
@@ -54,7 +54,7 @@ class Facts:
         self._facts: dict[type, Fact] = {type(fact): fact for fact in facts}
 
     def __iter__(self) -> Iterator[Fact]:
-        """Yield the facts in the order of the table, and after them those of other distributions."""
+        """Yield the facts in the order of the table, and after them the facts of other distributions."""
         yield from (self._facts[kind] for kind in FACT_TYPES if kind in self._facts)
         yield from (self._facts[kind] for kind in sorted(self._facts.keys() - set(FACT_TYPES), key=_key))
 
@@ -62,7 +62,7 @@ class Facts:
         return kind in self._facts
 
     def get(self, kind: type[Kind]) -> Kind | None:
-        """The fact of this type, or None."""
+        """Return the fact of this type, or None."""
         return cast("Kind | None", self._facts.get(kind))
 
     def __getitem__(self, kind: type[Kind]) -> Kind:
@@ -72,11 +72,11 @@ class Facts:
         return fact
 
     def with_(self, *facts: Fact) -> Facts:
-        """These facts and the given ones, which replace those of the same type."""
+        """Return these facts and the given ones, which replace facts of the same type."""
         return Facts([*self._facts.values(), *facts])
 
     def without(self, kind: type) -> Facts:
-        """These facts but the one of this type."""
+        """Return these facts without the fact of this type."""
         return Facts(fact for fact in self._facts.values() if type(fact) is not kind)
 
     @property
@@ -86,15 +86,15 @@ class Facts:
         return frozenset(rounded.held_constants if rounded else ())
 
     def encode(self) -> dict[str, Any]:
-        """Plain JSON data, by type name; a type of another distribution has its module in front."""
+        """Return plain JSON data by type name; the name of a type of another distribution begins with its module."""
         named = {_key(kind): fact for kind, fact in self._facts.items()}
         return {name: encode(named[name]) for name in sorted(named)}
 
     @classmethod
     def decode(cls, data: dict[str, Any]) -> Facts:
-        """The inverse of `encode`; raises pydantic's ValidationError on data of another shape.
+        """Return the facts that `encode` wrote; data of another shape raises pydantic's ValidationError.
 
-        Facts of other distributions are left out: what a file names is not imported.
+        Facts of other distributions are left out, because modules that a file names are not imported.
         """
         kinds = {kind.__name__: kind for kind in FACT_TYPES}
         return cls(decode(kinds[name], value) for name, value in data.items() if FOREIGN not in name)
@@ -105,24 +105,24 @@ def _key(kind: type) -> str:
 
 
 def precision_of(facts: Facts) -> str:
-    """The floating-point type of what is not quantized, ``f32`` unless it was reduced."""
+    """Return the floating-point type of values that are not quantized, ``f32`` unless it was reduced."""
     computed = facts.get(ComputeType)
     return computed.dtype if computed else "f32"
 
 
 def encode(fact: Any) -> Any:
-    """A fact (or any plain dataclass) as JSON data."""
+    """Return a fact (or any plain dataclass) as JSON data."""
     return asdict(fact)
 
 
 def decode(kind: type[Data], data: Any) -> Data:
-    """A dataclass from JSON data; raises pydantic's ValidationError on data of another shape."""
+    """Return a dataclass from JSON data; data of another shape raises pydantic's ValidationError."""
     return cast(Data, _adapter(cast(Any, kind)).validate_python(data))
 
 
 @cache
 def _adapter(kind: type) -> Any:
-    """What validates a dataclass; made once, which takes longer than most data of it."""
+    """Return the validator of a dataclass; it is cached, because making it takes longer than most validations."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)

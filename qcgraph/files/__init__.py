@@ -1,1 +1,1 @@
-"""Reading and writing files: documents that somebody else wrote, and folders that change as a whole."""
+"""Reading and writing files: documents that anybody may have written, and folders that change as a whole."""

@@ -1,9 +1,9 @@
 """Files and folders that are written in one piece: complete in their place, or not there at all.
 
-What is written is filled as a hidden neighbour of its place, under a lock, brought to the disk, and renamed into its
-place; only then what was there before is removed. A process that is killed, or a power cut, at any moment leaves the
-old or the new, whole. The names of the neighbours follow from the name of the place, so that whatever an interrupted
-process left is cleared by the next one that writes there.
+New content is written to a hidden neighbour of its place, under a lock, synced to the disk, and renamed into its place;
+only then is the old content removed. If a process is killed or power fails at any moment, the old or the new content is
+there, whole. The names of the neighbours follow from the name of the place, so that the next process that writes there
+removes the leftovers of an interrupted one.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from qcgraph.errors import UsageError
 
 _ELSEWHERE = "choose another place"
 _KEPT = "make room or choose another place; what was there before is as it was"
-_NAMED = 3  # strangers that an error names before it counts the rest
-_LONGEST_NAME = 200  # bytes of a name that its neighbours repeat; file systems end at 255
-# What a place can be wrong in. Any other error of the system is not the user's to mend.
+_NAMED = 3  # foreign files that an error names before it counts the rest
+_LONGEST_NAME = 200  # bytes of a name that its neighbours repeat; file systems allow 255
+# Errors of a place that the user can mend. All other errors of the system are raised unchanged.
 _PLACE_ERRORS = frozenset(
     (
         errno.EACCES,
@@ -42,11 +42,11 @@ _PLACE_ERRORS = frozenset(
         errno.EROFS,
     )
 )
-_NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what file systems say that cannot sync a folder
-_HERE = -100  # AT_FDCWD: relative names are relative to the current folder
+_NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # errors of file systems that cannot sync a folder
+_HERE = -100  # AT_FDCWD: names are relative to the current folder
 _EXCHANGE = 2  # RENAME_EXCHANGE
 _SCRATCH = "qcgraph-scratch-"
-_USED = "used"  # whose lock a process holds as long as it uses a temporary folder
+_USED = "used"  # the file whose lock a process holds as long as it uses a temporary folder
 _YOUNG = 60.0  # seconds in which a new temporary folder may not be locked yet
 _NEIGHBOUR_PART = ".qcgraph-"
 _NEIGHBOUR = re.compile(r"\..+\.qcgraph-(partial|old|gone|lock)(\..+)?")
@@ -60,25 +60,25 @@ class FolderKind:
     """A kind of folder that is written in one piece, and never over anybody's data.
 
     Attributes:
-        written: gives the files that qcgraph wrote into a folder, by their paths with ``/``, and the sha256 of each
-            where one was recorded; None of a folder that is not of this kind.
-        refusal: what is said of a place that holds something else.
+        written: returns the files that qcgraph wrote into a folder, by their paths with ``/``, and the sha256 of each
+            where one was recorded; None for a folder that is not of this kind.
+        refusal: the message about a place that holds anything else.
     """
 
     written: Callable[[Path], Written | None]
     refusal: str
 
     def is_ours(self, folder: Path) -> bool:
-        """Tell a folder of this kind from any other."""
+        """Return whether a folder is of this kind."""
         return self.written(folder) is not None
 
     def check(self, path: Path, *, force: bool) -> None:
         """Refuse a place that cannot be written to; call it before any work begins.
 
         Raises:
-            UsageError: something is there (with ``force``: something else than a folder of this kind, or one that
-                holds what qcgraph did not write), the folder around it cannot be written, or another process writes
-                there now.
+            UsageError: the place exists (with ``force``: and is not a folder of this kind, or one that holds files
+                which qcgraph did not write), the folder around it cannot be written, or another process writes there
+                now.
         """
         place = resolved(path)
         with _in_words(path):
@@ -91,10 +91,10 @@ class FolderKind:
 
     @contextmanager
     def writing(self, path: Path, *, force: bool) -> Iterator[Path]:
-        """Write a folder: the body fills the one that it is given, which takes its place after it.
+        """Write a folder: the body fills a new folder, which then replaces the one in place.
 
         Raises:
-            UsageError: see `check`; or the disk is full or fails, and what was there before is as it was.
+            UsageError: see `check`; or the disk is full or fails, and the old content is unchanged.
         """
         place = resolved(path)
         with _in_words(path):
@@ -107,13 +107,13 @@ class FolderKind:
                 try:
                     yield partial
                     _sync_tree(partial)
-                    self._check_replaceable(place, path, force=force)  # again: the body may have taken hours
+                    self._check_replaceable(place, path, force=force)  # again, because the body may have taken hours
                     _swap(partial, place)
                 finally:
                     clear(place, self.is_ours)
 
     def remove(self, path: Path) -> None:
-        """Remove a folder of this kind; one that holds anything which qcgraph did not write stays as it is.
+        """Remove a folder of this kind, unless it holds anything that qcgraph did not write.
 
         Raises:
             UsageError: another process writes there now, or the folder cannot be removed.
@@ -156,7 +156,7 @@ def check_file(path: Path) -> None:
     """Refuse a place that a file cannot be written to; call it before any work begins.
 
     Raises:
-        UsageError: something else than a file is there, or the folder around it is missing or cannot be written.
+        UsageError: the place is not a file, or the folder around it is missing or cannot be written.
     """
     place = _place_of_file(path)
     with _in_words(path), locked(place, wait=True):
@@ -165,12 +165,12 @@ def check_file(path: Path) -> None:
 
 @contextmanager
 def writing_file(path: Path) -> Iterator[Path]:
-    """Write a file: the body writes the one that it is given, which takes its place after it.
+    """Write a file: the body writes a new file, which then replaces the one in place.
 
     Two processes that write to one place take turns.
 
     Raises:
-        UsageError: see `check_file`; or the disk is full or fails, and what was there before is as it was.
+        UsageError: see `check_file`; or the disk is full or fails, and the old content is unchanged.
     """
     place = _place_of_file(path)
     partial = _beside_file(place)
@@ -181,7 +181,7 @@ def writing_file(path: Path) -> Iterator[Path]:
         os.close(descriptor)
         try:
             yield partial
-            partial.chmod(mode)  # which libraries that make the file anew may have set otherwise
+            partial.chmod(mode)  # libraries that create the file anew may have changed its mode
             _sync(partial)
             partial.replace(place)
             _sync(place.parent)
@@ -191,7 +191,7 @@ def writing_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Make a temporary folder for the time of the body, and remove those that killed processes left."""
+    """Make a temporary folder for the time of the body, and remove the temporary folders of killed processes."""
     _sweep(Path(tempfile.gettempdir()))
     with tempfile.TemporaryDirectory(prefix=_SCRATCH) as name, locked(Path(name, _USED)):
         yield Path(name)
@@ -200,7 +200,7 @@ def scratch_folder() -> Iterator[Path]:
 def _sweep(parent: Path) -> None:
     """Remove the temporary folders of this user that no process holds any more."""
     for folder in parent.glob(f"{_SCRATCH}*"):
-        with suppress(OSError, UsageError):  # it is in use, or goes at this moment
+        with suppress(OSError, UsageError):  # it is in use, or is removed at this moment
             found = folder.lstat()
             is_own = stat.S_ISDIR(found.st_mode) and (not hasattr(os, "getuid") or found.st_uid == os.getuid())
             if sys.platform != "win32" and is_own and time.time() - found.st_mtime > _YOUNG:
@@ -209,11 +209,11 @@ def _sweep(parent: Path) -> None:
 
 
 def clear(place: Path, is_ours: IsOurs) -> None:
-    """Take away what an interrupted process left, and put back what it had moved aside. Needs the lock.
+    """Remove the leftovers of an interrupted process, and put back the folder that it moved aside. Needs the lock.
 
     Args:
         place: a resolved path.
-        is_ours: tells a folder that was written there from any other; what was moved aside is kept beside another.
+        is_ours: returns whether a folder was written there by qcgraph; a folder moved aside is kept beside any other.
     """
     old, gone = beside(place, "old"), beside(place, "gone")
     if old.exists():
@@ -223,13 +223,13 @@ def clear(place: Path, is_ours: IsOurs) -> None:
             old.rename(place)
         elif is_ours(place):
             _remove(gone)
-            old.rename(gone)  # so that it is never put back half removed
+            old.rename(gone)  # so that a half-removed folder is never put back
     _remove(gone)
     _remove(beside(place, "partial"))
 
 
 def restore_interrupted(path: Path, is_ours: IsOurs) -> None:
-    """Put back a folder whose replacement was killed between its two renames; does nothing otherwise."""
+    """Put back a folder whose replacement was killed between its two renames; otherwise do nothing."""
     if not is_interrupted(path):
         return
     place = path.resolve()
@@ -239,16 +239,16 @@ def restore_interrupted(path: Path, is_ours: IsOurs) -> None:
 
 
 def is_interrupted(path: Path) -> bool:
-    """Tell whether a folder is moved aside at this moment, by a process that replaces it or was killed then."""
+    """Return whether a folder is moved aside now, by a process that replaces it or was killed while doing so."""
     try:
         place = path.resolve()
         return bool(place.name) and not os.path.lexists(place) and beside(place, "old").exists()
-    except (OSError, RuntimeError, ValueError):  # of a path that is none
+    except (OSError, RuntimeError, ValueError):  # the path is not valid
         return False
 
 
 def stamp(path: Path) -> tuple[int, ...] | None:
-    """Return what changes when a folder is replaced; None where there is none."""
+    """Return numbers that change when a folder is replaced; None where there is no folder."""
     try:
         found = path.stat()
     except (OSError, ValueError):
@@ -257,7 +257,7 @@ def stamp(path: Path) -> tuple[int, ...] | None:
 
 
 def resolved(path: Path) -> Path:
-    """Return the place itself where the path is a link, so that what is renamed is on the same file system.
+    """Return the place itself where the path is a link, so that renames stay on the same file system.
 
     Raises:
         UsageError: the path has no name of its own, is a link that leads in a circle, or cannot be a path.
@@ -281,20 +281,20 @@ def check_creatable(place: Path) -> None:
     """Refuse a place whose parent folder does not exist and cannot be made.
 
     Raises:
-        UsageError: says why.
+        UsageError: it cannot be made; the message says why.
     """
     first = next(folder for folder in (place, *place.parents) if folder.parent.exists())
     if not first.parent.is_dir():
         raise UsageError(f"cannot be made, because {first.parent} is a file", where=str(place), hint=_ELSEWHERE)
     if os.path.lexists(first):
         raise UsageError(f"cannot be made, because {first} is a file", where=str(place), hint=_ELSEWHERE)
-    with locked(first, wait=True):  # tried, because permissions alone do not tell
+    with locked(first, wait=True):  # tried, because permissions alone do not decide
         pass
 
 
 @contextmanager
 def locked(place: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of a place; the system releases it when the process ends, in whatever way.
+    """Hold the lock of a place; the system releases it however the process ends.
 
     Args:
         place: a resolved path whose parent exists.
@@ -311,7 +311,7 @@ def locked(place: Path, *, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # the folder around it may be gone by now
+        with suppress(OSError):  # the folder around it may be removed by now
             lock.unlink(missing_ok=True)
         os.close(descriptor)
 
@@ -322,12 +322,12 @@ def beside(place: Path, what: str) -> Path:
 
 
 def _beside_file(place: Path) -> Path:
-    """Return the neighbour of a file that is being written; libraries choose the format by its ending."""
+    """Return the neighbour of a file that is being written; it has the ending by which libraries choose the format."""
     return place.with_name(f".{_short(place.stem)}.qcgraph-partial{place.suffix}")
 
 
 def _short(name: str) -> str:
-    """Return a name, or of a long one its begin and digest: a neighbour's name must not be too long."""
+    """Return a name, or the beginning and digest of a long one, because the name of a neighbour is longer."""
     data = os.fsencode(name)
     if len(data) <= _LONGEST_NAME:
         return name
@@ -335,7 +335,7 @@ def _short(name: str) -> str:
 
 
 def _place_of_file(path: Path) -> Path:
-    """Return where a file is to be.
+    """Return the place where a file is to be written.
 
     Raises:
         UsageError: see `check_file`.
@@ -356,7 +356,7 @@ def _place_of_file(path: Path) -> Path:
 
 @contextmanager
 def _in_words(path: Path) -> Iterator[None]:
-    """Say what the system has against a place.
+    """Turn errors of the system about a place into errors in words.
 
     Raises:
         UsageError: the place cannot be written, or the disk is full or fails.
@@ -372,7 +372,7 @@ def _in_words(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _parents(place: Path) -> Iterator[None]:
-    """Make the folders around a place; they go again when the body raises, unless something is in them by then."""
+    """Make the folders around a place; remove them when the body raises, unless they hold anything by then."""
     made = [folder for folder in place.parents if not folder.exists()]
     try:
         for folder in reversed(made):
@@ -387,10 +387,10 @@ def _parents(place: Path) -> Iterator[None]:
 
 
 def _swap(partial: Path, place: Path) -> None:
-    """Put a folder into its place; what was there waits beside until the new one is on the disk.
+    """Put a folder into its place; the old folder stays beside it until the new one is on the disk.
 
-    Where the system can exchange two names, the place is never empty; elsewhere it is for a moment, and a reader that
-    comes then puts back what was there (see `restore_interrupted`).
+    Where the system can exchange two names, the place is never empty. Elsewhere it is empty for a moment, and a reader
+    in this moment puts the old folder back (see `restore_interrupted`).
     """
     if not place.exists() or not any(place.iterdir()):
         partial.rename(place)
@@ -401,7 +401,7 @@ def _swap(partial: Path, place: Path) -> None:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Exchange two names in one step with renameat2 of Linux; False where that is not to be had."""
+    """Exchange two names in one step with renameat2 of Linux; return False where this is unavailable."""
     if not sys.platform.startswith("linux"):
         return False
     import ctypes
@@ -413,7 +413,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Bring all files of a folder to the disk, and the folders that name them."""
+    """Sync all files of a folder to the disk, and the folders that name them."""
     for root, _, files in os.walk(folder, topdown=False):
         for name in files:
             _sync(Path(root, name))
@@ -421,10 +421,10 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Sync a file, or the names in a folder, to the disk."""
     is_folder = path.is_dir()
     if sys.platform == "win32" and is_folder:
-        return  # which cannot be opened there
+        return  # Windows cannot open a folder
     descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -436,16 +436,16 @@ def _sync(path: Path) -> None:
 
 
 def _is_current(place: Path) -> bool:
-    """Tell whether processes that work in the current folder would work in one that is gone."""
+    """Return whether the current folder is this place or lies in it, and so would be removed with it."""
     try:
         current = Path.cwd()
-    except OSError:  # it is gone already
+    except OSError:  # the current folder is removed already
         return False
     return place == current or place in current.parents
 
 
 def _strangers(place: Path, written: Written) -> Iterator[str]:
-    """Name what is in a folder and was not written there, or not so; hidden or not, files, folders and links."""
+    """Yield the files, folders and links in a folder, even hidden ones, that differ from those that qcgraph wrote."""
     ours = {parent for name in written for parent in PurePosixPath(name).parents}
     for root, folders, files in os.walk(place, onerror=_raise):
         here = PurePosixPath(Path(root).relative_to(place).as_posix())
@@ -461,7 +461,7 @@ def _strangers(place: Path, written: Written) -> Iterator[str]:
 
 
 def _foreign(path: Path, name: str, written: Written) -> Iterator[str]:
-    """Say in which way a file is not as it was written, where it is not."""
+    """Yield how a file differs from the one that qcgraph wrote; nothing where it does not."""
     if name not in written or not stat.S_ISREG(path.lstat().st_mode):
         yield f"{name}, which qcgraph did not write"
         return
@@ -471,10 +471,10 @@ def _foreign(path: Path, name: str, written: Written) -> Iterator[str]:
 
 
 def _is_left_over(path: Path) -> bool:
-    """Tell what an interrupted process left in a folder, such as a build of engines in a bundle.
+    """Return whether an interrupted process left this file in a folder, such as a build of engines in a bundle.
 
     Raises:
-        UsageError: the process is at work.
+        UsageError: the process is still running.
     """
     found = _NEIGHBOUR.fullmatch(path.name)
     if found is None:
@@ -489,16 +489,16 @@ def _raise(error: OSError) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file as it is now."""
+    """Return the sha256 of the present content of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _new_folder(partial: Path, path: Path) -> Path:
-    """Make the neighbour of a folder that is to be written.
+    """Make the neighbour in which a folder is written.
 
     Raises:
-        UsageError: another one is there that could not be removed, of another user for example.
+        UsageError: a neighbour exists that could not be removed, because it belongs to another user for example.
     """
     try:
         partial.mkdir()
@@ -509,7 +509,7 @@ def _new_folder(partial: Path, path: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Remove a neighbour, whatever it is; what cannot be removed now is tried again by the next process."""
+    """Remove a neighbour of any kind; the next process tries again if it cannot be removed now."""
     if path.is_dir() and not path.is_symlink():
         _make_writable(path)
         shutil.rmtree(path, ignore_errors=True)
@@ -518,7 +518,7 @@ def _remove(path: Path) -> None:
 
 
 def _make_writable(folder: Path) -> None:
-    """Let the owner remove what is in a folder and its folders, which may have been made read-only."""
+    """Let the owner remove the content of a folder and of its subfolders, which may have been made read-only."""
     with suppress(OSError):
         folder.chmod(stat.S_IRWXU)
     for root, folders, _ in os.walk(folder):
@@ -558,7 +558,7 @@ def _acquire(lock: Path, place: Path, *, wait: bool) -> int:
             raise
         if _is_file_of(lock, descriptor):
             return descriptor
-        os.close(descriptor)  # its holder has removed the file meanwhile: this lock is worth nothing
+        os.close(descriptor)  # the holder has removed the file meanwhile, so this lock protects nothing
 
 
 def _is_file_of(path: Path, descriptor: int) -> bool:

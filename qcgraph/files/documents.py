@@ -1,8 +1,8 @@
-"""Read JSON and TOML that somebody else may have written: whole, bounded, and refused in words.
+"""Read JSON and TOML that anybody may have written: as a whole, with limits, and with errors in words.
 
-Recipes, plans, bundles and folders of models come in here, so that what can be wrong with a file, rather than with
-what it says, is known in one place: it is missing, not a file, not readable, too large, not UTF-8, not of the syntax,
-nested too deeply, says a key twice, or holds a number or a character that nothing can hold. No torch.
+Recipes, plans, bundles and folders of models are read here, so that problems of a file, apart from its meaning, are
+handled in one place: it is missing, not a file, not readable, too large, not UTF-8, not valid syntax, nested too
+deeply, has a key twice, or holds a number or a character that cannot be represented. No torch.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from qcgraph.errors import QcgraphError, UsageError, shown
 
 MOST_JSON_BYTES = 256 * 2**20  # the program of a large model, whose facts hold the scales of every step, is below 50 MB
 MOST_TOML_BYTES = 2**20  # a recipe with a plan of a thousand steps is below 50 kB
-MOST_LEVELS = 64  # of nesting; what qcgraph writes has about ten
-MOST_BITS = 64  # of a whole number, as TOML has it
+MOST_LEVELS = 64  # levels of nesting; files of qcgraph have about ten
+MOST_BITS = 64  # bits of a whole number, the limit of TOML
 _TOO_DEEP = f"is nested more than {MOST_LEVELS} levels deep"
 _TOO_LARGE = f"holds a whole number of more than {MOST_BITS} bits"
 _SUSPECT = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)|\\U0{8}")  # half a surrogate pair, or NUL
-# A key of many parts takes time and memory by the square of their number, in which tomllib knows no limit.
+# A key of many parts takes time and memory by the square of their number, and tomllib does not limit it.
 _LONG_KEY = re.compile(rf"(?<![\w\"'-])[\w\"'-]+(?:[ \t]*\.[ \t]*[\w\"'-]+){{{MOST_LEVELS},}}")
 
 
@@ -68,14 +68,14 @@ def read_bytes(
     Args:
         path: a regular file; a pipe or a device is refused, because reading one may never end.
         hint: what the user can do about a file that cannot be read.
-        error: what is raised.
+        error: the type of the error to raise.
         most_bytes: the size above which a file is refused unread.
 
     Raises:
-        QcgraphError: of the type ``error``; there is no such file, it is none, it cannot be read, or it is too large.
+        QcgraphError: of the type ``error``; the file is missing, not regular, not readable, or too large.
     """
     try:
-        # Opening a pipe waits for a writer unless it is said not to.
+        # Opening a pipe waits for a writer unless it is told not to.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with os.fdopen(descriptor, "rb") as stream:
             if kind := _not_regular(os.fstat(descriptor).st_mode):
@@ -87,7 +87,7 @@ def read_bytes(
         raise error("is a folder, not a file", where=str(path), hint=hint) from None
     except OSError as problem:
         raise error(f"cannot be read: {problem.strerror}", where=str(path), hint=hint) from None
-    except ValueError as problem:  # a NUL character or half a character in the name
+    except ValueError as problem:  # a NUL character or half a surrogate pair in the name
         raise error(f"cannot be the name of a file: {problem}", where=repr(str(path)), hint=hint) from None
     if len(content) > most_bytes:
         raise error(f"is larger than {_size_text(most_bytes)}", where=str(path), hint=hint)
@@ -98,7 +98,7 @@ def parse_text(content: bytes, *, where: str, hint: str, error: type[QcgraphErro
     """Decode UTF-8 text, which may begin with a byte order mark, as some editors write.
 
     Raises:
-        QcgraphError: of the type ``error``; it is not UTF-8.
+        QcgraphError: of the type ``error``; the content is not UTF-8.
     """
     try:
         return content.decode("utf-8-sig")
@@ -107,18 +107,18 @@ def parse_text(content: bytes, *, where: str, hint: str, error: type[QcgraphErro
 
 
 def parse_json(text: str, *, where: str, hint: str, error: type[QcgraphError] = UsageError, finite: bool = True) -> Any:
-    """Parse JSON, stricter than ``json.loads``: what passes can be written, printed and compared without surprise.
+    """Parse JSON more strictly than ``json.loads``: accepted values can be written, printed and compared safely.
 
     Args:
         text: the JSON.
-        where: what errors call it, a file name for example.
-        hint: what the user can do about it.
-        error: what is raised.
-        finite: whether infinity and NaN are refused, which JSON does not have but Python writes.
+        where: the name of the text in errors, a file name for example.
+        hint: what the user can do about an error.
+        error: the type of the error to raise.
+        finite: whether to refuse infinity and NaN, which JSON does not have but Python writes.
 
     Raises:
-        QcgraphError: of the type ``error``; the text is no JSON, a key is there twice, a number is too large or is not
-            finite, a string holds half a character or NUL, or values are nested more than `MOST_LEVELS` deep.
+        QcgraphError: of the type ``error``; the text is not JSON, a key occurs twice, a number is too large or not
+            finite, a string holds half a surrogate pair or NUL, or values are nested more than `MOST_LEVELS` deep.
     """
 
     def number(digits: str) -> float:
@@ -149,16 +149,16 @@ def parse_json(text: str, *, where: str, hint: str, error: type[QcgraphError] = 
 
 
 def parse_toml(text: str, *, where: str, hint: str, error: type[QcgraphError] = UsageError) -> dict[str, Any]:
-    """Parse TOML; numbers may be infinite or no number there, which is for the model that takes them to refuse.
+    """Parse TOML; its numbers may be infinite or NaN, which the model that takes them has to refuse.
 
     Args:
         text: the TOML.
-        where: what errors call it, a file name for example.
-        hint: what the user can do about it.
-        error: what is raised.
+        where: the name of the text in errors, a file name for example.
+        hint: what the user can do about an error.
+        error: the type of the error to raise.
 
     Raises:
-        QcgraphError: of the type ``error``; the text is no TOML, a whole number is too large, a string holds NUL, or
+        QcgraphError: of the type ``error``; the text is not TOML, a whole number is too large, a string holds NUL, or
             values are nested more than `MOST_LEVELS` deep.
     """
     if len(text) > MOST_TOML_BYTES:
@@ -179,15 +179,15 @@ def parse_toml(text: str, *, where: str, hint: str, error: type[QcgraphError] = 
 
 
 def as_path(value: object, *, where: str) -> Path:
-    """Return the path that a caller gave, after asking the system whether it can be one.
+    """Return the path that a caller gave, after a check by the system that it can be a path.
 
     Args:
-        value: a string or a path object; nothing has to be there.
-        where: the argument, for errors.
+        value: a string or a path object; no file has to be there.
+        where: the name of the argument, for errors.
 
     Raises:
-        UsageError: it is of another type or empty, or the system refuses it: it is too long, goes in a circle of
-            links, or through a folder that may not be looked into.
+        UsageError: the value is of another type or empty, or the system refuses the path: it is too long, goes in a
+            circle of links, or through a folder that may not be read.
     """
     hint = "give the path of a file or folder"
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
@@ -223,11 +223,11 @@ def _not_regular(mode: int) -> str:
 
 
 def _problem(data: Any, *, suspect: bool) -> str:
-    """Say what in values would break the code that takes them; empty when nothing does. It does not recurse.
+    """Say which value would break code that uses the values, or return an empty string; does not recurse.
 
     Args:
-        data: what was parsed.
-        suspect: whether strings are looked at, too, for characters that are none.
+        data: the parsed values.
+        suspect: whether to look for invalid characters in strings, too.
     """
     level, values = 0, [data]
     while values:

@@ -1,4 +1,4 @@
-"""Reading the files of a folder that may come from a stranger: no link out of it, no device, no pipe, no odd JSON."""
+"""Reading the files of a folder from an untrusted source: no link out of it, no device, no pipe, no invalid JSON."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from qcgraph.errors import BundleError, QcgraphError
 from qcgraph.files import documents
 
 AGAIN = "copy or compile the bundle again"
-LARGEST_RECORD = 2**26  # bytes of a file that lists others; one of ten thousand files is two million
+LARGEST_RECORD = 2**26  # bytes of a file that lists other files; a list of ten thousand files takes two million
 MISSING = "the file is missing"
 _SHA256_DIGITS = frozenset("0123456789abcdef")
 _Value = TypeVar("_Value")
 
 
 def name_problem(name: str) -> str:
-    """Return why a name cannot be that of a file in a folder; empty where it can."""
+    """Return why a name cannot be that of a file in a folder, or an empty string if it can."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or Path(name).is_absolute():
         return "is outside the bundle"
@@ -30,7 +30,7 @@ def name_problem(name: str) -> str:
 
 
 def path_problem(folder: Path, name: str) -> str:
-    """Return why a file of a folder is not to be opened; empty where it is a regular file that lies in the folder."""
+    """Return why a file of a folder must not be opened, or an empty string for a regular file in the folder."""
     try:
         real = (folder / name).resolve(strict=True)
         if not real.is_relative_to(folder.resolve()):
@@ -38,7 +38,7 @@ def path_problem(folder: Path, name: str) -> str:
         return "" if stat.S_ISREG(real.stat().st_mode) else "is not a regular file"
     except (FileNotFoundError, NotADirectoryError):
         return MISSING
-    except RuntimeError:  # of Python before 3.13
+    except RuntimeError:  # raised by Python before 3.13
         return "is a link that leads in a circle"
     except (OSError, ValueError) as error:
         return f"cannot be read: {error.strerror if isinstance(error, OSError) else error}"
@@ -49,9 +49,9 @@ def read_file(folder: Path, name: str, *, largest: int = LARGEST_RECORD, hint: s
 
     Args:
         folder: the folder.
-        name: the name of the file, which leads nowhere else.
-        largest: bytes; a larger file is refused.
-        hint: what to do where it cannot be read.
+        name: the name of the file, which must not lead out of the folder.
+        largest: the size in bytes above which a file is refused.
+        hint: what the user can do about a file that cannot be read.
 
     Raises:
         BundleError: the file is missing, leads out of the folder, is too large, or cannot be read.
@@ -62,19 +62,19 @@ def read_file(folder: Path, name: str, *, largest: int = LARGEST_RECORD, hint: s
 
 
 def text_of(content: bytes, where: str, *, hint: str = AGAIN) -> str:
-    """Return a file's content as text.
+    """Return the content of a file as text.
 
     Raises:
-        BundleError: it is not UTF-8.
+        BundleError: the content is not UTF-8.
     """
     return documents.parse_text(content, where=where, hint=hint, error=BundleError)
 
 
 def parsed(where: str, text: str, build: Callable[[Any], _Value], *, hint: str = AGAIN, finite: bool = True) -> _Value:
-    """Return what ``build`` makes of JSON text, in which numbers are finite unless they may be others.
+    """Return what ``build`` makes of JSON text; numbers have to be finite if ``finite``.
 
     Raises:
-        BundleError: the text is no JSON, or not of the shape that ``build`` expects.
+        BundleError: the text is not JSON, or not of the shape that ``build`` expects.
     """
     try:
         return build(documents.parse_json(text, where=where, hint=hint, error=BundleError, finite=finite))
@@ -91,7 +91,7 @@ def parsed(where: str, text: str, build: Callable[[Any], _Value], *, hint: str =
 
 
 def record_of(folder: Path, name: str) -> Mapping[str, Any]:
-    """Return the JSON object in a file of a folder; empty where there is none, whatever is there instead."""
+    """Return the JSON object in a file of a folder, or an empty one where the file is not such an object."""
     try:
         data = parsed(name, text_of(read_file(folder, name), name), lambda data: data)
     except BundleError:
@@ -100,7 +100,7 @@ def record_of(folder: Path, name: str) -> Mapping[str, Any]:
 
 
 def recorded_hashes(data: Mapping[str, Any]) -> dict[str, str] | None:
-    """Return the sha256 of every file that a record of qcgraph lists; None where it is no such record."""
+    """Return the sha256 of every file that a record of qcgraph lists; None where the data is not such a record."""
     files = data.get("files")
     if not isinstance(data.get("qcgraph"), str) or not isinstance(files, dict):
         return None
@@ -114,11 +114,11 @@ def recorded_hashes(data: Mapping[str, Any]) -> dict[str, str] | None:
 
 
 def is_sha256(value: object) -> bool:
-    """Tell a sha256 as hexadecimal digits."""
+    """Return whether a value is a sha256 in hexadecimal digits."""
     return isinstance(value, str) and len(value) == 64 and set(value) <= _SHA256_DIGITS
 
 
 def _shown(error: Exception) -> str:
-    """Return an error in short, whatever long value it quotes."""
+    """Return an error in short, even if it quotes a long value."""
     text = repr(error)
     return text if len(text) <= 200 else f"{text[:200]}..."

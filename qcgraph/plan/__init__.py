@@ -1,1 +1,1 @@
-"""What a trajectory does: the model's interface, the steps of a sampler and its updates. Plain data, no torch."""
+"""The description of a trajectory: the model's interface, the steps of a sampler, its updates. Plain data, no torch."""

@@ -1,4 +1,4 @@
-"""What variants and tensors are for. Nothing else tells it: no name is taken apart, no position is counted."""
+"""Roles of variants and tensors. No other place holds a role: no name is parsed for one, no position is counted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class TensorRole(StrEnum):
-    """What an input or output of a variant is for.
+    """The purpose of an input or output of a variant.
 
     Attributes:
         STATE: the latent, which every step changes.
@@ -15,8 +15,8 @@ class TensorRole(StrEnum):
         REQUEST: a condition, which is constant over the steps of a request and differs between requests.
         GROUP: the index of the timestep group, which selects activation scales.
         ROW: the index of the row in tables of coefficients.
-        CACHE: a cached value, as an output of the step that computes it and as an input of those that reuse it.
-        MODULATION: what depends on STEP and REQUEST inputs alone and is computed ahead of the steps.
+        CACHE: a cached value, as an output of the step that computes it and as an input of the steps that reuse it.
+        MODULATION: values that depend on STEP and REQUEST inputs alone and are computed ahead of the steps.
         PREDICTION: the noise prediction.
     """
 
@@ -31,7 +31,7 @@ class TensorRole(StrEnum):
 
 
 class VariantKind(StrEnum):
-    """What running a variant does for a step."""
+    """The effect of a variant on a step."""
 
     COMPUTES = "computes"
     REUSES = "reuses"
@@ -41,13 +41,13 @@ class VariantKind(StrEnum):
 
 @dataclass(frozen=True)
 class VariantRole:
-    """What a variant is for.
+    """The purpose of a variant.
 
     Attributes:
-        kind: COMPUTES runs the whole network and gives the cached values; REUSES takes cached values in the place of a
-            part of it; HALF computes one half of guidance and restores the other one, so its batch holds both;
-            PREPARES computes the modulation of another variant.
-        of: the variant whose modulation it computes; empty unless it prepares one.
+        kind: COMPUTES runs the whole network and gives the cached values; REUSES takes cached values in place of a part
+            of it; HALF computes one half of guidance and restores the other one, so its batch holds both; PREPARES
+            computes the modulation of another variant.
+        of: the variant whose modulation this variant computes; empty unless it prepares one.
     """
 
     kind: VariantKind
@@ -60,5 +60,5 @@ HALF = VariantRole(VariantKind.HALF)
 
 
 def prepares(variant: str) -> VariantRole:
-    """Return the role of the variant that computes the modulation of another one."""
+    """Return the role of a variant that computes the modulation of ``variant``."""
     return VariantRole(VariantKind.PREPARES, variant)

@@ -1,16 +1,16 @@
-"""From a diffusers scheduler to a step plan: its update is probed once, at compile time.
+"""Conversion of a diffusers scheduler to a step plan: its update is probed once, at compile time.
 
-A sampler update that is linear, ``x' = c1 * x + c2 * eps + c3 * z``, is three numbers a step. A multistep solver also
-takes latents and predictions of a few earlier steps, ``sum_j (a_j * x_j + b_j * eps_j)``: two numbers more for each.
-So DPM-Solver++ (Lu et al., 2022, arXiv 2211.01095), whose order 2 in algorithm 2, "2M", is::
+A linear sampler update, ``x' = c1 * x + c2 * eps + c3 * z``, is three numbers a step. A multistep solver also takes
+latents and predictions of a few earlier steps, ``sum_j (a_j * x_j + b_j * eps_j)``: two more numbers for each. For
+example DPM-Solver++ (Lu et al., 2022, arXiv 2211.01095), whose order 2 in algorithm 2, "2M", is::
 
     x' = (s' / s) * x - a' * (exp(-h) - 1) * ((1 + 1 / 2r) * m - 1 / 2r * m_before),    m = (x - s * eps) / a
 
 a and s are the square roots of the cumulative alpha and of one less it, h the step in log(a / s), and r the step before
-over h. The clean latent m_before is linear in the x and eps of its step, which is how it enters the plan.
+over h. The clean latent m_before is linear in the x and eps of its step, and enters the plan in this form.
 
-None of this is written down here: the coefficients are found by giving the scheduler's own ``step`` one input at a
-time, and checked with random ones. A scheduler whose update is not linear, or remembers more, is refused with that
+No formula is written down here. The coefficients are found by giving the scheduler's own ``step`` one input at a time,
+and checked with random inputs. A scheduler whose update is not linear, or uses more earlier steps, is refused with its
 reason.
 """
 
@@ -26,26 +26,27 @@ from qcgraph.errors import UsageError, closest
 from qcgraph.plan.spec import NoiseSchedule
 from qcgraph.plan.steps import Earlier, Fingerprint, Step, StepPlan, Update
 
-AUTO = "auto"  # the scheduler that the folder of the model samples with, or the first-order solver of its process
-LONGEST_HISTORY = 3  # earlier steps that an update may look back to; each costs two tensors of the latent's size
+AUTO = "auto"  # the scheduler of the model's folder, or the first-order solver of the model's process
+LONGEST_HISTORY = 3  # most earlier steps that an update may use; each costs two tensors of the latent's size
 TOLERANCE = 1e-6  # relative; probing runs in float64 on coefficients that diffusers keeps in float32
 PROBE_SHAPE = (1, 1, 4, 4)
-_SLOTS = LONGEST_HISTORY + 2  # impulses that are followed at once: one step beyond the longest history
+_SLOTS = LONGEST_HISTORY + 2  # impulses that are traced at once: one step more than the longest history
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A scheduler of diffusers, and what it solves.
+    """A scheduler of diffusers, and the processes that it solves.
 
     Attributes:
-        name: what it is called here.
+        name: its name in qcgraph.
         scheduler: its class in diffusers.
         settings: the settings without which its update is not linear.
         diffuses: whether it solves diffusions.
-        flow: the settings that make it solve flows; None where it solves none.
-        shift: what diffusers calls the shift of a flow.
-        is_linear: whether its update is linear. Who asks for another one is told why not, but none is offered.
-        is_first: whether it is the first-order solver of its process, which is taken where no other is asked for.
+        flow: the settings with which it solves flows; None where it solves none.
+        shift: the name of the shift of a flow in diffusers.
+        is_linear: whether its update is linear. A solver that is not linear is refused with its reason, and not
+            offered.
+        is_first: whether it is the first-order solver of its process, the default.
     """
 
     name: str
@@ -77,13 +78,13 @@ def make_step_plan(name: str, steps: int, guidance: float, schedule: NoiseSchedu
 
     Args:
         name: a key of `SOLVERS`, or `AUTO`.
-        steps: number of sampling steps.
-        guidance: weight of classifier-free guidance; 1 means none.
-        schedule: the noise schedule the model was trained on.
+        steps: the number of sampling steps.
+        guidance: the weight of classifier-free guidance; 1 means no guidance.
+        schedule: the noise schedule that the model was trained on.
         model_digest: the digest of the model's weights.
 
     Raises:
-        UsageError: the scheduler is unknown, does not fit the steps, or has no linear update; says why.
+        UsageError: the scheduler is unknown, does not fit the steps, or has no linear update; the message says why.
     """
     if not 1 <= steps <= schedule.train_steps:
         raise UsageError(
@@ -114,7 +115,7 @@ def resolve(name: str, schedule: NoiseSchedule) -> str:
 
 
 def first_order(schedule: NoiseSchedule) -> str:
-    """Return the name of the first-order solver of what a model was trained on."""
+    """Return the name of the first-order solver of the process that a model was trained on."""
     return next(solver.name for solver in SOLVERS.values() if solver.is_first and _solves(solver, schedule))
 
 
@@ -122,7 +123,7 @@ def check_name(name: str) -> None:
     """Refuse the name of a scheduler that is unknown for every model, before any model is loaded.
 
     Raises:
-        UsageError: there is no such scheduler.
+        UsageError: no scheduler has this name.
     """
     if name != AUTO and name not in SOLVERS:
         offered = [solver.name for solver in SOLVERS.values() if solver.is_linear]
@@ -134,11 +135,11 @@ def make_scheduler(name: str, schedule: NoiseSchedule) -> Any:
 
     Args:
         name: a key of `SOLVERS`, or `AUTO`.
-        schedule: the noise schedule the model was trained on; where its folder samples with the scheduler of this
-            name, that takes the folder's settings.
+        schedule: the noise schedule that the model was trained on; if the model's folder samples with the scheduler of
+            this name, the folder's settings are used.
 
     Raises:
-        UsageError: the name is unknown, the scheduler does not solve what the model predicts, or diffusers refuses the
+        UsageError: the name is unknown, the scheduler does not solve the process of the model, or diffusers refuses the
             settings.
     """
     name = resolve(name, schedule)
@@ -164,12 +165,12 @@ def _solves(solver: Solver, schedule: NoiseSchedule) -> bool:
 
 
 def _solvers(schedule: NoiseSchedule) -> Sequence[str]:
-    """Return the names of the linear solvers of what a model was trained on."""
+    """Return the names of the linear solvers of the process that a model was trained on."""
     return [solver.name for solver in SOLVERS.values() if solver.is_linear and _solves(solver, schedule)]
 
 
 def _process(solver: Solver, schedule: NoiseSchedule) -> dict[str, Any]:
-    """Return the settings of a diffusers scheduler that say what the model was trained on."""
+    """Return the settings of a diffusers scheduler that describe the process that a model was trained on."""
     process: dict[str, Any] = {"num_train_timesteps": schedule.train_steps}
     if solver.diffuses:
         process["prediction_type"] = schedule.prediction
@@ -189,7 +190,7 @@ def _timesteps(name: str, scheduler: Any, steps: int, schedule: NoiseSchedule) -
     """Set the timesteps of a scheduler and return them.
 
     Raises:
-        UsageError: it does not make that many steps, or not at timesteps that the model was trained on.
+        UsageError: the scheduler makes another number of steps, or timesteps that the model was not trained on.
     """
     try:
         scheduler.set_timesteps(steps)
@@ -234,11 +235,11 @@ def _refused(name: str, reason: str) -> UsageError:
 
 
 def _probe(name: str, scheduler: Any) -> tuple[Update, ...]:
-    """Find the coefficients of every step: what a one at a single input of one step adds to that step and later ones.
+    """Find the coefficients of every step: the response of that step and later ones to a one at a single input.
 
-    All of them come from one walk over the steps. Its batch has a row whose inputs are all zero, and two rows for each
-    of the last few steps, one with a one in place of the latent of that step, one in place of its prediction. After as
-    many steps as an update may look back to, a step's rows are those of a later step.
+    One walk over the steps finds all of them. Its batch has a row whose inputs are all zero, and two rows for each of
+    the last few steps: one with a one in place of the latent of that step, one with a one in place of its prediction.
+    Once a step is further back than an update may use, its rows serve a later step.
     """
     import torch
 
@@ -246,7 +247,7 @@ def _probe(name: str, scheduler: Any) -> tuple[Update, ...]:
     walker, count = copy.deepcopy(scheduler), len(scheduler.timesteps)
     scale = getattr(walker, "scale_model_input", None)
     step = _stepper(walker, rows=1 + 2 * _SLOTS)
-    latents: list[list[float]] = []  # for each step, what a one there adds to it and to each of the later steps
+    latents: list[list[float]] = []  # for each step, its response and that of each later step to a one in its latent
     predictions: list[list[float]] = []
     noises = []
     for index in range(count):
@@ -279,12 +280,12 @@ def _probe(name: str, scheduler: Any) -> tuple[Update, ...]:
 
 
 def _row(index: int) -> int:
-    """The first of the two rows of the probe's batch that follow a step."""
+    """Return the first of the two rows of the probe's batch that trace a step."""
     return 1 + 2 * (index % _SLOTS)
 
 
 def _noise_weight(name: str, noise: Any) -> float:
-    """How much of a step's fresh noise its result is when all inputs are zero."""
+    """Return the coefficient of a step's fresh noise in its result when all inputs are zero."""
     import torch
 
     drawn = torch.randn(PROBE_SHAPE, generator=_noise_generator(), dtype=torch.float64)
@@ -295,7 +296,7 @@ def _noise_weight(name: str, noise: Any) -> float:
 
 
 def _check_linear(name: str, scheduler: Any, updates: Sequence[Update]) -> None:
-    """Walk the whole trajectory with random inputs: every step must be the sum of its terms."""
+    """Check along the whole trajectory, with random inputs, that every step is the sum of its terms."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -320,7 +321,7 @@ def _noise_generator() -> Any:
 
 
 def _stepper(scheduler: Any, rows: int) -> Callable[[int, Any, Any], Any]:
-    """Return a function (index, latent, prediction) of diffusers' ``step``, whose noise is the same in every row."""
+    """Return a function (index, latent, prediction) of diffusers' ``step``, with the same noise in every row."""
     draws = "generator" in inspect.signature(scheduler.step).parameters
 
     def step(index: int, latent: Any, prediction: Any) -> Any:

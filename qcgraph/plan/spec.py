@@ -1,4 +1,4 @@
-"""What the host must know of a denoiser and of its graphs to sample with them. Plain data, no torch."""
+"""The description of a denoiser and of its graphs that a host needs to sample. Plain data, no torch."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from dataclasses import dataclass
 
 from qcgraph.plan.roles import TensorRole
 
-BATCH = "B"  # how the one symbolic dimension, the batch, is called wherever shapes are shown
+BATCH = "B"  # the one symbolic dimension, the batch, wherever shapes are shown
 FLOW = "flow_prediction"
 Setting = bool | int | float | str
 
 
 @dataclass(frozen=True)
 class FolderSampler:
-    """How the folder of a model samples, as far as a step plan can hold that.
+    """The sampler of a model's folder, as far as a step plan can express it.
 
     Attributes:
-        scheduler: the name of the scheduler (see `qcgraph.plan.schedulers.SOLVERS`), which is taken where none is
-            asked for.
+        scheduler: the name of the scheduler (see `qcgraph.plan.schedulers.SOLVERS`), which is the default for the
+            model.
         settings: settings of its diffusers class that choose the steps, by name, where they differ from its defaults.
-            They belong to this scheduler: another one that is asked for does not take them.
+            They belong to this scheduler: another scheduler does not get them.
     """
 
     scheduler: str
@@ -28,20 +28,20 @@ class FolderSampler:
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The diffusion process a denoiser was trained on, in diffusers' terms, and how its folder samples it.
+    """The diffusion process that a denoiser was trained on, in diffusers' terms, and the sampler of its folder.
 
     Attributes:
-        train_steps: number of training timesteps.
-        beta_start: first beta.
-        beta_end: last beta.
+        train_steps: the number of training timesteps.
+        beta_start: the first beta.
+        beta_end: the last beta.
         beta_schedule: ``linear``, ``scaled_linear`` or ``squaredcos_cap_v2``.
-        prediction: what the network predicts: ``epsilon``, ``v_prediction``, or ``flow_prediction``, the velocity
+        prediction: the output of the network: ``epsilon``, ``v_prediction``, or ``flow_prediction``, the velocity
             noise - x0 of a flow x = (1 - s) * x0 + s * noise at timestep s * train_steps, which has no betas.
         rescale_zero_snr: whether the betas are rescaled until no signal is left at the last timestep (Lin et al., 2023,
             arXiv 2305.08891, algorithm 1).
         shift: how far the steps of a flow are shifted to its noisy end, s' = shift * s / (1 + (shift - 1) * s) (Esser
-            et al., 2024, arXiv 2403.03206, equation 23); 1 is not at all.
-        sampler: how the folder of the model samples, or None where nothing says.
+            et al., 2024, arXiv 2403.03206, equation 23); 1 shifts nothing.
+        sampler: the sampler of the model's folder, or None if unknown.
     """
 
     train_steps: int = 1000
@@ -61,15 +61,15 @@ class NoiseSchedule:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, dtype, shape and role of a graph input or output.
+    """The name, dtype, shape and role of a graph input or output.
 
     Attributes:
-        name: its name in the graph.
+        name: the name in the graph.
         dtype: ``f32``, ``i64`` ...
-        shape: its dimensions; a string is symbolic: the batch `BATCH`, or an expression of it.
-        role: what it is for; None for a value inside of a graph.
-        value: the cached value that it holds; of CACHE alone.
-        age: how many computing steps before the last one the cached value was computed; of CACHE alone.
+        shape: the dimensions; a string is symbolic: the batch `BATCH`, or an expression of it.
+        role: the purpose of the tensor; None for a value inside of a graph.
+        value: the name of the cached value, for CACHE alone.
+        age: the number of computing steps from the cached value to the last computed one, for CACHE alone.
     """
 
     name: str
@@ -81,19 +81,20 @@ class TensorSpec:
 
     @property
     def batch_axis(self) -> int | None:
-        """The axis of the batch, or None where it has none."""
+        """The axis of the batch, or None where the tensor has none."""
         return self.shape.index(BATCH) if BATCH in self.shape else None
 
     @property
     def type(self) -> tuple[str, tuple[int | str, ...]]:
-        """Its dtype and shape."""
+        """The dtype and shape."""
         return self.dtype, self.shape
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
 
-# The inputs of a captured denoiser but its conditions, which the model's spec names; what passes add, and the result.
+# The inputs of a captured denoiser except its conditions, which the model's spec names; the inputs that passes add; and
+# the names of results.
 TIMESTEP = TensorSpec("timestep", "f32", (BATCH,), TensorRole.STEP)
 GROUP = TensorSpec("group", "i64", (), TensorRole.GROUP)
 ROW = TensorSpec("row", "i64", (), TensorRole.ROW)
@@ -104,14 +105,14 @@ MODULATION_NAME = "modulation"
 
 @dataclass(frozen=True)
 class Condition:
-    """An input of a denoiser that says what to draw. It is constant over the steps of a request.
+    """An input of a denoiser that describes the image. It is constant over the steps of a request.
 
     Attributes:
-        name: its name in the graphs, ``class_label`` for example.
+        name: the name in the graphs, ``class_label`` for example.
         dtype: ``i64`` or ``f32``.
-        shape: of one sample; empty for one number.
-        count: its values are ``0 .. count - 1``; None where it may have any.
-        null: the value of all of its elements in the unconditional half of guidance; None where there is none.
+        shape: the shape of one sample; empty for one number.
+        count: the number of values, which are ``0 .. count - 1``; None where any value is allowed.
+        null: the value of all elements in the unconditional half of guidance; None where there is none.
     """
 
     name: str
@@ -130,9 +131,9 @@ def class_label(count: int, null: int | None = None, name: str = "class_label") 
     """Return the condition of a class-conditional model.
 
     Args:
-        count: number of classes; labels are ``0 .. count - 1``.
+        count: the number of classes; labels are ``0 .. count - 1``.
         null: the label of the unconditional half of guidance; ``count`` when None.
-        name: its name in the graphs.
+        name: the name in the graphs.
     """
     return Condition(name, "i64", (), count, count if null is None else null)
 
@@ -142,12 +143,12 @@ class ModelSpec:
     """A denoiser as its host sees it.
 
     Attributes:
-        name: how the model is called, e.g. ``digits`` or ``dit-s-2``.
+        name: the name of the model, e.g. ``digits`` or ``dit-s-2``.
         latent_shape: (channels, height, width) of one latent.
-        output_channels: channels the network returns; the first ``latent_shape[0]`` are the noise prediction,
+        output_channels: the channels that the network returns; the first ``latent_shape[0]`` are the noise prediction,
             the rest (a learned sigma) is not used by the samplers.
-        conditions: what it is told besides latent and timestep, in the order of its inputs.
-        noise_schedule: the one it was trained on.
+        conditions: the inputs besides latent and timestep, in order.
+        noise_schedule: the noise schedule that the model was trained on.
         is_image: whether the latent is an image in [-1, 1] rather than the latent of an autoencoder.
     """
 
@@ -174,7 +175,7 @@ class ModelSpec:
         Args:
             name: see `ModelSpec`.
             latent_shape: see `ModelSpec`.
-            class_count: number of classes; labels are ``0 .. class_count - 1``.
+            class_count: the number of classes; labels are ``0 .. class_count - 1``.
             null_class: the label of the unconditional half of guidance.
             output_channels: see `ModelSpec`.
             noise_schedule: see `ModelSpec`.
@@ -201,19 +202,19 @@ class ModelSpec:
 
     @property
     def conditions_text(self) -> str:
-        """What it is told besides latent and timestep, in a few words: ``10 classes``."""
+        """The inputs besides latent and timestep, in a few words: ``10 classes``."""
         if self.label is not None and len(self.conditions) == 1:
             return f"{self.label.count} classes"
         texts = [f"{item.name} {item.tensor}" for item in self.conditions]
         return f"conditions {', '.join(texts)}" if texts else "no conditions"
 
     def describe(self) -> str:
-        """Return one line: name, latent, conditions and what the network predicts."""
+        """Return one line: name, latent, conditions and the output of the network."""
         shape = "x".join(map(str, self.latent_shape))
         return f"{self.name}: latent {shape}, {self.conditions_text}, predicts {self.noise_schedule.prediction}"
 
     def lines(self) -> list[str]:
-        """Return the lines that the text of a program has of it."""
+        """Return the lines about this model in the text of a program."""
         return [f"model {self.describe()}"]
 
     @property
@@ -242,12 +243,12 @@ class Interface:
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """Names of the inputs, in order."""
+        """The names of the inputs, in order."""
         return tuple(spec.name for spec in self.inputs)
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Names of the outputs, in order."""
+        """The names of the outputs, in order."""
         return tuple(spec.name for spec in self.outputs)
 
     def taken(self, *roles: TensorRole) -> tuple[TensorSpec, ...]:
@@ -260,15 +261,15 @@ class Interface:
 
     @property
     def result(self) -> TensorSpec:
-        """The output that a step is run for: the noise prediction, or the modulation of a preparing variant.
+        """The output that a step needs: the noise prediction, or the modulation of a preparing variant.
 
         Raises:
-            ValueError: it has no such output, or both.
+            ValueError: the variant has no such output, or both.
         """
         (result,) = self.given(TensorRole.PREDICTION, TensorRole.MODULATION)
         return result
 
     @property
     def caches(self) -> tuple[TensorSpec, ...]:
-        """The cached values that it computes."""
+        """The cached values that the variant computes."""
         return self.given(TensorRole.CACHE)

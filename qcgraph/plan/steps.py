@@ -17,7 +17,7 @@ CAPTURED = "main"  # the variant of a captured program
 
 @dataclass(frozen=True)
 class Earlier:
-    """What an earlier step still adds to an update: ``latent * x + noise_prediction * eps``, both of that step."""
+    """The contribution of an earlier step to an update: ``latent * x + noise_prediction * eps``, both of that step."""
 
     latent: float
     noise_prediction: float
@@ -29,10 +29,11 @@ class Update:
 
     Attributes:
         latent: the coefficient of x, the latent that the denoiser was given.
-        noise_prediction: the coefficient of eps, its guided noise prediction.
+        noise_prediction: the coefficient of eps, the guided noise prediction.
         noise: the coefficient of z, fresh noise.
-        history: what earlier steps add, the latest first; nothing where the update has no memory. A multistep solver
-            combines its last predictions of the clean latent, each of which is linear in the x and eps of its step.
+        history: the contributions of earlier steps, the latest first; empty where the update uses none. A multistep
+            solver combines its last predictions of the clean latent, each of which is linear in the x and eps of its
+            step.
     """
 
     latent: float
@@ -46,7 +47,7 @@ class Step:
     """One sampling step.
 
     Attributes:
-        timestep: the timestep value the denoiser is called with; the key of the plan.
+        timestep: the timestep value that the denoiser is called with; the key of the plan.
         update: the sampler update that follows the denoiser.
         variant: the graph that computes this step.
         group: the timestep group whose activation scales this step uses.
@@ -62,13 +63,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a plan was made for; anything else is refused.
+    """The settings that a plan was made for; any other settings are refused.
 
     Attributes:
         model: sha256 of the model's weights, 16 hexadecimal digits.
         scheduler: the scheduler's name.
-        steps: number of sampling steps.
-        guidance: the weight of classifier-free guidance; 1 means none.
+        steps: the number of sampling steps.
+        guidance: the weight of classifier-free guidance; 1 means no guidance.
     """
 
     model: str
@@ -82,13 +83,13 @@ class StepPlan:
     """The steps of one sampling trajectory, first (noisiest) to last.
 
     Attributes:
-        fingerprint: what the plan was made for.
+        fingerprint: the settings that the plan was made for.
         steps: the steps.
-        roles: what each variant is for, those that no step runs included.
+        roles: the role of each variant, including variants that no step runs.
 
     Raises:
-        UsageError: there are no steps, two steps share a timestep value, a step runs a variant without a role or one
-            that prepares another, or not exactly one variant computes.
+        UsageError: there are no steps, the timesteps do not fall, a step runs a variant without a role or one that
+            prepares another, or not exactly one variant computes.
     """
 
     fingerprint: Fingerprint
@@ -114,7 +115,7 @@ class StepPlan:
 
     @property
     def halves(self) -> int:
-        """How often the denoiser sees every latent of a step: twice under guidance."""
+        """How often the denoiser runs on every latent of a step: twice under guidance."""
         return 1 if self.fingerprint.guidance == 1.0 else 2
 
     @property
@@ -135,12 +136,12 @@ class StepPlan:
 
     @property
     def reusing(self) -> tuple[str, ...]:
-        """The variants that take cached values in the place of what they leave out."""
+        """The variants that take cached values in place of the operations that they skip."""
         return self._of_kind(VariantKind.REUSES, VariantKind.HALF)
 
     @property
     def preparing(self) -> Mapping[str, str]:
-        """The variant that computes the modulation, by the variant that takes it."""
+        """The variant that computes the modulation, by the name of the variant that takes it."""
         return {role.of: name for name, role in self.roles.items() if role.kind is VariantKind.PREPARES}
 
     @property
@@ -160,31 +161,31 @@ class StepPlan:
         return self.roles[variant].of or variant
 
     def uses(self, variant: str) -> int:
-        """Count the steps that run a variant, or that it prepares."""
+        """Count the steps that a variant runs, or that it prepares."""
         return sum(step.variant == self.serves(variant) for step in self.steps)
 
     @property
     def group_count(self) -> int:
-        """Number of timestep groups."""
+        """The number of timestep groups."""
         return 1 + max(step.group for step in self.steps)
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """The steps of every timestep group."""
+        """The indices of the steps of every timestep group."""
         return tuple(
             tuple(index for index, step in enumerate(self.steps) if step.group == group)
             for group in range(self.group_count)
         )
 
     def index_of(self, timestep: float) -> int:
-        """The position of a timestep value in the plan.
+        """Return the position of a timestep value in the plan.
 
         Raises:
             BundleError: the plan has no such timestep.
         """
         try:
             return self.timesteps.index(float(timestep))
-        except (ValueError, TypeError, OverflowError):  # of the index, or because it is no number at all
+        except (ValueError, TypeError, OverflowError):  # of the index, or because it is not a number
             raise BundleError(
                 f"timestep {_number_text(timestep)} is not in the plan ({self.describe()}), which visits "
                 f"{', '.join(f'{value:g}' for value in self.timesteps[:3])}{' ..' * (len(self) > 3)}",
@@ -194,15 +195,15 @@ class StepPlan:
 
     @property
     def modes(self) -> tuple[str | None, ...]:
-        """What each step does: None where it computes, else the name of the variant that reuses."""
+        """The mode of each step: None where it computes, else the name of the reusing variant."""
         return tuple(None if self.computes(index) else step.variant for index, step in enumerate(self.steps))
 
     def with_modes(self, modes: Sequence[str | None]) -> StepPlan:
-        """Return this plan with every step computing, or reusing in a variant."""
+        """Return this plan with every step computing (None), or reusing in a variant."""
         return self.with_variants([mode or self.computing for mode in modes])
 
     def with_variants(self, variants: Sequence[str]) -> StepPlan:
-        """This plan with another variant at each step."""
+        """Return this plan with the given variant at each step."""
         return replace(
             self,
             steps=tuple(replace(step, variant=name) for step, name in zip(self.steps, variants, strict=True)),
@@ -214,7 +215,7 @@ class StepPlan:
         return self.with_variants([self.computing] * len(self))
 
     def with_groups(self, groups: Sequence[int]) -> StepPlan:
-        """This plan with another timestep group at each step."""
+        """Return this plan with the given timestep group at each step."""
         return replace(
             self,
             steps=tuple(replace(step, group=group) for step, group in zip(self.steps, groups, strict=True)),
@@ -237,7 +238,7 @@ class StepPlan:
                 )
 
     def schedule(self) -> str:
-        """The variants as one letter a step: ``FRRFRR   (F = full, R = reuse)``."""
+        """Return the variants as one letter a step: ``FRRFRR   (F = full, R = reuse)``."""
         letters: dict[str, str] = {}
         for name in self.variants:
             free = (letter for letter in name.upper() + ascii_uppercase if letter not in letters.values())
@@ -246,12 +247,12 @@ class StepPlan:
         return f"{''.join(letters[step.variant] for step in self.steps)}   ({legend})"
 
     def describe(self) -> str:
-        """One line: scheduler, steps, guidance."""
+        """Return one line: scheduler, steps, guidance."""
         mark = self.fingerprint
         return f"{mark.scheduler}, {mark.steps} steps, guidance {mark.guidance:g}"
 
     def lines(self) -> list[str]:
-        """Return the lines that the text of a program has of it."""
+        """Return the lines about this plan in the text of a program."""
         lines = [f"steps {self.describe()}, timesteps {self.timesteps[0]:g} .. {self.timesteps[-1]:g}"]
         if len(self.variants) > 1:
             lines.append(f"  variants {self.schedule()}")
@@ -261,7 +262,7 @@ class StepPlan:
 
 
 def _number_text(value: object) -> str:
-    """A number as people write it, and whatever else it may be as an error quotes it."""
+    """Return a number as people write it, and any other value as an error quotes it."""
     try:
         text = f"{value:g}"
         return text if float(text) == value else str(value)  # 750.0001 is not 750
@@ -270,7 +271,7 @@ def _number_text(value: object) -> str:
 
 
 def digest(chunks: Iterable[bytes | memoryview]) -> str:
-    """sha256 over chunks, the first 16 hexadecimal digits."""
+    """Return the sha256 of chunks, its first 16 hexadecimal digits."""
     state = hashlib.sha256()
     for chunk in chunks:
         state.update(chunk)
@@ -278,5 +279,5 @@ def digest(chunks: Iterable[bytes | memoryview]) -> str:
 
 
 def digest_of(value: object) -> str:
-    """The digest of anything JSON can hold."""
+    """Return the digest of a value that JSON can hold."""
     return digest([json.dumps(value, sort_keys=True).encode()])

@@ -1,1 +1,1 @@
-"""Sampling with a runner: the loop, the state of caches, what a host may do, and denoisers. NumPy, no torch."""
+"""Sampling with a runner: the loop, the state of caches, the check of hosts, and denoisers. NumPy, no torch."""

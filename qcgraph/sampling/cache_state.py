@@ -1,8 +1,8 @@
-"""The cached values of one request, and how old ones make room for new ones. No torch, no NumPy.
+"""The cached values of one request, and how new values replace old ones. No torch, no NumPy.
 
 A step that computes a cached value gives it as an output; the host carries it to the steps that reuse it. A variant
-may also want what the value was at the computing steps before: `TensorSpec.age` of its inputs says so. Age 0 is the
-last value computed, age 1 the one before.
+may also need the value from earlier computing steps: `TensorSpec.age` of its inputs says how many before. Age 0 is the
+last computed value, age 1 the value before it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ State = MutableMapping[tuple[str, int], object]  # (cached value, age) -> the te
 
 
 def depths(interfaces: Iterable[Interface]) -> dict[str, int]:
-    """Return the largest age of each cached value that any variant takes as an input; 0 is left out."""
+    """Return the largest age of each cached value that any variant takes as an input, without values of age 0."""
     found: dict[str, int] = {}
     for interface in interfaces:
         for spec in interface.taken(TensorRole.CACHE):
@@ -27,15 +27,15 @@ def depths(interfaces: Iterable[Interface]) -> dict[str, int]:
 
 
 def remember(state: State, computed: Mapping[str, object], depth: Mapping[str, int]) -> None:
-    """Store what a step computed; what was there grows older by one, and the oldest is forgotten.
+    """Store the values that a step computed; stored values grow older by one, and the oldest is dropped.
 
-    The first value of a trajectory stands for those before it, of which there are none. The state changes at once or
-    not at all, so that a step which is interrupted leaves it as it was.
+    The first value of a trajectory also fills the places of older values, because there are none. The state changes
+    at once or not at all, so that an interrupted step leaves it unchanged.
 
     Args:
         state: the cached values of the request.
-        computed: the new ones, by the name of the cached value.
-        depth: the largest ages that are wanted (see `depths`).
+        computed: the new values, by the name of the cached value.
+        depth: the largest age to keep of each cached value (see `depths`).
     """
     changed: dict[tuple[str, int], object] = {}
     for name, value in computed.items():
@@ -49,7 +49,7 @@ def cached(spec: TensorSpec, variant: str, state: Mapping[tuple[str, int], objec
     """Return the cached value that an input of a variant takes, in the backend's own form.
 
     Raises:
-        BundleError: no computing step has written it, or the input is none that a state holds.
+        BundleError: no computing step has written the value, or the input is not a cached value.
     """
     if spec.role is not TensorRole.CACHE:
         raise BundleError(f"variant {variant!r} takes {spec.name!r}, which it was not given", hint="this is a bug")

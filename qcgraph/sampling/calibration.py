@@ -1,4 +1,4 @@
-"""What calibration passes share: their trajectories, and streaming statistics. NumPy only."""
+"""Trajectories and streaming statistics that calibration passes share. NumPy only."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from qcgraph.sampling.loop import TakenStep, sample
 from qcgraph.sampling.noise import Noise
 from qcgraph.sampling.runner import Array, Runner
 
-FIRST_INDEX = 1_000_000_000  # calibration samples count from here, so that they never share noise with a user's samples
+FIRST_INDEX = 1_000_000_000  # index of the first calibration sample, so that no sample of a user shares its noise
 
 
 def calibration_conditions(count: int, seed: int, spec: ModelSpec) -> Conditions:
-    """Return the conditions of calibration trajectories: every class equally often as far as the count goes, shuffled.
+    """Return the conditions of calibration trajectories: every class equally often if the count allows, shuffled.
 
     Raises:
-        UsageError: the model has a condition of which no values are known.
+        UsageError: the model has a condition without known values.
     """
     return conditions.drawn(count, np.random.default_rng([seed, FIRST_INDEX]), spec)
 
@@ -40,15 +40,15 @@ def sample_calibration(
     observe: Callable[[TakenStep], None] | None = None,
     progress: Progress | None = None,
 ) -> Array:
-    """The final latents [N,C,H,W] of calibration trajectories; the same count and seed are the same everywhere.
+    """Return the final latents [N,C,H,W] of calibration trajectories; they depend on count and seed, not on the caller.
 
     Args:
         runner: the backend.
         plan: the step plan.
-        spec: what the denoiser is.
-        count: how many trajectories.
-        seed: seeds conditions and noise.
-        batch: how many run together; all of them when None.
+        spec: the specification of the denoiser.
+        count: the number of trajectories.
+        seed: the seed of conditions and noise.
+        batch: the number of trajectories that run together; all of them when None.
         observe: see `qcgraph.sampling.loop.sample`.
         progress: reports the steps.
     """
@@ -66,7 +66,7 @@ def sample_calibration(
 
 
 def calibration_noise(count: int, seed: int, spec: ModelSpec) -> Noise:
-    """The noise of calibration trajectories, for those that walk them on their own."""
+    """Return the noise of calibration trajectories, for passes that walk them without `sample_calibration`."""
     return Noise(seed, range(FIRST_INDEX, FIRST_INDEX + count), spec.latent_shape)
 
 
@@ -74,8 +74,8 @@ class LatentStatistics:
     """Streaming mean and standard deviation of latents per step and channel, in float64.
 
     Args:
-        steps: number of steps.
-        channels: latent channels.
+        steps: the number of steps.
+        channels: the number of latent channels.
     """
 
     def __init__(self, steps: int, channels: int) -> None:
@@ -84,7 +84,7 @@ class LatentStatistics:
         self._squares = np.zeros((steps, channels))
 
     def add(self, step: int, latent: Array) -> None:
-        """Count latents [B,C,H,W] in at a step."""
+        """Add latents [B,C,H,W] of a step."""
         values = latent.astype(np.float64)
         self._count[step] += values.shape[0] * values.shape[2] * values.shape[3]
         self._sum[step] += values.sum(axis=(0, 2, 3))
@@ -92,17 +92,17 @@ class LatentStatistics:
 
     @property
     def means(self) -> npt.NDArray[np.float64]:
-        """[steps, channels]."""
+        """The means, [steps, channels]."""
         result: Any = self._sum / self._count[:, None]
         return np.asarray(result)
 
     @property
     def deviations(self) -> npt.NDArray[np.float64]:
-        """Standard deviations, [steps, channels]."""
+        """The standard deviations, [steps, channels]."""
         variance = self._squares / self._count[:, None] - self.means**2
         return np.sqrt(np.maximum(variance, 0.0))
 
 
 def as_tuples(table: npt.NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
-    """A table as nested tuples, the form that facts hold."""
+    """Return a table as nested tuples, the form that facts hold."""
     return tuple(tuple(float(value) for value in row) for row in table)

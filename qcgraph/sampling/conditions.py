@@ -1,4 +1,4 @@
-"""The conditions of a few samples: what the denoiser is told of each, such as its class. NumPy only."""
+"""The conditions of some samples: the inputs that describe each sample, such as its class. NumPy only."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ DTYPES: Mapping[str, type[np.generic]] = {"i64": np.int64, "f32": np.float32}
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """A value of every condition of the model for each of a few samples.
+    """A value of every condition of the model for each of N samples.
 
     Attributes:
-        count: number of samples N; a model without conditions has no array to tell it by.
-        values: by the name of the condition, [N, *shape].
+        count: the number of samples N, which a model without conditions has no array to read from.
+        values: the values by the name of the condition, each [N, *shape].
     """
 
     count: int
@@ -42,18 +42,18 @@ class Conditions:
             and all(np.array_equal(value, other.values[name]) for name, value in self.values.items())
         )
 
-    __hash__ = None  # type: ignore[assignment]  # arrays have none
+    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
 
     def copy(self) -> Conditions:
         """Return a copy with arrays of its own."""
         return Conditions(self.count, {name: value.copy() for name, value in self.values.items()})
 
     def repeated(self, times: int) -> Conditions:
-        """Return all samples, then all of them again, and so on."""
+        """Return all samples, repeated as a whole."""
         return joined([self] * times)
 
     def difference(self, other: Conditions) -> str:
-        """Say in what the first sample that differs from another batch of the same size differs; empty if none does."""
+        """Describe the first sample that differs from a batch of the same size; return an empty string if none does."""
         for name, value in self.values.items():
             wrong = [
                 index for index in range(self.count) if not np.array_equal(value[index], other.values[name][index])
@@ -64,7 +64,7 @@ class Conditions:
         return ""
 
     def distinct(self) -> tuple[Conditions, npt.NDArray[np.intp]]:
-        """Return one sample of each kind, sorted by their values, and the place of each sample among them, [N]."""
+        """Return the distinct samples, sorted by their values, and the index of each sample among them, [N]."""
         columns = [np.asarray(value, dtype=np.float64).reshape(self.count, -1) for value in self.values.values()]
         rows = np.hstack(columns) if columns else np.zeros((self.count, 1))
         _, first, places = np.unique(rows, axis=0, return_index=True, return_inverse=True)
@@ -79,7 +79,7 @@ class Conditions:
         return Conditions(self.count, values)
 
     def is_null(self, spec: ModelSpec) -> npt.NDArray[np.bool_]:
-        """Tell of each sample, bool[N], whether it is unconditional: all conditions with a null value have it."""
+        """Return for each sample, bool[N], whether it is unconditional: all conditions with a null value have it."""
         nulls = [condition for condition in spec.conditions if condition.null is not None]
         flat = [self.values[item.name].reshape(self.count, -1) == item.null for item in nulls]
         found: npt.NDArray[np.bool_] = np.all(np.hstack(flat), axis=1) if flat else np.zeros(self.count, dtype=np.bool_)
@@ -93,16 +93,16 @@ class Conditions:
 
 
 def joined(parts: Sequence[Conditions]) -> Conditions:
-    """Return the samples of some batches, one after the other."""
+    """Return the samples of several batches, one after the other."""
     values = {name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values}
     return Conditions(sum(len(part) for part in parts), values)
 
 
 def of_labels(labels: Sequence[int] | npt.NDArray[np.integer], spec: ModelSpec) -> Conditions:
-    """Return the conditions of samples of these classes.
+    """Return the conditions of samples of the given classes.
 
     Raises:
-        UsageError: there is no sample, the model knows no such class, or a label is not all that it has to be told.
+        UsageError: there is no sample, the model has no such class, or it has conditions besides a class label.
     """
     if not len(labels):
         raise UsageError("nothing to sample", hint="ask for at least one sample")
@@ -122,12 +122,12 @@ def in_turn(count: int, spec: ModelSpec, *, with_null: bool = False) -> Conditio
     """Return the conditions of samples that take every value of each condition in turn.
 
     Args:
-        count: number of samples.
+        count: the number of samples.
         spec: the model.
-        with_null: whether the null value is one of them, the first one.
+        with_null: whether the null value is used too, as the first one.
 
     Raises:
-        UsageError: a condition may have any value, so that there is no next one.
+        UsageError: a condition may have any value, so its values cannot be listed.
     """
     found: dict[str, Values] = {}
     for condition in spec.conditions:
@@ -139,10 +139,10 @@ def in_turn(count: int, spec: ModelSpec, *, with_null: bool = False) -> Conditio
 
 
 def drawn(count: int, generator: np.random.Generator, spec: ModelSpec) -> Conditions:
-    """Draw conditions: of each every value equally often as far as the count goes, in random order.
+    """Draw conditions in random order, every value of each condition equally often if the count allows.
 
     Raises:
-        UsageError: a condition may have any value, and there is no example of it.
+        UsageError: a condition may have any value, so its values cannot be listed.
     """
     found: dict[str, Values] = {}
     for condition in spec.conditions:
@@ -163,6 +163,6 @@ def _count(condition: Condition) -> int:
 
 
 def _filled(values: Sequence[int | float], condition: Condition) -> Values:
-    """Return [N, *shape]: one value for all elements of a sample."""
+    """Return values [N, *shape], with one value for all elements of a sample."""
     column = np.asarray(values, dtype=DTYPES[condition.dtype]).reshape(-1, *[1] * len(condition.shape))
     return np.array(np.broadcast_to(column, (len(values), *condition.shape)))  # a copy, which may be written to

@@ -1,6 +1,6 @@
-"""A compiled denoiser in the place of a diffusers transformer.
+"""A compiled denoiser in place of a diffusers transformer.
 
-It runs on NumPy, and imports torch only where a host uses it. Engines take tensors of their device as they are.
+It runs on NumPy, and imports torch only where a host uses it. On a device, a runner takes tensors of it unchanged.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from qcgraph.sampling.tensors import FLOATS, INTEGERS, Fetched, as_array, checke
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("torch.float32", "torch.float16", "torch.bfloat16")  # of the latents that a host may want to work with
+DTYPES = ("torch.float32", "torch.float16", "torch.bfloat16")  # dtypes of latents that a host may use
 DIFFUSERS_LABEL = "class_label"  # the condition that diffusers calls class_labels
-DIFFUSERS_NULL_CLASS = 1000  # what DiTPipeline gives for the unconditional half, whatever the model
-LARGEST_CLASS = 2**53  # of those that floating-point numbers hold exactly
+DIFFUSERS_NULL_CLASS = 1000  # the class that DiTPipeline gives for the unconditional half, whatever the model
+LARGEST_CLASS = 2**53  # classes below this are exact as floating-point numbers
 
 
 class UncheckedLatentsWarning(UserWarning):
-    """A denoiser cannot tell whether the latents it is given are updated as its plan says."""
+    """A denoiser cannot check whether the latents that it is given are updated as its plan says."""
 
 
 @dataclass(frozen=True)
 class DenoiserOutput:
-    """What a diffusers transformer returns.
+    """The output of a diffusers transformer.
 
     Attributes:
         sample: the noise prediction [B,C_out,H,W].
@@ -53,13 +53,13 @@ class DenoiserOutput:
 
 @dataclass(frozen=True)
 class DenoiserConfig(Mapping[str, Any]):
-    """What a diffusers pipeline asks of its transformer's configuration, as attributes and as a mapping.
+    """The configuration that a diffusers pipeline reads from its transformer, as attributes and as a mapping.
 
     Attributes:
-        in_channels: channels of a latent.
-        out_channels: channels of the prediction, the learned sigma among them.
-        sample_size: height and width of a latent; one number where they are the same.
-        num_embeds_ada_norm: number of classes; None where the model has no class label.
+        in_channels: the channels of a latent.
+        out_channels: the channels of the prediction, including the learned sigma.
+        sample_size: the height and width of a latent; one number where they are the same.
+        num_embeds_ada_norm: the number of classes; None where the model has no class label.
     """
 
     in_channels: int
@@ -87,22 +87,22 @@ class DenoiserConfig(Mapping[str, Any]):
 
 
 class Denoiser:
-    """A compiled denoiser with the call of a diffusers transformer, holding the cache state of one request.
+    """A compiled denoiser with the call of a diffusers transformer, with the cache state of one request.
 
-    It takes the place of the transformer in a pipeline: ``pipe.transformer = qcgraph.load("out")``. The state follows
-    the rules of `qcgraph.sampling.loop.Request`: the first timestep of the plan starts a new trajectory; trajectories
-    that interleave, in threads or in turns, need a `request` each. Those that share one are told apart by their
-    latents, and refused; where the latents may be any (``own_updates``), a trajectory that has not ended has to be
-    given up with `restart` before another one begins. Calls may come from any thread; those that come at once wait for
-    each other.
+    It replaces the transformer of a pipeline: ``pipe.transformer = qcgraph.load("out")``. The state follows the rules
+    of `qcgraph.sampling.loop.Request`: the first timestep of the plan starts a new trajectory. Trajectories that
+    interleave, in threads or in turns, need a `request` each. Trajectories that share one are told apart by their
+    latents, and refused. Where any latents are allowed (``own_updates``), a trajectory that has not ended has to be
+    given up with `restart` before the next one begins. Calls may come from any thread; simultaneous calls wait for each
+    other.
 
     A copy (``copy.copy``, ``copy.deepcopy``) is a `request`. It cannot be pickled.
 
     Args:
         runner: the backend.
         plan: the step plan the denoiser was compiled for.
-        spec: what the denoiser is.
-        own_updates: whether latents may change in another way than the plan's sampler changes them (see
+        spec: the specification of the denoiser.
+        own_updates: whether the host may change latents in another way than the plan's sampler (see
             `qcgraph.sampling.host_check`).
     """
 
@@ -113,7 +113,7 @@ class Denoiser:
         self._host_check = None if own_updates else HostCheck(plan, spec)
         self._late = None if self._device_runner is None else LateHostCheck(self._host_check, len(plan))
         self._first: Any = None  # the first latent of the trajectory, where the latents do not identify it
-        self._precision = ""  # of the latents of the trajectory
+        self._precision = ""  # dtype of the latents of the trajectory
         self._fetched = {condition.name: Fetched() for condition in spec.conditions}
         self._warned = False
         self._lock = threading.Lock()
@@ -127,7 +127,7 @@ class Denoiser:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that a pipeline draws its latents in. The denoiser computes in float32 whatever it is given."""
+        """The dtype in which a pipeline draws its latents. The denoiser always computes in float32."""
         import torch
 
         chosen: torch.dtype = getattr(torch, self._dtype)
@@ -135,16 +135,16 @@ class Denoiser:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs; tensors from elsewhere are copied, and the prediction goes back to where they came from."""
+        """The device that runs the graphs; other tensors are copied to it, and the prediction is copied back."""
         import torch
 
         return torch.device("cpu") if self._device_runner is None else self._device_runner.device
 
     def to(self, *args: Any, **kwargs: Any) -> Denoiser:
-        """Itself: where it runs, and with latents of a dtype: float32, float16 or bfloat16.
+        """Return this denoiser on its own device, for latents in float32, float16 or bfloat16.
 
         Raises:
-            UsageError: another device or dtype.
+            UsageError: another device or dtype is asked for.
         """
         place = "cpu" if self._device_runner is None else str(self._device_runner.device)
         for asked in map(str, (*args, *(kwargs[name] for name in ("device", "dtype") if name in kwargs))):
@@ -159,13 +159,13 @@ class Denoiser:
         return self
 
     def request(self) -> Denoiser:
-        """The same denoiser for another trajectory, with a state of its own; graphs and weights are shared."""
+        """Return this denoiser for another trajectory, with a state of its own; graphs and weights are shared."""
         another = Denoiser(self._runner, self.plan, self.spec, own_updates=self._host_check is None)
         another._dtype = self._dtype
         return another
 
     def restart(self) -> None:
-        """Give up the trajectory that is under way; the next one begins with the first timestep of the plan."""
+        """Give up the current trajectory; the next one begins with the first timestep of the plan."""
         with self._lock:
             self._request.restart()
             self._first = None
@@ -199,25 +199,25 @@ class Denoiser:
 
         Args:
             hidden_states: the latent [B,C,H,W], NumPy or torch.
-            timestep: a number, or one value a sample, all the same; of any dtype.
+            timestep: a number, or one equal value for each sample; of any dtype.
             class_labels: diffusers' name for the condition ``class_label``, integers [B]; with guidance the batch holds
                 both halves.
-            cross_attention_kwargs: must be empty: the denoiser has no cross attention.
-            return_dict: whether to return an object with ``.sample``, or a tuple.
+            cross_attention_kwargs: must be empty, because the denoiser has no cross attention.
+            return_dict: whether to return an object with ``.sample`` instead of a tuple.
             conditions: the other conditions of the model by name, [B, ...]; or one value for the batch.
 
         Returns:
-            the noise prediction, of the kind, dtype and device of ``hidden_states``.
+            The noise prediction, of the kind, dtype and device of ``hidden_states``.
 
         Raises:
-            BundleError: the timestep is not the next one of the plan, the batch or its classes are not what the
-                trajectory began with, the latents come from another sampler than the plan's or from another
+            BundleError: the timestep is not the next one of the plan, the batch or its classes differ from those that
+                the trajectory began with, the latents come from another sampler than the plan's or from another
                 trajectory, or ``own_updates`` is set and another trajectory has not ended.
             UsageError: the latent does not have the model's shape or is not finite, a class is out of range, the
-                timesteps of the batch differ, or something is not made of numbers.
+                timesteps of the batch differ, or an argument is not made of numbers.
 
         Warns:
-            UncheckedLatentsWarning: once, when latents come in a form in which they cannot be checked.
+            UncheckedLatentsWarning: once, when latents come in a form that cannot be checked.
         """
         if cross_attention_kwargs:
             names = cross_attention_kwargs if isinstance(cross_attention_kwargs, Mapping) else ["given"]
@@ -235,7 +235,7 @@ class Denoiser:
                 self._note(index, latent, given, prediction, precision)
                 sample = like(hidden_states, prediction)
             except BaseException:
-                self._request.interrupt()  # the host has no prediction to go on with
+                self._request.interrupt()  # the host has no prediction to continue with
                 raise
             unchecked = "" if self._host_check is None or self._warned else self._host_check.unchecked
             self._warned |= bool(unchecked)
@@ -257,14 +257,14 @@ class Denoiser:
         return self._request.denoise(index, latent, conditions)
 
     def _note(self, index: int, latent: Any, conditions: Conditions, prediction: Any, precision: str) -> None:
-        """Remember a step that was taken, or judge the one before it."""
+        """Record a step for the host check; on a device, check the step before it."""
         if self._late is not None:
             self._late.took(index, latent, conditions, prediction, HALF_TOLERANCES.get(precision, TOLERANCE))
         elif self._host_check is not None:
             self._host_check.note(index, latent, conditions, prediction)
 
     def _begin(self, latent: Any, conditions: Conditions, precision: str) -> None:
-        """Begin a trajectory, unless another one may go on that its latents do not tell from this one."""
+        """Begin a trajectory, unless one is under way whose latents cannot be told from it."""
         if self._host_check is None:
             taken = self._request.taken
             is_again = taken == 1 and self._request.began_with(conditions) and _same(latent, self._first)
@@ -279,7 +279,7 @@ class Denoiser:
         self._precision = precision
 
     def _latent(self, hidden_states: Any) -> Any:
-        """The latent as a copy: what the host does to its own later does not matter. On a device, it comes later."""
+        """Return a copy of the latent that later changes by the host do not affect; a device orders them after it."""
         hint = f"{self.spec.name} takes floating-point numbers (batch, {', '.join(map(str, self.spec.latent_shape))})"
         given = checked_values(hidden_states, FLOATS, "the latent", hint)
         if given.ndim != 4 or tuple(given.shape[1:]) != self.spec.latent_shape or not len(given):
@@ -289,14 +289,14 @@ class Denoiser:
             )
         if self._device_runner is not None:
             return on_device(given, self._device_runner.device)
-        with np.errstate(over="ignore", invalid="ignore"):  # what float32 does not hold becomes infinity
+        with np.errstate(over="ignore", invalid="ignore"):  # values too large for float32 become infinity
             latent = np.array(as_array(given), dtype=np.float32, order="C")
             if not np.isfinite(latent.sum()) and not np.isfinite(latent).all():
                 raise UsageError(NOT_FINITE, hint=NOT_FINITE_HINT)
         return latent
 
     def _timestep(self, timestep: Any) -> float:
-        """The timestep of the plan that is meant; one of few digits stands for the one that rounds to it."""
+        """Return the timestep of the plan that equals the given one, after rounding to its dtype."""
         first = f"the plan starts at timestep {self.plan.timesteps[0]:g}"
         if timestep is None:
             raise UsageError("no timestep was given", hint=first)
@@ -326,7 +326,7 @@ class Denoiser:
         """Return the conditions of a batch.
 
         Raises:
-            UsageError: one is missing, or is none that the model takes, or holds values that it does not take.
+            UsageError: a condition is missing, unknown, or has values that the model does not take.
         """
         given = dict(named)
         if class_labels is not None:
@@ -362,7 +362,7 @@ class Denoiser:
         return np.broadcast_to(values, (batch, *condition.shape)).copy()
 
     def _check_order(self, conditions: Conditions) -> None:
-        """Refuse an unconditional half that comes first where the other one is restored from the first."""
+        """Refuse a batch whose second half is not unconditional, where one half is restored from the other."""
         second = conditions[len(conditions) // 2 :]
         if self.plan.restores_half and not second.is_null(self.spec).all():
             came = "; ".join(f"{name} {value.tolist()}" for name, value in second.values.items())
@@ -375,12 +375,12 @@ class Denoiser:
 
 
 def _argument(name: str) -> str:
-    """Return what a host calls a condition."""
+    """Return the name of a condition in a call by the host."""
     return "class_labels" if name == DIFFUSERS_LABEL else name
 
 
 def _known(condition: Condition) -> str:
-    """Say which values of a condition there are."""
+    """Say which values a condition may have."""
     shape = "one number a sample" if not condition.shape else f"numbers [B, {', '.join(map(str, condition.shape))}]"
     if condition.count is None:
         return shape
@@ -389,12 +389,12 @@ def _known(condition: Condition) -> str:
 
 
 def _whole(given: npt.NDArray[np.generic], argument: str, takes: str) -> npt.NDArray[np.int64]:
-    """Return integers.
+    """Return the values as integers.
 
     Raises:
-        UsageError: some are none, or larger than floating-point numbers hold exactly.
+        UsageError: a value is not an integer, or too large to be exact as a floating-point number.
     """
-    if given.dtype.kind == "f" and not bool((np.abs(given) < np.float64(LARGEST_CLASS)).all()):  # NaN is not
+    if given.dtype.kind == "f" and not bool((np.abs(given) < np.float64(LARGEST_CLASS)).all()):  # false for NaN
         raise UsageError(f"{argument} are not integers", hint=takes)
     whole = given.astype(np.int64)
     if not np.array_equal(whole, given):
@@ -403,11 +403,11 @@ def _whole(given: npt.NDArray[np.generic], argument: str, takes: str) -> npt.NDA
 
 
 def _precision(hidden_states: Any) -> str:
-    """The floating-point type that a host computes in, as `qcgraph.sampling.host_check` tells them apart."""
+    """Return the floating-point type that a host computes in, as `qcgraph.sampling.host_check` distinguishes them."""
     name = str(getattr(hidden_states, "dtype", "")).removeprefix("torch.")
     return name if name in HALF_TOLERANCES else "float32"
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two latents are the same, on a device, too."""
+    """Return whether two latents are equal, also on a device."""
     return other is not None and one.shape == other.shape and bool((one == other).all())

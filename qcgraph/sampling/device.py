@@ -1,4 +1,4 @@
-"""Sampling where latents are on a device, and stay there. torch is imported on demand."""
+"""Sampling with latents that stay on a device. torch is imported on demand."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class DeviceRunner(Protocol):
-    """A backend that also takes torch tensors of a device, and gives them (see `qcgraph.sampling.runner.Runner`)."""
+    """A backend that also takes and gives torch tensors of a device (see `qcgraph.sampling.runner.Runner`)."""
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device of these tensors."""
         ...
 
     def run_tensors(self, call: Call) -> torch.Tensor:
@@ -39,7 +39,7 @@ class DeviceRunner(Protocol):
 
 @dataclass(frozen=True)
 class OnDevice:
-    """A backend whose inputs and results are tensors of its device, as a `qcgraph.sampling.loop.Request` calls it."""
+    """A backend with inputs and results on its device, in the form that a `qcgraph.sampling.loop.Request` calls."""
 
     runner: DeviceRunner
 
@@ -50,15 +50,15 @@ class OnDevice:
 
 @dataclass(frozen=True)
 class _Taken:
-    """A step that was taken, on its way to the host.
+    """A step that ran, on its way to the host.
 
     Attributes:
-        index: the step.
-        latent: [B,C,H,W] on the host, once the device got there; its largest value where it is not to be judged.
-        conditions: of the batch.
-        prediction: [B,C_out,H,W], likewise; of no use where it is not to be judged.
-        tolerance: of rounding in the host.
-        arrive: waits for both.
+        index: the index of the step.
+        latent: the latent [B,C,H,W] on the host, once it has arrived; its largest value where it is not to be checked.
+        conditions: the conditions of the batch.
+        prediction: the prediction [B,C_out,H,W], likewise; unused where it is not to be checked.
+        tolerance: the tolerance for rounding in the host.
+        arrive: waits for both tensors.
     """
 
     index: int
@@ -70,14 +70,14 @@ class _Taken:
 
 
 class LateHostCheck:
-    """Judges each step when the next one is under way: the device computes that while the host looks at this one.
+    """A host check of each step while the device computes the next one.
 
-    A host that does not follow, or gives latents that are not finite, is therefore refused one step late; at the last
-    step of the plan at once.
+    A host that does not sample as planned, or gives latents that are not finite, is therefore refused one step late; at
+    the last step of the plan it is refused at once.
 
     Args:
-        host_check: what judges; without it latents have to be finite, and nothing else.
-        steps: of the plan.
+        host_check: the host check; without it, latents only have to be finite.
+        steps: the number of steps of the plan.
     """
 
     def __init__(self, host_check: HostCheck | None, steps: int) -> None:
@@ -93,11 +93,11 @@ class LateHostCheck:
         prediction: torch.Tensor,
         tolerance: float,
     ) -> None:
-        """A step was put in order on the device: judge the one before it (see `HostCheck.check` of the host check).
+        """Record a step that was enqueued on the device, and check the step before it (see `HostCheck.check`).
 
         Raises:
             BundleError: the host does not sample as the plan does.
-            UsageError: its latents are not finite.
+            UsageError: a latent is not finite.
         """
         earlier, self._waiting = self._waiting, None
         judged = (latent, prediction) if self._host_check is not None else (latent.abs().amax(),) * 2
@@ -105,14 +105,14 @@ class LateHostCheck:
         if earlier is not None and index > 0:
             self._judge(earlier)
         elif earlier is not None:
-            self._note(earlier)  # of a trajectory that was given up; whether it was right does not matter any more
+            self._note(earlier)  # belongs to a trajectory that was given up, so it is not checked
         if index == self._last:
             self._judge(taken)
         else:
             self._waiting = taken
 
     def forget(self) -> None:
-        """Drop the step that waits: its trajectory was given up."""
+        """Drop the waiting step, because its trajectory was given up."""
         self._waiting = None
 
     def _judge(self, taken: _Taken) -> None:
@@ -133,7 +133,7 @@ class LateHostCheck:
 def _sent(
     index: int, latent: torch.Tensor, conditions: Conditions, prediction: torch.Tensor, tolerance: float
 ) -> _Taken:
-    """A step with its tensors on their way; what the host does to them later comes after that."""
+    """Return a step with copies of its tensors on their way; later changes by the host do not affect them."""
     if not latent.is_cuda:
         return _Taken(index, latent.clone(), conditions, prediction.clone(), tolerance, lambda: None)
     import torch

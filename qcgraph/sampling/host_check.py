@@ -1,8 +1,8 @@
-"""Whether a host samples as the plan does, judged by the latents that it comes back with. NumPy only.
+"""Check that a host samples as the plan does, by the latents that it gives next. NumPy only.
 
-A denoiser does not see the sampler that calls it. But the update of a step is known, so the next latent tells how the
-last prediction was used: by the plan's sampler, by the same one under another guidance weight, or in another way. Where
-an update adds noise, only how much of it there is can be known.
+A denoiser does not see the sampler that calls it. But the update of a step is known, so the next latent shows how the
+last prediction was used: by the plan's sampler, by the same sampler with another guidance weight, or in another way.
+Where an update adds noise, only the amount of noise is known.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.loop import Updates
 from qcgraph.sampling.runner import Array
 
-# What rounding in the host may leave of an update, relative to the terms it is made of: a hundred times the last digit
-# of float32, ten times that of the others. By the dtype that the host computes in.
+# The error that rounding in the host may leave of an update, relative to its terms: a hundred times the last digit of
+# float32, ten times the last digit of other types. By the dtype that the host computes in.
 TOLERANCE = 1e-5
 HALF_TOLERANCES = {"float16": 1e-2, "bfloat16": 5e-2}
-# How far the length of n normal draws may be from sqrt(n), relative to it: its deviation is 1 / sqrt(2 n), and a little
-# more where a host takes its variance from another formula.
+# The length of n normal draws differs from sqrt(n) by about 1 / sqrt(2 n), relative to it. This many deviations are
+# allowed, and a little slack for hosts that take the variance from another formula.
 NOISE_DEVIATIONS = 5
 NOISE_SLACK = 0.05
 OWN_UPDATES = "if it is meant, qcgraph.load(..., own_updates=True) takes any latents"
-MOST_GIVEN_UP = 64  # trajectories that were begun and not ended, of which the last latent is kept
-# Where the next latent is not known, it has to be clearly nearer to the last one of its trajectory than to another's:
-# independent latents are about as far from both.
+MOST_GIVEN_UP = 64  # trajectories that have begun and not ended, of which the last latent is kept
+# Where the next latent is not known, it has to be clearly nearer to the last latent of its own trajectory than to that
+# of another one: independent latents are about as far from both.
 CLEARLY_NEARER = 0.8
 
 
 class Form(Enum):
-    """What a batch holds."""
+    """The content of a batch."""
 
     PAIRED = "both halves of guidance"
     CONDITIONAL = "no unconditional half"
@@ -46,12 +46,12 @@ class Form(Enum):
 
 @dataclass(frozen=True)
 class GuidedBatch:
-    """The form of a batch, and where its halves are.
+    """The form of a batch, and the places of its halves.
 
     Attributes:
-        form: what it holds.
-        conditional: places of the samples, i64[N]; all of the batch unless it is paired.
-        unconditional: places of their unconditional halves in the same order, i64[N]; empty unless it is paired.
+        form: the content of the batch.
+        conditional: the places of the samples, i64[N]; all of the batch unless it is paired.
+        unconditional: the places of their unconditional halves in the same order, i64[N]; empty unless it is paired.
     """
 
     form: Form
@@ -81,23 +81,24 @@ class GuidedBatch:
 
 
 def form_of(latent: Array, conditions: Conditions, spec: ModelSpec) -> Form:
-    """Return what a batch of latents [B,C,H,W] with these conditions holds."""
+    """Return the content of a batch of latents [B,C,H,W] with these conditions."""
     return GuidedBatch.of(latent, conditions, spec).form
 
 
 @dataclass(frozen=True)
 class _Expectation:
-    """The latent that the plan's sampler comes back with, and what a larger guidance weight adds to it.
+    """The next latent by the plan's sampler, and its change for a larger guidance weight.
 
     Attributes:
-        index: the step that was taken.
-        form: what its batch held.
-        conditions: of the whole batch.
-        before: its latent, [N,C,H,W] of one half.
-        latent: the next latent, [N,C,H,W] of one half; without guidance where its other half is not there.
-        per_weight: what each 1 of guidance weight adds, of the same shape; None without guidance.
-        noise: the standard deviation of the noise that is added.
-        terms: the length of what it is made of: where large terms cancel, rounding leaves more.
+        index: the index of the step that ran.
+        form: the form of its batch.
+        conditions: the conditions of the whole batch.
+        before: the latent of the step, [N,C,H,W] of one half.
+        latent: the next latent, [N,C,H,W] of one half; without guidance where the batch lacks the other half.
+        per_weight: the change of the next latent for each 1 of guidance weight, of the same shape; None without
+            guidance.
+        noise: the standard deviation of the noise that the update adds.
+        terms: the length of the terms of the update: where large terms cancel, rounding leaves a larger error.
     """
 
     index: int
@@ -110,13 +111,13 @@ class _Expectation:
     terms: float
 
     def explains(self, difference: Array, allowed: float) -> bool:
-        """Whether a difference from the latent is noise, or rounding no longer than ``allowed``."""
+        """Return whether a difference from the latent is noise, or rounding no longer than ``allowed``."""
         noise = abs(self.noise) * difference.size**0.5
         slack = NOISE_SLACK + NOISE_DEVIATIONS / (2 * difference.size) ** 0.5
         return abs(_norm(difference) - noise) <= slack * noise + allowed
 
     def is_at(self, other: _Expectation) -> bool:
-        """Whether the next batch of another trajectory may look like the one of this one."""
+        """Return whether the next batch of the other trajectory may look like the next batch of this one."""
         return (
             self.index == other.index
             and self.conditions == other.conditions
@@ -125,18 +126,18 @@ class _Expectation:
 
 
 class HostCheck:
-    """Holds a host that samples in the form of the plan to the updates of the plan.
+    """The check that a host applies the updates of the plan.
 
-    With guidance that form is a batch of both halves, in whatever order, else a batch of samples. A host that calls for
-    the halves apart combines them out of sight, so that only a host without guidance is told; `unchecked` says so. One
-    that leaves the latents alone does not sample, and passes.
+    The host has to call with batches of both halves of guidance, in any order, or without guidance with batches of
+    samples. A host that calls for each half separately combines them out of sight, so that only sampling without
+    guidance is detected; `unchecked` says so. A host that does not change the latents does not sample, and passes.
 
-    A trajectory that is begun before the last one ended may be the end of that, or run beside it. Therefore the last
-    ones are remembered, and a latent that goes on from one of them is refused.
+    A trajectory that begins before the last one has ended may replace it, or run beside it. The last such trajectories
+    are therefore remembered, and a latent that continues one of them is refused.
 
     Args:
         plan: the step plan.
-        spec: what the denoiser is.
+        spec: the specification of the denoiser.
     """
 
     def __init__(self, plan: StepPlan, spec: ModelSpec) -> None:
@@ -148,24 +149,24 @@ class HostCheck:
         self._lengths: deque[tuple[float, float]] = deque(
             maxlen=1 + max(len(step.update.history) for step in plan.steps)
         )  # of latents and predictions, the latest first
-        self.unchecked = ""  # why the latents of a batch could not be checked; empty as long as all could
+        self.unchecked = ""  # why the latents of a batch could not be checked; empty while all could
 
     def restart(self) -> None:
-        """Forget the trajectory that is under way: its host gives it up."""
+        """Forget the current trajectory, because its host gives it up."""
         self._expected = None
 
     def check(self, index: int, latent: Array, conditions: Conditions, tolerance: float) -> None:
-        """Refuse a batch that another sampler made of the last prediction; nothing else changes.
+        """Refuse a batch that another sampler made of the last prediction; the state does not change.
 
         Args:
-            index: the step that the batch is for.
-            latent: [B,C,H,W].
-            conditions: of the batch.
-            tolerance: of rounding in the host, relative to the terms of an update.
+            index: the index of the step that the batch is for.
+            latent: the latent [B,C,H,W].
+            conditions: the conditions of the batch.
+            tolerance: the tolerance for rounding in the host, relative to the terms of an update.
 
         Raises:
             BundleError: the host samples without guidance, with another weight, or with other updates; or the batch
-                goes on from another trajectory.
+                continues another trajectory.
         """
         batch = GuidedBatch.of(latent, conditions, self._spec)
         if batch.form is Form.PAIRED and self._plan.halves == 1:
@@ -190,11 +191,11 @@ class HostCheck:
             self._judge(expected, latent, tolerance * expected.terms)
 
     def _is_known(self, expected: _Expectation) -> bool:
-        """Whether the next latent is known but for its noise."""
+        """Return whether the next latent is known except for its noise."""
         return expected.form is Form.PAIRED or self._plan.halves == 1
 
     def _check_trajectory(self, expected: _Expectation, latent: Array) -> None:
-        """Refuse a latent that goes on from a trajectory which was begun before this one, and is not ended."""
+        """Refuse a latent that continues a trajectory which began before this one and has not ended."""
         others = [other for other in self._given_up if other.is_at(expected)]
         if not others:
             return
@@ -213,13 +214,13 @@ class HostCheck:
             )
 
     def _judge(self, expected: _Expectation, latent: Array, allowed: float) -> None:
-        """Refuse a latent that differs from what was expected by more than rounding."""
+        """Refuse a latent that differs from the expected one by more than rounding."""
         difference = latent - expected.latent
         if not np.isfinite(_norm(difference)):
             return  # half precision overflows where coefficients are large, with any denoiser
         if not self._is_known(expected):
-            # A prediction of one half alone: with guidance, the host would have moved the latent elsewhere; unless all
-            # of it is unconditional, where guidance changes nothing.
+            # The prediction is of one half alone. With guidance, the host would have moved the latent elsewhere, unless
+            # all of the batch is unconditional, where guidance changes nothing.
             moved = _norm(latent - expected.before)
             if (
                 not (expected.noise or np.all(expected.conditions.is_null(self._spec)))
@@ -257,13 +258,13 @@ class HostCheck:
         return BundleError(f"the bundle was compiled for {self._plan.describe()}; {came}", hint=hint)
 
     def note(self, index: int, latent: Array, conditions: Conditions, prediction: Array) -> None:
-        """Remember a step that was taken.
+        """Record a step that ran.
 
         Args:
-            index: the step.
-            latent: what it was given, [B,C,H,W]; it is kept, and must not be written to any more.
-            conditions: of the batch.
-            prediction: what it gave, [B,C_out,H,W].
+            index: the index of the step.
+            latent: the latent that the step was given, [B,C,H,W]; it is kept, and must not be written to any more.
+            conditions: the conditions of the batch.
+            prediction: the prediction of the step, [B,C_out,H,W].
         """
         expected = self._expected
         if index == 0:
@@ -272,7 +273,7 @@ class HostCheck:
             self._updates = Updates(self._plan)
         batch = GuidedBatch.of(latent, conditions, self._spec)
         if index > 0 and (expected is None or (index, batch.form) != (expected.index + 1, expected.form)):
-            self._expected = None  # what comes next cannot be told, up to the end of the trajectory
+            self._expected = None  # the next latent is not known, up to the end of the trajectory
             self.unchecked = "the form of the batches changed within a trajectory: its latents are not checked any more"
             return
         self._expected = self._expectation(index, latent, conditions, batch, prediction)
@@ -280,9 +281,9 @@ class HostCheck:
     def _expectation(
         self, index: int, latent: Array, conditions: Conditions, batch: GuidedBatch, prediction: Array
     ) -> _Expectation:
-        """What comes next."""
+        """Return the expected next latent after a step."""
         step, per_weight = self._plan.steps[index], None
-        eps = prediction[:, : self._spec.latent_shape[0]].copy()  # the host may change its own
+        eps = prediction[:, : self._spec.latent_shape[0]].copy()  # the host may change its own array
         if batch.form is Form.PAIRED:
             latent = latent[batch.conditional]
             conditional, null = eps[batch.conditional], eps[batch.unconditional]
@@ -294,9 +295,9 @@ class HostCheck:
         )
 
     def _terms(self, step: Step, latent: Array, eps: Array) -> float:
-        """The length of the terms of an update, as if none cancelled.
+        """Return the length of the terms of an update, as if none cancelled.
 
-        A scheduler may take the prediction out of the latent first, so that counts as often as the latent does.
+        A scheduler may take the prediction out of the latent first, so its length is added to that of the latent.
         """
         self._lengths.appendleft((_norm(latent), _norm(eps)))
         linear = step.update

@@ -20,7 +20,7 @@ from qcgraph.sampling.runner import Array, Runner, step_call, step_inputs
 
 
 class Denoising(Protocol):
-    """What predicts the noise of a batch; a `Request` does, with a state."""
+    """A predictor of the noise of a batch; a `Request` is one, with a state."""
 
     def denoise(self, index: int, latent: Array, conditions: Conditions) -> Array:
         """Return the noise prediction [B,C_out,H,W] of a step of the plan."""
@@ -28,25 +28,24 @@ class Denoising(Protocol):
 
 
 class Updater(Protocol):
-    """What makes the next latent of a noise prediction; a `Sampler` does, as the plan says."""
+    """A maker of the next latent from a noise prediction; a `Sampler` is one, as the plan says."""
 
     def update(self, index: int, latent: Array, prediction: Array) -> Array:
-        """Return the latent [B,C,H,W] after a step, from what the denoiser was given and its guided prediction."""
+        """Return the latent [B,C,H,W] after a step, from the denoiser's latent and its guided prediction."""
         ...
 
 
 class Request:
-    """One trajectory through a step plan, with the cache and the modulation that belong to it and to nothing else.
+    """One trajectory through a step plan, with the cache and the modulation that belong to it alone.
 
-    Step 0 starts the trajectory anew (an aborted one is forgotten); after it, the steps must come in the order of the
-    plan, each once, with one batch shape and the same conditions. A step that was refused, or that failed, was not
-    taken: it is the one that comes next. After a step that was interrupted (KeyboardInterrupt), the trajectory has to
-    be started anew.
+    Step 0 starts the trajectory anew, and drops an unfinished one. After it, the steps must come in the order of the
+    plan, each once, with one batch shape and the same conditions. A step that is refused or fails does not count: it
+    remains the next one. After an interrupted step (KeyboardInterrupt), the trajectory has to be started anew.
 
     Args:
         runner: the backend.
         plan: the step plan the denoiser was compiled for.
-        spec: what the denoiser is.
+        spec: the specification of the denoiser.
     """
 
     def __init__(self, runner: Runner, plan: StepPlan, spec: ModelSpec) -> None:
@@ -64,23 +63,23 @@ class Request:
 
     @property
     def taken(self) -> int:
-        """How many steps of a trajectory were taken that can go on; 0 where none is under way."""
+        """The number of steps that ran in the current trajectory; 0 where none can continue."""
         return self._next if self._next < len(self._plan) and not self._interrupted else 0
 
     def began_with(self, conditions: Conditions) -> bool:
-        """Tell whether the trajectory has these conditions."""
+        """Return whether the trajectory has these conditions."""
         return conditions == self._conditions
 
     def interrupt(self) -> None:
-        """Record that the last step was taken in vain: what it gave did not reach the host."""
+        """Record that the prediction of the last step did not reach the host."""
         self._interrupted = True
 
     def restart(self) -> None:
-        """Give up the trajectory that is under way, and let go of its tensors."""
+        """Give up the current trajectory, and free its tensors."""
         self._begin((), Conditions(0, {}))
 
     def check(self, index: int, shape: tuple[int, ...], conditions: Conditions) -> None:
-        """Refuse a step that is not the next one, or that is of another batch; the first one is always taken.
+        """Refuse a step that is not the next one, or has another batch; the first step is always accepted.
 
         Raises:
             BundleError: see `denoise`.
@@ -111,8 +110,8 @@ class Request:
 
         Raises:
             BundleError: the step is not the next one, the batch shape or a condition changed midway, a step was
-                interrupted before, or the plan restores one half of guidance from the other and this batch does not
-                hold both.
+                interrupted before, or the plan restores one half of guidance from the other and the batch does not hold
+                both.
         """
         self.check(index, tuple(latent.shape), conditions)
         step = self._plan.steps[index]
@@ -127,9 +126,9 @@ class Request:
             prediction = self._runner.run(step_call(self._plan, index, inputs, self._state))
             self._next = index + 1
         except Exception:
-            raise  # the backend left the state as it was
+            raise  # the backend left the state unchanged
         except BaseException:
-            self.interrupt()  # between any two instructions
+            self.interrupt()  # may come between any two instructions
             raise
         return prediction
 
@@ -152,9 +151,9 @@ class Request:
 
 
 def _check_paired(latent: Array) -> None:
-    """Refuse a batch that is not both halves of guidance, one after the other."""
+    """Refuse a batch that does not hold both halves of guidance, one after the other."""
     first, second = latent[: len(latent) // 2], latent[len(latent) // 2 :]
-    if first.shape != second.shape or not bool((first == second).all()):  # on a device, too
+    if first.shape != second.shape or not bool((first == second).all()):  # works on a device, too
         raise BundleError(
             "some steps compute one half of guidance and restore the other; this batch of "
             f"{len(latent)} does not hold the same latents in both halves",
@@ -185,10 +184,10 @@ class TakenStep:
     """A step of a trajectory.
 
     Attributes:
-        index: its place in the plan.
-        step: what the plan says of it.
-        latent: what the denoiser was given, [B,C,H,W].
-        prediction: its guided noise prediction, [B,C,H,W].
+        index: its index in the plan.
+        step: the step of the plan.
+        latent: the latent that the denoiser was given, [B,C,H,W].
+        prediction: the guided noise prediction, [B,C,H,W].
         after: the latent that the updater made of both, [B,C,H,W].
     """
 
@@ -209,21 +208,21 @@ def trajectory(
     *,
     start: int = 0,
 ) -> Iterator[TakenStep]:
-    """Walk a trajectory step by step: predict the noise, let the updater make the next latent, go on from there.
+    """Walk a trajectory step by step: predict the noise, let the updater make the next latent, and repeat.
 
-    Sampling, calibration, fitting and evaluation all walk this way; they differ in the three parts that they give.
+    Sampling, calibration, fitting and evaluation all walk this way; they differ in denoising, updater and start.
 
     Args:
         denoising: predicts the noise.
         updater: makes the next latent.
         plan: the step plan; its fingerprint holds the guidance weight.
-        spec: what the denoiser is.
-        conditions: of the B samples.
-        latent: what the first step is given, [B,C,H,W].
-        start: the index of that step.
+        spec: the specification of the denoiser.
+        conditions: the conditions of the B samples.
+        latent: the latent that the first step is given, [B,C,H,W].
+        start: the index of the first step.
 
     Yields:
-        Every step, once it was taken.
+        Every step, after it ran.
     """
     for index in range(start, len(plan)):
         prediction = guided(denoising, index, latent, conditions, plan, spec)
@@ -244,24 +243,24 @@ def sample(
     observe: Callable[[TakenStep], None] | None = None,
     progress: Progress | None = None,
 ) -> Array:
-    """Sample one latent for each of some conditions.
+    """Sample one latent for each of the given conditions.
 
     Args:
         runner: the backend.
         plan: the step plan; its fingerprint holds the guidance weight.
-        spec: what the denoiser is.
-        conditions: of the N samples; of a model that is conditioned on a class alone, also the class of each.
-        seed: seeds all noise. Sample i gets the same noise whatever the batch and the backend.
-        batch: how many samples run together; with guidance the denoiser sees twice as many.
+        spec: the specification of the denoiser.
+        conditions: the conditions of the N samples; for a model conditioned on a class alone, also the class of each.
+        seed: the seed of all noise. Sample i gets the same noise whatever the batch and the backend.
+        batch: the number of samples that run together; with guidance the denoiser sees twice as many.
         first_index: the index of the first sample, so that a run can be split.
-        observe: called with every step that a batch takes.
+        observe: called with every step that a batch runs.
         progress: reports the steps.
 
     Returns:
-        f32[N,C,H,W], the final latents.
+        The final latents, f32[N,C,H,W].
 
     Raises:
-        UsageError: no samples, a class out of range, or a negative seed.
+        UsageError: there are no samples, a class is out of range, or the seed is not a 64-bit integer of at least 0.
     """
     if not isinstance(conditions, Conditions):
         conditions = of_labels(conditions, spec)
@@ -281,10 +280,10 @@ def sample(
 
 
 class Updates:
-    """The updates of one trajectory but their noise, with the latents and predictions that later ones look back to.
+    """The updates of one trajectory without their noise, and the earlier latents and predictions that they use.
 
-    It holds as many of them as the plan needs, two tensors of the latent's size for each earlier step; for a plan
-    without history none.
+    It holds as many earlier steps as the plan needs, with two tensors of the latent's size each; none for a plan
+    without history.
 
     Args:
         plan: the step plan.
@@ -299,12 +298,13 @@ class Updates:
         """Return the latent [B,C,H,W] after a step of the plan, before its noise (see `qcgraph.plan.steps.Update`).
 
         Args:
-            index: the step; steps come in the order of the plan.
-            latent: what the denoiser was given, [B,C,H,W]; it may be kept, and must not be written to any more.
-            prediction: its guided noise prediction, [B,C,H,W]; likewise.
+            index: the index of the step; steps come in the order of the plan.
+            latent: the latent that the denoiser was given, [B,C,H,W]; it may be kept, and must not be written to any
+                more.
+            prediction: the guided noise prediction, [B,C,H,W]; likewise.
 
         Raises:
-            BundleError: the update looks back to more steps than there were.
+            BundleError: the update uses more earlier steps than there were.
         """
         step = self._plan.steps[index]
         linear = step.update
@@ -316,7 +316,7 @@ class Updates:
             )
         result = np.float32(linear.latent) * latent + np.float32(linear.noise_prediction) * prediction
         for term, (past_latent, past_prediction) in zip(linear.history, self._earlier, strict=False):
-            # In float64: early in the trajectory the two are large and all but cancel.
+            # In float64, because early in the trajectory the two are large and all but cancel.
             past = np.float64(term.latent) * past_latent + np.float64(term.noise_prediction) * past_prediction
             result = result + past.astype(np.float32)
         self._earlier.appendleft((latent, prediction))

@@ -1,7 +1,7 @@
-"""The modulation of one request: what the denoiser needs of timestep and conditions alone, ahead of the steps. NumPy.
+"""The modulation of one request, computed from timestep and conditions alone, ahead of the steps. NumPy.
 
-The timesteps of a plan are known, and so are the conditions from the first step on. One call of a preparing variant
-(see `qcgraph.plan.roles`) therefore serves many steps: it reads the weights once, not once a step.
+The timesteps of a plan are known, and the conditions are known from the first step on. One call of a preparing variant
+(see `qcgraph.plan.roles`) therefore serves many steps: it reads the weights once for all of them.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.runner import Array, Call
 from qcgraph.sampling.tensors import index_of
 
-# Rows of one call. With this many, a preparing variant spends its time on arithmetic and no longer on
-# reading its weights, so more gain nothing; their rows take as much memory as a ninth of the projections that make
-# them in a DiT-XL/2 (100 MB), a third in a DiT-S/2 (15 MB). It is enough for 50 steps of one sample with guidance.
+# Rows of one call. With this many, a preparing variant spends its time on arithmetic and no longer on reading its
+# weights, so more rows gain nothing. Their memory is a ninth of the projections that compute them in a DiT-XL/2
+# (100 MB), a third in a DiT-S/2 (15 MB). It is enough for 50 steps of one sample with guidance.
 TOGETHER = 128
 
 
 class Modulation:
-    """The rows of the steps that are still to come, for the conditions of one trajectory.
+    """The modulation rows of the remaining steps, for the conditions of one trajectory.
 
     Args:
         plan: the step plan.
-        run: runs a preparing variant, which gives f32[N,M] or a tensor of a device; then rows are such tensors.
+        run: runs a preparing variant, and returns f32[N,M] or a tensor of a device; then rows are such tensors.
     """
 
     def __init__(self, plan: StepPlan, run: Callable[[Call], Array]) -> None:
@@ -37,19 +37,19 @@ class Modulation:
         self._preparing = plan.preparing
         self._run = run
         self._conditions = self._kinds = Conditions(0, {})
-        self._places: Any = np.empty(0, dtype=np.int64)  # of the samples among the kinds
-        self._rows: dict[int, Array] = {}  # a step that is still to come -> f32[number of kinds,M]
+        self._places: Any = np.empty(0, dtype=np.int64)  # index of the kind of each sample
+        self._rows: dict[int, Array] = {}  # a remaining step -> f32[number of kinds,M]
 
     def clear(self) -> None:
-        """Forget everything: a new trajectory begins."""
+        """Forget all rows and conditions, because a new trajectory begins."""
         self._rows.clear()
 
     def at(self, index: int, conditions: Conditions) -> Array:
         """Return the modulation f32[B,M] of a step.
 
-        The rows of earlier steps are forgotten; those of this one stay in case the step is retried. Samples of equal
-        conditions share their rows, as the unconditional halves of guidance do. When the conditions are others than at
-        the step before, all that was prepared is prepared anew.
+        The rows of earlier steps are dropped; the rows of this step stay in case it is retried. Samples of equal
+        conditions share their rows, as the unconditional halves of guidance do. If the conditions differ from those of
+        the step before, all rows are computed anew.
         """
         if conditions != self._conditions:
             kinds, places = conditions.distinct()
@@ -65,7 +65,7 @@ class Modulation:
         return rows[self._places]
 
     def _prepared(self, index: int) -> dict[int, Array]:
-        """Return the rows of this step and of the next ones that run its variant, as many as are worth a call."""
+        """Return the rows of this step and of the next steps that run its variant, as many as fill a call."""
         variant, count = self._plan.steps[index].variant, len(self._kinds)
         waiting = [later for later in range(index, len(self._plan)) if self._plan.steps[later].variant == variant]
         steps = waiting[: max(1, TOGETHER // count)]

@@ -1,4 +1,4 @@
-"""Runners: what runs the variants of a compiled denoiser on some backend, and the calls that they get. NumPy only."""
+"""Runners, which run the variants of a compiled denoiser on some backend, and the calls that they take. NumPy only."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Call:
     """One run of a variant.
 
     Attributes:
-        variant: its name.
-        kind: what running it does for the step.
-        index: the step of the plan; of a variant that prepares several steps, the first of them.
-        inputs: by name, all that the variant takes but cached values; entries that it does not take are ignored. They
-            are NumPy arrays, or tensors of a device where the runner takes these.
-        state: the cached values of the request; the variant reads those that it takes, and those that it gives are
-            remembered there (see `qcgraph.sampling.cache_state`).
+        variant: the name of the variant.
+        kind: the effect of the variant on the step.
+        index: the index of the step in the plan; for a variant that prepares several steps, the first of them.
+        inputs: by name, all inputs of the variant except cached values; other entries are ignored. They are NumPy
+            arrays, or tensors of a device where the runner takes these.
+        state: the cached values of the request; the variant reads its inputs from it, and stores its outputs in it (see
+            `qcgraph.sampling.cache_state`).
     """
 
     variant: str
@@ -40,7 +40,7 @@ class Call:
 
     @property
     def is_step(self) -> bool:
-        """Whether it predicts the noise of a step, rather than preparing steps."""
+        """Whether the variant predicts the noise of a step, rather than preparing steps."""
         return self.kind is not VariantKind.PREPARES
 
 
@@ -51,20 +51,20 @@ class Runner(Protocol):
         """Run one variant.
 
         Returns:
-            The noise prediction f32[B,C_out,H,W]; of a variant that prepares steps, the modulation f32[B,M].
+            The noise prediction f32[B,C_out,H,W]; from a variant that prepares steps, the modulation f32[B,M].
         """
         ...
 
 
 def step_inputs(plan: StepPlan, spec: ModelSpec, index: int, latent: Array, conditions: Conditions) -> dict[str, Any]:
-    """Return the inputs of a step but its cached values and its modulation.
+    """Return the inputs of a step except its cached values and its modulation.
 
     Args:
         plan: the step plan.
-        spec: what the denoiser is.
-        index: the step.
-        latent: [B,C,H,W].
-        conditions: of the B samples.
+        spec: the specification of the denoiser.
+        index: the index of the step.
+        latent: the latent [B,C,H,W].
+        conditions: the conditions of the B samples.
     """
     step = plan.steps[index]
     return {
@@ -77,6 +77,6 @@ def step_inputs(plan: StepPlan, spec: ModelSpec, index: int, latent: Array, cond
 
 
 def step_call(plan: StepPlan, index: int, inputs: Mapping[str, Any], state: State, variant: str | None = None) -> Call:
-    """Return the call of a step, in the variant of the plan or in another one."""
+    """Return the call of a step, with the variant of the plan or with a given one."""
     name = variant or plan.steps[index].variant
     return Call(name, plan.roles[name].kind, index, inputs, state)

@@ -1,4 +1,4 @@
-"""NumPy arrays and torch tensors as hosts give them. torch is imported where a tensor of it came, and else not."""
+"""NumPy arrays and torch tensors as hosts give them. torch is imported only where a host gave one of its tensors."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ _SHOWN = 60  # characters of a value in a message
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether it is a torch tensor."""
-    torch_module = sys.modules.get("torch")  # who has a tensor has imported it
+    """Return whether a value is a torch tensor."""
+    torch_module = sys.modules.get("torch")  # a caller that has a tensor has imported torch
     return torch_module is not None and isinstance(value, torch_module.Tensor)
 
 
 def as_array(value: Any) -> np.ndarray[Any, Any]:
-    """A NumPy array from NumPy, a number, or a torch tensor; bfloat16 and 8 bits, which NumPy lacks, become float32."""
+    """Return a number, an array or a torch tensor as an array; bfloat16 and 8-bit floats become float32."""
     if not is_tensor(value):
         return np.asarray(value)
-    tensor = value.detach().cpu().resolve_neg()  # as the imaginary part of a conjugate is held
+    tensor = value.detach().cpu().resolve_neg()  # needed for the imaginary part of a conjugate, whose negation is lazy
     is_known = not tensor.dtype.is_floating_point or str(tensor.dtype) in NUMPY_FLOATS
     return np.asarray(tensor if is_known else tensor.float())
 
 
 def checked_values(value: Any, kinds: str, what: str, hint: str) -> Any:
-    """What a host gave, once it is known to hold real numbers: a torch tensor as it is, anything else as an array.
+    """Check that a value holds real numbers; return a torch tensor unchanged, and any other value as an array.
 
     Args:
         value: a number, nested lists, a NumPy array, or a torch tensor.
-        kinds: the kinds of NumPy's dtypes that are taken, of `INTEGERS` and `FLOATS`.
+        kinds: the kinds of NumPy's dtypes that are allowed, of `INTEGERS` and `FLOATS`.
         what: the name of the value in a message.
         hint: what to give instead.
 
     Raises:
-        UsageError: it is no dense array, or its numbers are of another kind: booleans, complex numbers, text, objects.
+        UsageError: the value is no dense array, or of another kind: booleans, complex numbers, text, objects.
     """
     if is_tensor(value):
         _check_dense(value, what)
@@ -62,17 +62,17 @@ def checked_values(value: Any, kinds: str, what: str, hint: str) -> Any:
 
 
 def _described(value: Any, array: np.ndarray[Any, Any]) -> str:
-    """In what way something is not made of the numbers that are wanted."""
+    """Say why a value is not made of the expected numbers."""
     if array.ndim:
         return f"has dtype {array.dtype}"
     if isinstance(value, int) and array.dtype == object:
-        return "is an integer that 64 bits do not hold"  # and of too many digits to show
+        return "is an integer that 64 bits do not hold"  # has too many digits to show
     shown = f"is {value!r}" if isinstance(value, (str, bytes, bool, complex)) else f"is of type {type(value).__name__}"
     return shown[:_SHOWN]
 
 
 def _kind_of(tensor: torch.Tensor) -> str:
-    """The kind of NumPy's dtypes that a tensor's dtype is of; ``?`` where NumPy has no such kind."""
+    """Return the kind of NumPy's dtypes that a tensor's dtype is of; ``?`` where NumPy has no such kind."""
     if tensor.dtype.is_floating_point:
         return "f"
     name = str(tensor.dtype).removeprefix("torch.")
@@ -80,7 +80,7 @@ def _kind_of(tensor: torch.Tensor) -> str:
 
 
 def _check_dense(tensor: torch.Tensor, what: str) -> None:
-    """Refuse a tensor whose values are not there one by one."""
+    """Refuse a tensor that does not hold its values one by one."""
     forms = {
         "a nested tensor": tensor.is_nested,
         "on the device meta, which holds no values": tensor.is_meta,
@@ -93,7 +93,7 @@ def _check_dense(tensor: torch.Tensor, what: str) -> None:
 
 
 class Fetched:
-    """The values of what a host gives again and again: a tensor of a device is fetched when it has changed."""
+    """The values of an argument that a host gives in every call; a device tensor is fetched only when it changed."""
 
     def __init__(self) -> None:
         self._source: Any = None
@@ -101,8 +101,8 @@ class Fetched:
         self._values: np.ndarray[Any, Any] = np.empty(0)
 
     def array(self, value: Any) -> np.ndarray[Any, Any]:
-        """As `as_array`."""
-        if not is_tensor(value) or value.device.type == "cpu" or value.is_inference():  # which has no version
+        """Return an array as `as_array` does."""
+        if not is_tensor(value) or value.device.type == "cpu" or value.is_inference():  # has no version
             return as_array(value)
         if value is not self._source or value._version != self._version:
             self._source, self._version, self._values = value, value._version, as_array(value)
@@ -110,7 +110,7 @@ class Fetched:
 
 
 def on_device(value: Any, device: torch.device) -> torch.Tensor:
-    """Values as a float32 tensor of a device; the same one where it is that already."""
+    """Return values as a float32 tensor of a device, without a copy where they are one already."""
     import torch
 
     tensor = value.detach() if is_tensor(value) else torch.from_numpy(np.asarray(value, dtype=np.float32))
@@ -118,7 +118,7 @@ def on_device(value: Any, device: torch.device) -> torch.Tensor:
 
 
 def index_of(places: Any, values: Any) -> Any:
-    """Integers as an index into values: for a tensor on its device, so that what is indexed need not be waited for."""
+    """Return integers as an index into values: for a tensor, on its device, so that indexing does not wait for it."""
     if not is_tensor(values) or is_tensor(places):
         return places
     import torch
@@ -127,7 +127,7 @@ def index_of(places: Any, values: Any) -> Any:
 
 
 def like(reference: Any, values: Any) -> Any:
-    """Values, NumPy or torch, as a reference is: a torch tensor of its dtype and device, or NumPy."""
+    """Return NumPy or torch values in the form of a reference: a torch tensor of its dtype and device, or NumPy."""
     if not is_tensor(reference):
         return as_array(values)
     import torch

@@ -1,8 +1,8 @@
-"""Which sampling steps compute and which reuse cached features. NumPy only, no model.
+"""Cache schedules: which steps compute and which reuse cached values. NumPy only, no model.
 
 `uniform`, `even` and `spread` space the computing steps evenly, `dps` is the schedule of CacheQuant, `plan` finds the
 schedule of least measured error under a budget, and `climb` improves a schedule by its true error. A `TimedSchedule`
-knows its steps by their timestep values, and carries over to other steps.
+identifies its steps by their timestep values, and can be transferred to other steps.
 """
 
 from qcgraph.plan.schedule.climbing import climb

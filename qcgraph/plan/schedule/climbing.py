@@ -19,24 +19,24 @@ def climb(
     seed: int,
     fixed: Collection[int] = (0,),
 ) -> tuple[tuple[str | None, ...], float]:
-    """Improve a schedule by its true error, which is not the sum that planners take it for.
+    """Improve a schedule by its true error, which planners only approximate by a sum.
 
-    A move exchanges what two steps do, which keeps the cost as it is: a computing step shifts or goes to another place,
-    or two modes change places. The first move that helps is taken, and the search goes on from there; no schedule is
+    A move exchanges two steps, which keeps the cost unchanged: a computing step shifts or moves elsewhere, or two modes
+    change places. The first move that lowers the error is taken, and the search goes on from there. No schedule is
     evaluated twice.
 
     Args:
-        start: per step, None where it computes, or the name of a mode.
-        evaluate: the true error of a schedule; infinite for one that cannot run.
-        rounds: how often to evaluate at most, the start included.
-        seed: of the order of moves that are equally likely to help.
-        fixed: steps that stay as they are. Step 0 always does.
+        start: for each step, None where it computes, or the name of a mode.
+        evaluate: returns the true error of a schedule; infinite for a schedule that cannot run.
+        rounds: the most schedules to evaluate, the start included.
+        seed: the seed of the order of moves that are equally likely to help.
+        fixed: the steps that do not change. Step 0 never does.
 
     Returns:
-        The best schedule evaluated and its error: the start, or one that is better.
+        The best evaluated schedule and its error; it is never worse than the start.
 
     Raises:
-        UsageError: there is no round, or the start has no error to improve on.
+        UsageError: there are no rounds, or the error of the start is not a number.
     """
     if rounds < 1:
         raise UsageError(f"{rounds} rounds of hill climbing", hint="the first one evaluates the start")
@@ -62,10 +62,10 @@ def climb(
 def neighbours(
     schedule: tuple[str | None, ...], fixed: Collection[int], generator: np.random.Generator
 ) -> Iterator[tuple[str | None, ...]]:
-    """All schedules one exchange away, the likely ones first and otherwise in random order.
+    """Yield all schedules one exchange away, the likely improvements first and otherwise in random order.
 
-    First a computing step shifts by one step, then by two; then come all other places for it and, among them, the
-    exchanges of two modes.
+    First come shifts of a computing step by one step, then by two steps. Then come its moves to all other places and,
+    among them, the exchanges of two modes.
     """
     free = [step for step in range(1, len(schedule)) if step not in fixed]
     pairs = [(first, second) for first, second in combinations(free, 2) if schedule[first] != schedule[second]]

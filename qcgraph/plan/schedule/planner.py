@@ -1,8 +1,8 @@
-"""The joint planner: per step compute, or reuse in one of several modes, at the least error that a budget allows.
+"""The joint planner: each step computes, or reuses in one of several modes, at the least error that a budget allows.
 
-It extends the schedule of CacheQuant (CVPR 2025, arXiv 2503.01323), which knows one mode of unit cost, errors of
-features and bounded windows, by errors measured on the final latent for every place and history, by several modes, and
-by what each of them costs.
+The schedule of CacheQuant (CVPR 2025, arXiv 2503.01323) has one mode of unit cost, errors of features and bounded
+windows. This planner extends it by errors that are measured on the final latent for every place and history, and by
+several modes, each at its own cost.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import numpy.typing as npt
 from qcgraph.errors import UsageError, closest
 from qcgraph.plan.schedule.search import SLACK, Prices, least_ticks, search
 
-CONDITIONAL = "conditional"  # the name of the mode that computes one half of guidance
+CONDITIONAL = "conditional"  # the mode that computes one half of guidance
 
 Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to skip a step: a variant that reuses.
+    """A way to skip a step: a reusing variant.
 
     Attributes:
         name: the name of the variant.
@@ -47,18 +47,19 @@ class Mode:
 
 @dataclass(frozen=True, eq=False)
 class ReuseErrors:
-    """What it does to the final latent to skip one step.
+    """The error of the final latent from skipping one step.
 
-    The effects of several skipped steps are taken to add up, as squares of independent disturbances do.
+    The errors of several skipped steps are assumed to add up, as squares of independent disturbances do.
 
     Attributes:
-        values: float64 [modes, T, G + 1, G + 1], at [mode, k, gap, earlier] the expected squared effect on the final
-            latent of skipping step k in that mode, when the last computing step is r = k - gap and the one before it
-            r' = r - earlier. earlier = 0: there is none before r, which is then step 0. What was not measured is
-            infinite, and so is all that the array has no room for. gap = 0 is not read, nor are places before step 0.
+        values: float64 [modes, T, G + 1, G + 1], at [mode, k, gap, earlier] the expected squared error of the final
+            latent from skipping step k in that mode, when the last computing step is r = k - gap and the computing step
+            before it is r' = r - earlier. With earlier = 0 there is none before r, which is then step 0. Values that
+            were not measured are infinite, and so are values that the array has no room for. Values at gap = 0 and at
+            places before step 0 are not read.
 
     Raises:
-        UsageError: the array has another shape, or holds NaN or something negative.
+        UsageError: the array has another shape, or holds NaN or a negative value.
     """
 
     values: Array
@@ -67,12 +68,12 @@ class ReuseErrors:
         shape = self.values.shape
         if self.values.ndim != 4 or shape[2] != shape[3] or 0 in shape:
             raise UsageError(f"skip errors of the shape {shape}", hint="modes, steps, gap + 1, gap + 1")
-        if not (self.values >= 0).all():  # NaN is not
+        if not (self.values >= 0).all():  # false for NaN
             raise UsageError("a skip error is negative or not a number", hint="infinity stands for: not measured")
 
     @property
     def steps(self) -> int:
-        """Number of sampling steps T."""
+        """The number of sampling steps T."""
         return self.values.shape[1]
 
     @property
@@ -83,12 +84,12 @@ class ReuseErrors:
 
 @dataclass(frozen=True)
 class CacheSchedule:
-    """What every sampling step does.
+    """The mode of every sampling step.
 
     Attributes:
-        modes: per step, None where it computes, or the name of a mode.
-        error: the expected squared effect on the final latent, summed over the skipped steps.
-        cost: the summed cost of the steps, in computing steps.
+        modes: for each step, None where it computes, or the name of a mode.
+        error: the expected squared error of the final latent, summed over the skipped steps.
+        cost: the summed cost of the steps, in units of a computing step.
     """
 
     modes: tuple[str | None, ...]
@@ -99,24 +100,25 @@ class CacheSchedule:
 def plan(
     errors: ReuseErrors, modes: Sequence[Mode], steps: int, budget: float, *, fixed: Collection[int] = (0,)
 ) -> CacheSchedule:
-    """The schedule of least expected error within a budget.
+    """Find the schedule of least expected error within a budget.
 
-    It is the best one if all modes cost the same. If they differ, a mode may count for more than it costs, by 1/32 of
-    a computing step at most (see `Prices`): a schedule that needs the last of the budget may be missed.
+    The schedule is optimal if all modes cost the same. If costs differ, a mode may be counted at up to 1/32 of a
+    computing step more than it costs (see `Prices`), so a schedule that needs the last of the budget may be missed.
 
     Args:
         errors: the error of every skip.
-        modes: the ways to skip, in the order of the first axis of ``errors``.
-        steps: number of sampling steps T.
-        budget: what the schedule may cost, in computing steps: T computes everywhere, T / 4 costs a quarter of that.
-        fixed: steps that must compute. Step 0 always does.
+        modes: the ways to skip a step, in the order of the first axis of ``errors``.
+        steps: the number of sampling steps T.
+        budget: the most the schedule may cost, in computing steps: T computes everywhere, T / 4 costs a quarter of
+            that.
+        fixed: the steps that must compute. Step 0 always does.
 
     Returns:
-        The schedule, of an error that never rises with the budget. Among equals it is the cheapest.
+        The schedule, whose error never rises with the budget. Among schedules of equal error it is the cheapest.
 
     Raises:
-        UsageError: the arguments do not fit together, or no schedule meets the budget; the hint says which budget one
-            does.
+        UsageError: the arguments do not fit together, or no schedule meets the budget; the hint names the least budget
+            that can be met.
     """
     check_arguments(errors, modes, steps, fixed)
     prices = Prices.of([mode.cost for mode in modes])
@@ -135,18 +137,18 @@ def plan(
 
 
 def expected_error(names: Sequence[str | None], errors: ReuseErrors, modes: Sequence[Mode]) -> float:
-    """The error that a schedule of any origin is expected to have: the sum of the errors of its skips.
+    """Return the expected error of a schedule of any origin: the sum of the errors of its skips.
 
     Args:
-        names: per step, None where it computes, or the name of a mode; T of them.
+        names: for each of the T steps, None where it computes, or the name of a mode.
         errors: the error of every skip.
-        modes: the ways to skip, in the order of the first axis of ``errors``.
+        modes: the ways to skip a step, in the order of the first axis of ``errors``.
 
     Returns:
-        The expected squared effect on the final latent; infinite where a skip was not measured.
+        The expected squared error of the final latent; infinite where a skip was not measured.
 
     Raises:
-        UsageError: there are more or fewer steps than errors, the first step skips, or a mode is not known.
+        UsageError: the numbers of steps and errors differ, the first step skips, or a mode is unknown.
     """
     if len(names) != errors.steps or names[0] is not None:
         raise UsageError(

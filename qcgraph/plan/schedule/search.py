@@ -1,4 +1,4 @@
-"""The dynamic program of the planner: over the last two computing steps and what has been spent."""
+"""The dynamic program of the planner: over the last two computing steps and the spent cost."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-FINEST = 32  # ticks of a computing step at most; time and memory of the search grow with it
-SLACK = 1e-9  # ticks; what sums of decimal fractions may be off by
+FINEST = 32  # most ticks of a computing step; time and memory of the search grow with it
+SLACK = 1e-9  # ticks; tolerance for the rounding of sums of decimal fractions
 
 Array = npt.NDArray[np.float64]
 
@@ -19,14 +19,15 @@ Array = npt.NDArray[np.float64]
 class Prices:
     """Costs above the floor, in whole ticks.
 
-    Every step costs at least as much as the cheapest mode. What is spent above that floor is counted in ticks. Modes
-    are rounded up, so that what fits a budget in ticks fits it; a computing step is worth as many ticks, up to
-    `FINEST`, as lose least by that. Where all modes cost the same it is one tick, and nothing is lost.
+    Every step costs at least as much as the cheapest mode, the floor. Costs above the floor are counted in ticks. Costs
+    of modes are rounded up to ticks, so a schedule within a budget of ticks is within the budget. A computing step has
+    the number of ticks, up to `FINEST`, for which this rounding is least. Where all modes cost the same, this is one
+    tick, and the rounding is exact.
 
     Attributes:
         floor: the cost of the cheapest mode, relative to a computing step.
-        full: ticks of a computing step.
-        skips: ticks of every mode.
+        full: the ticks of a computing step.
+        skips: the ticks of every mode.
     """
 
     floor: float
@@ -35,7 +36,7 @@ class Prices:
 
     @classmethod
     def of(cls, costs: Sequence[float]) -> Prices:
-        """The prices of modes of these costs, each relative to a computing step and below 1."""
+        """Return the prices of modes of these costs, each relative to a computing step and below 1."""
         floor = min(costs)
         shares = [(cost - floor) / (1 - floor) for cost in costs]
 
@@ -49,23 +50,23 @@ class Prices:
         return cls(floor, full, rounded(full))
 
     def affordable(self, budget: float, steps: int) -> int:
-        """The ticks that a budget leaves above the floor, negative where it lies below; at most all steps compute."""
+        """Return the ticks that a budget leaves above the floor; negative where the budget is below the floor."""
         spare = (min(budget, steps) - steps * self.floor) / (1 - self.floor)
         return math.floor(spare * self.full + SLACK)
 
     def share(self, ticks: int, steps: int) -> float:
-        """The cost of so many ticks above the floor, as a fraction of computing every step."""
+        """Return the cost of ``ticks`` above the floor, as a fraction of computing every step."""
         return self.floor + ticks / self.full / steps * (1 - self.floor)
 
 
 # Both recursions walk the steps with one state for each [gap, earlier]: the last computing step lies ``gap`` before the
-# current step, and the one before it another ``earlier``. The current step computes (gap = 0) or reuses over one of the
-# gaps 1 .. G that have errors. ``earlier`` goes to G + 1, from one computing step over G skipped ones to the next: it
-# has no errors, so that the step after that must compute.
+# current step, and the computing step before it lies ``earlier`` steps further back. The current step computes
+# (gap = 0) or reuses at one of the gaps 1 .. G that have errors. ``earlier`` goes to G + 1, from one computing step
+# over G skipped ones to the next. No errors exist for G + 1, so the step after that must compute.
 
 
 def least_ticks(errors: Array, prices: Prices, fixed: Collection[int]) -> int:
-    """The fewest ticks above the floor that a schedule of finite error can cost; for the arguments see `search`."""
+    """Return the fewest ticks above the floor of a schedule of finite error; for the arguments see `search`."""
     _, steps, gaps, _ = errors.shape
     skips = np.array(prices.skips, dtype=np.float64)[:, None, None, None]
     cheapest = np.where(np.isfinite(errors), skips, np.inf).min(axis=0)  # [T, G + 1, G + 1]
@@ -81,20 +82,20 @@ def least_ticks(errors: Array, prices: Prices, fixed: Collection[int]) -> int:
 
 
 def search(errors: Array, prices: Prices, fixed: Collection[int], ticks: int) -> list[int | None]:
-    """The schedule of least summed error that costs at most so many ticks above the floor.
+    """Return the schedule of least summed error that costs at most ``ticks`` above the floor.
 
     ``error[gap, earlier, spent]`` [G + 1, G + 2, ticks + 1] is the least error of the steps so far that end in that
-    state and cost exactly ``spent``. The decisions that led there are kept for every step, in one byte each: that is
-    what memory goes to, T * G * (G + 1) * ticks bytes.
+    state and cost exactly ``spent``. The decisions that led there are kept for every step, in one byte each. They take
+    most of the memory, T * G * (G + 1) * ticks bytes.
 
     Args:
-        errors: [modes, T, G + 1, G + 1], the errors of skipping steps; see `ReuseErrors`.
-        prices: ticks of the modes.
-        fixed: steps that must compute, besides step 0.
-        ticks: what may be spent above the floor; at least `least_ticks`.
+        errors: the errors of skipping steps, [modes, T, G + 1, G + 1]; see `ReuseErrors`.
+        prices: the ticks of the modes.
+        fixed: the steps that must compute, besides step 0.
+        ticks: the most ticks above the floor; at least `least_ticks`.
 
     Returns:
-        Per step, the mode it reuses in, or None where it computes.
+        For each step, the index of the mode in which it reuses, or None where it computes.
     """
     _, steps, gaps, _ = errors.shape
     error = np.full((gaps, gaps + 1, ticks + 1), np.inf)
@@ -106,7 +107,7 @@ def search(errors: Array, prices: Prices, fixed: Collection[int], ticks: int) ->
         skipped = errors[:, step, 1:]
         choices.append(None if step in fixed else skip(error[:-1, :-1], next_states[1:, :-1], skipped, prices.skips))
         error = next_states
-    spent = int(error.min(axis=(0, 1)).argmin())  # among equals the cheapest
+    spent = int(error.min(axis=(0, 1)).argmin())  # the cheapest among equal errors
     gap, earlier = (int(index) for index in np.unravel_index(error[..., spent].argmin(), error.shape[:2]))
     found: list[int | None] = [None] * steps
     for step in range(steps - 1, 0, -1):
@@ -127,12 +128,12 @@ def compute(error: Array, next_states: Array, price: int) -> npt.NDArray[np.uint
     """Let a step compute: write the states at gap = 0 into ``next_states``.
 
     Args:
-        error: [G + 1, G + 2, ticks + 1], the states before the step.
+        error: the states before the step, [G + 1, G + 2, ticks + 1].
         next_states: the states after it, of the same shape.
-        price: ticks of a computing step.
+        price: the ticks of a computing step.
 
     Returns:
-        Per gap before the step and ticks spent before it, the best ``earlier``: [G + 1, ticks + 1 - price].
+        The best ``earlier`` by gap before the step and ticks spent before it, [G + 1, ticks + 1 - price].
     """
     affordable = error[..., : error.shape[-1] - price]
     next_states[0, 1:, price:] = affordable.min(axis=1)
@@ -140,16 +141,16 @@ def compute(error: Array, next_states: Array, price: int) -> npt.NDArray[np.uint
 
 
 def skip(error: Array, next_states: Array, skipped: Array, prices: Sequence[int]) -> npt.NDArray[np.uint8]:
-    """Let a step reuse, in each state by the mode that suits it: write the states at gap > 0 into ``next_states``.
+    """Let a step reuse, in each state in the best mode: write the states at gap > 0 into ``next_states``.
 
     Args:
-        error: [G, G + 1, ticks + 1], the states before the step that can be reused from.
+        error: the states before the step that can be reused from, [G, G + 1, ticks + 1].
         next_states: the states after it, of the same shape, one gap further.
-        skipped: [modes, G, G + 1], the errors of skipping the step.
-        prices: ticks of every mode.
+        skipped: the errors of skipping the step, [modes, G, G + 1].
+        prices: the ticks of every mode.
 
     Returns:
-        The mode by which each state after the step was reached: [G, G + 1, ticks + 1].
+        The mode that leads to each state after the step, [G, G + 1, ticks + 1].
     """
     choice = np.zeros(next_states.shape, dtype=np.uint8)
     for mode, price in enumerate(prices):

@@ -1,4 +1,4 @@
-"""Schedules of a given interval or number of computing steps: uniform, even, spread, and the one of CacheQuant."""
+"""Schedules of a given interval or number of computing steps: uniform, even, spread, and the schedule of CacheQuant."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Array = npt.NDArray[np.float64]
 
 
 def uniform(steps: int, interval: int) -> list[bool]:
-    """Every ``interval``-th step computes, the first step always (FORA; the baseline of CacheQuant).
+    """Return a schedule in which every ``interval``-th step computes, from the first on (FORA; CacheQuant's baseline).
 
     Args:
-        steps: number of sampling steps T.
-        interval: steps from one computing step to the next; 1 computes every step.
+        steps: the number of sampling steps T.
+        interval: the steps from one computing step to the next; 1 computes every step.
 
     Returns:
-        Per step, whether it computes.
+        For each step, whether it computes.
 
     Raises:
         UsageError: there are no steps, or the interval is below 1.
@@ -29,17 +29,19 @@ def uniform(steps: int, interval: int) -> list[bool]:
 
 
 def even(steps: int, computing: int) -> list[bool]:
-    """A given number of computing steps in runs whose lengths differ by one at most; where T / N is whole, `uniform`.
+    """Return a schedule of a given number of computing steps, evenly spread; `uniform` where T / N is whole.
+
+    The gaps between computing steps differ by one step at most.
 
     Args:
-        steps: number of sampling steps T.
-        computing: number of computing steps, 1 to T.
+        steps: the number of sampling steps T.
+        computing: the number N of computing steps, 1 to T.
 
     Returns:
-        Per step, whether it computes.
+        For each step, whether it computes.
 
     Raises:
-        UsageError: there are no steps, or not as many as should compute.
+        UsageError: there are no steps, or the number of computing steps is out of range.
     """
     check_steps(steps)
     check_computing(computing, steps)
@@ -48,20 +50,20 @@ def even(steps: int, computing: int) -> list[bool]:
 
 
 def spread(steps: int, computing: int) -> list[bool]:
-    """A given number of computing steps, evenly spread.
+    """Return a schedule of a given number of computing steps, evenly spread, in which the first two steps compute.
 
-    From three computing steps on, the first two steps compute: a forecast needs two features, and early on they are
-    worth several dB. The others divide what follows into runs whose lengths differ by one at most.
+    From three computing steps on, the first two steps compute: a forecast needs two computed values, and early in the
+    trajectory they are worth several dB. The gaps between the other computing steps differ by one step at most.
 
     Args:
-        steps: number of sampling steps T.
-        computing: number of computing steps, 1 to T.
+        steps: the number of sampling steps T.
+        computing: the number of computing steps, 1 to T.
 
     Returns:
-        Per step, whether it computes.
+        For each step, whether it computes.
 
     Raises:
-        UsageError: there are no steps, or not as many as should compute.
+        UsageError: there are no steps, or the number of computing steps is out of range.
     """
     check_steps(steps)
     check_computing(computing, steps)
@@ -72,33 +74,33 @@ def spread(steps: int, computing: int) -> list[bool]:
 
 
 def dps(differences: Array, interval: int, *, window: bool = True) -> list[bool]:
-    """The dynamic-programming schedule of CacheQuant (CVPR 2025, arXiv 2503.01323).
+    """Return the dynamic-programming schedule of CacheQuant (CVPR 2025, arXiv 2503.01323).
 
-    With N = ``interval`` it cuts the T steps into K = ceil(T / N) groups, of which the first step computes and the
-    others reuse, and makes the summed feature differences least::
+    With N = ``interval`` it cuts the T steps into K = ceil(T / N) groups, in which the first step computes and the rest
+    reuse, and makes the summed feature differences least::
 
         D(i, j) = sum_{t=i+1}^{j-1} ||F_t - F_i||_1,  so that  D(i, j+1) = D(i, j) + ||F_j - F_i||_1
         M(n, 1) = D(0, n),   M(n, k) = min_s M(s, k-1) + D(s, n)
 
     Args:
-        differences: [T, T]; at [i, t] with t > i stands ||F_t - F_i||_1, where F_t is the full-precision feature at
-            step t. The rest is not read.
-        interval: steps a group on average, N.
-        window: whether group lengths keep to ceil(N / 2) .. 2 N, as in the paper.
+        differences: [T, T], at [i, t] with t > i the value ||F_t - F_i||_1, where F_t is the full-precision feature at
+            step t. Other values are not read.
+        interval: the average number of steps of a group, N.
+        window: whether group lengths are limited to ceil(N / 2) .. 2 N, as in the paper.
 
     Returns:
-        Per step, whether it computes.
+        For each step, whether it computes.
 
     Raises:
         UsageError: the differences are not a square of finite numbers, the interval is below 1, or the steps are
-            fewer than the window asks of a single group.
+            fewer than the window requires of a single group.
     """
     check_interval(interval)
     costs = group_costs(differences, interval if window else None)
     steps = len(differences)
     groups = -(-steps // interval)
     least = costs[0]
-    cuts: list[npt.NDArray[np.intp]] = []  # per further group and end n, where the group begins
+    cuts: list[npt.NDArray[np.intp]] = []  # for each further group and each end n, where the group begins
     for _ in range(groups - 1):
         totals = least[:-1, None] + costs  # [begin s, end n]
         cuts.append(totals.argmin(axis=0))
@@ -111,11 +113,11 @@ def dps(differences: Array, interval: int, *, window: bool = True) -> list[bool]
 
 
 def group_costs(differences: Array, interval: int | None) -> Array:
-    """D(i, j) [T, T + 1] of every group of steps i .. j - 1; infinite where there is no such group.
+    """Return D(i, j) [T, T + 1] of every group of steps i .. j - 1; infinite where no such group is allowed.
 
     Args:
         differences: [T, T], see `dps`.
-        interval: N of the window that group lengths keep to; None for no window.
+        interval: N of the window that limits group lengths; None for no window.
 
     Raises:
         UsageError: the differences are not a square of finite numbers, or of fewer steps than the shortest group.
@@ -126,7 +128,7 @@ def group_costs(differences: Array, interval: int | None) -> Array:
             f"feature differences of the shape {differences.shape}", hint="one row and one column for every step"
         )
     shortest, longest = (1, steps) if interval is None else (-(-interval // 2), 2 * interval)
-    if steps < shortest:  # any more steps can be cut into groups that the window allows
+    if steps < shortest:  # any larger number of steps can be cut into groups that the window allows
         raise UsageError(
             f"{steps} steps are too few for groups of {shortest} to {longest}",
             hint="turn the window off, or choose a smaller interval",
@@ -154,6 +156,6 @@ def check_interval(interval: int) -> None:
 
 
 def check_computing(computing: int, steps: int) -> None:
-    """Refuse a number of computing steps that there are not, with UsageError."""
+    """Refuse a number of computing steps that is out of range, with UsageError."""
     if not 1 <= computing <= steps:
         raise UsageError(f"{computing} computing steps of {steps}", hint=f"choose 1 to {steps}")

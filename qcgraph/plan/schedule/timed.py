@@ -1,4 +1,4 @@
-"""A schedule by timestep values: its text, and what becomes of it on the steps of another scheduler or step count."""
+"""A schedule by timestep values: its text, and its transfer to the steps of another scheduler or step count."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from qcgraph.errors import UsageError, closest, shown
 from qcgraph.plan.schedule.planner import CONDITIONAL
 
-COMPUTES_WORD = "full"  # what a plan file calls a step that computes; in a schedule it is None
-# The letters of a text and what they stand for; modes are as plan-cache names them.
+COMPUTES_WORD = "full"  # what a plan file calls a computing step; in a schedule it is None
+# The letters of a text and their modes, which are named as by plan-cache.
 MODES: dict[str, str | None] = {"F": None, "R": "reuse", "C": CONDITIONAL} | {
     str(number): f"reuse_{number}" for number in range(1, 10)
 }
@@ -22,7 +22,7 @@ _LETTERS = {mode: letter for letter, mode in MODES.items()}
 _WORDS = [mode or COMPUTES_WORD for mode in MODES.values()]
 _NUMBER = r"[0-9]{1,400}(?:\.[0-9]{1,400})?"
 _RUN = re.compile(rf"(?P<first>{_NUMBER})(?:-(?P<spacing>{_NUMBER}))?:(?P<letters>[FRC1-9]+)")
-MOST_CHARACTERS = 100_000  # of the text of a schedule; one of a thousand uneven steps has 7000
+MOST_CHARACTERS = 100_000  # the longest text of a schedule; a thousand uneven steps take 7000
 TEXT_HINT = (
     "980-20:FRR+900-30:FR is timesteps 980, 960, 940, then 900, 870; F computes, R reuses, 1 .. 9 reuse a later range, "
     "C computes the conditional half"
@@ -31,11 +31,11 @@ TEXT_HINT = (
 
 @dataclass(frozen=True)
 class TimedSchedule:
-    """What a trajectory does at which timestep value.
+    """The mode of a trajectory at each timestep value.
 
     Attributes:
         timesteps: the timestep values of the steps, falling.
-        modes: what each of them does: None computes, ``reuse``, ``reuse_1`` .. ``reuse_9`` reuse, ``conditional``
+        modes: the mode of each step: None computes, ``reuse``, ``reuse_1`` .. ``reuse_9`` reuse, ``conditional``
             computes the conditional half.
 
     Raises:
@@ -73,12 +73,12 @@ class TimedSchedule:
 
     @property
     def computing(self) -> int:
-        """How many steps compute."""
+        """The number of computing steps."""
         return self.modes.count(None)
 
     @property
     def text(self) -> str:
-        """One word: per run of evenly spaced timesteps the first one, the spacing, and a letter a step."""
+        """The schedule as one word: per run of evenly spaced timesteps the first, the spacing, and a letter a step."""
         runs, start = [], 0
         while start < len(self.timesteps):
             end = self._run_end(start)
@@ -91,10 +91,10 @@ class TimedSchedule:
 
     @classmethod
     def parse(cls, text: str) -> TimedSchedule:
-        """The inverse of `text`.
+        """Read a schedule from its `text`.
 
         Raises:
-            UsageError: the text is malformed, or not of a schedule that can run.
+            UsageError: the text is malformed, or its schedule cannot run.
         """
         timesteps: list[float] = []
         modes: list[str | None] = []
@@ -112,16 +112,17 @@ class TimedSchedule:
         return cls(tuple(timesteps), tuple(modes))
 
     def at(self, timesteps: Sequence[float]) -> tuple[str | None, ...]:
-        """The modes of other steps, computing as large a share of them and as densely at each time.
+        """Return modes for other steps: as large a share of them computes, as densely at each time.
 
-        Every computing step opens a run that lasts until the next one, the last run until one spacing after the last
-        timestep. Counted in runs, and linear in the timestep within each, time goes from 0 to the number of runs K.
-        With T' steps in the place of T, K' = K * T' / T of them compute (rounded, 1 at least): those nearest to the
-        times j * K / K', j = 0 .. K' - 1. The first step computes always, two that fall on one step take neighbours. A
-        step that reuses does so in the mode of the nearest step that does. At its own timesteps a schedule is itself.
+        Every computing step opens a run that lasts until the next computing step; the last run ends one spacing after
+        the last timestep. Time counts these runs from 0 to their number K, linear in the timestep within each. With T'
+        steps in place of T, K' = K * T' / T of them compute (rounded, at least 1): those nearest to the times j * K /
+        K', j = 0 .. K' - 1. The first step always computes; two times that fall on one step take neighbouring steps. A
+        reusing step has the mode of the nearest reusing step of this schedule. At its own timesteps the result is the
+        schedule itself.
 
         Args:
-            timesteps: those of the other steps, falling.
+            timesteps: the timestep values of the other steps, falling.
         """
         times = np.asarray(timesteps, dtype=np.float64)
         own = np.asarray(self.timesteps, dtype=np.float64)
@@ -138,7 +139,7 @@ class TimedSchedule:
         )
 
     def _run_end(self, start: int) -> int:
-        """Where the evenly spaced timesteps that begin at a step end."""
+        """Return where the run of evenly spaced timesteps that begins at a step ends."""
         if start + 1 == len(self.timesteps):
             return start + 1
         first, spacing = self.timesteps[start], self.timesteps[start] - self.timesteps[start + 1]
@@ -149,7 +150,7 @@ class TimedSchedule:
 
 
 def _distinct(positions: list[int], steps: int) -> set[int]:
-    """Rising positions, the first moved to step 0 and each other one as little as makes them differ."""
+    """Return distinct positions: the first is moved to step 0, and each later one is moved as little as possible."""
     moved = [0, *positions[1:]]
     for place in range(1, len(moved)):
         moved[place] = max(moved[place], moved[place - 1] + 1)
@@ -160,5 +161,5 @@ def _distinct(positions: list[int], steps: int) -> set[int]:
 
 
 def _number(value: float) -> str:
-    """The shortest decimal number that is this value."""
+    """Return the shortest decimal number that equals this value."""
     return np.format_float_positional(value, trim="-")
