@@ -70,7 +70,7 @@ class FitRequantization(Pass):
             return dict(planned)
         cache = program.facts.get(CachePlan)
         after = {value.last_block + 1 for value in cache.values if not value.is_guidance} if cache else set()
-        blocks = find_blocks(program.variants[next(iter(program.variants))])
+        blocks = find_blocks(program.variants[program.computing])
         paths = tuple(f"{blocks[index].path}." for index in after if index < len(blocks))
         found = {name: quant for name, quant in planned.items() if paths and name.startswith(paths)}
         if not found:

@@ -95,7 +95,7 @@ def sample_command(
     save_grid(latents, output, columns, is_image=spec.is_image)
     _print_result(output, labels, columns)
     if save_latents is not None:
-        _save_latents(save_latents, latents, conditions, seed)
+        _save_latents(save_latents, latents, conditions, spec, seed)
         print(save_latents)
 
 
@@ -166,11 +166,14 @@ def _print_result(output: Path, labels: Sequence[int], columns: int) -> None:
         print(f"{'classes' if start == 0 else '':8}{row}")
 
 
-def _save_latents(path: Path, latents: Array, conditions: Conditions, seed: int) -> None:
+def _save_latents(path: Path, latents: Array, conditions: Conditions, spec: ModelSpec, seed: int) -> None:
     import numpy as np
 
     from qcgraph.files.atomic import writing_file
 
     with writing_file(path) as partial:
-        labels = next((conditions.values[name] for name in conditions.values), np.empty(0, dtype=np.int64))
-        np.savez(partial, latents=latents, labels=labels, seed=np.asarray(seed))
+        told = {
+            "labels" if spec.label is not None and name == spec.label.name else name: values
+            for name, values in conditions.values.items()
+        }
+        np.savez(partial, latents=latents, seed=np.asarray(seed), **told)

@@ -355,8 +355,9 @@ def _captured(
     progress.note(f"loading {model}" if isinstance(model, str) else f"taking {model.spec.name}")
     with timer.stage(f"load{suffix}"):
         loaded = load_model(model) if isinstance(model, str) else check_loaded(model)
-    progress.note("capturing with torch.export")
     sampling = recipe.sampling
+    _check_guidance(loaded.spec, sampling.guidance)
+    progress.note("capturing with torch.export")
     with timer.stage(f"capture{suffix}"):
         program = capture(loaded.module, loaded.spec, loaded.input_names)
         plan = make_step_plan(
@@ -365,6 +366,20 @@ def _captured(
         if not again:
             check_meaning(program, loaded.module, loaded.input_names, plan)
     return loaded, program.with_facts(plan)
+
+
+def _check_guidance(spec: ModelSpec, weight: float) -> None:
+    """Refuse guidance for a model without an unconditional half.
+
+    Raises:
+        UsageError: no condition of the model has a null value.
+    """
+    if weight != 1.0 and not spec.is_guided:
+        raise UsageError(
+            f"guidance {weight:g} needs an unconditional half, and no condition of {spec.name} has a null value",
+            where="sampling.guidance",
+            hint="sample with --guidance 1; or give a condition of the spec its null value",
+        )
 
 
 def _loaded_again(

@@ -36,6 +36,7 @@ from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import PREDICTION_NAME
 from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
+from qcgraph.sampling.conditions import of_labels
 from qcgraph.sampling.loop import sample
 from qcgraph.sampling.noise import Noise
 from qcgraph.sampling.runner import Runner
@@ -443,7 +444,7 @@ def test_a_multistep_solver(small_digits: Path, tmp_path: Path) -> None:
     assert run(["compile", str(small_digits), "-o", str(tmp_path / "digits"), *options]) == 0
     assert run(["eval", str(tmp_path / "digits"), *JUDGING.split()]) == 0
     bundle, model = Bundle.open(tmp_path / "digits"), load_model(str(small_digits))
-    expected = sample_with("dpmsolver++", 12, 1.5, EagerRunner(model), model.spec, LABELS, 5)
+    expected = sample_with("dpmsolver++", 12, 1.5, EagerRunner(model), model.spec, of_labels(LABELS, model.spec), 5)
     error = draw(bundle, "onnxruntime") - expected
     assert np.linalg.norm(error) / np.linalg.norm(expected) < 0.1
 
@@ -502,3 +503,14 @@ def test_a_recipes_own_pipeline(tiny_model: LoadedModel, tmp_path: Path) -> None
     passes = ["plan-cache{interval=2 blocks=1..1}", "insert-cache", "lower-linear"]  # the last is the target's
     assert [record["text"] for record in bundle.history] == passes
     assert bundle.plan.variants == ("full", "reuse")
+
+
+def test_guidance_needs_a_null_value(tiny_model: LoadedModel) -> None:
+    """Before anything is captured: without a null value both halves would be the same."""
+    (label,) = tiny_model.spec.conditions
+    spec = replace(tiny_model.spec, conditions=(replace(label, null=None),))
+    model = replace(tiny_model, spec=spec)
+    with pytest.raises(UsageError, match="guidance 1.5 needs an unconditional half") as caught:
+        compile_model(model, Recipe().override(guidance=1.5, bits="off", steps=2), None, dry_run=True)
+    assert "--guidance 1" in str(caught.value.hint)
+    assert compile_model(model, Recipe().override(guidance=1.0, bits="off", steps=2), None, dry_run=True).bundle is None
