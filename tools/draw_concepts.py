@@ -1,4 +1,4 @@
-"""Draw docs/concepts.svg: the steps of a trajectory, the variant that each of them runs, and the timestep groups.
+"""Draw docs/concepts.svg: the steps of a trajectory, their cache schedule, and the timestep groups.
 
 usage: python tools/draw_concepts.py [docs/concepts.svg]
 
@@ -13,13 +13,13 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-COMPUTES = "FRRFRRRFRRFR"  # the variant of each step: F computes, R reuses
+SCHEDULE = "FRRFRRRFRRFR"  # the cache schedule: F computes, R reuses
 GROUPS = (0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2)
 TIMESTEPS = tuple(range(979, -1, -89))
 LEFT, WIDTH, CELL = 196, 46, 34  # pixels: of the labels, from step to step, of a square
 STEPS, COMPUTING, REUSING, GROUP, ROW = 40, 86, 162, 226, 274  # pixels: the upper edge of every line
 TEXT, BLUE, ORANGE, GREEN = "#77808b", "#2f76c7", "#c2701a", "#2e8b57"
-SIZE = (LEFT + WIDTH * len(COMPUTES) + 16, 344)
+SIZE = (LEFT + WIDTH * len(SCHEDULE) + 16, 364)
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def drawing() -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         f'font-family="DejaVu Sans, Helvetica, Arial, sans-serif" font-size="13" fill="{TEXT}" role="img">'
     )
-    title = "<title>Steps of a trajectory: each runs one variant and belongs to one timestep group</title>"
+    title = "<title>The step plan of a trajectory: each step runs one variant and belongs to one timestep group</title>"
     arrow = (
         '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         f'<path d="M0,0 L8,4 L0,8 z" fill="{TEXT}"/></marker></defs>'
@@ -47,8 +47,8 @@ def drawing() -> str:
 def labels() -> Iterator[str]:
     """Yield what stands to the left of every line, and the direction of sampling above all of them."""
     yield text(LEFT, 18, "noise", anchor="start")
-    yield text(x(len(COMPUTES) - 1) + CELL, 18, "image", anchor="end")
-    yield line(LEFT + 46, 14, x(len(COMPUTES) - 1) + CELL - 46, 14)
+    yield text(x(len(SCHEDULE) - 1) + CELL, 18, "image", anchor="end")
+    yield line(LEFT + 46, 14, x(len(SCHEDULE) - 1) + CELL - 46, 14)
     for top, first, second in (
         (STEPS, "step", "its timestep below"),
         (COMPUTING, "computing variant", "runs all stages, stores"),
@@ -62,7 +62,7 @@ def labels() -> Iterator[str]:
 
 def steps() -> Iterator[str]:
     """Yield the number and timestep of every step, and a square on the line of the variant that it runs."""
-    for index, (letter, timestep) in enumerate(zip(COMPUTES, TIMESTEPS, strict=True)):
+    for index, (letter, timestep) in enumerate(zip(SCHEDULE, TIMESTEPS, strict=True)):
         middle, computes = x(index) + CELL / 2, letter == "F"
         yield text(middle, STEPS + 12, str(index), weight="bold")
         yield text(middle, STEPS + 27, str(timestep), size=11)
@@ -72,7 +72,7 @@ def steps() -> Iterator[str]:
 def caches() -> Iterator[str]:
     """Yield an arrow from every computing step to each step that reuses what it stored."""
     source = 0
-    for index, letter in enumerate(COMPUTES):
+    for index, letter in enumerate(SCHEDULE):
         if letter == "F":
             source = index
             continue
@@ -89,9 +89,10 @@ def groups() -> Iterator[str]:
 
 def rows() -> Iterator[str]:
     """Yield the row of every step, and the legend."""
-    for index in range(len(COMPUTES)):
+    for index in range(len(SCHEDULE)):
         yield text(x(index) + CELL / 2, ROW + 17, str(index))
-    yield text(LEFT, ROW + 56, "arrow: a cached value, from its computing step to a reusing step", "start")
+    yield text(LEFT, ROW + 56, f"{SCHEDULE}: the cache schedule, F computes and R reuses", "start")
+    yield text(LEFT, ROW + 76, "arrow: a cached value, from its computing step to a reusing step", "start")
 
 
 def x(step: int) -> float:
