@@ -1,4 +1,4 @@
-"""apply-plan: set what every step does from a given schedule."""
+"""apply-plan: set what every step does from a given cache schedule."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ LONGEST_PLAN = 100_000  # characters, enough for thousands of steps that each ha
 
 @dataclass(frozen=True)
 class ApplyPlan(Pass):
-    """Let every step do what a given schedule does at its timestep, even if the schedule was made for other steps.
+    """Let every step do what a given cache schedule does at its timestep, even one made for other steps.
 
     At the timesteps that the schedule was made for, the result is the schedule itself. At other timesteps, as large a
     share of the steps computes, as densely at each time (see `qcgraph.plan.schedule.TimedSchedule.at`). rehearse-steps
     measures what this does to the images.
 
     Attributes:
-        plan: the schedule, such as ``980-20:FRRFR``: per run of timesteps the first, their spacing, a letter a step.
+        plan: the cache schedule, such as ``980-20:FRRFR``: per run of timesteps the first, the spacing, a letter a step.
     """
 
     name: ClassVar[str] = "apply-plan"
@@ -45,7 +45,7 @@ class ApplyPlan(Pass):
             raise UsageError(error.message, where=f"pass {self.name}, option plan", hint=error.hint) from None
 
     def check(self, captured: Program) -> None:
-        """Refuse an empty schedule."""
+        """Refuse an empty cache schedule."""
         if not self.plan:
             raise UsageError("there is no plan to follow", hint=TEXT_HINT)
 

@@ -1,4 +1,4 @@
-"""plan-cache: decide which values are cached, which variants reuse them, and the first schedule."""
+"""plan-cache: decide which values are cached, which variants reuse them, and the first cache schedule."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MOST_BYTES = 2**63 - 1
 
 @dataclass(frozen=True)
 class PlanCache(Pass):
-    """Decide what computing steps cache, which variants reuse it, and a schedule to begin with.
+    """Decide what computing steps cache, which variants reuse it, and a cache schedule to begin with.
 
     Cached is the change of the residual stream over a range of blocks, or the output of every branch in it before its
     gate (FORA, Learning-to-Cache), or, with ``guidance`` in the place of a range, the difference of the noise
     predictions of both halves of guidance. Each range has a variant of its own; a step takes one of them or computes.
-    The schedule is uniform (FORA; CacheQuant's baseline) or, for a budget, has as many evenly spread computing steps as
-    it allows; plan-steps can find a better one once the variants exist.
+    The cache schedule is uniform (FORA; CacheQuant's baseline) or, for a budget, has as many evenly spread computing
+    steps as it allows; plan-steps can find a better one once the variants exist.
 
     Attributes:
         interval: steps from one computing step to the next; 1 computes every step.

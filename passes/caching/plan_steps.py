@@ -33,7 +33,7 @@ PLACES = 60  # pairs of computing steps that a skipped step is measured from, ab
 
 @dataclass(frozen=True)
 class PlanSteps(Pass):
-    """Find the schedule that changes the images least, by dynamic programming over measured errors, then by climbing.
+    """Find the cache schedule that changes the images least, by dynamic programming over measured errors.
 
     ``joint``: the error of skipping a step, in every mode and from every pair of last computing steps, is measured on
     recorded trajectories of the program as it is (quantized or not) by running the variant itself, and weighted by the
@@ -51,7 +51,7 @@ class PlanSteps(Pass):
         weighting: weight an error at a step by the ``solver``'s coefficient of the prediction there, or by its
             ``measured`` effect on the final latent, which takes longer.
         gap: the most steps from a computing step to the next one, and to a step that reuses it.
-        rounds: the schedules to try by climbing. On few trajectories, climbing overfits to them; off by default.
+        rounds: the cache schedules to try by climbing. On few trajectories, climbing overfits to them; off by default.
         trajectories: how many to measure on; by default as many as a fixed amount of arithmetic allows, 2 to 16.
         seed: the seed of the trajectories.
     """

@@ -1,4 +1,4 @@
-"""rehearse-steps: measure what the schedule does to the final latents."""
+"""rehearse-steps: measure what the cache schedule does to the final latents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qcgraph.plan.steps import StepPlan
 
 @dataclass(frozen=True)
 class RehearseSteps(Pass):
-    """Measure what reusing does to the final latents, under the schedule and under an even one of the same cost.
+    """Measure what reusing does to the final latents, under the cache schedule and an even one of the same cost.
 
     Trajectories on which every step computes are recorded on the program as it is (quantized or not), and sampled again
     under both schedules with forecasts that are fitted to them. The even schedule has as many computing steps, and its

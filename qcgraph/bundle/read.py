@@ -282,7 +282,7 @@ def decode_plan(data: Any) -> tuple[ModelSpec, StepPlan, dict[str, Interface]]:
         ValueError: the data has another shape.
     """
     if data["format"] != PLAN_FORMAT:
-        raise BundleError(f"has format {data['format']!r:.40}, not {PLAN_FORMAT}", where=PLAN, hint="upgrade qcgraph")
+        raise BundleError(f"has format {data['format']!r:.40}, not {PLAN_FORMAT}", where=PLAN, hint=AGAIN)
     _check_finite(data["plan"])
     interfaces = {name: decode(Interface, value) for name, value in data["variants"].items()}
     for name in interfaces:

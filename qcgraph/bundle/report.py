@@ -35,7 +35,7 @@ class VariantReport(_Part):
 
 
 class PlannedSchedule(_Part):
-    """How a schedule was found."""
+    """How a cache schedule was found."""
 
     strategy: str = Field(description="`joint` or `dps`")
     spent: float = Field(description="its cost relative to computing every step")
@@ -45,7 +45,7 @@ class PlannedSchedule(_Part):
     expected_error: Figure = Field(
         description="mean squared error of the final latent that the errors of skipped steps add up to"
     )
-    rehearsed_error: Figure = Field(description="the same error, of trajectories sampled under the schedule")
+    rehearsed_error: Figure = Field(description="the same error, of trajectories sampled under the cache schedule")
 
 
 class ForecastReport(_Part):
@@ -58,13 +58,15 @@ class ForecastReport(_Part):
 
 
 class CacheReport(_Part):
-    """What is cached, by which schedule, and how well steps that reuse do."""
+    """What is cached, by which cache schedule, and how well steps that reuse do."""
 
     schedule: str = Field(description="the variant of every step, a letter each")
     values: dict[str, str] = Field(description="per cached tensor, what it is")
     modes: dict[str, tuple[str, ...]] = Field(description="per variant that reuses, the cached tensors it takes")
     history: int = Field(description="computed values of each tensor that are kept")
-    planned: PlannedSchedule | None = Field(description="how the schedule was found; null where it is even or given")
+    planned: PlannedSchedule | None = Field(
+        description="how the cache schedule was found; null where it is even or given"
+    )
     forecast: ForecastReport | None = Field(description="how well values are forecast; null where none is")
 
 
@@ -92,7 +94,7 @@ class PassReport(_Part):
 
 
 class GivenPlan(_Part):
-    """What became of a schedule that was given."""
+    """What became of a cache schedule that was given."""
 
     source: str = Field(description="the bundle or plan that it was taken from")
     schedule: str = Field(description="the schedule, as text")
@@ -156,7 +158,7 @@ class CompileReport(_Part):
         description="largest relative drift of a standard deviation that compensation corrects; null without it"
     )
     passes: tuple[PassReport, ...] = Field(description="the passes that ran, in order")
-    given_plan: GivenPlan | None = Field(None, description="what became of a given schedule; null without one")
+    given_plan: GivenPlan | None = Field(None, description="what became of a given cache schedule; null without one")
     notes: tuple[str, ...] = Field((), description="the notes that were printed for the user")
     estimate: EstimateReport | None = Field(None, description="what compiling will take; null but for a dry run")
     cached_edges: tuple[EdgeReport, ...] = Field((), description="change and noise of every cached tensor")

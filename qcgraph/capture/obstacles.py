@@ -19,7 +19,7 @@ from qcgraph.plan.spec import ModelSpec
 _OWN = (Path(torch.__file__).parent, Path(__file__).parents[1], Path(torch.utils.__file__).parent)
 _LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<code>[^\n]*)')
 _CONSTANT = re.compile(r"to be a constant \((\d+)\)")
-TABLE = "LEGAL_OPERATORS in qcgraph/ir.legal_operators.py"
+TABLE = "LEGAL_OPERATORS in qcgraph/ir/legal_operators.py"
 
 
 def refuse_module(module: nn.Module, spec: ModelSpec) -> None:

@@ -54,12 +54,12 @@ def compile_command(
         str | None,
         typer.Option(
             metavar="budget=F|interval=N|dps=N|off",
-            help="The best schedule at a fraction of the cost, or every N-th step computes and the others reuse.",
+            help="The best cache schedule at a fraction of the cost, or every N-th step computes and the others reuse.",
         ),
     ] = None,
     plan: Annotated[
         Path | None,
-        typer.Option(metavar="BUNDLE|FILE", help="Take the schedule of another bundle, or one that you wrote."),
+        typer.Option(metavar="BUNDLE|FILE", help="Take the cache schedule of another bundle, or one that you wrote."),
     ] = None,
     forecast: Annotated[
         str | None,

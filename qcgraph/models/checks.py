@@ -103,6 +103,13 @@ def check_spec(spec: ModelSpec, where: str) -> None:
                 where=where,
                 hint="its values are whole numbers; the null value of a class label is the row after its classes",
             )
+    for condition in spec.conditions:
+        if condition.dtype == "i64" and condition.count is None:
+            raise UsageError(
+                f"the condition {condition.name} is of integers, and has no count",
+                where=where,
+                hint="give it a count: its values are then 0 to count - 1",
+            )
     if spec.output_channels < spec.latent_shape[0]:
         raise UsageError(
             f"output_channels {spec.output_channels} are fewer than the {spec.latent_shape[0]} of the latent",

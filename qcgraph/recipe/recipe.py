@@ -159,8 +159,8 @@ class Cache(_Section):
     schedule: Annotated[str, _fits(_INTERVAL, _BUDGET, _PLAN, word="off"), AfterValidator(_readable_plan)] = Field(
         "off",
         description="off; interval=N: every N-th step computes, the others reuse; dps=N: as many computing steps, "
-        "placed by CacheQuant's rule; budget=F: the best schedule at the fraction F of the cost, 0.3 for example; or "
-        "plan=TEXT: a given schedule, such as 980-20:FRRF (see qcgraph passes apply-plan)",
+        "placed by CacheQuant's rule; budget=F: the best cache schedule at the fraction F of the cost, 0.3 for "
+        "example; or plan=TEXT: a given cache schedule, such as 980-20:FRRF (see qcgraph passes apply-plan)",
     )
     forecast: str = Field(
         "auto",
@@ -192,7 +192,7 @@ class Cache(_Section):
         0,
         ge=0,
         le=MOST_COUNT,
-        description=f"schedules to try by hill climbing under a budget, 0 or more, {MOST_COUNT} at most",
+        description=f"cache schedules to try by hill climbing under a budget, 0 or more, {MOST_COUNT} at most",
     )
 
 

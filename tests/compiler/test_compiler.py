@@ -510,7 +510,7 @@ def test_guidance_needs_a_null_value(tiny_model: LoadedModel) -> None:
     (label,) = tiny_model.spec.conditions
     spec = replace(tiny_model.spec, conditions=(replace(label, null=None),))
     model = replace(tiny_model, spec=spec)
-    with pytest.raises(UsageError, match="guidance 1.5 needs an unconditional half") as caught:
+    with pytest.raises(UsageError, match=r"guidance 1\.5 needs an unconditional half") as caught:
         compile_model(model, Recipe().override(guidance=1.5, bits="off", steps=2), None, dry_run=True)
     assert "--guidance 1" in str(caught.value.hint)
     assert compile_model(model, Recipe().override(guidance=1.0, bits="off", steps=2), None, dry_run=True).bundle is None

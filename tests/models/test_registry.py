@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 from qcgraph.models import Judge, LoadedModel, load_model
-from qcgraph.plan.spec import ModelSpec, NoiseSchedule, class_label
+from qcgraph.plan.spec import Condition, ModelSpec, NoiseSchedule, class_label
 
 def brightness(images):
     return images.mean(axis=(2, 3))
@@ -91,6 +91,8 @@ def taken_name():
     return with_spec(conditions=(class_label(2, name="timestep"),))
 def twice():
     return with_spec(conditions=(class_label(2), class_label(3)))
+def uncounted():
+    return with_spec(conditions=(Condition("label", "i64"),))
 def flat():
     return with_spec(latent_shape=(1, 0, 4))
 def two():
@@ -310,6 +312,7 @@ def test_factory_may_supply_a_judge(factory_module: str) -> None:
         ("factory_of_test:uses_qcgraph", "unknown model"),
         ("raising_of_test:factory", "importing raising_of_test raised RuntimeError: no GPU ("),
         ("leaving_of_test:factory", "importing leaving_of_test raised SystemExit: 1 ("),
+        ("factory_of_test:uncounted", "the condition label is of integers, and has no count"),
         ("factory_of_test:negative", "conditions.0.count = -1 of its spec does not fit"),
         ("factory_of_test:negative_null", "the null value -1 of the condition 'class_label' is no index"),
         ("factory_of_test:broken_null", "the null value 1.5 of the condition 'class_label' is no index"),
