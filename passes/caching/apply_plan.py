@@ -26,7 +26,8 @@ class ApplyPlan(Pass):
     measures what this does to the images.
 
     Attributes:
-        plan: the cache schedule, such as ``980-20:FRRFR``: per run of timesteps the first, the spacing, a letter a step.
+        plan: the cache schedule, such as ``980-20:FRRFR``: per run of timesteps the first, the spacing, and a letter
+            a step.
     """
 
     name: ClassVar[str] = "apply-plan"
