@@ -21,7 +21,7 @@ from qcgraph.plan.spec import Interface
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 
-COMPUTE_CAPABILITIES = ("8.9", "12.0")  # built for, where the library builds ahead of time
+COMPUTE_CAPABILITIES = ("8.9", "12.0")  # targets of builds, if the library builds ahead of time
 ATTENTION = ("Attention", "Softmax")  # every attention has one of these nodes, whether it is whole or in parts
 CONTROL = ("If", "Loop", "Scan")
 BUILT, PRODUCTS, FUSED, JUMPS = "engines", "8-bit products", "fused attention", "conditional jumps"
@@ -42,7 +42,7 @@ class Library:
 
     @classmethod
     def load(cls, name: str) -> Library:
-        """Load the library with the name of its target.
+        """Load a library by the name of its target.
 
         Raises:
             UsageError: the library is not installed, or cannot be loaded here.

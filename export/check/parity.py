@@ -36,13 +36,13 @@ ROUNDINGS = 3.0
 # last place of float32, the type of these computations whatever the type around them.
 FUNCTIONS = 16 * 2.0**-24
 NEAR = 0.5  # share of the limit from which a result is compared with further legal roundings
-STANDARD_ERRORS = 3.0  # excess of a root mean square over its limit that is certain, given the number of samples
+STANDARD_ERRORS = 3.0  # standard errors that are added to the expected effect of flips over the samples
 MAGNIFIED = 64.0  # factor of noise that shows the effect of flips where few samples have one
 STEPS = 4  # number of steps that a variant is compared at; two for large models
-SAMPLES = 256  # per step, fewer for large models; in a small model few samples have a flip
+SAMPLES = 256  # samples per step, fewer for large models; in a small model few samples have a flip
 MACS = 10e9  # multiply-accumulates that one run of a step's samples may cost
 TOGETHER = 16  # number of sites whose values are held at once
-SLOWNESS = {"f16": 8}  # PyTorch's time on a CPU relative to float32; slow types compare fewer samples
+SLOWNESS = {"f16": 8}  # approximate time of PyTorch on a CPU relative to float32; slow types compare fewer samples
 
 
 @dataclass(frozen=True)
@@ -185,9 +185,9 @@ def check_outputs(program: Program, variant: str, runner: OnnxRuntimeRunner, dra
 class _Flips:
     """The distances that flipped codes cause in an output, over samples.
 
-    In a small model few samples have a flip, perhaps none in the program and one in the graph. Under a multiple of the
-    noise that multiple of samples has one, so rare flips show their size too. Where flips are frequent, their effect
-    grows by less than that multiple.
+    In a small model few samples have a flip, perhaps none in the program and one in the graph. Noise magnified by a
+    factor gives that many times as many flips, so rare flips show their size too. Where flips are frequent, their
+    effect grows by less than this factor.
     """
 
     def __init__(self) -> None:
@@ -225,7 +225,7 @@ class _Flips:
 
 
 def _limit(roundings: Sequence[float], flips: _Flips) -> float:
-    """Return what the root mean square of the distances must not exceed.
+    """Return the limit of the root mean square of the distances.
 
     Roundings are alike in all samples. Flips are events: the expected number of them may come, plus some standard
     errors, plus one, because an expected number below one still means that one may come.

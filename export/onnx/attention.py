@@ -114,7 +114,7 @@ def _unpacked(attention: ir.Node) -> tuple[ir.Value, int] | None:
 
 
 def _part(value: ir.Value | None) -> tuple[ir.Node, int] | None:
-    """Return the transpose whose slice along the first axis a value is, and the index of the slice."""
+    """Return the transpose that a value is a slice of, along the first axis, and the index of the slice."""
     from onnxscript import ir
 
     squeeze = _maker(value)

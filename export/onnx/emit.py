@@ -51,7 +51,7 @@ def emit_onnx(
         opset: the ONNX opset.
         progress: reports the variants.
         integer_products: whether quantized products multiply integers (see `qcgraph.export.targets.Target`).
-        heads_in_place: whether attention takes its heads where the projection puts them (see `Target` too).
+        heads_in_place: whether attention takes its heads where the projection puts them (see `Target`).
         quantizers_apart: whether every product has its own quantizer (see `part_quantizers`).
 
     Returns:

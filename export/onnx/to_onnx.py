@@ -35,7 +35,7 @@ from qcgraph.quiet import quiet
 if TYPE_CHECKING:
     from onnxscript import ir
 
-EXAMPLE_BATCH = 4  # neither the batch nor its half may be 1, which torch.export takes for a constant
+EXAMPLE_BATCH = 4  # even, and neither the batch nor its half is 1, which torch.export takes for a constant
 _SOURCE = "qcgraph_source"  # metadata of a copied node: the name of the node in the program
 _NODE = re.compile(r"%(\w+) :")
 

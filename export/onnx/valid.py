@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def problem_of(path: Path) -> str | None:
-    """Return what the full check of onnx finds wrong with a graph file, or None for a valid one."""
+    """Return the error that the full check of onnx finds in a graph file, or None for a valid one."""
     import onnx
 
     try:

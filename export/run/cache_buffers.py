@@ -26,7 +26,7 @@ class HeldBuffer:
 
 
 class Buffers:
-    """The buffers of one cache tensor: as many as were ever held at once.
+    """The buffers of one cache tensor; their number is the largest that was ever held at once.
 
     The first free one is taken, so that consecutive trajectories use the same addresses in the same order. CUDA graphs
     are captured for fixed addresses.

@@ -211,8 +211,8 @@ def session_options(threads: int | None, *, exact: bool = False) -> Any:
     options.log_severity_level = 3  # errors only; warnings are about sound graphs
     if threads is not None:
         options.intra_op_num_threads = threads
-    # The variants take turns: spinning threads of one that waits would take the cores of the other. (On two cores, a
-    # computing step that takes turns with a reusing one then takes 1.7 times as long.)
+    # The variants take turns: spinning threads of a waiting variant would take the cores of the running one. (On two
+    # cores, a computing step that takes turns with a reusing one then takes 1.7 times as long.)
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if exact:
         options.add_session_config_entry("session.x64quantprecision", "1")

@@ -226,7 +226,7 @@ class _Contexts:
             config.cuda_graph_strategy = module.CudaGraphStrategy.DISABLED
         with suppress(BundleError):  # the file does not exist yet
             content = read_file(self._file.parent, self._file.name)
-            self._kept = len(content) if self._kernels.deserialize(content) else 0  # of another driver: compiled anew
+            self._kept = len(content) if self._kernels.deserialize(content) else 0  # 0: another driver's, compiled anew
         for config in self._configs.values():
             config.set_runtime_cache(self._kernels)
 

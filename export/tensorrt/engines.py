@@ -53,8 +53,7 @@ def build_engines(
         capabilities: compute capabilities of GPUs, such as ``8.9``; by default that of the GPU of this machine.
         output: the folder to write; by default ``engines`` in the bundle.
         batch: the batches that the engines take (see `batch_for`); by default one to eight samples.
-        provider: a name in `qcgraph.export.tensorrt.provider.LIBRARIES`; by default the bundle's runtime if it is
-            there, else ``tensorrt-rtx``.
+        provider: a name in `qcgraph.export.tensorrt.provider.LIBRARIES`; see `default_provider`.
         force: whether existing engines are replaced.
         progress: reports the engines.
 
@@ -96,7 +95,7 @@ def build_engines(
 
 
 def default_provider(bundle: Bundle) -> str:
-    """Return the provider that builds the engines of a bundle: its runtime, else TensorRT-RTX."""
+    """Return the provider for a bundle: the runtime of its target where that is a provider, else TensorRT-RTX."""
     runtime = target_of(bundle).runtime
     return runtime if runtime in tensorrt.LIBRARIES else "tensorrt-rtx"
 

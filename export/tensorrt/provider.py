@@ -62,7 +62,7 @@ class NodeProblem:
 
     Attributes:
         node: the node's name; empty where TensorRT does not say.
-        operator: the node's ONNX operator; empty likewise.
+        operator: the node's ONNX operator; empty where TensorRT does not say.
         reason: TensorRT's message.
     """
 
@@ -225,7 +225,7 @@ def _check_interface(network: Any, interface: Interface, graph: Path) -> None:
 def timings_of(config: Any, earlier: bytes) -> Any:
     """Return the timing cache of a build: the earlier one, or an empty one if the earlier is unfit.
 
-    It must live as long as the build.
+    The cache must live as long as the build.
     """
     for content in (earlier, b""):
         cache = config.create_timing_cache(content)

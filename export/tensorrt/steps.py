@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-PROBED_VERSIONS = ("1.7",)  # of TensorRT-RTX: versions whose probe results were compared with known engines
+PROBED_VERSIONS = ("1.7",)  # versions of TensorRT-RTX whose probe results were compared with known engines
 
 _PROGRAM = b"header {\n  version = "
 _SECTION = re.compile(r"^(\w+) \{\n(.*?)^\}$", re.MULTILINE | re.DOTALL)

@@ -56,8 +56,7 @@ class Engine(BaseModel):
         seconds: seconds that building it took.
         layers: number of layers in the network before fusion.
         steps: number of steps after fusion. This field and the next four are None where the engine does not show them.
-        quantized_gemms: number of steps that are 8-bit matrix products; products that share an activation may be
-            merged.
+        quantized_gemms: number of 8-bit matrix products in them; products that share an activation may be merged.
         not_quantized: nodes of the graph that multiply quantized values and became no part of an 8-bit product.
         fused_attention: number of steps that are fused attention kernels.
         conditional_jumps: number of jumps in the engine that depend on a value.

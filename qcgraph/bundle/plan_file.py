@@ -186,7 +186,7 @@ def _timestep(key: str, where: str) -> float:
 
 
 def _check_steps(plan: Any, where: str) -> None:
-    """Refuse a ``plan.json`` with a misspelled key of a step, whose value would silently be the default."""
+    """Refuse a ``plan.json`` with a misspelled key of a step, since the step would silently keep a default."""
     known = {item.name for item in fields(Step)}
     steps = plan.get("steps") if isinstance(plan, dict) else None
     for index, step in enumerate(steps if isinstance(steps, list) else ()):

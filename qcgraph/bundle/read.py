@@ -104,8 +104,8 @@ class Bundle:
             check: whether every file must be present and unchanged; else each file is checked when it is read.
 
         Raises:
-            BundleError: it is no bundle, was written by another version, or a file, which is named, is missing or
-                changed.
+            BundleError: the folder is not a bundle or of another version, or a file is missing or changed; names the
+                file.
         """
         path = Path(path)
         for _ in range(_ATTEMPTS):
@@ -275,7 +275,7 @@ def is_bundle(path: Path | str) -> bool:
 
 
 def decode_plan(data: Any) -> tuple[ModelSpec, StepPlan, dict[str, Interface]]:
-    """Return what ``plan.json`` holds: the model, the steps, and the interface of every variant.
+    """Return the content of ``plan.json``: the model, the steps, and the interface of every variant.
 
     Raises:
         BundleError: the format is another one, or a number is impossible for a model, a step or an interface.

@@ -28,14 +28,14 @@ class _Part(BaseModel):
 
 
 class VariantReport(_Part):
-    """How often a graph runs, and what it computes."""
+    """The number of runs of a graph, and the work of each."""
 
     steps: int = Field(description="sampling steps that run it")
     macs: int = Field(description="multiply-accumulates a sample and step")
 
 
 class PlannedSchedule(_Part):
-    """How a cache schedule was found."""
+    """The measurements that decided a cache schedule."""
 
     strategy: str = Field(description="`joint` or `dps`")
     spent: float = Field(description="its cost relative to computing every step")
@@ -49,7 +49,7 @@ class PlannedSchedule(_Part):
 
 
 class ForecastReport(_Part):
-    """How well cached values are forecast: relative errors, over steps and cached values."""
+    """The relative errors of forecasts, over steps and cached values."""
 
     kind: str = Field(description="`affine`, `taylor`, `dec` or `reuse`")
     error: float = Field(description="root mean square of the errors of the forecasts")
@@ -58,7 +58,7 @@ class ForecastReport(_Part):
 
 
 class CacheReport(_Part):
-    """What is cached, by which cache schedule, and how well steps that reuse do."""
+    """The cached values, the cache schedule, and the errors of reusing steps."""
 
     schedule: str = Field(description="the variant of every step, a letter each")
     values: dict[str, str] = Field(description="per cached tensor, what it is")
@@ -78,14 +78,14 @@ class RangeChange(_Part):
 
 
 class RefusalReport(_Part):
-    """Something that a pass left alone."""
+    """A site or node that a pass left alone."""
 
     where: str = Field(description="the site or node")
     reason: str = Field(description="why")
 
 
 class PassReport(_Part):
-    """What a pass did."""
+    """The result of a pass."""
 
     text: str = Field(description="the pass and its options, as pipeline text")
     changed: bool = Field(description="whether it changed the program")
@@ -94,7 +94,7 @@ class PassReport(_Part):
 
 
 class GivenPlan(_Part):
-    """What became of a cache schedule that was given."""
+    """The outcome of a given cache schedule."""
 
     source: str = Field(description="the bundle or plan that it was taken from")
     schedule: str = Field(description="the schedule, as text")
@@ -106,7 +106,7 @@ class GivenPlan(_Part):
 
 
 class EstimateReport(_Part):
-    """What a compilation will take, about."""
+    """The estimated time, memory and disk space of a compilation."""
 
     seconds: float = Field(description="wall time, in seconds")
     memory_bytes: int = Field(description="largest resident size of the process, in bytes")

@@ -43,7 +43,8 @@ def capture(module: nn.Module, spec: ModelSpec, input_names: tuple[str, ...]) ->
         A program whose inputs are those of the spec, and whose output is the prediction f32[B,C_out,H,W].
 
     Raises:
-        CaptureError: says why `torch.export` cannot trace the model, or what a program may not hold in its trace.
+        CaptureError: `torch.export` cannot trace the model, or its trace holds an operator that a program may not hold;
+            names the reason.
     """
     module = unwrapped(module)
     refuse_module(module, spec)
@@ -65,7 +66,7 @@ def _exported(module: nn.Module, spec: ModelSpec, input_names: tuple[str, ...]) 
     """Return the exported program that `torch.export` makes of a module.
 
     The result is functionalized where the module writes in place, or calls an operator that a program may not call:
-    many such operators, as `mT`, are short for operators that a program may call.
+    many of these, such as `mT`, are short for operators that a program may call.
     """
     batch = torch.export.Dim("B", min=1, max=MAX_BATCH)
     named = dict(zip(input_names, example_inputs(spec, 3).values(), strict=True))

@@ -18,7 +18,7 @@ from qcgraph.ir.structure import find_sites, total_macs
 from qcgraph.plan.spec import PREDICTION_NAME, TIMESTEP, ModelSpec
 from qcgraph.plan.steps import StepPlan
 
-# None of them is the batch of the trace. Mistakes about sizes of one show at a batch of one; a cache between calls
+# None of these is the batch of the trace. Mistakes about sizes of one show at a batch of one; a cache between calls
 # would confuse the two equal batches in a row.
 BATCHES = (1, 1, 2, 5)
 COUNTS = (12, 4, 3)  # calls: of a small model, of a large one, and of one whose single forward takes seconds
@@ -132,7 +132,7 @@ class _Comparison:
             latent = inputs[self._latent]
             latent += NUDGE * latent * torch.randn(latent.shape, generator=torch.Generator().manual_seed(SEED))
         try:
-            with torch.inference_mode(inference), torch.set_grad_enabled(gradients):  # the first sets the second
+            with torch.inference_mode(inference), torch.set_grad_enabled(gradients):  # inference mode sets both
                 result = self._module(**inputs)
         except Exception as error:  # a model's code may raise anything; the error is passed on
             hint = (

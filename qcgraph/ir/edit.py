@@ -49,7 +49,7 @@ class GraphEditor:
 
     @property
     def first_call(self) -> fx.Node:
-        """The first node that computes, before which values for all nodes belong; the output in a graph without any."""
+        """The node before which values for all nodes are inserted: the first that computes, or else the output."""
         return next(node for node in self.graph.nodes if node.op in ("call_function", "output"))
 
     def call(

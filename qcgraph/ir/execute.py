@@ -102,7 +102,7 @@ def walk(
         program: the program to run.
         variant: the name of one of its variants.
         inputs: in the order of its interface.
-            gradients: whether values keep what is needed to differentiate them.
+        gradients: whether gradients are recorded.
 
     Yields:
         A node that ran, the output last, and all values that are held then, with the node's own value and its

@@ -18,7 +18,7 @@ BATCH_HINT = 97  # batch size that is unlikely to equal another dimension of a d
 
 
 LARGEST = 2**40  # number of elements of a value, or an integer: far more than any machine holds
-LONGEST = 200  # number of terms of a symbolic size; those of models have a few
+LONGEST = 200  # number of terms of a symbolic size; sizes in models have a few
 
 _PLAIN: dict[str, tuple[type, ...]] = {
     "int": (int, fx.Node),

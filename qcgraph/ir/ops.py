@@ -28,7 +28,7 @@ from qcgraph.ir.graph import spec_of
 from qcgraph.plan.spec import BATCH
 
 CODE_TYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn)
-HALVES = 2  # of guidance: conditional, unconditional
+HALVES = 2  # number of halves of guidance: conditional, unconditional
 
 
 def along(axis: int, values: Tensor, rank: int) -> Tensor:

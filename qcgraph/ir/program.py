@@ -42,7 +42,7 @@ class Program:
     Attributes:
         variants: the graphs by name; a single one until a cache splits it. The step plan gives each its role.
         constants: every parameter and table by name, shared by all variants.
-        facts: the records of the passes, by type.
+        facts: values that passes record for later passes, by type.
         history: the passes that have run.
     """
 

@@ -15,8 +15,8 @@ import torch
 
 from qcgraph.ir.quantize import covering_scale
 
-SHRINKS = torch.linspace(1.0, 0.4, 31)  # of the scale that covers a row; the largest of equally good ones wins
-DAMPINGS = (0.003, 0.03, 0.3, 3.0)  # shares of the diagonal's mean, added to it; 0.1 and 0.0001 gave worse images
+SHRINKS = torch.linspace(1.0, 0.4, 31)  # shares of the covering scale; the largest of equally good ones wins
+DAMPINGS = (0.003, 0.03, 0.3, 3.0)  # shares of H's mean diagonal entry, added to it; 0.1 and 0.0001 gave worse images
 COLUMNS = 128  # columns that are rounded before the rest of the weight is updated, which is the slow part
 
 

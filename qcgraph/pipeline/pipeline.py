@@ -28,7 +28,7 @@ from qcgraph.pipeline.options import check_options, converted
 from qcgraph.pipeline.workload import Workload
 from qcgraph.progress import Progress
 
-MOST_CHARACTERS = 200_000  # of a pipeline's text, which may hold a cache schedule
+MOST_CHARACTERS = 200_000  # characters of a pipeline's text, which may hold a cache schedule
 _BARE = re.compile(r"[A-Za-z0-9_.:/+-]+")
 _TOKEN = re.compile(r"\s*(?P<name>[a-z][a-z0-9-]*)\s*(?:\{(?P<options>[^{}]*)\})?\s*(?P<end>,|$)")
 _OPTION = re.compile(r"\s*(?P<key>[a-z][a-z0-9-]*)=(?P<value>\"(?:[^\"\\]|\\.)*\"|[^\s\"]+)(?:\s+|$)")
@@ -49,7 +49,7 @@ class Costs:
 
 @dataclass
 class PassContext:
-    """The means that the framework gives to a running pass.
+    """The services that the framework gives to a running pass.
 
     Attributes:
         progress: where to report progress.

@@ -16,10 +16,10 @@ TERMS: Mapping[str, tuple[str, ...]] = {
     "ssim": ("ssim",),
     "latent_error": ("latent_error",),
     "fid_small": ("fid_small",),
-    "fid_rise": ("fid_small",),  # of the compilation minus that of full precision
+    "fid_rise": ("fid_small",),  # FID of the compilation minus FID of full precision
     "kid": ("kid",),
     "accuracy": ("accuracy",),
-    "accuracy_drop": ("accuracy",),  # of full precision minus that of the compilation
+    "accuracy_drop": ("accuracy",),  # accuracy of full precision minus accuracy of the compilation
 }
 _COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,

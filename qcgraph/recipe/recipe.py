@@ -72,7 +72,7 @@ class _Section(BaseModel):
 
 
 class Sampling(_Section):
-    """How images are sampled; a bundle is compiled for exactly this."""
+    """The sampling of images; a bundle is compiled for exactly these settings."""
 
     scheduler: str = Field(
         "auto",
@@ -154,7 +154,7 @@ class Quantization(_Section):
 
 
 class Cache(_Section):
-    """Which steps compute, and which blocks the others skip."""
+    """The computing steps, and the blocks that reusing steps skip."""
 
     schedule: Annotated[str, _fits(_INTERVAL, _BUDGET, _PLAN, word="off"), AfterValidator(_readable_plan)] = Field(
         "off",
@@ -197,7 +197,7 @@ class Cache(_Section):
 
 
 class ModulationChoice(_Section):
-    """What depends on timestep and conditions alone: the embedders and the adaLN projections."""
+    """The embedders and adaLN projections, which depend on timestep and conditions alone."""
 
     hoist: bool = Field(
         False, description="true or false: whether it is computed ahead of the steps, for many of them at once"
@@ -205,7 +205,7 @@ class ModulationChoice(_Section):
 
 
 class CompensationSection(_Section):
-    """What is repaired after quantization and caching."""
+    """The compensation of errors after quantization and caching."""
 
     mode: Literal["off", "vc", "vc-masked"] = Field(
         "off", description="off, vc (variance compensation), or vc-masked (its weighted least-squares form)"
@@ -216,7 +216,7 @@ class CompensationSection(_Section):
 
 
 class TargetChoice(_Section):
-    """What the graphs are exported for."""
+    """The target of the export, and the floating-point type."""
 
     name: str = Field("onnxruntime-cpu", min_length=1, description="the name of a target; `qcgraph targets` lists them")
     precision: Literal["auto", "float32", "float16", "bfloat16"] = Field(
@@ -225,7 +225,7 @@ class TargetChoice(_Section):
 
 
 class PipelineChoice(_Section):
-    """Another pipeline than the default one."""
+    """A pipeline in place of the default one."""
 
     passes: str = Field(
         "",
@@ -241,7 +241,7 @@ def _readable(value: str) -> str:
 
 
 class GateChoice(_Section):
-    """What a compilation has to show before it is written."""
+    """The conditions that a compilation has to meet before its bundle is written."""
 
     terms: Annotated[str, AfterValidator(_readable)] = Field(
         "", description=f'nothing, or conditions such as "psnr>=28,accuracy_drop<=0.01" on {", ".join(TERMS)}'
@@ -252,7 +252,7 @@ class GateChoice(_Section):
 
 
 class Recipe(_Section):
-    """All that a compilation is asked for.
+    """All settings of a compilation.
 
     Attributes:
         sampling: scheduler, steps and guidance.
@@ -438,7 +438,7 @@ class Recipe(_Section):
 
     @property
     def bit_budget(self) -> float | None:
-        """The mean number of bits that layers and timestep groups share; None when all have the same number."""
+        """The mean number of bits over layers and timestep groups; None when all have the same number."""
         match = _MIXED.fullmatch(self.quantization.bits)
         return float(match[1]) if match else None
 
@@ -449,13 +449,13 @@ class Recipe(_Section):
 
     @property
     def cache_interval(self) -> int | None:
-        """The number of steps for each computing step, even or not; None with the cache off, a budget or a plan."""
+        """The steps per computing step, evenly spaced or not; None with the cache off, a budget or a plan."""
         match = _INTERVAL.fullmatch(self.cache.schedule)
         return int(match[2]) if match else None
 
     @property
     def cache_budget(self) -> float | None:
-        """The cost of sampling relative to computing every step, None when the recipe sets no such budget."""
+        """The largest cost of sampling, relative to computing every step; None when the recipe sets no budget."""
         match = _BUDGET.fullmatch(self.cache.schedule)
         return float(match[1]) if match else None
 
