@@ -1,9 +1,9 @@
-"""Counts the rooms of the house, and how its imports run.
+"""Count the rooms of the code, and show the direction of its imports.
 
     python tools/house.py [CHECKOUT]
 
 A room is a folder of modules; loose modules stand in ``qcgraph/``, ``passes/`` or ``export/`` themselves. A climb is an
-import of a room that, directly or by way of others, imports the importer's room: the two know each other.
+import of a room that, directly or indirectly, imports the importer's room, so that the two know each other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ HOMES = {"qcgraph": "qcgraph", "qcgraph.passes": "passes", "qcgraph.export": "ex
 
 
 def modules(root: Path) -> dict[str, Path]:
-    """The modules of a checkout, by the name they are imported as."""
+    """Return the modules of a checkout, by the names they are imported as."""
     found = {}
     for package, home in HOMES.items():
         for path in (root / home).rglob("*.py"):
@@ -27,7 +27,7 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imports(path: Path, known: dict[str, Path]) -> set[str]:
-    """The modules of the house that a file imports, inside functions, too."""
+    """Return the modules of qcgraph that a file imports, including imports inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -39,7 +39,7 @@ def imports(path: Path, known: dict[str, Path]) -> set[str]:
 
 
 def room_of(module: str, known: dict[str, Path]) -> str:
-    """The room of a module: the folder that it stands in; a loose module is its own."""
+    """Return the room of a module: the folder that it stands in, or the module itself if it is loose."""
     if known[module].name == "__init__.py":
         return module
     parent = module.rpartition(".")[0]
@@ -47,7 +47,7 @@ def room_of(module: str, known: dict[str, Path]) -> str:
 
 
 def reachable(start: str, edges: dict[str, set[str]]) -> set[str]:
-    """The rooms that a room imports, directly or by way of others."""
+    """Return the rooms that a room imports, directly or indirectly."""
     found: set[str] = set()
     waiting = [start]
     while waiting:
@@ -58,7 +58,7 @@ def reachable(start: str, edges: dict[str, set[str]]) -> set[str]:
 
 
 def main() -> None:
-    """Count and print."""
+    """Count the rooms and climbs, and print them."""
     root = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
     known = modules(root)
     rooms = {module: room_of(module, known) for module in known}
