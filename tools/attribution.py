@@ -1,4 +1,4 @@
-"""Measure what quantization, caching and both cost, for several bits and intervals, to show whether they interact.
+"""Measure the cost of quantization, caching and both, for several bits and intervals, to show whether they interact.
 
     python tools/attribution.py digits tools/models/digits-b --bits w8a8 w6a6 w4a8 --intervals 2 3 5
 

@@ -1,7 +1,7 @@
 """Train a model of digits and its classifier, judge both, and write a folder of weights and card.
 
     python tools/train_digits.py                                      reproduces qcgraph/models/digits
-    python tools/train_digits.py --only evaluate                      judges what is there again
+    python tools/train_digits.py --only evaluate                      repeats the evaluation
     python tools/train_digits.py --width 256 --patch-size 1 -o FOLDER another geometry
 
 ``load_model`` and every command accept such a folder; its card states the command that reproduces it.
@@ -56,7 +56,7 @@ class Judgement:
     Attributes:
         samples_per_class: generated images of each class.
         sampling_steps: DDIM steps.
-        guidance: classifier-free guidance scale; 1 is none.
+        guidance: classifier-free guidance scale; 1 means none.
         seed: seed of the initial noise and of the halves of the floor; no training uses it.
     """
 

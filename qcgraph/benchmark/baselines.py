@@ -22,9 +22,9 @@ FLOAT_TOLERANCE = 1e-4  # relative L2 error of a noise prediction by another ord
 class Baseline:
     """One way to run the model, without qcgraph.
 
-    name: the name on the command line.
+    Attributes:
+        name: the name on the command line.
         description: one line that describes it.
-        description: one line on what it is.
         open: returns its runner in the calling process, from the files in the workspace.
         runtime: the module of its runtime.
         files: the files that must be built before it can be opened, in this order; names of `BUILDERS`.

@@ -131,7 +131,7 @@ def _check_together(bundles: Mapping[str, Bundle]) -> Bundle:
 
 
 def _check_origin(workspace: Workspace, progress: Progress) -> None:
-    """Load the model, and refuse it if it is not the one that was compiled."""
+    """Load the model, and refuse a model that was not compiled into the bundle."""
     import torch
 
     from qcgraph.models.source import captured_origin
