@@ -68,7 +68,7 @@ def eval_command(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure the quality that a bundle loses, and the part that loses it.
+    """Measure the loss of quality by a bundle and by its parts.
 
     Samples of the bundle, of its parts alone, and of alternatives at equal cost are compared with full precision from
     the same noise. Intervals show where another run with other seeds is expected. Exits with 1 when the bundle is at
