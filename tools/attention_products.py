@@ -1,9 +1,10 @@
-"""What quantized products of attention cost in ONNX Runtime: one attention, in floating point and in integers.
+"""Measure the latency of one attention in ONNX Runtime, with its products in floating point and in integers.
 
     python tools/attention_products.py --threads 2
 
-Each form is a graph as a bundle has it: attention as one node; split into its products; and with the products as
-integers, the probabilities in one region or in two (in two planes, or in one tensor). All run in turns in one process.
+Each form is a graph as a bundle has it: attention as one node; attention split into its products; and its products in
+integers, with the probabilities in one region or in two (in two planes, or in one tensor). All forms take turns in one
+process.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from qcgraph.bundle.manifest import PACKAGES
 OPSET = 23
 KERNEL = "MatMulIntegerToFloat"
 COLUMNS = ("attention", "form", "median ms", "relative", "int8 products")
-CALLS = 3  # in a row, between two forms
+CALLS = 3  # calls in a row, before the next form takes its turn
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ GEOMETRIES = (
 
 
 def main() -> int:
-    """Measure and print."""
+    """Measure all forms, and print the results."""
     options = parse()
     document = {
         "kind": "attention-products",
@@ -66,7 +67,7 @@ def main() -> int:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """The rows as a table."""
+    """Return the rows as a table."""
     lines = [f"{document['threads']} threads.", "", f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     for row in document["rows"]:
         figures = (f"{row['milliseconds']:.2f}", f"{row['relative']:.2f}", str(row["kernels"]))
@@ -75,7 +76,7 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def measure(geometry: Geometry, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Median latency of every form."""
+    """Measure the median latency of every form."""
     rng = np.random.default_rng(0)
     shape = (geometry.batch, geometry.heads, geometry.tokens, geometry.length)
     query, key, value = (rng.standard_normal(shape, dtype=np.float32) for _ in range(3))
@@ -89,7 +90,7 @@ def measure(geometry: Geometry, options: argparse.Namespace) -> list[dict[str, A
         for form, nodes in forms(geometry).items()
     }
     times: dict[str, list[float]] = {form: [] for form in sessions}
-    for _ in range(options.rounds + 1):  # the first one warms up
+    for _ in range(options.rounds + 1):  # the first round warms up
         for form, ((session, _), inputs) in sessions.items():
             feed = dict(zip("qkv", inputs, strict=True))
             start = time.perf_counter()
@@ -113,7 +114,7 @@ FUSED = "one node"
 
 
 def forms(geometry: Geometry) -> dict[str, list[Any]]:
-    """The nodes of every form, from q, k and v to o."""
+    """Return the nodes of every form, from q, k and v to o."""
     node = helper.make_node
     products = [node("MatMul", ["q", "k"], ["s"]), node("Softmax", ["s"], ["p"]), node("MatMul", ["p", "v"], ["o"])]
     logits = [
@@ -153,7 +154,7 @@ def forms(geometry: Geometry) -> dict[str, list[Any]]:
     }
 
 
-PARAMETERS: dict[str, tuple[float, int, type]] = {  # scales and zero points
+PARAMETERS: dict[str, tuple[float, int, type]] = {  # scales, zero points and their types
     "query": (0.004, 128, np.uint8),
     "key": (0.06, 0, np.int8),
     "whole": (1 / 255, 0, np.uint8),
@@ -163,7 +164,7 @@ PARAMETERS: dict[str, tuple[float, int, type]] = {  # scales and zero points
 
 
 def _pair(value: str, parameters: str) -> list[Any]:
-    """Quantize and dequantize a value."""
+    """Return the nodes that quantize and dequantize a value."""
     scale, zero = f"{parameters}_scale", f"{parameters}_zero"
     return [
         helper.make_node("QuantizeLinear", [value, scale, zero], [f"{value}_q"]),
@@ -172,7 +173,7 @@ def _pair(value: str, parameters: str) -> list[Any]:
 
 
 def _session(nodes: list[Any], inputs: list[Any], threads: int) -> tuple[Any, int]:
-    """A session of these nodes, and how many of their products are integer kernels in it."""
+    """Return a session of the nodes, and the number of their products that it computes with integer kernels."""
     constants = {"split": np.float32(1 / 8), "zero": np.float32(0)}
     for name, (scale, zero, kind) in PARAMETERS.items():
         constants |= {f"{name}_scale": np.float32(scale), f"{name}_zero": kind(zero)}
@@ -199,7 +200,7 @@ def _session(nodes: list[Any], inputs: list[Any], threads: int) -> tuple[Any, in
 
 
 def parse() -> argparse.Namespace:
-    """The options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime; default %(default)s")
     parser.add_argument("--rounds", type=int, default=9, help="of all forms in turn; default %(default)s")

@@ -1,4 +1,4 @@
-"""What quantization, caching and both cost, for several bits and intervals: the table that shows whether they interact.
+"""Measure the cost of quantization, caching and both, for several bits and intervals, to show whether they interact.
 
     python tools/attribution.py digits tools/models/digits-b --bits w8a8 w6a6 w4a8 --intervals 2 3 5
 
@@ -44,7 +44,7 @@ COLUMNS = (
 
 
 def main() -> int:
-    """Compile and judge every cell, print the tables."""
+    """Compile and judge every cell, and print the tables."""
     options = parse()
     progress = progress_for(sys.stderr)
     models = []
@@ -78,7 +78,7 @@ def main() -> int:
 
 
 def measure(model: str, bits: str, interval: int, options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
-    """One cell."""
+    """Compile and judge one cell."""
     progress.note(f"{model}: {bits}, interval {interval}")
     recipe = Recipe().override(
         steps=options.steps,
@@ -107,19 +107,19 @@ def measure(model: str, bits: str, interval: int, options: argparse.Namespace, p
 
 
 def psnr(evaluation: Evaluation, key: str) -> dict[str, float] | None:
-    """PSNR of a setting against full precision."""
+    """Return the PSNR of a setting against full precision."""
     metrics = evaluation.row(key).metrics
     return asdict(metrics["psnr"]) if metrics else None
 
 
 def markdown(model: str, cells: list[dict[str, Any]]) -> str:
-    """The table of one model."""
+    """Return the table of one model."""
     rows = [f"### {model}", "", f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     return "\n".join([*rows, *(f"| {' | '.join(texts(cell))} |" for cell in cells)])
 
 
 def texts(cell: dict[str, Any]) -> list[str]:
-    """A row of the table."""
+    """Return a row of the table."""
     edge = f"{cell['edge']['snr']:.1f}" + ("" if cell["edge"]["snr"] >= 0 else " (unsafe)")
     values = ["-" if cell["psnr"][key] is None else f"{cell['psnr'][key]['value']:.1f}" for key in SETTINGS]
     return [
@@ -133,7 +133,7 @@ def texts(cell: dict[str, Any]) -> list[str]:
 
 
 def change(found: dict[str, float] | None, when_zero: str) -> str:
-    """A change in dB with its interval, and a word where that includes zero."""
+    """Return a change in dB with its interval, and a word in front if the interval includes zero."""
     if found is None:
         return "-"
     estimate = BootstrapEstimate(**found)
@@ -142,7 +142,7 @@ def change(found: dict[str, float] | None, when_zero: str) -> str:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["digits"], metavar="MODEL")
     parser.add_argument("--bits", nargs="+", default=["w8a8", "w6a6", "w4a8"])

@@ -1,14 +1,14 @@
-"""What compiling costs: the seconds and the memory of every stage, for DiT geometries with random weights.
+"""Measure the seconds and the memory of every stage of a compilation, for DiT geometries with random weights.
 
     python tools/bench_compile.py
     python tools/bench_compile.py dit-s-2 --steps 50 --trajectories 2 -o compile.json
 
-The whole pipeline runs: load, capture, every pass, export, verify, and the writing of the bundle. Each geometry has a
-process of its own. A stage lasts until the next one begins. Its memory is the largest resident size that the kernel
-saw meanwhile (VmHWM of /proc/self/status, reset at the start of a stage through /proc/self/clear_refs), so that no
-peak is too short to be seen; it counts Python and its libraries, and files that are mapped. Linux only.
+The whole pipeline runs: load, capture, every pass, export, verify, and writing the bundle. Each geometry has a process
+of its own. A stage lasts until the next one begins. Its memory is the largest resident size that the kernel recorded
+during the stage (VmHWM of /proc/self/status, reset at its start through /proc/self/clear_refs), so that no peak is too
+short to be seen; it includes Python, its libraries and mapped files. Linux only.
 
-Only calibration and the fit of the compensation grow with steps and trajectories: a few show what the rest costs.
+Only calibration and the fit of the compensation grow with steps and trajectories; a few of them show the other costs.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from qcgraph.recipe import Calibration, Recipe
 
 FORMAT = 1
 CLEAR_REFS = Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # what the kernel wants written there (proc_pid_clear_refs(5))
+RESET_PEAK = "5"  # the value that resets the peak (proc_pid_clear_refs(5))
 FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a compilation: its seconds, and the largest resident size of the process meanwhile."""
+    """One stage of a compilation: its seconds, and the largest resident size of the process during it."""
 
     name: str
     seconds: float
@@ -51,17 +51,17 @@ class Row:
 
     Attributes:
         model: the geometry.
-        parameters: how many it has.
-        weight_bytes: their size in float32.
-        bundle_bytes: the size of what was written.
+        parameters: the number of its parameters.
+        weight_bytes: the size of its weights in float32.
+        bundle_bytes: the size of the bundle.
         steps: sampling steps.
-        trajectories: how many were calibrated on.
-        threads: how many PyTorch used.
-        start_bytes: the resident size before loading: Python and its libraries.
-        seconds: of all stages.
-        peak_bytes: the largest of all stages.
+        trajectories: the number of calibration trajectories.
+        threads: the number of threads of PyTorch.
+        start_bytes: the resident size before loading, which is that of Python and its libraries.
+        seconds: the seconds of all stages.
+        peak_bytes: the largest resident size of all stages.
         ratio: the peak over the size of the weights.
-        stages: in order.
+        stages: the stages in order.
     """
 
     model: str
@@ -96,26 +96,26 @@ class Meter(PlainProgress):
         self._start = 0.0
 
     def stage(self, name: str) -> None:
-        """End the stage before, and begin this one."""
+        """End the previous stage, and begin this one."""
         self.end()
         self._name = name
         CLEAR_REFS.write_text(RESET_PEAK)
         self._start = time.perf_counter()
 
     def end(self) -> None:
-        """End the stage that is running, if any."""
+        """End the current stage, if there is one."""
         if self._name:
             self.stages.append(Stage(self._name, time.perf_counter() - self._start, peak_bytes()))
         self._name = ""
 
 
 def main() -> None:
-    """Compile every geometry, print and write."""
+    """Compile every geometry, print the results, and write them."""
     options = parse()
     if not os.access(CLEAR_REFS, os.W_OK):
         sys.exit(f"cannot write {CLEAR_REFS}, which measuring the memory of a stage needs")
     machine = read_machine()
-    # A process for each, so that none starts with what another left; spawned, not forked, to start from nothing.
+    # Each geometry has a process of its own, spawned rather than forked, so that it inherits no memory of another one.
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         rows = []
         for geometry in options.geometries:
@@ -152,7 +152,7 @@ def measure(geometry: str, config: DiTConfig, options: argparse.Namespace) -> Ro
         target=options.target,
     )
     recipe = recipe.model_copy(update={"calibration": Calibration(trajectories=options.trajectories)})
-    GEOMETRIES[geometry] = config  # of this process alone, which may not know it
+    GEOMETRIES[geometry] = config  # of this process alone, which may not have it
     meter, start = Meter(), peak_bytes()
     with tempfile.TemporaryDirectory(prefix="qcgraph-") as folder:
         result = compile_model(f"{geometry}:random", recipe, Path(folder) / "bundle", progress=meter)
@@ -177,14 +177,14 @@ def measure(geometry: str, config: DiTConfig, options: argparse.Namespace) -> Ro
 
 
 def peak_bytes() -> int:
-    """The largest resident size of this process since it was last reset."""
+    """Return the largest resident size of this process since the last reset."""
     peak = peak_resident_bytes()
     assert peak is not None, "main has made sure that the kernel tells"
     return peak
 
 
 def markdown(row: Row) -> str:
-    """One compilation as a table."""
+    """Return one compilation as a table."""
     title = f"{row.model}: {row.parameters / 1e6:.1f} M parameters, {row.weight_bytes / 1e6:.0f} MB in float32"
     setting = f"{row.steps} steps, calibration trajectories: {row.trajectories}, threads: {row.threads}"
     sizes = f"{row.start_bytes / 1e6:.0f} MB before loading, bundle of {row.bundle_bytes / 1e6:.0f} MB"
@@ -206,13 +206,13 @@ def markdown(row: Row) -> str:
 
 
 def where(machine: Machine) -> str:
-    """The machine in a line, and a warning where others used it."""
+    """Describe the machine in one line, with a warning if other programs used it."""
     busy = f" Others used it (load {machine.load}): the seconds are contended." if machine.is_busy else ""
     return f"{machine.cpu}, {machine.cores} cores, {machine.system}.{busy}"
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("geometries", nargs="*", metavar="GEOMETRY", help=f"of {', '.join(GEOMETRIES)}")
     parser.add_argument("--steps", type=int, default=4)

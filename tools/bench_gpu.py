@@ -1,19 +1,19 @@
-"""Engines against PyTorch on a GPU: one command that compiles, builds, checks and measures, and one table a model.
+"""Compare engines with PyTorch on a GPU: compile, build, check and measure in one command, and print a table per model.
 
     pip install '.[tensorrt-rtx]'    # beside a PyTorch with CUDA
     python tools/bench_gpu.py
     python tools/bench_gpu.py --bundle out/dit-xl --bundle out/dit-s --json > gpu.json
 
-Models are compiled on the CPU: w8a8, 8 timestep groups, adaLN ahead of the steps, every third step computes; calibrated
-on one trajectory, because random weights say nothing about quality. --bundle takes one that was compiled before, also
-on another machine. Engines are built for the GPU that is here. Then:
+Models are compiled on the CPU: w8a8, 8 timestep groups, adaLN ahead of the steps, every third step computes. They are
+calibrated on one trajectory, because random weights show nothing about quality. --bundle takes a bundle that was
+compiled before, possibly on another machine. Engines are built for the GPU of this machine. Then the tool measures:
 
-- predictions of engines against those of ONNX Runtime on the CPU and of the program in PyTorch, step by step;
-- a computing and a reusing step: CUDA events, after a warm-up, each as a CUDA graph where it can be captured;
+- predictions of engines against ONNX Runtime on the CPU and the program in PyTorch, step by step;
+- a computing and a reusing step: CUDA events, after a warm-up, each as a CUDA graph if it can be captured;
 - whole sampling, from latents to latents on the GPU, in turn with PyTorch eager and torch.compile on the same model.
 
-PyTorch multiplies float32 as float32; engines of float32 graphs use TensorFloat32. What fails is reported, and the rest
-goes on; the command then exits with 1. Without a GPU it exits with 2; --device cpu measures PyTorch alone there.
+PyTorch multiplies float32 as float32; engines of float32 graphs use TensorFloat32. A part that fails is reported, the
+remaining parts run, and the command exits with 1. Without a GPU it exits with 2; --device cpu measures PyTorch alone.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ PACKAGES = ("qcgraph", "torch", "tensorrt-rtx", "tensorrt", "onnxruntime", "nump
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure, and how often."""
+    """The options of a measurement."""
 
     steps: int
     guidance: float
@@ -78,7 +78,7 @@ class Options:
 
 
 def parsed() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"by default {' '.join(MODELS)}")
     parser.add_argument("--bundle", action="append", default=[], type=Path, help="measure this bundle and its model")
@@ -95,7 +95,7 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure, print."""
+    """Measure all models and bundles, and print the results."""
     given = parsed()
     progress = progress_for(sys.stderr)
     try:
@@ -117,10 +117,10 @@ def main() -> int:
 
 
 def options_of(given: argparse.Namespace, folder: Path) -> Options:
-    """What was asked for.
+    """Return the options of a command line.
 
     Raises:
-        UsageError: it cannot be, or there is no GPU.
+        UsageError: an option has a wrong value, or there is no GPU.
     """
     parts = tuple(given.parts.split(","))
     if unknown := set(parts) - set(PARTS):
@@ -145,7 +145,7 @@ def options_of(given: argparse.Namespace, folder: Path) -> Options:
 
 
 def device_facts(device: torch.device) -> dict[str, object]:
-    """The GPU, as far as it decides about speed."""
+    """Describe the properties of the GPU that decide its speed."""
     if device.type == "cpu":
         return {"device": "CPU alone"}
     properties = torch.cuda.get_device_properties(device)
@@ -158,7 +158,7 @@ def device_facts(device: torch.device) -> dict[str, object]:
 
 
 def measure(name: str, path: Path | None, options: Options, progress: Progress) -> ModelReport:
-    """One model, or one bundle and its model."""
+    """Measure one model, or one bundle and its model."""
     report = ModelReport(name)
     bundle = report.attempt("open the bundle", progress, partial(Bundle.open, path)) if path else None
     if path and bundle is None:
@@ -180,12 +180,12 @@ def measure(name: str, path: Path | None, options: Options, progress: Progress) 
 
 
 def planned(model: LoadedModel, options: Options) -> StepPlan:
-    """The steps of a model that nobody compiled."""
+    """Return the step plan of a model without a bundle."""
     return make_step_plan("ddim", options.steps, options.guidance, model.spec.noise_schedule, "")
 
 
 def compiled(name: str, options: Options, progress: Progress) -> Bundle:
-    """A bundle of a model."""
+    """Compile a model, and return its bundle."""
     recipe = Recipe().override(
         steps=options.steps,
         guidance=options.guidance,
@@ -205,7 +205,7 @@ def compiled(name: str, options: Options, progress: Progress) -> Bundle:
 
 
 def timed_part(report: ModelReport, part: str, progress: Progress, work: Callable[[], Any]) -> Any:
-    """A part of making engines, whose seconds are worth knowing."""
+    """Attempt a part of making engines, and record its seconds."""
     start = time.perf_counter()
     result = report.attempt(part, progress, work)
     if result is not None:
@@ -214,12 +214,12 @@ def timed_part(report: ModelReport, part: str, progress: Progress, work: Callabl
 
 
 def torch_rows(report: ModelReport, model: LoadedModel, plan: StepPlan, options: Options, progress: Progress) -> None:
-    """CalibrationBatch of PyTorch, eager and compiled."""
+    """Add the rows of PyTorch, eager and compiled."""
     for part, name, dtype, mode in TORCH:
         if part in options.parts:
             torch_kind(report, name, partial(torch_denoiser, model, dtype, mode), (model, plan), options, progress)
             if options.device.type == "cuda":
-                torch.cuda.empty_cache()  # for the next one, and for engines, which allocate on their own
+                torch.cuda.empty_cache()  # for the next row, and for engines, which allocate memory on their own
 
 
 def torch_kind(
@@ -230,7 +230,7 @@ def torch_kind(
     options: Options,
     progress: Progress,
 ) -> None:
-    """CalibrationBatch of one way to run a model in PyTorch."""
+    """Add the rows of one way to run a model in PyTorch."""
     denoise = report.attempt(name, progress, partial(make, options.device))
     if denoise is not None:
         for samples in options.samples:
@@ -240,7 +240,7 @@ def torch_kind(
 
 
 def torch_row(name: str, denoise: Denoise, model: LoadedModel, plan: StepPlan, samples: int, options: Options) -> Row:
-    """Figures of a model in PyTorch."""
+    """Measure a model in PyTorch, with a number of samples at once."""
     sampling = sampling_times(denoise, plan, model.spec, samples, options.rounds, options.device)
     batch = samples * plan.halves
     latent = torch.randn((batch, *model.spec.latent_shape), device=options.device)
@@ -251,7 +251,7 @@ def torch_row(name: str, denoise: Denoise, model: LoadedModel, plan: StepPlan, s
 
 
 def engine_rows(report: ModelReport, bundle: Bundle, options: Options, progress: Progress) -> None:
-    """CalibrationBatch of engines, if they can be built and loaded here."""
+    """Add the rows of engines, if they can be built and loaded on this machine."""
     most = max(options.samples) * bundle.plan.halves
     batch = Batch(minimum=bundle.plan.halves, optimum=bundle.plan.halves, maximum=most)
     place = options.folder / f"engines-{bundle.path.name}"
@@ -280,7 +280,7 @@ def engine_rows(report: ModelReport, bundle: Bundle, options: Options, progress:
 
 
 def first_step(runner: EngineRunner, bundle: Bundle) -> bool:
-    """One step, in which TensorRT-RTX compiles its kernels unless they were kept."""
+    """Run one step, in which TensorRT-RTX compiles its kernels unless they are stored; return whether it is finite."""
     denoiser = Denoiser(runner, bundle.plan, bundle.spec)
     latent = torch.zeros((bundle.plan.halves, *bundle.spec.latent_shape), device=runner.device)
     conditions = condition_tensors(bundle.plan, bundle.spec, 1, runner.device)
@@ -288,12 +288,12 @@ def first_step(runner: EngineRunner, bundle: Bundle) -> bool:
 
 
 def compared(runner: EngineRunner, bundle: Bundle, reference: str) -> dict[str, float]:
-    """How far engines are off another backend of the same bundle, on the CPU."""
+    """Return the errors of engines against another runtime of the same bundle, on the CPU."""
     return compare(runner, runner_of(bundle, reference), bundle)
 
 
 def engine_row(name: str, runner: EngineRunner, bundle: Bundle, plan: StepPlan, samples: int, options: Options) -> Row:
-    """Figures of engines under a plan."""
+    """Measure engines under a plan, with a number of samples at once."""
     denoiser = Denoiser(runner, plan, bundle.spec)
 
     def denoise(latent: torch.Tensor, timestep: float, conditions: Values) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The engines' part of tools/bench_gpu.py: whether they agree, and how long their steps take."""
+"""Check the predictions of engines and time their steps, for tools/bench_gpu.py."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from qcgraph.plan.spec import BATCH
 from qcgraph.sampling.loop import Request
 from qcgraph.sampling.runner import Runner, step_call
 
-AGREES = 5e-2  # relative: rounding moves values to the next code of 8 bits, here and there
-MOST_STEPS = 8  # that are compared; with a reference on the CPU each may take seconds
+AGREES = 5e-2  # relative; rounding moves some values to the next code of 8 bits
+MOST_STEPS = 8  # steps that are compared; with a reference on the CPU each may take seconds
 UNTIL_CAPTURED = 16  # calls after which every address of a variant has been used twice
 
 
 def compare(runner: Runner, reference: Runner, bundle: Bundle, seed: int = 0) -> dict[str, float]:
-    """How far predictions are off at the first steps of the plan, from the same latents; relative, L2.
+    """Return the relative L2 errors of predictions at the first steps of the plan, from the same latents.
 
     Raises:
-        VerificationError: further than rounding explains.
+        VerificationError: an error is larger than rounding explains.
     """
     plan, spec = bundle.plan, bundle.spec
     generator, requests = np.random.default_rng(seed), [Request(each, plan, spec) for each in (runner, reference)]
@@ -45,7 +45,7 @@ def compare(runner: Runner, reference: Runner, bundle: Bundle, seed: int = 0) ->
 
 
 def step_times(runner: EngineRunner, bundle: Bundle, samples: int, rounds: int) -> tuple[dict[str, Timing], int]:
-    """Seconds of every variant on the device alone, by CUDA events, and how many of them ran as CUDA graphs."""
+    """Measure the seconds of every variant on the device by CUDA events, and count those that ran as CUDA graphs."""
     plan, state, found, graphs = bundle.plan, dict[tuple[str, int], object](), {}, 0
     for variant in plan.variants:
         index = next(index for index, step in enumerate(plan.steps) if step.variant == variant)
@@ -61,7 +61,7 @@ def step_times(runner: EngineRunner, bundle: Bundle, samples: int, rounds: int) 
 
 
 def variant_inputs(bundle: Bundle, variant: str, batch: int) -> dict[str, torch.Tensor]:
-    """Return inputs of a variant but its cached values: a random latent, and zeros."""
+    """Return the inputs of a variant except its cached values: a random latent, and zeros."""
     inputs = {}
     for spec in bundle.interfaces[variant].inputs:
         if spec.role is TensorRole.CACHE:

@@ -1,4 +1,4 @@
-"""What tools/bench_gpu.py found: as JSON, and as one table a model."""
+"""Report the results of tools/bench_gpu.py: as JSON, and as one table for each model."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """What ran, with how many samples at once, and the seconds of its steps and of whole sampling.
+    """The timings of one way to run a model, with a number of samples at once.
 
     Attributes:
-        name: what ran.
-        samples: drawn at once; under guidance a denoiser sees each twice.
-        steps: of one step, by variant; a model has one, ``forward``.
-        computing: the variant that computes everything.
-        sampling: of all steps, latents to latents.
-        graphs: how many of its variants ran as CUDA graphs, and how many there are; None where nobody asked for that.
+        name: the way to run the model.
+        samples: the number of samples at once; under guidance a denoiser sees each sample twice.
+        steps: the seconds of a step, by variant; a model has the single variant ``forward``.
+        computing: the computing variant.
+        sampling: the seconds of whole sampling, from latents to latents.
+        graphs: the number of variants that ran as CUDA graphs, and of all variants; None if it was not recorded.
     """
 
     name: str
@@ -44,14 +44,14 @@ class Row:
 
     @property
     def reusing(self) -> Timing | None:
-        """Of the cheapest variant, where there are several."""
+        """The seconds of the cheapest other variant, if there is one."""
         others = [timing for variant, timing in self.steps.items() if variant != self.computing]
         return min(others, key=lambda timing: timing.median, default=None)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A part that did not run, and why."""
+    """A part that did not run, and the reason."""
 
     part: str
     problem: str
@@ -59,15 +59,15 @@ class Failure:
 
 @dataclass
 class ModelReport:
-    """One model or bundle.
+    """The report on one model or bundle.
 
     Attributes:
-        model: its name.
+        model: the name of the model.
         plan: scheduler, steps and guidance.
-        rows: what was measured.
-        engines: the record of the engines, and how long the parts of making them took.
-        agreement: by reference and step, how far the predictions of engines are off (relative, L2).
-        failures: what did not run.
+        rows: the rows of the table.
+        engines: the record of the engines, and the seconds of building and loading them.
+        agreement: the relative L2 errors of predictions of engines, by reference and step.
+        failures: the parts that did not run.
     """
 
     model: str
@@ -78,11 +78,11 @@ class ModelReport:
     failures: list[Failure] = field(default_factory=list)
 
     def attempt(self, part: str, progress: Progress, work: Callable[[], Result]) -> Result | None:
-        """Do one part; when it fails, note why, and go on without."""
+        """Run one part; if it fails, record the reason and return None."""
         progress.note(f"{self.model}: {part}")
         try:
             return work()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other parts are still worth their time
+        except Exception as error:  # noqa: BLE001 - an error of one part must not stop the other parts
             said = error.message if isinstance(error, QcgraphError) else f"{type(error).__name__}: {error}"
             where = f"{error.where}: " if isinstance(error, QcgraphError) and error.where else ""
             self.failures.append(Failure(part, where + " ".join(said.split())[:500]))
@@ -90,13 +90,13 @@ class ModelReport:
             return None
 
     def speedup(self, row: Row, reference: str) -> float | None:
-        """How much faster a row samples than a reference at as many samples."""
+        """Return how much faster a row samples than a reference with as many samples."""
         found = [other for other in self.rows if (other.name, other.samples) == (reference, row.samples)]
         return found[0].sampling.median / row.sampling.median if found else None
 
 
 def document(machine: Mapping[str, object], versions: Mapping[str, str], reports: list[ModelReport]) -> dict[str, Any]:
-    """Everything, as JSON data; times in seconds."""
+    """Return all reports as JSON data, with times in seconds."""
     return {
         "kind": "gpu",
         "format": 1,
@@ -107,7 +107,7 @@ def document(machine: Mapping[str, object], versions: Mapping[str, str], reports
 
 
 def markdown(report: ModelReport) -> str:
-    """A heading, a table, what agrees, and what did not run."""
+    """Return a heading, a table, the errors of predictions, and the parts that did not run."""
     lines = [f"### {report.model}", "", report.plan, ""]
     if report.rows:
         lines += [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
@@ -126,7 +126,7 @@ def markdown(report: ModelReport) -> str:
 
 
 def cells(report: ModelReport, row: Row) -> tuple[str, ...]:
-    """One row of the table."""
+    """Return one row of the table."""
     speedups = [report.speedup(row, reference) for reference in ("torch fp32", "torch bf16")]
     return (
         row.name,
@@ -139,7 +139,7 @@ def cells(report: ModelReport, row: Row) -> tuple[str, ...]:
 
 
 def spread(timing: Timing | None, scale: float, digits: int) -> str:
-    """Least, median and largest."""
+    """Return minimum, median and maximum as text."""
     if timing is None:
         return "-"
     return " / ".join(f"{value * scale:.{digits}f}" for value in (timing.minimum, timing.median, timing.maximum))

@@ -1,4 +1,4 @@
-"""The sampling part of tools/bench_gpu.py: a model in PyTorch, and whole sampling with whatever denoises."""
+"""Sample for tools/bench_gpu.py: a model in PyTorch, and whole sampling with any denoiser."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from qcgraph.plan.steps import StepPlan
 from qcgraph.sampling.conditions import Conditions, in_turn, joined
 
 WARM_UP = 3  # untimed runs of whole sampling: the second captures graphs, the third replays them
-Values = Mapping[str, torch.Tensor]  # of the conditions of a batch, by name
+Values = Mapping[str, torch.Tensor]  # the conditions of a batch, by name
 Denoise = Callable[[torch.Tensor, float, Values], torch.Tensor]
 
 
 def guided_conditions(plan: StepPlan, spec: ModelSpec, samples: int) -> Conditions:
-    """Return the conditions of a batch of a plan: of samples in turn, with guidance also of their other halves."""
+    """Return the conditions of a batch of a plan: of samples in turn, with guidance also their unconditional halves."""
     conditions = in_turn(samples, spec)
     return conditions if plan.halves == 1 else joined([conditions, conditions.unconditional(spec)])
 
 
 def condition_tensors(plan: StepPlan, spec: ModelSpec, samples: int, device: torch.device) -> Values:
-    """Return the same as tensors of a device."""
+    """Return the conditions of `guided_conditions` as tensors of a device."""
     conditions = guided_conditions(plan, spec, samples)
     return {name: torch.from_numpy(values).to(device) for name, values in conditions.values.items()}
 
 
 def torch_denoiser(model: LoadedModel, dtype: torch.dtype, mode: str | None, device: torch.device) -> Denoise:
-    """A model in a type on a device, compiled where a mode is given."""
+    """Return a model in a type on a device, compiled if a mode is given."""
     module = copy.deepcopy(model.module).to(device, dtype)
     cast_inputs(module, model, device)
     call: Callable[..., torch.Tensor] = module
@@ -57,7 +57,7 @@ def torch_denoiser(model: LoadedModel, dtype: torch.dtype, mode: str | None, dev
 
 @torch.no_grad()
 def cast_inputs(module: nn.Module, model: LoadedModel, device: torch.device) -> None:
-    """Let linear layers that are given float32, as the one after the sines of a timestep, take it in 16 bits."""
+    """Cast the inputs of linear layers from float32 to 16 bits where needed, as after the sines of a timestep."""
     found: set[nn.Module] = set()
 
     def cast(layer: nn.Linear, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -98,7 +98,7 @@ def draw(denoise: Denoise, plan: StepPlan, spec: ModelSpec, samples: int, device
 def sampling_times(
     denoise: Denoise, plan: StepPlan, spec: ModelSpec, samples: int, rounds: int, device: torch.device
 ) -> Timing:
-    """Seconds of whole sampling, once everything was compiled and captured."""
+    """Measure the seconds of whole sampling, after everything is compiled and captured."""
     work = partial(draw, denoise, plan, spec, samples, device)
     for _ in range(WARM_UP if device.type == "cuda" else 1):
         work()
@@ -106,7 +106,7 @@ def sampling_times(
 
 
 def clock(work: Callable[[], object], rounds: int, device: torch.device) -> Timing:
-    """Seconds of repeated runs, each until the device is done."""
+    """Measure the seconds of repeated runs, each until the device has finished."""
     seconds = []
     for _ in range(rounds):
         synchronize(device)
@@ -118,12 +118,12 @@ def clock(work: Callable[[], object], rounds: int, device: torch.device) -> Timi
 
 
 def device_times(work: Callable[[], object], rounds: int, device: torch.device) -> Timing:
-    """Seconds of repeated runs on the device alone; on a CPU, of the whole."""
+    """Measure the seconds of repeated runs on the device alone; on a CPU, of the whole runs."""
     return event_times(work, rounds) if device.type == "cuda" else clock(work, rounds, device)
 
 
 def event_times(work: Callable[[], object], rounds: int) -> Timing:
-    """Seconds on the current stream, each run between two events."""
+    """Measure the seconds on the current stream, with each run between two events."""
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
     for start, end in pairs:
         start.record()

@@ -1,12 +1,12 @@
-"""Compiled bundles against everything else that runs a DiT on a CPU: one table a model.
+"""Compare compiled bundles with all baselines that run a DiT on a CPU, and print one table for each model.
 
     pip install '.[peers]'    # OpenVINO and NNCF; without them their rows say that they are missing
     python tools/bench_peers.py dit-s-2:random dit-b-2:random
 
 Each model is compiled twice with the options of the README (w8a8, 8 timestep groups, variance compensation): without a
-cache, which is the row to compare with other quantizers forward by forward, and with interval=3 on top. Calibration is
-as small as it gets, two trajectories: random weights say nothing about quality, and latency does not depend on scales.
-Then `qcgraph bench` measures both beside all its baselines.
+cache, for comparison with other quantizers forward by forward, and with interval=3 in addition. Calibration takes the
+fewest trajectories, two: random weights show nothing about quality, and latency does not depend on scales. Then
+`qcgraph bench` measures both bundles beside all its baselines.
 
 torch.compile needs a C++ compiler (g++). The tool installs nothing.
 """
@@ -44,7 +44,7 @@ COLUMNS = (
 
 
 def main() -> int:
-    """Compile, measure, print."""
+    """Compile all models, measure them, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["dit-s-2:random", "dit-b-2:random"], metavar="MODEL")
     parser.add_argument("--steps", type=int, default=50)
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def compare(model: str, steps: int, guidance: float, options: BenchOptions) -> BenchReport:
-    """Compile a model with and without a cache, and measure both beside the baselines."""
+    """Compile a model with and without a cache, and measure both bundles beside the baselines."""
     progress = progress_for(sys.stderr)
     base = Recipe().override(
         steps=steps,
@@ -93,13 +93,13 @@ def compare(model: str, steps: int, guidance: float, options: BenchOptions) -> B
 
 
 def document(report: BenchReport) -> dict[str, object]:
-    """A report as JSON data, without the places of bundles that are gone by now."""
+    """Return a report as JSON data, without the paths of bundles, which were temporary."""
     rows = [row.to_json() | {"bundle": None} for row in report.rows]
     return report.to_json() | {"bundle": None, "rows": rows}
 
 
 def markdown(report: BenchReport) -> str:
-    """A heading, the setting, a table, and what did not run."""
+    """Return a heading, the setting, a table, and the baselines that did not run."""
     machine = report.machine
     ran = [row for row in report.rows if row.forward is not None]
     setting = (
@@ -129,7 +129,7 @@ def markdown(report: BenchReport) -> str:
 
 
 def cells(row: BenchmarkResult) -> tuple[str, ...]:
-    """One row of the table."""
+    """Return one row of the table."""
     peak = row.alone.peak_bytes if row.alone else None
     return (
         row.name if row.bundle else f"{row.name} ({row.description})",
@@ -145,7 +145,7 @@ def cells(row: BenchmarkResult) -> tuple[str, ...]:
 
 
 def spread(timing: Timing | None, scale: float, digits: int) -> str:
-    """Least, median and largest."""
+    """Return minimum, median and maximum as text."""
     if timing is None:
         return "-"
     values = (timing.minimum, timing.median, timing.maximum)

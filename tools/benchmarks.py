@@ -1,10 +1,10 @@
-"""The benchmark page: results are recorded as JSON files, the page is made of them.
+"""Record results as JSON files, and make the benchmark page from them.
 
     python tools/benchmarks.py record digits-eval -- qcgraph eval out/digits --json
     python tools/benchmarks.py page
 
 ``record`` runs a command that prints one JSON document and stores it under docs/benchmarks/ with the command and the
-date; ``page`` writes docs/benchmarks.md from all that is stored there, whether we win or lose.
+date; ``page`` writes docs/benchmarks.md from all stored documents, whether qcgraph wins or loses.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qcgraph.bundle.manifest import PACKAGES
 from qcgraph.evaluation.metrics import METRICS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-RESULTS = "benchmarks"  # in the folder of documents
+RESULTS = "benchmarks"  # the folder of results, in the folder of documents
 PAGE = "benchmarks.md"
 HEADER = """# Benchmarks
 
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def record(path: Path, title: str, words: Sequence[str], figure: str | None = None) -> int:
-    """Run a command and store its document; what it printed stays as it is."""
+    """Run a command and store the document that it prints, unchanged."""
     machine = asdict(read_machine())
     done = subprocess.run(words, stdout=subprocess.PIPE, check=False)
     if done.returncode:
@@ -89,13 +89,13 @@ def record(path: Path, title: str, words: Sequence[str], figure: str | None = No
 
 
 def page(paths: Iterable[Path]) -> str:
-    """The page of some stored results, one section each."""
+    """Return the page of some stored results, with one section for each."""
     sections = [section(json.loads(path.read_text("utf-8"))) for path in paths]
     return "\n".join([HEADER, *sections])
 
 
 def section(stored: dict[str, Any]) -> str:
-    """One section: heading, where it comes from, tables."""
+    """Return one section: heading, origin, tables."""
     machine, result = stored["machine"], stored["result"]
     flags = " ".join(machine["flags"])
     place = f"{machine['cpu']}, {machine['cores']} cores, {flags}"
@@ -113,7 +113,7 @@ def section(stored: dict[str, Any]) -> str:
 
 
 def evaluation(result: Result) -> str:
-    """Quality of a bundle."""
+    """Return the quality of a bundle."""
     names = [name for name in METRICS if any(name in row.get("metrics", {}) for row in result["rows"])]
     rows = []
     for row in result["rows"]:
@@ -141,7 +141,7 @@ def evaluation(result: Result) -> str:
 
 
 def attributions(result: Result) -> str:
-    """Several bits and intervals."""
+    """Return the tables of several bits and intervals."""
     tables = [attribution.markdown(entry["model"], entry["cells"]) for entry in result["models"]]
     setting = (
         f"PSNR dB against full precision from the same noise; {result['samples']} samples of {result['seeds']} seeds."
@@ -150,7 +150,7 @@ def attributions(result: Result) -> str:
 
 
 def benchmark(result: Result) -> str:
-    """Latency of bundles against baselines."""
+    """Return the latency of bundles against baselines."""
     batch = result["samples"] * (1 if result["guidance"] == 1 else 2)
     rows = [bench_row(row) for row in result["rows"]]
     columns = ["", "forward ms", "speed-up", "error", "whole sampling s", "speed-up", "MACs", "cache", "peak memory"]
@@ -173,13 +173,13 @@ def benchmark(result: Result) -> str:
 
 
 def step_line(row: Result) -> str:
-    """The variants of a bundle."""
+    """Return the medians of a bundle's variants."""
     steps = ", ".join(f"{name} {1000 * timing['median']:.3g} ms" for name, timing in row["variants"].items())
     return f"- steps of {row['name']} (medians): {steps}"
 
 
 def bench_row(row: Result) -> list[str]:
-    """One candidate."""
+    """Return the row of one candidate."""
     forward, sampling, speedup = row["forward"], row["sampling"], row["speedup"]
     return [
         row["name"],
@@ -195,7 +195,7 @@ def bench_row(row: Result) -> list[str]:
 
 
 def throughput(items: list[Result]) -> str:
-    """Samples a second by batch."""
+    """Return the samples per second by batch."""
     batches = sorted({item["batch"] for item in items})
     found = {(item["name"], item["batch"]): item["samples_per_second"] for item in items}
     names = dict.fromkeys(item["name"] for item in items)
@@ -206,12 +206,12 @@ def throughput(items: list[Result]) -> str:
 
 
 def peers(result: Result) -> str:
-    """All baselines, model by model."""
+    """Return the tables of all baselines, model by model."""
     return "\n\n".join(f"### {entry['model']}\n\n{benchmark(entry)}" for entry in result["models"])
 
 
 def compilation(result: Result) -> str:
-    """What compiling costs."""
+    """Return the cost of compilations."""
     rows = []
     for row in result["rows"]:
         slowest = max(row["stages"], key=lambda stage: stage["seconds"])
@@ -233,7 +233,7 @@ def compilation(result: Result) -> str:
 
 
 def growth(result: Result) -> str:
-    """How calibration grows: its rows, and the lines through them."""
+    """Return how the cost of calibration grows: its rows, and the fitted lines."""
     tables = []
     for series in result["series"]:
         rows = [
@@ -269,13 +269,13 @@ KINDS: dict[str, Callable[[Result], str]] = {
 
 
 def spread(values: dict[str, float], *keys: str) -> str:
-    """Three figures in one cell: ``value (low .. high)`` or ``least / median / largest``."""
+    """Return three figures in one cell: ``value (low .. high)`` or ``least / median / largest``."""
     found = [f"{values[key]:.4g}" for key in keys]
     return f"{found[0]} ({found[1]} .. {found[2]})" if keys[0] == "value" else " / ".join(found)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 

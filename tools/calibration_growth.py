@@ -1,12 +1,12 @@
-"""How the cost of quantization grows: seconds and memory against the calibration samples, and against the sites.
+"""Measure how seconds and memory of quantization grow with the calibration samples, and with the sites.
 
     python tools/calibration_growth.py
     python tools/calibration_growth.py dit-s-4 --samples 64 128 256 --depths 3 6 12 --json
 
 A DiT geometry with random weights is compiled up to insert-qdq: once for each number of samples, at the largest depth;
-and once for each depth, which is what sets the number of sites, with the fewest samples. A compilation has a process of
-its own; one that both series ask for is made once. The seconds are those of the passes after calibrate, which work on
-the samples; calibrate depends on trajectories, and equalize samples as many as a fixed amount of arithmetic allows. The
+and once for each depth, which sets the number of sites, with the fewest samples. Each compilation has a process of its
+own; one that belongs to both series runs once. The seconds are those of the passes after calibrate, which work on the
+samples; calibrate depends on trajectories, and equalize samples as many as a fixed amount of arithmetic allows. The
 memory is the largest of all stages, with Python and its libraries, measured as in `bench_compile.py`. Below each table
 is a line fitted to it by least squares, and the share of the variance that it explains, R^2. Linux only.
 """
@@ -41,12 +41,12 @@ class Row:
     """One compilation.
 
     Attributes:
-        samples: of the calibration set.
+        samples: samples of the calibration set.
         depth: blocks of the model.
-        sites: its layers that were quantized.
-        weight_bytes: the size of its weights in float32.
-        seconds: of the passes after calibrate.
-        all_seconds: of all stages.
+        sites: quantized layers of the model.
+        weight_bytes: the size of the model's weights in float32.
+        seconds: seconds of the passes after calibrate.
+        all_seconds: seconds of all stages.
         peak_bytes: the largest resident size of all stages.
     """
 
@@ -69,7 +69,7 @@ class Line:
 
     @classmethod
     def through(cls, places: Sequence[float], values: Sequence[float]) -> Line:
-        """The line through values at places, of which two are different."""
+        """Fit a line through values at places, at least two of which differ."""
         slope, intercept = np.polyfit(places, values, 1)
         left = np.square(np.asarray(values) - (slope * np.asarray(places) + intercept)).sum()
         total = np.square(np.asarray(values) - np.mean(values)).sum()
@@ -78,10 +78,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Series:
-    """Compilations that differ in one thing.
+    """Compilations that differ in one property.
 
     Attributes:
-        by: the field of their rows that it is: ``samples`` or ``sites``.
+        by: the field of their rows with this property: ``samples`` or ``sites``.
         rows: the compilations.
         seconds: the line through their seconds.
         peak_bytes: the line through their memory.
@@ -94,14 +94,14 @@ class Series:
 
 
 def main() -> None:
-    """Measure both series, print them."""
+    """Measure both series, and print them."""
     options = parse()
     if not os.access(CLEAR_REFS, os.W_OK):
         sys.exit(f"cannot write {CLEAR_REFS}, which measuring the memory of a stage needs")
     machine, series, measured = read_machine(), [], {}
     for by, settings in planned(options):
         new = [setting for setting in settings if setting not in measured]
-        # A process for each, so that none starts with what another left; spawned, not forked, to start from nothing.
+        # Each setting has its own process, spawned rather than forked, so that it inherits no memory of another one.
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
             measured |= zip(new, pool.map(partial(measure, options), *zip(*new, strict=True)), strict=True)
         rows = tuple(measured[setting] for setting in settings)
@@ -122,9 +122,9 @@ def main() -> None:
 
 
 def planned(options: argparse.Namespace) -> Iterator[tuple[str, list[tuple[int, int, int]]]]:
-    """What each series varies, and the samples, depth and trajectories of its compilations.
+    """Yield the property that each series varies, and the samples, depth and trajectories of its compilations.
 
-    Trajectories are the same throughout a series, and enough for its samples.
+    All compilations of a series have the same trajectories, enough for its samples.
     """
     fewest, most = min(options.samples), max(options.samples)
     yield "samples", [(samples, max(options.depths), -(-most // options.steps)) for samples in options.samples]
@@ -132,7 +132,7 @@ def planned(options: argparse.Namespace) -> Iterator[tuple[str, list[tuple[int, 
 
 
 def measure(options: argparse.Namespace, samples: int, depth: int, trajectories: int) -> Row:
-    """Compile up to insert-qdq in this process."""
+    """Compile up to insert-qdq in this process, and return the measurements."""
     import torch
 
     from qcgraph.compiler.compilation import compile_model
@@ -158,7 +158,7 @@ def measure(options: argparse.Namespace, samples: int, depth: int, trajectories:
 
 
 def markdown(series: Series, options: argparse.Namespace) -> str:
-    """One series as a table, and its lines."""
+    """Return one series as a table, with its fitted lines."""
     cells = [
         f"| {row.samples} | {row.sites} | {row.seconds:.1f} | {row.all_seconds:.1f} "
         f"| {row.peak_bytes / 1e6:.0f} | {row.weight_bytes / 1e6:.0f} |"
@@ -180,12 +180,12 @@ def markdown(series: Series, options: argparse.Namespace) -> str:
 
 
 def equation(name: str, line: Line, unit: float, by: str) -> str:
-    """A fitted line in words."""
+    """Return a fitted line as an equation."""
     return f"{name} = {line.intercept / unit:.4g} + {line.slope / unit:.3g} * {by}, R^2 = {line.r_squared:.4f}"
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("geometry", nargs="?", default="dit-s-2", help=f"of {', '.join(GEOMETRIES)}")
     parser.add_argument("--samples", type=int, nargs="+", default=[64, 128, 256, 512])

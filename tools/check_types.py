@@ -1,14 +1,14 @@
-"""Checks the types of the package as it is installed: builds a wheel, unpacks it and runs mypy on that.
+"""Check the types of the installed package: build a wheel, unpack it, and run mypy on it.
 
-Why not on the checkout: passes/ and export/ become qcgraph.passes and qcgraph.export only in the built package. mypy
-skips them, without a word, on the checkout and on an editable install, and a check that skips is green. So this
-script also fails when the wheel and the checkout hold different modules, or when mypy did not report on every one.
+The checkout itself can not be checked: passes/ and export/ become qcgraph.passes and qcgraph.export only in the built
+package. On the checkout and on an editable install mypy skips them without a message, and a check that skips is green.
+The script therefore also fails if wheel and checkout have different modules, or if mypy did not report on every one.
 
 Run it with the interpreter of an environment that holds the dependencies::
 
     python tools/check_types.py [DIRECTORY]
 
-With a directory, the wheel that was checked is left there.
+With a directory, the checked wheel is kept there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def modules_under(directory: Path, package: str = "") -> set[str]:
-    """The dotted names of the Python files under a directory that is installed as ``package``."""
+    """Return the dotted names of the Python files under a directory that is installed as ``package``."""
     names = set()
     for path in directory.rglob("*.py"):
         parts = path.relative_to(directory).with_suffix("").parts
@@ -35,9 +35,9 @@ def modules_under(directory: Path, package: str = "") -> set[str]:
 
 
 def copy_sources(target: Path) -> set[str]:
-    """Copies what a wheel is built from; returns its modules, under the names they are installed as.
+    """Copy the sources of a wheel, and return its modules by the names that they are installed as.
 
-    A build from the checkout itself would also pack what an earlier build left there.
+    A build from the checkout itself would also pack files of earlier builds.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     target.mkdir()
@@ -51,14 +51,14 @@ def copy_sources(target: Path) -> set[str]:
 
 
 def build_wheel(source: Path, scratch: Path) -> Path:
-    """Builds a wheel and returns its path."""
+    """Build a wheel, and return its path."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", scratch, source]
     subprocess.run(command, check=True)
     return next(scratch.glob("*.whl"))
 
 
 def run_mypy(site: Path, scratch: Path) -> tuple[int, set[str]]:
-    """Runs mypy on the unpacked wheel, away from the checkout: its exit code, and the modules it reported on."""
+    """Run mypy on the unpacked wheel, outside of the checkout; return its exit code and the modules it reported."""
     report = scratch / "report"
     config = ["--config-file", ROOT / "pyproject.toml", "--cache-dir", scratch / "cache"]
     command = [sys.executable, "-m", "mypy", *config, "--linecount-report", report, "--package", "qcgraph"]
@@ -69,7 +69,7 @@ def run_mypy(site: Path, scratch: Path) -> tuple[int, set[str]]:
 
 
 def main() -> int:
-    """Checks, reports and returns the exit code."""
+    """Check the types, report the result, and return the exit code."""
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
         source, site = scratch / "source", scratch / "site"

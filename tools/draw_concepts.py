@@ -16,8 +16,8 @@ from pathlib import Path
 SCHEDULE = "FRRFRRRFRRFR"  # the cache schedule: F computes, R reuses
 GROUPS = (0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2)
 TIMESTEPS = tuple(range(979, -1, -89))
-LEFT, WIDTH, CELL = 196, 46, 34  # pixels: of the labels, from step to step, of a square
-STEPS, COMPUTING, REUSING, GROUP, ROW = 40, 86, 162, 226, 274  # pixels: the upper edge of every line
+LEFT, WIDTH, CELL = 196, 46, 34  # pixels: the width of the labels, of a step, of a square
+STEPS, COMPUTING, REUSING, GROUP, ROW = 40, 86, 162, 226, 274  # pixels: the upper edge of every line of the drawing
 TEXT, BLUE, ORANGE, GREEN = "#77808b", "#2f76c7", "#c2701a", "#2e8b57"
 SIZE = (LEFT + WIDTH * len(SCHEDULE) + 16, 364)
 
@@ -45,7 +45,7 @@ def drawing() -> str:
 
 
 def labels() -> Iterator[str]:
-    """Yield what stands to the left of every line, and the direction of sampling above all of them."""
+    """Yield the labels to the left of every line, and the direction of sampling above them."""
     yield text(LEFT, 18, "noise", anchor="start")
     yield text(x(len(SCHEDULE) - 1) + CELL, 18, "image", anchor="end")
     yield line(LEFT + 46, 14, x(len(SCHEDULE) - 1) + CELL - 46, 14)
@@ -70,7 +70,7 @@ def steps() -> Iterator[str]:
 
 
 def caches() -> Iterator[str]:
-    """Yield an arrow from every computing step to each step that reuses what it stored."""
+    """Yield an arrow from every computing step to each step that reuses its cached value."""
     source = 0
     for index, letter in enumerate(SCHEDULE):
         if letter == "F":
@@ -101,7 +101,7 @@ def x(step: int) -> float:
 
 
 def text(x: float, y: float, words: str, anchor: str = "middle", size: int = 13, weight: str = "normal") -> str:
-    """Return words at a place."""
+    """Return words at a place as SVG."""
     return (
         f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}" font-weight="{weight}">'
         f"{escape(words)}</text>"

@@ -1,14 +1,14 @@
-"""What forecasts of cached values do to the noise of quantization: plain reuse, linear Taylor, and the fitted one.
+"""Measure the effect of forecasts on quantization noise: plain reuse, linear Taylor, and the fitted forecast.
 
     python tools/forecast_noise.py digits --bits w8a8 w6a6 --interval 4 --plot figure.png
 
-An extrapolation by k steps multiplies independent noise of its two values by the root of (1 + k)^2 + k^2, where reuse
-passes on what there was. How much of that comes about is measured in two ways:
+An extrapolation by k steps multiplies independent noise of its two values by the root of (1 + k)^2 + k^2; plain reuse
+passes the noise on. The actual noise is measured in two ways:
 
-* Closed loop: the error of the latent after every step, in floating point and quantized, and how far these two runs
-  are apart, which is what quantization alone does under that forecast (each fitted to its own run).
-* Open loop: on the trajectory of the model, the noise of a forecast from quantized values (its distance from that of
-  values in floating point) over the noise of the last value that it looks back to.
+* Closed loop: the error of the latent after every step, in floating point and quantized, and the distance between these
+  two runs, which is the effect of quantization alone under a forecast (fitted to each run separately).
+* Open loop: on the trajectory of the model, the noise of a forecast from quantized values (its distance from the
+  forecast from values in floating point) over the noise of the last value that it uses.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Curve = list[float]
 
 
 def main() -> int:
-    """Measure, print, draw."""
+    """Measure all settings, print the tables, and draw the figure."""
     options = parse()
     progress = progress_for(sys.stderr)
     try:
@@ -74,7 +74,7 @@ def main() -> int:
 
 
 def capture_model(options: argparse.Namespace) -> Program:
-    """The model with its step plan."""
+    """Return the captured model with its step plan."""
     model = load_model(options.model)
     program = capture(model.module, model.spec, model.input_names)
     return program.with_facts(
@@ -85,7 +85,7 @@ def capture_model(options: argparse.Namespace) -> Program:
 
 
 def fitted(captured: Program, bits: str, options: argparse.Namespace, progress: Progress) -> dict[str, Program]:
-    """The compiled model with every forecast; all else is the same."""
+    """Compile the model with every forecast; all other settings are the same."""
     progress.note(f"compiling {options.model}, {bits}")
     recipe = Recipe().override(bits=bits, cache=f"interval={options.interval}", forecast="affine")
     passes = default_pipeline(recipe, target_named(recipe.target.name)).passes
@@ -95,7 +95,7 @@ def fitted(captured: Program, bits: str, options: argparse.Namespace, progress: 
 
 
 def measure(exact: Mapping[str, Program], quantized: Mapping[str, Program], bits: str, options: Any) -> dict[str, Any]:
-    """All of one precision."""
+    """Measure all forecasts in one precision."""
     one, other = exact["reuse"], quantized["reuse"]
     every = one.facts[StepPlan].all_computing
     both = Both(one, other)
@@ -125,7 +125,7 @@ class Both:
     """Runs a program, and another one on the same inputs; keeps the cached values of both.
 
     Attributes:
-        values: per step, the first cached value of the one and of the other, f32[B,...,C].
+        values: for every step, the first cached value of each program, f32[B,...,C].
     """
 
     def __init__(self, one: Program, other: Program) -> None:
@@ -134,7 +134,7 @@ class Both:
         self.values: list[tuple[torch.Tensor, ...]] = []
 
     def run(self, call: Call) -> Array:
-        """Run a variant that computes."""
+        """Run a computing variant of both programs."""
         states: tuple[dict[tuple[str, int], Any], ...] = ({}, {})
         predictions = [
             runner.run(replace(call, state=made)) for runner, made in zip(self._runners, states, strict=True)
@@ -149,11 +149,11 @@ class Probe:
 
     Attributes:
         step: the index of the step.
-        gap: steps since the last computing one.
-        gain: k of the linear extrapolation.
+        gap: steps since the last computing step.
+        gain: k, the factor of the linear extrapolation.
         amplification: the noise of the forecast over that of the last computed value.
-        noise: what quantization changes in the forecast, relative to what is forecast.
-        change: the error of the forecast from values in floating point, likewise.
+        noise: change of the forecast by quantization, relative to the forecast value.
+        change: error of the forecast from values in floating point, relative to the forecast value.
     """
 
     step: int
@@ -165,7 +165,7 @@ class Probe:
 
 
 def probes(program: Program, both: Both) -> list[Probe]:
-    """The forecasts of a program at every step that reuses, from values of both precisions."""
+    """Return the forecasts of a program at every reusing step, from values of both precisions."""
     plan, cache = program.facts[StepPlan], program.facts[CachePlan]
     table = program.constants[f"forecast.{cache.values[0].name}"]
     times = log_signal_to_noise(program.facts[ModelSpec].noise_schedule, plan.timesteps)
@@ -196,7 +196,7 @@ def probes(program: Program, both: Both) -> list[Probe]:
 
 
 def draw(runner: Runner, plan: StepPlan, program: Program, options: argparse.Namespace) -> list[Array]:
-    """The latents after every step, f32[N,C,H,W] each."""
+    """Return the latents after every step, f32[N,C,H,W] each."""
     spec, latents = program.facts[ModelSpec], list[Array]()
     conditions = in_turn(options.samples, spec)
 
@@ -208,18 +208,18 @@ def draw(runner: Runner, plan: StepPlan, program: Program, options: argparse.Nam
 
 
 def distances(latents: Sequence[Array], reference: Sequence[Array]) -> Curve:
-    """Relative L2 distance after every step."""
+    """Return the relative L2 distance after every step."""
     pairs = zip(latents, reference, strict=True)
     return [float(np.linalg.norm(found - exact) / np.linalg.norm(exact)) for found, exact in pairs]
 
 
 def closed_loop(program: Program) -> list[dict[str, Any]]:
-    """How far forecasts were from computed values when they were fitted, on the trajectory that they lead to."""
+    """Return the errors of forecasts when they were fitted, on their own trajectory."""
     return [{"step": step.step, "error": step.forecast} for step in program.facts[ForecastFit].steps]
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="digits", metavar="MODEL")
     parser.add_argument("--bits", nargs="+", default=["w8a8", "w6a6"])

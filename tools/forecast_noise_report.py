@@ -1,4 +1,4 @@
-"""What tools/forecast_noise.py measured, as tables and as a figure."""
+"""Report the measurements of tools/forecast_noise.py as tables and as a figure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MARKERS = "osD"
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """A table for every precision."""
+    """Return a table for every precision."""
     intro = (
         f"{document['model']}, {document['scheduler']}, {document['steps']} steps, interval {document['interval']}, "
         f"{document['samples']} samples. Errors of the final latent are relative, against full precision; quantization "
@@ -41,7 +41,7 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def texts(found: dict[str, Any], alone: float) -> list[str]:
-    """A row of the table."""
+    """Return a row of the table."""
     factors = [probe["amplification"] for probe in found["noise"]]
     fits = [np.sqrt(np.mean([each["error"] ** 2 for each in found[key]])) for key in ("fit_float", "fit_quantized")]
     return [
@@ -57,7 +57,7 @@ def texts(found: dict[str, Any], alone: float) -> list[str]:
 
 
 def save_figure(document: dict[str, Any], path: Path) -> None:
-    """A row for every precision: errors of the latent, how far quantization moves it, noise of the forecasts."""
+    """Draw a row for every precision: errors of the latent, its change by quantization, and noise of the forecasts."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

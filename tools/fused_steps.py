@@ -1,9 +1,9 @@
-"""What TensorRT-RTX fuses a denoiser to: our form of scales against others, without a GPU.
+"""Show the kernels that TensorRT-RTX fuses a denoiser to, for the scales of qcgraph and for other forms, without a GPU.
 
     python tools/fused_steps.py digits dit-s-2:random dit-xl-2:random
 
-Every form is the same model as graphs, built ahead of time for each compute capability. Steps are kernels that a
-forward pass of the computing variant launches, and those of them that compute a part of a block, by block.
+Every form is the same model as graphs, built ahead of time for each compute capability. The tool counts the kernels of
+a forward pass of the computing variant, and those that compute a part of a block, by block.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ COLUMNS = ("model", "form", "device", "steps", "a block", "8-bit GEMMs", "of", "
 
 @dataclass(frozen=True)
 class Form:
-    """A way to write scales, and the passes that make it."""
+    """A way to write scales, and the passes that produce it."""
 
     name: str
     passes: tuple[str, ...]
@@ -68,7 +68,7 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Row:
-    """What one form was fused to; ``problem`` where it was not."""
+    """The kernels of one form; ``problem`` if it could not be built."""
 
     model: str
     form: str
@@ -86,7 +86,7 @@ class Row:
 
 
 def main() -> int:
-    """Build and print."""
+    """Build all forms, and print the results."""
     options = parse()
     module = tensorrt.load_provider("tensorrt-rtx")
     if not module.__version__.startswith(PROBED_VERSIONS):
@@ -131,7 +131,7 @@ def rows_of(name: str, options: argparse.Namespace, module: Any) -> Iterator[Row
 
 
 def drop_zero_points(graph: Path) -> None:
-    """Leave out zero points, which are all 0 here: TensorRT refuses those that are selected, not such scales."""
+    """Remove zero points, all of which are 0: TensorRT refuses selected zero points, but not selected scales."""
     import onnx
     import onnx_graphsurgeon as gs
 
@@ -143,7 +143,7 @@ def drop_zero_points(graph: Path) -> None:
 
 
 def row_of(name: str, form: Form, device: str, program: Program, graph: Path, module: Any) -> Row:
-    """One engine."""
+    """Build one engine, and return its row."""
     import onnx
 
     variant = program.variants[program.computing]
@@ -178,7 +178,7 @@ def row_of(name: str, form: Form, device: str, program: Program, graph: Path, mo
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The rows as a table."""
+    """Return the rows as a table."""
     rows = [texts(Row(**row)) for row in result["rows"]]
     lines = [" | ".join(map(str, cells)) for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
     what = (

@@ -2,11 +2,11 @@
 
     python tools/fuzz.py --inputs 100000 --seed 0
 
-Valid samples are damaged (bytes, tokens, values of JSON, types, depth) or put together from a grammar. What comes out
-must be a success, or a refusal in words: a `QcgraphError` with a hint. Anything else is a finding: another exception, a
-refusal without a hint, a wrong exit code, a warning, a word on stderr, or more than ten seconds. Findings are printed
-with what repeats them, shortened, and kept in a folder. The heavy part behind a door is cut off: no command samples,
-calibrates or builds.
+Valid samples are damaged (bytes, tokens, values of JSON, types, depth) or composed from a grammar. The outcome must be
+a success or a refusal in words: a `QcgraphError` with a hint. Any other outcome is a finding: another exception, a
+refusal without a hint, a wrong exit code, a warning, a word on stderr, or more than ten seconds. Findings are
+shortened, printed with the input that repeats them, and kept in a folder. The heavy part behind a door is cut off:
+no command samples, calibrates or builds.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from fuzz_doors import REFUSED, STOPPED, Door, LetInError, make_doors, make_samp
 from qcgraph.errors import QcgraphError
 
 HANG_SECONDS = 10
-PATIENCE = 6  # times as long, for an input that waits without computing
-MEMORY_BYTES = 24 * 2**30  # of addresses, so that a size out of a file cannot take the machine down
+PATIENCE = 6  # alarms until an input that waits without computing counts as a hang
+MEMORY_BYTES = 24 * 2**30  # bytes of address space, so that a size in a file cannot exhaust the memory of the machine
 SHRINKING_SECONDS = 10
 
 
-_rings: list[int] = []  # of the alarm, for the input that is being judged
-_started: list[float] = []  # when it was let in, in seconds of this process
-_noise: list[IO[bytes]] = []  # the file that stands for stderr while inputs are judged
-# What Python does not show a user unless asked to.
+_rings: list[int] = []  # alarms during the input that is being judged
+_started: list[float] = []  # start of the input, in seconds of processor time
+_noise: list[IO[bytes]] = []  # the file that replaces stderr while inputs are judged
+# Warnings that Python hides from users by default.
 _UNSEEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 
 
@@ -54,7 +54,7 @@ class Hang(BaseException):
 
 @dataclass
 class Finding:
-    """An input that is neither taken nor refused in words."""
+    """An input that is neither accepted nor refused in words."""
 
     door: str
     index: int
@@ -66,12 +66,12 @@ class Finding:
 
 @dataclass
 class Tally:
-    """What came of all inputs.
+    """The outcomes of all inputs.
 
     Attributes:
-        outcomes: by door and outcome.
+        outcomes: counts by door and outcome.
         findings: the first of each kind, by door, exception and place.
-        seconds: by door.
+        seconds: seconds by door.
     """
 
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -80,10 +80,10 @@ class Tally:
 
 
 def judge(door: Door, sample: Any) -> tuple[str, str, str]:
-    """Let an input in.
+    """Pass an input to a door.
 
     Returns:
-        The outcome, what was raised, and where in qcgraph; the last two are empty where nothing is to be found.
+        The outcome, the error, and its place in qcgraph; error and place are empty if there is no finding.
     """
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -104,7 +104,7 @@ def judge(door: Door, sample: Any) -> tuple[str, str, str]:
 
 
 def _judge_silent(door: Door, sample: Any) -> tuple[str, str, str]:
-    """Let an input in, as :func:`judge` does, and pay no heed to warnings and stderr."""
+    """Pass an input to a door as :func:`judge` does, but ignore warnings and stderr."""
     _rings.clear()
     _started[:] = [time.process_time()]
     signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS, HANG_SECONDS)
@@ -118,14 +118,14 @@ def _judge_silent(door: Door, sample: Any) -> tuple[str, str, str]:
         return "no hint", f"{type(error).__name__} without a hint: {error}", _place(error)
     except Hang as error:
         return "hang", f"more than {HANG_SECONDS} s", _place(error)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, it is what this tool looks for
+    except BaseException as error:  # noqa: BLE001 - any exception is a finding of this tool
         return "traceback", f"{type(error).__name__}: {error}"[:300], _place(error)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _take_noise() -> str:
-    """What was written to stderr since the last call, by Python or by a library below it."""
+    """Return the text on stderr since the last call, from Python or from a native library."""
     if not _noise:
         return ""
     file = _noise[0]
@@ -139,7 +139,7 @@ def _take_noise() -> str:
 
 
 def _place(error: BaseException) -> str:
-    """The innermost line of qcgraph that an error came through."""
+    """Return the innermost line of qcgraph that an error came through."""
     root = Path(__file__).resolve().parents[1]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
@@ -149,7 +149,7 @@ def _place(error: BaseException) -> str:
 
 
 def shrink(door: Door, sample: Any, kind: tuple[str, str]) -> Any:
-    """Leave out of an input what is not needed for the same finding."""
+    """Remove the parts of an input that the same finding does not need."""
     best, size, end = sample, max(1, len(sample) // 2), time.monotonic() + SHRINKING_SECONDS
     while size and time.monotonic() < end:
         at, changed = 0, False
@@ -172,13 +172,13 @@ def fuzz(
     seconds: float | None = None,
     only: int | None = None,
 ) -> Tally:
-    """Let inputs in at doors.
+    """Pass inputs to doors.
 
     Args:
         doors: the doors.
-        inputs: how many inputs each gets.
-        seed: what draws them; input number i of a door depends on the seed, the door and i alone.
-        seconds: stop after so long.
+        inputs: the number of inputs for each door.
+        seed: seeds the inputs; input number i of a door depends on the seed, the door and i alone.
+        seconds: the time after which to stop.
         only: the number of the only input, to repeat a finding.
     """
     tally, started = Tally(), time.monotonic()
@@ -206,10 +206,10 @@ def fuzz(
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Within it, inputs are timed, memory is bounded, and what is written to stderr is kept to be judged."""
+    """Limit the time and memory of inputs, and keep their stderr for judgement, while the context is active."""
 
     def hang(number: int, frame: FrameType | None) -> None:
-        # On a busy machine an input may wait for its turn; only a hang waits for very long.
+        # On a busy machine an input may wait for processor time; only a hang waits for very long.
         _rings.append(number)
         if time.process_time() - _started[0] > HANG_SECONDS / 2 or len(_rings) >= PATIENCE:
             raise Hang
@@ -226,12 +226,12 @@ def guarded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stderr_kept() -> Iterator[None]:
-    """Within it, stderr is a file, also for libraries that are not written in Python."""
+    """Replace stderr by a file while the context is active, also for native libraries."""
     sys.stderr.flush()
     before = os.dup(2)
     with tempfile.TemporaryFile(buffering=0) as file:
         _noise[:] = [file]
-        # Appending, because the file is emptied between inputs.
+        # The file is opened for appending, because it is emptied between inputs.
         fcntl.fcntl(file.fileno(), fcntl.F_SETFL, fcntl.fcntl(file.fileno(), fcntl.F_GETFL) | os.O_APPEND)
         os.dup2(file.fileno(), 2)
         try:
@@ -244,13 +244,13 @@ def _stderr_kept() -> Iterator[None]:
 
 
 def shares(doors: Sequence[Door], inputs: int) -> dict[str, int]:
-    """How many of all inputs each door gets."""
+    """Return the number of inputs of each door."""
     whole = sum(door.weight for door in doors)
     return {door.name: max(1, round(inputs * door.weight / whole)) for door in doors}
 
 
 def keep(findings: Sequence[Finding], seed: int, folder: Path) -> None:
-    """Write every finding into a folder, the input as it was given."""
+    """Write every finding with its unchanged input into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for finding in findings:
         stem = f"{finding.door}-{seed}-{finding.index}"

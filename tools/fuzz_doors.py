@@ -1,4 +1,4 @@
-"""The doors of tools/fuzz.py: what an input is let in by, with everything heavy behind it cut off."""
+"""Define the doors of tools/fuzz.py: the entry points of qcgraph, with all heavy work behind them cut off."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ PASSED, REFUSED, STOPPED = "passed", "refused", "stopped behind the door"
 
 
 class LetInError(QcgraphError):
-    """Stands for the heavy part behind a door: whoever comes that far has been let in."""
+    """Stands for the heavy part behind a door; an input that reaches it was accepted."""
 
     def __init__(self, *_: object, **__: object) -> None:
         super().__init__("let in", hint="nothing: the fuzz stops here")
 
 
 class NotInWordsError(Exception):
-    """An outcome that no exception shows: a wrong exit code, or an error without a hint."""
+    """An outcome without an exception of its own: a wrong exit code, or an error without a hint."""
 
 
 @dataclass(frozen=True)
 class Door:
-    """One way in.
+    """An entry point for inputs.
 
     Attributes:
-        name: how it is called.
+        name: the name of the door.
         draw: makes an input, bytes or a list of arguments, from a source of random numbers.
-        enter: takes the input, and raises whatever comes of it.
-        weight: the share of inputs that go through it.
+        enter: passes the input to qcgraph, and raises any error of it.
+        weight: the share of inputs for this door.
     """
 
     name: str
@@ -63,14 +63,14 @@ class Door:
 
 @dataclass(frozen=True)
 class Samples:
-    """Valid things to damage, made once in a folder that is thrown away.
+    """Valid samples to damage, made once in a temporary folder.
 
     Attributes:
-        folder: where they are, and where inputs are written.
+        folder: the folder of the samples, where inputs are written, too.
         bundle: a bundle for PyTorch.
-        checkpoints: files of weights, by how they are named.
+        checkpoints: files of weights, by name.
         diffusers: a folder that diffusers wrote.
-        trained: a folder that the training tool wrote.
+        trained: a folder that a training tool wrote.
     """
 
     folder: Path
@@ -81,11 +81,11 @@ class Samples:
 
     @property
     def scratch(self) -> Path:
-        """Where inputs are written."""
+        """The path for inputs."""
         return self.folder / "input"
 
     def cloned(self, source: Path, changed: str, content: bytes) -> Path:
-        """A folder whose files are links to those of another, but for one."""
+        """Return a copy of a folder whose files are links to the originals, except for one changed file."""
         place = self.scratch / source.name
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(source, place, copy_function=os.link)
@@ -146,7 +146,7 @@ def make_samples(folder: Path) -> Samples:
 
 
 def make_doors(samples: Samples) -> dict[str, Door]:
-    """All doors by name."""
+    """Return all doors by name."""
     doors = (
         Door("recipe", draw_recipe, lambda data: _enter_recipe(samples, data), 80),
         Door("pipeline", draw_pipeline, _enter_pipeline, 80),
@@ -234,7 +234,7 @@ def _enter_schedule(data: bytes) -> str:
 
 COMMANDS = ("compile", "compile", "compile", "sample", "bench", "build", "export", "verify", "eval", "inspect", "diff")
 COMMANDS += ("passes", "models", "targets")
-# What some options take; others are given anything.
+# Values for some options; any other option gets arbitrary words.
 KNOWN = {
     "steps": ["4", "20"], "seed": ["0", "7"], "guidance": ["1.5", "1"], "scheduler": ["ddim", "ddpm"], "bits": ["w8a8"],
     "groups": ["2"], "cache": ["off", "interval=2"], "target": ["torch", "onnxruntime-cpu"], "precision": ["float32"],
@@ -264,7 +264,7 @@ def _draw_command(rng: random.Random, samples: Samples) -> list[str]:
     return arguments
 
 
-HEAVY = (  # what stands behind the doors of the commands
+HEAVY = (  # the heavy functions behind the doors of the commands
     "qcgraph.compiler.compilation.load_model",
     "qcgraph.compiler.compilation.verify_bundle",
     "qcgraph.export.run.open.runner_of",
@@ -276,7 +276,7 @@ HEAVY = (  # what stands behind the doors of the commands
 
 @cache
 def command_line() -> Any:
-    """The commands, read from their functions once: that takes ten times as long as most inputs."""
+    """Return the commands, read from their functions only once, because this takes ten times as long as most inputs."""
     from typer.main import get_command
 
     return get_command(importlib.import_module("qcgraph.cli.app").app)
@@ -284,7 +284,7 @@ def command_line() -> Any:
 
 @contextlib.contextmanager
 def stopped_behind_doors() -> Iterator[None]:
-    """Within it, what loads models and runs graphs refuses."""
+    """Make functions that load models or run graphs refuse, while the context is active."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch("qcgraph.cli.app.app", command_line()))
         for name in HEAVY:
@@ -337,7 +337,7 @@ def _enter_checkpoint(samples: Samples, data: bytes) -> str:
 
 
 def _draw_member(rng: random.Random, folder: Path, names: Sequence[str]) -> bytes:
-    """A changed file of a folder: its name, a line end, and its content."""
+    """Draw a changed file of a folder: its name, a line end, and its content."""
     name = rng.choice(names)
     content = (folder / name).read_bytes()
     if name.endswith(".json") and rng.random() < 0.8:
@@ -364,7 +364,7 @@ def _enter_folder(samples: Samples, data: bytes) -> str:
     name, _, content = data.partition(b"\n")
     which, _, member = name.decode("ascii", "replace").partition("/")
     source = samples.diffusers if which == "pipe" else samples.trained
-    if not (source / member).is_file():  # while an input is being shortened
+    if not (source / member).is_file():  # the member may be missing while an input is shortened
         return PASSED
     load_model(str(samples.cloned(source, member, content)))
     return PASSED
@@ -373,7 +373,7 @@ def _enter_folder(samples: Samples, data: bytes) -> str:
 def _draw_bundle(rng: random.Random, samples: Samples) -> bytes:
     names = [path.relative_to(samples.bundle).as_posix() for path in samples.bundle.rglob("*") if path.is_file()]
     small = [name for name in names if name.endswith((".json", ".toml"))] * 4
-    honest = b"!" if rng.random() < 0.9 else b"?"  # whether the manifest knows the change
+    honest = b"!" if rng.random() < 0.9 else b"?"  # whether the manifest is updated with the change
     return honest + _draw_member(rng, samples.bundle, sorted([*names, *small]))
 
 
@@ -402,12 +402,12 @@ def _enter_program(samples: Samples, data: bytes) -> str:
 
 
 def _changed_bundle(samples: Samples, data: bytes) -> Path:
-    """A bundle with one file changed, of which the manifest knows where the input begins with ``!``."""
+    """Return a bundle with one changed file; the manifest is updated if the input begins with ``!``."""
     from qcgraph.bundle.manifest import MANIFEST, entry_of
 
     name, _, content = data.partition(b"\n")
     member = name[1:].decode("ascii", "replace")
-    if not (samples.bundle / member).is_file():  # while an input is being shortened
+    if not (samples.bundle / member).is_file():  # the member may be missing while an input is shortened
         return samples.bundle
     place = samples.cloned(samples.bundle, member, content)
     if name.startswith(b"!") and member != MANIFEST:

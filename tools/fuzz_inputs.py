@@ -1,4 +1,4 @@
-"""The inputs of tools/fuzz.py: valid samples that are damaged, and texts drawn from the grammars of qcgraph."""
+"""Make the inputs of tools/fuzz.py: valid samples that are damaged, and texts drawn from the grammars of qcgraph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Sequence
 from typing import Any
 
-# What stands for a number, a word or a value.
+# Tokens that replace a number, a word or a value.
 NUMBERS = json.loads('["0", "-1", "1", "2", "0.0", "-0.0", "1.5", "00", "1_0", "0x10", "1e400", "-1e400", "1e-320"]')
 NUMBERS += ["nan", "inf", "true", '"8"', "[]", "{}", "\u0663", "9" * 30, "9" * 4301, str(2**31), str(2**63), str(2**64)]
 WORDS = json.loads('["null", "true", "all", "off", "auto", "..", "/", "a/b", "-", "--", "{", "}", "[", "]", "=", ","]')
@@ -25,7 +25,7 @@ VALUES += [2**31, 2**63, 10**30, 1e-320, {"": None}, ["x"] * 50, list(range(100)
 
 
 def damage_bytes(rng: random.Random, data: bytes) -> bytes:
-    """Flip, cut, repeat, insert."""
+    """Flip, cut, repeat or insert bytes."""
     for _ in range(rng.choice([1, 1, 1, 2, 4, 16])):
         if not data:
             return rng.randbytes(rng.randrange(20))
@@ -49,14 +49,14 @@ def damage_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def damage_weights(rng: random.Random, data: bytes) -> bytes:
-    """Damage a file of weights, half of the time within its container, whose checksums and lengths then hold."""
+    """Damage a file of weights, half of the time inside of its container, with valid checksums and lengths."""
     if rng.random() < 0.5:
         return damage_bytes(rng, data)
     return _damage_archive(rng, data) if data.startswith(b"PK") else _damage_header(rng, data)
 
 
 def _damage_archive(rng: random.Random, data: bytes) -> bytes:
-    """Damage or leave out a member of a zip archive, most often the pickle."""
+    """Damage or remove a member of a zip archive, most often the pickle."""
     written = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(written, "w") as target:
         names = source.namelist()
@@ -70,7 +70,7 @@ def _damage_archive(rng: random.Random, data: bytes) -> bytes:
 
 
 def _damage_header(rng: random.Random, data: bytes) -> bytes:
-    """Damage the JSON in front of the tensors of a safetensors file; another file is damaged anywhere."""
+    """Damage the JSON header of a safetensors file; damage any other file anywhere."""
     end = 8 + int.from_bytes(data[:8], "little")
     if data[8:9] != b"{" or end > len(data):
         return damage_bytes(rng, data)
@@ -82,7 +82,7 @@ _TOKEN = re.compile(r"[A-Za-z_]+|[0-9.]+|\s+|.", re.DOTALL)
 
 
 def damage_text(rng: random.Random, text: str, others: Sequence[str] = ()) -> str:
-    """Swap tokens for others of the same or another kind, repeat and drop them, nest deeply."""
+    """Swap tokens for tokens of the same or another kind, repeat or drop tokens, or nest deeply."""
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         tokens = _TOKEN.findall(text) or [""]
         at = rng.randrange(len(tokens))
@@ -112,7 +112,7 @@ def damage_text(rng: random.Random, text: str, others: Sequence[str] = ()) -> st
 
 
 def damage_json(rng: random.Random, data: Any) -> Any:
-    """Replace, drop, rename or add a value somewhere in JSON data, or nest one deeply; the data is not touched."""
+    """Replace, drop, rename or add a value somewhere in a copy of JSON data, or nest a value deeply."""
     data = json.loads(json.dumps(data))
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         places: list[tuple[Any, Any]] = []
@@ -147,7 +147,7 @@ def damage_json(rng: random.Random, data: Any) -> Any:
 
 
 def json_bytes(rng: random.Random, data: Any) -> bytes:
-    """Write JSON data as a file may hold it, now and then with damage to its text."""
+    """Write JSON data as a file would contain it, sometimes with damaged text."""
     text = json.dumps(damage_json(rng, data))
     if rng.random() < 0.3:
         text = damage_text(rng, text)
@@ -155,11 +155,11 @@ def json_bytes(rng: random.Random, data: Any) -> bytes:
     return damage_bytes(rng, content) if rng.random() < 0.1 else content
 
 
-SECTIONS: dict[str, dict[str, Any]] = {}  # of the default recipe
+SECTIONS: dict[str, dict[str, Any]] = {}  # the sections of the default recipe
 
 
 def draw_recipe(rng: random.Random) -> bytes:
-    """A recipe of sections and keys that exist, or a damaged preset."""
+    """Draw a recipe of existing sections and keys, or a damaged preset."""
     from qcgraph.recipe import PRESETS, Recipe
 
     presets = [path.read_text("utf-8") for path in sorted(PRESETS.glob("*.toml"))]
@@ -179,7 +179,7 @@ def draw_recipe(rng: random.Random) -> bytes:
 
 
 def draw_pipeline(rng: random.Random) -> bytes:
-    """The default pipeline damaged, or known passes with options of theirs."""
+    """Draw the damaged default pipeline, or known passes with some of their options."""
     from dataclasses import fields
 
     from qcgraph.compiler.default_pipeline import default_pipeline
@@ -203,7 +203,7 @@ def draw_pipeline(rng: random.Random) -> bytes:
 
 
 def draw_schedule(rng: random.Random) -> str:
-    """A schedule, bits, blocks or a gate: one of the small languages."""
+    """Draw a schedule, bits, blocks or a gate: a text in one of the small languages."""
     number = lambda: rng.choice([*NUMBERS, str(rng.randrange(1200)), f"{rng.uniform(0, 1000):.3f}"])  # noqa: E731
     run = lambda: f"{number()}-{number()}:{''.join(rng.choices('FRC123x', k=rng.randrange(1, 20)))}"  # noqa: E731
     return rng.choice(

@@ -1,11 +1,11 @@
-"""Labelled images from an .npz file or from a folder with a subfolder for each class.
+"""Read labelled images from an .npz file, or from a folder with a subfolder for each class.
 
-The file has, for the parts ``train`` and ``test``, ``*_label`` [N] and the images: pixels ``*_images`` u8[N,S,S,C] or
-u8[N,S,S], or the concatenated bytes of JPEG files ``*_jpeg`` u8[L] with the length of each in ``*_size`` [N]. It may
-have ``classes``, their names in the order of the labels.
+For each of the parts ``train`` and ``test``, the file has ``*_label`` [N] and the images: pixels ``*_images``
+u8[N,S,S,C] or u8[N,S,S], or the concatenated bytes of JPEG files ``*_jpeg`` u8[L] with the length of each in ``*_size``
+[N]. It may have ``classes``, the names of the classes in the order of the labels.
 
-Images of a folder are scaled to the size asked for, by their shorter side, and cropped around the middle; every
-twentieth of each class is held out.
+Images of a folder are scaled by their shorter side to the requested size, and cropped around the middle; every
+twentieth image of each class is held out.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from torch import Tensor
 from qcgraph.errors import UsageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-HELD_OUT = 20  # one of so many images of a folder
+HELD_OUT = 20  # one in twenty images of a folder is held out
 _KEYS = "a file of images has train_label, test_label, and train_images or train_jpeg with train_size, as test has"
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images of one size, in two parts.
+    """Images of one size, in a training part and a test part.
 
     Attributes:
-        name: of the file or folder.
+        name: the name of the file or folder.
         images: pixels u8[N,C,S,S] to train on.
-        labels: their classes i64[N].
-        test_images: pixels u8[M,C,S,S] that nothing is trained on.
-        test_labels: their classes i64[M].
+        labels: the classes of the training images, i64[N].
+        test_images: pixels u8[M,C,S,S] that are not used for training.
+        test_labels: the classes of the test images, i64[M].
         classes: the names of the classes.
     """
 
@@ -51,12 +51,12 @@ class ImageData:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """C, S, S of one image."""
+        """The shape C, S, S of one image."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
     def limited(self, count: int) -> ImageData:
-        """At most so many images of each part, chosen by chance but always the same."""
+        """Return a limited number of images of each part, chosen at random with a fixed seed."""
         generator = torch.Generator().manual_seed(0)
         train, test = (
             torch.randperm(len(each), generator=generator)[:count] for each in (self.labels, self.test_labels)
@@ -71,14 +71,14 @@ class ImageData:
 
 
 def load_images(path: Path, size: int) -> ImageData:
-    """The images of a file or folder.
+    """Read the images of a file or folder.
 
     Args:
         path: an .npz file, or a folder.
-        size: height and width that images of a folder get; those of a file stay as they are.
+        size: height and width that images of a folder are scaled to; images of a file keep their size.
 
     Raises:
-        UsageError: there is none, it has another form, or its images are not square, of one size, and grey or RGB.
+        UsageError: there are no images, they have another form, or they are not square, of one size, and grey or RGB.
     """
     if path.is_dir():
         data = _of_folder(path, size)
@@ -178,7 +178,7 @@ def _of_folder(path: Path, size: int) -> ImageData:
 
 
 def _decoded(file: Path | io.BytesIO, size: int | None) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """An image u8[H,W] or u8[H,W,3], cropped to a square of a size where one is given."""
+    """Return an image u8[H,W] or u8[H,W,3], cropped to a square if a size is given."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -192,7 +192,7 @@ def _decoded(file: Path | io.BytesIO, size: int | None) -> np.ndarray[Any, np.dt
 
 
 def _stacked(images: Iterable[np.ndarray[Any, np.dtype[np.uint8]]], path: Path) -> Tensor:
-    """Images u8[H,W] or u8[H,W,3] as u8[N,C,H,W]."""
+    """Stack images u8[H,W] or u8[H,W,3] to u8[N,C,H,W]."""
     found = list(images)
     shapes = sorted({image.shape for image in found})
     if len(shapes) != 1:

@@ -1,15 +1,15 @@
-"""Kills commands at every operation on the file system, and looks at what is left.
+"""Kill commands at every operation on the file system, and check the files that remain.
 
     python tools/kill_test.py [COMMAND ...] [--cuts N] [--json FILE]
 
 For ``compile`` (also as on systems that cannot exchange two folders), ``export``, ``sample``, ``eval`` and, where
-TensorRT-RTX is installed, ``build``: the real command replaces what it wrote before, and is killed with SIGKILL before
+TensorRT-RTX is installed, ``build``: the real command replaces its earlier output, and is killed with SIGKILL before
 its k-th operation (open to write, mkdir, rename, remove, fsync, chmod), or while a file grows over a number of bytes.
-What is in its place then has to be the old or the new, whole; and the command, run again, has to succeed and to leave
-nothing beside it. ``--cuts`` takes so many points of each command, evenly; by default all. Prints counts; exits with 1
-where one failed.
+The output then has to be the old or the new one, complete; and a second run of the command has to succeed and leave
+no other files. ``--cuts`` takes a number of evenly spaced points of each command; by default all points. Prints counts;
+exits with 1 if a point failed.
 
-The command is run once up to where it begins to write, and forked there for every point: a point takes as long as
+The command runs once up to the start of writing, and is forked there for every point, so that a point takes as long as
 writing does. It needs a system with fork, and one thread: set OMP_NUM_THREADS=1.
 """
 
@@ -48,9 +48,9 @@ from qcgraph.plan.spec import ModelSpec
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 EVENTS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink")
-# Bytes that a file may have when the process is killed for it.
+# File sizes in bytes at which the process is killed.
 SIZES = (0, 1, 10, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 30000)
-VOLATILE = ("manifest.json", "report.json", "engines.json", "export.json")  # hold times; they are checked otherwise
+VOLATILE = ("manifest.json", "report.json", "engines.json", "export.json")  # contain times; other checks cover them
 TINY = "kill_test:tiny"
 COMPILE = ("--bits", "off", "--guidance", "1.5")
 MEASURE = ("--model", TINY, "--metrics", "latent_error", "--no-attribution", "--seeds", "2", "--threads", "1")
@@ -58,7 +58,7 @@ BUNDLE = "bundle"
 
 
 def tiny() -> LoadedModel:
-    """A random DiT of one block and 16 tokens."""
+    """Make a random DiT of one block and 16 tokens."""
     config = DiTConfig(input_size=8, patch_size=2, channels=1, width=16, depth=1, heads=2, class_count=3)
     module = DiT(config)
     initialize_random(module, torch.Generator().manual_seed(0))
@@ -75,7 +75,7 @@ def whole_bundle(place: Path) -> None:
 
 
 def whole_export(place: Path) -> None:
-    EXPORT_FOLDER.check(place, force=True)  # every file is as it was written
+    EXPORT_FOLDER.check(place, force=True)  # every file is unchanged since it was written
 
 
 def whole_engines(place: Path) -> None:
@@ -96,13 +96,13 @@ def whole_evaluation(place: Path) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """A command that replaces what is in a place.
+    """A command that replaces its earlier output.
 
     Attributes:
-        place: what it writes, in the folder that it is run in.
-        old: arguments that write the old.
+        place: the output, in the folder that the command runs in.
+        old: arguments that write the first output.
         new: arguments that replace it.
-        whole: raises where the place does not hold something whole.
+        whole: raises an error if the output is not complete.
     """
 
     place: str
@@ -147,19 +147,19 @@ COMMANDS = {
 
 @dataclass
 class Tally:
-    """What came of the points of one command."""
+    """The outcomes of the points of one command."""
 
     operations: int = 0
     points: int = 0
     old: int = 0
     new: int = 0
-    left: int = 0  # points at which something lay beside the place, until the next run
-    again: int = 0  # runs that succeeded after it
+    left: int = 0  # points at which other files remained until the next run
+    again: int = 0  # runs that succeeded after such a point
     failures: list[str] = field(default_factory=list)
 
 
 class Watch:
-    """Counts the operations of this process on a folder, and does something before one of them."""
+    """Counts the operations of this process on a folder, and calls a function before one of them."""
 
     def __init__(self, root: Path) -> None:
         self._root = f"{root}{os.sep}"
@@ -195,18 +195,18 @@ class Watch:
         self._busy = True
         self.log.append(f"{event} {path.removeprefix(self._root)}")
         while action := self.at.pop(len(self.log) - 1, None):
-            action()  # which may be to kill this process before the same operation
+            action()  # it may ask to kill this process before the same operation
         self._busy = False
 
 
 def forked(body: Callable[[], int]) -> int:
-    """Do something in a process of its own; the exit code, negative for a signal."""
+    """Call a function in a process of its own; return the exit code, negative for a signal."""
     child = os.fork()
     if child == 0:
         code = 99
         try:
             code = body()
-        except BaseException:  # noqa: BLE001 - the process ends here, whatever it is
+        except BaseException:  # noqa: BLE001 - the process ends here, whatever the error
             traceback.print_exc()
         finally:
             os._exit(code)
@@ -214,7 +214,7 @@ def forked(body: Callable[[], int]) -> int:
 
 
 def quietly(arguments: Sequence[str]) -> int:
-    """Run a command; what it says goes nowhere unless it fails."""
+    """Run a command, and print its output only if it fails."""
     with tempfile.TemporaryFile("w+") as said:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = run(list(arguments))
@@ -225,7 +225,7 @@ def quietly(arguments: Sequence[str]) -> int:
 
 
 def signature(place: Path) -> dict[str, str]:
-    """The files of a place and their contents, but for what holds times."""
+    """Return the files of an output with digests of their contents; those that contain times have none."""
     files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
     return {
         path.relative_to(place.parent).as_posix(): ""
@@ -236,7 +236,7 @@ def signature(place: Path) -> dict[str, str]:
 
 
 class Killing:
-    """One command, killed at its points, in a folder that holds its place and nothing else of it."""
+    """One command, killed at its points, in a folder with nothing but its output."""
 
     def __init__(self, command: Command, folder: Path, cuts: int) -> None:
         self._command, self._folder, self._cuts = command, folder, cuts
@@ -248,7 +248,7 @@ class Killing:
         self._log: list[str] = []
 
     def run(self) -> Tally:
-        """All points: one process runs the command, and is forked before each of two operations for every point."""
+        """Take all points: one process runs the command, and is forked for every point."""
         if not self._command.exchanges:
             atomic._exchanged = lambda one, other: False
         self._need(forked(lambda: quietly(self._command.old)) == 0, "the old")
@@ -260,11 +260,11 @@ class Killing:
         return self.tally
 
     def _served(self, answer: Path) -> int:
-        """Run the command for all points, and write what came of them."""
+        """Run the command for all points, and write their outcomes."""
         watch, log = Watch(self._folder), self._folder.parent / "log.json"
 
         def at_once() -> None:
-            """Before the first operation: find out which there are, and take the points before anything is written."""
+            """List all operations before the first one, and take the points before anything is written."""
             if continued(lambda: None) is None:
                 watch.at_end = lambda: log.write_text(json.dumps(watch.log))
                 return
@@ -281,7 +281,7 @@ class Killing:
                 watch.at[begin] = lambda: writing(chosen(range(begin, len(self._log)), share), sizes)
 
         def writing(points: Sequence[int], sizes: Sequence[int]) -> None:
-            """Before anything is written: take the points from there on."""
+            """Take the remaining points from the start of writing."""
             if not self._cut(watch, points, sizes, again=True):
                 answer.write_text(json.dumps(vars(self.tally)))
                 os._exit(0)
@@ -292,12 +292,12 @@ class Killing:
         return code
 
     def _cut(self, watch: Watch, points: Sequence[int], sizes: Sequence[int] = (), *, again: bool) -> bool:
-        """Take points one after another.
+        """Take a sequence of points.
 
         Returns:
-            Whether this is a process that goes on with the command.
+            Whether this is a process that continues with the command.
         """
-        gc.freeze()  # what a process looks for garbage in, it has to copy first
+        gc.freeze()  # a forked process would have to copy the memory that garbage collection touches
         gc.disable()
         return any(
             self._point(f"{point} {self._log[point]}", lambda at=point: watch.kill_at(at), again=again)
@@ -305,10 +305,10 @@ class Killing:
         ) or any(self._point(f"{size} bytes", lambda size=size: limit(size), again=again) for size in sizes)
 
     def _point(self, name: str, arm: Callable[[], None], *, again: bool) -> bool:
-        """Kill the command at one point, look, run it again, look, and put the old back.
+        """Kill the command at one point, check, run it again, check, and restore the first output.
 
         Returns:
-            Whether this is the process that goes on with the command.
+            Whether this is the process that continues with the command.
         """
         code = continued(arm)
         if code is None:
@@ -330,10 +330,10 @@ class Killing:
         return False
 
     def _look(self, name: str, *, killed: bool) -> None:
-        """Look at the place: the old or the new, whole; after a run that was not killed, nothing beside it."""
+        """Check that the output is the old or the new one, complete, and that a completed run leaves no other file."""
         beside = sorted({path.name for path in self._folder.iterdir()} - self._around)
         if not self._command.exchanges:
-            is_bundle(self._place)  # every reader puts back what was moved aside
+            is_bundle(self._place)  # every reader puts back a folder that was moved aside
         found = signature(self._place)
         self.tally.old += killed and found == self._old
         self.tally.new += killed and found == self._new
@@ -344,7 +344,7 @@ class Killing:
             self.tally.failures.append(f"{name}: left {', '.join(beside)}")
         try:
             self._command.whole(self._place)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is why the point failed
+        except Exception as error:  # noqa: BLE001 - any error is the reason why the point failed
             self.tally.failures.append(f"{name}: {error!r}")
 
     def _keep(self) -> None:
@@ -364,7 +364,7 @@ class Killing:
 
 
 def continued(arm: Callable[[], None]) -> int | None:
-    """Fork; None in the child, which goes on, and how it ended in the parent."""
+    """Fork; return None in the child, which continues, and the exit code of the child in the parent."""
     child = os.fork()
     if child == 0:
         arm()
@@ -373,32 +373,32 @@ def continued(arm: Callable[[], None]) -> int | None:
 
 
 def limit(size: int) -> None:
-    """Let the process be killed as soon as a file grows over a size, in bytes."""
+    """Let the system kill this process as soon as a file grows over a size, in bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def beginning(log: Sequence[str]) -> int:
-    """Return the operation with which a command begins to write: it takes the lock of the first thing it makes."""
+    """Return the operation with which a command begins to write: it takes the lock of the first file that it makes."""
     first = next(index for index, line in enumerate(log) if "qcgraph-partial" in line and not is_removal(line))
     return max(index for index, line in enumerate(log[:first]) if line.endswith("-lock") and "open" in line)
 
 
 def is_removal(line: str) -> bool:
-    """Whether an operation of the log takes something away."""
+    """Return whether an operation of the log removes a file or folder."""
     return line.startswith(("os.remove", "os.rmdir"))
 
 
 def chosen(points: Sequence[int], count: int) -> Sequence[int]:
-    """So many of the points, evenly, first and last among them; all where the count is 0 or too large."""
+    """Return a number of evenly spaced points with the first and last; all points if the count is 0 or too large."""
     if count <= 0 or count >= len(points):
         return points
     return sorted({points[round(index * (len(points) - 1) / max(count - 1, 1))] for index in range(count)})
 
 
 def prepared(folder: Path) -> Path:
-    """A bundle with graphs, which commands read; it is compiled once."""
+    """Return a bundle with graphs, which commands read; compile it if it is missing."""
     if (folder / BUNDLE).is_dir():
         return folder / BUNDLE
     arguments = ["compile", TINY, "-o", str(folder / BUNDLE), "--steps", "3", "--target", "onnxruntime-cpu", *COMPILE]
@@ -408,7 +408,7 @@ def prepared(folder: Path) -> Path:
 
 
 def main() -> None:
-    """Kill and count."""
+    """Kill all commands, and count the outcomes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commands", nargs="*", metavar="COMMAND", help=f"of {', '.join(COMMANDS)}; all by default")
     parser.add_argument("--cuts", type=int, default=0, help="points of each command; 0: all")
@@ -418,7 +418,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path.insert(0, str(Path(__file__).parent))
     for module in ("qcgraph.evaluation.pictures", "qcgraph.compiler.compilation", "torch._dynamo"):
-        importlib.import_module(module)  # whatever is imported before the first fork is imported once
+        importlib.import_module(module)  # imported once, before the first fork
     tallies: dict[str, Tally] = {}
     output = options.json.resolve() if options.json else None
     with tempfile.TemporaryDirectory(prefix="qcgraph-") as name:

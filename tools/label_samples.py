@@ -1,4 +1,4 @@
-"""Write the name and the PSNR of every setting beside its row of the samples that ``qcgraph eval -o FOLDER`` drew.
+"""Write the name and the PSNR of every setting beside its row of samples from ``qcgraph eval -o FOLDER``.
 
 usage: python tools/label_samples.py out/eval docs/digits.png
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-LEFT, TOP, MARGIN = 250, 34, 10  # pixels: of the labels, of the heading, around all
+LEFT, TOP, MARGIN = 250, 34, 10  # pixels: left of the samples for labels, above for the heading, margin around all
 INK, FAINT, PAPER = "#1f2328", "#59636e", "#ffffff"
 
 
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def labelled(samples: Image.Image, rows: list[dict[str, Any]]) -> Image.Image:
-    """Return the samples, a row a setting, with a label to the left of every row and a heading above."""
+    """Return the samples, one row for each setting, with a label to the left of every row and a heading above."""
     height = samples.height / len(rows)
     picture = Image.new("RGB", (LEFT + samples.width + MARGIN, TOP + samples.height + MARGIN), PAPER)
     picture.paste(samples.convert("RGB"), (LEFT, TOP))
@@ -41,7 +41,7 @@ def labelled(samples: Image.Image, rows: list[dict[str, Any]]) -> Image.Image:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """Return what a setting computes, and how near it is to full precision."""
+    """Return the cost of a setting, and its PSNR against full precision."""
     psnr = row["metrics"].get("psnr")
     near = f", {psnr['value']:.1f} dB" if psnr else ""
     return f"{row['cost']:.1f} steps of work{near}"

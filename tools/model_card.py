@@ -1,4 +1,4 @@
-"""The card of a trained model for people: the text of CARD.md, with every figure from card.json."""
+"""Write the card of a trained model for people: the text of CARD.md, with every figure from card.json."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from qcgraph.models.trained_folder import Card
 
 
 def render(card: Card, defaults: Mapping[str, Any]) -> str:
-    """The text of CARD.md.
+    """Return the text of CARD.md.
 
     Args:
-        card: with all its sections.
-        defaults: the defaults of the training tool's options, by name; the card's commands state what differs.
+        card: the card, with all its sections.
+        defaults: the defaults of the training tool's options, by name; commands on the card state other values only.
     """
     judged = {"judgement_seed" if name == "seed" else name: value for name, value in card.evaluation.items()}
     trained = asdict(card.config) | card.training | {"threads": card.environment["threads"]}
@@ -34,7 +34,7 @@ def render(card: Card, defaults: Mapping[str, Any]) -> str:
 
 
 def command(name: str, settings: Mapping[str, Any], defaults: Mapping[str, Any], *words: str) -> str:
-    """The command line of the training tool with the options that differ from their defaults."""
+    """Return the command line of the training tool with the options that differ from their defaults."""
     output: Path = defaults["output"]
     place = [] if name == output.name else [f"-o {name}"]
     options = [
@@ -46,10 +46,10 @@ def command(name: str, settings: Mapping[str, Any], defaults: Mapping[str, Any],
 
 
 def render_images(card: Card, train: str) -> str:
-    """The text of CARD.md for a model of images.
+    """Return the text of CARD.md for a model of images.
 
     Args:
-        card: with all its sections.
+        card: the card, with all its sections.
         train: the command that trained and judged it.
     """
     classes = card.classifier["classes"]
@@ -72,13 +72,13 @@ def render_images(card: Card, train: str) -> str:
 
 
 def curve_of(card: Card) -> list[tuple[int, float]]:
-    """At most ten points of the loss curve, the last among them."""
+    """Return at most ten points of the loss curve, including the last one."""
     curve = card.training["loss_curve"]
     return list(curve[::-1][:: -(-len(curve) // 10)][::-1])
 
 
 def model_rows(card: Card) -> list[tuple[str, str]]:
-    """What the model is and how it was trained."""
+    """Return the rows on the model and its training."""
     config, training, schedule = card.config, card.training, card.schedule
     shape = f"patch {config.patch_size}, width {config.width}, depth {config.depth}, {config.heads} heads"
     optimizer = f"AdamW at {training['learning_rate']:g}, average decay {training['ema_decay']}"
@@ -101,7 +101,7 @@ def model_rows(card: Card) -> list[tuple[str, str]]:
 
 
 def measured_rows(card: Card) -> list[tuple[str, str]]:
-    """How good the samples and their judge are."""
+    """Return the rows on the quality of the samples and their judge."""
     judged, judge = card.evaluation, card.classifier
     return [
         ("class accuracy of samples", f"{judged['class_accuracy']:.1%}"),
@@ -114,7 +114,7 @@ def measured_rows(card: Card) -> list[tuple[str, str]]:
 
 
 def images_rows(card: Card) -> list[tuple[str, str]]:
-    """What a model of images is and how it was trained."""
+    """Return the rows on a model of images and its training."""
     config, trained, schedule = card.config, card.training, card.schedule
     shape = f"patch {config.patch_size}, width {config.width}, depth {config.depth}, {config.heads} heads"
     kind = "RGB" if config.channels == 3 else "grey"
@@ -135,7 +135,7 @@ def images_rows(card: Card) -> list[tuple[str, str]]:
 
 
 def images_measured_rows(card: Card) -> list[tuple[str, str]]:
-    """How good the samples of a model of images and their judge are."""
+    """Return the rows on the quality of the samples and their judge, for a model of images."""
     judged, judge = card.evaluation, card.classifier
     floor = f"FID-small between two disjoint halves of the held-out images, {judged['floor_images']} each"
     return [
@@ -147,7 +147,7 @@ def images_measured_rows(card: Card) -> list[tuple[str, str]]:
 
 
 def table(rows: list[tuple[str, str]]) -> str:
-    """A Markdown table of two columns without a heading."""
+    """Return a Markdown table of two columns without a heading."""
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 

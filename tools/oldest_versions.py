@@ -1,10 +1,10 @@
-"""The oldest versions that pyproject.toml allows, as constraints for pip: CI runs the fast tests with them.
+"""Print the oldest versions that pyproject.toml allows, as constraints for pip: CI runs the fast tests with them.
 
     python tools/oldest_versions.py > oldest.txt
     pip install --constraint oldest.txt --editable '.[dev]'
 
-A line for each package that the project or one of its extras asks for on this machine: its lower bound, pinned. What
-these packages depend on themselves stays free, as it is for everyone who installs them later.
+The output has a line for each package that the project or one of its extras requires on this machine: its lower bound,
+pinned. Dependencies of these packages are not pinned, as in any later installation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LOWER_BOUNDS = (">=", "==", "~=")
 
 
 class BoundError(ValueError):
-    """A requirement that says no oldest version."""
+    """A requirement that states no oldest version."""
 
 
 def main() -> int:
@@ -53,7 +53,7 @@ def constraints(project: Mapping[str, Any]) -> Iterator[str]:
     extras: Mapping[str, list[str]] = project.get("optional-dependencies", {})
     texts = [*project.get("dependencies", ()), *chain.from_iterable(extras.values())]
     for requirement in applying(texts):
-        if requirement.name == project["name"]:  # an extra that includes another, which is read anyway
+        if requirement.name == project["name"]:  # an extra that includes another one, which is read anyway
             continue
         bound = lower_bound(requirement)
         if oldest.setdefault(requirement.name, bound) != bound:
@@ -77,7 +77,7 @@ def lower_bound(requirement: Requirement) -> Version:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pyproject", nargs="?", type=Path, default=ROOT / "pyproject.toml", help="by default ours")
     return parser.parse_args()

@@ -1,15 +1,15 @@
-"""Quality against cost: this cache, others and fewer steps, all with as many multiply-accumulates.
+"""Compare quality at equal cost: the cache of qcgraph, other caches and fewer steps, with equal multiply-accumulates.
 
     python tools/pareto.py digits tools/models/digits-b --budgets 0.5 0.35 0.25 0.15
     python tools/pareto.py digits --scheduler dpmsolver++ --steps 20 --budgets 0.5 0.35
     python tools/pareto.py --stored quality.json latency.json --plot figure.png
 
-A budget F stands for the interval N = ceil(1 / F): every method gets the ceil(steps / N) computing steps that a uniform
-cache of that interval has. All methods are compiled and run with ONNX Runtime; quality is judged as `qcgraph eval`
-does it. Latency is that of one whole image with guidance, the methods of a budget taking turns in one process.
+A budget F stands for the interval N = ceil(1 / F): every method gets the ceil(steps / N) computing steps of a uniform
+cache with this interval. All methods are compiled and run with ONNX Runtime; quality is judged as in `qcgraph eval`.
+Latency is that of one whole image with guidance; the methods of a budget take turns in one process.
 
-``--no-latency`` and ``--only-latency`` measure one of the two, ``--stored`` puts documents together: latency can be
-measured another time. With ``--bundles FOLDER``, what was compiled is kept there, and taken from there.
+``--no-latency`` and ``--only-latency`` measure one of the two; ``--stored`` merges documents, so that latency can be
+measured at another time. ``--bundles FOLDER`` keeps compiled bundles in a folder, and reuses them.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class Method:
     """A way to spend fewer multiply-accumulates.
 
     Attributes:
-        title: its row.
-        schedule: ``cache.schedule`` of its recipe, to be filled in; ``off`` takes fewer steps instead.
-        forecast: ``cache.forecast``.
-        compensation: ``compensation.mode``.
-        blocks: ``cache.blocks``.
-        scheduler: another one than asked for, or nothing.
+        title: the title of its row.
+        schedule: ``cache.schedule`` of its recipe, a template; ``off`` takes fewer steps instead.
+        forecast: ``cache.forecast`` of its recipe.
+        compensation: ``compensation.mode`` of its recipe.
+        blocks: ``cache.blocks`` of its recipe.
+        scheduler: a scheduler other than the requested one, or empty.
     """
 
     title: str
@@ -63,11 +63,11 @@ class Method:
     scheduler: str = ""
 
     def recipe(self, base: Recipe, interval: int, share: float) -> Recipe:
-        """What to compile.
+        """Return the recipe of the method at a budget.
 
         Args:
-            base: what all methods share; every step computes.
-            interval: of the uniform cache that the budget stands for.
+            base: the recipe that all methods share, in which every step computes.
+            interval: the interval of the uniform cache that the budget stands for.
             share: the cost of that cache relative to computing every step.
         """
         if self.schedule == "off":
@@ -94,13 +94,13 @@ METHODS = {
 
 
 class Model:
-    """A model, and what was compiled of it.
+    """A model, and its compiled bundles.
 
     Attributes:
-        name: the model.
-        options: the command line.
-        progress: where progress goes.
-        whole: the model without quantization, every step of which computes.
+        name: the name of the model.
+        options: the options of the command line.
+        progress: receives progress messages.
+        whole: the model without quantization, with all steps computing.
     """
 
     def __init__(self, name: str, options: argparse.Namespace, folder: Path, progress: Progress) -> None:
@@ -110,7 +110,7 @@ class Model:
         self.whole = Subject.of_bundle(self.bundle(self.base("off")), name, options.threads)
 
     def base(self, bits: str) -> Recipe:
-        """What all methods of a precision share; every step computes."""
+        """Return the recipe that all methods of a precision share, in which every step computes."""
         asked = self.options
         recipe = Recipe().override(
             steps=asked.steps, scheduler=asked.scheduler, guidance=asked.guidance, bits=bits, allow_unsafe=True
@@ -118,14 +118,14 @@ class Model:
         return recipe.model_copy(update={"cache": recipe.cache.model_copy(update={"cost": "macs"})})
 
     def bundle(self, recipe: Recipe) -> Bundle:
-        """A compiled recipe."""
+        """Return the bundle of a recipe."""
         path = self._folder / digest_of([self.name, recipe.model_dump()])
         if not path.is_dir():
             compile_model(self._loaded, recipe, path)
         return Bundle.open(path)
 
     def subject(self, recipe: Recipe) -> Subject:
-        """A compiled recipe, to be judged."""
+        """Return the bundle of a recipe as a subject of evaluation."""
         bundle = self.bundle(recipe)
         if bundle.path == self.whole.folder:
             return self.whole
@@ -134,7 +134,7 @@ class Model:
         return replace(self.whole, program=program, plan=bundle.plan, runner=runner, folder=bundle.path)
 
     def recipes(self, bits: str, interval: int) -> dict[str, Recipe]:
-        """The methods that are asked for at a budget, as what to compile."""
+        """Return the recipes of the requested methods at a budget."""
         base = self.base(bits)
         bundle = self.bundle(METHODS["reuse"].recipe(base, interval, 1.0))
         report, computing = bundle.report, bundle.plan.computing
@@ -146,7 +146,7 @@ class Model:
 
 
 def measure(model: Model, judging: Judging | None) -> Iterator[Cell]:
-    """The cells of a model: in every precision first the one in which every step computes, then budget by budget."""
+    """Yield the cells of a model: for every precision the one with all steps computing, then each budget."""
     options, progress = model.options, model.progress
     for bits in options.bits:
         yield from compare(model, judging, bits, 1.0, {"every": model.base(bits)})
@@ -158,7 +158,7 @@ def measure(model: Model, judging: Judging | None) -> Iterator[Cell]:
 def compare(
     model: Model, judging: Judging | None, bits: str, budget: float, recipes: Mapping[str, Recipe]
 ) -> Iterator[Cell]:
-    """The cells of one budget."""
+    """Yield the cells of one budget."""
     options, progress = model.options, model.progress
     subjects = {key: model.subject(recipe) for key, recipe in progress.track(list(recipes.items()), "compiling")}
     found: dict[str, Cell] = {key: {} for key in subjects}
@@ -181,7 +181,7 @@ def compare(
 
 
 def run(options: argparse.Namespace, progress: Progress) -> Document:
-    """Measure all that is asked for."""
+    """Measure all requested models, precisions, methods and budgets."""
     document: Document = {
         "kind": "pareto",
         "format": 1,
@@ -202,7 +202,7 @@ def run(options: argparse.Namespace, progress: Progress) -> Document:
 
 
 def main() -> int:
-    """Measure or read, then print and draw."""
+    """Measure or read the results, then print and draw them."""
     options = parse()
     try:
         if options.stored:
@@ -219,7 +219,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["digits"], metavar="MODEL")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.35, 0.25, 0.15])
@@ -239,7 +239,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw quality against cost")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
-    if options.scheduler == RIVAL:  # its own rival; and compensation does not fit its updates
+    if options.scheduler == RIVAL:  # the rival of itself; and compensation does not fit its updates
         options.methods = [key for key in options.methods if METHODS[key].scheduler != RIVAL]
         options.methods = [key for key in options.methods if METHODS[key].compensation == "off"]
     return options

@@ -1,4 +1,4 @@
-"""Judging what tools/pareto.py compiles: quality against full precision, and latency in turns."""
+"""Judge the bundles of tools/pareto.py: quality against full precision, and latency in turns."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ METRICS = ("psnr", "fid_small", "accuracy")
 
 
 class Judging:
-    """Judges subjects of a model against its full precision, all from the same noise.
+    """Judges subjects of a model against its full precision, with the same noise for all.
 
     Args:
-        subject: the model, every step of which computes.
+        subject: the model, with all steps computing.
         samples: samples of each seed.
         seeds: number of seeds.
 
     Attributes:
-        exact: what is measured of full precision itself.
+        exact: the measurements of full precision itself.
         floor: PSNR between the converged reference and itself with half the steps, dB.
     """
 
@@ -56,7 +56,7 @@ class Judging:
         self.exact = _metrics(self._measuring.row(reference, self._metrics))
 
     def judge(self, subjects: Mapping[str, Subject], progress: Progress) -> dict[str, Cell]:
-        """What is measured of subjects at one budget, each compared with the best of them."""
+        """Measure subjects at one budget, and compare each of them with the best."""
         cells, errors = {}, {}
         for key, subject in progress.track(list(subjects.items()), "judging"):
             row, errors[key] = self._draw(subject)
@@ -67,7 +67,7 @@ class Judging:
         return cells
 
     def _draw(self, subject: Subject) -> tuple[EvaluatedSetting, Values]:
-        setting = replace(compiled(subject), planned=False)  # some take other steps; finals are all that is compared
+        setting = replace(compiled(subject), planned=False)  # some take other steps, so only final latents are compared
         tallying = Tallying(setting, len(subject.plan), subject.spec.latent_shape[0])
         for seed, trajectory in self._exact.items():
             tallying.add(self._conditions, seed, trajectory)
@@ -81,7 +81,7 @@ def _metrics(row: EvaluatedSetting) -> Cell:
 
 
 def latencies(subjects: Mapping[str, Subject], baseline: Subject, rounds: int, progress: Progress) -> dict[str, Cell]:
-    """Milliseconds of a whole image, everyone in turn, and how much faster that is than a baseline."""
+    """Measure the milliseconds of a whole image, with subjects in turn, and the speed-up over a baseline."""
     runners = {"": baseline, **subjects}
     turns = {key: partial(Turn(each.plan, each.spec, 1).draw, each.runner) for key, each in runners.items()}
     first = {key: partial(Turn(first_step(each.plan), each.spec, 1).draw, each.runner) for key, each in runners.items()}

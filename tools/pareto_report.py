@@ -1,4 +1,4 @@
-"""What tools/pareto.py measured, as tables and as a figure."""
+"""Report the measurements of tools/pareto.py as tables and as a figure."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from qcgraph.evaluation.bootstrap import BootstrapEstimate
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Cell = dict[str, Any]  # what was measured of one method at one budget
+Cell = dict[str, Any]  # the measurements of one method at one budget
 Document = dict[str, Any]
 
 COLUMNS = ("", "steps of work", "PSNR dB", "behind the best, dB", "FID-small", "accuracy", "PSNR to converged")
 TIMED = ("sampling ms", "speed-up")
-EVERY = "every"  # the method of cells in which every step computes
-STYLES = {  # by method, so that figures of some of them can be compared
+EVERY = "every"  # the method of cells in which all steps compute
+STYLES = {  # by method, so that figures of different methods compare
     "steps": ("C0", "o"),
     "solver": ("C1", "s"),
     "reuse": ("C2", "D"),
@@ -35,7 +35,7 @@ PANEL = (5.5, 4.2)  # inches
 
 
 def merged(documents: Sequence[Document]) -> Document:
-    """One document of several, bare or as tools/benchmarks.py records them: what later ones measured comes on top."""
+    """Merge documents, bare or as tools/benchmarks.py records them; later measurements replace earlier ones."""
     bare = [document.get("result", document) for document in documents]
     cells: dict[tuple[object, ...], Cell] = {}
     for document in bare:
@@ -48,7 +48,7 @@ def merged(documents: Sequence[Document]) -> Document:
 
 
 def markdown(document: Document) -> str:
-    """A table for every model, precision and budget, the best first."""
+    """Return a table for every model, precision and budget, with the best first."""
     judged = any("psnr" in cell for cell in document["cells"])
     timed = any("sampling_ms" in cell for cell in document["cells"])
     columns = [*(COLUMNS if judged else COLUMNS[:2]), *(TIMED if timed else ())]
@@ -62,7 +62,7 @@ def markdown(document: Document) -> str:
 
 
 def introduction(document: Document, *, judged: bool, timed: bool) -> str:
-    """What was measured, in a paragraph."""
+    """Describe the measurements in a paragraph."""
     whole = f"{document['scheduler']}, {document['steps']} steps"
     lines = [f"The whole run is {whole}, guidance {document['guidance']:g}; at a budget all cost as much."]
     if judged:
@@ -81,7 +81,7 @@ def introduction(document: Document, *, judged: bool, timed: bool) -> str:
 
 
 def _section(cells: Sequence[Cell], *, judged: bool, timed: bool) -> Iterator[list[str]]:
-    """The rows of a budget."""
+    """Yield the rows of a budget."""
     if cells[0]["method"] != EVERY:
         yield [f"**budget {cells[0]['budget']:g}**", *[""] * (judged * (len(COLUMNS) - 2) + 1 + 2 * timed)]
     for cell in sorted(cells, key=_psnr, reverse=True):
@@ -122,7 +122,7 @@ def _groups(cells: Iterable[Cell], *keys: str) -> Iterator[tuple[tuple[Any, ...]
 
 
 def save_figure(document: Document, path: Path) -> None:
-    """Quality against multiply-accumulates and, where it was measured, against latency: one curve a method."""
+    """Draw quality against multiply-accumulates and, if it was measured, latency: one curve for each method."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -145,7 +145,7 @@ def save_figure(document: Document, path: Path) -> None:
 
 
 def _draw(panel: Axes, cells: Sequence[Cell], key: str) -> None:
-    """The curves of a model in one precision."""
+    """Draw the curves of a model in one precision."""
     drawn = [cell for cell in cells if "psnr" in cell and key in cell]
     for method, (color, marker) in STYLES.items():
         own = sorted((cell for cell in drawn if cell["method"] == method), key=lambda cell: _position(cell, key))

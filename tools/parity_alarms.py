@@ -1,9 +1,9 @@
-"""Counts false alarms: sound exported graphs that parity refuses, over random models and draws of samples.
+"""Count false alarms: sound exported graphs that parity refuses, over random models and draws of samples.
 
     python tools/parity_alarms.py [--models 3] [--draws 60] [--tokens 4] [--depth 1] [--bits w8a8] [--target NAME]
 
-Each model is a random diffusers DiT, compiled and compared with its graph on so many draws of random input. Prints how
-many draws fail and how much of its limit the closest of the others takes.
+Each model is a random diffusers DiT, compiled and compared with its graph on a number of draws of random input. Prints
+the number of draws that fail, and the largest share of the limit among the draws that pass.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PATCH = 2
 
 
 def compiled(options: argparse.Namespace, seed: int, folder: Path) -> Path:
-    """Compile a random DiT; the folder of the bundle."""
+    """Compile a random DiT; return the folder of the bundle."""
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(seed)
@@ -54,7 +54,7 @@ def compiled(options: argparse.Namespace, seed: int, folder: Path) -> Path:
     recipe = Recipe.from_toml(RECIPE).override(target=options.target, steps=2, bits=options.bits, groups=2)
     try:
         return qcgraph.compile(str(folder / "dit"), recipe, output=folder / "bundle").path
-    except VerificationError:  # one of the alarms; what was refused is kept
+    except VerificationError:  # this is one of the alarms; the refused bundle is kept
         return folder / "bundle.rejected"
 
 
@@ -68,7 +68,7 @@ def checks(bundle: Path, draws: int) -> Iterator[Check]:
 
 
 def main() -> None:
-    """Compile, compare and count."""
+    """Compile all models, compare them, and count the alarms."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=int, default=3)
     parser.add_argument("--draws", type=int, default=60)

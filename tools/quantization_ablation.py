@@ -1,10 +1,10 @@
-"""What each part of quantization is worth: the parts added one after the other, and each left out of the whole.
+"""Measure the effect of each part of quantization: parts added one after another, and each left out of the whole.
 
     python tools/quantization_ablation.py digits tools/models/digits-b --bits w8a8 w6a6 w4a8 --json
 
 Every cell is compiled for ONNX Runtime and judged against full precision from the same noise, as `qcgraph eval` does:
-PSNR, which single images can carry, the PSNR of the median image, and FID-small. The parts are those of `--ablate`;
-`--rows leave-out` leaves each out of the whole, `--rows attention` quantizes the products of attention as well.
+PSNR, which single images can dominate, the PSNR of the median image, and FID-small. The parts are those of `--ablate`;
+`--rows leave-out` leaves each part out of the whole, `--rows attention` also quantizes the products of attention.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qcgraph.errors import QcgraphError
 from qcgraph.progress import Progress, progress_for
 from qcgraph.recipe import Recipe
 
-LADDER = {  # what each rung adds, in the order of the papers and then ours
+LADDER = {  # the part that each row adds, in the order of the papers, and then the parts of qcgraph
     "tgq": "+ TGQ",
     "mrq": "+ MRQ",
     "ho": "+ HO",
@@ -40,7 +40,7 @@ COLUMNS = ("bits", "cache", "setting", "PSNR dB", "median image dB", "FID-small"
 
 
 def main() -> int:
-    """Compile and judge every cell, print the table."""
+    """Compile and judge every cell, and print the table."""
     options = parse()
     progress = progress_for(sys.stderr)
     cells: list[dict[str, Any]] = []
@@ -69,10 +69,10 @@ ROWS = ("ladder", "leave-out", "attention")
 
 
 def settings(whole: Recipe, rows: Sequence[str]) -> Iterator[tuple[str, Recipe]]:
-    """Recipes by title.
+    """Yield recipes with their titles.
 
-    The ladder is nothing, then a part more each time; leave-out the whole without each of its parts; attention the
-    whole with products of attention quantized too, the probabilities in one region and in two.
+    The ladder starts with no part and adds one at a time; leave-out is the whole without each of its parts; attention
+    is the whole with quantized products of attention, and probabilities in one region or in two.
     """
     parts = list(LADDER)
     if "ladder" in rows:
@@ -91,7 +91,7 @@ def settings(whole: Recipe, rows: Sequence[str]) -> Iterator[tuple[str, Recipe]]
 
 
 def measure(model: Model, options: argparse.Namespace, progress: Progress) -> Iterator[dict[str, Any]]:
-    """The cells of a model."""
+    """Yield the cells of a model."""
     judging = Judging(model.whole, options.samples, options.seeds)
     for bits in options.bits:
         for cache in options.caches:
@@ -110,7 +110,7 @@ def measure(model: Model, options: argparse.Namespace, progress: Progress) -> It
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """A table for each model."""
+    """Return a table for each model."""
     lines = []
     for name in dict.fromkeys(cell["model"] for cell in document["cells"]):
         lines += [f"### {name}", "", f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
@@ -120,7 +120,7 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def texts(cell: dict[str, Any]) -> list[str]:
-    """A row of the table."""
+    """Return a row of the table."""
     psnr = cell["psnr"]
     fid = f"{cell['fid_small']['value']:.2f}" if "fid_small" in cell else "-"
     return [
@@ -135,7 +135,7 @@ def texts(cell: dict[str, Any]) -> list[str]:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["digits"], metavar="MODEL")
     parser.add_argument("--bits", nargs="+", default=["w8a8", "w6a6", "w4a8"])

@@ -1,8 +1,8 @@
-"""Runs a reproducer: the program before a failing pass, and the rest of the pipeline.
+"""Run a reproducer: the program before a failing pass, and the rest of the pipeline.
 
     python tools/replay.py out.reproducer
 
-A compilation whose pass fails leaves such a folder; the failure shows here again, with its traceback.
+A compilation whose pass fails leaves such a folder; this tool shows the failure again, with its traceback.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qcgraph.progress import progress_for
 
 
 def main() -> None:
-    """Load and run."""
+    """Load the reproducer, and run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--print-after", action="append", default=[], help="a pass, or all")

@@ -1,11 +1,11 @@
-"""How well selected calibration samples stand for all that was recorded: every selection, over seeds and counts.
+"""Measure how well selected calibration samples represent all recorded ones: every selection, over seeds and counts.
 
     python tools/selection_coverage.py digits --counts 50 100 200 400 800 -o figure.png
 
-The pool are the latents that the denoiser is given at every step of calibration trajectories. The distance of a latent
-is that of the cosine to the nearest one selected of the same step or the next ones, at most 1; see
-`qcgraph.passes.calibration._selection.Coverage`. With --scaling, seconds and memory of a selection from growing pools
-instead.
+The pool consists of the latents that the denoiser receives at every step of calibration trajectories. The distance of a
+latent is the cosine distance to the nearest selected one of the same step or of the next steps, at most 1; see
+`qcgraph.passes.calibration._selection.Coverage`. With --scaling, the tool measures seconds and memory of a selection
+from growing pools instead.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from qcgraph.sampling.calibration import calibration_noise, sample_calibration
 from qcgraph.sampling.loop import TakenStep
 
 BATCH = 64
-DOUBLINGS = 5  # of the pool, under --scaling
+DOUBLINGS = 5  # doublings of the pool, under --scaling
 MEGABYTE = 1e6
 
 
 def main() -> int:
-    """Measure, print, draw."""
+    """Measure all selections, print the tables, and draw the figure."""
     options = parse()
     progress = progress_for(sys.stderr)
     settings = {key: getattr(options, key) for key in ("model", "scheduler", "steps", "guidance", "trajectories")}
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def record(options: argparse.Namespace, trajectories: int, progress: Progress) -> Pool:
-    """What the denoiser is given at every step of so many calibration trajectories, in full precision."""
+    """Record the denoiser's input at every step of a number of calibration trajectories, in full precision."""
     model = load_model(options.model)
     program = capture(model.module, model.spec, model.input_names)
     schedule = model.spec.noise_schedule
@@ -71,7 +71,7 @@ def record(options: argparse.Namespace, trajectories: int, progress: Progress) -
     parts = [(0, calibration_noise(trajectories, options.seed, model.spec).initial())]
 
     def keep(taken: TakenStep) -> None:
-        if taken.index + 1 < len(plan):  # nothing is given the final latents
+        if taken.index + 1 < len(plan):  # the final latents are no input of the denoiser
             parts.append((taken.index + 1, taken.after))
 
     runner = TorchRunner(program.with_facts(plan))
@@ -82,7 +82,7 @@ def record(options: argparse.Namespace, trajectories: int, progress: Progress) -
 
 
 def measure(pool: Pool, count: int, method: Method, options: argparse.Namespace) -> dict[str, Any]:
-    """The coverage of a selection over seeds: mean and standard deviation."""
+    """Return mean and standard deviation of the coverage of a selection over seeds."""
     chosen = [select(pool, count, method, seed) for seed in range(options.seeds)]
     found = [asdict(coverage(pool, indices)) for indices in chosen]
     values = {key: np.array([each[key] for each in found]) for key in found[0]}
@@ -95,13 +95,13 @@ def measure(pool: Pool, count: int, method: Method, options: argparse.Namespace)
 
 
 def scaling(pool: Pool, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds and peak memory of a selection from growing random parts of a pool.
+    """Measure seconds and peak memory of a selection from growing random parts of a pool.
 
-    Memory is what NumPy and scikit-learn take while they select, on top of the pool itself.
+    The memory is that of NumPy and scikit-learn during the selection, without the pool itself.
     """
     order, count = np.random.default_rng(options.seed).permutation(len(pool)), max(options.counts)
     for method in METHODS:
-        select(pool, 1, method, 0)  # imports
+        select(pool, 1, method, 0)  # imports the libraries
     rows = []
     for doublings in range(DOUBLINGS + 1):
         items = np.sort(order[: len(pool) >> (DOUBLINGS - doublings)])
@@ -110,7 +110,7 @@ def scaling(pool: Pool, options: argparse.Namespace) -> list[dict[str, Any]]:
             begin = time.perf_counter()
             select(part, count, method, options.seed)
             seconds = time.perf_counter() - begin
-            tracemalloc.start()  # makes it slower, hence a run of its own
+            tracemalloc.start()  # slows the selection down, hence a run of its own
             select(part, count, method, options.seed)
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
@@ -120,7 +120,7 @@ def scaling(pool: Pool, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="digits", metavar="MODEL")
     parser.add_argument("--trajectories", type=int, default=32)

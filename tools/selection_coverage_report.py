@@ -1,4 +1,4 @@
-"""What tools/selection_coverage.py measured, as tables and as a figure."""
+"""Report the measurements of tools/selection_coverage.py as tables and as a figure."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ COLUMNS = {
 }
 TITLES = {"tap": "TAP", "kmeans": "k-means of latents", "uniform": "uniform in time", "random": "random"}
 STYLES = {"tap": ("black", "o"), "kmeans": ("C1", "s"), "uniform": ("C0", "D"), "random": ("C2", "^")}
-ASIDE = 1.03  # where curves are level, else they hide each other; where they fall, it would look like a difference
+ASIDE = 1.03  # separates level curves, which would hide each other; falling ones would look different
 SIZE = (11.0, 7.0)  # inches
 
 
 def markdown(document: Document) -> str:
-    """A row for every count and method."""
+    """Return a row for every count and method."""
     lines = [
         f"{introduction(document)}, {document['seeds']} seeds of each selection: mean and standard deviation.",
         "",
@@ -40,7 +40,7 @@ def markdown(document: Document) -> str:
 
 
 def scaling_markdown(document: Document) -> str:
-    """A row for every size of the pool."""
+    """Return a row for every size of the pool."""
     rows = document["rows"]
     lines = [
         f"{introduction(document)} and their doublings; {rows[0]['count']} samples.",
@@ -60,7 +60,7 @@ def scaling_markdown(document: Document) -> str:
 
 
 def introduction(document: Document) -> str:
-    """What the pool is."""
+    """Describe the pool."""
     return (
         f"{document['model']}, {document['scheduler']}, guidance {document['guidance']:g}: latents of "
         f"{document['trajectories']} trajectories at {document['steps']} steps"
@@ -68,7 +68,7 @@ def introduction(document: Document) -> str:
 
 
 def save_figure(document: Document, path: Path) -> None:
-    """The coverage error against the count, also over that of random samples; and where samples lie in time."""
+    """Draw the coverage error against the count, also relative to random samples, and the steps of the samples."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -81,7 +81,7 @@ def save_figure(document: Document, path: Path) -> None:
     _draw_errors(distance, counts, errors, [1.0] * len(counts), aside=1.0)
     distance.set_title(f"{document['model']}: mean distance of the pool to its samples", fontsize="medium")
     distance.legend(fontsize="small")
-    # 0 once all of the pool was chosen
+    # 0 if all of the pool was chosen
     _draw_errors(ratio, counts, errors, [errors["random", count]["mean"] or 1.0 for count in counts], aside=ASIDE)
     ratio.set_title("over the mean one of random samples", fontsize="medium")
     ratio.set_xlabel("samples chosen")
@@ -97,7 +97,7 @@ def _draw_errors(
     *,
     aside: float,
 ) -> None:
-    """Mean distances over a scale for each count, with deviations; methods stand a factor aside of each other."""
+    """Draw mean distances over a scale for each count, with deviations; a factor separates the methods sideways."""
     for number, (method, (color, marker)) in enumerate(STYLES.items()):
         own = [errors[method, count] for count in counts]
         panel.errorbar(
@@ -118,7 +118,7 @@ def _draw_errors(
 
 
 def _draw_steps(panels: Sequence[Axes], document: Document, count: int) -> None:
-    """How many samples each step has, in one selection of every method."""
+    """Draw the number of samples at each step, in one selection of every method."""
     from matplotlib.ticker import MaxNLocator
 
     taken = {cell["method"]: cell["first_seed_steps"] for cell in document["cells"] if cell["count"] == count}

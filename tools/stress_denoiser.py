@@ -1,20 +1,20 @@
-"""Whether one loaded denoiser is ever wrong: threads, turns, and thousands of trajectories.
+"""Test whether one loaded denoiser is ever wrong: threads, turns, and thousands of trajectories.
 
     python tools/stress_denoiser.py out/digits --tries 1000 --workers 8
     python tools/stress_denoiser.py out/digits --trajectories 2000
 
-Every try runs some trajectories at once on one denoiser and compares what each of them got with what it gets alone, to
-the last bit. A trajectory is right, refused (with an error of qcgraph) or wrong; some give up on the way. The ways to
+Every try runs some trajectories at once on one denoiser, and compares each result with that of the trajectory alone, to
+the last bit. A trajectory is right, refused (with an error of qcgraph) or wrong; some of them stop early. The ways to
 run at once:
 
 * threads: in threads that share the denoiser, sampling as the plan does;
-* own-updates: the same with latents of their own, on a denoiser that takes any;
+* own-updates: in such threads, with latents of their own, on a denoiser that accepts any latents;
 * turns: in turns on one thread, in random order, half of the tries with latents of their own;
 * requests: in threads, each with a request of its own: none may be refused;
-* moving: one trajectory after the other, every step in another thread: none may be refused.
+* moving: one trajectory after another, every step in another thread: none may be refused.
 
-With --trajectories, as many run one after the other on one denoiser; results have to stay those of the first to the
-last bit, and the growth of memory is printed. Exits with 1 when something is wrong.
+With --trajectories, that number of trajectories run one after another on one denoiser; results have to stay the same to
+the last bit, and the growth of memory is printed. Exits with 1 if a trajectory is wrong.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ COUNTED = (RIGHT, REFUSED, WRONG, GIVEN_UP)
 
 @dataclass(frozen=True)
 class Host:
-    """A trajectory of one sample, as someone draws it.
+    """A trajectory of one sample, as a host draws it.
 
     Attributes:
-        seed: of its noise.
-        kind: which of the conditions that samples take in turn it has, such as its class.
+        seed: the seed of its noise.
+        kind: the index of its conditions, such as its class, among those that samples take in turn.
         null_first: whether the unconditional half of a batch comes first.
-        own: whether its latents are drawn anew at every step, and follow from nothing.
-        gives_up: the step at which it stops; None for one that ends.
+        own: whether its latents are drawn anew at every step, and follow from no prediction.
+        gives_up: the step at which it stops; None if it completes.
     """
 
     seed: int
@@ -65,7 +65,7 @@ class Host:
     gives_up: int | None = None
 
     def walk(self, denoiser: Denoiser) -> Generator[None, None, Array]:
-        """Take a step, pause, and go on; returns the latent after the last one."""
+        """Take a step, pause, and continue; return the latent after the last step."""
         plan, spec = denoiser.plan, denoiser.spec
         noise, weight = Noise(self.seed, [0], spec.latent_shape), np.float32(plan.fingerprint.guidance)
         sampler, latent = Sampler(plan, noise), noise.initial()
@@ -95,7 +95,7 @@ class Host:
 
 
 def ended(walk: Generator[None, None, Array]) -> Array:
-    """The result of a trajectory that nobody else interrupts."""
+    """Return the result of an uninterrupted trajectory."""
     while True:
         try:
             next(walk)
@@ -104,11 +104,11 @@ def ended(walk: Generator[None, None, Array]) -> Array:
 
 
 class Referee:
-    """Tells the outcome of a trajectory by what it comes to alone.
+    """Judges the outcome of a trajectory by its result alone.
 
     Args:
-        denoiser: of which a request draws what is right.
-        own_updates: the same, which takes any latents.
+        denoiser: the denoiser whose requests draw the right results.
+        own_updates: the same denoiser, loaded so that it accepts any latents.
     """
 
     def __init__(self, denoiser: Denoiser, own_updates: Denoiser) -> None:
@@ -116,13 +116,13 @@ class Referee:
         self._right: dict[Host, Array] = {}
 
     def right(self, host: Host) -> Array:
-        """What a trajectory comes to alone."""
+        """Return the result of a trajectory alone."""
         if host not in self._right:
             self._right[host] = ended(host.walk(self._denoisers[host.own].request()))
         return self._right[host]
 
     def outcome(self, host: Host, walk: Callable[[], Array]) -> str:
-        """What became of it."""
+        """Return the outcome of a trajectory: right, refused, given up or wrong."""
         try:
             result = walk()
         except QcgraphError:
@@ -133,12 +133,12 @@ class Referee:
 
 
 def kinds(spec: ModelSpec) -> int:
-    """Return how many samples in turn have different conditions."""
+    """Return the number of samples in turn with different conditions."""
     return max((condition.count or 1 for condition in spec.conditions), default=1)
 
 
 def draw_hosts(generator: random.Random, denoiser: Denoiser, count: int, *, own: bool, all_end: bool) -> list[Host]:
-    """Trajectories that are easily mistaken for each other: few seeds, two classes."""
+    """Draw trajectories that are easily mistaken for each other: few seeds, two classes."""
     hosts = []
     for _ in range(count):
         gives_up = generator.randrange(1, len(denoiser.plan)) if generator.random() < 0.1 and not all_end else None
@@ -149,7 +149,7 @@ def draw_hosts(generator: random.Random, denoiser: Denoiser, count: int, *, own:
 
 
 def in_threads(judge: Referee, hosts: Sequence[Host], denoisers: Sequence[Denoiser]) -> list[str]:
-    """Run trajectories in a thread each, which all start at once."""
+    """Run each trajectory in a thread of its own; all threads start at once."""
     start = threading.Barrier(len(hosts))
 
     def run(host: Host, denoiser: Denoiser) -> str:
@@ -161,7 +161,7 @@ def in_threads(judge: Referee, hosts: Sequence[Host], denoisers: Sequence[Denois
 
 
 def in_turns(judge: Referee, hosts: Sequence[Host], denoiser: Denoiser, generator: random.Random) -> list[str]:
-    """Run trajectories on one thread, a step of one or the other at a time."""
+    """Run trajectories on one thread, one step of a random trajectory at a time."""
     walks = {host: host.walk(denoiser) for host in hosts}
     found = []
     while walks:
@@ -179,7 +179,7 @@ def in_turns(judge: Referee, hosts: Sequence[Host], denoiser: Denoiser, generato
 
 
 def moving(judge: Referee, host: Host, denoiser: Denoiser, pool: ThreadPoolExecutor) -> str:
-    """Run a trajectory whose steps are in whatever thread is free."""
+    """Run a trajectory, each step in any free thread."""
     walk = host.walk(denoiser)
 
     def step() -> Array | None:
@@ -203,15 +203,15 @@ def stress(
     """Run trajectories at once in several ways.
 
     Args:
-        denoiser: of a bundle.
-        own_updates: of the same bundle, loaded with ``own_updates=True``.
-        tries: how often.
-        workers: how many trajectories a try has.
-        seed: of what is drawn.
-        ways: which (see the module).
+        denoiser: the denoiser of a bundle.
+        own_updates: the denoiser of the same bundle, loaded with ``own_updates=True``.
+        tries: the number of tries.
+        workers: the number of trajectories in a try.
+        seed: seeds the trajectories.
+        ways: the ways to run at once (see the module).
 
     Returns:
-        how many trajectories came to what, by way.
+        The number of trajectories with each outcome, by way.
     """
     generator, judge = random.Random(seed), Referee(denoiser, own_updates)
     found: dict[str, Counter[str]] = {way: Counter() for way in ways}
@@ -223,7 +223,7 @@ def stress(
                 all_end = way in ("requests", "moving")
                 hosts = draw_hosts(generator, shared, workers, own=own, all_end=all_end)
                 if own:
-                    shared.restart()  # of the try before, somebody gave up
+                    shared.restart()  # a trajectory of the previous try stopped early
                 if way == "turns":
                     found[way].update(in_turns(judge, list(dict.fromkeys(hosts)), shared, generator))
                 elif way == "moving":
@@ -238,7 +238,7 @@ WAYS = ("threads", "own-updates", "turns", "requests", "moving")
 
 
 def repeat(denoiser: Denoiser, trajectories: int) -> dict[str, int]:
-    """Draw the same samples again and again on one denoiser, and watch the memory.
+    """Draw the same samples repeatedly on one denoiser, and measure the memory.
 
     Returns:
         ``right`` and ``wrong`` trajectories; resident bytes after the first tenth and at the end.
@@ -257,9 +257,9 @@ def repeat(denoiser: Denoiser, trajectories: int) -> dict[str, int]:
 
 
 def main() -> int:
-    """Run, print."""
+    """Run the tests, and print the outcomes."""
     options = parse()
-    sys.setswitchinterval(1e-5)  # threads take turns as often as they can
+    sys.setswitchinterval(1e-5)  # threads switch as often as possible
     denoiser = qcgraph.load(options.bundle, backend=options.backend, threads=1)
     if options.trajectories:
         found = repeat(denoiser, options.trajectories)
@@ -280,7 +280,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--tries", type=int, default=1000)

@@ -1,13 +1,13 @@
-"""Trains a model of digits and its classifier, judges both, and writes a folder of weights and card.
+"""Train a model of digits and its classifier, judge both, and write a folder of weights and card.
 
     python tools/train_digits.py                                      reproduces qcgraph/models/digits
-    python tools/train_digits.py --only evaluate                      judges what is there again
+    python tools/train_digits.py --only evaluate                      repeats the evaluation
     python tools/train_digits.py --width 256 --patch-size 1 -o FOLDER another geometry
 
-``load_model`` and every command take such a folder; the card of each states the command that reproduces it.
+``load_model`` and every command accept such a folder; its card states the command that reproduces it.
 
-The run is seeded; the same options on the same machine and thread count give the same weights. An interrupted run
-resumes from its ``training.pt`` (kept beside the output until the training is complete).
+The training is seeded; the same options on the same machine and thread count give the same weights. An interrupted
+training resumes from its ``training.pt`` (kept beside the output until the training is complete).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Training(training.Training):
     """The settings of a training on digits.
 
     Attributes:
-        train_fraction: share of the digits that is trained on.
+        train_fraction: share of the digits for training.
         split_seed: seed of the split.
     """
 
@@ -56,8 +56,8 @@ class Judgement:
     Attributes:
         samples_per_class: generated images of each class.
         sampling_steps: DDIM steps.
-        guidance: classifier-free guidance scale; 1 is none.
-        seed: of the initial noise and of the halves of the floor; no training uses it.
+        guidance: classifier-free guidance scale; 1 means none.
+        seed: seed of the initial noise and of the halves of the floor; no training uses it.
     """
 
     samples_per_class: int
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Do the stages that are asked for."""
+    """Run the requested stages."""
     torch.set_num_threads(options.threads)
     settings = Training(**{field.name: getattr(options, field.name) for field in fields(Training)})
     judgement = Judgement(options.samples_per_class, options.sampling_steps, options.guidance, options.judgement_seed)
@@ -147,7 +147,7 @@ def option_parser() -> argparse.ArgumentParser:
 
 
 def digits(part: str, settings: Training) -> tuple[Tensor, Tensor]:
-    """Images [N, 1, 8, 8] in [-1, 1] and labels [N] of the ``train`` or ``held_out`` part, or of ``all``."""
+    """Return images [N, 1, 8, 8] in [-1, 1] and labels [N] of the ``train`` or ``held_out`` part, or of ``all``."""
     images, labels = (torch.from_numpy(array) for array in load_digits())
     if part == "all":
         return images, labels
@@ -157,10 +157,10 @@ def digits(part: str, settings: Training) -> tuple[Tensor, Tensor]:
 
 
 def train_classifier(output: Path, settings: Training, *, epochs: int = 60) -> dict[str, Any]:
-    """Trains the classifier on the training part only and writes its weights as float16.
+    """Train the classifier on the training part only, and write its weights as float16.
 
     Returns:
-        Its settings and its accuracy, measured on the weights as stored.
+        The settings and the accuracy of the classifier, measured on the stored weights.
     """
     torch.manual_seed(settings.seed)  # dropout and the default initialisation draw from the global generator
     images, labels = digits("train", settings)
@@ -194,7 +194,7 @@ def train_classifier(output: Path, settings: Training, *, epochs: int = 60) -> d
 
 
 def shift(images: Tensor) -> Tensor:
-    """Moves each image by -1, 0 or 1 pixels along both axes; the digits themselves are not centred exactly."""
+    """Move each image by -1, 0 or 1 pixels along both axes; the digits themselves are not centred exactly."""
     padded = F.pad(images, (1, 1, 1, 1), value=-1.0)  # -1 is the background
     rows, columns = torch.randint(0, 3, (2, len(images)))
     size = torch.arange(IMAGE_SHAPE[1])
@@ -205,7 +205,7 @@ def shift(images: Tensor) -> Tensor:
 def train_denoiser(
     output: Path, config: DiTConfig, settings: Training, *, save_seconds: float = training.SAVE_SECONDS
 ) -> dict[str, Any]:
-    """Trains the denoiser on the training part and writes its weight average as float16.
+    """Train the denoiser on the training part, and write its weight average as float16.
 
     Returns:
         The settings, the loss curve and the wall time in seconds.
@@ -218,11 +218,11 @@ def train_denoiser(
 
 
 def evaluate(output: Path, judgement: Judgement, card: dict[str, Any], grid: Path | None) -> dict[str, Any]:
-    """Samples from the stored weights and compares with the real digits.
+    """Sample from the stored weights, and compare the samples with the real digits.
 
     Returns:
-        The settings, class accuracy, FID-small with the floor of two disjoint real halves, and how close samples come
-        to training images compared with how close held-out images come.
+        The settings, class accuracy, FID-small with the floor of two disjoint real halves, and the distance of samples
+        to training images, beside the distance of held-out images.
     """
     model, classifier = load_trained_folder(output).module, load_classifier(output / CLASSIFIER_FILE)
     assert isinstance(model, DiT)
@@ -251,13 +251,13 @@ def evaluate(output: Path, judgement: Judgement, card: dict[str, Any], grid: Pat
 
 
 def nearest_distance(images: Tensor, references: Tensor) -> float:
-    """Mean over images of the distance (root mean square per pixel) to the nearest reference."""
+    """Return the mean over images of the distance (root mean square per pixel) to the nearest reference."""
     distances = torch.cdist(images.flatten(1), references.flatten(1))
     return float(distances.amin(dim=1).mean()) / math.sqrt(math.prod(IMAGE_SHAPE))
 
 
 def environment(threads: int) -> dict[str, Any]:
-    """What the weights depend on besides the options."""
+    """Return the conditions that the weights depend on besides the options."""
     return {"torch": torch.__version__, "threads": threads, "machine": platform.machine()}
 
 

@@ -1,15 +1,15 @@
-"""Trains a Diffusion Transformer on images, and a classifier that judges it; writes a folder that qcgraph compiles.
+"""Train a Diffusion Transformer on images and a classifier that judges it, and write a folder that qcgraph compiles.
 
     python tools/train_dit.py images.npz -o FOLDER --grid grid.png
     python tools/train_dit.py FOLDER_OF_CLASSES -o FOLDER --image-size 32 --size small
     python tools/train_dit.py images.npz -o FOLDER --limit 500 --size tiny --steps 20 --epochs 1 --samples 100
 
-The last is a quick look on a CPU. What images may be is in image_data.py. It trains on a GPU where there is one, with
-products in bfloat16, and takes snapshots: the same command goes on with a training that was interrupted. What is
-trained it judges again, and no more.
+The last command is a quick trial on a CPU. The forms of images are described in image_data.py. The tool trains on a GPU
+if there is one, with products in bfloat16, and takes snapshots: the same command resumes an interrupted training. If
+the training is complete, it only repeats the evaluation.
 
 The folder has the weight average in bfloat16, the classifier, held-out images for FID-small, the loss curve in
-card.json and a card for people. `qcgraph compile FOLDER -o out` takes it; so does every other command.
+card.json, and a card for people. `qcgraph compile FOLDER -o out` and every other command accept it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from qcgraph.plan.spec import NoiseSchedule
 SIZES = {"tiny": (32, 2, 2), "small": (128, 6, 4), "base": (256, 12, 4)}
 """Width, depth and heads. ``base`` with patches of 2 has 14.7 M parameters for 32x32 images: 29 MB in bfloat16."""
 
-REAL_COUNT = 2000  # held-out images that the folder keeps
+REAL_COUNT = 2000  # held-out images that are stored in the folder
 GRID_COLUMNS = 10
 CLASSIFIER_BATCH = 128
 CLASSIFIER_RATE = 2e-3
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Do what is left to do: classifier, denoiser, evaluation, card."""
+    """Run the stages that remain: classifier, denoiser, evaluation, card."""
     torch.set_num_threads(options.threads)
     output: Path = options.output
     card = begun(output)
@@ -91,10 +91,10 @@ def train(options: argparse.Namespace) -> None:
 
 
 def begun(output: Path) -> dict[str, Any]:
-    """The card of a folder that this tool began, and else an empty one, in a folder that is there then.
+    """Return the card of a folder that this tool began, or an empty card after making an empty folder.
 
     Raises:
-        UsageError: there is something else.
+        UsageError: the folder has other contents.
     """
     if (output / CARD_FILE).is_file():
         card: dict[str, Any] = json.loads((output / CARD_FILE).read_text(encoding="utf-8"))
@@ -108,10 +108,10 @@ def begun(output: Path) -> dict[str, Any]:
 
 
 def config_of(options: argparse.Namespace, data: ImageData) -> DiTConfig:
-    """The sizes of the network.
+    """Return the sizes of the network.
 
     Raises:
-        UsageError: they do not go with the images.
+        UsageError: the sizes do not fit the images.
     """
     width, depth, heads = SIZES[options.size]
     channels, size, _ = data.shape
@@ -133,16 +133,16 @@ def config_of(options: argparse.Namespace, data: ImageData) -> DiTConfig:
 
 
 def is_done(card: dict[str, Any], stage: str, asked: dict[str, Any]) -> bool:
-    """Whether the card has a stage with these settings."""
+    """Return whether the card has a stage with these settings."""
     done = card.get(stage, {})
     return bool(done) and all(done.get(name) == value for name, value in asked.items())
 
 
 def train_classifier(output: Path, data: ImageData, epochs: int, seed: int, device: torch.device) -> dict[str, Any]:
-    """Trains the classifier on the training part; writes its weights as bfloat16, and held-out images beside them.
+    """Train the classifier on the training part; write its weights as bfloat16, and held-out images beside them.
 
     Returns:
-        Its accuracy, measured on the weights as stored.
+        The accuracy of the classifier, measured on the stored weights.
     """
     torch.manual_seed(seed)  # dropout and the default initialisation draw from the global generator
     channels, size, _ = data.shape
@@ -181,7 +181,7 @@ def train_classifier(output: Path, data: ImageData, epochs: int, seed: int, devi
 
 
 def shifted(images: Tensor, *, margin: int) -> Tensor:
-    """Moves a batch by up to a margin of pixels, with its edges repeated, and mirrors it every second time."""
+    """Move a batch by up to a margin of pixels, with its edges repeated, and mirror it every second time."""
     row, column, mirrored = (int(torch.randint(bound, ())) for bound in (2 * margin + 1, 2 * margin + 1, 2))
     size = images.shape[2]
     padded = F.pad(images, (margin,) * 4, mode="replicate")
@@ -198,7 +198,7 @@ def train_denoiser(
     mirrors: bool,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Trains the denoiser and writes its weight average as bfloat16.
+    """Train the denoiser, and write its weight average as bfloat16.
 
     Returns:
         The loss curve, and the wall time in seconds.
@@ -212,7 +212,7 @@ def train_denoiser(
 
 
 def evaluate(output: Path, data: ImageData, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Samples from the stored weights and compares with held-out images.
+    """Sample from the stored weights, and compare the samples with held-out images.
 
     Returns:
         The settings, class accuracy, and FID-small with the floor of two disjoint halves of the held-out images.
@@ -246,7 +246,7 @@ def evaluate(output: Path, data: ImageData, options: argparse.Namespace, device:
 
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:
-    """What the weights depend on besides the options."""
+    """Return the conditions that the weights depend on besides the options."""
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"torch": torch.__version__, "threads": options.threads, "machine": name}
@@ -258,7 +258,7 @@ def write_card(output: Path, card: dict[str, Any]) -> None:
 
 
 def command(options: argparse.Namespace) -> str:
-    """The command line with what differs from the defaults; of paths the names."""
+    """Return the command line with the options that differ from their defaults; paths are reduced to names."""
     parser = option_parser()
     left_out = ("images", "output", "grid", "device", "threads")
     words = ["python tools/train_dit.py", options.images.name, f"-o {options.output.resolve().name}"]
@@ -269,7 +269,7 @@ def command(options: argparse.Namespace) -> str:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse a whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise ValueError(text)

@@ -1,4 +1,4 @@
-"""What training a denoiser takes, whatever the images: the loop, the loss, its average, sampling, FID-small."""
+"""Train a denoiser on any images: the loop, the loss, the weight average, sampling, FID-small."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from qcgraph.models.dit import DiT, DiTConfig, initialize_zero
 from qcgraph.models.image_classifier import scaled
 from qcgraph.plan.spec import NoiseSchedule
 
-SAVE_SECONDS = 180.0  # between two snapshots
+SAVE_SECONDS = 180.0  # seconds between two snapshots
 REPORTED_STEPS = 100
 SAMPLED_AT_ONCE = 500
 CURVE_POINTS = 20
 
 
 def exit_code_of(train: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
-    """What a training tool exits with; an error is printed."""
+    """Run a training, print its error if there is one, and return the exit code of the tool."""
     try:
         train(options)
     except QcgraphError as error:
@@ -40,17 +40,17 @@ def exit_code_of(train: Callable[[argparse.Namespace], None], options: argparse.
 
 @dataclass(frozen=True)
 class Training:
-    """The settings of a denoiser's training; they go into the card as they are.
+    """The settings of a denoiser's training, in the form that the card stores.
 
     Attributes:
         steps: optimizer steps.
         batch_size: images per step.
-        learning_rate: peak of the cosine.
+        learning_rate: peak of the cosine schedule.
         warmup_steps: steps of the linear warm-up.
-        weight_decay: of AdamW.
-        ema_decay: decay of the weight average that is kept.
+        weight_decay: weight decay of AdamW.
+        ema_decay: decay of the weight average that is stored.
         label_dropout: share of labels replaced by the null class, for guidance.
-        seed: of initialisation, batches, timesteps and noise.
+        seed: seed of initialisation, batches, timesteps and noise.
     """
 
     steps: int
@@ -65,7 +65,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on, on the device that trains.
+    """The training data, on the device that trains.
 
     Attributes:
         images: f32[N,C,S,S] in [-1, 1], or pixels u8[N,C,S,S].
@@ -78,7 +78,7 @@ class Data:
     mirrors: bool = False
 
     def batch(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Random images f32[B,C,S,S] in [-1, 1] and their labels [B]."""
+        """Return random images f32[B,C,S,S] in [-1, 1] and their labels [B]."""
         picked = torch.randint(len(self.images), (count,), generator=generator, device=generator.device)
         images = self.images[picked]
         if images.dtype == torch.uint8:
@@ -90,15 +90,15 @@ class Data:
 
 
 class Denoising:
-    """A denoiser in training (DDPM, epsilon loss) with all that a snapshot needs to go on where it was.
+    """A denoiser in training (DDPM, epsilon loss), with all the state that a snapshot needs to resume.
 
     On a GPU products are in bfloat16; weights, their average and the loss are in float32.
 
     Args:
         config: the sizes of the network.
         training: the settings.
-        data: what it is trained on; its device trains.
-        snapshot: the file that an interrupted training goes on from. It is removed by `finish`.
+        data: the training data; its device trains.
+        snapshot: the file that an interrupted training resumes from. It is removed by `finish`.
     """
 
     def __init__(self, config: DiTConfig, training: Training, data: Data, snapshot: Path) -> None:
@@ -126,10 +126,10 @@ class Denoising:
         self._step, self._seconds = 0, 0.0
 
     def run(self, *, save_seconds: float = SAVE_SECONDS) -> None:
-        """Train to the last step, from the snapshot where there is one.
+        """Train to the last step, from the snapshot if there is one.
 
         Raises:
-            UsageError: the snapshot is of other settings.
+            UsageError: the snapshot has other settings.
         """
         self._resume()
         started = time.perf_counter() - self._seconds
@@ -145,11 +145,11 @@ class Denoising:
                 saved = time.perf_counter()
 
     def finish(self) -> None:
-        """Remove the snapshot: what came of it is stored."""
+        """Remove the snapshot, once the results are stored."""
         self._snapshot.unlink(missing_ok=True)
 
     def summary(self) -> dict[str, Any]:
-        """The settings, the loss curve, and the wall time in seconds, for the card."""
+        """Return the settings, the loss curve, and the wall time in seconds, for the card."""
         losses = self._losses.double().tolist()
         window = max(1, len(losses) // CURVE_POINTS)
         ends = range(window, len(losses) + 1, window)
@@ -174,7 +174,7 @@ class Denoising:
         return loss.detach()
 
     def _loss(self) -> Tensor:
-        """The epsilon loss of a random batch (Ho et al. 2020, equation 14), with labels dropped for guidance."""
+        """Return the epsilon loss of a random batch (Ho et al. 2020, equation 14), with labels dropped for guidance."""
         count, generator, (signal, noise_level) = self._training.batch_size, self._generator, self._levels
         device = generator.device
         images, labels = self._data.batch(count, generator)
@@ -198,7 +198,7 @@ class Denoising:
     def _resume(self) -> None:
         if not self._snapshot.is_file():
             return
-        state = torch.load(self._snapshot, map_location="cpu", weights_only=True)  # parts take it where they are
+        state = torch.load(self._snapshot, map_location="cpu", weights_only=True)  # moved to the device of each part
         if state["settings"] != self._settings:
             raise UsageError(
                 "it belongs to a training with other options",
@@ -214,7 +214,7 @@ class Denoising:
 
 
 def learning_rate_factor(step: int, training: Training) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then a cosine to zero."""
+    """Return the share of the peak learning rate at a step: linear warm-up, then a cosine to zero."""
     if step < training.warmup_steps:
         return (step + 1) / training.warmup_steps
     progress = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
@@ -222,7 +222,7 @@ def learning_rate_factor(step: int, training: Training) -> float:
 
 
 def noise_levels(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of every training timestep (Ho et al. 2020, equation 4)."""
+    """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar) of every training timestep (Ho et al. 2020, equation 4)."""
     betas = torch.linspace(schedule.beta_start, schedule.beta_end, schedule.train_steps, dtype=torch.float64)
     alpha_bar = torch.cumprod(1 - betas, dim=0)
     return alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
@@ -230,14 +230,14 @@ def noise_levels(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def update_average(average: DiT, model: DiT, decay: float, step: int) -> None:
-    """Moves the weight average; early on it forgets faster, so that it does not remember the start."""
+    """Move the weight average; at the beginning it forgets faster, so that it does not remember the start."""
     effective = min(decay, (1 + step) / (10 + step))
     for kept, current in zip(average.parameters(), model.parameters(), strict=True):
         kept.lerp_(current, 1 - effective)
 
 
 def save_weights(state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> None:
-    """Writes weights in 16 bits, which halves the file; they are loaded as float32."""
+    """Write weights in 16 bits, which halves the file; they are loaded as float32."""
     content = save({name: tensor.to("cpu", dtype).contiguous() for name, tensor in state.items()})
     with writing_file(path) as partial:
         partial.write_bytes(content)
@@ -245,14 +245,14 @@ def save_weights(state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> No
 
 @torch.no_grad()
 def sample(model: DiT, labels: Tensor, steps: int, guidance: float, seed: int) -> Tensor:
-    """Plain DDIM (Song et al. 2021, equation 12, eta 0) with classifier-free guidance.
+    """Sample with plain DDIM (Song et al. 2021, equation 12, eta 0) and classifier-free guidance.
 
     Args:
-        model: the denoiser; its device draws.
+        model: the denoiser; sampling runs on its device.
         labels: classes [N].
         steps: DDIM steps.
-        guidance: classifier-free guidance scale; 1 is none.
-        seed: of the initial noise, which is the same on every device.
+        guidance: classifier-free guidance scale; 1 means none.
+        seed: seed of the initial noise, which is the same on every device.
 
     Returns:
         Images [N, C, S, S], on the CPU.
@@ -283,7 +283,7 @@ def _sample(model: DiT, latent: Tensor, labels: Tensor, steps: int, guidance: fl
 
 @torch.no_grad()
 def frechet_distance(features: Callable[[Tensor], Tensor], real: Tensor, generated: Tensor) -> float:
-    """FID-small: the Frechet distance of features of two sets of images (Heusel et al. 2017, equation 6).
+    """Return FID-small: the Frechet distance of features of two sets of images (Heusel et al. 2017, equation 6).
 
     Args:
         features: images [N, C, S, S] -> features [N, F].
@@ -299,7 +299,7 @@ def frechet_distance(features: Callable[[Tensor], Tensor], real: Tensor, generat
 
 
 def write_grid(images: Tensor, path: Path, *, enlarged: int) -> None:
-    """Writes images [rows, columns, C, S, S] in [-1, 1], grey or RGB, as one PNG."""
+    """Write images [rows, columns, C, S, S] in [-1, 1], grey or RGB, as one PNG."""
     from PIL import Image
 
     framed = F.pad(images.clamp(-1, 1), (1, 1, 1, 1), value=0.0)  # [rows, columns, C, S + 2, S + 2]

@@ -1,4 +1,4 @@
-"""The baselines: what a user would run the model with on a CPU, each built as its own documentation says."""
+"""Define the baselines: ways to run the model on a CPU without qcgraph, each built as its own documentation says."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from qcgraph.benchmark.workspace import Workspace
 from qcgraph.errors import UsageError, closest
 from qcgraph.sampling.runner import Runner
 
-REFERENCE = "torch"  # what speed-ups are against
+REFERENCE = "torch"  # the baseline that speed-ups refer to
 DEFAULT = (REFERENCE, "onnxruntime-fp32")
 ALL = "all"
-FLOAT_TOLERANCE = 1e-4  # relative L2 error of a noise prediction, float32 in another order; tried: 1e-6
+FLOAT_TOLERANCE = 1e-4  # relative L2 error of a noise prediction by another order of float32 operations; measured: 1e-6
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Baseline:
     """One way to run the model, without qcgraph.
 
     Attributes:
-        name: how it is called on the command line.
-        description: one line on what it is.
-        open: makes its runner in the process that calls it, from the files in the workspace.
-        runtime: the module that runs it.
-        files: what is built before it can be opened, in this order; names of `BUILDERS`.
-        packages: what it needs beyond the dependencies of qcgraph, as pip calls it and as it is imported.
-        tolerance: largest relative L2 error of a noise prediction against eager; None where it quantizes.
-        lacks: says what else is missing on this machine, or nothing.
+        name: the name on the command line.
+        description: one line that describes it.
+        open: returns its runner in the calling process, from the files in the workspace.
+        runtime: the module of its runtime.
+        files: the files that must be built before it can be opened, in this order; names of `BUILDERS`.
+        packages: packages that it needs beyond the dependencies of qcgraph; pip and Python use the same names.
+        tolerance: largest relative L2 error of a noise prediction against eager; None if it quantizes.
+        lacks: returns further requirements that this machine lacks, or an empty text.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Baseline:
     lacks: Callable[[], str] = str
 
     def missing(self) -> str:
-        """What is not installed, and how to install it; empty when nothing is."""
+        """Return the packages that are not installed, and how to install them; empty if none is missing."""
         absent = [package for package in self.packages if util.find_spec(package) is None]
         if absent:
             return f"not installed: {', '.join(absent)}; pip install {' '.join(absent)}"
@@ -115,7 +115,7 @@ BASELINES: Mapping[str, Baseline] = {
 
 
 def parse_baselines(text: str) -> tuple[Baseline, ...]:
-    """The baselines of a list such as ``torch,onnxruntime-fp32``, or of ``all``; empty text names none.
+    """Return the baselines of a list such as ``torch,onnxruntime-fp32``, or of ``all``; empty text names none.
 
     Raises:
         UsageError: a name is unknown, or given twice.

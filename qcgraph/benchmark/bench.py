@@ -1,4 +1,4 @@
-"""The comparison of bundles with baselines, from options to a report."""
+"""Compare bundles with baselines, from options to a report."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from qcgraph.progress import Progress
 
 OURS = "qcgraph"
 PACKAGES = ("nncf", "numpy", "onnx", "onnxruntime", "openvino", "qcgraph", "torch")
-THROUGHPUT_ROUNDS = 3  # of sections; large batches are slow, and nothing is divided by what they give
+THROUGHPUT_ROUNDS = 3  # rounds of sections; large batches are slow, and no ratio is computed from them
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure.
+    """The options of a comparison.
 
     Attributes:
-        baselines: what to compare with.
-        samples: how many samples are drawn at once; with guidance the denoiser sees twice as many.
-        batches: numbers of samples at once to give the throughput at.
-        rounds: how often everyone is timed.
-        threads: how many threads each may use; all cores when None.
-        forward_only: whether forwards are timed in sections of a trajectory, instead of whole sampling.
+        baselines: the baselines to compare with.
+        samples: the number of samples drawn at once; with guidance the denoiser sees twice as many.
+        batches: numbers of samples drawn at once for which the throughput is measured.
+        rounds: the number of times that every candidate is timed.
+        threads: the number of threads for each candidate; all cores when None.
+        forward_only: whether forwards in sections of a trajectory are timed instead of whole sampling.
 
     Raises:
         UsageError: a number is not positive.
@@ -59,7 +59,7 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Measured:
-    """Turns of one candidate: the seconds of each, and the calls of the denoiser in each."""
+    """The turns of one candidate: the seconds of each turn, and the calls of the denoiser in it."""
 
     seconds: Timing
     calls: tuple[tuple[TimedCall, ...], ...]
@@ -74,13 +74,13 @@ def bench(
     """Measure bundles of one model against baselines.
 
     Args:
-        bundles: what to measure, by the name of its row; they share model, scheduler, steps and guidance.
-        options: what to measure.
-        model: where to load the model from; by default what the first bundle recorded.
-        progress: where progress goes.
+        bundles: the bundles by the names of their rows; they share model, scheduler, steps and guidance.
+        options: the options of the comparison.
+        model: the name of the model; by default the one that the first bundle recorded.
+        progress: receives progress messages.
 
     Raises:
-        UsageError: the model is not the one that a bundle was compiled from, or the bundles do not belong together.
+        UsageError: a bundle was compiled from another model, or the bundles do not belong together.
         BundleError: a bundle does not run.
     """
     progress = progress or Progress()
@@ -118,7 +118,7 @@ def bench(
 
 
 def _check_together(bundles: Mapping[str, Bundle]) -> Bundle:
-    """The first bundle; all must sample the same model in the same steps."""
+    """Return the first bundle; refuse bundles that sample another model or in other steps."""
     first, *others = bundles.values()
     for other in others:
         if other.plan.fingerprint != first.plan.fingerprint:
@@ -131,7 +131,7 @@ def _check_together(bundles: Mapping[str, Bundle]) -> Bundle:
 
 
 def _check_origin(workspace: Workspace, progress: Progress) -> None:
-    """Load the model and refuse another than the one that was compiled."""
+    """Load the model, and refuse a model that was not compiled into the bundle."""
     import torch
 
     from qcgraph.models.source import captured_origin
@@ -144,7 +144,7 @@ def _check_origin(workspace: Workspace, progress: Progress) -> None:
 def _race(
     candidates: Sequence[Candidate], options: BenchOptions, spec: ModelSpec, progress: Progress
 ) -> dict[str, Measured]:
-    """The rounds of whole sampling, or of sections of it."""
+    """Time rounds of whole sampling, or of sections of it."""
     what = "forwards" if options.forward_only else "whole sampling"
     progress.note(f"timing {what}, {options.rounds} rounds")
     plans = {candidate.name: candidate.plan for candidate in candidates}
@@ -156,7 +156,7 @@ def _race(
 def _throughput(
     candidates: Sequence[Candidate], options: BenchOptions, spec: ModelSpec, progress: Progress
 ) -> tuple[Throughput, ...]:
-    """Samples a second at every batch, from sections of the trajectory."""
+    """Measure samples per second at every batch size, from sections of the trajectory."""
     rounds = min(options.rounds, THROUGHPUT_ROUNDS)
     sections = {candidate.name: section(candidate.plan) for candidate in candidates}
     found = []
@@ -179,7 +179,7 @@ def _take_turns(
     rounds: int,
     progress: Progress,
 ) -> dict[str, Measured]:
-    """Warm everyone up with a section, then time turns; a baseline that fails on the way is not in the result."""
+    """Warm up every candidate with a section, then time turns; a baseline that fails is not in the result."""
     calls: dict[str, list[tuple[TimedCall, ...]]] = {candidate.name: [] for candidate in candidates}
 
     def draw(candidate: Candidate, plan: StepPlan) -> tuple[TimedCall, ...]:
@@ -198,7 +198,7 @@ def _take_turns(
         plan = plans[candidate.name]
         draw(candidate, section(candidate.plan))
         turns[candidate.name] = partial(take_turn, candidate, plan)
-        if plan == candidate.plan:  # a section does not count its first step, a whole trajectory has to
+        if plan == candidate.plan:  # a section does not count its first step; a whole trajectory must count it
             warm_up[candidate.name] = partial(draw, candidate, first_step(plan))
     seconds = paired(turns, rounds, warm_up, progress)
     return {
@@ -209,11 +209,11 @@ def _take_turns(
 
 
 def sampling_seconds(plan: StepPlan, measured: Measured) -> float:
-    """What whole sampling takes by sections of it: for every step the median of its variant, and of what is around it.
+    """Estimate the seconds of whole sampling from sections: per step, the medians of its variant and of the overhead.
 
     Args:
-        plan: the whole plan.
-        measured: turns over a section of the plan.
+        plan: the step plan of whole sampling.
+        measured: turns over a section of this plan.
     """
     kept = by_variant([call for turn in measured.calls for call in counted(turn)])
     medians = {variant: statistics.median(seconds) for variant, seconds in kept.items()}
@@ -253,7 +253,7 @@ def _row(candidate: Candidate, measured: Mapping[str, Measured], options: BenchO
 
 
 def _mac_ratio(bundle: Bundle | None) -> float | None:
-    """Return the arithmetic of a bundle relative to the model's, None where its report is missing."""
+    """Return the arithmetic of a bundle relative to the model's; None if its report is missing."""
     if bundle is None:
         return 1.0
     report = bundle.report
@@ -261,6 +261,6 @@ def _mac_ratio(bundle: Bundle | None) -> float | None:
 
 
 def _variants(measured: Measured, options: BenchOptions) -> dict[str, Timing]:
-    """The seconds of a step by variant, over all rounds; of sections without the call that does not count."""
+    """Return the seconds of a step by variant, over all rounds; for sections without the uncounted first call."""
     calls = [call for turn in measured.calls for call in (counted(turn) if options.forward_only else turn)]
     return {variant: Timing.of(seconds) for variant, seconds in by_variant(calls).items()}

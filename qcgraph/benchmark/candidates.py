@@ -1,4 +1,4 @@
-"""Those that take part in a comparison: built, tried alone, opened, and checked to compute the model."""
+"""Prepare the candidates of a comparison: build them, try each alone, open them, and check their predictions."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from qcgraph.progress import Progress
 from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.loop import Request
 
-RUNS_ALONE = 3  # of a process of its own; it is compared with the median of the rounds, not paired with any
+RUNS_ALONE = 3  # runs in a process of its own; they are compared with the median of the rounds, not paired
 
 
 @dataclass
 class Candidate:
-    """One that takes part, and what is known of it so far.
+    """A candidate of a comparison, with its state.
 
     Attributes:
-        name: its row.
-        description: one line on what it is.
-        plan: its steps.
-        baseline: how to run it, or None for a bundle.
+        name: the name of its row.
+        description: one line that describes it.
+        plan: its step plan.
+        baseline: the baseline that it runs, or None for a bundle.
         bundle: the bundle, or None for a baseline.
         status: see `qcgraph.benchmark.report.BenchmarkResult`.
-        problem: see there.
-        alone: how it ran in a process of its own.
+        problem: see `qcgraph.benchmark.report.BenchmarkResult`.
+        alone: the figures of its process of its own.
         error: relative L2 error of a noise prediction against eager.
-        runner: what runs it here.
+        runner: its runner in this process.
     """
 
     name: str
@@ -57,19 +57,19 @@ class Candidate:
 
     @property
     def runs(self) -> bool:
-        """Whether it is still in the race."""
+        """Whether the candidate can still run."""
         return self.status in ("ok", "wrong")
 
     @property
     def computing(self) -> str:
-        """The variant that computes."""
+        """The variant that computes all stages."""
         return self.plan.computing
 
     def attempt(self, action: Callable[[], object]) -> None:
-        """Do something with it, if it still runs; a baseline that fails is out, with the reason.
+        """Call an action of the candidate if it still runs; a baseline that fails is excluded, with the reason.
 
         Raises:
-            BundleError: a bundle failed, without which there is nothing to compare.
+            BundleError: a bundle failed; without it there is no comparison.
         """
         if not self.runs:
             return
@@ -84,7 +84,7 @@ class Candidate:
 
 
 def make_candidates(bundles: Mapping[str, Bundle], baselines: Sequence[Baseline]) -> list[Candidate]:
-    """The baselines, then the bundles, in one plan of steps."""
+    """Return the baselines, then the bundles; all baselines have the steps of the first bundle."""
     steps = single_variant(next(iter(bundles.values())).plan)
     return [
         *(Candidate(baseline.name, baseline.description, steps, baseline=baseline) for baseline in baselines),
@@ -120,7 +120,7 @@ def try_alone(
     rounds: int,
     forward_only: bool,
 ) -> None:
-    """Run everyone in a process of its own; one that would take a process down does so there."""
+    """Run every candidate in a process of its own, so that a crash ends only this process."""
 
     def run(candidate: Candidate) -> None:
         progress.note(f"running {candidate.name} alone")
@@ -138,7 +138,7 @@ def try_alone(
 
 
 def open_all(candidates: Sequence[Candidate], workspace: Workspace) -> None:
-    """Give everyone a runner in this process."""
+    """Open a runner of every candidate in this process."""
 
     def open_one(candidate: Candidate) -> None:
         if candidate.baseline is not None:
@@ -151,9 +151,9 @@ def open_all(candidates: Sequence[Candidate], workspace: Workspace) -> None:
 
 
 def check_all(candidates: Sequence[Candidate], workspace: Workspace, samples: int, *, forward_only: bool) -> None:
-    """Compare a noise prediction of everyone with that of PyTorch eager, from the middle of a trajectory of the model.
+    """Compare a noise prediction of every candidate with PyTorch eager, in the middle of a trajectory of the model.
 
-    A float32 baseline that is not within its tolerance is marked as wrong; it is timed all the same.
+    A float32 baseline outside its tolerance is marked as wrong, but timed all the same.
     """
     plan = workspace.bundle.plan
     recorder = _record(workspace, section(plan) if forward_only else plan, samples)
@@ -180,7 +180,7 @@ def check_all(candidates: Sequence[Candidate], workspace: Workspace, samples: in
 
 
 def _record(workspace: Workspace, plan: StepPlan, samples: int) -> RecordingRunner:
-    """What goes into the model and comes out of it along its own trajectory."""
+    """Record the inputs and predictions of the model along its own trajectory."""
     from qcgraph.models.eager import EagerRunner
 
     recorder = RecordingRunner(EagerRunner(workspace.model))
@@ -189,13 +189,13 @@ def _record(workspace: Workspace, plan: StepPlan, samples: int) -> RecordingRunn
 
 
 def _middle_computing_step(candidates: Sequence[Candidate], steps: int) -> int:
-    """The index, among the first steps, of one in the middle of those that everyone computes."""
+    """Return the index of the middle one of the steps that every candidate computes."""
     computing = [index for index in range(steps) if all(candidate.plan.computes(index) for candidate in candidates)]
     return computing[len(computing) // 2]
 
 
 def _problem_of(workspace: Workspace, name: str) -> str:
-    """Build a file; why it could not be built, empty when it was."""
+    """Build a file; return the reason if this fails, and an empty text otherwise."""
     try:
         build_file(workspace, name)
     except TaskError as failure:
@@ -208,6 +208,6 @@ def _description(bundle: Bundle) -> str:
     parts = (recipe.quantization.bits, f"cache {recipe.cache.schedule}", f"compensation {recipe.compensation.mode}")
     target = target_of(bundle)
     runtime = runtime_for(target, bundle.manifest.precision)
-    # Milliseconds of another runtime are not the target's.
+    # The milliseconds of another runtime are not those of the target.
     where = "" if runtime.name == target.runtime else f" on {runtime.title}, not on {target.runtime}"
     return f"{target.name}{where}: {', '.join(parts)}"

@@ -1,4 +1,4 @@
-"""What a denoiser is called with along real trajectories: to calibrate quantizers, and to check that all agree."""
+"""Record the inputs of a denoiser along real trajectories, to calibrate quantizers and to compare predictions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from qcgraph.sampling.runner import Array, Call, Runner
 
 Inputs = dict[str, npt.NDArray[np.generic]]
 
-# Quantizers of peers are calibrated on these: full precision trajectories of the bundle's own sampler, with the noise
-# that qcgraph calibrates on, which no evaluation and no other sample shares.
+# Trajectories that calibrate the quantizers of peers, in full precision, with the sampler of the bundle. Their noise is
+# the calibration noise of qcgraph, which no evaluation and no other sample shares.
 CALIBRATION_TRAJECTORIES = 4
 CALIBRATION_STEPS = 16
 
 
 class RecordingRunner:
-    """Another runner (see `qcgraph.sampling.runner.Runner`), with the inputs and the prediction of every step."""
+    """Wraps a runner (see `qcgraph.sampling.runner.Runner`), and keeps the inputs and the prediction of every step."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -29,7 +29,7 @@ class RecordingRunner:
         self.predictions: list[Array] = []
 
     def run(self, call: Call) -> Array:
-        """Run one variant and keep copies of what went in and out."""
+        """Run one variant, and keep copies of its inputs and its prediction."""
         result = self._runner.run(call)
         if call.is_step:
             self.inputs.append({name: value.copy() for name, value in call.inputs.items()})
@@ -38,7 +38,7 @@ class RecordingRunner:
 
 
 def write_calibration(workspace: Workspace, path: Path) -> None:
-    """Sample in full precision and write the inputs of evenly spaced steps, each f32[K,B,...], as an ``.npz`` file."""
+    """Sample in full precision, and write the inputs of evenly spaced steps, each f32[K,B,...], as an ``.npz`` file."""
     import torch
 
     from qcgraph.models.eager import EagerRunner
@@ -56,7 +56,7 @@ def write_calibration(workspace: Workspace, path: Path) -> None:
 
 
 def read_calibration(path: Path) -> list[dict[str, npt.NDArray[np.generic]]]:
-    """The inputs that `write_calibration` wrote, one dictionary a step."""
+    """Read the inputs that `write_calibration` wrote, one dictionary for each step."""
     with np.load(path) as stored:
         columns = {name: stored[name] for name in stored.files}
     steps = min(map(len, columns.values()))

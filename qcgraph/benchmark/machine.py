@@ -1,4 +1,4 @@
-"""The machine that was measured on, the versions that were measured, and the memory of this process."""
+"""Describe the machine of a measurement, the versions of packages, and the memory of this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-# What decides how fast int8 and float32 products are, as the kernel calls it.
+# CPU features that decide the speed of int8 and float32 products, as the kernel names them.
 FLAGS = (
     "avx2",
     "avx_vnni",
@@ -23,22 +23,22 @@ FLAGS = (
     "i8mm",
     "sve",
 )
-BUSY = 0.25  # share of the cores that others use, from which on figures are not to be trusted
+BUSY = 0.25  # load of other programs, as a share of the cores, above which figures are unreliable
 _CPUINFO = Path("/proc/cpuinfo")
 _STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine as far as it decides about speed.
+    """The properties of a machine that decide its speed.
 
     Attributes:
         cpu: the name of the CPU model.
         cores: logical cores that this process may use.
-        flags: those of `FLAGS` that the CPU has; empty where the system does not tell.
-        memory_bytes: main memory, or None where the system does not tell.
+        flags: the CPU's features in `FLAGS`; empty if the system does not report them.
+        memory_bytes: main memory, or None if the system does not report it.
         system: kernel and architecture.
-        load: load average of the last minute before measuring, or None where the system does not tell.
+        load: load average of the last minute before measuring, or None if the system does not report it.
     """
 
     cpu: str
@@ -56,12 +56,12 @@ class Machine:
 
     @property
     def is_busy(self) -> bool:
-        """Whether others used the machine before measuring."""
+        """Whether other programs used the machine before measuring."""
         return self.load is not None and self.load > BUSY * self.cores
 
 
 def read_machine() -> Machine:
-    """The machine that this process runs on."""
+    """Describe the machine of this process."""
     text = _CPUINFO.read_text("utf-8", "replace") if _CPUINFO.is_file() else ""
     found = set((_field(text, "flags") or _field(text, "Features")).split())
     return Machine(
@@ -75,25 +75,25 @@ def read_machine() -> Machine:
 
 
 def usable_cores() -> int:
-    """How many logical cores this process may use."""
+    """Return the number of logical cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """The versions of Python and of those packages that are installed."""
+    """Return the versions of Python and of the given packages that are installed."""
     installed = {name for name in packages if next(iter(metadata.distributions(name=name)), None)}
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in sorted(installed)}
 
 
 def resident_bytes() -> int | None:
-    """Bytes of this process that are in memory, mapped files included; None where the system does not tell."""
+    """Return the bytes of this process in memory, including mapped files; None if the system does not report them."""
     return _status_bytes("VmRSS")
 
 
 def peak_resident_bytes() -> int | None:
-    """The most that `resident_bytes` ever was in this process.
+    """Return the largest value that `resident_bytes` ever had in this process.
 
-    ``getrusage`` would be portable, but on Linux a process inherits the peak of the one that started it.
+    ``getrusage`` would be portable, but on Linux a process inherits the peak of its parent process.
     """
     return _status_bytes("VmHWM")
 
@@ -112,6 +112,6 @@ def _memory_bytes() -> int | None:
 
 
 def _field(text: str, name: str) -> str:
-    """The first value of ``name : value`` in what the kernel tells; empty when there is none."""
+    """Return the first value of ``name : value`` in a file of the kernel; empty if there is none."""
     match = re.search(rf"^{re.escape(name)}\s*:\s*(.*)$", text, re.MULTILINE)
     return match[1].strip() if match else ""

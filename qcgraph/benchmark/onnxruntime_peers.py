@@ -1,4 +1,4 @@
-"""Baselines that ONNX Runtime runs: float32, and its own quantizers, dynamic and static."""
+"""Run baselines with ONNX Runtime: float32, and its own quantizers, dynamic and static."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ CALIBRATION = "calibration.npz"
 DYNAMIC = "dynamic.onnx"
 STATIC = "static.onnx"
 
-OPSET = 23  # the first with Attention, as the graphs of qcgraph have: fewer nodes, and never slower
-PRODUCTS = ["MatMul", "Gemm"]  # Attention is not quantized: the quantizer makes a node of it that cannot be loaded
+OPSET = 23  # the first opset with Attention, which the graphs of qcgraph use: fewer nodes, and never slower
+PRODUCTS = ["MatMul", "Gemm"]  # Attention is not quantized: the quantizer's result cannot be loaded
 
 
 class OnnxRuntimePeer:
@@ -36,7 +36,7 @@ class OnnxRuntimePeer:
 
 
 def export_float(workspace: Workspace, path: Path) -> None:
-    """Export the model with `torch.onnx.export`, as PyTorch's documentation says, with a dynamic batch."""
+    """Export the model with `torch.onnx.export` and a dynamic batch, as PyTorch's documentation says."""
     import onnx
     import torch
 
@@ -51,16 +51,16 @@ def export_float(workspace: Workspace, path: Path) -> None:
         verbose=False,
     )
     assert program is not None
-    program.save(path, external_data=True)  # a graph file alone cannot hold more than 2 GiB
-    # The exporter records shapes from before its own optimizer transposed weights, and the shape inference of
-    # ONNX Runtime's quantizers refuses them.
+    program.save(path, external_data=True)  # a graph file alone is limited to 2 GiB
+    # The exporter records shapes from before its own optimizer transposed weights; the shape inference of ONNX
+    # Runtime's quantizers refuses these shapes.
     proto = onnx.load(str(path), load_external_data=False)
     del proto.graph.value_info[:]
     onnx.save(proto, str(path))
 
 
 def quantize_dynamically(workspace: Workspace, path: Path) -> None:
-    """Quantize every product of activations and weights; activation scales are computed in every call."""
+    """Quantize every product of activations and weights; each call computes its activation scales."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(
@@ -77,8 +77,8 @@ def quantize_dynamically(workspace: Workspace, path: Path) -> None:
 def quantize_statically(workspace: Workspace, path: Path) -> None:
     """Quantize every product of activations and weights, with activation scales from real trajectories.
 
-    Tried on a DiT-S/2: products of two activations quantized too, outputs quantized too, and all operators quantized
-    (the default) were no faster, and less accurate; preprocessing with ``quant_pre_process`` made no difference.
+    Tried on a DiT-S/2: quantizing products of two activations, outputs, or all operators (the default) was no faster,
+    and less accurate; preprocessing with ``quant_pre_process`` made no difference.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -105,15 +105,15 @@ def quantize_statically(workspace: Workspace, path: Path) -> None:
 
 
 def open_float(workspace: Workspace) -> OnnxRuntimePeer:
-    """The exported model."""
+    """Open the exported model."""
     return OnnxRuntimePeer(workspace.folder / FLOAT, workspace.inputs, workspace.threads)
 
 
 def open_dynamic(workspace: Workspace) -> OnnxRuntimePeer:
-    """The dynamically quantized model."""
+    """Open the dynamically quantized model."""
     return OnnxRuntimePeer(workspace.folder / DYNAMIC, workspace.inputs, workspace.threads)
 
 
 def open_static(workspace: Workspace) -> OnnxRuntimePeer:
-    """The statically quantized model."""
+    """Open the statically quantized model."""
     return OnnxRuntimePeer(workspace.folder / STATIC, workspace.inputs, workspace.threads)

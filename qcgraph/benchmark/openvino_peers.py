@@ -1,4 +1,4 @@
-"""Baselines that OpenVINO runs: float32, and int8 by NNCF."""
+"""Run baselines with OpenVINO: float32, and int8 by NNCF."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUANTIZED = "nncf.xml"
 class OpenVinoPeer:
     """Runs one OpenVINO model for every step (see `qcgraph.sampling.runner.Runner`).
 
-    It is compiled for each batch size when that first comes: static shapes made int8 a tenth faster than a dynamic
+    The model is compiled at the first call with each batch size: static shapes made int8 a tenth faster than a dynamic
     batch on a DiT-S/2.
     """
 
@@ -30,8 +30,8 @@ class OpenVinoPeer:
         self._settings = {
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
-            # Without this OpenVINO computes in bfloat16 where the CPU can: 7 % off on a DiT-S/2, which is not float32,
-            # and twice the error of int8 at the same speed.
+            # Without this option OpenVINO computes in bfloat16 if the CPU can: an error of 7 % on a DiT-S/2, which is
+            # not float32, and twice the error of int8 at the same speed.
             "INFERENCE_PRECISION_HINT": "f32",
         }
         self._requests: dict[tuple[int, ...], Any] = {}
@@ -75,10 +75,10 @@ def quantize(workspace: Workspace, path: Path) -> None:
 
 
 def open_float(workspace: Workspace) -> OpenVinoPeer:
-    """The converted model."""
+    """Open the converted model."""
     return OpenVinoPeer(workspace.folder / FLOAT, workspace.inputs, workspace.threads)
 
 
 def open_quantized(workspace: Workspace) -> OpenVinoPeer:
-    """The model that NNCF quantized."""
+    """Open the model that NNCF quantized."""
     return OpenVinoPeer(workspace.folder / QUANTIZED, workspace.inputs, workspace.threads)

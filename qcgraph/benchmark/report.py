@@ -1,4 +1,4 @@
-"""What a comparison found, as data."""
+"""Define the report of a comparison as data."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster than PyTorch eager.
+    """A speed-up over PyTorch eager.
 
     Attributes:
         value: the ratio of the medians.
-        low: the least ratio within one round.
+        low: the smallest ratio within one round.
         high: the largest ratio within one round.
     """
 
@@ -33,30 +33,30 @@ class Ratio:
 
     @classmethod
     def of(cls, reference: Timing, own: Timing) -> Ratio:
-        """The ratio of two timings whose values are in the order of the rounds."""
+        """Return the ratio of two timings whose values are in the order of the rounds."""
         ratios = [slow / fast for slow, fast in zip(reference.seconds, own.seconds, strict=True)]
         return cls(reference.median / own.median, min(ratios), max(ratios))
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """One candidate.
+    """The result of one candidate.
 
     Attributes:
         name: ``qcgraph``, or the name of a baseline.
-        description: one line on what it is.
+        description: one line that describes it.
         bundle: the path of the bundle, None for a baseline.
-        status: ``ok``; ``wrong`` when it does not compute the model; ``missing`` when it is not installed; ``failed``.
-        problem: what is wrong, missing or failed; empty when nothing is.
-        sampling: seconds of whole sampling; None when it was not timed.
-        speedup: of whole sampling against PyTorch eager, same steps; None when either was not timed.
+        status: ``ok``; ``wrong`` if its predictions are wrong; ``missing`` if it is not installed; ``failed``.
+        problem: the reason of a status other than ``ok``; empty if there is none.
+        sampling: seconds of whole sampling; None if it was not timed.
+        speedup: speed-up of whole sampling over PyTorch eager with the same steps; None if either was not timed.
         forward: seconds of a computing step.
-        forward_speedup: of a computing step, the ratio of the medians.
+        forward_speedup: speed-up of a computing step, the ratio of the medians.
         variants: for a bundle, seconds of a step by variant; empty for a baseline.
         error: relative L2 error of one noise prediction at a computing step against PyTorch eager.
-        mac_ratio: multiply-accumulates of whole sampling relative to the model's; None where it is not recorded.
-        cache_bytes: bytes that a trajectory keeps between steps, both halves of guidance included.
-        alone: how it ran in a process of its own.
+        mac_ratio: multiply-accumulates of whole sampling relative to the model's; None if they are not recorded.
+        cache_bytes: bytes that a trajectory keeps between steps, including both halves of guidance.
+        alone: the figures of its process of its own.
     """
 
     name: str
@@ -76,14 +76,14 @@ class BenchmarkResult:
 
     @property
     def paired_to_alone(self) -> float | None:
-        """The median with the others beside it over the median alone: 1 when pairing costs nothing."""
+        """The median among all candidates over the median alone: 1 if pairing costs nothing."""
         if self.alone is None:
             return None
         paired, alone = (self.sampling, self.alone.sampling) if self.sampling else (self.forward, self.alone.forward)
         return paired.median / statistics.median(alone) if paired and alone else None
 
     def to_json(self) -> dict[str, Any]:
-        """The row as JSON data; seconds and bytes."""
+        """Return the row as JSON data, in seconds and bytes."""
         alone = self.alone
         return {
             "name": self.name,
@@ -112,7 +112,7 @@ class BenchmarkResult:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Samples a second of one candidate with a number of samples at once."""
+    """The samples per second of one candidate, for a number of samples drawn at once."""
 
     name: str
     batch: int
@@ -121,23 +121,23 @@ class Throughput:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """A comparison; see `qcgraph.benchmark.bench`.
+    """The report of a comparison; see `qcgraph.benchmark.bench`.
 
     Attributes:
-        bundle: the path of the bundle, of the first where there are more.
-        model: what was typed when it was compiled, else the model's own name.
+        bundle: the path of the bundle, or of the first of several.
+        model: the model's name as typed for the compilation, or else its own name.
         plan: scheduler, steps and guidance.
-        target: what the bundle was compiled for.
-        steps: how many steps everybody takes.
-        guidance: the weight of guidance; but for 1, the denoiser sees two halves a sample.
-        threads: how many threads everybody uses.
-        samples: how many samples are drawn at once.
-        rounds: how often everybody was timed.
-        forward_only: whether sections of the trajectory were timed instead of all of it.
-        machine: where.
-        versions: of what.
+        target: the target that the bundle was compiled for.
+        steps: the number of steps of every candidate.
+        guidance: the weight of guidance; unless it is 1, the denoiser sees two halves of each sample.
+        threads: the number of threads of every candidate.
+        samples: the number of samples drawn at once.
+        rounds: the number of times that every candidate was timed.
+        forward_only: whether sections of the trajectory were timed instead of the whole.
+        machine: the machine of the measurement.
+        versions: the versions of the packages that were measured.
         rows: the candidates.
-        throughput: samples a second by candidate and batch.
+        throughput: samples per second by candidate and batch.
     """
 
     bundle: str
@@ -156,7 +156,7 @@ class BenchReport:
     throughput: tuple[Throughput, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The document."""
+        """Return the report as JSON data."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return (
             {"kind": "bench", "format": FORMAT}
@@ -171,7 +171,7 @@ class BenchReport:
 
 
 def cache_bytes(interfaces: Mapping[str, Interface], batch: int) -> int:
-    """Bytes of the cache tensors that variants take as inputs, for a batch of the denoiser (both halves counted)."""
+    """Return the bytes of the cache tensors that variants take as inputs, for a batch with both halves of guidance."""
     taken = {spec for interface in interfaces.values() for spec in interface.taken(TensorRole.CACHE)}
     return sum(
         _bytes_of(spec.dtype) * prod(batch if dim == BATCH else int(dim) for dim in spec.shape) for spec in taken
@@ -179,12 +179,12 @@ def cache_bytes(interfaces: Mapping[str, Interface], batch: int) -> int:
 
 
 def _bytes_of(dtype: str) -> int:
-    """Bytes of one value of a dtype that is named after its bits, such as ``f32``."""
+    """Return the bytes of one value of a dtype that is named after its bits, such as ``f32``."""
     return int(dtype[1:]) // 8
 
 
 def _spread(timing: Timing | None) -> dict[str, float] | None:
-    """Least, median and largest, in seconds."""
+    """Return minimum, median and maximum in seconds, and the number of runs."""
     if timing is None:
         return None
     return {"min": timing.minimum, "median": timing.median, "max": timing.maximum, "count": len(timing.seconds)}

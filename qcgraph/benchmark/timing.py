@@ -1,4 +1,4 @@
-"""Timing: candidates in turn, round after round, and the seconds of every call of a denoiser inside of them."""
+"""Time candidates in turn, round after round, and every call of a denoiser within their turns."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from qcgraph.progress import Progress
 from qcgraph.sampling.runner import Array, Call, Runner
 
-# Threads that wait for work spin for a few milliseconds before they sleep; those of one candidate must not take cores
-# from the next.
+# Waiting threads spin for a few milliseconds before they sleep; threads of one candidate must not take cores from the
+# next one.
 SETTLE_SECONDS = 0.05
 
 
@@ -21,14 +21,14 @@ class Timing:
     """Seconds of repeated runs.
 
     Attributes:
-        seconds: one value a run, in order; at least one.
+        seconds: one value for each run, in order; at least one.
     """
 
     seconds: tuple[float, ...]
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Timing:
-        """The timing of some runs."""
+        """Return the timing of some runs."""
         return cls(tuple(seconds))
 
     @property
@@ -52,16 +52,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class TimedCall:
-    """One call of a denoiser: the variant that ran, and how long it took."""
+    """One call of a denoiser: the variant that ran, and its duration."""
 
     variant: str
     seconds: float
 
 
 class TimedRunner:
-    """Another runner (see `qcgraph.sampling.runner.Runner`), with the seconds of every step.
+    """Wraps a runner (see `qcgraph.sampling.runner.Runner`), and records the seconds of every step.
 
-    A call that prepares steps is none; its time is part of whole sampling.
+    A call that prepares steps is not recorded; its time is part of whole sampling.
     """
 
     def __init__(self, runner: Runner) -> None:
@@ -69,7 +69,7 @@ class TimedRunner:
         self._calls: list[TimedCall] = []
 
     def run(self, call: Call) -> Array:
-        """Run one variant, timed."""
+        """Run one variant, and record its time if it is a step."""
         start = time.perf_counter()
         result = self._runner.run(call)
         if call.is_step:
@@ -77,7 +77,7 @@ class TimedRunner:
         return result
 
     def take(self) -> tuple[TimedCall, ...]:
-        """The calls since the last time this was asked, in order."""
+        """Return the recorded calls in order, and forget them."""
         taken = tuple(self._calls)
         self._calls.clear()
         return taken
@@ -91,16 +91,16 @@ def paired(
 ) -> dict[str, Timing]:
     """Time candidates in turn, round after round, every other round in reverse order.
 
-    Drift of the machine then hits all of them alike, and nobody always follows the same one.
+    Drift of the machine then affects all candidates alike, and no candidate always follows the same one.
 
     Args:
-        candidates: what to time, by name.
-        rounds: how often each runs.
-        warm_up: what to call right before a candidate, untimed: whoever ran in between has the caches.
-        progress: reports the rounds.
+        candidates: the functions to time, by name.
+        rounds: the number of runs of each candidate.
+        warm_up: functions to call untimed right before a candidate, because other candidates used the CPU caches.
+        progress: receives progress messages.
 
     Returns:
-        The timing of each; its values are in the order of the rounds, so those of one round can be compared.
+        The timing of each candidate; its values are in the order of the rounds, so that values of one round compare.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
@@ -111,11 +111,11 @@ def paired(
 
 
 def timed(candidate: Callable[[], object], warm_up: Callable[[], object] | None = None) -> float:
-    """The seconds of one run, with no other threads awake and no garbage to collect.
+    """Return the seconds of one run, after other threads went to sleep and garbage was collected.
 
     Args:
-        candidate: what is timed.
-        warm_up: called before it, untimed.
+        candidate: the function to time.
+        warm_up: a function to call before it, untimed.
     """
     gc.collect()
     time.sleep(SETTLE_SECONDS)

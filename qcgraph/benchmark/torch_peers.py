@@ -1,4 +1,4 @@
-"""Baselines that PyTorch runs: eager, and torch.compile."""
+"""Run baselines with PyTorch: eager, and torch.compile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def open_eager(workspace: Workspace) -> Runner:
-    """The model as it is, in float32."""
+    """Open the unchanged model, in float32."""
     import torch
 
     from qcgraph.models.eager import EagerRunner
@@ -23,23 +23,23 @@ def open_eager(workspace: Workspace) -> Runner:
 
 
 def open_compiled(workspace: Workspace) -> Runner:
-    """The model under torch.compile, which compiles at the first call of every batch size.
+    """Open the model under torch.compile, which compiles at the first call of every batch size.
 
-    Its default mode: freezing and max-autotune gave the same time on a DiT-S/2 (229 ms, one thread of an AMD EPYC).
+    The default mode is used: freezing and max-autotune took the same time on a DiT-S/2 (229 ms, one AMD EPYC thread).
     """
     import torch
 
     from qcgraph.models.eager import EagerRunner
 
     torch.set_num_threads(workspace.threads)
-    # By default it goes back to eager, with no more than a warning, after eight batch sizes.
+    # By default PyTorch warns and falls back to eager after eight batch sizes.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     compiled = torch.compile(workspace.model.module, dynamic=False)
     return EagerRunner(replace(workspace.model, module=cast(torch.nn.Module, compiled)))
 
 
 def missing_compiler() -> str:
-    """Why torch.compile cannot compile for the CPU here; empty when it can."""
+    """Return the reason why torch.compile cannot compile for this CPU; empty if it can."""
     from torch._inductor import config
 
     candidates = (config.cpp.cxx,) if isinstance(config.cpp.cxx, str) else config.cpp.cxx

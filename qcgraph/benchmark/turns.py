@@ -1,4 +1,4 @@
-"""The turn of a candidate: a whole trajectory, or a section of one that holds every variant."""
+"""Define the turn of a candidate: a whole trajectory, or a section that contains every variant."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from qcgraph.sampling.conditions import in_turn
 from qcgraph.sampling.loop import sample
 from qcgraph.sampling.runner import Runner
 
-FORWARD = "forward"  # the variant of baselines, which have one
+FORWARD = "forward"  # the only variant of a baseline
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a candidate does when it is its turn.
+    """The work of a candidate in its turn.
 
     Attributes:
-        plan: the steps.
-        spec: the model.
-        samples: how many samples are drawn at once; with guidance the denoiser sees twice as many.
+        plan: the step plan.
+        spec: the spec of the model.
+        samples: the number of samples drawn at once; with guidance the denoiser sees twice as many.
     """
 
     plan: StepPlan
@@ -32,12 +32,12 @@ class Turn:
     samples: int
 
     def draw(self, runner: Runner) -> None:
-        """Sample."""
+        """Draw the samples with a runner."""
         sample(runner, self.plan, self.spec, in_turn(self.samples, self.spec), seed=0, batch=self.samples)
 
 
 def section(plan: StepPlan) -> StepPlan:
-    """The shortest beginning of a plan that holds every variant after its first step; all of it when none does.
+    """Return the shortest start of a plan that has every variant after its first step; the whole plan if there is none.
 
     The first step of a section warms up and does not count (see `counted`).
     """
@@ -48,24 +48,24 @@ def section(plan: StepPlan) -> StepPlan:
 
 
 def first_step(plan: StepPlan) -> StepPlan:
-    """The first step of a plan alone: it computes, which wakes threads and brings the weights near."""
+    """Return the first step of a plan: it computes, which wakes threads and loads weights into the CPU caches."""
     return replace(plan, steps=plan.steps[:1])
 
 
 def single_variant(plan: StepPlan) -> StepPlan:
-    """The same steps for a baseline."""
+    """Return the same steps with the single variant of a baseline."""
     steps = tuple(replace(step, variant=FORWARD) for step in plan.steps)
     return replace(plan, steps=steps, roles={FORWARD: COMPUTES})
 
 
 def counted(calls: Sequence[TimedCall]) -> tuple[TimedCall, ...]:
-    """The calls of a section that count: all but the first, which counts only where its variant does not come again."""
+    """Return the calls of a section without the first one; it is kept if no other call has its variant."""
     first, *rest = calls
     return tuple(rest) if any(call.variant == first.variant for call in rest) else tuple(calls)
 
 
 def by_variant(calls: Sequence[TimedCall]) -> dict[str, list[float]]:
-    """The seconds of calls by variant, in the order of first use."""
+    """Return the seconds of calls by variant, in the order of first use."""
     found: dict[str, list[float]] = defaultdict(list)
     for call in calls:
         found[call.variant].append(call.seconds)
@@ -73,5 +73,5 @@ def by_variant(calls: Sequence[TimedCall]) -> dict[str, list[float]]:
 
 
 def denoiser_batch(plan: StepPlan, samples: int) -> int:
-    """How many latents the denoiser sees at once: with guidance, two halves of each sample."""
+    """Return the number of latents that the denoiser sees at once: with guidance, two halves of each sample."""
     return samples * plan.halves

@@ -1,9 +1,9 @@
-"""A process of its own for one task: to build a file of a baseline, or to run one candidate alone.
+"""Run one task in a process of its own: build a file of a baseline, or run one candidate alone.
 
     python -m qcgraph.benchmark.worker REQUEST.json RESULT.json
 
-Building in another process keeps what exporters and quantizers patch and leave behind out of the one that times.
-Running alone gives the peak memory of one candidate, and its latency with nothing beside it.
+Building in another process keeps the patches and the memory of exporters and quantizers out of the process that times.
+Running alone gives the peak memory of one candidate, and its latency without other candidates.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from qcgraph.files.atomic import scratch_folder
 from qcgraph.sampling.runner import Runner
 
 _Value = TypeVar("_Value")
-_STDERR_END = 2000  # characters of a dead process's messages that are looked at
+_STDERR_END = 2000  # characters at the end of a dead process's stderr that are searched for its last message
 
 
 class TaskError(Exception):
-    """A task raised, or its process died; the text is one line."""
+    """A task raised an error, or its process died; the text is one line."""
 
 
 @dataclass(frozen=True)
 class Alone:
-    """A candidate that ran alone in its process.
+    """The figures of a candidate that ran alone in its process.
 
     Attributes:
-        sampling: seconds of whole sampling, one a run; empty where only forwards were asked for.
+        sampling: seconds of whole sampling, one value for each run; empty if only forwards were timed.
         forward: seconds of every computing step.
-        base_bytes: resident memory with the runtime imported, before anything was loaded; None where unknown.
-        peak_bytes: the most resident memory of the process, loading included; None where unknown.
+        base_bytes: resident memory after importing the runtime, before loading any file; None if unknown.
+        peak_bytes: largest resident memory of the process, including loading; None if unknown.
     """
 
     sampling: tuple[float, ...]
@@ -61,7 +61,7 @@ def build_file(workspace: Workspace, name: str) -> None:
     """Build one of `BUILDERS` in a process of its own.
 
     Raises:
-        TaskError: it could not be built.
+        TaskError: the file could not be built.
     """
     _run({"task": "build", "file": name, "workspace": workspace.encode()})
 
@@ -72,15 +72,15 @@ def run_alone(
     """Run one candidate in a process of its own.
 
     Args:
-        workspace: where its files are.
-        candidate: the name of a baseline; not looked at for a bundle.
-        bundle: the bundle that is to run, None for a baseline.
-        samples: how many samples are drawn at once.
-        runs: how often it is timed, after a warm-up.
-        forward_only: whether a section of the trajectory is enough.
+        workspace: the folder of its files, the bundle and the model.
+        candidate: the name of a baseline; ignored for a bundle.
+        bundle: the bundle to run, None for a baseline.
+        samples: the number of samples drawn at once.
+        runs: the number of timed runs, after a warm-up.
+        forward_only: whether to run a section of the trajectory instead of the whole.
 
     Raises:
-        TaskError: it did not run.
+        TaskError: the candidate did not run.
     """
     result = _run(
         {
@@ -97,19 +97,19 @@ def run_alone(
 
 
 def attempt(action: Callable[[], _Value]) -> _Value:
-    """Call code of a peer.
+    """Call code of a peer, and turn its errors into one type.
 
     Raises:
-        TaskError: with the first line of whatever it raised.
+        TaskError: the code raised an error; the text is the first line of its message.
     """
     try:
         return action()
-    except Exception as error:  # peers raise anything; it becomes the row of that peer, and the others stand
+    except Exception as error:  # peers raise any error; it fills the row of this peer, and other rows are not affected
         raise TaskError(one_line(error)) from error
 
 
 def one_line(error: Exception) -> str:
-    """The type of an error and the first line of what it says; of our own errors, what they say."""
+    """Return the type of an error and the first line of its message; for errors of qcgraph, the message alone."""
     if isinstance(error, TaskError):
         return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -119,7 +119,7 @@ def one_line(error: Exception) -> str:
 
 
 def main() -> None:
-    """Do what the request says and write what came of it."""
+    """Run the requested task, and write its result."""
     request = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     tasks = {"build": _build, "alone": _alone}
     try:
@@ -173,7 +173,7 @@ def _alone(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _runtime(candidate: str, bundle: Bundle | None) -> str:
-    """The module that runs a candidate."""
+    """Return the module of a candidate's runtime."""
     if bundle is None:
         return BASELINES[candidate].runtime
     return runtime_for(target_of(bundle), bundle.manifest.precision).module
@@ -183,13 +183,13 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
     """Run this module in another process.
 
     Raises:
-        TaskError: the task raised, or the process died.
+        TaskError: the task raised an error, or the process died.
     """
     with scratch_folder() as folder:
         question, answer = folder / "request.json", folder / "result.json"
         question.write_text(json.dumps(request), "utf-8")
         command = [sys.executable, "-P", "-m", __name__, str(question), str(answer)]
-        # What this process can import, a factory of the user for example, the other one can.
+        # The other process must be able to import the same modules, such as a factory of the user.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         done = subprocess.run(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
@@ -201,7 +201,7 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _death(done: subprocess.CompletedProcess[str]) -> str:
-    """How a process ended that wrote no result, and the last it said."""
+    """Describe how a process without a result ended, and its last message."""
     end = f"killed by {signal.Signals(-done.returncode).name}" if done.returncode < 0 else f"exit {done.returncode}"
     last = [line.strip() for line in done.stderr[-_STDERR_END:].splitlines() if line.strip()]
     return f"its process ended ({end})" + (f": {last[-1]}" if last else "")

@@ -1,4 +1,4 @@
-"""Where baselines are built: a folder, the bundle they are compared with, and the model that it came from."""
+"""Define where baselines are built: a folder, the bundle to compare with, and the model that it was compiled from."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-EXAMPLE_BATCH = 3  # any but 1, which torch.export would take for a constant
+EXAMPLE_BATCH = 3  # any size but 1, which torch.export would treat as a constant
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """What a process needs to build or to open a baseline; as JSON it travels between processes.
+    """The inputs for building or opening a baseline; processes exchange them as JSON.
 
     Attributes:
-        folder: where files are built, and found by those who open them.
-        bundle_path: the bundle.
-        model_name: where to load the model from; None means what the bundle recorded.
-        threads: how many threads everything uses.
+        folder: the folder where files are built, and opened from.
+        bundle_path: the path of the bundle.
+        model_name: the name of the model; None means the name that the bundle recorded.
+        threads: the number of threads of every candidate.
     """
 
     folder: Path
@@ -35,11 +35,11 @@ class Workspace:
 
     @classmethod
     def decode(cls, data: dict[str, Any]) -> Workspace:
-        """A workspace from its JSON data."""
+        """Return a workspace from its JSON data."""
         return cls(Path(data["folder"]), Path(data["bundle_path"]), data["model_name"], data["threads"])
 
     def encode(self) -> dict[str, Any]:
-        """The workspace as JSON data."""
+        """Return the workspace as JSON data."""
         return {
             "folder": str(self.folder),
             "bundle_path": str(self.bundle_path),
@@ -49,29 +49,29 @@ class Workspace:
 
     @cached_property
     def bundle(self) -> Bundle:
-        """The bundle; whether it is whole was checked before anything was measured."""
+        """The bundle; its files were checked before the first measurement."""
         return Bundle.open(self.bundle_path, check=False)
 
     @cached_property
     def model(self) -> LoadedModel:
-        """The model, loaded once a process."""
+        """The model, loaded once in each process."""
         from qcgraph.models.source import find_model
 
         return find_model(self.bundle, self.model_name)
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The names of the model's inputs, in the order its graphs have them."""
+        """The names of the model's inputs, in the order of its graphs."""
         return tuple(tensor.name for tensor in self.model.spec.inputs)
 
     def example_inputs(self) -> tuple[torch.Tensor, ...]:
-        """Return inputs to trace the model with, batch `EXAMPLE_BATCH`."""
+        """Return inputs for tracing the model, with the batch size `EXAMPLE_BATCH`."""
         from qcgraph.capture.capture import example_inputs
 
         return tuple(example_inputs(self.model.spec, EXAMPLE_BATCH).values())
 
     def positional_module(self) -> nn.Module:
-        """Return the model as a module that takes its inputs in order, whatever it calls them itself."""
+        """Return the model as a module that takes its inputs in order, whatever their names."""
         import torch
 
         class Positional(torch.nn.Module):
@@ -86,7 +86,7 @@ class Workspace:
         return Positional(self.model).eval()
 
     def dynamic_batch(self) -> tuple[tuple[dict[int, Any], ...]]:
-        """Return the dynamic shapes of `positional_module`'s one parameter, its inputs: the batch of each."""
+        """Return the dynamic shapes of the one parameter of `positional_module`, its inputs: the batch axis of each."""
         import torch
 
         from qcgraph.capture.capture import MAX_BATCH

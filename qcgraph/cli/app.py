@@ -73,7 +73,7 @@ def qcgraph(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Compiles Diffusion Transformers into quantized, cached graphs.
+    """Compile Diffusion Transformers into quantized, cached graphs.
 
     Start with: qcgraph compile digits -o out/digits --recipe balanced
     """

@@ -61,8 +61,8 @@ def bench_command(
 ) -> None:
     """Measure latency against baselines.
 
-    Everyone draws the same samples with the same number of steps and threads: warmed up, then in turn, round after
-    round. Beside that each runs alone in a process of its own, for its memory and as a check of the pairing.
+    Every candidate draws the same samples with the same number of steps and threads: warmed up, then in turn, round
+    after round. Each also runs alone in a process of its own, for its memory and as a check of the pairing.
     """
     from qcgraph.benchmark.baselines import parse_baselines
     from qcgraph.benchmark.bench import OURS, BenchOptions, bench

@@ -43,9 +43,9 @@ def build_command(
 ) -> None:
     """Build TensorRT engines of a bundle.
 
-    TensorRT-RTX needs no GPU for that: engines are built ahead of time for the compute capabilities that are given,
-    one of every variant for each, and run only there. TensorRT builds for the GPU that is here. Exits with 2 when a
-    graph cannot be held, and names every node that is refused.
+    TensorRT-RTX needs no GPU for this: engines are built ahead of time for the given compute capabilities, one of every
+    variant for each capability, and run only there. TensorRT builds for the GPU of this machine. Exits with 2 when
+    TensorRT refuses a graph, and names every refused node.
     """
     from qcgraph.bundle import Bundle
     from qcgraph.export.tensorrt.engines import build_engines, parse_batch

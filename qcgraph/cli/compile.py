@@ -107,7 +107,7 @@ def compile_command(
 ) -> None:
     """Compile a model into a bundle.
 
-    It is quantized, cached, compensated for both, and exported. Options go on top of the recipe.
+    The model is quantized, cached, compensated for both, and exported. Options override the recipe.
     """
     from qcgraph.recipe import Recipe
 

@@ -1,4 +1,4 @@
-"""qcgraph diff: what changed between two passes of a bundle, or between two bundles."""
+"""qcgraph diff: the changes between two passes of a bundle, or the differences between two bundles."""
 
 from __future__ import annotations
 

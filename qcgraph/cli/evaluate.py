@@ -68,10 +68,10 @@ def eval_command(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure what a bundle costs in quality, and which part of it.
+    """Measure the loss of quality by a bundle and by its parts.
 
-    Samples of the bundle, of its parts alone, and of what costs as much are compared with full precision from the
-    same noise. Intervals are where another run with other seeds is expected. Exits with 1 when the bundle is at
+    Samples of the bundle, of its parts alone, and of alternatives at equal cost are compared with full precision from
+    the same noise. Intervals show where another run with other seeds is expected. Exits with 1 when the bundle is at
     fault, or the gate is not met.
     """
     from qcgraph.bundle import Bundle

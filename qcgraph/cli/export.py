@@ -32,9 +32,9 @@ def export_command(
 ) -> None:
     """Export a bundle to one ONNX model, or to Triton.
 
-    All step variants become branches of one model, on weights that stand there once. An input says which of them a
-    step runs, caches are inputs and outputs, and what a host has to send at every step is in the model's metadata. For
-    Triton Inference Server there is a configuration, too, with which the server keeps the caches.
+    All step variants become branches of one model, with weights stored once. An input selects the variant of a step,
+    caches are inputs and outputs, and the model's metadata lists the values that a host must send at every step. For
+    Triton Inference Server there is also a configuration, with which the server keeps the caches.
     """
     from qcgraph.bundle import Bundle
     from qcgraph.export.package.formats import export_bundle

@@ -26,10 +26,10 @@ def inspect_command(
     show: Annotated[Show | None, typer.Option(help="Print one table; plan: as a file for compile --plan.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show what is in a bundle or a model.
+    """Show the contents of a bundle or a model.
 
-    Of a bundle: its plan, its graphs, what every pass did. Of a model: its blocks and layers. With --after, --graph or
-    --node it prints the program; a bundle keeps its text after every pass.
+    Of a bundle: its plan, its graphs, and the changes by every pass. Of a model: its blocks and layers. With --after,
+    --graph or --node the program is printed; a bundle keeps the text of its program after every pass.
     """
     wants_text = after is not None or graph is not None or node is not None
     if wants_text and show is not None:

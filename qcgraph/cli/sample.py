@@ -62,7 +62,7 @@ def sample_command(
 ) -> None:
     """Draw samples with a bundle.
 
-    They are written as a grid of images. The sampling settings are those that the bundle was compiled for.
+    The samples are written as a grid of images. The sampling settings are those of the compilation.
     """
     _check_place(output, ".png")
     if save_latents is not None:

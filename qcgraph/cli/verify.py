@@ -31,10 +31,10 @@ def verify_command(
 ) -> None:
     """Check a bundle.
 
-    Every file must be unchanged, and every exported graph must do what its program does. With a target they must also
-    be what it takes, whichever the bundle was compiled for: for tensorrt-rtx engines are built, which needs no GPU, and
-    looked into. Exits with 1 when a graph does not, and with 2 when a file is missing or was changed, or there is
-    nothing that could check it.
+    Every file must be unchanged, and every exported graph must do what its program does. With a target, the graphs
+    must also conform to it, whichever target the bundle was compiled for: for tensorrt-rtx, engines are built and
+    inspected, which needs no GPU. Exits with 1 when a graph fails a check, and with 2 when a file is missing or was
+    changed, or the check is not possible on this machine.
     """
     from qcgraph.bundle import Bundle
     from qcgraph.bundle.watch import reading

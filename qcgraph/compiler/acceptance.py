@@ -41,8 +41,8 @@ def admit_edges(
     Args:
         program: the compiled program.
         origin: the captured model.
+        seed: the seed of the calibration.
         allow_unsafe: whether an unsafe cache is accepted.
-        allow_unsafe: whether an unsafe cache is let through.
         progress: reports the measurement.
 
     Returns:

@@ -31,7 +31,7 @@ def measure_costs(program: Program, target: Target, progress: Progress) -> dict[
 
     Args:
         program: a program before legalization.
-        target: what the program is compiled for; its legalization is applied, and the files that its runtime reads are
+        target: the target of the compilation; its legalization is applied, and the files that its runtime reads are
             exported to a temporary folder.
         progress: reports the export.
     """

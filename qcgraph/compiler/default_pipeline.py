@@ -28,7 +28,7 @@ def default_pipeline(recipe: Recipe, target: Target) -> Pipeline:
 
 
 def target_notes(recipe: Recipe, target: Target) -> tuple[str, ...]:
-    """Return notes for the report on what the target changes or decides about the recipe.
+    """Return notes for the report on settings of the recipe that the target changes or decides.
 
     Raises:
         UsageError: see `default_pipeline`.

@@ -174,7 +174,7 @@ def evaluate(subject: Subject, options: Options, progress: Progress) -> Evaluati
 
 
 class _Run:
-    """One evaluation: the samples, and what is computed from them."""
+    """One evaluation: its samples, and the results computed from them."""
 
     def __init__(self, subject: Subject, options: Options, progress: Progress) -> None:
         make_judge = subject.model.judge

@@ -84,7 +84,7 @@ def load_model(name: str, *, seed: int = 0, calls: bool = True) -> LoadedModel:
     Args:
         name: ``digits``; ``GEOMETRY:FILE`` for an original checkpoint or ``GEOMETRY:random``; a folder that
             diffusers or ``tools/train_digits.py`` wrote; the name that another distribution gives a model by an entry
-            point; or ``package.module:factory``. A factory's module is used as it is, frozen and converted in place.
+            point; or ``package.module:factory``. A factory's module is not copied, but frozen and converted in place.
         seed: seed of ``:random`` weights; it has no effect on other models.
         calls: whether a factory may be imported and called; false when the name was read from a file.
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from qcgraph.errors import BundleError
+from qcgraph.errors import BundleError, UsageError
 from qcgraph.plan.spec import MODULATION_NAME, ModelSpec
 from qcgraph.plan.steps import Step, StepPlan
 from qcgraph.progress import Progress
@@ -264,6 +264,8 @@ def sample(
     """
     if not isinstance(conditions, Conditions):
         conditions = of_labels(conditions, spec)
+    if not len(conditions):
+        raise UsageError("nothing to sample", hint="ask for at least one sample")
     parts = []
     total = range((len(conditions) + batch - 1) // batch * len(plan))
     ticks = (progress or Progress()).track(total, "sampling")

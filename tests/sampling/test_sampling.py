@@ -71,6 +71,11 @@ def test_bad_labels(captured: Program, labels: list[int], message: str) -> None:
     assert caught.value.hint
 
 
+def test_nothing_to_sample(captured: Program) -> None:
+    with pytest.raises(UsageError, match="nothing to sample"):
+        sample(*parts(captured), Conditions(0, {}), seed=0)
+
+
 @pytest.mark.parametrize(
     "seed", [-1, 2**64, 10**5000, -(10**5000), 1.0, True, "1", None], ids=lambda seed: str(type(seed))
 )
