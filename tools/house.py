@@ -1,19 +1,11 @@
-<<<<<<< HEAD
 """Count the rooms of the house, how its imports run, and how many files a change touches.
-=======
-"""Count the rooms of the code, and show the direction of its imports.
->>>>>>> words3-17
 
     python tools/house.py [CHECKOUT]
 
 A room is a folder of modules; loose modules stand in ``qcgraph/``, ``passes/`` or ``export/`` themselves. A climb is an
-<<<<<<< HEAD
 import of a room that, directly or through other rooms, imports the importer's room: the two know each other. A recipe's
 way from the command line to the bundle is every room that the command line imports, directly or not, and that imports
 the bundle's room. ``tools/changes`` holds a patch for each change that must be cheap; whether it applies is checked.
-=======
-import of a room that, directly or indirectly, imports the importer's room, so that the two know each other.
->>>>>>> words3-17
 """
 
 from __future__ import annotations
@@ -31,11 +23,7 @@ HOMES = {"qcgraph": "qcgraph", "qcgraph.passes": "passes", "qcgraph.export": "ex
 
 
 def modules(root: Path) -> dict[str, Path]:
-<<<<<<< HEAD
-    """Return the modules of a checkout, by the name they are imported as."""
-=======
     """Return the modules of a checkout, by the names they are imported as."""
->>>>>>> words3-17
     found = {}
     for package, home in HOMES.items():
         for path in (root / home).rglob("*.py"):
@@ -45,11 +33,7 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imports(path: Path, known: dict[str, Path]) -> set[str]:
-<<<<<<< HEAD
-    """Return the modules of the house that a file imports, inside functions, too."""
-=======
     """Return the modules of qcgraph that a file imports, including imports inside functions."""
->>>>>>> words3-17
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -61,11 +45,7 @@ def imports(path: Path, known: dict[str, Path]) -> set[str]:
 
 
 def room_of(module: str, known: dict[str, Path]) -> str:
-<<<<<<< HEAD
-    """Return the room of a module: the folder that it stands in; a loose module is its own."""
-=======
     """Return the room of a module: the folder that it stands in, or the module itself if it is loose."""
->>>>>>> words3-17
     if known[module].name == "__init__.py":
         return module
     parent = module.rpartition(".")[0]
@@ -73,11 +53,7 @@ def room_of(module: str, known: dict[str, Path]) -> str:
 
 
 def reachable(start: str, edges: dict[str, set[str]]) -> set[str]:
-<<<<<<< HEAD
-    """Return the rooms that a room imports, directly or through other rooms."""
-=======
     """Return the rooms that a room imports, directly or indirectly."""
->>>>>>> words3-17
     found: set[str] = set()
     waiting = [start]
     while waiting:
