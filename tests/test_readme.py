@@ -29,6 +29,7 @@ README = ROOT / "README.md"
 MEASURED = ROOT / "docs" / "benchmarks.md"  # written from stored results, each with the command that took long to run
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 MANUAL = [README, *(page for page in sorted(ROOT.glob("docs/*.md")) if page != MEASURED)]
+RUN_HERE = [page for page in MANUAL if not page.name.startswith("own-")]  # those run in tests/docs/test_own_pages.py
 README_LINES = 130
 Names = dict[str, Any]
 
@@ -158,7 +159,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", MANUAL, ids=ids(MANUAL))
+@pytest.mark.parametrize("document", RUN_HERE, ids=ids(RUN_HERE))
 def test_the_examples_of_a_page_run(
     document: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
