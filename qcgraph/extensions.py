@@ -85,7 +85,9 @@ class Extensions:
             said = str(error).strip().splitlines() or ["nothing"]
             problem = f"cannot be imported: {type(error).__name__}: {said[0]}"
         if problem:
-            raise UsageError(problem, where=where, hint=f"{offer.value} is not qcgraph's: upgrade or uninstall it")
+            raise UsageError(
+                problem, where=where, hint=f"{offer.value} is not qcgraph's: mend, upgrade or uninstall it"
+            )
         return found
 
     def _all(self) -> dict[str, list[Offer]]:

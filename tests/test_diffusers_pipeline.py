@@ -133,7 +133,7 @@ def interrupted_after(denoiser: Denoiser, calls: int) -> Any:
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
 def test_the_pipeline_draws_what_qcgraph_draws(pipe: Any, bundle: Bundle, backend: str) -> None:
     """With quantization, cache, compensation and hoisted modulation; images are near those of full precision."""
-    assert set(bundle.plan.prepared) == {"full", "reuse"}
+    assert set(bundle.plan.preparing) == {"full", "reuse"}
     latents, images = draw(pipe, STEPS)
     pipe.transformer = qcgraph.load(bundle.path, backend=backend, threads=1)
     compiled_latents, compiled_images = draw(pipe, STEPS)

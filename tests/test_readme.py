@@ -17,6 +17,7 @@ import pytest
 import qcgraph
 from qcgraph.bundle import Bundle
 from qcgraph.cli import run
+from qcgraph.compiler import compilation
 from qcgraph.export.run.open import runner_of
 from qcgraph.pipeline import Pipeline
 from qcgraph.recipe import Recipe
@@ -126,9 +127,17 @@ def test_recipes_are_recipes(document: Path) -> None:
 
 def compile_sooner(compile_: Callable[..., Bundle], model: str, recipe: Any, **options: Any) -> Bundle:
     """What an example asks for with fewer steps and samples, which change nothing but how long it takes."""
-    asked = Recipe.of(recipe).override(steps=8)
-    few = asked.calibration.model_copy(update={"trajectories": 4})
-    return compile_(model, asked.model_copy(update={"calibration": few}), **options)
+    return compile_(model, with_few_samples(Recipe.of(recipe).override(steps=8)), **options)
+
+
+def command_sooner(compile_: Callable[..., Any], model: str, recipe: Recipe, *places: Any, **options: Any) -> Any:
+    """What a command asks for with fewer samples."""
+    return compile_(model, with_few_samples(recipe), *places, **options)
+
+
+def with_few_samples(recipe: Recipe) -> Recipe:
+    few = recipe.calibration.model_copy(update={"trajectories": 4})
+    return recipe.model_copy(update={"calibration": few})
 
 
 def check_readme(_: Names, __: pytest.MonkeyPatch) -> None:
@@ -169,6 +178,8 @@ def test_the_examples_of_a_page_run(
     runs = [example.text for example in examples(document) if not example.note]
     if document != README and any("out/digits" in text for text in runs) and not Path("out/digits").exists():
         run_examples(README, capsys)  # this page alone was asked for
+    if document != README:
+        monkeypatch.setattr(compilation, "compile_model", partial(command_sooner, compilation.compile_model))
     names = run_examples(document, capsys)
     CHECKS.get(document.name, lambda *_: None)(names, monkeypatch)
 

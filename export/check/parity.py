@@ -153,7 +153,7 @@ def check_outputs(program: Program, variant: str, runner: OnnxRuntimeRunner, dra
     roundings: dict[str, list[float]] = {}
     flips: dict[str, _Flips] = {}
     slowness = SLOWNESS.get(precision_of(program.facts), 1)
-    samples = int(np.clip(MACS // slowness // _macs(program), 1, SAMPLES // slowness))
+    samples = int(np.clip(MACS // slowness // max(1, _macs(program)), 1, SAMPLES // slowness))
     for index, step in enumerate(_steps(program, variant)):
         inputs = _inputs(program, variant, step, samples, np.random.default_rng(1000 * (draw + 1) + index))
         shadowed = Shadowed(program, variant)

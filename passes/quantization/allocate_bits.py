@@ -113,7 +113,7 @@ class _Observed:
         self._histograms = {name: Histogram([ranges[name].over(group) for group in members]) for name in self.names}
         self._weight_errors = {name: np.zeros((len(members), len(CHOICES))) for name in self.names}
         differences = _differences(program, weight_names(program.variants[computing], sites.values()))
-        context.progress.note(f"  allocate-bits: {len(rows)} rows, {len(self.names)} sites")
+        context.progress.note(f"  allocate-bits: {len(rows)} latents, {len(self.names)} sites")
         for item in sensitivities(program, rows, self.names, seed, context.progress):
             self._histograms[item.site].add(item.value, item.weight, item.rows.groups)
             for choice, difference in enumerate(differences[item.site]):

@@ -52,7 +52,7 @@ class FitRequantization(Pass):
         weights = weight_names(variant, sites)
         found = {name: Regression(len(program.constants[weight])) for name, weight in weights.items()}
         rows = CalibrationBatch.of(program)
-        context.progress.note(f"  fit-requantization: {len(rows)} rows, {len(chosen)} sites")
+        context.progress.note(f"  fit-requantization: {len(rows)} latents, {len(chosen)} sites")
         batches = list(rows.split(rows_together(sites, HELD_BYTES))) if chosen else []
         for batch in context.progress.track(batches, "requantization"):
             for site, value in entering(program, batch, set(chosen)):

@@ -93,7 +93,7 @@ class PlanAttention(Pass):
         if usable and missing:
             groups = ", ".join(map(str, missing))
             context.refuse("attention", f"no sample tells in timestep groups {groups}: they get the scales of all")
-        context.progress.note(f"  plan-attention: {len(rows)} rows, {len(usable)} attentions")
+        context.progress.note(f"  plan-attention: {len(rows)} latents, {len(usable)} attentions")
         places = _places(program, usable)
         gradients = self.objective == "fisher"
         for item in value_sensitivities(program, rows, places, self.seed, context.progress, gradients=gradients):

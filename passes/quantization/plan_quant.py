@@ -115,7 +115,7 @@ def why_nothing(program: Program, sites: Iterable[Site]) -> str:
     planned = [record for record in program.history if record.text.startswith(PlanQuant.name) and record.refusals]
     if planned:
         return planned[-1].refusals[-1].reason
-    return nothing_quantized(site.refusal or "no pass quantized it" for site in sites)
+    return nothing_quantized(site.refusal for site in sites)
 
 
 def affine_parameters(minimum: float, maximum: float, low: int, high: int, *, symmetric: bool) -> tuple[float, int]:

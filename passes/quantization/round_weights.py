@@ -66,7 +66,7 @@ class RoundWeights(Pass):
         rounded: dict[str, RoundedWeight | None] = {}
         rows = CalibrationBatch.of(program)
         rows = rows.spread(min(rows_together(sites), max(2, TOKENS // _tokens(sites))))
-        context.progress.note(f"  round-weights: {len(rows)} rows, {len(sites)} sites")
+        context.progress.note(f"  round-weights: {len(rows)} latents, {len(sites)} sites")
         # Start without the codes that an earlier run of this pass chose.
         earlier = program.facts.without(RoundedWeights)
         constants = used_constants(program.variants.values(), program.constants, earlier)

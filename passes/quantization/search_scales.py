@@ -116,7 +116,7 @@ class SearchScales(Pass):
         limits = {name: [ranges.planned[name].over(members) for members in steps.groups] for name in names}
         found = {name: Halves(limits[name]) for name in sorted(names)}
         rows = CalibrationBatch.of(program)
-        context.progress.note(f"  search-scales: {len(rows)} rows, {len(names)} sites")
+        context.progress.note(f"  search-scales: {len(rows)} latents, {len(names)} sites")
         gradients = self.objective == "fisher"
         places = torch.arange(len(rows)) // steps.halves  # both halves of guidance of a latent stay together
         for half in range(2):

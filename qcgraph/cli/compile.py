@@ -194,7 +194,7 @@ def _summary(report: CompileReport, bundle: Bundle | None) -> list[tuple[str, st
         ("variants", f"{variants} (steps each)"),
         *cache_fields(report.cache, report.cached_edges),
         ("quantized", _quantized(report) if bundle else f"{_sites_text(report, report.planned_sites)} planned"),
-        ("scales", f"{_groups(report, bundle)} timestep groups"),
+        *_scales(report, bundle),
         ("work", f"{report.mac_ratio:.1%} of the multiply-accumulates of the model"),
     ]
     if report.given_plan is not None:
@@ -235,10 +235,12 @@ def _estimate(estimate: EstimateReport) -> list[tuple[str, str]]:
     ]
 
 
-def _groups(report: CompileReport, bundle: Bundle | None) -> int:
-    """Return the number of timestep groups; for a dry run, the number that the recipe asks for."""
+def _scales(report: CompileReport, bundle: Bundle | None) -> list[tuple[str, str]]:
+    """Return the number of timestep groups; for a dry run, the number that the recipe asks for, if it decides it."""
+    if bundle is None and report.recipe.pipeline.passes:
+        return []
     planned = report.recipe.quantization.groups if report.planned_sites else 1
-    return report.timestep_groups if bundle else planned
+    return [("scales", f"{report.timestep_groups if bundle else planned} timestep groups")]
 
 
 def _sites_text(report: CompileReport, count: int) -> str:

@@ -130,7 +130,7 @@ def describe_pass(kind: type[Pass]) -> dict[str, Any]:
         "options": [
             {
                 "name": item.name.replace("_", "-"),
-                "type": str(item.type),
+                "type": item.type if isinstance(item.type, str) else inspect.formatannotation(item.type),
                 "default": None if item.default is MISSING else item.default,
                 "description": docs.get(item.name, ""),
                 "choices": dict(choices_of(item)),

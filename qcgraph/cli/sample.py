@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -80,7 +80,6 @@ def sample_command(
     plan.require(steps=steps, scheduler=scheduler, guidance=guidance)
     _check_amount(count or 0, spec)
     conditions = choose_conditions(count, classes or [], spec)
-    labels = conditions.labels(spec).tolist() if spec.label is not None else []
     check_seed(seed)
     progress = progress_for(sys.stderr)
     runner = runner_of(opened, backend, threads)
@@ -93,7 +92,7 @@ def sample_command(
     cycle = len(classes or ()) or (spec.label.count if spec.label is not None else None)
     columns = columns_for(len(conditions), cycle or 1)
     save_grid(latents, output, columns, is_image=spec.is_image)
-    _print_result(output, labels, columns)
+    _print_result(output, conditions, spec, columns)
     if save_latents is not None:
         _save_latents(save_latents, latents, conditions, spec, seed)
         print(save_latents)
@@ -159,11 +158,17 @@ def _latents_note(spec: ModelSpec) -> str:
     )
 
 
-def _print_result(output: Path, labels: Sequence[int], columns: int) -> None:
+def _print_result(output: Path, conditions: Conditions, spec: ModelSpec, columns: int) -> None:
+    """Print the picture's place, and below it the value of each condition for every sample, row by row."""
     print(output)
-    for start in range(0, len(labels), columns):
-        row = " ".join(str(label) for label in labels[start : start + columns])
-        print(f"{'classes' if start == 0 else '':8}{row}")
+    for condition in spec.conditions:
+        if condition.shape:
+            continue
+        name = "classes" if condition is spec.label else condition.name
+        values = conditions.values[condition.name].tolist()
+        for start in range(0, len(values), columns):
+            row = " ".join(f"{value:g}" for value in values[start : start + columns])
+            print(f"{name if start == 0 else '':{max(len(name), 7) + 1}}{row}")
 
 
 def _save_latents(path: Path, latents: Array, conditions: Conditions, spec: ModelSpec, seed: int) -> None:
@@ -172,8 +177,9 @@ def _save_latents(path: Path, latents: Array, conditions: Conditions, spec: Mode
     from qcgraph.files.atomic import writing_file
 
     with writing_file(path) as partial:
-        told = {
+        arrays: dict[str, Any] = {
             "labels" if spec.label is not None and name == spec.label.name else name: values
             for name, values in conditions.values.items()
         }
-        np.savez(partial, latents=latents, seed=np.asarray(seed), **told)
+        arrays |= {"latents": latents, "seed": np.asarray(seed)}
+        np.savez(partial, **arrays)

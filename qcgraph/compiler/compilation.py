@@ -31,7 +31,7 @@ from qcgraph.evaluation.ablation import is_quantized
 from qcgraph.export.check.check import Check
 from qcgraph.export.check.verify import verify_export
 from qcgraph.export.targets import Target, record_of, target_named, target_of
-from qcgraph.facts import Rehearsed, precision_of
+from qcgraph.facts import QuantPlan, Rehearsed, precision_of
 from qcgraph.ir.memory import release_memory
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
@@ -165,9 +165,10 @@ class _Compilation:
         held = (loaded, captured) if captured.constant_bytes <= HELD_BYTES else None
         elapsed = time.perf_counter() - started
         del loaded, captured  # large weights are not held while the passes run, once passes have replaced them
-        program = self._transformed(start, _prefix(pipeline, self.stop_after, self.dry_run), instruments, target)
+        chosen = _prefix(pipeline, self.stop_after)
+        program = self._transformed(start, chosen.without_sampling() if self.dry_run else chosen, instruments, target)
         report = compile_report(sites, program, recipe, target, pipeline, timer.seconds)
-        if recipe.is_quantized and not (report.planned_sites if self.dry_run else report.quantized_sites):
+        if chosen.provides(QuantPlan) and not (report.planned_sites if self.dry_run else report.quantized_sites):
             notes += self._noted([f"{recipe.quantization.bits} was asked for, but {why_nothing(program, sites)}"])
         found = None if kept is None else estimate(kept, program, pipeline, quantizable(sites), target, elapsed)
         report = report.with_fields(
@@ -378,7 +379,7 @@ def _check_guidance(spec: ModelSpec, weight: float) -> None:
         raise UsageError(
             f"guidance {weight:g} needs an unconditional half, and no condition of {spec.name} has a null value",
             where="sampling.guidance",
-            hint="sample with --guidance 1; or give a condition of the spec its null value",
+            hint="compile with --guidance 1; or give a condition of the spec its null value",
         )
 
 
@@ -450,11 +451,10 @@ def _check_applicable(recipe: Recipe, pipeline: Pipeline, loaded: LoadedModel, c
         check_conditions(recipe.conditions, loaded)
 
 
-def _prefix(pipeline: Pipeline, stop_after: str | None, dry_run: bool) -> Pipeline:
-    """Return the passes to run: up to ``stop_after``, and in a dry run only those that need no samples."""
+def _prefix(pipeline: Pipeline, stop_after: str | None) -> Pipeline:
+    """Return the passes up to ``stop_after``, or all of them."""
     names = [pass_.name for pass_ in pipeline]
-    chosen = Pipeline(pipeline.passes[: names.index(stop_after) + 1] if stop_after else pipeline.passes)
-    return chosen.without_sampling() if dry_run else chosen
+    return Pipeline(pipeline.passes[: names.index(stop_after) + 1] if stop_after else pipeline.passes)
 
 
 def _parts(pipeline: Pipeline) -> tuple[Pipeline, ...]:

@@ -13,6 +13,8 @@ from qcgraph.passes.caching.forecasters import Forecaster, forecaster_named
 from qcgraph.pipeline import Pass, Pipeline, make_pass
 from qcgraph.recipe import MOST_BITS, Recipe
 
+_READ_BY_DEFAULT_PASSES = ("calibration", "quantization", "cache", "modulation", "compensation")  # sections of a recipe
+
 
 def default_pipeline(recipe: Recipe, target: Target) -> Pipeline:
     """Return the passes of a recipe, its own or the default ones, and after them the missing passes of its target.
@@ -20,22 +22,18 @@ def default_pipeline(recipe: Recipe, target: Target) -> Pipeline:
     Raises:
         UsageError: the pipeline text of the recipe is wrong, or the target does not support what the recipe asks for.
     """
-    if recipe.pipeline.passes:
-        chosen = Pipeline.parse(recipe.pipeline.passes)
-    else:
-        chosen = Pipeline(tuple(_passes(recipe, target)))
+    chosen = _own_passes(recipe) if recipe.pipeline.passes else Pipeline(tuple(_passes(recipe, target)))
     return Pipeline((*chosen, *_lacking(chosen, recipe, target)))
 
 
 def target_notes(recipe: Recipe, target: Target) -> tuple[str, ...]:
-    """Return notes for the report on settings of the recipe that the target changes or decides.
+    """Return notes for the report on settings of the recipe that the target or a pipeline of its own overrules.
 
     Raises:
         UsageError: see `default_pipeline`.
     """
     if recipe.pipeline.passes:
-        added = ", ".join(pass_.name for pass_ in _lacking(Pipeline.parse(recipe.pipeline.passes), recipe, target))
-        return (f"after the passes of the recipe come those that {target.name} asks for: {added}",) if added else ()
+        return tuple(_own_pipeline_notes(recipe, target))
     notes = [*_measuring_notes(recipe, target)]
     if not recipe.is_quantized:
         return tuple(notes)
@@ -48,6 +46,28 @@ def target_notes(recipe: Recipe, target: Target) -> tuple[str, ...]:
     if asked.attention and target.runtime in LIBRARIES:
         notes.append("attention of quantized products is not fused: TensorRT has kernels for all of it in 16 bits only")
     return tuple(notes)
+
+
+def _own_pipeline_notes(recipe: Recipe, target: Target) -> Iterator[str]:
+    """Yield notes on the passes that the target adds to a recipe's pipeline, and on settings that have no effect."""
+    if added := ", ".join(pass_.name for pass_ in _lacking(_own_passes(recipe), recipe, target)):
+        yield f"after the passes of the recipe come those that {target.name} asks for: {added}"
+    # The seed is also that of the images on which cached values are checked.
+    if idle := [key for key in recipe.changed(_READ_BY_DEFAULT_PASSES) if key != "calibration.seed"]:
+        yield f"pipeline.passes replaces the default passes, which alone read {', '.join(idle)}: without effect here"
+
+
+def _own_passes(recipe: Recipe) -> Pipeline:
+    """Return the pipeline of the text in a recipe.
+
+    Raises:
+        UsageError: the text is wrong; the error names the key of the recipe.
+    """
+    try:
+        return Pipeline.parse(recipe.pipeline.passes)
+    except UsageError as error:
+        where = f"pipeline.passes, {error.where}" if error.where else "pipeline.passes"
+        raise UsageError(error.message, where=where, hint=error.hint) from error
 
 
 def _measuring_notes(recipe: Recipe, target: Target) -> Iterator[str]:

@@ -17,10 +17,16 @@ def is_asked_for(recipe: Recipe) -> bool:
     """Return whether a recipe leaves the choice of bits to its gate.
 
     Raises:
-        UsageError: the recipe leaves it to the gate, but has no gate.
+        UsageError: the recipe leaves it to the gate, but has no gate, or a pipeline of its own, which decides the bits.
     """
     if recipe.quantization.bits != AUTO_BITS:
         return False
+    if recipe.pipeline.passes:
+        raise UsageError(
+            "the recipe has a pipeline of its own, which decides the bits",
+            where="--bits auto",
+            hint="take the passes out of pipeline.passes",
+        )
     if recipe.conditions is None:
         raise UsageError(
             "there is no gate that says how good it has to be",

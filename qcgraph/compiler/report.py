@@ -37,6 +37,7 @@ def compile_report(
     """
     plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
     macs = macs_by_variant(program.variants)
+    work, uncached = sum(macs[name] * plan.uses(name) for name in macs), total_macs(sites) * len(plan)
     quantized, attention = program.facts.get(QuantPlan), program.facts.get(AttentionPlan)
     compensation = program.facts.get(Compensation)
     return CompileReport(
@@ -46,10 +47,10 @@ def compile_report(
         plan=plan.describe(),
         pipeline=pipeline.text,
         variants={name: VariantReport(steps=plan.uses(name), macs=macs[name]) for name in program.variants},
-        mac_ratio=sum(macs[name] * plan.uses(name) for name in macs) / (total_macs(sites) * len(plan)),
+        mac_ratio=work / uncached if uncached else 1.0,  # a model without products has nothing to save
         cache=cache_report(program.facts),
         timestep_groups=plan.group_count,
-        planned_sites=len(quantizable(sites)) if recipe.is_quantized else 0,
+        planned_sites=len(quantizable(sites)) if pipeline.provides(QuantPlan) else 0,
         quantized_sites=len(quantized.sites) if quantized else 0,
         quantized_attentions=len(attention.sites) if attention else 0,
         linear_sites=sum(site.kind == "linear" for site in sites),

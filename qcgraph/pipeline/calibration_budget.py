@@ -26,12 +26,12 @@ def affordable(macs: float, limit: float, bounds: tuple[int, int]) -> int:
     """Return how many runs fit into a limit, within bounds.
 
     Args:
-        macs: multiply-accumulates of one run.
+        macs: multiply-accumulates of one run; 0 in a model without products.
         limit: multiply-accumulates of all runs.
         bounds: the smallest and the largest result.
     """
     least, most = bounds
-    return max(least, min(most, int(limit / macs)))
+    return max(least, min(most, int(limit / macs))) if macs else most
 
 
 def trajectory_macs(program: Program) -> float:

@@ -13,6 +13,7 @@ import inspect
 import json
 import pkgutil
 import re
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -162,6 +163,10 @@ class Pipeline:
     def __iter__(self) -> Iterator[Pass]:
         return iter(self.passes)
 
+    def provides(self, fact: type) -> bool:
+        """Return whether a pass of the pipeline provides a fact."""
+        return any(fact in pass_.provides for pass_ in self.passes)
+
     def without_sampling(self) -> Pipeline:
         """Return the passes that can run without sampling, in their order.
 
@@ -257,7 +262,10 @@ def _run_checked(pass_: Pass, program: Program, context: PassContext) -> Program
         )
     result = pass_.run(program, context)
     if missing := [kind.__name__ for kind in pass_.provides if kind not in result.facts]:
-        raise ContractError(f"promised {', '.join(missing)} and did not provide it")
+        facts = ", ".join(f"{name}(...)" for name in missing)
+        raise ContractError(
+            f"promised {', '.join(missing)} and did not provide it", hint=f"return program.with_facts({facts})"
+        )
     legality.verify(result)
     record = HistoryEntry(pass_.text, changed=result.digest != program.digest, refusals=tuple(context.refusals))
     return replace(result, history=(*program.history, record))
@@ -274,9 +282,19 @@ def _located(error: Exception, pass_: Pass, done: Sequence[Pass]) -> QcgraphErro
     after = f" (after {', '.join(item.name for item in done)})" if done else ""
     where = f"pass {pass_.text}{after}"
     if not isinstance(error, QcgraphError):
-        return ContractError(f"{type(error).__name__}: {error}", where=where, hint="this is a bug of the pass")
+        line = _line_in(pass_, error)
+        return ContractError(
+            f"{type(error).__name__}: {error}", where=f"{where}{line}", hint="this is a bug of the pass"
+        )
     inner = f"{where}, {error.where}" if error.where else where
     return type(error)(error.message, where=inner, hint=error.hint)
+
+
+def _line_in(pass_: Pass, error: Exception) -> str:
+    """Return the line in the file of a pass that an error came through last, as text; nothing if there is none."""
+    file = inspect.getfile(type(pass_))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f", {file}:{frames[-1].lineno}, in {frames[-1].name}" if frames else ""
 
 
 @cache
@@ -320,7 +338,10 @@ def find_pass(name: str) -> type[Pass]:
     """
     kind = registry().get(name) or EXTENSIONS.load(name)
     if kind is None:
-        raise UsageError(f"unknown pass {shown(name)}", hint=closest(name, [*registry(), *EXTENSIONS.offers()]))
+        hint = (
+            f"{closest(name, [*registry(), *EXTENSIONS.offers()])}; install the package of a pass that is not qcgraph's"
+        )
+        raise UsageError(f"unknown pass {shown(name)}", hint=hint)
     return kind
 
 

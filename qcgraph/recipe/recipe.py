@@ -379,6 +379,20 @@ class Recipe(_Section):
         flags = {self.OPTIONS[name]: f"--{name.replace('_', '-')}" for name in given}
         return self._validated(data, where="recipe", flags=flags)
 
+    def changed(self, sections: Sequence[str]) -> tuple[str, ...]:
+        """Return the keys of sections whose values are not the defaults, ``cache.schedule`` for example.
+
+        Args:
+            sections: the names of the sections.
+        """
+        given, defaults = self.model_dump(include=set(sections)), type(self)().model_dump()
+        return tuple(
+            f"{section}.{key}"
+            for section in sections
+            for key, value in given[section].items()
+            if value != defaults[section][key]
+        )
+
     def to_toml(self) -> str:
         """Return the whole recipe as TOML, defaults included; `from_toml` is the inverse."""
         import tomli_w

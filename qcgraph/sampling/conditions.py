@@ -107,8 +107,11 @@ def of_labels(labels: Sequence[int] | npt.NDArray[np.integer], spec: ModelSpec) 
     if not len(labels):
         raise UsageError("nothing to sample", hint="ask for at least one sample")
     if spec.label is None or len(spec.conditions) != 1:
-        names = ", ".join(condition.name for condition in spec.conditions) or "nothing but latent and timestep"
-        raise UsageError(f"{spec.name} takes no class alone", hint=f"it is conditioned on: {names}")
+        names = " and ".join(condition.name for condition in spec.conditions)
+        hint = f"its conditions are {names}; without classes, all of their values are taken in turn"
+        raise UsageError(
+            f"{spec.name} takes no class alone", hint=hint if names else "it has no conditions: leave the classes out"
+        )
     for label in labels:
         if not 0 <= label < (spec.label.count or 0):
             raise UsageError(

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qcgraph.cli.sample import choose_conditions, columns_for
+from qcgraph.cli.sample import _print_result, choose_conditions, columns_for
 from qcgraph.errors import UsageError
-from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.spec import ModelSpec, class_label
+from qcgraph.sampling.conditions import in_turn
 
 Command = Callable[..., Any]
 
@@ -153,6 +154,25 @@ def test_a_model_without_classes_takes_none() -> None:
     assert choose_conditions(3, [], spec).values == {}
     with pytest.raises(UsageError, match="free takes no class alone"):
         choose_conditions(3, [1], spec)
+
+
+def test_the_values_of_every_condition_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    conditions = (class_label(3, name="shape"), class_label(2, name="background"))
+    spec = ModelSpec("both", (1, 8, 8), 1, conditions)
+    _print_result(Path("grid.png"), in_turn(4, spec), spec, columns=3)
+    assert capsys.readouterr().out.splitlines() == [
+        "grid.png",
+        "shape   0 1 2",
+        "        0",
+        "background 0 1 0",
+        "           1",
+    ]
+    with pytest.raises(UsageError, match="both takes no class alone") as caught:
+        choose_conditions(None, [1], spec)
+    assert (
+        caught.value.hint
+        == "its conditions are shape and background; without classes, all of their values are taken in turn"
+    )
 
 
 @pytest.mark.parametrize(

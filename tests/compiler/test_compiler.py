@@ -23,8 +23,10 @@ from qcgraph.bundle import Bundle
 from qcgraph.cli import run
 from qcgraph.compiler.compilation import compile_model, verify_bundle
 from qcgraph.errors import UsageError, VerificationError
+from qcgraph.evaluation.settings import Subject
 from qcgraph.evaluation.solvers import sample_with
 from qcgraph.export.run.open import runner_of
+from qcgraph.export.targets import target_of
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program
@@ -33,10 +35,10 @@ from qcgraph.models.classifier import load_classifier
 from qcgraph.models.dit import DiT, initialize_random
 from qcgraph.models.eager import EagerRunner
 from qcgraph.plan.schedulers import make_step_plan
-from qcgraph.plan.spec import PREDICTION_NAME
+from qcgraph.plan.spec import PREDICTION_NAME, ModelSpec
 from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
-from qcgraph.sampling.conditions import of_labels
+from qcgraph.sampling.conditions import in_turn, of_labels
 from qcgraph.sampling.loop import sample
 from qcgraph.sampling.noise import Noise
 from qcgraph.sampling.runner import Runner
@@ -44,6 +46,15 @@ from qcgraph.sampling.runner import Runner
 OPTIONS = "--steps 12 --guidance 1.5 --bits w8a8 --groups 4 --cache interval=3 --compensate vc --target onnxruntime-cpu"
 JUDGING = "--samples 16 --seeds 1 --metrics psnr --no-sites"
 LABELS = list(range(10)) * 2
+
+
+class Scaled(torch.nn.Module):
+    """A denoiser without matrix products, and without conditions."""
+
+    def forward(self, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return latent * torch.sigmoid(timestep / 1000)[:, None, None, None]
+
+
 FEW: dict[str, dict[str, int]] = {
     "calibration": {"trajectories": 2},
     "quantization": {"groups": 2},
@@ -432,7 +443,7 @@ def test_compensation_of_a_multistep_solver_is_refused_before_anything_is_sample
         with pytest.raises(UsageError, match=r"does not fit dpmsolver\+\+") as caught:
             compile_model(tiny_model, recipe, tmp_path / "out", dry_run=dry_run)
         assert "--compensate off" in str(caught.value.hint)
-        assert caught.value.where is None
+        assert caught.value.where == "pass fit-compensation"
 
 
 @pytest.mark.slow
@@ -514,3 +525,19 @@ def test_guidance_needs_a_null_value(tiny_model: LoadedModel) -> None:
         compile_model(model, Recipe().override(guidance=1.5, bits="off", steps=2), None, dry_run=True)
     assert "--guidance 1" in str(caught.value.hint)
     assert compile_model(model, Recipe().override(guidance=1.0, bits="off", steps=2), None, dry_run=True).bundle is None
+
+
+@pytest.mark.slow
+def test_a_model_without_products_is_compiled_and_judged(tmp_path: Path) -> None:
+    model = LoadedModel(Scaled().eval(), ModelSpec("scaled", (1, 4, 4), 1, ()), ("latent", "timestep"))
+    recipe = Recipe().override(steps=4, guidance=1, cache="off")
+    bundle = qcgraph.compile(model, recipe, output=tmp_path / "out")
+    assert bundle.report is not None
+    assert bundle.report.mac_ratio == 1.0
+    program = load_program(bundle.path)
+    runner = runner_of(bundle)
+    subject = Subject(model, program, program, bundle.plan, runner, bundle.path, target_of(bundle))
+    assert subject.cost(bundle.plan) == 4.0
+    drawn = sample(runner, bundle.plan, bundle.spec, in_turn(3, bundle.spec), seed=0)
+    expected = sample(TorchRunner(program), bundle.plan, bundle.spec, in_turn(3, bundle.spec), seed=0)
+    np.testing.assert_allclose(drawn, expected, rtol=1e-5, atol=1e-6)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from qcgraph.compiler.compilation import compile_model
 from qcgraph.export.targets import TARGETS
 from qcgraph.models import LoadedModel
 from qcgraph.pipeline import registry
+from qcgraph.plan.spec import ModelSpec
 from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
 
@@ -70,7 +72,6 @@ def test_the_fewest_bits_are_not_searched_for(tiny_model: LoadedModel) -> None:
     assert compile_model(tiny_model, recipe, None, dry_run=True).report.recipe.quantization.bits == "auto=8"
 
 
-@pytest.mark.slow
 def test_bits_that_come_to_nothing_are_said(tiny_model: LoadedModel) -> None:
     class Listening(Progress):
         def __init__(self) -> None:
@@ -79,10 +80,24 @@ def test_bits_that_come_to_nothing_are_said(tiny_model: LoadedModel) -> None:
         def note(self, text: str) -> None:
             self.notes.append(text)
 
-    passes = {"pipeline": {"passes": "lower-linear"}}
-    recipe, progress = Recipe.model_validate(Recipe().override(steps=2, bits="w8a8").model_dump() | passes), Listening()
-    result = compile_model(tiny_model, recipe, None, stop_after="lower-linear", progress=progress)
+    class Scaled(torch.nn.Module):
+        def forward(self, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return latent * timestep[:, None, None, None]
+
+    model, progress = (
+        LoadedModel(Scaled().eval(), ModelSpec("scaled", (1, 4, 4), 1, ()), ("latent", "timestep")),
+        Listening(),
+    )
+    recipe = Recipe().override(steps=2, bits="w8a8", guidance=1, target="torch")
+    result = compile_model(model, recipe, None, dry_run=True, progress=progress)
     (note,) = (note for note in result.report.notes if "nothing is quantized" in note)
     assert f"note: {note}" in progress.notes
     assert "w8a8 was asked for" in note
-    assert "8: no pass quantized it" in note
+    assert "the model has no layer that multiplies by a constant" in note
+
+
+def test_a_pipeline_without_quantization_plans_none(tiny_model: LoadedModel) -> None:
+    recipe = Recipe.from_toml('[pipeline]\npasses = "plan-cache{interval=2},insert-cache"\n').override(steps=4)
+    report = compile_model(tiny_model, recipe, None, dry_run=True).report
+    assert report.planned_sites == 0
+    assert not [note for note in report.notes if "was asked for" in note]

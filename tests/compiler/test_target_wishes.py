@@ -110,3 +110,17 @@ def test_an_own_pipeline_ends_with_what_the_target_asks_for(target: Target) -> N
     assert notes == (
         (f"after the passes of the recipe come those that {target.name} asks for: {', '.join(asked)}",) if asked else ()
     )
+
+
+def test_settings_that_an_own_pipeline_overrules_are_told() -> None:
+    own = Recipe.from_toml('[pipeline]\npasses = "plan-cache{interval=2},insert-cache"\n').override(target="torch")
+    assert target_notes(own, TARGETS["torch"]) == ()
+    changed = own.override(cache="interval=4", compensate="vc", seed=3)
+    (note,) = target_notes(changed, TARGETS["torch"])
+    assert "cache.schedule, compensation.mode: without effect" in note
+
+
+def test_an_error_in_an_own_pipeline_names_the_key_of_the_recipe() -> None:
+    with pytest.raises(UsageError, match="has no option 'intervall'") as caught:
+        default_pipeline(Recipe.from_toml('[pipeline]\npasses = "plan-cache{intervall=2}"\n'), TARGETS["torch"])
+    assert caught.value.where == "pipeline.passes"

@@ -314,7 +314,7 @@ def deep(data: dict[str, Any]) -> None:
         lambda data: nodes_of(data)[0]["args"].update(list=[[1]]),
         lambda data: nodes_of(data)[0].update(args=None),
         lambda data: nodes_of(data)[0].update(target=5),
-        lambda data: nodes_of(data)[0].update(origin={"x": 1}),
+        lambda data: nodes_of(data)[0].update(provenance={"x": 1}),
         lambda data: data["variants"]["main"].update(nodes=None),
         lambda data: data["variants"]["main"].update(nodes=[]),
         lambda data: data["variants"]["main"]["nodes"].append(call("aten.neg.default", "late", {"node": "latent"})),

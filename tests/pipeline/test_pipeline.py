@@ -149,8 +149,16 @@ def test_changed_is_computed_and_refusals_are_kept(captured: Program) -> None:
 
 
 def test_a_broken_promise_is_the_passes_fault(captured: Program) -> None:
-    with pytest.raises(ContractError, match="promised QuantPlan and did not provide it"):
+    with pytest.raises(ContractError, match="promised QuantPlan and did not provide it") as caught:
         Pipeline((Promises(),)).run(captured)
+    assert caught.value.hint == "return program.with_facts(QuantPlan(...))"
+
+
+def test_a_fault_of_a_pass_is_located(captured: Program) -> None:
+    with pytest.raises(ContractError, match="RuntimeError: out of luck") as caught:
+        Pipeline((Breaks(),)).run(captured)
+    line = next(number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "out of" in text)
+    assert str(caught.value.where).endswith(f", {__file__}:{line}, in run")
 
 
 def test_an_illegal_result_is_refused(captured: Program) -> None:

@@ -22,7 +22,9 @@ from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.program import Program, tensor_digest
 from qcgraph.ir.serialize import EXPORTED, WEIGHTS, load_program
 from qcgraph.pipeline import Pipeline
+from qcgraph.plan.roles import REUSES
 from qcgraph.plan.spec import BATCH, ModelSpec, TensorSpec
+from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 
 EXPORT = """
@@ -87,7 +89,10 @@ def test_what_the_exporter_makes_is_stored_once(
     """The exporter makes the ones that a LayerNorm without weights is multiplied by; here they count as large."""
     monkeypatch.setattr("qcgraph.export.onnx.emit.INLINE_BYTES", 100)
     variants = {"main": captured.variants["main"], "second": captured.variants["main"]}
-    emit_onnx(Program(variants, captured.constants, captured.facts), tmp_path, 21, Progress(), integer_products=True)
+    plan = captured.facts[StepPlan]
+    twice = Program(variants, captured.constants, captured.facts)
+    twice = twice.with_facts(replace(plan, roles=plan.roles | {"second": REUSES}))
+    emit_onnx(twice, tmp_path, 21, Progress(), integer_products=True)
     places = tensor_places(tmp_path / WEIGHTS)
     made = {name: place for name, place in places.items() if name.startswith(EXPORTED)}
     assert made

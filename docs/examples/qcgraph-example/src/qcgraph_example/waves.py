@@ -55,5 +55,12 @@ def make_model() -> LoadedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = Waves()
-    spec = ModelSpec.class_conditional("waves", (CHANNELS, SIZE, SIZE), CLASSES, CLASSES, output_channels=CHANNELS)
+    spec = ModelSpec.class_conditional(
+        "waves",
+        (CHANNELS, SIZE, SIZE),
+        class_count=CLASSES,
+        null_class=CLASSES,
+        output_channels=CHANNELS,
+        is_image=True,
+    )
     return LoadedModel(module.eval().requires_grad_(False), spec, ("latent", "timestep", "label"))
