@@ -13,8 +13,6 @@ from qcgraph.passes.caching.forecasters import Forecaster, forecaster_named
 from qcgraph.pipeline import Pass, Pipeline, make_pass
 from qcgraph.recipe import MOST_BITS, Recipe
 
-_READ_BY_DEFAULT_PASSES = ("calibration", "quantization", "cache", "modulation", "compensation")  # sections of a recipe
-
 
 def default_pipeline(recipe: Recipe, target: Target) -> Pipeline:
     """Return the passes of a recipe, its own or the default ones, and after them the missing passes of its target.
@@ -52,8 +50,7 @@ def _own_pipeline_notes(recipe: Recipe, target: Target) -> Iterator[str]:
     """Yield notes on the passes that the target adds to a recipe's pipeline, and on settings that have no effect."""
     if added := ", ".join(pass_.name for pass_ in _lacking(_own_passes(recipe), recipe, target)):
         yield f"after the passes of the recipe come those that {target.name} asks for: {added}"
-    # The seed is also that of the images on which cached values are checked.
-    if idle := [key for key in recipe.changed(_READ_BY_DEFAULT_PASSES) if key != "calibration.seed"]:
+    if idle := recipe.overruled:
         yield f"pipeline.passes replaces the default passes, which alone read {', '.join(idle)}: without effect here"
 
 

@@ -379,20 +379,6 @@ class Recipe(_Section):
         flags = {self.OPTIONS[name]: f"--{name.replace('_', '-')}" for name in given}
         return self._validated(data, where="recipe", flags=flags)
 
-    def changed(self, sections: Sequence[str]) -> tuple[str, ...]:
-        """Return the keys of sections whose values are not the defaults, ``cache.schedule`` for example.
-
-        Args:
-            sections: the names of the sections.
-        """
-        given, defaults = self.model_dump(include=set(sections)), type(self)().model_dump()
-        return tuple(
-            f"{section}.{key}"
-            for section in sections
-            for key, value in given[section].items()
-            if value != defaults[section][key]
-        )
-
     def to_toml(self) -> str:
         """Return the whole recipe as TOML, defaults included; `from_toml` is the inverse."""
         import tomli_w
@@ -427,6 +413,20 @@ class Recipe(_Section):
         if rounding == "feedback" and "feedback" in components:
             rounding = "search"
         return "nearest" if rounding == "search" and "ho" in components else rounding
+
+    @property
+    def overruled(self) -> tuple[str, ...]:
+        """The settings that were changed and have no effect, because a pipeline of the recipe's own decides them."""
+        if not self.pipeline.passes:
+            return ()
+        given, defaults = self.model_dump(), type(self)().model_dump()
+        changed = (
+            f"{section}.{key}"
+            for section in ("calibration", "quantization", "cache", "modulation", "compensation")
+            for key, value in given[section].items()
+            if value != defaults[section][key]
+        )
+        return tuple(key for key in changed if key != "calibration.seed")  # cached values are checked with it, too
 
     @property
     def is_quantized(self) -> bool:
