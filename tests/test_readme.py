@@ -127,7 +127,7 @@ def test_recipes_are_recipes(document: Path) -> None:
 
 def compile_sooner(compile_: Callable[..., Bundle], model: str, recipe: Any, **options: Any) -> Bundle:
     """What an example asks for with fewer steps and samples, which change nothing but how long it takes."""
-    return compile_(model, with_few_samples(Recipe.of(recipe).override(steps=8)), **options)
+    return compile_(model, with_few_samples(Recipe.of(recipe).override(steps=6)), **options)
 
 
 def command_sooner(compile_: Callable[..., Any], model: str, recipe: Recipe, *places: Any, **options: Any) -> Any:
