@@ -108,7 +108,7 @@ def entering(program: Program, rows: CalibrationBatch, sites: set[str]) -> Itera
 
     A value is freed as soon as no later operation needs it.
     """
-    variant = program.facts[StepPlan].computing
+    variant = program.computing
     wanted = {site.node: site for site in find_sites(program.variants[variant]) if site.name in sites}
     for node, values in walk(program, variant, rows.inputs(program, variant)):
         site = wanted.get(node.name)
@@ -156,7 +156,7 @@ def value_sensitivities(
         gradients: whether to compute sensitivities; if not, all are 1.
     """
     generator = torch.Generator().manual_seed(seed) if gradients else None
-    size = max(1, DIFFERENTIATED_BYTES // _bytes_of_values(program.variants[program.facts[StepPlan].computing].graph))
+    size = max(1, DIFFERENTIATED_BYTES // _bytes_of_values(program.variants[program.computing].graph))
     for batch in progress.track(list(rows.split(size)), "sensitivities"):
         # A generator of its own, which frees its values before the next rows run.
         yield from _of_batch(program, batch, nodes, generator)
@@ -191,7 +191,7 @@ def _run(
     program: Program, batch: CalibrationBatch, nodes: Collection[str], *, gradients: bool
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Return the values of these nodes, in the order in which they run, and the noise prediction."""
-    variant = program.facts[StepPlan].computing
+    variant = program.computing
     latents = batch.latents.clone().requires_grad_(gradients)
     inputs = replace(batch, latents=latents).inputs(program, variant)
     found: dict[str, torch.Tensor] = {}
@@ -251,10 +251,10 @@ def sensitivities(
         gradients: whether to compute sensitivities; if not, all are 1.
         results: whether to compute the sensitivities of results too, which take as much memory again.
     """
-    nodes = {node.name: node for node in program.variants[program.facts[StepPlan].computing].graph.nodes}
+    nodes = {node.name: node for node in program.variants[program.computing].graph.nodes}
     entered: dict[str, list[str]] = {}
     made: dict[str, str] = {}
-    for site in find_sites(program.variants[program.facts[StepPlan].computing]):
+    for site in find_sites(program.variants[program.computing]):
         if site.name in sites:
             entered.setdefault(nodes[site.node].all_input_nodes[0].name, []).append(site.name)
             made |= {site.node: site.name} if results else {}

@@ -98,7 +98,7 @@ class _Observed:
 
     def __init__(self, program: Program, seed: int, context: PassContext) -> None:
         self._plan, steps = program.facts[QuantPlan].sites, program.facts[StepPlan]
-        computing, ranges = program.facts[StepPlan].computing, program.facts[Ranges].planned
+        computing, ranges = program.computing, program.facts[Ranges].planned
         sites = {site.name: site for site in find_sites(program.variants[computing]) if site.name in self._plan}
         self.names = tuple(sites)
         self._macs = {name: float(site.macs) for name, site in sites.items()}

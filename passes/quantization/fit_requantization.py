@@ -15,7 +15,6 @@ from qcgraph.ir.structure import find_blocks, find_sites, weight_names
 from qcgraph.passes.calibration._calibration_set import CalibrationBatch, entering, rows_together
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.workload import Workload
-from qcgraph.plan.steps import StepPlan
 
 HELD_BYTES = 24 * 2**20  # bytes that the widest activation of rows that run together may take; their results take more
 LEAST_GAIN, MOST_GAIN = 0.5, 2.0  # a regression beyond these has no signal; its channel keeps the gain 1
@@ -47,7 +46,7 @@ class FitRequantization(Pass):
 
     def run(self, program: Program, context: PassContext) -> Program:
         chosen = self._chosen(program, context)
-        variant = program.variants[program.facts[StepPlan].computing]
+        variant = program.variants[program.computing]
         sites = [site for site in find_sites(variant) if site.name in chosen]
         weights = weight_names(variant, sites)
         found = {name: Regression(len(program.constants[weight])) for name, weight in weights.items()}

@@ -146,7 +146,7 @@ class _Statistics:
 
 def _places(program: Program, names: Collection[str]) -> dict[str, tuple[str, str]]:
     """Return the nodes of the operands of these attentions, each with the attention and the operand."""
-    attentions = find_attention(program.variants[program.facts[StepPlan].computing])
+    attentions = find_attention(program.variants[program.computing])
     return {
         node.name: (attention.name, operand)
         for attention in attentions
@@ -160,7 +160,7 @@ def _ranges(program: Program, rows: CalibrationBatch) -> dict[str, dict[str, tor
 
     A group without rows gets the range over all groups.
     """
-    variant, groups = program.facts[StepPlan].computing, program.facts[StepPlan].group_count
+    variant, groups = program.computing, program.facts[StepPlan].group_count
     places = _places(program, {attention.name for attention in find_attention(program.variants[variant])})
     found: dict[str, dict[str, torch.Tensor]] = {}
     for name, operand in places.values():

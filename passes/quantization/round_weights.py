@@ -25,7 +25,6 @@ from qcgraph.ir.structure import Site, find_sites, weight_names
 from qcgraph.passes.calibration._calibration_set import CalibrationBatch, entering, rows_together
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.workload import Workload
-from qcgraph.plan.steps import StepPlan
 
 TOKENS = 32768  # tokens of the calibration set that a second moment is averaged over
 FORWARDS_PER_ROW = 3.0  # cost of the pass in forwards of the model, for every row of the calibration set, about
@@ -59,7 +58,7 @@ class RoundWeights(Pass):
     def run(self, program: Program, context: PassContext) -> Program:
         check_integers(program.facts[QuantPlan])
         plan = program.facts[QuantPlan].sites
-        variant = program.variants[program.facts[StepPlan].computing]
+        variant = program.variants[program.computing]
         sites = [site for site in find_sites(variant) if site.name in plan]
         weights = weight_names(variant, sites)
         names = names_of_codes(weights)

@@ -196,7 +196,7 @@ class _Activation:
 
 def _after_nonlinear(program: Program) -> set[str]:
     """Return the sites whose input an activation function makes."""
-    variant = program.variants[program.facts[StepPlan].computing]
+    variant = program.variants[program.computing]
     nodes = {node.name: node for node in variant.graph.nodes}
     sites = find_sites(variant)
     return {site.name for site in sites if nodes[site.node].all_input_nodes[0].target in NONLINEAR}

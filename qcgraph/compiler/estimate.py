@@ -84,11 +84,9 @@ def estimate(
 def workload(program: Program, pipeline: Pipeline) -> Workload:
     """Return the sizes that determine the work of the passes."""
     plan, macs = program.facts[StepPlan], macs_by_variant(program.variants)
-    spent = sum(macs[name] * plan.uses(name) for name in macs)
     sizes = [pass_.sizes(program) for pass_ in pipeline]
     trajectories, rows = max(sizes, default=(0, 0))
-    whole = macs[program.computing] * len(plan)
-    return Workload(program, trajectories, rows, spent / whole if whole else 1.0)
+    return Workload(program, trajectories, rows, plan.work_ratio(macs, macs[program.computing]))
 
 
 def seconds_per_forward(program: Program) -> float:

@@ -37,7 +37,6 @@ def compile_report(
     """
     plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
     macs = macs_by_variant(program.variants)
-    work, uncached = sum(macs[name] * plan.uses(name) for name in macs), total_macs(sites) * len(plan)
     quantized, attention = program.facts.get(QuantPlan), program.facts.get(AttentionPlan)
     compensation = program.facts.get(Compensation)
     return CompileReport(
@@ -47,7 +46,7 @@ def compile_report(
         plan=plan.describe(),
         pipeline=pipeline.text,
         variants={name: VariantReport(steps=plan.uses(name), macs=macs[name]) for name in program.variants},
-        mac_ratio=work / uncached if uncached else 1.0,  # a model without products has nothing to save
+        mac_ratio=plan.work_ratio(macs, total_macs(sites)),
         cache=cache_report(program.facts),
         timestep_groups=plan.group_count,
         planned_sites=len(quantizable(sites)) if pipeline.provides(QuantPlan) else 0,

@@ -124,7 +124,7 @@ class Subject:
         unknown = [step.variant for step in plan.steps if step.variant not in macs]
         if unknown:
             raise BundleError(f"the plan names variant {unknown[0]!r}, which the program has not", where="plan.json")
-        return sum(macs[name] * plan.uses(name) for name in macs) / whole if whole else float(len(plan))
+        return plan.work(macs) / whole if whole else float(len(plan))
 
 
 @dataclass(frozen=True)

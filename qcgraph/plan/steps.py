@@ -164,6 +164,23 @@ class StepPlan:
         """Count the steps that a variant runs, or that it prepares."""
         return sum(step.variant == self.serves(variant) for step in self.steps)
 
+    def work(self, macs: Mapping[str, float]) -> float:
+        """Return the work of all steps.
+
+        Args:
+            macs: the multiply-accumulates of one run of each variant.
+        """
+        return sum(count * self.uses(name) for name, count in macs.items())
+
+    def work_ratio(self, macs: Mapping[str, float], whole: float) -> float:
+        """Return the work of all steps relative to that of computing every step; 1 if the model has no products.
+
+        Args:
+            macs: the multiply-accumulates of one run of each variant.
+            whole: those of one run of the captured model.
+        """
+        return self.work(macs) / (whole * len(self)) if whole else 1.0
+
     @property
     def group_count(self) -> int:
         """The number of timestep groups."""

@@ -69,6 +69,13 @@ def test_a_variant_is_used_by_the_steps_that_it_serves(plan: StepPlan) -> None:
     assert [plan.uses(name) for name in ROLES] == [2, 1, 1, 2, 1]
 
 
+def test_the_work_is_that_of_all_steps(plan: StepPlan) -> None:
+    macs = {"reuse": 10, "full": 4, "main": 1, "a": 2, "b": 3}
+    assert plan.work(macs) == 2 * 10 + 4 + 1 + 2 * 2 + 3
+    assert plan.work_ratio(macs, 10) == 32 / 40
+    assert plan.work_ratio(dict.fromkeys(macs, 0), 0) == 1.0
+
+
 def test_modes_are_the_variants_but_the_computing_one(plan: StepPlan) -> None:
     assert plan.modes == (None, "full", None, "main")
     assert plan.with_modes(plan.modes) == plan

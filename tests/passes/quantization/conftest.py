@@ -95,3 +95,25 @@ def sharp(cached: Program, sharpened: Callable[[Program], Program]) -> Program:
 def split(sharp: Program, run: Run) -> Program:
     """The same, split into products and calibrated in two timestep groups."""
     return run(f"split-attention,{OBSERVED}", sharp)
+
+
+@pytest.fixture(scope="session")
+def inputs() -> Mapping[str, Tensor]:
+    """Four latents of one timestep, in the second timestep group."""
+    return {
+        "latent": torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0)),
+        "timestep": torch.full((4,), 700.0),
+        "class_label": torch.arange(4),
+        "group": torch.tensor(1),
+    }
+
+
+@pytest.fixture(scope="session")
+def prediction(inputs: Mapping[str, Tensor]) -> Callable[[Program], Tensor]:
+    """Gives what the computing variant of a program predicts for these inputs."""
+
+    def predict(program: Program) -> Tensor:
+        names = program.variants["full"].interface.input_names
+        return program.run("full", {name: inputs[name] for name in names})["noise_prediction"]
+
+    return predict

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -16,26 +16,23 @@ from qcgraph.ir.structure import find_sites
 from qcgraph.passes.quantization._region_search import in_regions
 
 Run = Callable[[str, Program], Program]
+Distance = Callable[[Program, Program], float]
+Inputs = Mapping[str, torch.Tensor]
 ops = torch.ops.qcgraph
 SET = "calibrate{trajectories=4 selection=uniform latents=24},group-timesteps{groups=2}"
 INSERT = "insert-attention-qdq"
 NAMES = ("blocks.0.attn.attention", "blocks.1.attn.attention")
-INPUTS = {
-    "latent": torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0)),
-    "timestep": torch.full((4,), 700.0),
-    "class_label": torch.arange(4),
-    "group": torch.tensor(1),
-}
 
 
-def prediction(program: Program) -> torch.Tensor:
-    names = program.variants["full"].interface.input_names
-    return program.run("full", {name: INPUTS[name] for name in names})["noise_prediction"]
+@pytest.fixture
+def distance(prediction: Callable[[Program], torch.Tensor]) -> Distance:
+    """The relative L2 distance of what two programs predict."""
 
+    def between(one: Program, other: Program) -> float:
+        expected = prediction(other)
+        return float((prediction(one) - expected).norm() / expected.norm())
 
-def distance(one: Program, other: Program) -> float:
-    expected = prediction(other)
-    return float((prediction(one) - expected).norm() / expected.norm())
+    return between
 
 
 def test_golden(split: Program, run: Run, golden_diff: Callable[..., None]) -> None:
@@ -54,31 +51,33 @@ def test_all_products_multiply_dequantized_values(split: Program, run: Run, bits
 
 
 @pytest.mark.parametrize("options", ["", "symmetric=true", "regions=false", "high=64", "objective=range"])
-def test_fewer_bits_are_further_away(split: Program, run: Run, options: str) -> None:
+def test_fewer_bits_are_further_away(split: Program, run: Run, options: str, distance: Distance) -> None:
     found = [distance(run(f"plan-attention{{bits={bits} {options}}},{INSERT}", split), split) for bits in (8, 6, 4)]
     assert 0 < found[0] < found[1] < found[2] < 0.5
     assert found[0] < 0.02
 
 
 @pytest.mark.parametrize(("bits", "planes"), [(8, 2), (6, 1)])
-def test_two_regions_are_what_the_formula_says(split: Program, run: Run, bits: int, planes: int) -> None:
+def test_two_regions_are_what_the_formula_says(
+    split: Program, run: Run, inputs: Inputs, bits: int, planes: int
+) -> None:
     """The product that the graph computes is that of probabilities which are rounded as TQ-DiT writes it."""
     program = run(f"plan-attention{{bits={bits}}},{INSERT}", split)
     quant = program.facts[AttentionPlan].sites[NAMES[0]].probabilities
     assert isinstance(quant, RegionQuant)
     assert quant.planes == planes
-    softmax, value, result = _values_of_first_product(program)
-    split_point = quant.splits[int(INPUTS["group"]) if len(quant.splits) > 1 else 0]
+    softmax, value, result = _values_of_first_product(program, inputs)
+    split_point = quant.splits[int(inputs["group"]) if len(quant.splits) > 1 else 0]
     torch.testing.assert_close(result, in_regions(softmax, split_point, quant.levels) @ value, rtol=1e-5, atol=1e-6)
 
 
-def _values_of_first_product(program: Program) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _values_of_first_product(program: Program, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Probabilities, dequantized values and mixed values of the first attention."""
     variant = program.variants["full"]
-    inputs = [INPUTS[name] for name in variant.interface.input_names]
+    ordered = [inputs[name] for name in variant.interface.input_names]
     found: dict[str, torch.Tensor] = {}
     products: list[str] = []
-    for node, values in walk(program, "full", inputs):
+    for node, values in walk(program, "full", ordered):
         if node.target is torch.ops.aten.softmax.int and "softmax" not in found:
             found["softmax"] = values[node]
         elif node.target is torch.ops.aten.matmul.default and "softmax" in found:
@@ -90,15 +89,15 @@ def _values_of_first_product(program: Program) -> tuple[torch.Tensor, torch.Tens
     return found["softmax"], found["value"], found["mixed"]
 
 
-def test_regions_leave_less_error(split: Program, run: Run) -> None:
+def test_regions_leave_less_error(split: Program, run: Run, inputs: Inputs) -> None:
     one, two = (run(f"plan-attention{{bits=4 regions={text}}},{INSERT}", split) for text in ("false", "true"))
-    parts = [_only_probabilities(program, split, run) for program in (one, two)]
+    parts = [_only_probabilities(program, split, run, inputs) for program in (one, two)]
     assert parts[1] < 0.9 * parts[0]
 
 
-def _only_probabilities(program: Program, split: Program, run: Run) -> float:
+def _only_probabilities(program: Program, split: Program, run: Run, inputs: Inputs) -> float:
     """How far the first attention's mixed values are off where only its probabilities are rounded."""
-    softmax, value, _ = _values_of_first_product(run(f"plan-attention,{INSERT}", split))
+    softmax, value, _ = _values_of_first_product(run(f"plan-attention,{INSERT}", split), inputs)
     quant = program.facts[AttentionPlan].sites[NAMES[0]].probabilities
     if isinstance(quant, RegionQuant):
         rounded = in_regions(softmax, quant.splits[-1], quant.levels)
@@ -107,7 +106,7 @@ def _only_probabilities(program: Program, split: Program, run: Run) -> float:
     return float(((rounded - softmax) @ value).norm())
 
 
-def test_linears_and_attention_go_together_and_come_apart(sharp: Program, run: Run) -> None:
+def test_linears_and_attention_go_together_and_come_apart(sharp: Program, run: Run, distance: Distance) -> None:
     both = run(f"{SET},plan-quant,split-attention,plan-attention,{INSERT},insert-qdq,lower-linear", sharp)
     assert 1e-3 < distance(both, sharp) < 0.05
     assert distance(without_quantization(both, sharp), sharp) < 1e-5

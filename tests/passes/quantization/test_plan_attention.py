@@ -15,22 +15,12 @@ from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
 
 Run = Callable[[str, Program], Program]
+Predict = Callable[[Program], torch.Tensor]
 SET = "calibrate{trajectories=4 selection=uniform latents=24},group-timesteps{groups=2}"
 NAMES = ("blocks.0.attn.attention", "blocks.1.attn.attention")
-INPUTS = {
-    "latent": torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0)),
-    "timestep": torch.full((4,), 700.0),
-    "class_label": torch.arange(4),
-    "group": torch.tensor(1),
-}
 
 
-def prediction(program: Program) -> torch.Tensor:
-    names = program.variants["full"].interface.input_names
-    return program.run("full", {name: INPUTS[name] for name in names})["noise_prediction"]
-
-
-def test_split_attention_is_the_same_function(sharp: Program, run: Run) -> None:
+def test_split_attention_is_the_same_function(sharp: Program, run: Run, prediction: Predict) -> None:
     program = run("split-attention", sharp)
     torch.testing.assert_close(prediction(program), prediction(sharp), rtol=1e-5, atol=1e-5)
     assert not [site for site in find_sites(program.variants["full"]) if site.kind == "attention"]
