@@ -27,7 +27,7 @@ CASES = [  # each part of the form once; a compilation takes seconds
 @pytest.mark.parametrize(("target", "bits", "text"), CASES)
 def test_it_compiles_verifies_and_draws(target: str, bits: str, text: str, tmp_path: Path) -> None:
     few = f'[calibration]\ntrajectories = 4\n[quantization]\nrounding = "nearest"\ngroups = 3\n{text}'
-    recipe = Recipe.from_toml(few).override(target=target, bits=bits, steps=9, cache="interval=3")
+    recipe = Recipe.from_toml(few).override(target=target, bits=bits, steps=7, cache="interval=3")
     bundle = qcgraph.compile("digits", recipe, output=tmp_path / "bundle")
     can_judge = target != "tensorrt-rtx" or importlib.util.find_spec("tensorrt_rtx") is not None
     checks = verify_bundle(bundle, target=target if can_judge else "onnx")

@@ -43,6 +43,7 @@ STYLES = 3
 STEPS, SAMPLES = 9, 4
 CACHE = "plan-cache{interval=3 history=2},insert-cache"
 CALIBRATE = "calibrate{trajectories=2 selection=uniform latents=8}"
+pytestmark = pytest.mark.slow  # it plans and fits
 QUANTIZE = "group-timesteps{groups=2},plan-quant,search-scales,round-weights,fit-requantization,insert-qdq"
 ROUNDED = 1e-6  # relative L2
 
@@ -242,7 +243,6 @@ def test_all_together(told: Program, run: Run) -> None:
     assert distance(latents(last), latents(program)) < 1e-4
 
 
-@pytest.mark.slow
 def test_in_onnx_runtime_it_is_the_same_function(told: Program, reusing: Program, run: Run, tmp_path: Path) -> None:
     """Also what tells halves apart, which a model without conditions does not have."""
     program = run("hoist-adaln", random_tables(run("insert-forecast", reusing)))

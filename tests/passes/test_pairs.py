@@ -57,6 +57,7 @@ SAME |= {"equalize": 1e-3, "insert-cache": 0.0, "hoist-adaln": 1e-4}
 CLOSE = {"insert-qdq": 0.3, "insert-attention-qdq": 0.1, "reference-scales": 0.1, "reduce-precision": 0.1}
 CLOSE |= {"fit-forecast": 1.0, "insert-compensation": 0.2}
 CALIBRATION = {"trajectories": 2, "samples": 6}
+pytestmark = pytest.mark.slow  # there are many recipes
 
 # What decides which passes there are, by section of the recipe. Numbers are left as they are: they add no pass.
 OFF: Choices = {"quantization": {"bits": "off"}}
@@ -198,7 +199,6 @@ def test_every_pass_is_in_a_default_pipeline(possible: dict[tuple[str, ...], Rec
     assert set(chain.from_iterable(possible)) == set(registry())
 
 
-@pytest.mark.slow
 def test_every_pair_keeps_what_was_decided(
     captured: Program, possible: dict[tuple[str, ...], Recipe], chosen: list[Pipeline]
 ) -> None:

@@ -41,6 +41,7 @@ def doors(fuzz: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     return fuzz.make_doors(fuzz.make_samples(tmp_path_factory.mktemp("fuzz")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INPUTS)
 def test_every_input_is_taken_or_refused_in_words(fuzz: Any, doors: dict[str, Any], name: str) -> None:
     assert set(doors) == set(INPUTS)

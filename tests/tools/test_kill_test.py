@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-CUTS = 5
+CUTS = 3
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "kill_test.py"
 
 
