@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-import numpy as np
 import torch
 from torch import fx
 
@@ -18,17 +16,12 @@ from qcgraph.ir.structure import Site, find_sites
 from qcgraph.plan.spec import TIMESTEP, ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
+from qcgraph.sampling.calibration import decode_latents
 from qcgraph.sampling.conditions import Conditions
-from qcgraph.sampling.runner import Array
 
 FLOAT_BYTES = 4
 HELD_BYTES = 96 * 2**20  # bytes that the widest activation of rows that run together may take
 DIFFERENTIATED_BYTES = 256 * 2**20  # bytes that all values of rows that are differentiated together may take
-
-
-def encode_latents(latents: Array) -> str:
-    """Return latents f32[N,C,H,W] as the text that a `CalibrationSet` holds."""
-    return base64.b64encode(np.ascontiguousarray(latents, dtype="<f4").tobytes()).decode()
 
 
 def held(conditions: Conditions) -> dict[str, tuple[int | float, ...]]:
@@ -58,8 +51,7 @@ class CalibrationBatch:
     def of(cls, program: Program) -> CalibrationBatch:
         """Return the calibration set of a program; both halves of an item stand next to each other."""
         found, spec, plan = program.facts[CalibrationSet], program.facts[ModelSpec], program.facts[StepPlan]
-        raw = np.frombuffer(base64.b64decode(found.latents), dtype="<f4")
-        latents = torch.from_numpy(raw.reshape(-1, *spec.latent_shape).copy())
+        latents = torch.from_numpy(decode_latents(found.latents, spec.latent_shape))
         conditions = {}
         for condition in spec.conditions:
             values = torch.tensor(found.conditions[condition.name]).repeat_interleave(plan.halves, dim=0)

@@ -26,7 +26,7 @@ from qcgraph.facts import (
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
-from qcgraph.passes.calibration._calibration_set import encode_latents, held
+from qcgraph.passes.calibration._calibration_set import held
 from qcgraph.passes.calibration._selection import Method, Pool, select
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.calibration_budget import affordable, trajectory_macs
@@ -39,6 +39,7 @@ from qcgraph.sampling.calibration import (
     as_tuples,
     calibration_conditions,
     calibration_noise,
+    encode_latents,
     sample_calibration,
 )
 from qcgraph.sampling.loop import TakenStep

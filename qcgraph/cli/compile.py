@@ -61,6 +61,16 @@ def compile_command(
         Path | None,
         typer.Option(metavar="BUNDLE|FILE", help="Take the cache schedule of another bundle, or one that you wrote."),
     ] = None,
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            metavar="fitted[=K]|as-is", help="Fit the updates of fewer steps, K of them; or take the scheduler's own."
+        ),
+    ] = None,
+    solver_target: Annotated[
+        str | None,
+        typer.Option(metavar="converged|run", help="What a fitted solver follows: the converged run, or your own."),
+    ] = None,
     forecast: Annotated[
         str | None,
         typer.Option(
@@ -117,6 +127,8 @@ def compile_command(
         steps=steps,
         scheduler=scheduler,
         guidance=guidance,
+        solver=solver,
+        solver_target=solver_target,
         bits=bits,
         groups=groups,
         cache=cache,

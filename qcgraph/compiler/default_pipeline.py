@@ -32,7 +32,7 @@ def target_notes(recipe: Recipe, target: Target) -> tuple[str, ...]:
     """
     if recipe.pipeline.passes:
         return tuple(_own_pipeline_notes(recipe, target))
-    notes = [*_measuring_notes(recipe, target)]
+    notes = [*_measuring_notes(recipe, target), *_solver_notes(recipe)]
     if not recipe.is_quantized:
         return tuple(notes)
     asked = recipe.quantization
@@ -77,6 +77,12 @@ def _measuring_notes(recipe: Recipe, target: Target) -> Iterator[str]:
         )
 
 
+def _solver_notes(recipe: Recipe) -> Iterator[str]:
+    """Yield a note if variance compensation is left to the fitted updates."""
+    if recipe.is_fitted and recipe.compensation.mode != "off":
+        yield "variance is not compensated apart: the fitted updates correct the scale of the latents of every step"
+
+
 def _lacking(chosen: Pipeline, recipe: Recipe, target: Target) -> Iterator[Pass]:
     """Return the passes that the target requires and the pipeline lacks; they come last."""
     names = {pass_.name for pass_ in chosen}
@@ -86,8 +92,11 @@ def _lacking(chosen: Pipeline, recipe: Recipe, target: Target) -> Iterator[Pass]
 
 def _passes(recipe: Recipe, target: Target) -> Iterator[Pass]:
     quantized = recipe.is_quantized
-    compensated = recipe.compensation.mode != "off"
+    compensated = recipe.compensation.mode != "off" and not recipe.is_fitted
 
+    if recipe.is_fitted:
+        # First: whatever follows is decided on the few steps that will run.
+        yield _plan_solver(recipe)
     if quantized and recipe.quantization.equalize and not recipe.is_float8:
         # Before any variants are made: this pass changes constants that all variants will share.
         yield _pass(
@@ -113,6 +122,9 @@ def _passes(recipe: Recipe, target: Target) -> Iterator[Pass]:
         form = "masked" if recipe.compensation.mode == "vc-masked" else "ratio"
         yield _pass("fit-compensation", clamp=recipe.compensation.clamp, form=form)
         yield _pass("insert-compensation")
+    if recipe.is_fitted:
+        # Last but for what changes no value: the coefficients make up for quantization and cache together.
+        yield _pass("fit-solver")
     if recipe.modulation.hoist:
         # After all decisions: this pass changes no value, and passes that observe and fit need not run its variant.
         yield _pass("hoist-adaln")
@@ -132,6 +144,13 @@ def _reduced(recipe: Recipe, target: Target) -> Iterator[Pass]:
     if dtype != "float32":
         yield _pass("plan-precision", dtype=dtype, **_sampling(recipe))
         yield _pass("reduce-precision")
+
+
+def _plan_solver(recipe: Recipe) -> Pass:
+    steps = {} if recipe.fitted_steps is None else {"steps": recipe.fitted_steps}
+    return _pass(
+        "plan-solver", **steps, target=recipe.solver.target, history=recipe.solver.history, **_sampling(recipe)
+    )
 
 
 def _calibrate(recipe: Recipe, *, quantized: bool) -> Pass:

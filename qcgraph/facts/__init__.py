@@ -32,6 +32,7 @@ from qcgraph.facts.quantization import (
     WeightQuant,
     codes,
 )
+from qcgraph.facts.solver import SolverFit, SolverPlan, SolverTargets
 from qcgraph.facts.store import FACT_TYPES, Fact, Facts, decode, encode, precision_of
 
 __all__ = [
@@ -72,6 +73,9 @@ __all__ = [
     "SiteCorrection",
     "SiteQuant",
     "SiteRange",
+    "SolverFit",
+    "SolverPlan",
+    "SolverTargets",
     "TimestepGroups",
     "WeightQuant",
     "codes",

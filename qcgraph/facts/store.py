@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any, Protocol, TypeVar, cast
 
 from qcgraph.errors import QcgraphError
-from qcgraph.facts import caching, calibration, compensation, equalization, forecast, precision, quantization
+from qcgraph.facts import caching, calibration, compensation, equalization, forecast, precision, quantization, solver
 from qcgraph.facts.precision import ComputeType
 from qcgraph.facts.quantization import RoundedWeights
 from qcgraph.plan.spec import ModelSpec
@@ -28,7 +28,7 @@ class Fact(Protocol):
 
 Kind = TypeVar("Kind", bound=Fact)
 
-FAMILIES = (caching, equalization, calibration, quantization, forecast, compensation, precision)
+FAMILIES = (solver, caching, equalization, calibration, quantization, forecast, compensation, precision)
 
 
 def _facts_of(family: ModuleType) -> Iterator[type[Fact]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from string import ascii_uppercase
+from typing import Literal
 
 from qcgraph.errors import BundleError, UsageError, shown
 from qcgraph.plan.roles import COMPUTES, VariantKind, VariantRole
@@ -70,12 +71,15 @@ class Fingerprint:
         scheduler: the scheduler's name.
         steps: the number of sampling steps.
         guidance: the weight of classifier-free guidance; 1 means no guidance.
+        solver: ``as-is`` where the updates are those of the scheduler; ``fitted`` where the plan stands for a run of
+            ``steps`` steps with fewer steps and fitted updates.
     """
 
     model: str
     scheduler: str
     steps: int
     guidance: float
+    solver: Literal["as-is", "fitted"] = "as-is"
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,11 @@ class StepPlan:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the plan stands for a run of more steps, with updates that were fitted to it."""
+        return self.fingerprint.solver == "fitted"
 
     @property
     def halves(self) -> int:
@@ -173,13 +182,13 @@ class StepPlan:
         return sum(count * self.uses(name) for name, count in macs.items())
 
     def work_ratio(self, macs: Mapping[str, float], whole: float) -> float:
-        """Return the work of all steps relative to that of computing every step; 1 if the model has no products.
+        """Return the work of all steps relative to that of the scheduler's run; 1 if the model has no products.
 
         Args:
             macs: the multiply-accumulates of one run of each variant.
             whole: those of one run of the captured model.
         """
-        return self.work(macs) / (whole * len(self)) if whole else 1.0
+        return self.work(macs) / (whole * self.fingerprint.steps) if whole else 1.0
 
     @property
     def group_count(self) -> int:
@@ -266,7 +275,8 @@ class StepPlan:
     def describe(self) -> str:
         """Return one line: scheduler, steps, guidance."""
         mark = self.fingerprint
-        return f"{mark.scheduler}, {mark.steps} steps, guidance {mark.guidance:g}"
+        steps = f"{len(self)} fitted of {mark.steps} steps" if self.is_fitted else f"{mark.steps} steps"
+        return f"{mark.scheduler}, {steps}, guidance {mark.guidance:g}"
 
     def lines(self) -> list[str]:
         """Return the lines about this plan in the text of a program."""

@@ -36,6 +36,7 @@ _FLOAT8 = re.compile("fp8")
 _INTERVAL = re.compile(r"(interval|dps)=([1-9][0-9]{0,5})")
 _BUDGET = re.compile(r"budget=(1(?:\.0{0,17})?|0?\.(?=[0-9]*[1-9])[0-9]{1,17})")
 _PLAN = re.compile(r"plan=(\S+)")
+_FITTED = re.compile(r"fitted(?:=([1-9][0-9]{0,4}))?")
 _RANGE = r"(?:all|guidance|[0-9]{1,5}\.\.[0-9]{1,5})"
 _BLOCKS = re.compile(rf"{_RANGE}(?:\+{_RANGE})*")
 
@@ -153,6 +154,24 @@ class Quantization(_Section):
     )
 
 
+class Solver(_Section):
+    """The sampler's updates: those of the scheduler, or fewer ones with fitted coefficients."""
+
+    mode: Annotated[str, _fits(_FITTED, word="as-is")] = Field(
+        "as-is",
+        description="as-is (the scheduler's own steps and updates); fitted (fewer steps, with updates that are fitted "
+        "to a target run); or fitted=K: K of them",
+    )
+    target: Literal["converged", "run"] = Field(
+        "converged",
+        description="converged (the trajectory that solvers converge to with many steps) or run (the run of the "
+        "scheduler as it is): what a fitted solver follows",
+    )
+    history: int = Field(
+        3, ge=0, le=3, description="the number of earlier predictions that a fitted update may use, 0 to 3"
+    )
+
+
 class Cache(_Section):
     """The computing steps, and the blocks that reusing steps skip."""
 
@@ -256,6 +275,7 @@ class Recipe(_Section):
 
     Attributes:
         sampling: scheduler, steps and guidance.
+        solver: the updates of the steps.
         calibration: the observed trajectories.
         quantization: bits and timestep groups.
         cache: the cache schedule and the blocks.
@@ -271,6 +291,8 @@ class Recipe(_Section):
         "steps": ("sampling", "steps"),
         "scheduler": ("sampling", "scheduler"),
         "guidance": ("sampling", "guidance"),
+        "solver": ("solver", "mode"),
+        "solver_target": ("solver", "target"),
         "bits": ("quantization", "bits"),
         "groups": ("quantization", "groups"),
         "cache": ("cache", "schedule"),
@@ -298,6 +320,7 @@ class Recipe(_Section):
     }
 
     sampling: Sampling = Sampling()
+    solver: Solver = Solver()
     calibration: Calibration = Calibration()
     quantization: Quantization = Quantization()
     cache: Cache = Cache()
@@ -422,7 +445,7 @@ class Recipe(_Section):
         given, defaults = self.model_dump(), type(self)().model_dump()
         changed = (
             f"{section}.{key}"
-            for section in ("calibration", "quantization", "cache", "modulation", "compensation")
+            for section in ("solver", "calibration", "quantization", "cache", "modulation", "compensation")
             for key, value in given[section].items()
             if value != defaults[section][key]
         )
@@ -455,6 +478,17 @@ class Recipe(_Section):
         """The mean number of bits over layers and timestep groups; None when all have the same number."""
         match = _MIXED.fullmatch(self.quantization.bits)
         return float(match[1]) if match else None
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the sampler's updates are fitted."""
+        return bool(_FITTED.fullmatch(self.solver.mode))
+
+    @property
+    def fitted_steps(self) -> int | None:
+        """The number of steps of a fitted solver, None where it is left to the pass."""
+        match = _FITTED.fullmatch(self.solver.mode)
+        return int(match[1]) if match and match[1] else None
 
     @property
     def is_cached(self) -> bool:

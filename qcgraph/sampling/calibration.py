@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,17 @@ def sample_calibration(
 def calibration_noise(count: int, seed: int, spec: ModelSpec) -> Noise:
     """Return the noise of calibration trajectories, for passes that walk them without `sample_calibration`."""
     return Noise(seed, range(FIRST_INDEX, FIRST_INDEX + count), spec.latent_shape)
+
+
+def encode_latents(latents: Array) -> str:
+    """Return latents f32[N,C,H,W] as the text that facts hold: little-endian, as base64."""
+    return base64.b64encode(np.ascontiguousarray(latents, dtype="<f4").tobytes()).decode()
+
+
+def decode_latents(text: str, shape: tuple[int, ...]) -> Array:
+    """Return the latents f32[N,*shape] of a text that `encode_latents` made."""
+    flat = np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32)
+    return flat.reshape(-1, *shape)
 
 
 class LatentStatistics:

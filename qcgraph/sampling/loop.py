@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from qcgraph.errors import BundleError, UsageError
 from qcgraph.plan.spec import MODULATION_NAME, ModelSpec
-from qcgraph.plan.steps import Step, StepPlan
+from qcgraph.plan.steps import Step, StepPlan, Update
 from qcgraph.progress import Progress
 from qcgraph.sampling.conditions import Conditions, joined, of_labels
 from qcgraph.sampling.modulation import Modulation
@@ -316,13 +316,26 @@ class Updates:
                 f"{len(self._earlier)} are known",
                 hint="start the trajectory with the first timestep of the plan",
             )
-        result = np.float32(linear.latent) * latent + np.float32(linear.noise_prediction) * prediction
-        for term, (past_latent, past_prediction) in zip(linear.history, self._earlier, strict=False):
-            # In float64, because early in the trajectory the two are large and all but cancel.
-            past = np.float64(term.latent) * past_latent + np.float64(term.noise_prediction) * past_prediction
-            result = result + past.astype(np.float32)
+        result = advanced(linear, latent, prediction, self._earlier)
         self._earlier.appendleft((latent, prediction))
         return result
+
+
+def advanced(update: Update, latent: Array, prediction: Array, earlier: Iterable[tuple[Array, Array]]) -> Array:
+    """Return the latent [B,C,H,W] that an update makes, before its noise.
+
+    Args:
+        update: the update.
+        latent: the latent that the denoiser was given, [B,C,H,W].
+        prediction: the guided noise prediction, [B,C,H,W].
+        earlier: latents and predictions of earlier steps, the latest first; at least as many as the update uses.
+    """
+    result = np.float32(update.latent) * latent + np.float32(update.noise_prediction) * prediction
+    for term, (past_latent, past_prediction) in zip(update.history, earlier, strict=False):
+        # In float64, because early in the trajectory the two are large and all but cancel.
+        past = np.float64(term.latent) * past_latent + np.float64(term.noise_prediction) * past_prediction
+        result = result + past.astype(np.float32)
+    return result
 
 
 class Sampler:

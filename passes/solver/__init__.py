@@ -1,0 +1,1 @@
+"""Passes that choose the steps of a fitted solver, and that fit its coefficients."""

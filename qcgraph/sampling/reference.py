@@ -1,0 +1,121 @@
+"""Trajectories that solvers are fitted to: the run of a plan, and an estimate of the converged run. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from qcgraph.plan.levels import first_order, levels
+from qcgraph.plan.schedulers import first_order as first_order_solver
+from qcgraph.plan.schedulers import make_step_plan
+from qcgraph.plan.spec import ModelSpec, NoiseSchedule
+from qcgraph.plan.steps import StepPlan
+from qcgraph.progress import Progress
+from qcgraph.sampling.conditions import Conditions
+from qcgraph.sampling.loop import Request, Updates, trajectory
+from qcgraph.sampling.runner import Array, Runner
+
+CONVERGED_STEPS = 250  # steps of the first-order solver that count as converged; evaluations compare with them, too
+# Steps of the two runs that the converged one is extrapolated from, at 60 % of its cost. On cifar10 the extrapolated
+# final latents are 60 dB from those of 250 steps, and solvers fitted to them at most 0.3 dB worse than with 250 steps.
+COARSE_STEPS, FINE_STEPS = 50, 100
+
+
+@dataclass(frozen=True)
+class Run:
+    """A deterministic trajectory, at the timesteps of a plan of T steps.
+
+    Attributes:
+        latents: the latent that each step is given, then the final one, each f32[N,C,H,W].
+        predictions: the guided prediction of each step, f32[N,C,H,W].
+    """
+
+    latents: tuple[Array, ...]
+    predictions: tuple[Array, ...]
+
+
+def walk(
+    runner: Runner, plan: StepPlan, spec: ModelSpec, conditions: Conditions, initial: Array, progress: Progress
+) -> Run:
+    """Sample the trajectories of a plan whose updates add no noise, and record them.
+
+    Args:
+        runner: the backend.
+        plan: the step plan.
+        spec: the specification of the denoiser.
+        conditions: the conditions of the N trajectories.
+        initial: their initial noise, f32[N,C,H,W].
+        progress: reports the steps.
+    """
+    latents, predictions = [initial], []
+    ticks = iter(progress.track(plan.steps, "trajectories"))
+    for taken in trajectory(Request(runner, plan, spec), Updates(plan), plan, spec, conditions, initial):
+        next(ticks)
+        predictions.append(taken.prediction)
+        latents.append(taken.after)
+    return Run(tuple(latents), tuple(predictions))
+
+
+def first_order_plan(steps: int, like: StepPlan, schedule: NoiseSchedule) -> StepPlan:
+    """Return the plan of the first-order solver with this many steps, for the model, guidance and variant of another.
+
+    Args:
+        steps: the number of steps; at most as many as there are training timesteps.
+        like: the other plan.
+        schedule: the noise schedule of the model.
+    """
+    mark = like.fingerprint
+    count = min(steps, schedule.train_steps)
+    plan = make_step_plan(first_order_solver(schedule), count, mark.guidance, schedule, mark.model)
+    return StepPlan(plan.fingerprint, tuple(replace(step, variant=like.computing) for step in plan.steps), like.roles)
+
+
+def at_timesteps(run: Run, plan: StepPlan, timesteps: Sequence[float], schedule: NoiseSchedule) -> Run:
+    """Return a run at other timesteps.
+
+    A latent between two steps is where the first-order update of the step before leads; a prediction there is
+    interpolated. At timesteps of the run the values are those of the run; before its first one there is only noise.
+
+    Args:
+        run: the run.
+        plan: the plan of the run.
+        timesteps: the other timesteps, falling.
+        schedule: the noise schedule of the model.
+    """
+    own = np.asarray(plan.timesteps)
+    latents, predictions = [], []
+    for timestep in timesteps:
+        last = int((own >= timestep).sum()) - 1  # the step before, or the one at this timestep
+        if last < 0 or own[last] == timestep:
+            latents.append(run.latents[max(last, 0)])
+            predictions.append(run.predictions[max(last, 0)])
+            continue
+        here, there = (tuple(float(level[0]) for level in levels(schedule, [time])) for time in (own[last], timestep))
+        update = first_order(schedule, (here[0], here[1]), (there[0], there[1]))
+        latents.append(
+            np.float32(update.latent) * run.latents[last] + np.float32(update.noise_prediction) * run.predictions[last]
+        )
+        after = min(last + 1, len(own) - 1)
+        share = np.float32((own[last] - timestep) / (own[last] - own[after]) if after > last else 0.0)
+        predictions.append(run.predictions[last] + share * (run.predictions[after] - run.predictions[last]))
+    return Run((*latents, run.latents[-1]), tuple(predictions))
+
+
+def extrapolated(coarse: Run, fine: Run) -> Run:
+    """Return an estimate of the run of `CONVERGED_STEPS` steps from those of `COARSE_STEPS` and `FINE_STEPS`.
+
+    The error of a first-order solver is proportional to 1 / steps but for terms of second order, so that two runs give
+    a third one (Richardson's extrapolation).
+
+    Args:
+        coarse: the run of `COARSE_STEPS` steps.
+        fine: the run of `FINE_STEPS` steps, at the same timesteps.
+    """
+    share = (1 / FINE_STEPS - 1 / CONVERGED_STEPS) / (1 / COARSE_STEPS - 1 / FINE_STEPS)
+
+    def beyond(near: Sequence[Array], far: Sequence[Array]) -> tuple[Array, ...]:
+        return tuple(one + np.float32(share) * (one - other) for one, other in zip(near, far, strict=True))
+
+    return Run(beyond(fine.latents, coarse.latents), beyond(fine.predictions, coarse.predictions))
