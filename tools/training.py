@@ -105,7 +105,7 @@ class Denoising:
         training: the settings.
         data: the training data; its device trains.
         snapshot: the file that an interrupted training resumes from. It is removed by `finish`.
-        compiled: whether ``torch.compile`` compiles the network: a minute at first, then much faster steps on a GPU.
+        compiled: whether ``torch.compile`` compiles the network, which makes the first step slow and later ones fast.
         time_limit: seconds that the training may take; the steps become fewer where the settings have more than fit.
     """
 
