@@ -71,7 +71,7 @@ def test_every_data_file_ships() -> None:
 
 
 def test_one_trained_model_ships() -> None:
-    """The other one, in tools/models, is for judging methods on a checkout."""
+    """The others, in tools/models, are for judging methods on a checkout."""
     shipped = {
         str(path.relative_to(ROOT))
         for package, patterns in SETUPTOOLS["package-data"].items()

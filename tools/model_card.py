@@ -10,6 +10,8 @@ from typing import Any
 
 from qcgraph.models.trained_folder import Card
 
+PICTURE = "samples.png"
+
 
 def render(card: Card, defaults: Mapping[str, Any]) -> str:
     """Return the text of CARD.md.
@@ -67,6 +69,7 @@ def render_images(card: Card, train: str) -> str:
             **card.evaluation
         ),
         measured=table(images_measured_rows(card)),
+        picture=PICTURE,
         reading=textwrap.fill(IMAGES_READING, 120),
     )
 
@@ -121,16 +124,19 @@ def images_rows(card: Card) -> list[tuple[str, str]]:
     optimizer = f"AdamW at {trained['learning_rate']:g}, average decay {trained['ema_decay']}"
     betas = f"{schedule.beta_schedule} betas {schedule.beta_start:g} to {schedule.beta_end:g}"
     mirrors = ", every second one mirrored" if trained["mirrors"] else ""
+    limit = f", as many as fitted into {trained['time_limit']:g} minutes" if trained.get("time_limit") else ""
+    compiled = ", compiled" if card.environment.get("compiled") else ""
     return [
         ("architecture", f"DiT, {config.input_size}x{config.input_size} {kind} images, {shape}, no learned sigma"),
         ("parameters", f"{trained['parameters']:,}, stored as bfloat16, loaded as float32"),
         ("classes", f"{config.class_count}; the null class is {config.null_class}"),
         ("noise schedule", f"DDPM, {betas}, {schedule.train_steps} timesteps; the network predicts the noise"),
         ("data", f"{trained['train_images']} images of `{trained['data']}`, scaled to [-1, 1]{mirrors}"),
-        ("training", f"{trained['steps']} steps, batch {trained['batch_size']}, {optimizer}, seed {trained['seed']}"),
+        ("steps", f"{trained['steps']}{limit}"),
+        ("training", f"batch {trained['batch_size']}, {optimizer}, seed {trained['seed']}"),
         ("label dropout", f"{trained['label_dropout']:.0%}"),
         ("final loss", f"{trained['final_loss']:.4f}"),
-        ("training time", f"{trained['seconds'] / 60:.0f} minutes, {card.environment['machine']}"),
+        ("training time", f"{trained['seconds'] / 60:.0f} minutes, {card.environment['machine']}{compiled}"),
     ]
 
 
@@ -205,6 +211,8 @@ On {conditions}:
 {measured}
 
 {reading}
+
+![Samples of each class]({picture})
 """
 
 IMAGES_READING = """FID-small is the Frechet distance of features of `classifier.safetensors`, not of Inception. It

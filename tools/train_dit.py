@@ -1,21 +1,27 @@
 """Train a Diffusion Transformer on images and a classifier that judges it, and write a folder that qcgraph compiles.
 
-    python tools/train_dit.py images.npz -o FOLDER --grid grid.png
+    python tools/train_dit.py images.npz -o FOLDER
+    python tools/train_dit.py images.npz -o FOLDER --time-limit 60
     python tools/train_dit.py FOLDER_OF_CLASSES -o FOLDER --image-size 32 --size small
     python tools/train_dit.py images.npz -o FOLDER --limit 500 --size tiny --steps 20 --epochs 1 --samples 100
 
 The last command is a quick trial on a CPU. The forms of images are described in image_data.py. The tool trains on a GPU
-if there is one, with products in bfloat16, and takes snapshots: the same command resumes an interrupted training. If
-the training is complete, it only repeats the evaluation.
+if there is one, with a compiled model and products in bfloat16, and takes snapshots: the same command resumes an
+interrupted training. If the training is complete, it only repeats the evaluation.
+
+With a time limit, the number of steps is reduced to what fits into it, once the speed of the machine is known. The card
+states that number, and a command that repeats the training with as many steps.
 
 The folder has the weight average in bfloat16, the classifier, held-out images for FID-small, the loss curve in
-card.json, and a card for people. `qcgraph compile FOLDER -o out` and every other command accept it.
+card.json, a card for people, and a picture of samples. `qcgraph compile FOLDER -o out` and every other command accept
+it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import sys
 from dataclasses import asdict, fields
@@ -26,7 +32,7 @@ import torch
 import torch.nn.functional as F
 import training
 from image_data import ImageData, load_images
-from model_card import render_images
+from model_card import PICTURE, render_images
 from safetensors.torch import save
 from torch import Tensor
 
@@ -46,12 +52,14 @@ from qcgraph.models.trained_folder import load_trained_folder, read_card
 from qcgraph.plan.spec import NoiseSchedule
 
 SIZES = {"tiny": (32, 2, 2), "small": (128, 6, 4), "base": (256, 12, 4)}
-"""Width, depth and heads. ``base`` with patches of 2 has 14.7 M parameters for 32x32 images: 29 MB in bfloat16."""
+"""Width, depth and heads. ``base`` with patches of 2 has 14.5 M parameters for 32x32 images: 29 MB in bfloat16."""
 
 REAL_COUNT = 2000  # held-out images that are stored in the folder
 GRID_COLUMNS = 10
-CLASSIFIER_BATCH = 128
-CLASSIFIER_RATE = 2e-3
+GRID_ROWS = 20  # classes that the picture of samples shows at most
+CLASSIFIER_BATCH = 512
+CLASSIFIER_BATCHES = 64  # batches of an epoch at least: few images are trained on in smaller batches
+CLASSIFIER_RATE = 4e-3  # of the largest batch
 
 
 def main() -> int:
@@ -72,7 +80,9 @@ def train(options: argparse.Namespace) -> None:
     card |= {"name": output.resolve().name, "data": "images", "schedule": asdict(NoiseSchedule())}
 
     part = {"data": data.name, "limit": options.limit}
-    denoiser = asdict(settings) | part | {"mirrors": not options.no_mirrors}
+    denoiser = asdict(settings) | part | {"mirrors": not options.no_mirrors, "time_limit": options.time_limit}
+    if options.time_limit is not None:
+        del denoiser["steps"]  # the card has the number that fitted
     if "training" in card and not (is_done(card, "training", denoiser) and card["config"] == asdict(config)):
         raise UsageError("holds a model of other options", where=str(output), hint="choose another folder")
     asked = part | {"epochs": options.epochs, "seed": options.seed, "classes": list(data.classes)}
@@ -80,13 +90,13 @@ def train(options: argparse.Namespace) -> None:
         card["classifier"] = asked | train_classifier(output, data, options.epochs, options.seed, device)
         write_card(output, card)
     if "training" not in card:
-        trained = train_denoiser(output, config, settings, data, mirrors=not options.no_mirrors, device=device)
+        trained = train_denoiser(output, config, settings, data, options, device)
         card |= {"config": asdict(config), "training": denoiser | trained, "environment": environment(options)}
         write_card(output, card)
     card["evaluation"] = evaluate(output, data, options, device)
     write_card(output, card)
     with writing_file(output / "CARD.md") as path:
-        path.write_text(render_images(read_card(output), command(options)), encoding="utf-8")
+        path.write_text(render_images(read_card(output), command(options, card)), encoding="utf-8")
     print(json.dumps({"classifier": card["classifier"], "evaluation": card["evaluation"]}, indent=2))
 
 
@@ -148,10 +158,11 @@ def train_classifier(output: Path, data: ImageData, epochs: int, seed: int, devi
     channels, size, _ = data.shape
     classifier = ImageClassifier(channels, len(data.classes)).to(device)
     images, labels = data.images.to(device), data.labels.to(device)
-    batch_size = min(CLASSIFIER_BATCH, len(images))
+    batch_size = max(1, min(CLASSIFIER_BATCH, len(images) // CLASSIFIER_BATCHES))
     batches = len(images) // batch_size
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=CLASSIFIER_RATE, weight_decay=0.02)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, CLASSIFIER_RATE, total_steps=max(2, epochs * batches))
+    peak = CLASSIFIER_RATE * math.sqrt(batch_size / CLASSIFIER_BATCH)  # the noise of gradients falls with the root
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=peak, weight_decay=0.02, fused=device.type == "cuda")
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=max(2, epochs * batches))
     for epoch in range(epochs):
         for indices in torch.randperm(len(images))[: batches * batch_size].view(batches, batch_size).to(device):
             moved = shifted(scaled(images[indices]), margin=size // 8)
@@ -172,7 +183,7 @@ def train_classifier(output: Path, data: ImageData, epochs: int, seed: int, devi
     found = in_batches(stored, scaled(data.test_images).to(device)).argmax(dim=1).cpu()
     return {
         "batch_size": batch_size,
-        "learning_rate": CLASSIFIER_RATE,
+        "learning_rate": peak,
         "train_images": len(images),
         "held_out_images": len(data.test_images),
         "held_out_accuracy": float((found == data.test_labels).double().mean()),
@@ -194,21 +205,32 @@ def train_denoiser(
     config: DiTConfig,
     settings: training.Training,
     data: ImageData,
-    *,
-    mirrors: bool,
+    options: argparse.Namespace,
     device: torch.device,
 ) -> dict[str, Any]:
     """Train the denoiser, and write its weight average as bfloat16.
 
     Returns:
-        The loss curve, and the wall time in seconds.
+        The settings, the loss curve, and the wall time in seconds.
     """
-    on_device = training.Data(data.images.to(device), data.labels.to(device), mirrors=mirrors)
-    denoising = training.Denoising(config, settings, on_device, output / "training.pt")
+    on_device = training.Data(data.images.to(device), data.labels.to(device), mirrors=not options.no_mirrors)
+    denoising = training.Denoising(
+        config,
+        settings,
+        on_device,
+        output / "training.pt",
+        compiled=is_compiled(options),
+        time_limit=None if options.time_limit is None else 60 * options.time_limit,
+    )
     denoising.run()
     training.save_weights(denoising.average.state_dict(), output / IMAGES_WEIGHTS_FILE, torch.bfloat16)
     denoising.finish()
     return denoising.summary()
+
+
+def is_compiled(options: argparse.Namespace) -> bool:
+    """Return whether the model is compiled for the training, by default on a GPU only."""
+    return torch.device(options.device).type == "cuda" if options.compile is None else bool(options.compile)
 
 
 def evaluate(output: Path, data: ImageData, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -223,9 +245,9 @@ def evaluate(output: Path, data: ImageData, options: argparse.Namespace, device:
     rows = -(-options.samples // len(data.classes))
     labels = torch.arange(len(data.classes)).repeat(rows)
     samples = training.sample(model, labels, options.sampling_steps, options.guidance, options.judgement_seed)
-    if options.grid is not None:
-        grouped = samples.unflatten(0, (rows, len(data.classes))).transpose(0, 1)
-        training.write_grid(grouped[:, :GRID_COLUMNS], options.grid, enlarged=max(1, 64 // data.shape[1]))
+    grouped = samples.unflatten(0, (rows, len(data.classes))).transpose(0, 1)[:GRID_ROWS, :GRID_COLUMNS]
+    enlarged = max(1, 64 // data.shape[1])
+    training.write_grid(grouped, output / PICTURE, enlarged=enlarged, titles=data.classes[:GRID_ROWS])
 
     def features(images: Tensor) -> Tensor:
         return in_batches(classifier.features, images)
@@ -249,7 +271,12 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
     """Return the conditions that the weights depend on besides the options."""
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"torch": torch.__version__, "threads": options.threads, "machine": name}
+    return {
+        "torch": torch.__version__,
+        "threads": options.threads,
+        "machine": name,
+        "compiled": is_compiled(options),
+    }
 
 
 def write_card(output: Path, card: dict[str, Any]) -> None:
@@ -257,12 +284,15 @@ def write_card(output: Path, card: dict[str, Any]) -> None:
         path.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
-def command(options: argparse.Namespace) -> str:
-    """Return the command line with the options that differ from their defaults; paths are reduced to names."""
+def command(options: argparse.Namespace, card: dict[str, Any]) -> str:
+    """Return the command line with the options that differ from their defaults; paths are reduced to names.
+
+    Where a time limit reduced the number of steps, the command has that number instead of the limit.
+    """
     parser = option_parser()
-    left_out = ("images", "output", "grid", "device", "threads")
+    left_out = ("images", "output", "device", "threads", "compile", "time_limit")
     words = ["python tools/train_dit.py", options.images.name, f"-o {options.output.resolve().name}"]
-    for name, value in vars(options).items():
+    for name, value in (vars(options) | {"steps": card["training"]["steps"]}).items():
         if name not in left_out and value != parser.get_default(name):
             words.append(f"--{name.replace('_', '-')}" if value is True else f"--{name.replace('_', '-')} {value}")
     return " ".join(words)
@@ -276,12 +306,23 @@ def positive(text: str) -> int:
     return value
 
 
+def minutes(text: str) -> float:
+    """Parse a finite number of minutes above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
 def option_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="an .npz file, or a folder with a subfolder for each class")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the folder of the model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model; by default on a GPU"
+    )
     parser.add_argument("--image-size", type=positive, default=32, help="of images from a folder")
     parser.add_argument("--limit", type=positive, metavar="N", help="take N images to train on and N held out, at most")
 
@@ -293,6 +334,12 @@ def option_parser() -> argparse.ArgumentParser:
 
     denoiser = parser.add_argument_group("training")
     denoiser.add_argument("--steps", type=positive, default=150_000)
+    denoiser.add_argument(
+        "--time-limit",
+        type=minutes,
+        metavar="MINUTES",
+        help="reduce the steps to what fits; the classifier and the evaluation take their own time",
+    )
     denoiser.add_argument("--batch-size", type=positive, default=256)
     denoiser.add_argument("--learning-rate", type=float, default=5e-4)
     denoiser.add_argument("--warmup-steps", type=positive, default=1000)
@@ -308,7 +355,6 @@ def option_parser() -> argparse.ArgumentParser:
     judge.add_argument("--sampling-steps", type=positive, default=50)
     judge.add_argument("--guidance", type=float, default=1.5)
     judge.add_argument("--judgement-seed", type=int, default=20_000)
-    judge.add_argument("--grid", type=Path, help="also write a PNG of ten samples of each class")
     return parser
 
 

@@ -6,15 +6,16 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from qcgraph.errors import QcgraphError, UsageError
 from qcgraph.files.atomic import writing_file
@@ -22,10 +23,15 @@ from qcgraph.models.dit import DiT, DiTConfig, initialize_zero
 from qcgraph.models.image_classifier import scaled
 from qcgraph.plan.spec import NoiseSchedule
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 SAVE_SECONDS = 180.0  # seconds between two snapshots
 REPORTED_STEPS = 100
+SPEED_STEPS = 100  # steps, all of them in the warm-up, after which the speed is known
 SAMPLED_AT_ONCE = 500
 CURVE_POINTS = 20
+TITLE_SIZE = 15  # pixels
 
 
 def exit_code_of(train: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
@@ -99,12 +105,25 @@ class Denoising:
         training: the settings.
         data: the training data; its device trains.
         snapshot: the file that an interrupted training resumes from. It is removed by `finish`.
+        compiled: whether ``torch.compile`` compiles the network, which makes the first step slow and later ones fast.
+        time_limit: seconds that the training may take; the steps become fewer where the settings have more than fit.
     """
 
-    def __init__(self, config: DiTConfig, training: Training, data: Data, snapshot: Path) -> None:
-        self._training, self._data, self._snapshot = training, data, snapshot
+    def __init__(
+        self,
+        config: DiTConfig,
+        training: Training,
+        data: Data,
+        snapshot: Path,
+        *,
+        compiled: bool = False,
+        time_limit: float | None = None,
+    ) -> None:
+        self._training, self._data, self._snapshot, self._time_limit = training, data, snapshot, time_limit
+        self._step, self._steps, self._seconds = 0, training.steps, 0.0
         images = {"images": list(data.images.shape), "mirrors": data.mirrors}
-        self._settings = {"config": asdict(config), "training": asdict(training), "data": images}
+        settings = asdict(training) | {"time_limit": time_limit}
+        self._settings = {"config": asdict(config), "training": settings, "data": images}
         device = data.images.device
         model = DiT(config)
         generator = torch.Generator().manual_seed(training.seed)
@@ -112,18 +131,22 @@ class Denoising:
         on_cpu = device.type == "cpu"
         self._generator = generator if on_cpu else torch.Generator(device).manual_seed(training.seed)
         self.model = model.to(device)
+        self._forward = torch.compile(model) if compiled else model
         self.average = DiT(config).to(device).requires_grad_(False)
         self.average.load_state_dict(model.state_dict())
         self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
-            self._trainable, lr=training.learning_rate, weight_decay=training.weight_decay, betas=(0.9, 0.99)
+            self._trainable,
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            betas=(0.9, 0.99),
+            fused=device.type == "cuda",
         )
-        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, training))
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
         self._optimizer, self._rate = optimizer, rate
         self._parts: dict[str, Any] = {"model": model, "average": self.average, "optimizer": optimizer, "rate": rate}
         self._levels = tuple(level.to(device) for level in noise_levels(NoiseSchedule()))
         self._losses = torch.zeros(training.steps, device=device)
-        self._step, self._seconds = 0, 0.0
 
     def run(self, *, save_seconds: float = SAVE_SECONDS) -> None:
         """Train to the last step, from the snapshot if there is one.
@@ -132,17 +155,9 @@ class Denoising:
             UsageError: the snapshot has other settings.
         """
         self._resume()
-        started = time.perf_counter() - self._seconds
-        saved, steps = time.perf_counter(), self._training.steps
-        for step in range(self._step, steps):
-            self._losses[step] = self._advance(step)
-            self._step, self._seconds = step + 1, time.perf_counter() - started
-            if self._step % REPORTED_STEPS == 0:
-                loss = self._losses[self._step - REPORTED_STEPS : self._step].mean()
-                print(f"step {self._step}/{steps}  loss {loss:.4f}  {self._seconds:.0f} s", flush=True)
-            if self._step < steps and time.perf_counter() - saved >= save_seconds:
-                self._save()
-                saved = time.perf_counter()
+        if self._time_limit is not None:
+            self._fit_steps(self._time_limit, save_seconds)
+        self._train_to(self._steps, save_seconds)
 
     def finish(self) -> None:
         """Remove the snapshot, once the results are stored."""
@@ -150,11 +165,12 @@ class Denoising:
 
     def summary(self) -> dict[str, Any]:
         """Return the settings, the loss curve, and the wall time in seconds, for the card."""
-        losses = self._losses.double().tolist()
+        losses = self._losses[: self._steps].double().tolist()
         window = max(1, len(losses) // CURVE_POINTS)
         ends = range(window, len(losses) + 1, window)
         curve = [[end, round(sum(losses[end - window : end]) / window, 5)] for end in ends]
         return asdict(self._training) | {
+            "steps": self._steps,
             "train_images": len(self._data.images),
             "optimizer": "AdamW, betas 0.9 and 0.99, gradient norm clipped at 1, cosine after a linear warm-up",
             "parameters": self.average.config.parameter_count,
@@ -162,6 +178,45 @@ class Denoising:
             "loss_curve": curve,
             "seconds": round(self._seconds),
         }
+
+    def _fit_steps(self, time_limit: float, save_seconds: float) -> None:
+        """Reduce the number of steps to what fits into the time limit, at the speed that is measured in the warm-up.
+
+        A snapshot after these steps holds the reduced number. The learning rates of the warm-up do not depend on it,
+        and the cosine ends with it: the weights are those of a training with as many steps and no limit.
+        """
+        measured = min(SPEED_STEPS, self._training.warmup_steps, self._steps)
+        if self._step >= measured:
+            return
+        self._train_to(measured // 2, save_seconds)  # the first steps compile and allocate
+        first, began = self._step, self._seconds
+        self._train_to(measured, save_seconds)
+        seconds_per_step = (self._seconds - began) / (measured - first)
+        fitting = measured + int((time_limit - self._seconds) / seconds_per_step)
+        self._steps = max(measured, min(self._steps, fitting))
+        print(f"{self._steps} steps fit into {time_limit:.0f} s", flush=True)
+
+    def _train_to(self, last: int, save_seconds: float) -> None:
+        started = time.perf_counter() - self._seconds
+        saved = time.perf_counter()
+        while self._step < last:
+            self._losses[self._step] = self._advance(self._step)
+            self._step, self._seconds = self._step + 1, time.perf_counter() - started
+            if self._step % REPORTED_STEPS == 0:
+                loss = self._losses[self._step - REPORTED_STEPS : self._step].mean()
+                print(f"step {self._step}/{self._steps}  loss {loss:.4f}  {self._seconds:.0f} s", flush=True)
+            if self._step < last and time.perf_counter() - saved >= save_seconds:
+                self._save()
+                saved = time.perf_counter()
+        self._losses[-1].item()  # waits for a GPU, so that the seconds are those of the steps
+        self._seconds = time.perf_counter() - started
+
+    def _learning_rate_factor(self, step: int) -> float:
+        """Return the share of the peak learning rate at a step: linear warm-up, then a cosine to zero."""
+        warmup = self._training.warmup_steps
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self._steps - warmup)))
 
     def _advance(self, step: int) -> Tensor:
         loss = self._loss()
@@ -186,11 +241,12 @@ class Denoising:
         classes = torch.where(dropped, self.model.config.null_class, labels)
         noisy = signal[timesteps].view(-1, 1, 1, 1) * images + noise_level[timesteps].view(-1, 1, 1, 1) * noise
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            predicted = self.model(noisy, timesteps, classes)
+            predicted = self._forward(noisy, timesteps, classes)
         return F.mse_loss(predicted.float(), noise)
 
     def _save(self) -> None:
-        progress = {"settings": self._settings, "step": self._step, "losses": self._losses, "seconds": self._seconds}
+        counts = {"step": self._step, "steps": self._steps, "seconds": self._seconds}
+        progress = {"settings": self._settings, "losses": self._losses} | counts
         states = {name: part.state_dict() for name, part in self._parts.items()}
         with writing_file(self._snapshot) as path:
             torch.save(progress | states | {"generator": self._generator.get_state()}, path)
@@ -209,16 +265,8 @@ class Denoising:
             part.load_state_dict(state[name])
         self._generator.set_state(state["generator"])
         self._losses.copy_(state["losses"])
-        self._step, self._seconds = state["step"], state["seconds"]
+        self._step, self._steps, self._seconds = state["step"], state["steps"], state["seconds"]
         print(f"resuming at step {self._step}", flush=True)
-
-
-def learning_rate_factor(step: int, training: Training) -> float:
-    """Return the share of the peak learning rate at a step: linear warm-up, then a cosine to zero."""
-    if step < training.warmup_steps:
-        return (step + 1) / training.warmup_steps
-    progress = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def noise_levels(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
@@ -232,8 +280,8 @@ def noise_levels(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
 def update_average(average: DiT, model: DiT, decay: float, step: int) -> None:
     """Move the weight average; at the beginning it forgets faster, so that it does not remember the start."""
     effective = min(decay, (1 + step) / (10 + step))
-    for kept, current in zip(average.parameters(), model.parameters(), strict=True):
-        kept.lerp_(current, 1 - effective)
+    move_all = get_ema_multi_avg_fn(effective)  # one kernel for many tensors
+    move_all(list(average.parameters()), list(model.parameters()), step)
 
 
 def save_weights(state: dict[str, Tensor], path: Path, dtype: torch.dtype) -> None:
@@ -298,8 +346,15 @@ def frechet_distance(features: Callable[[Tensor], Tensor], real: Tensor, generat
     return float(distance)
 
 
-def write_grid(images: Tensor, path: Path, *, enlarged: int) -> None:
-    """Write images [rows, columns, C, S, S] in [-1, 1], grey or RGB, as one PNG."""
+def write_grid(images: Tensor, path: Path, *, enlarged: int, titles: Sequence[str] = ()) -> None:
+    """Write images [rows, columns, C, S, S] in [-1, 1], grey or RGB, as one PNG.
+
+    Args:
+        images: the images.
+        path: the file to write.
+        enlarged: pixels of the file along one side of a pixel of an image.
+        titles: one for each row, which stands to the left of it; without titles there is no margin for them.
+    """
     from PIL import Image
 
     framed = F.pad(images.clamp(-1, 1), (1, 1, 1, 1), value=0.0)  # [rows, columns, C, S + 2, S + 2]
@@ -309,4 +364,19 @@ def write_grid(images: Tensor, path: Path, *, enlarged: int) -> None:
     picture = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
     picture = picture.resize((columns * width * enlarged, rows * height * enlarged), Image.Resampling.NEAREST)
     with writing_file(path) as partial:
-        picture.save(partial, format="PNG")
+        (_titled(picture, titles) if titles else picture).save(partial, format="PNG", optimize=True)
+
+
+def _titled(picture: Image.Image, titles: Sequence[str]) -> Image.Image:
+    """Return a picture of rows with a title to the left of each row."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(TITLE_SIZE)
+    margin = math.ceil(max(font.getlength(title) for title in titles)) + TITLE_SIZE
+    titled = Image.new(picture.mode, (margin + picture.width, picture.height), "white")
+    titled.paste(picture, (margin, 0))
+    draw, height = ImageDraw.Draw(titled), picture.height / len(titles)
+    for index, title in enumerate(titles):
+        place = margin - TITLE_SIZE // 2, round(height * (index + 0.5))
+        draw.text(place, title, "black", font, anchor="rm")  # the right end of its middle line is at the place
+    return titled

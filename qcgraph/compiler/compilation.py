@@ -36,7 +36,7 @@ from qcgraph.ir.memory import release_memory
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program, save_program
 from qcgraph.ir.structure import find_sites
-from qcgraph.models import LoadedModel, check_loaded, load_model
+from qcgraph.models import LoadedModel, check_loaded, lasting_name, load_model
 from qcgraph.passes.quantization.plan_quant import why_nothing
 from qcgraph.pipeline import Instrument, Pass, Pipeline
 from qcgraph.pipeline.instruments import Dump, PrintAfter, Reproduce, Timer, VerifyEach
@@ -172,7 +172,7 @@ class _Compilation:
             notes += self._noted([f"{recipe.quantization.bits} was asked for, but {why_nothing(program, sites)}"])
         found = None if kept is None else estimate(kept, program, pipeline, quantizable(sites), target, elapsed)
         report = report.with_fields(
-            source=self.model if isinstance(self.model, str) else None,
+            source=lasting_name(self.model) if isinstance(self.model, str) else None,
             given_plan=_given_plan(recipe, self.plan, program),
             notes=notes,
             estimate=found and EstimateReport(**asdict(found)),

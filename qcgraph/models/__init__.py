@@ -2,6 +2,15 @@
 
 from qcgraph.models.judge import Judge
 from qcgraph.models.loaded import LoadedModel
-from qcgraph.models.registry import CodeError, ModelInfo, check_loaded, list_models, load_model
+from qcgraph.models.registry import CodeError, ModelInfo, check_loaded, lasting_name, list_models, load_model
 
-__all__ = ["CodeError", "Judge", "LoadedModel", "ModelInfo", "check_loaded", "list_models", "load_model"]
+__all__ = [
+    "CodeError",
+    "Judge",
+    "LoadedModel",
+    "ModelInfo",
+    "check_loaded",
+    "lasting_name",
+    "list_models",
+    "load_model",
+]

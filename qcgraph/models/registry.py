@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcgraph.errors import UsageError, closest
 from qcgraph.extensions import Extensions
+from qcgraph.models import checkout
 from qcgraph.models.checks import check_spec, check_weights
 from qcgraph.models.factory import call_factory, check_parameters, made_by, try_forward, unwrapped
 from qcgraph.models.files import is_there
@@ -63,6 +64,7 @@ def list_models() -> tuple[ModelInfo, ...]:
     )
     return (
         ModelInfo(EMBEDDED, "trained on handwritten digits, ships with qcgraph", digits.parameter_count, digits),
+        *(_checkout_info(name, folder) for name, folder in _checkout_models().items()),
         *checkpoints,
         *(
             ModelInfo(offer.name, f"made by {offer.value}", None, None, offer.distribution)
@@ -74,6 +76,24 @@ def list_models() -> tuple[ModelInfo, ...]:
     )
 
 
+def _checkout_models() -> dict[str, Path]:
+    """Return the folders of a checkout's models whose names nothing else has."""
+    taken = {EMBEDDED, *GEOMETRIES, *EXTENSIONS.offers()}
+    return {name: folder for name, folder in checkout.checkout_folders().items() if name not in taken}
+
+
+def _checkout_info(name: str, folder: Path) -> ModelInfo:
+    try:
+        card = read_card(folder)
+    except UsageError:  # which loading the model raises again; one damaged folder must not hide the other models
+        return ModelInfo(name, f"in {checkout.PLACE} of the checkout, with a card that cannot be read", None, None)
+    config = card.config
+    images = "handwritten digits" if card.data == "digits" else f"images of {config.class_count} classes"
+    size = f"{config.input_size}x{config.input_size}"
+    description = f"trained on {size} {images}, in {checkout.PLACE} of the checkout"
+    return ModelInfo(name, description, config.parameter_count, config)
+
+
 class CodeError(UsageError):
     """The name of a model asks for code in a place where only data is read."""
 
@@ -82,9 +102,10 @@ def load_model(name: str, *, seed: int = 0, calls: bool = True) -> LoadedModel:
     """Load a model by name.
 
     Args:
-        name: ``digits``; ``GEOMETRY:FILE`` for an original checkpoint or ``GEOMETRY:random``; a folder that
-            diffusers or ``tools/train_digits.py`` wrote; the name that another distribution gives a model by an entry
-            point; or ``package.module:factory``. A factory's module is not copied, but frozen and converted in place.
+        name: ``digits``; ``GEOMETRY:FILE`` for an original checkpoint or ``GEOMETRY:random``; a folder that diffusers
+            or a training tool wrote; the name that another distribution gives a model by an entry point; the name of a
+            folder in ``tools/models`` of a checkout, such as ``cifar10``; or ``package.module:factory``. A factory's
+            module is not copied, but frozen and converted in place.
         seed: seed of ``:random`` weights; it has no effect on other models.
         calls: whether a factory may be imported and called; false when the name was read from a file.
 
@@ -100,6 +121,16 @@ def load_model(name: str, *, seed: int = 0, calls: bool = True) -> LoadedModel:
     if _FACTORY.fullmatch(name) or name in EXTENSIONS.offers():
         try_forward(model, name)
     return model
+
+
+def lasting_name(name: str) -> str:
+    """Return a name that loads the same model later, when another folder is the current one.
+
+    Only a model of a checkout that is the current folder needs a longer name: the path of its folder. A path that was
+    typed stays as it is, so that a project may move with its bundles.
+    """
+    folder = None if is_there(Path(name), Path.exists) else _checkout_models().get(name)
+    return name if folder is None or checkout.is_found_anywhere(folder) else str(folder.resolve())
 
 
 def check_loaded(model: LoadedModel) -> LoadedModel:
@@ -148,17 +179,34 @@ def _load(name: str, seed: int, *, calls: bool) -> LoadedModel:
         return _from_factory(name)
     if separator and geometry.startswith("dit-"):
         raise UsageError(f"unknown geometry {geometry!r}", where=name, hint=closest(geometry, GEOMETRIES))
+    return _load_offered(name, calls=calls) or _load_of_checkout(name)
+
+
+def _load_offered(name: str, *, calls: bool) -> LoadedModel | None:
+    """Load the model that another distribution offers under a name; return None where none does."""
     if not calls and name in EXTENSIONS.offers():
         raise CodeError(
             "is a model of another distribution, which is not imported", where=name, hint="name it yourself"
         )
     factory = EXTENSIONS.load(name)
-    if factory is not None:
-        return _usable(made_by(factory, f"the factory of {name}", name, None), name)
+    return None if factory is None else _usable(made_by(factory, f"the factory of {name}", name, None), name)
+
+
+def _load_of_checkout(name: str) -> LoadedModel:
+    """Load a model of a checkout by its name; every other kind of name has been tried before."""
+    models = _checkout_models()
+    if name in models:
+        return load_trained_folder(models[name])
+    if name in checkout.NAMES:
+        raise UsageError(
+            "the model is in the repository of qcgraph, not in its package",
+            where=name,
+            hint=f"give the path of its folder in a checkout: {checkout.PLACE / name}",
+        )
     raise UsageError(
         "unknown model: neither a name nor a folder",
         where=repr(name),
-        hint=closest(name, [EMBEDDED, *GEOMETRIES, *EXTENSIONS.offers()]),
+        hint=closest(name, [EMBEDDED, *models, *GEOMETRIES, *EXTENSIONS.offers()]),
     )
 
 

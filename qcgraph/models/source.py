@@ -18,7 +18,7 @@ def find_model(bundle: Bundle, name: str | None = None) -> LoadedModel:
     Args:
         bundle: the bundle.
         name: the name of the model, as for `qcgraph.models.load_model`; by default the name that was typed when the
-            bundle was compiled, with relative paths relative to the current folder.
+            bundle was compiled, with relative paths relative to the current folder. See `lasting_name`.
 
     Raises:
         UsageError: the model cannot be found or loaded, or the bundle names a function.

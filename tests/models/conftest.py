@@ -1,4 +1,4 @@
-"""The trained models: the one in the package, and the one beside the tools that never ships."""
+"""The trained models of digits: the one in the package, and the one beside the tools that never ships."""
 
 from __future__ import annotations
 

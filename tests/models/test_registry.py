@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qcgraph.errors import UsageError
-from qcgraph.models import LoadedModel, list_models, load_model
+from qcgraph.models import LoadedModel, checkout, list_models, load_model
 from qcgraph.models.factory import try_forward
 from qcgraph.models.geometry import GEOMETRIES
 from qcgraph.models.registry import check_loaded
@@ -187,7 +187,8 @@ def test_listing_imports_no_torch() -> None:
 
 def test_listing_names_every_geometry() -> None:
     models = {model.name.split(":")[0]: model for model in list_models()}
-    assert set(models) == {"digits", *GEOMETRIES, "DIFFUSERS_FOLDER", "TRAINED_FOLDER", "PACKAGE.MODULE"}
+    forms = {"DIFFUSERS_FOLDER", "TRAINED_FOLDER", "PACKAGE.MODULE"}
+    assert set(models) == {"digits", *checkout.NAMES, *GEOMETRIES, *forms}
     assert models["dit-xl-2"].parameters == 675_129_632
     assert all(len(model.description) < 80 for model in models.values())
 

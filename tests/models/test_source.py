@@ -77,6 +77,20 @@ def test_a_path_that_is_gone_asks_for_the_model(
     assert find_model(opened, "digits").spec.name == "digits"
 
 
+@pytest.mark.slow
+def test_a_model_of_the_current_folders_checkout_is_found_from_another_folder(
+    small_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed = tmp_path / "tools" / "models" / small_digits.name
+    placed.parent.mkdir(parents=True)
+    placed.symlink_to(small_digits)
+    monkeypatch.chdir(tmp_path)
+    bundle = compile_model(small_digits.name, EXACT, tmp_path / "bundle").bundle
+    assert bundle is not None
+    monkeypatch.chdir("/")
+    captured_origin(bundle, find_model(bundle))
+
+
 @pytest.fixture
 def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A module that can be imported, and the file that it makes when it is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from safetensors.torch import load_file
 import qcgraph
 from qcgraph.errors import UsageError
 from qcgraph.models import load_model
+from qcgraph.models.checkout import checkout_folders
 from qcgraph.models.files import IMAGES_WEIGHTS_FILE
 from qcgraph.models.geometry import DiTConfig
+from qcgraph.models.trained_folder import read_card
 from qcgraph.recipe import Recipe
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -61,19 +64,22 @@ def test_what_it_writes_is_a_model_that_compiles(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = [images.name, "-o", "made", "--grid", "grid.png", *SMALL.split()]
+    asked = [images.name, "-o", "made", *SMALL.split()]
     here = ["--device", "cpu", "--threads", "1"]
     done = run_tool("train_dit.py", *asked, *here, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     weights = (tmp_path / "made" / IMAGES_WEIGHTS_FILE).read_bytes()
     assert {tensor.dtype for tensor in load_file(tmp_path / "made" / IMAGES_WEIGHTS_FILE).values()} == {torch.bfloat16}
-    assert Image.open(tmp_path / "grid.png").size == (3 * (SIZE + 2) * 8, 2 * (SIZE + 2) * 8)
+    width, height = Image.open(tmp_path / "made" / "samples.png").size
+    assert height == 2 * (SIZE + 2) * 8
+    assert width > 3 * (SIZE + 2) * 8  # titles stand to the left of three samples
     card = json.loads((tmp_path / "made" / "card.json").read_text())
     assert (card["data"], card["training"]["data"]) == ("images", images.name)
     assert [step for step, _ in card["training"]["loss_curve"]] == list(range(1, 21))
     text = (tmp_path / "made" / "CARD.md").read_text()
     assert f"\npython tools/train_dit.py squares.npz -o made {SMALL}\n" in text
     assert "Classes, in the order of their labels: dark, bright." in text
+    assert "![Samples of each class](samples.png)" in text
     assert str(tmp_path) not in text
 
     monkeypatch.chdir(tmp_path)
@@ -93,6 +99,56 @@ def test_what_it_writes_is_a_model_that_compiles(
     recipe = Recipe().override(bits="off", steps=3, target="torch", cache="interval=3")
     bundle = qcgraph.compile(str(tmp_path / "made"), recipe, output=tmp_path / "bundle")
     assert bundle.spec.latent_shape == (3, SIZE, SIZE)
+
+
+@pytest.mark.slow
+def test_a_card_of_a_time_limit_has_the_steps_that_fitted(
+    tool: Any, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = ["--device", "cpu", "--threads", "1"]
+    asked = [images.name, "-o", "made", *SMALL.replace("--steps 20 ", "").split(), *here, "--time-limit", "0.01"]
+    tool.train(tool.option_parser().parse_args(asked))
+    card = json.loads((tmp_path / "made" / "card.json").read_text())
+    steps = card["training"]["steps"]
+    assert 2 <= steps < tool.option_parser().get_default("steps")
+    text = (tmp_path / "made" / "CARD.md").read_text()
+    assert f"| steps | {steps}, as many as fitted into 0.01 minutes |" in text
+    assert f" --steps {steps} --batch-size 8 " in text
+    assert "--time-limit" not in text
+    tool.train(tool.option_parser().parse_args(asked))  # judges what is there
+    assert json.loads((tmp_path / "made" / "card.json").read_text()) == card
+
+
+def test_the_card_in_the_repository_is_what_the_tool_writes(tool: Any) -> None:
+    """The command of CARD.md, parsed by the tool itself, gives the settings in card.json."""
+    folder = checkout_folders()["cifar10"]
+    text = (folder / "CARD.md").read_text(encoding="utf-8")
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    line = next(line for line in text.splitlines() if line.startswith("python "))
+    options = tool.option_parser().parse_args(shlex.split(line)[2:])
+    assert text == tool.render_images(read_card(folder), tool.command(options, card))
+    for name in tool.training.Training.__dataclass_fields__:
+        assert getattr(options, name) == card["training"][name]
+    for name in ("samples", "sampling_steps", "guidance"):
+        assert getattr(options, name) == card["evaluation"][name]
+    assert (options.output.name, options.epochs) == (card["name"], card["classifier"]["epochs"])
+    assert (folder / "samples.png").is_file()
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "soon"])
+def test_minutes_are_above_zero(tool: Any, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tool.option_parser().parse_args(["images.npz", "-o", "made", "--time-limit", text])
+    assert "invalid minutes value" in capsys.readouterr().err
+
+
+def test_models_are_compiled_on_a_gpu(tool: Any) -> None:
+    def compiled(*options: str) -> bool:
+        return bool(tool.is_compiled(tool.option_parser().parse_args(["images.npz", "-o", "made", *options])))
+
+    assert [compiled("--device", "cuda"), compiled("--device", "cpu")] == [True, False]
+    assert [compiled("--device", "cuda", "--no-compile"), compiled("--device", "cpu", "--compile")] == [False, True]
 
 
 def as_pixels(path: Path) -> Path:
