@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,14 +26,16 @@ from qcgraph.ir.program import Program
 from qcgraph.models import load_model
 from qcgraph.plan.schedulers import make_scheduler, make_step_plan
 from qcgraph.plan.spec import ModelSpec, class_label
-from qcgraph.plan.steps import StepPlan
+from qcgraph.plan.steps import Earlier, Fingerprint, Step, StepPlan, Update
 from qcgraph.recipe import Recipe
 from qcgraph.sampling.denoiser import Denoiser
 from qcgraph.sampling.loop import sample
 from qcgraph.sampling.noise import Noise
 from qcgraph.sampling.runner import Array
+from qcgraph.schedulers import FittedScheduler
 
-README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
 NAME = "DiT-XL-2-256"  # as the README calls it
 STEPS, GUIDANCE, LABELS, SEED = 50, 4.0, [207, 360], 3
 ROUNDING = 1e-5  # of both loops, relative: NumPy updates latents there, diffusers here
@@ -156,16 +159,18 @@ def test_every_call_of_the_pipeline_is_a_trajectory_of_its_own(pipe: Any, bundle
 
 
 @pytest.mark.slow
-def test_the_example_of_the_readme_runs(
-    folder: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("page", ["README.md", "docs/diffusers.md"])
+def test_the_example_of_a_page_runs(
+    page: str, folder: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(folder, tmp_path / NAME)
     shutil.copytree(bundle.path, tmp_path / "out" / "dit")
     monkeypatch.chdir(tmp_path)
-    (example,) = (text for text in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "DiTPipeline" in text)
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+    (example,) = (text for text in examples if "DiTPipeline" in text)
     assert f"qcgraph compile {NAME} -o out/dit --recipe balanced --steps {STEPS} --guidance 4\n" in README
     names: dict[str, Any] = {}
-    exec(compile(example, "README.md", "exec"), names)
+    exec(compile(example, page, "exec"), names)
     assert [image.size for image in names["images"]] == [(8, 8)] * 2
 
 
@@ -209,6 +214,70 @@ def test_every_scheduler(pipe: Any, program: Program, scheduler: str, guidance: 
         assert distance(drawn, sample(TorchRunner(program), plan, spec, LABELS, SEED)) < ROUNDING
 
 
+def fitted_plan(spec: ModelSpec) -> StepPlan:
+    """Five steps of a run of twenty: of DDIM from each to the next, with predictions as Adams and Bashforth weigh them.
+
+    Two made-up terms of the latents are added, which all but cancel.
+    """
+    timesteps = [950, 800, 550, 300, 100]
+    cumulative = make_scheduler("ddim", spec.noise_schedule).alphas_cumprod.double()
+    alphas = [*(cumulative[timestep].item() for timestep in timesteps), 1.0]
+    steps = []
+    for index, (now, after) in enumerate(pairwise(alphas)):
+        latent = (after / now) ** 0.5
+        prediction = (1 - after) ** 0.5 - latent * (1 - now) ** 0.5
+        update = Update(latent, prediction)
+        if index:
+            update = Update(latent + 0.01, 1.5 * prediction, history=(Earlier(-0.01, -0.5 * prediction),))
+        steps.append(Step(float(timesteps[index]), update))
+    return StepPlan(Fingerprint("model", "ddim", 20, GUIDANCE), tuple(steps))
+
+
+@pytest.mark.parametrize("kind", ["ddim", "ddpm", "dpmsolver++", "fitted"])
+def test_the_scheduler_of_a_plan_draws_what_qcgraph_draws(pipe: Any, program: Program, kind: str) -> None:
+    spec = program.facts[ModelSpec]
+    plan = fitted_plan(spec) if kind == "fitted" else make_step_plan(kind, 9, GUIDANCE, spec.noise_schedule, "model")
+    pipe.scheduler = FittedScheduler.of_plan(plan, spec.noise_schedule)
+    pipe.transformer = denoiser_of(program.with_facts(plan))
+    drawn, images = draw(pipe, plan.fingerprint.steps)
+    if kind != "ddpm":  # noise comes from elsewhere in a pipeline
+        own = sample(TorchRunner(program), plan, spec, LABELS, SEED)
+        assert distance(drawn, own) < ROUNDING
+        decoded = pipe.vae.decode(torch.from_numpy(own) / pipe.vae.config.scaling_factor).sample.detach()
+        own_images = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        np.testing.assert_allclose(images, own_images, atol=ROUNDING)
+        assert np.array_equal(draw(pipe, len(plan))[0], drawn)
+
+
+def test_the_updates_of_a_fitted_plan_are_checked(pipe: Any, program: Program) -> None:
+    spec = program.facts[ModelSpec]
+    plan = fitted_plan(spec)
+    pipe.transformer = denoiser_of(program.with_facts(plan))
+    pipe.scheduler = FittedScheduler.of_plan(plan, spec.noise_schedule)
+    with pytest.raises(BundleError, match="10 steps were asked for; this scheduler has 5 steps of a run of 20"):
+        draw(pipe, 10)
+    plain = replace(plan, steps=tuple(replace(step, update=replace(step.update, history=())) for step in plan.steps))
+    pipe.scheduler = FittedScheduler.of_plan(plain, spec.noise_schedule)
+    with pytest.raises(BundleError, match=r"the latent that came after timestep 800 is \S+ off") as caught:
+        draw(pipe, 5)
+    assert "FittedScheduler" in str(caught.value.hint)
+
+
+def test_the_scheduler_of_a_plan_is_saved_with_its_pipeline(pipe: Any, program: Program, tmp_path: Path) -> None:
+    from diffusers import DiTPipeline
+
+    spec = program.facts[ModelSpec]
+    plan = fitted_plan(spec)
+    pipe.transformer = denoiser_of(program.with_facts(plan))
+    pipe.scheduler = FittedScheduler.of_plan(plan, spec.noise_schedule)
+    expected, _ = draw(pipe, 20)
+    pipe.save_pretrained(tmp_path)
+    loaded: Any = DiTPipeline.from_pretrained(tmp_path, transformer=pipe.transformer)
+    loaded.set_progress_bar_config(disable=True)
+    assert isinstance(loaded.scheduler, FittedScheduler)
+    assert np.array_equal(draw(loaded, 20)[0], expected)
+
+
 def test_what_a_pipeline_does_with_its_parts(pipe: Any, program: Program, tmp_path: Path) -> None:
     from diffusers import DiTPipeline
 
@@ -224,8 +293,11 @@ def test_what_a_pipeline_does_with_its_parts(pipe: Any, program: Program, tmp_pa
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_pipeline_in_half_precision(pipe: Any, program: Program, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("of_plan", [False, True])
+def test_a_pipeline_in_half_precision(pipe: Any, program: Program, dtype: torch.dtype, of_plan: bool) -> None:
     exact, _ = draw(pipe, 9)
+    if of_plan:
+        pipe.scheduler = FittedScheduler.of_plan(program.facts[StepPlan], program.facts[ModelSpec].noise_schedule)
     half = pipe.transformer = denoiser_of(program).to(dtype)
     pipe.vae = pipe.vae.to(dtype)
     with initial_noise(dtype), patch.object(pipe.vae, "decode", side_effect=pipe.vae.decode) as decoded:

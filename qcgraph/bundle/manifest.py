@@ -24,6 +24,7 @@ SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 RECIPE = "recipe.lock.toml"
 PLAN = "plan.json"
+SCHEDULER = "scheduler/scheduler_config.json"  # where diffusers looks in a folder for a scheduler
 REQUIRED = (PLAN, RECIPE)
 PACKAGES = ("diffusers", "numpy", "onnx", "onnxruntime", "onnxscript", "torch")  # packages that results depend on
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from qcgraph.bundle.engines import ENGINES, written_engines
-from qcgraph.bundle.manifest import PLAN, write_manifest, written_files
+from qcgraph.bundle.manifest import PLAN, SCHEDULER, write_manifest, written_files
 from qcgraph.bundle.read import PLAN_FORMAT
 from qcgraph.facts import encode
 from qcgraph.files import atomic
+from qcgraph.plan.fitted import SCHEDULER_CLASS, fitted_settings
 from qcgraph.plan.spec import Interface, ModelSpec
 from qcgraph.plan.steps import StepPlan
 
@@ -28,6 +29,17 @@ def write_plan(folder: Path, spec: ModelSpec, plan: StepPlan, interfaces: Mappin
         "variants": {name: encode(interface) for name, interface in interfaces.items()},
     }
     (folder / PLAN).write_text(readable_json(data) + "\n", "utf-8")
+
+
+def write_scheduler(folder: Path, spec: ModelSpec, plan: StepPlan) -> None:
+    """Write the settings of `qcgraph.schedulers.FittedScheduler` into a folder, as diffusers saves a scheduler.
+
+    The version of diffusers, which diffusers adds, is left out: loading does not need it.
+    """
+    place = folder / SCHEDULER
+    place.parent.mkdir()
+    data = {"_class_name": SCHEDULER_CLASS, **fitted_settings(plan, spec.noise_schedule)}
+    place.write_text(readable_json(data) + "\n", "utf-8")
 
 
 def readable_json(value: Any, indent: str = "") -> str:

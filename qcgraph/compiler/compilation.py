@@ -14,7 +14,7 @@ from typing import TextIO
 
 import torch
 
-from qcgraph.bundle import Bundle, check_output, write_plan, writing
+from qcgraph.bundle import Bundle, check_output, write_plan, write_scheduler, writing
 from qcgraph.bundle.plan_file import PlanFile
 from qcgraph.bundle.report import REPORT, CheckReport, CompileReport, EdgeReport, EstimateReport, GivenPlan
 from qcgraph.capture.capture import capture
@@ -319,7 +319,9 @@ def _given_plan(recipe: Recipe, plan: PlanFile | None, program: Program) -> Give
 def _write(folder: Path, program: Program, recipe: Recipe, report: CompileReport, dump: Dump) -> None:
     """Write everything in a bundle except its graphs and weights."""
     dump.write(folder / "ir")
-    write_plan(folder, program.facts[ModelSpec], program.facts[StepPlan], program.interfaces)
+    spec, plan = program.facts[ModelSpec], program.facts[StepPlan]
+    write_plan(folder, spec, plan, program.interfaces)
+    write_scheduler(folder, spec, plan)
     (folder / "recipe.lock.toml").write_text(recipe.to_toml(), "utf-8")
     (folder / REPORT).write_text(report.model_dump_json(indent=2) + "\n", "utf-8")
 

@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from qcgraph.errors import UsageError, closest
 from qcgraph.models.json_file import read_config, read_json
+from qcgraph.plan.fitted import SCHEDULER_CLASS
 from qcgraph.plan.spec import FLOW, FolderSampler, NoiseSchedule
 
 CONFIG_FILE = "scheduler_config.json"
@@ -63,6 +64,7 @@ _FOREIGN = {
     "DPMSolverSDEScheduler": "it needs torchsde, and draws noise along a Brownian path",
     "EDMDPMSolverMultistepScheduler": _SIGMAS,
     "EDMEulerScheduler": _SIGMAS,
+    SCHEDULER_CLASS: "it holds the updates of a bundle, and not the noise schedule of the model",
     "FlowMapEulerDiscreteScheduler": _DISTILLED,
     "FlowMatchLCMScheduler": _DISTILLED,
     "IPNDMScheduler": "its timesteps are angles, not numbers of training steps",

@@ -215,8 +215,8 @@ class StepPlan:
             raise BundleError(
                 f"timestep {_number_text(timestep)} is not in the plan ({self.describe()}), which visits "
                 f"{', '.join(f'{value:g}' for value in self.timesteps[:3])}{' ..' * (len(self) > 3)}",
-                hint="sample with the scheduler and step count of the plan (make_scheduler of qcgraph.plan.schedulers "
-                "makes it with its settings), or compile for the ones you use",
+                hint="sample with the scheduler and step count of the plan (FittedScheduler of qcgraph.schedulers has "
+                "both), or compile for the ones you use",
             ) from None
 
     @property

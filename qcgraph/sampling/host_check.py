@@ -245,9 +245,9 @@ class HostCheck:
             f"the latent that came after timestep {self._plan.timesteps[expected.index]:g} is "
             f"{_norm(difference) / _norm(latent):.2g} off (relative) from what this scheduler makes of the prediction"
             + (" before noise" if expected.noise else ""),
-            "the plan's scheduler is make_scheduler(denoiser.plan.fingerprint.scheduler, "
-            "denoiser.spec.noise_schedule) of qcgraph.plan.schedulers; compare its settings, such as clip_sample and "
-            "the betas, with those of yours; " + OWN_UPDATES,
+            "FittedScheduler.of_plan(denoiser.plan, denoiser.spec.noise_schedule) of qcgraph.schedulers updates as "
+            "planned; or compare the settings of your scheduler, such as clip_sample and the betas, with those that "
+            f"make_scheduler of qcgraph.plan.schedulers gives {self._plan.fingerprint.scheduler}; " + OWN_UPDATES,
         )
 
     def _guidance_hint(self) -> str:

@@ -17,7 +17,16 @@ from typing import Any
 
 import pytest
 
-from qcgraph.bundle import MANIFEST, Bundle, check_output, is_bundle, readable_json, write_plan, writing
+from qcgraph.bundle import (
+    MANIFEST,
+    Bundle,
+    check_output,
+    is_bundle,
+    readable_json,
+    write_plan,
+    write_scheduler,
+    writing,
+)
 from qcgraph.bundle import manifest as manifest_module
 from qcgraph.bundle.watch import reading
 from qcgraph.errors import BundleError, UsageError
@@ -49,6 +58,7 @@ INTERFACES = {
 def fill(folder: Path, content: str) -> None:
     """What a compilation writes, small."""
     write_plan(folder, SPEC, PLAN, INTERFACES)
+    write_scheduler(folder, SPEC, PLAN)
     (folder / "recipe.lock.toml").write_text(Recipe().to_toml())
     (folder / "full.onnx").write_text(content)
     (folder / "ir").mkdir()
@@ -94,6 +104,14 @@ def test_a_step_is_a_line(tmp_path: Path, history: tuple[Earlier, ...]) -> None:
     lines = (tmp_path / "plan.json").read_text().splitlines()
     assert [line.count('"timestep"') for line in lines].count(1) == 50
     assert json.loads("\n".join(lines))["format"] == 2
+
+
+def test_the_scheduler_of_a_plan_is_plain_json(tmp_path: Path) -> None:
+    place = make(tmp_path / "toy").file("scheduler/scheduler_config.json")
+    data, planned = json.loads(place.read_text()), json.loads((tmp_path / "toy" / "plan.json").read_text())["plan"]
+    assert data["_class_name"] == "FittedScheduler"
+    assert (data["run_steps"], data["num_train_timesteps"], data["prediction_type"]) == (3, 1000, "epsilon")
+    assert data["steps"] == [{key: step[key] for key in ("timestep", "update")} for step in planned["steps"]]
 
 
 def test_readable_json_is_json() -> None:

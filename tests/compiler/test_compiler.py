@@ -96,6 +96,7 @@ def test_a_bundle_is_whole(bundle: Bundle) -> None:
     files = set(bundle.manifest.files)
     assert {"full.onnx", "reuse.onnx", "weights.safetensors", "program.json", "report.json"} <= files
     assert {"ir/000_capture.txt", "ir/011_insert-qdq.txt", "ir/011_insert-qdq.diff"} <= files
+    assert "scheduler/scheduler_config.json" in files
     assert bundle.plan.variants == ("full", "reuse")
     assert bundle.plan.group_count == 4
     assert not any(name.endswith((".pkl", ".pickle", ".pt")) for name in files)

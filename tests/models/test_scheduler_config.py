@@ -175,6 +175,7 @@ def test_the_betas_of_another_class_are_its_defaults(folder_with: Callable[[obje
             "EDMDPMSolverMultistepScheduler is not supported: it is for",
         ),
         ({"_class_name": "LCMScheduler"}, "LCMScheduler is not supported: it is for models that were distilled"),
+        ({"_class_name": "FittedScheduler"}, "FittedScheduler is not supported: it holds the updates of a bundle"),
         ({"_class_name": "DDIMSchedular"}, "DDIMSchedular is not supported: it is not known"),
         ({"_class_name": None}, "names no _class_name"),
         ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type = 'continuous'"),
