@@ -37,7 +37,7 @@ from qcgraph.sampling.fitting import fit_updates, judged_rows, with_updates
 from qcgraph.sampling.reference import (
     COARSE_STEPS,
     FINE_STEPS,
-    Run,
+    RecordedRun,
     at_timesteps,
     extrapolated,
     first_order_plan,
@@ -148,11 +148,11 @@ class PlanSolver(Pass):
         conditions: Conditions,
         initial: Array,
         progress: Progress,
-    ) -> tuple[Run, Landscape]:
+    ) -> tuple[RecordedRun, Landscape]:
         """Return the target run at the timesteps of the plan, and the model of trajectories near it."""
         schedule = spec.noise_schedule
 
-        def first_order_run(steps: int) -> Run:
+        def first_order_run(steps: int) -> RecordedRun:
             other = first_order_plan(steps, plan, schedule)
             found = walk(runner, other, spec, conditions, initial, progress)
             return at_timesteps(found, other, plan.timesteps, schedule)
@@ -183,7 +183,7 @@ class PlanSolver(Pass):
         spec: ModelSpec,
         conditions: Conditions,
         initial: Array,
-        target: Run,
+        target: RecordedRun,
         steps: Steps,
         progress: Progress,
     ) -> _Contestant:
@@ -204,7 +204,7 @@ class _Contestant:
     error: float
 
 
-def _targets(target: Run, steps: Steps) -> list[Array]:
+def _targets(target: RecordedRun, steps: Steps) -> list[Array]:
     """Return the target of the latent after each step."""
     return [target.latents[step] for step in (*steps[1:], len(target.predictions))]
 

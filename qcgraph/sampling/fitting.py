@@ -41,7 +41,7 @@ class FittedUpdate:
     plain_error: float
 
 
-class Fitting:
+class FittingUpdater:
     """An updater that fits every update to the target of its step, and goes on from the fitted result.
 
     The correction of the plain update is a linear combination of the latent, the prediction and earlier predictions,
@@ -97,7 +97,7 @@ def fit_updates(
     Returns:
         The fitted updates, and the final latents f32[N,C,H,W].
     """
-    fitting = Fitting(plan, targets, history)
+    fitting = FittingUpdater(plan, targets, history)
     ticks = iter(progress.track(plan.steps, "solver"))
     final = initial
     for taken in trajectory(Request(runner, plan, spec), fitting, plan, spec, conditions, initial):

@@ -14,7 +14,7 @@ from qcgraph.progress import Progress
 from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.fitting import (
     RIDGES,
-    Fitting,
+    FittingUpdater,
     corrected,
     fit_updates,
     judged_rows,
@@ -44,7 +44,7 @@ def values(*shape: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).standard_normal((*shape, *SHAPE)).astype(np.float32)
 
 
-def rolled(fitting: Fitting | Updates, initial: Array, predictions: Array) -> list[Array]:
+def rolled(fitting: FittingUpdater | Updates, initial: Array, predictions: Array) -> list[Array]:
     """The latents after each step, with given predictions."""
     latents = [initial]
     for index, prediction in enumerate(predictions):
@@ -57,7 +57,7 @@ def test_known_coefficients_are_found(count: int) -> None:
     """Of updates that look back up to three predictions, whatever they start from."""
     initial, predictions = values(count), values(4, count, seed=1)
     targets = rolled(Updates(plan_of(*TRUE)), initial, predictions)
-    fitting = Fitting(plan_of(*[PLAIN] * 4), targets, 3)
+    fitting = FittingUpdater(plan_of(*[PLAIN] * 4), targets, 3)
     found = rolled(fitting, initial, predictions)
     for step, true, latent, target in zip(fitting.fitted, TRUE, found, targets, strict=True):
         update = step.update
@@ -75,7 +75,7 @@ def test_known_coefficients_are_found(count: int) -> None:
 def test_no_update_looks_back_further_than_it_may(history: int) -> None:
     initial, predictions = values(4), values(4, 4, seed=1)
     targets = rolled(Updates(plan_of(*TRUE)), initial, predictions)
-    fitting = Fitting(plan_of(*[PLAIN] * 4), targets, history)
+    fitting = FittingUpdater(plan_of(*[PLAIN] * 4), targets, history)
     rolled(fitting, initial, predictions)
     lengths = [len(step.update.history) for step in fitting.fitted]
     assert lengths == [min(index, history) for index in range(4)]
@@ -88,7 +88,7 @@ def test_updates_that_meet_their_targets_stay_to_the_bit(count: int, history: in
     plain = (TRUE[0], TRUE[1], Update(1.05, 0.2, history=(Earlier(0.1, -0.4), Earlier(0.3, 0.3))), TRUE[3])
     initial, predictions = values(count), values(4, count, seed=1)
     targets = rolled(Updates(plan_of(*plain)), initial, predictions)
-    fitting = Fitting(plan_of(*plain), targets, history)
+    fitting = FittingUpdater(plan_of(*plain), targets, history)
     found = rolled(fitting, initial, predictions)
     assert tuple(step.update for step in fitting.fitted) == plain
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(found, targets, strict=True))
@@ -99,7 +99,7 @@ def test_every_step_starts_where_the_fitted_ones_before_it_led() -> None:
     """A target that cannot be met leaves an error, which the next step makes up for as far as it can."""
     initial, predictions = values(8), values(2, 8, seed=1)
     first, second = 0.5 * initial + values(8, seed=2), initial
-    fitting = Fitting(plan_of(PLAIN, PLAIN), [first, second], 1)
+    fitting = FittingUpdater(plan_of(PLAIN, PLAIN), [first, second], 1)
     after = fitting.update(0, initial, predictions[0])
     np.testing.assert_allclose(
         after,

@@ -20,7 +20,7 @@ from qcgraph.sampling.reference import (
     COARSE_STEPS,
     CONVERGED_STEPS,
     FINE_STEPS,
-    Run,
+    RecordedRun,
     at_timesteps,
     extrapolated,
     first_order_plan,
@@ -31,10 +31,10 @@ from qcgraph.sampling.runner import Array
 PREDICTIONS = ("epsilon", "v_prediction", "flow_prediction")
 
 
-def made_up(steps: int) -> Run:
+def made_up(steps: int) -> RecordedRun:
     """A run of values that are not related."""
     draw = np.random.default_rng(0).standard_normal((2 * steps + 1, 2, 1, 4, 4)).astype(np.float32)
-    return Run(tuple(draw[: steps + 1]), tuple(draw[steps + 1 :]))
+    return RecordedRun(tuple(draw[: steps + 1]), tuple(draw[steps + 1 :]))
 
 
 def first_order_plan_of(prediction: str, steps: int) -> tuple[StepPlan, NoiseSchedule]:
@@ -103,8 +103,8 @@ def test_an_error_of_first_order_is_extrapolated_away() -> None:
     """Latents and predictions with an error of a / steps become those of as many steps as count as converged."""
     truth, error = made_up(4), made_up(4)
 
-    def of(steps: int) -> Run:
-        return Run(
+    def of(steps: int) -> RecordedRun:
+        return RecordedRun(
             tuple(one + other[::-1] / steps for one, other in zip(truth.latents, error.latents, strict=True)),
             tuple(one + other[::-1] / steps for one, other in zip(truth.predictions, error.predictions, strict=True)),
         )
@@ -147,6 +147,6 @@ def test_the_extrapolated_run_is_close_to_the_converged_one(captured: Program) -
         other = first_order_plan(steps, plan, spec.noise_schedule)
         run = walk(TorchRunner(captured), other, spec, conditions, initial, Progress())
         runs[steps] = at_timesteps(run, other, plan.timesteps, spec.noise_schedule).latents[-1]
-    found = extrapolated(*(Run((runs[steps],), ()) for steps in (COARSE_STEPS, FINE_STEPS))).latents[-1]
+    found = extrapolated(*(RecordedRun((runs[steps],), ()) for steps in (COARSE_STEPS, FINE_STEPS))).latents[-1]
     finer, error = (np.linalg.norm(latents - runs[CONVERGED_STEPS]) for latents in (runs[FINE_STEPS], found))
     assert error < finer / 4
