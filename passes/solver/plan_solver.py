@@ -71,7 +71,15 @@ class PlanSolver(Pass):
 
     name: ClassVar[str] = "plan-solver"
     requires: ClassVar[tuple[type, ...]] = (ModelSpec, StepPlan)
-    precedes: ClassVar[tuple[type, ...]] = (EqualizationPlan, CachePlan, Ranges, QuantPlan, Compensation, Precision)
+    precedes: ClassVar[tuple[type, ...]] = (
+        SolverPlan,
+        EqualizationPlan,
+        CachePlan,
+        Ranges,
+        QuantPlan,
+        Compensation,
+        Precision,
+    )
     provides: ClassVar[tuple[type, ...]] = (SolverPlan, SolverTargets)
     samples: ClassVar[bool] = True
 
@@ -83,8 +91,8 @@ class PlanSolver(Pass):
 
     def forwards(self, work: Workload) -> float:
         plan = work.program.facts[StepPlan]
-        steps = COARSE_STEPS + FINE_STEPS + 2 * self._count(plan) + (len(plan) if self.target == "run" else 0)
-        return self._trajectories(work.program) * plan.halves * steps
+        recorded = COARSE_STEPS + FINE_STEPS if self.target == "converged" else len(plan) + max(1, len(plan) // 2)
+        return self._trajectories(work.program) * plan.halves * (recorded + 2 * self._count(plan))
 
     def check(self, captured: Program) -> None:
         """Refuse schedulers that add noise, and more steps than the run has."""
