@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -53,7 +54,7 @@ class FitSolver(Pass):
             context.progress,
         )
         fact = SolverFit(
-            ridges=tuple(step.ridge for step in fitted),
+            ridges=tuple(step.ridge if math.isfinite(step.ridge) else None for step in fitted),
             errors=tuple(step.error for step in fitted),
             plain_errors=tuple(step.plain_error for step in fitted),
             trajectories=targets.trajectories,

@@ -37,7 +37,7 @@ from qcgraph.sampling.fitting import fit_updates, judged_rows, with_updates
 from qcgraph.sampling.reference import (
     COARSE_STEPS,
     FINE_STEPS,
-    Run,
+    RecordedRun,
     at_timesteps,
     extrapolated,
     first_order_plan,
@@ -71,7 +71,15 @@ class PlanSolver(Pass):
 
     name: ClassVar[str] = "plan-solver"
     requires: ClassVar[tuple[type, ...]] = (ModelSpec, StepPlan)
-    precedes: ClassVar[tuple[type, ...]] = (EqualizationPlan, CachePlan, Ranges, QuantPlan, Compensation, Precision)
+    precedes: ClassVar[tuple[type, ...]] = (
+        SolverPlan,
+        EqualizationPlan,
+        CachePlan,
+        Ranges,
+        QuantPlan,
+        Compensation,
+        Precision,
+    )
     provides: ClassVar[tuple[type, ...]] = (SolverPlan, SolverTargets)
     samples: ClassVar[bool] = True
 
@@ -83,8 +91,8 @@ class PlanSolver(Pass):
 
     def forwards(self, work: Workload) -> float:
         plan = work.program.facts[StepPlan]
-        steps = COARSE_STEPS + FINE_STEPS + 2 * self._count(plan) + (len(plan) if self.target == "run" else 0)
-        return self._trajectories(work.program) * plan.halves * steps
+        recorded = COARSE_STEPS + FINE_STEPS if self.target == "converged" else len(plan) + max(1, len(plan) // 2)
+        return self._trajectories(work.program) * plan.halves * (recorded + 2 * self._count(plan))
 
     def check(self, captured: Program) -> None:
         """Refuse schedulers that add noise."""
@@ -143,11 +151,11 @@ class PlanSolver(Pass):
         conditions: Conditions,
         initial: Array,
         progress: Progress,
-    ) -> tuple[Run, Landscape]:
+    ) -> tuple[RecordedRun, Landscape]:
         """Return the target run at the timesteps of the plan, and the model of trajectories near it."""
         schedule = spec.noise_schedule
 
-        def first_order_run(steps: int) -> Run:
+        def first_order_run(steps: int) -> RecordedRun:
             other = first_order_plan(steps, plan, schedule)
             found = walk(runner, other, spec, conditions, initial, progress)
             return at_timesteps(found, other, plan.timesteps, schedule)
@@ -178,7 +186,7 @@ class PlanSolver(Pass):
         spec: ModelSpec,
         conditions: Conditions,
         initial: Array,
-        target: Run,
+        target: RecordedRun,
         steps: Steps,
         progress: Progress,
     ) -> _Contestant:
@@ -199,7 +207,7 @@ class _Contestant:
     error: float
 
 
-def _targets(target: Run, steps: Steps) -> list[Array]:
+def _targets(target: RecordedRun, steps: Steps) -> list[Array]:
     """Return the target of the latent after each step."""
     return [target.latents[step] for step in (*steps[1:], len(target.predictions))]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,20 +58,20 @@ class SolverFit:
     """The fit of the updates in the step plan, on the program as it was then.
 
     Attributes:
-        ridges: the relative ridge of each step; infinity where the plain update was kept.
+        ridges: the relative ridge of each step; None where the plain update was kept.
         errors: for each step, the root mean square of the next latents less their targets, on trajectories that it was
             not fitted to.
         plain_errors: the same with the plain update, from the same latents.
         trajectories: the number of trajectories.
     """
 
-    ridges: tuple[float, ...]
+    ridges: tuple[float | None, ...]
     errors: tuple[float, ...]
     plain_errors: tuple[float, ...]
     trajectories: int
 
     def lines(self) -> list[str]:
         """Return the lines about this fact in the text of a program."""
-        kept = sum(math.isinf(ridge) for ridge in self.ridges)
+        kept = self.ridges.count(None)
         kept_text = f", {kept} plain" if kept else ""
         return [f"solver fit, last error {self.errors[-1]:.3g} rms{kept_text}, {self.trajectories} trajectories"]

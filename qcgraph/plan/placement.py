@@ -97,7 +97,9 @@ def inner_products(vectors: Sequence[npt.NDArray[np.float32]]) -> Table:
     total = np.zeros((len(weights), len(vectors), len(vectors)))
     axes = tuple(range(-len(shape), 0))
     for sample in range(len(vectors[0])):
-        spectra = np.stack([np.fft.fftn(vector[sample], axes=axes, norm="ortho") for vector in vectors])
+        # In float64: what jumps leave is the small difference of large products.
+        values = np.stack([vector[sample] for vector in vectors]).astype(np.float64)
+        spectra = np.fft.fftn(values, axes=axes, norm="ortho")
         flat = spectra.reshape(len(vectors), vectors[0].shape[1], -1)
         for band, weight in enumerate(weights):
             part = flat[:, :, weight].reshape(len(vectors), -1)

@@ -154,7 +154,7 @@ class Quantization(_Section):
     )
 
 
-class Solver(_Section):
+class SolverChoice(_Section):
     """The sampler's updates: those of the scheduler, or fewer ones with fitted coefficients."""
 
     mode: Annotated[str, _fits(_FITTED, word="as-is")] = Field(
@@ -320,7 +320,7 @@ class Recipe(_Section):
     }
 
     sampling: Sampling = Sampling()
-    solver: Solver = Solver()
+    solver: SolverChoice = SolverChoice()
     calibration: Calibration = Calibration()
     quantization: Quantization = Quantization()
     cache: Cache = Cache()

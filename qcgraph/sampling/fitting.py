@@ -41,7 +41,7 @@ class FittedUpdate:
     plain_error: float
 
 
-class Fitting:
+class FittingUpdater:
     """An updater that fits every update to the target of its step, and goes on from the fitted result.
 
     The correction of the plain update is a linear combination of the latent, the prediction and earlier predictions,
@@ -97,7 +97,7 @@ def fit_updates(
     Returns:
         The fitted updates, and the final latents f32[N,C,H,W].
     """
-    fitting = Fitting(plan, targets, history)
+    fitting = FittingUpdater(plan, targets, history)
     ticks = iter(progress.track(plan.steps, "solver"))
     final = initial
     for taken in trajectory(Request(runner, plan, spec), fitting, plan, spec, conditions, initial):
@@ -113,7 +113,7 @@ def with_updates(plan: StepPlan, updates: Sequence[Update]) -> StepPlan:
 
 
 def judged_rows(count: int) -> npt.NDArray[np.bool_]:
-    """Return which of N trajectories are left out while a fit is chosen, bool[N]; none of a single one."""
+    """Return which of N trajectories are left out while a fit is chosen, bool[N]; a single one is judged on itself."""
     return np.arange(count) % JUDGED == JUDGED - 1 if count >= JUDGED else np.arange(count) == count - 1
 
 
@@ -132,7 +132,8 @@ def regressed(terms: Sequence[Array], residual: Array) -> tuple[Table, float, tu
     learned, judged = (row_products([*terms, residual], rows) for rows in (~apart, apart))
     everything = learned + judged
     learned, judged = (part if part[-1, -1] > 0 else everything for part in (learned, judged))
-    best = min(RIDGES, key=lambda ridge: _left(judged, _solved(learned, ridge)))
+    # Of equal errors the largest ridge: what explains nothing leaves the plain update.
+    best = min(reversed(RIDGES), key=lambda ridge: _left(judged, _solved(learned, ridge)))
     count = max(1, int(apart.sum())) * residual[0].size
     left, plain = (_left(judged, _solved(learned, ridge)) for ridge in (best, np.inf))
     return _solved(everything, best), best, (float(np.sqrt(left / count)), float(np.sqrt(plain / count)))

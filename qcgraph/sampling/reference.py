@@ -24,7 +24,7 @@ COARSE_STEPS, FINE_STEPS = 50, 100
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """A deterministic trajectory, at the timesteps of a plan of T steps.
 
     Attributes:
@@ -38,7 +38,7 @@ class Run:
 
 def walk(
     runner: Runner, plan: StepPlan, spec: ModelSpec, conditions: Conditions, initial: Array, progress: Progress
-) -> Run:
+) -> RecordedRun:
     """Sample the trajectories of a plan whose updates add no noise, and record them.
 
     Args:
@@ -55,7 +55,7 @@ def walk(
         next(ticks)
         predictions.append(taken.prediction)
         latents.append(taken.after)
-    return Run(tuple(latents), tuple(predictions))
+    return RecordedRun(tuple(latents), tuple(predictions))
 
 
 def first_order_plan(steps: int, like: StepPlan, schedule: NoiseSchedule) -> StepPlan:
@@ -72,7 +72,7 @@ def first_order_plan(steps: int, like: StepPlan, schedule: NoiseSchedule) -> Ste
     return StepPlan(plan.fingerprint, tuple(replace(step, variant=like.computing) for step in plan.steps), like.roles)
 
 
-def at_timesteps(run: Run, plan: StepPlan, timesteps: Sequence[float], schedule: NoiseSchedule) -> Run:
+def at_timesteps(run: RecordedRun, plan: StepPlan, timesteps: Sequence[float], schedule: NoiseSchedule) -> RecordedRun:
     """Return a run at other timesteps.
 
     A latent between two steps is where the first-order update of the step before leads; a prediction there is
@@ -100,10 +100,10 @@ def at_timesteps(run: Run, plan: StepPlan, timesteps: Sequence[float], schedule:
         after = min(last + 1, len(own) - 1)
         share = np.float32((own[last] - timestep) / (own[last] - own[after]) if after > last else 0.0)
         predictions.append(run.predictions[last] + share * (run.predictions[after] - run.predictions[last]))
-    return Run((*latents, run.latents[-1]), tuple(predictions))
+    return RecordedRun((*latents, run.latents[-1]), tuple(predictions))
 
 
-def extrapolated(coarse: Run, fine: Run) -> Run:
+def extrapolated(coarse: RecordedRun, fine: RecordedRun) -> RecordedRun:
     """Return an estimate of the run of `CONVERGED_STEPS` steps from those of `COARSE_STEPS` and `FINE_STEPS`.
 
     The error of a first-order solver is proportional to 1 / steps but for terms of second order, so that two runs give
@@ -118,4 +118,4 @@ def extrapolated(coarse: Run, fine: Run) -> Run:
     def beyond(near: Sequence[Array], far: Sequence[Array]) -> tuple[Array, ...]:
         return tuple(one + np.float32(share) * (one - other) for one, other in zip(near, far, strict=True))
 
-    return Run(beyond(fine.latents, coarse.latents), beyond(fine.predictions, coarse.predictions))
+    return RecordedRun(beyond(fine.latents, coarse.latents), beyond(fine.predictions, coarse.predictions))

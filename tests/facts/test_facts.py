@@ -43,13 +43,16 @@ from qcgraph.facts import (
     SiteCorrection,
     SiteQuant,
     SiteRange,
+    SolverFit,
+    SolverPlan,
+    SolverTargets,
     TimestepGroups,
     WeightQuant,
     decode,
 )
 from qcgraph.plan.roles import COMPUTES, REUSES, prepares
 from qcgraph.plan.spec import ModelSpec
-from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
+from qcgraph.plan.steps import Earlier, Fingerprint, Step, StepPlan, Update
 
 THIRD = 1 / 3
 SITE = SiteRange((0, 2), (-THIRD, -1e-30), (0.1, 5e300), (THIRD, 0.0))
@@ -63,6 +66,9 @@ EXAMPLES = (
         (Step(9.5, Update(THIRD, -0.1, 1e-17), "full"), Step(0.0, Update(1, 1), "reuse", 1)),
         {"full": COMPUTES, "reuse": REUSES, "prepare_full": prepares("full")},
     ),
+    SolverPlan("converged", 5, (Update(THIRD, -0.1), Update(1, 1, 0.0, (Earlier(THIRD, 1e-30),))), 3, (THIRD, 0.5)),
+    SolverTargets(2**62, 4, ("AAAA", "AAA=")),
+    SolverFit((None, 1e-8), (THIRD, 1e-30), (0.5, 5e300), 4),
     CachePlan(
         (CachedValue("cache_0", 0, 5), CachedValue("cache_1", 3, 3, 1)), {"reuse": ("cache_0",)}, 3, (None, "reuse")
     ),
@@ -104,7 +110,7 @@ def test_there_is_an_example_of_every_fact() -> None:
 
 def test_all_facts_survive_json_exactly() -> None:
     facts = Facts(EXAMPLES)
-    again = Facts.decode(json.loads(json.dumps(facts.encode())))
+    again = Facts.decode(json.loads(json.dumps(facts.encode(), allow_nan=False)))
     for example in EXAMPLES:
         assert again[type(example)] == example
 
@@ -136,6 +142,17 @@ def test_lines_stand_in_the_order_of_the_table_whatever_the_order_of_the_passes(
 @pytest.mark.parametrize(
     ("fact", "lines"),
     [
+        (
+            SolverPlan("converged", 50, (Update(1, 1),) * 13, 3, (0.0123, 0.5)),
+            ["solver: 13 of 50 steps, fitted to the converged run, mean squared error 0.012"],
+        ),
+        (SolverPlan("run", 9, (Update(1, 1),), 0, ()), ["solver: 1 of 9 steps, fitted to the run itself"]),
+        (SolverTargets(0, 4, ()), ["solver targets of 4 trajectories"]),
+        (
+            SolverFit((None, 1e-8), (0.5, 0.01234), (0.5, 0.2), 4),
+            ["solver fit, last error 0.0123 rms, 1 plain, 4 trajectories"],
+        ),
+        (SolverFit((1e-8,), (0.5,), (0.5,), 4), ["solver fit, last error 0.5 rms, 4 trajectories"]),
         (EqualizationPlan(()), []),
         (Requantization({}), []),
         (ForecastFit("dec", ()), ["forecast dec at no step"]),

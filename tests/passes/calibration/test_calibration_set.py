@@ -19,7 +19,6 @@ from qcgraph.ir.structure import find_sites
 from qcgraph.passes.calibration import _calibration_set as calibration_set
 from qcgraph.passes.calibration._calibration_set import (
     CalibrationBatch,
-    encode_latents,
     entering,
     rows_together,
     sensitivities,
@@ -27,6 +26,7 @@ from qcgraph.passes.calibration._calibration_set import (
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
+from qcgraph.sampling.calibration import decode_latents, encode_latents
 
 Run = Callable[[str, Program], Program]
 STEPS, LABELS = (4, 0, 8, 4, 1), (1, 0, 4, 4, 2)
@@ -59,6 +59,7 @@ def test_latents_survive_as_text() -> None:
     assert text.isascii()
     assert base64.b64decode(text) == latents.astype("<f4").tobytes()
     assert encode_latents(latents.astype(">f4")) == text
+    assert np.array_equal(decode_latents(text, (2, 8, 8)), latents)
     assert encode_latents(np.ascontiguousarray(latents.swapaxes(2, 3)).swapaxes(2, 3)) == text
 
 

@@ -20,9 +20,10 @@ from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import quantize_weight, rounded_activation, weight_codes
 from qcgraph.ir.quantized_sites import quantized_sites
 from qcgraph.ir.rounding import nearest, search_scales
-from qcgraph.passes.calibration._calibration_set import CalibrationBatch, encode_latents, entering
+from qcgraph.passes.calibration._calibration_set import CalibrationBatch, entering
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
+from qcgraph.sampling.calibration import encode_latents
 from qcgraph.sampling.loop import sample
 
 Run = Callable[[str, Program], Program]

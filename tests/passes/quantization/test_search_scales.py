@@ -14,9 +14,10 @@ from qcgraph.errors import ContractError, UsageError
 from qcgraph.facts import CalibrationSet, QuantPlan, Ranges
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import rounded_activation
-from qcgraph.passes.calibration._calibration_set import CalibrationBatch, encode_latents, entering
+from qcgraph.passes.calibration._calibration_set import CalibrationBatch, entering
 from qcgraph.passes.quantization._scale_search import BINS
 from qcgraph.plan.steps import StepPlan
+from qcgraph.sampling.calibration import encode_latents
 
 Run = Callable[[str, Program], Program]
 Planned = Searched = Callable[..., Program]
