@@ -4,8 +4,8 @@
     python tools/solver_fidelity.py tools/models/cifar10 --steps 13 8 --target converged --samples 32 --batch 8
 
 Every solver samples the model in full precision, from the same noise, which no fit has seen. The whole run is that of
-the first-order solver, DDIM for diffusion models, with --run-steps steps; the converged run takes 250 of its steps. PSNR
-is that of the squared error averaged over all samples.
+the first-order solver, DDIM for diffusion models, with --run-steps steps; the converged run takes 250 of its steps. The
+squared error is averaged over all samples before PSNR is taken.
 """
 
 from __future__ import annotations
@@ -130,7 +130,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="digits", metavar="MODEL")
     parser.add_argument("--steps", type=int, nargs="+", default=[17, 13, 8], metavar="K")
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="what solvers are fitted to")
+    parser.add_argument(
+        "--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="what solvers are fitted to"
+    )
     parser.add_argument("--run-steps", type=int, default=50, help="steps of the whole run")
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--samples", type=int, default=64)
