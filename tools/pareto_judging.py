@@ -67,7 +67,7 @@ class Judging:
         return cells
 
     def _draw(self, subject: Subject) -> tuple[EvaluatedSetting, Values]:
-        setting = replace(compiled(subject), planned=False)  # some take other steps, so only final latents are compared
+        setting = replace(compiled(subject), moments=())  # some take other steps, so only final latents are compared
         tallying = Tallying(setting, len(subject.plan), subject.spec.latent_shape[0])
         for seed, trajectory in self._exact.items():
             tallying.add(self._conditions, seed, trajectory)

@@ -169,6 +169,9 @@ def _write(evaluation: Evaluation, bundle: Bundle, folder: Path, document: dict[
 def _print(evaluation: Evaluation, bundle: Bundle) -> None:
     seeds = count_text(len(evaluation.seeds), "seed")
     print(f"{bundle.spec.name}, {bundle.plan.describe()}: {count_text(evaluation.samples, 'sample')} of {seeds} each")
+    if any(row.converged_psnr is not None or row.psnr_spread is not None for row in evaluation.rows):
+        print_heading("distance, PSNR in dB: of the mean error, the median sample, and the worst tenth")
+        _print_distances(evaluation)
     print_heading("settings (in brackets: where another run with other seeds is expected)")
     _print_rows(evaluation)
     if evaluation.floors:
@@ -181,21 +184,39 @@ def _print(evaluation: Evaluation, bundle: Bundle) -> None:
     _print_problems(evaluation)
 
 
+def _print_distances(evaluation: Evaluation) -> None:
+    """Print how far the samples of every setting are from the converged run, and from full precision."""
+    columns = ("setting", "steps of work", "to converged", "median", "worst", "to full precision", "median", "worst")
+    rows = [
+        (
+            row.title,
+            f"{row.cost:.1f}",
+            *_decibel_cells(row.converged_psnr, row.converged_spread),
+            *_decibel_cells(row.metrics["psnr"].value if "psnr" in row.metrics else None, row.psnr_spread),
+        )
+        for row in evaluation.rows
+        if row.metrics is not None
+    ]
+    print_table(columns, rows, right=columns[1:])
+
+
+def _decibel_cells(mean: float | None, spread: tuple[float, float] | None) -> tuple[str, ...]:
+    """Return the cells of a mean, a median and a worst tenth."""
+    return tuple(NOTHING if value is None else f"{value:.1f}" for value in (mean, *(spread or (None, None))))
+
+
 def _print_rows(evaluation: Evaluation) -> None:
     names = [metric.name for metric in evaluation.metrics]
-    converged = any(row.converged_psnr is not None for row in evaluation.rows)
     headings = [f"{metric.title} {metric.unit}".strip() for metric in evaluation.metrics]
-    columns = ["setting", "steps of work", *headings, *(["PSNR to converged"] if converged else [])]
-    rows = [[row.title, *_cells(row, names, converged=converged)] for row in evaluation.rows]
+    columns = ["setting", "steps of work", *headings]
+    rows = [[row.title, *_cells(row, names)] for row in evaluation.rows]
     print_table(columns, rows, right=("steps of work",))
 
 
-def _cells(row: EvaluatedSetting, names: Sequence[str], *, converged: bool) -> list[str]:
+def _cells(row: EvaluatedSetting, names: Sequence[str]) -> list[str]:
     if row.absent or row.metrics is None:
-        return ["-", row.absent, *[""] * (len(names) - 1 + converged)]
-    values = [str(row.metrics.get(name, NOTHING)) for name in names]
-    last = ["-" if row.converged_psnr is None else f"{row.converged_psnr:.1f}"] if converged else []
-    return [f"{row.cost:.1f}", *values, *last]
+        return [NOTHING, row.absent, *[""] * (len(names) - 1)]
+    return [f"{row.cost:.1f}", *(str(row.metrics.get(name, NOTHING)) for name in names)]
 
 
 def _print_attribution(evaluation: Evaluation) -> None:

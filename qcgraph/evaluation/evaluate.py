@@ -16,7 +16,6 @@ from qcgraph.evaluation.metrics import METRICS, Metric, check_installed, check_s
 from qcgraph.evaluation.rows import EvaluatedSetting, Measuring
 from qcgraph.evaluation.scales import ScaleFit, fit_scales
 from qcgraph.evaluation.settings import (
-    CONVERGED_STEPS,
     Setting,
     Subject,
     compiled,
@@ -34,6 +33,7 @@ from qcgraph.pipeline.calibration_budget import affordable
 from qcgraph.progress import Progress
 from qcgraph.recipe.gate import Gate, Verdict
 from qcgraph.sampling.conditions import in_turn
+from qcgraph.sampling.reference import CONVERGED_STEPS
 from qcgraph.sampling.runner import Array
 
 SAMPLES = 128  # default number of samples of each seed
@@ -183,7 +183,7 @@ class _Run:
         judged = any(metric.judged for metric in self._metrics)
         self._judge = make_judge() if judged and make_judge is not None else None
         needed = check_samples(self._metrics, options.samples, self._judge.feature_count if self._judge else 0)
-        macs = subject.macs(len(subject.plan)) * options.seeds
+        macs = subject.macs(len(subject.run_plan)) * options.seeds
         samples = options.samples or affordable(macs, MACS, (needed, SAMPLES))
         pin_threads(subject.threads)
         self._subject, self._options, self._progress = subject, options, progress

@@ -73,6 +73,10 @@ def _plan_faults(subject: Subject) -> Iterator[Fault]:
     if compiled is not None and compiled != plan:
         yield Fault("plan", "plan.json", "it is not the plan that the program was compiled with")
     expected = make_step_plan(mark.scheduler, mark.steps, mark.guidance, subject.spec.noise_schedule, mark.model)
+    if plan.is_fitted:  # its coefficients are its own
+        if not set(plan.timesteps) <= set(expected.timesteps):
+            yield Fault("plan", "plan.json", f"a timestep is none of the {len(expected)} of {mark.scheduler}")
+        return
     if len(expected) != len(plan):
         yield Fault("plan", "plan.json", f"{mark.scheduler} makes {len(expected)} steps, the plan has {len(plan)}")
         return

@@ -15,6 +15,8 @@ from qcgraph.models.judge import Judge
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.sampling.runner import Array
 
+WORST_SHARE = 0.1  # share of the samples that are the worst ones: a mean follows single samples
+
 
 @dataclass(frozen=True)
 class EvaluatedSetting:
@@ -27,10 +29,12 @@ class EvaluatedSetting:
         absent: the reason why the setting was not measured, or empty.
         metrics: estimates by the name of the metric.
         by_seed: the values of all seeds by the name of the metric.
-        converged_psnr: PSNR against the converged reference, dB.
-        latent_errors: relative L2 error of the latent after every update, if the steps are those of the plan.
-        deviations: standard deviation of the latents over that of full precision after every update, the mean over
-            channels, if the steps are those of the plan.
+        converged_psnr: PSNR of the mean squared error against the converged reference, dB.
+        converged_spread: the median, and the tenth that is worst, of the PSNR of single samples against it, dB.
+        psnr_spread: the same against full precision.
+        latent_errors: relative L2 error of the latent after every step of the plan, if the setting passes its moments.
+        deviations: standard deviation of the latents over that of full precision after every step of the plan, the mean
+            over channels, if the setting passes its moments.
     """
 
     key: str
@@ -40,6 +44,8 @@ class EvaluatedSetting:
     metrics: Mapping[str, BootstrapEstimate] | None = None
     by_seed: Mapping[str, tuple[float, ...]] | None = None
     converged_psnr: float | None = None
+    converged_spread: tuple[float, float] | None = None
+    psnr_spread: tuple[float, float] | None = None
     latent_errors: tuple[float, ...] = ()
     deviations: tuple[float, ...] = ()
 
@@ -83,7 +89,7 @@ class Measuring:
             if metric.judged or not itself:
                 estimates[metric.name], values = self._measure(metric.name, tally)
                 by_seed[metric.name] = tuple(float(value) for value in values)
-        curves = setting.planned and not itself
+        curves = bool(setting.moments) and not itself
         return EvaluatedSetting(
             key=setting.key,
             title=setting.title,
@@ -91,6 +97,8 @@ class Measuring:
             metrics=estimates,
             by_seed=by_seed,
             converged_psnr=None if self._goal is None else self.plain_psnr(tally.finals[0], self._goal),
+            converged_spread=None if self._goal is None else self._spread(self._apart(tally.finals[0], self._goal)),
+            psnr_spread=None if itself else self._spread(self.squared_errors(tally)),
             latent_errors=self._error_curve(tally) if curves else (),
             deviations=self._spread_curve(tally) if curves else (),
         )
@@ -103,9 +111,18 @@ class Measuring:
         return tuple((tally.deviations / self._reference.deviations).mean(axis=1).tolist())
 
     def plain_psnr(self, images: Array, reference: Array) -> float:
-        """Return the PSNR of images against their references, dB."""
+        """Return the PSNR of the mean squared error of images against their references, dB."""
+        return float(psnr(self._apart(images, reference).mean(), self._peak))
+
+    def _apart(self, images: Array, reference: Array) -> Values:
+        """Return the mean squared error of each image against its reference, f64[N]."""
         one, other = (shown(part, self._spec) for part in (images[: len(reference)], reference))
-        return float(psnr(mean_squares(one, other).mean(), self._peak))
+        return mean_squares(one, other)
+
+    def _spread(self, errors: Values) -> tuple[float, float]:
+        """Return the median and the worst tenth of the PSNR of single samples, dB."""
+        each = self.decibels(errors.reshape(-1))
+        return float(np.median(each)), float(np.quantile(each, WORST_SHARE))
 
     def _measure(self, name: str, tally: Tally) -> tuple[BootstrapEstimate, Any]:
         """Return the estimate of a metric, and its value for every seed."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -34,12 +35,12 @@ from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.loop import TakenStep, sample
+from qcgraph.sampling.reference import CONVERGED_STEPS
 from qcgraph.sampling.runner import Array, Runner
 
 Observe = Callable[[TakenStep], None]
 Draw = Callable[[Conditions, int, Observe | None], Array]
 
-CONVERGED_STEPS = 250  # steps of the reference that both rivals converge to
 RIVAL = "dpmsolver++"
 
 
@@ -108,6 +109,29 @@ class Subject:
         """The first-order solver, which converges to the trajectory that faster samplers approximate."""
         return first_order(self.spec.noise_schedule)
 
+    @cached_property
+    def run_plan(self) -> StepPlan:
+        """The scheduler's own run, on which every step computes; a fitted plan stands for it with fewer steps.
+
+        A step that the fitted plan leaves out has the group and the row of the planned step nearest in time.
+        """
+        plan, mark = self.plan, self.plan.fingerprint
+        if not plan.is_fitted:
+            return plan.all_computing
+        made = make_step_plan(mark.scheduler, mark.steps, mark.guidance, self.spec.noise_schedule, mark.model)
+        near = [min(plan.steps, key=lambda planned: abs(planned.timestep - step.timestep)) for step in made.steps]
+        steps = (
+            replace(step, variant=plan.computing, group=planned.group, row=planned.row)
+            for step, planned in zip(made.steps, near, strict=True)
+        )
+        return StepPlan(made.fingerprint, tuple(steps), plan.roles)
+
+    @property
+    def moments(self) -> tuple[int, ...]:
+        """The steps of the scheduler's run after which its latents are those that the steps of the plan lead to."""
+        run = self.run_plan
+        return (*(run.index_of(timestep) - 1 for timestep in self.plan.timesteps[1:]), len(run) - 1)
+
     @property
     def is_compensated(self) -> bool:
         """Whether the noise prediction is compensated."""
@@ -136,7 +160,8 @@ class Setting:
         title: the heading in tables.
         cost: multiply-accumulates of a sample, in steps of the model.
         draw: conditions, seed and a callback for every step -> final latents f32[N,C,H,W].
-        planned: whether it takes the steps of the plan, so that its latents compare with full precision step by step.
+        moments: the steps after which its latents compare with those of full precision, one for each step of the plan;
+            empty where only the final latents do.
         absent: the reason why it is not sampled, or empty.
     """
 
@@ -144,23 +169,26 @@ class Setting:
     title: str
     cost: float = 0.0
     draw: Draw | None = None
-    planned: bool = True
+    moments: tuple[int, ...] = ()
     absent: str = ""
 
 
 def full_precision(subject: Subject) -> Setting:
-    """Return the setting of the model itself, in PyTorch eager, with the steps of the plan."""
-    draw = _drawing(subject, EagerRunner(subject.model), subject.plan.all_computing)
-    return Setting("full_precision", "full precision", len(subject.plan), draw)
+    """Return the setting of the model itself, in PyTorch eager, with the steps of the scheduler's run."""
+    run = subject.run_plan
+    draw = _drawing(subject, EagerRunner(subject.model), run)
+    return Setting("full_precision", "full precision", len(run), draw, subject.moments)
 
 
 def compiled(subject: Subject) -> Setting:
     """Return the setting of the compilation as it is deployed."""
-    return Setting("compiled", "compiled", subject.cost(subject.plan), _drawing(subject, subject.runner, subject.plan))
+    return _part("compiled", "compiled", subject, subject.runner, subject.plan)
 
 
 def parts(subject: Subject, folder: Path, progress: Progress) -> tuple[Setting, ...]:
-    """Return quantization only, caching only, and both without compensation: the compiled program without some parts.
+    """Return the parts of the compiled program alone: quantization, cache, both without compensation, fitted steps.
+
+    Quantization alone takes all steps of the scheduler's run.
 
     Args:
         subject: the compilation.
@@ -169,14 +197,13 @@ def parts(subject: Subject, folder: Path, progress: Progress) -> tuple[Setting, 
     """
     program, plan = subject.program, subject.plan
     quantized, cached = is_quantized(program), len(plan.variants) > 1
-    every = plan.all_computing
     runner = subject.runner
     if subject.is_compensated and (quantized or cached):
         runner = _uncompensated(subject)
     no_quantization, no_cache = "it is not quantized", "no step reuses"
     settings = []
     if quantized:
-        settings.append(_part("quantization", "quantization only", subject, runner, every))
+        settings.append(_part("quantization", "quantization only", subject, runner, subject.run_plan))
     else:
         settings.append(Setting("quantization", "quantization only", absent=no_quantization))
     if cached:
@@ -189,6 +216,11 @@ def parts(subject: Subject, folder: Path, progress: Progress) -> tuple[Setting, 
         settings.append(_part("both", "both", subject, runner, plan))
     else:
         settings.append(Setting("both", "both", absent=no_cache if quantized else no_quantization))
+    if plan.is_fitted:
+        fitted = _part(
+            "fitted", f"{len(plan)} fitted steps only", subject, EagerRunner(subject.model), plan.all_computing
+        )
+        settings.append(fitted)
     return tuple(settings)
 
 
@@ -202,16 +234,16 @@ def rivals(subject: Subject) -> tuple[Setting, ...]:
     name, guidance = subject.plan.fingerprint.scheduler, subject.plan.fingerprint.guidance
     if not subject.is_deterministic:
         reason = f"{name} adds noise at every step, so other steps draw other images"
-    elif steps >= len(subject.plan):
+    elif steps >= len(subject.run_plan):
         reason = "every step computes, so fewer steps are not equal cost"
     else:
         plan = make_step_plan(name, steps, guidance, subject.spec.noise_schedule, subject.plan.fingerprint.model)
         draw = _drawing(subject, EagerRunner(subject.model), plan)
-        fewer = Setting("fewer_steps", f"{steps} steps of {name}", steps, draw, planned=False)
+        fewer = Setting("fewer_steps", f"{steps} steps of {name}", steps, draw)
         if name == RIVAL:
             return fewer, Setting("solver", f"fewer steps of {RIVAL}", absent="it is the scheduler of the plan")
         solving = _solving(subject, RIVAL, steps)
-        return fewer, Setting("solver", f"{steps} steps of {RIVAL}", steps, solving, planned=False)
+        return fewer, Setting("solver", f"{steps} steps of {RIVAL}", steps, solving)
     return (
         Setting("fewer_steps", f"fewer steps of {name}", absent=reason),
         Setting("solver", f"fewer steps of {RIVAL}", absent=reason),
@@ -222,13 +254,14 @@ def converged(subject: Subject) -> tuple[Setting, Setting]:
     """Return the trajectory that every deterministic sampler approximates, and the same with half the steps."""
     name, steps = subject.converging, CONVERGED_STEPS
     return (
-        Setting("converged", f"{steps} steps of {name}", steps, _solving(subject, name, steps), planned=False),
-        Setting("half", f"{steps // 2} steps of {name}", steps // 2, _solving(subject, name, steps // 2), False),
+        Setting("converged", f"{steps} steps of {name}", steps, _solving(subject, name, steps)),
+        Setting("half", f"{steps // 2} steps of {name}", steps // 2, _solving(subject, name, steps // 2)),
     )
 
 
 def _part(key: str, title: str, subject: Subject, runner: Runner, plan: StepPlan) -> Setting:
-    return Setting(key, title, subject.cost(plan), _drawing(subject, runner, plan))
+    moments = tuple(range(len(plan))) if len(plan) == len(subject.plan) else subject.moments
+    return Setting(key, title, subject.cost(plan), _drawing(subject, runner, plan), moments)
 
 
 def _drawing(subject: Subject, runner: Runner, plan: StepPlan) -> Draw:

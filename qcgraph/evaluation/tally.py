@@ -19,17 +19,21 @@ BROKEN = 1e30  # the squared error of a latent that is not finite
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The latents of full precision from one seed, after every update: f32[N,C,H,W] each."""
+    """The latents of full precision from one seed, after every moment of the setting: f32[N,C,H,W] each."""
 
     latents: tuple[Array, ...]
 
     @classmethod
     def draw(cls, setting: Setting, conditions: Conditions, seed: int) -> Trajectory:
-        """Sample a setting, and keep the latent after every update."""
+        """Sample a setting, and keep the latents of its moments."""
         latents: list[Array] = []
 
+        def keep(taken: TakenStep) -> None:
+            if taken.index in setting.moments:
+                latents.append(taken.after)
+
         assert setting.draw is not None
-        setting.draw(conditions, seed, lambda taken: latents.append(taken.after))
+        setting.draw(conditions, seed, keep)
         return cls(tuple(latents))
 
 
@@ -40,10 +44,9 @@ class Tally:
     Attributes:
         setting: the setting of the samples.
         finals: the final latents, f32[S,N,C,H,W]; values that are not finite are zero.
-        errors: mean squared error of every latent against full precision, f64[S,steps,N]; of the final latents only, if
-            the steps are not those of the plan. For full precision itself, the mean square that errors refer to.
-        deviations: standard deviation of the latents after every update, f64[steps,C]; empty if the steps are not those
-            of the plan.
+        errors: mean squared error of the latents of every moment against full precision, f64[S,moments,N]; of the final
+            latents only, if there are no moments. For full precision itself, the mean square that errors refer to.
+        deviations: standard deviation of the latents of every moment, f64[moments,C]; empty if there are none.
         is_finite: whether all values of the final latents are finite.
     """
 
@@ -80,12 +83,15 @@ class Tallying:
         """Sample with a seed, and compare the samples with full precision."""
         assert self._setting.draw is not None
         errors: list[Values] = []
+        places = {step: place for place, step in enumerate(self._setting.moments)}
 
         def compare(taken: TakenStep) -> None:
-            errors.append(mean_squares(taken.after, exact.latents[taken.index]))
-            self._spread.add(taken.index, taken.after)
+            place = places.get(taken.index)
+            if place is not None:
+                errors.append(mean_squares(taken.after, exact.latents[place]))
+                self._spread.add(place, taken.after)
 
-        final = self._setting.draw(conditions, seed, compare if self._setting.planned else None)
+        final = self._setting.draw(conditions, seed, compare)
         self._finals.append(final)
         self._errors.append(np.stack(errors) if errors else mean_squares(final, exact.latents[-1])[None])
 
@@ -96,7 +102,7 @@ class Tallying:
             setting=self._setting,
             finals=np.nan_to_num(finals, nan=0.0, posinf=0.0, neginf=0.0),
             errors=np.stack(self._errors),
-            deviations=self._spread.deviations if self._setting.planned else np.zeros((0, 0)),
+            deviations=self._spread.deviations if self._setting.moments else np.zeros((0, 0)),
             is_finite=bool(np.isfinite(finals).all()),
         )
 
