@@ -10,8 +10,7 @@ BIN = $(VENV)/bin
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
-	$(BIN)/qcgraph compile digits -o out/demo --steps 50 --guidance 1.5 --bits w8a8 --groups 8 \
-		--cache interval=3 --compensate vc --target onnxruntime-cpu --force
+	$(BIN)/qcgraph compile digits -o out/demo --recipe balanced --steps 50 --guidance 1.5 --force
 	$(BIN)/qcgraph sample out/demo -n 20 -o out/demo.png
 	@echo
 	@echo "the pictures: out/demo.png"

@@ -90,6 +90,15 @@ def few_converged_steps() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def own_kept_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Evaluations keep converged references for the tests of this run alone."""
+    folder = tmp_path_factory.mktemp("kept")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qcgraph.evaluation.kept.kept_folder", lambda: folder)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_registry() -> Iterator[None]:
     """The exporter's table of translations is made once: it makes it anew for every graph, in about half a second."""
     made = ONNXRegistry.from_torchlib

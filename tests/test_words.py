@@ -21,6 +21,7 @@ SPELLINGS = {
         "qcgraph/plan/roles.py": "names the roles",
         "qcgraph/recipe/recipe.py": "a section of recipes",
         "qcgraph/cli/inspect_bundle.py": "columns of a table",
+        "qcgraph/cli/solver_view.py": "columns of a table",
     },
     r'"(class_label|noise_prediction)"': {
         "qcgraph/plan/spec.py": "names the condition and the prediction",

@@ -1,4 +1,4 @@
-"""Write the name and the PSNR of every setting beside its row of samples from ``qcgraph eval -o FOLDER``.
+"""Write the name, the cost and the distance of every setting beside its row of samples from ``qcgraph eval -o FOLDER``.
 
 usage: python tools/label_samples.py out/eval docs/digits.png
 """
@@ -32,7 +32,7 @@ def labelled(samples: Image.Image, rows: list[dict[str, Any]]) -> Image.Image:
     picture = Image.new("RGB", (LEFT + samples.width + MARGIN, TOP + samples.height + MARGIN), PAPER)
     picture.paste(samples.convert("RGB"), (LEFT, TOP))
     draw = ImageDraw.Draw(picture)
-    draw.text((LEFT, MARGIN), "the same noise in every column", INK, ImageFont.load_default(15))
+    draw.text((LEFT, MARGIN), heading(rows), INK, ImageFont.load_default(15))
     for index, row in enumerate(rows):
         middle = TOP + height * (index + 0.5)
         draw.text((MARGIN, middle - 19), row["title"], INK, ImageFont.load_default(17))
@@ -40,11 +40,17 @@ def labelled(samples: Image.Image, rows: list[dict[str, Any]]) -> Image.Image:
     return picture
 
 
+def heading(rows: list[dict[str, Any]]) -> str:
+    """Return the line above the samples: what the decibels of all rows refer to."""
+    goal = "the converged run" if any("converged_psnr" in row for row in rows) else "full precision"
+    return f"the same noise in every column; PSNR to {goal}"
+
+
 def describe(row: dict[str, Any]) -> str:
-    """Return the cost of a setting, and its PSNR against full precision."""
-    psnr = row["metrics"].get("psnr")
-    near = f", {psnr['value']:.1f} dB" if psnr else ""
-    return f"{row['cost']:.1f} steps of work{near}"
+    """Return the cost of a setting, and its PSNR against the converged run, or else against full precision."""
+    psnr = row["metrics"].get("psnr", {}).get("value")
+    near = row.get("converged_psnr", psnr)
+    return f"{row['cost']:.1f} steps of work" + (f", {near:.1f} dB" if near is not None else "")
 
 
 if __name__ == "__main__":

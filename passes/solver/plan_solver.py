@@ -47,7 +47,7 @@ from qcgraph.sampling.runner import Array, Runner
 
 SHARE = 0.26  # default number of computing steps, relative to those of the run: 13 of 50
 TARGET_MACS = 1.3e13  # arithmetic of an automatic number of target trajectories: three minutes on two cores
-TARGET_LIMITS = (4, 64)
+TARGET_LIMITS = (2, 64)
 VALUES = 49_152  # values of latents, over all trajectories: more of them hardly change a fit
 
 
@@ -61,11 +61,11 @@ class PlanSolver(Pass):
     `qcgraph.plan.placement`), are fitted closed loop, and judged on trajectories that they were not fitted to.
 
     Attributes:
-        steps: how many steps compute; by default 26 % of those of the run.
+        steps: how many steps compute, or all of the run if it has no more; by default 26 % of them.
         target: ``converged``: the trajectory that solvers converge to with many steps; ``run``: the run of the
             scheduler as it is.
         history: how many earlier predictions an update may use.
-        trajectories: how many to record; by default as many as a fixed amount of arithmetic allows, 4 to 64.
+        trajectories: how many to record; by default as many as a fixed amount of arithmetic allows, 2 to 64.
         seed: the seed of the trajectories.
     """
 
@@ -95,18 +95,13 @@ class PlanSolver(Pass):
         return self._trajectories(work.program) * plan.halves * (recorded + 2 * self._count(plan))
 
     def check(self, captured: Program) -> None:
-        """Refuse schedulers that add noise, and more steps than the run has."""
+        """Refuse schedulers that add noise."""
         plan = captured.facts[StepPlan]
         if any(step.update.noise for step in plan.steps):
             raise UsageError(
                 f"{plan.fingerprint.scheduler} adds fresh noise at every step, so that fewer steps draw other images, "
                 "and there is no trajectory to fit a solver to",
                 hint="take a deterministic scheduler, ddim or dpmsolver++ for example, or --solver as-is",
-            )
-        if self.steps is not None and self.steps > len(plan):
-            raise UsageError(
-                f"a solver of {self.steps} steps for a run of {len(plan)}",
-                hint=f"ask for {len(plan)} steps at most, or sample with more steps",
             )
 
     def run(self, program: Program, context: PassContext) -> Program:
@@ -136,7 +131,7 @@ class PlanSolver(Pass):
 
     def _count(self, plan: StepPlan) -> int:
         """Return the number of computing steps."""
-        return self.steps or max(1, min(len(plan), round(SHARE * len(plan))))
+        return min(self.steps or max(1, round(SHARE * len(plan))), len(plan))
 
     def _trajectories(self, program: Program) -> int:
         """Return the number of trajectories to record."""
@@ -146,7 +141,7 @@ class PlanSolver(Pass):
         macs = trajectory_macs(program) / steps * (COARSE_STEPS + FINE_STEPS)
         enough = -(-VALUES // prod(program.facts[ModelSpec].latent_shape))
         least, most = TARGET_LIMITS
-        return min(affordable(macs, TARGET_MACS, TARGET_LIMITS), max(4 * least, min(enough, most)))
+        return min(affordable(macs, TARGET_MACS, TARGET_LIMITS), max(8 * least, min(enough, most)))
 
     def _recorded(
         self,

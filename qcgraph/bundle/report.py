@@ -70,6 +70,19 @@ class CacheReport(_Part):
     forecast: ForecastReport | None = Field(description="how well values are forecast; null where none is")
 
 
+class SolverReport(_Part):
+    """The steps of a fitted solver, and the error of its fit."""
+
+    target: Literal["converged", "run"] = Field(description="the run that it is fitted to")
+    steps: int = Field(description="steps of the bundle")
+    run_steps: int = Field(description="steps of the run that it stands for")
+    trajectories: int = Field(description="trajectories that it was fitted to")
+    last_error: Figure = Field(
+        description="root mean square of the final latents less their targets, on trajectories that were left out of "
+        "the fit; null where the compiled program was not fitted"
+    )
+
+
 class RangeChange(_Part):
     """The site whose activation range caching changes most."""
 
@@ -144,8 +157,13 @@ class CompileReport(_Part):
     plan: str = Field(description="scheduler, steps and guidance")
     pipeline: str = Field(description="the pipeline, as text")
     variants: dict[str, VariantReport] = Field(description="per variant, how often it runs and what it computes")
-    mac_ratio: float = Field(description="multiply-accumulates of sampling, relative to the model's")
+    mac_ratio: float = Field(
+        description="multiply-accumulates of sampling, relative to those of the model over all steps of the run"
+    )
     cache: CacheReport | None = Field(description="what is cached; null where nothing is cached")
+    solver: SolverReport | None = Field(
+        None, description="the fitted solver; null where the updates are those of the scheduler"
+    )
     timestep_groups: int = Field(description="number of timestep groups")
     planned_sites: int = Field(description="linear layers that the graph lets quantize")
     quantized_sites: int = Field(description="linear layers that are quantized")

@@ -202,12 +202,13 @@ def _summary(report: CompileReport, bundle: Bundle | None) -> list[tuple[str, st
         ("model", report.model),
         ("target", report.target),
         ("sampling", report.plan),
+        *_solver(report),
         *([("schedule", _schedule(report, report.cache, bundle))] if report.cache else []),
         ("variants", f"{variants} (steps each)"),
         *cache_fields(report.cache, report.cached_edges),
         ("quantized", _quantized(report) if bundle else f"{_sites_text(report, report.planned_sites)} planned"),
         *_scales(report, bundle),
-        ("work", f"{report.mac_ratio:.1%} of the multiply-accumulates of the model"),
+        ("work", f"{report.mac_ratio:.1%} of the multiply-accumulates of {_whole(report)}"),
     ]
     if report.given_plan is not None:
         fields.append(("plan", _given_text(report.given_plan, report.plan)))
@@ -223,19 +224,35 @@ def _summary(report: CompileReport, bundle: Bundle | None) -> list[tuple[str, st
     return fields
 
 
+def _solver(report: CompileReport) -> list[tuple[str, str]]:
+    """Return the steps of a fitted solver with their name; of a dry run, that sampling will choose them."""
+    from qcgraph.cli.solver_view import solver_text
+    from qcgraph.facts import SolverPlan
+
+    if report.solver:
+        return [("solver", solver_text(report.solver))]
+    return [("solver", "fitted; its steps follow from samples")] if _provides(report.pipeline, SolverPlan) else []
+
+
+def _whole(report: CompileReport) -> str:
+    """Return what the work is relative to, as text."""
+    return f"{report.solver.run_steps} steps of the model" if report.solver else "the model"
+
+
 def _schedule(report: CompileReport, cache: CacheReport, bundle: Bundle | None) -> str:
     """Return the schedule as text, marked as a draft if sampling will replace it."""
+    from qcgraph.facts import SchedulePlan
+
     text = cache.schedule
-    is_draft = bundle is None and _plans_steps(report.pipeline)
+    is_draft = bundle is None and _provides(report.pipeline, SchedulePlan)
     return f"{text}; a draft, the one that is compiled follows from samples" if is_draft else text
 
 
-def _plans_steps(pipeline: str) -> bool:
-    """Return whether a pass of a pipeline finds the schedule."""
-    from qcgraph.facts import SchedulePlan
+def _provides(pipeline: str, fact: type) -> bool:
+    """Return whether a pass of a pipeline provides a fact."""
     from qcgraph.pipeline import Pipeline
 
-    return any(SchedulePlan in pass_.provides for pass_ in Pipeline.parse(pipeline))
+    return Pipeline.parse(pipeline).provides(fact)
 
 
 def _estimate(estimate: EstimateReport) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from qcgraph.cli.output import JsonOption
 from qcgraph.cli.program_view import pass_text, print_program
 from qcgraph.errors import UsageError
 
-Show = Literal["schedule", "plan", "scales", "refused", "sites", "pipeline"]
+Show = Literal["schedule", "solver", "plan", "scales", "refused", "sites", "pipeline"]
 
 
 def inspect_command(

@@ -10,13 +10,15 @@ from typing import Any
 
 from qcgraph.bundle import Bundle
 from qcgraph.bundle.plan_file import plan_data, plan_toml
-from qcgraph.bundle.report import CacheReport
+from qcgraph.bundle.report import CacheReport, SolverReport
 from qcgraph.cli.cache_view import cache_fields
 from qcgraph.cli.ir_text import op_changes, ops_text, read_program_text
 from qcgraph.cli.output import count_text, print_fields, print_heading, print_json, print_table, size_text
 from qcgraph.cli.program_view import pass_text
 from qcgraph.cli.scales_view import print_scales, scales
+from qcgraph.cli.solver_view import print_solver, solver, solver_text
 from qcgraph.compiler.cache_report import cache_report
+from qcgraph.compiler.solver_report import solver_report
 from qcgraph.facts import AttentionPlan, ForecastFit, QuantPlan
 
 MOST_OPS = 5  # operations that the overview names
@@ -35,7 +37,7 @@ def inspect_bundle(bundle: Bundle, show: str | None, *, json: bool) -> None:
 def _overview(bundle: Bundle) -> dict[str, Any]:
     spec, plan, manifest = bundle.spec, bundle.plan, bundle.manifest
     program = read_program_text(pass_text(bundle, None).text)
-    quantized, cache = bundle.facts.get(QuantPlan), cache_report(bundle.facts)
+    quantized, cache, fitted = bundle.facts.get(QuantPlan), cache_report(bundle.facts), solver_report(bundle.facts)
     return {
         "bundle": str(bundle.path),
         "qcgraph": manifest.qcgraph,
@@ -51,6 +53,7 @@ def _overview(bundle: Bundle) -> dict[str, Any]:
         "target": manifest.target,
         "plan": plan.describe(),
         "schedule": plan.schedule(),
+        "solver": fitted.model_dump(mode="json") if fitted else None,
         "cache": cache.model_dump(mode="json") if cache else None,
         "timestep_groups": plan.group_count,
         "quantized_sites": len(quantized.sites) if quantized else 0,
@@ -102,6 +105,7 @@ def _print_overview(data: Mapping[str, Any]) -> None:
             ("model", data["model"]["description"]),
             ("target", data["target"]),
             ("sampling", data["plan"]),
+            *([("solver", solver_text(SolverReport.model_validate(data["solver"])))] if data["solver"] else []),
             ("schedule", data["schedule"]),
             *cache_fields(data["cache"] and CacheReport.model_validate(data["cache"])),
             ("quantized", count_text(data["quantized_sites"], "linear layer")),
@@ -136,7 +140,7 @@ def _print_overview(data: Mapping[str, Any]) -> None:
         [(name, size_text(count)) for name, count in data["files"].items() if not name.startswith("ir/")],
         right=("size",),
     )
-    print("\nmore: --show schedule|plan|scales|refused|sites|pipeline, --after PASS, --node GLOB")
+    print("\nmore: --show schedule|solver|plan|scales|refused|sites|pipeline, --after PASS, --node GLOB")
 
 
 def _change_text(row: Mapping[str, Any]) -> str:
@@ -268,6 +272,7 @@ def _print_pipeline(rows: list[dict[str, Any]]) -> None:
 VIEWS: dict[str, tuple[Callable[[Bundle], Any], Callable[[Any], None]]] = {
     "overview": (_overview, _print_overview),
     "schedule": (_schedule, _print_schedule),
+    "solver": (solver, print_solver),
     "plan": (_plan, _print_plan),
     "scales": (scales, print_scales),
     "refused": (_refused, _print_refused),

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from qcgraph.bundle.report import CompileReport, PassReport, RangeChange, VariantReport
 from qcgraph.compiler.cache_report import cache_report
+from qcgraph.compiler.solver_report import solver_report
 from qcgraph.export.targets import Target
 from qcgraph.facts import AttentionPlan, Compensation, QuantPlan, Ranges
 from qcgraph.ir.program import Program
@@ -48,6 +49,7 @@ def compile_report(
         variants={name: VariantReport(steps=plan.uses(name), macs=macs[name]) for name in program.variants},
         mac_ratio=plan.work_ratio(macs, total_macs(sites)),
         cache=cache_report(program.facts),
+        solver=solver_report(program.facts),
         timestep_groups=plan.group_count,
         planned_sites=len(quantizable(sites)) if pipeline.provides(QuantPlan) else 0,
         quantized_sites=len(quantized.sites) if quantized else 0,

@@ -12,6 +12,7 @@ import numpy as np
 from qcgraph.errors import UsageError, closest, shown
 from qcgraph.evaluation.bootstrap import LEVEL, Bootstrap, BootstrapEstimate
 from qcgraph.evaluation.faults import Fault, error_ratio, find_faults, uncompensated
+from qcgraph.evaluation.kept import kept
 from qcgraph.evaluation.metrics import METRICS, Metric, check_installed, check_samples, choose_metrics, real_floor
 from qcgraph.evaluation.rows import EvaluatedSetting, Measuring
 from qcgraph.evaluation.scales import ScaleFit, fit_scales
@@ -28,11 +29,12 @@ from qcgraph.evaluation.settings import (
 from qcgraph.evaluation.sites import SAMPLES as SITE_SAMPLES
 from qcgraph.evaluation.sites import SiteEffect, measure_sites
 from qcgraph.evaluation.tally import Tally, Tallying, Trajectory, Values
+from qcgraph.facts import encode
 from qcgraph.files.atomic import scratch_folder
 from qcgraph.pipeline.calibration_budget import affordable
 from qcgraph.progress import Progress
 from qcgraph.recipe.gate import Gate, Verdict
-from qcgraph.sampling.conditions import in_turn
+from qcgraph.sampling.conditions import Conditions, in_turn
 from qcgraph.sampling.reference import CONVERGED_STEPS
 from qcgraph.sampling.runner import Array
 
@@ -252,11 +254,20 @@ class _Run:
         """Return samples of the converged reference, and samples with half its steps."""
         if not any(setting.key == "fewer_steps" and setting.draw for setting in settings):
             return None, None
-        self._progress.note(f"  converged reference: {CONVERGED_STEPS} and {CONVERGED_STEPS // 2} steps")
+        self._progress.note(
+            f"  converged reference: {CONVERGED_STEPS} and {CONVERGED_STEPS // 2} steps, drawn once and kept"
+        )
         count = affordable(self._subject.macs(CONVERGED_STEPS * 3 // 2), MACS, (1, CONVERGED_SAMPLES))
         told, seed = self._conditions[:count], self._options.noise_seeds[0]
-        goal, half = (setting.draw(told, seed, None) for setting in converged(self._subject) if setting.draw)
+        goal, half = (self._kept(setting, told, seed) for setting in converged(self._subject))
         return goal, half
+
+    def _kept(self, setting: Setting, conditions: Conditions, seed: int) -> Array:
+        """Return samples of the model itself, which no bundle changes, as an earlier evaluation drew them or anew."""
+        mark, spec, draw = self._subject.plan.fingerprint, self._subject.spec, setting.draw
+        assert draw is not None
+        key = [mark.model, mark.guidance, encode(spec), setting.title, seed, len(conditions)]
+        return kept(key, lambda: draw(conditions, seed, None), spec.latent_shape)
 
     def _sites(self, trajectory: Trajectory) -> tuple[tuple[SiteEffect, ...], tuple[ScaleFit, ...]]:
         told, seed = self._conditions[:SITE_SAMPLES], self._options.noise_seeds[0]

@@ -32,7 +32,7 @@ from qcgraph.facts.quantization import (
     WeightQuant,
     codes,
 )
-from qcgraph.facts.solver import SolverFit, SolverPlan, SolverTargets
+from qcgraph.facts.solver import TARGET_TITLES, SolverFit, SolverPlan, SolverTargets
 from qcgraph.facts.store import FACT_TYPES, Fact, Facts, decode, encode, precision_of
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "FLOAT8",
     "LARGEST_FLOAT8",
     "NO_BLOCK",
+    "TARGET_TITLES",
     "ActivationQuant",
     "AttentionNodes",
     "AttentionPlan",

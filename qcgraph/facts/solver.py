@@ -7,6 +7,8 @@ from typing import Literal
 
 from qcgraph.plan.steps import Update
 
+TARGET_TITLES = {"converged": "the converged run", "run": "the run itself"}  # the targets of a fit in words
+
 
 @dataclass(frozen=True)
 class SolverPlan:
@@ -29,8 +31,7 @@ class SolverPlan:
 
     def lines(self) -> list[str]:
         """Return the lines about this fact in the text of a program."""
-        aim = "the converged run" if self.target == "converged" else "the run itself"
-        line = f"solver: {len(self.plain)} of {self.run_steps} steps, fitted to {aim}"
+        line = f"solver: {len(self.plain)} of {self.run_steps} steps, fitted to {TARGET_TITLES[self.target]}"
         return [f"{line}, mean squared error {self.errors[0]:.2g}" if self.errors else line]
 
 

@@ -14,11 +14,13 @@ import pytest
 
 from qcgraph.bundle import write_plan, writing
 from qcgraph.cli import run
+from qcgraph.compiler.compilation import compile_model
 from qcgraph.export.run import open as runtime
 from qcgraph.facts import (
     ActivationQuant,
     CachedValue,
     CachePlan,
+    Fact,
     Facts,
     ForecastFit,
     ForecastStep,
@@ -73,7 +75,14 @@ def interfaces() -> dict[str, Interface]:
     return {"full": Interface((LATENT,), (prediction, cache)), "reuse": Interface((LATENT, cache), (prediction,))}
 
 
-def make_bundle(path: Path, *, guidance: float = 1.5, is_image: bool = True, history: tuple[Earlier, ...] = ()) -> Path:
+def make_bundle(
+    path: Path,
+    *,
+    guidance: float = 1.5,
+    is_image: bool = True,
+    history: tuple[Earlier, ...] = (),
+    more_facts: tuple[Fact, ...] = (),
+) -> Path:
     """A bundle as a compilation would write it, without graphs that could run."""
     spec = ModelSpec.class_conditional("toy", (1, 8, 8), 10, 10, 1, is_image=is_image)
     plan = StepPlan(
@@ -89,7 +98,7 @@ def make_bundle(path: Path, *, guidance: float = 1.5, is_image: bool = True, his
     site = SiteQuant(ActivationQuant((0.02, 0.03), (100, 110), 0, 255, "uint8"), WeightQuant(64))
     schedule = SchedulePlan("joint", "onnxruntime", 0.7, 0.01, 0.02)
     forecast = ForecastFit("affine", (ForecastStep("cache", 1, 0.2, 0.05),))
-    facts = Facts([spec, plan, cache, schedule, QuantPlan({"blocks.0.attn.qkv": site}), forecast])
+    facts = Facts([spec, plan, cache, schedule, QuantPlan({"blocks.0.attn.qkv": site}), forecast, *more_facts])
     history = [
         {"text": "plan-cache{interval=2}", "changed": True, "refusals": []},
         {"text": "plan-quant", "changed": True, "refusals": [REFUSAL, REFUSAL]},
@@ -111,6 +120,17 @@ def make_bundle(path: Path, *, guidance: float = 1.5, is_image: bool = True, his
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     return make_bundle(tmp_path / "toy")
+
+
+@pytest.fixture(scope="session")
+def fitted_bundle(small_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of four fitted steps."""
+    folder = tmp_path_factory.mktemp("fitted")
+    asked = Recipe().override(solver="fitted=4", steps=8, bits="off")
+    recipe = asked.model_copy(update={"calibration": asked.calibration.model_copy(update={"trajectories": 4})})
+    result = compile_model(str(small_digits), recipe, folder / "out")
+    assert result.bundle is not None
+    return result.bundle.path
 
 
 @pytest.fixture(name="make_bundle")

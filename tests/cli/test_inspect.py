@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from qcgraph.bundle import Bundle
+from qcgraph.bundle.report import SolverReport
 from qcgraph.cli.ir_text import read_program_text
+from qcgraph.facts import SolverPlan, SolverTargets, decode
 from qcgraph.ir.program import Program
 from qcgraph.models.files import DIGITS_FOLDER
-from qcgraph.plan.steps import Earlier
+from qcgraph.plan.steps import Earlier, Update
 
 Command = Callable[..., Any]
 
@@ -41,7 +44,7 @@ def test_overview_as_json(qcgraph: Command, bundle: Path) -> None:
     assert data["passes"][2]["graphs"]["full"]["added"]["sub.Tensor"] == 1
 
 
-@pytest.mark.parametrize("show", ["schedule", "scales", "refused", "sites", "pipeline"])
+@pytest.mark.parametrize("show", ["schedule", "solver", "scales", "refused", "sites", "pipeline"])
 def test_views(qcgraph: Command, bundle: Path, show: str) -> None:
     table, data = qcgraph("inspect", bundle, "--show", show), qcgraph("inspect", bundle, "--show", show, "--json")
     assert table.code == data.code == 0
@@ -74,6 +77,65 @@ def test_a_schedule_that_looks_back(qcgraph: Command, make_bundle: Callable[...,
     assert heading.endswith("+ c3 z  + x, 1 back  + eps, 1 back")
     assert first.endswith("0.000000")
     assert second.split()[-2:] == ["-0.500000", "0.250000"]
+
+
+@pytest.mark.slow
+def test_a_fitted_solver(qcgraph: Command, fitted_bundle: Path) -> None:
+    bundle = Bundle.open(fitted_bundle)
+    data = qcgraph("inspect", fitted_bundle, "--show", "solver", "--json").json()
+    assert bundle.report is not None
+    assert bundle.report.solver == SolverReport.model_validate(data["fitted"])
+    assert [data["fitted"][key] for key in ("target", "steps", "run_steps", "trajectories")] == ["converged", 4, 8, 4]
+    assert data["fitted"]["last_error"] == data["steps"][-1]["error"]
+    assert data["tried_errors"] == sorted(data["tried_errors"])
+    assert [row["timestep"] for row in data["steps"]] == list(bundle.plan.timesteps)
+    assert [decode(Update, row["update"]) for row in data["steps"]] == [step.update for step in bundle.plan.steps]
+    assert all(row["error"] <= row["plain_error"] for row in data["steps"])
+
+    lines = qcgraph("inspect", fitted_bundle, "--show", "solver").out.splitlines()
+    solver, tried, fit, updates, _, heading, *rows = lines
+    assert solver == "solver   4 of 8 steps, fitted to the converged run"
+    assert tried.count(" dB") == len(data["tried_errors"])
+    assert "4 trajectories" in fit
+    assert "one step before" in updates
+    assert heading.split()[:5] == ["step", "timestep", "x", "eps", "eps-1"]
+    assert heading.endswith("plain x  plain eps  plain error")
+    assert [row.split()[0] for row in rows] == ["0", "1", "2", "3"]
+    assert max(map(len, lines)) <= 120
+
+    overview = qcgraph("inspect", fitted_bundle).out
+    assert "solver     4 of 8 steps, fitted to the converged run" in overview
+    assert "--show schedule|solver|" in overview
+
+
+def test_no_solver_is_fitted(qcgraph: Command, make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "toy", history=(Earlier(-0.5, 0.25),))
+    data = qcgraph("inspect", path, "--show", "solver", "--json").json()
+    assert (data["fitted"], data["tried_errors"]) == (None, [])
+    assert [set(row) for row in data["steps"]] == [{"step", "timestep", "update"}] * 3
+    assert qcgraph("inspect", path, "--show", "solver").out.splitlines() == [
+        "solver   none is fitted: the updates are those of ddim",
+        "updates  x' = c0 x + c1 eps + ..; eps-1 is the prediction of one step before",
+        "",
+        "step  timestep       x      eps       z   eps-1      x-1",
+        "   0       981  1.0100  -0.1000  0.0000",
+        "   1       961  1.1000  -0.2000  0.0000  0.2500  -0.5000",
+        "   2         1  1.2000  -0.3000  0.2500",
+    ]
+
+
+def test_steps_that_were_chosen_but_not_fitted_again(
+    qcgraph: Command, make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As a pipeline leaves them that has plan-solver alone."""
+    chosen = SolverPlan("run", 9, (Update(1.0, -0.1),) * 3, 3, (0.0,))
+    bundle = make_bundle(tmp_path / "toy", more_facts=(chosen, SolverTargets(0, 5, ())))
+    out = qcgraph("inspect", bundle, "--show", "solver").out
+    assert "solver   3 of 9 steps, fitted to the run itself" in out
+    assert "final latents off by 0 (mean square)" in out
+    assert "5 trajectories" in out
+    assert "ridge" not in out
+    assert "plain x" in out
 
 
 def test_sites_say_why_they_stay_in_floating_point(qcgraph: Command, bundle: Path) -> None:
@@ -153,7 +215,7 @@ def test_model(qcgraph: Command) -> None:
     assert "attn.qkv" not in refused
 
 
-@pytest.mark.parametrize("options", [["--after", "1"], ["--show", "scales"]])
+@pytest.mark.parametrize("options", [["--after", "1"], ["--show", "scales"], ["--show", "solver"]])
 def test_a_model_was_not_compiled(qcgraph: Command, options: list[str]) -> None:
     done = qcgraph("inspect", "digits", *options)
     assert done.code == 2

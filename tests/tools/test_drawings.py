@@ -51,10 +51,16 @@ def test_every_row_of_samples_gets_its_label(run_tool: Any, tmp_path: Path) -> N
         {"title": "full precision", "cost": 50.0, "metrics": {"accuracy": {"value": 1.0}}},
         {"title": "compiled", "cost": 17.16, "metrics": {"psnr": {"value": 48.71}}},
     ]
+    near = {**rows[1], "converged_psnr": 41.24}
     (tmp_path / "eval.json").write_text(json.dumps({"rows": rows}), "utf-8")
     run_tool("label_samples.py", tmp_path, "labelled.png", folder=tmp_path)
     tool = importlib.import_module("label_samples")
     assert [tool.describe(row) for row in rows] == ["50.0 steps of work", "17.2 steps of work, 48.7 dB"]
+    assert tool.describe(near) == "17.2 steps of work, 41.2 dB"
+    assert [tool.heading(found).rpartition(" to ")[2] for found in (rows, [near])] == [
+        "full precision",
+        "the converged run",
+    ]
     drawn = np.asarray(Image.open(tmp_path / "labelled.png").convert("L"))
     assert (drawn[tool.TOP : tool.TOP + 128, tool.LEFT : tool.LEFT + 60] == samples).all()
     labels = drawn[tool.TOP : tool.TOP + 128, : tool.LEFT]
