@@ -41,12 +41,21 @@ def stages(captured: Program, run: Run) -> dict[str, Program]:
         "compensated": run("fit-compensation,insert-compensation", calibrated),
         "reduced": run("plan-precision{dtype=bfloat16},reduce-precision", cached),
         "quantized": run("insert-qdq", planned),
+        "solved": run("plan-solver{steps=3 target=run trajectories=2}", captured),
     }
 
 
 @pytest.mark.parametrize(
     ("stage", "text", "says", "hint"),
     [
+        ("solved", "plan-solver", "SolverPlan is decided on", "before plan-solver"),
+        ("solved", "fit-solver,fit-solver", "needs SolverTargets", "plan-solver before it"),
+        ("cached", "plan-solver", "CachePlan is decided on", "before plan-cache"),
+        ("calibrated", "plan-solver", "CachePlan, Ranges is decided on", "before calibrate and plan-cache"),
+        ("quantized", "plan-solver", "CachePlan, Ranges, QuantPlan is decided on", "and plan-quant"),
+        ("compensated", "plan-solver", "CachePlan, Ranges, Compensation is decided on", "fit-compensation"),
+        ("reduced", "plan-solver", "CachePlan, Precision is decided on", "plan-precision"),
+        ("captured", "fit-solver", "needs SolverPlan, SolverTargets", "run plan-solver before it"),
         ("unsplit", "plan-equalization", "Ranges, CalibrationSet is decided on", "before calibrate"),
         ("planned", "group-timesteps", "QuantPlan is decided on", "before plan-quant"),
         ("planned", CALIBRATE, "QuantPlan is decided on", "before plan-quant"),

@@ -31,6 +31,8 @@ from qcgraph.facts import (
     Ranges,
     Requantization,
     RoundedWeights,
+    SolverPlan,
+    SolverTargets,
 )
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import quantize_weight
@@ -50,6 +52,7 @@ STEPS = 5
 SERVED = {
     "insert-qdq": {CalibrationSet, RoundedWeights},
     "equalize": {EqualizationPlan},
+    "fit-solver": {SolverTargets},
 }  # facts that a pass takes away, because they have served
 # How far outputs may move. What is not here decides without changing any graph or constant.
 SAME = {"insert-forecast": 1e-5, "drop-variants": 0.0, "split-attention": 1e-4, "lower-linear": 1e-4}
@@ -93,9 +96,10 @@ CACHED: tuple[Choices, ...] = tuple(
         ("interval=2", "dps=2", "budget=0.6", "plan=800-200:FRFRF"), ("all", "0..0+guidance"), ("reuse", "affine")
     )
 )
+FITTED: Choices = {"solver": {"mode": "fitted=3", "target": "run"}}  # it takes the place of the compensation
 AFTER: tuple[Choices, ...] = tuple(
-    {"modulation": {"hoist": hoist}, "compensation": {"mode": mode}}
-    for hoist, mode in product((False, True), ("off", "vc"))
+    {"modulation": {"hoist": hoist}, **last}
+    for hoist, last in product((False, True), ({}, {"compensation": {"mode": "vc"}}, FITTED))
 )
 TYPES = ("auto", "float32", "float16")
 
@@ -330,6 +334,9 @@ def _subjects_exist(program: Program) -> None:
             assert set(reused) <= set(program.variants[mode].interface.input_names)
         if fit := facts.get(ForecastFit):
             assert {step.name for step in fit.steps} <= values
+    if solver := facts.get(SolverPlan):
+        assert len(solver.plain) == len(facts[StepPlan])
+        assert facts[StepPlan].is_fitted
     if compensation := facts.get(Compensation):
         assert len(compensation.gains) == len(facts[StepPlan])
     if attention := facts.get(AttentionPlan):
