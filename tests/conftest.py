@@ -90,6 +90,14 @@ def few_converged_steps() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_comparison() -> Iterator[None]:
+    """Compilations are not compared with plain solvers, which samples hundreds of steps, unless a test says so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qcgraph.compiler.verdict.MACS", 0.0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def own_kept_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Evaluations keep converged references for the tests of this run alone."""
     folder = tmp_path_factory.mktemp("kept")

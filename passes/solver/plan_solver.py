@@ -22,28 +22,21 @@ from qcgraph.facts import (
 )
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
+from qcgraph.passes.solver._landscape import landscape, record_target
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.calibration_budget import affordable, trajectory_macs
 from qcgraph.pipeline.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.levels import CLEAN, first_order, levels
-from qcgraph.plan.placement import Landscape, Steps, inner_products, place, response
+from qcgraph.plan.placement import Steps, place
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
 from qcgraph.progress import Progress
 from qcgraph.sampling.calibration import calibration_conditions, calibration_noise, encode_latents
 from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.fitting import fit_updates, judged_rows, with_updates
-from qcgraph.sampling.reference import (
-    COARSE_STEPS,
-    FINE_STEPS,
-    RecordedRun,
-    at_timesteps,
-    extrapolated,
-    first_order_plan,
-    walk,
-)
-from qcgraph.sampling.runner import Array, Runner
+from qcgraph.sampling.reference import COARSE_STEPS, FINE_STEPS, RecordedRun
+from qcgraph.sampling.runner import Array
 
 SHARE = 0.26  # default number of computing steps, relative to those of the run: 13 of 50
 TARGET_MACS = 1.3e13  # arithmetic of an automatic number of target trajectories: three minutes on two cores
@@ -111,11 +104,10 @@ class PlanSolver(Pass):
         conditions = calibration_conditions(count, self.seed, spec)
         initial = calibration_noise(count, self.seed, spec).initial()
         context.progress.note(f"  plan-solver: {count} trajectories, {self.target}")
-        runner = TorchRunner(program)
-        target, landscape = self._recorded(runner, plan, spec, conditions, initial, context.progress)
+        target, near = record_target(program, self.target, count, self.seed, context)
         contest = [
-            self._fitted(runner, _chosen(plan, spec, steps), spec, conditions, initial, target, steps, context.progress)
-            for steps in place(landscape, self._count(plan))
+            self._fitted(program, conditions, initial, target, steps, context.progress)
+            for steps in place(landscape(target, near, initial, self.history), self._count(plan))
         ]
         contest.sort(key=lambda entry: entry.error)
         best = contest[0]
@@ -143,47 +135,9 @@ class PlanSolver(Pass):
         least, most = TARGET_LIMITS
         return min(affordable(macs, TARGET_MACS, TARGET_LIMITS), max(8 * least, min(enough, most)))
 
-    def _recorded(
-        self,
-        runner: Runner,
-        plan: StepPlan,
-        spec: ModelSpec,
-        conditions: Conditions,
-        initial: Array,
-        progress: Progress,
-    ) -> tuple[RecordedRun, Landscape]:
-        """Return the target run at the timesteps of the plan, and the model of trajectories near it."""
-        schedule = spec.noise_schedule
-
-        def first_order_run(steps: int) -> RecordedRun:
-            other = first_order_plan(steps, plan, schedule)
-            found = walk(runner, other, spec, conditions, initial, progress)
-            return at_timesteps(found, other, plan.timesteps, schedule)
-
-        if self.target == "converged":
-            coarse, fine = (first_order_run(steps) for steps in (COARSE_STEPS, FINE_STEPS))
-            target, other = extrapolated(coarse, fine), coarse
-        else:
-            target = walk(runner, plan, spec, conditions, initial, progress)
-            other = first_order_run(max(1, len(plan) // 2))
-        if not np.isfinite(target.latents[-1]).all():
-            raise UsageError(
-                "the model draws latents that are not finite",
-                hint="sample with it before compiling; its weights or its noise schedule may be wrong",
-            )
-        judged = judged_rows(len(initial))
-        learned, others = (
-            inner_products([vector[rows] for vector in (*target.latents, *target.predictions, initial)])
-            for rows in ((~judged, judged) if len(initial) > 1 else (judged, judged))
-        )
-        rho = response(target.latents, target.predictions, other.latents, other.predictions)
-        return target, Landscape(learned, others, rho, self.history)
-
     def _fitted(
         self,
-        runner: Runner,
-        plan: StepPlan,
-        spec: ModelSpec,
+        program: Program,
         conditions: Conditions,
         initial: Array,
         target: RecordedRun,
@@ -191,8 +145,9 @@ class PlanSolver(Pass):
         progress: Progress,
     ) -> _Contestant:
         """Return a plan with fitted updates, and the error of its final latents where it was not fitted."""
-        aims = _targets(target, steps)
-        fitted, final = fit_updates(runner, plan, spec, conditions, initial, aims, self.history, progress)
+        spec, aims = program.facts[ModelSpec], _targets(target, steps)
+        plan = _chosen(program.facts[StepPlan], spec, steps)
+        fitted, final = fit_updates(TorchRunner(program), plan, spec, conditions, initial, aims, self.history, progress)
         judged = judged_rows(len(initial))
         error = float(np.square(final[judged] - aims[-1][judged], dtype=np.float64).mean())
         return _Contestant(steps, with_updates(plan, [step.update for step in fitted]), error)

@@ -146,6 +146,29 @@ class CheckReport(_Part):
     detail: str = Field(description="the figure in words")
 
 
+class RivalReport(_Part):
+    """A solver that takes as much time as the bundle, in full precision."""
+
+    name: str = Field(description="the scheduler, or `fitted solver`")
+    steps: int = Field(description="steps that it takes")
+    seconds: float = Field(description="milliseconds of a step, measured, times the steps, in seconds")
+    psnr: Figure = Field(description="PSNR of its images to the converged run, dB")
+
+
+class ComparisonReport(_Part):
+    """The distance of the bundle and of its rivals to the converged run, in the same measured time."""
+
+    trajectories: int = Field(description="trajectories that were compared")
+    seconds: float = Field(description="measured time of sampling one image with the bundle, in seconds")
+    psnr: Figure = Field(description="PSNR of its images to the converged run, dB")
+    rivals: tuple[RivalReport, ...] = Field(description="the rivals")
+
+    @property
+    def best(self) -> RivalReport | None:
+        """The rival that is closest to the converged run, or None without rivals."""
+        return max(self.rivals, key=lambda rival: -math.inf if rival.psnr is None else rival.psnr, default=None)
+
+
 class CompileReport(_Part):
     """The summary of a compilation."""
 
@@ -182,6 +205,9 @@ class CompileReport(_Part):
     cached_edges: tuple[EdgeReport, ...] = Field((), description="change and noise of every cached tensor")
     checks: tuple[CheckReport, ...] = Field((), description="the checks of the exported graphs")
     gate: tuple[Verdict, ...] = Field((), description="conditions of the gate, each with `term`, `value` and `passed`")
+    comparison: ComparisonReport | None = Field(
+        None, description="the bundle beside plain and fitted solvers; null where that was not measured"
+    )
     seconds: Figure = Field(
         None, description="wall time of the compilation, in seconds; null where no bundle was written"
     )

@@ -19,6 +19,7 @@ from qcgraph.cli.output import (
     print_table,
     size_text,
 )
+from qcgraph.cli.verdict_view import verdict_text
 from qcgraph.errors import UsageError
 
 if TYPE_CHECKING:
@@ -183,6 +184,8 @@ def _print_summary(result: CompileResult) -> None:
         for row in report.passes
     ]
     print_table(("pass", "changed", "refused", "seconds"), rows, right=("refused", "seconds"))
+    if verdict := verdict_text(report):
+        print(f"\n{verdict}")
     place = shlex.quote(str(bundle.path))
     print(f"\nnext: qcgraph sample {place} -o grid.png")
 

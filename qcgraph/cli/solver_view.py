@@ -33,9 +33,8 @@ def solver(bundle: Bundle) -> dict[str, Any]:
     for index, row in enumerate(rows):
         row["plain"] = asdict(plan.plain[index])
         if fit:
-            ridge = fit.ridges[index]
-            row["ridge"] = ridge if math.isfinite(ridge) else None
-            row["error"], row["plain_error"] = fit.errors[index], fit.plain_errors[index]
+            row["ridge"], row["error"] = fit.ridges[index], fit.errors[index]
+            row["plain_error"] = fit.plain_errors[index]
     return {
         "scheduler": scheduler,
         "fitted": report.model_dump(mode="json"),

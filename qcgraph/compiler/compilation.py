@@ -16,7 +16,15 @@ import torch
 
 from qcgraph.bundle import Bundle, check_output, write_plan, write_scheduler, writing
 from qcgraph.bundle.plan_file import PlanFile
-from qcgraph.bundle.report import REPORT, CheckReport, CompileReport, EdgeReport, EstimateReport, GivenPlan
+from qcgraph.bundle.report import (
+    REPORT,
+    CheckReport,
+    ComparisonReport,
+    CompileReport,
+    EdgeReport,
+    EstimateReport,
+    GivenPlan,
+)
 from qcgraph.capture.capture import capture
 from qcgraph.capture.meaning import check_meaning
 from qcgraph.compiler.acceptance import admit_edges, admit_quality, check_conditions, overrides
@@ -26,6 +34,7 @@ from qcgraph.compiler.estimate import estimate
 from qcgraph.compiler.least_bits import compile_with_least, is_asked_for, most_bits
 from qcgraph.compiler.rejection import forget_rejected, reject
 from qcgraph.compiler.report import compile_report, quantizable
+from qcgraph.compiler.verdict import Contest, comparable, compare
 from qcgraph.errors import UsageError, closest
 from qcgraph.evaluation.ablation import is_quantized
 from qcgraph.export.check.check import Check
@@ -47,6 +56,7 @@ from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
 from qcgraph.recipe.gate import Verdict
+from qcgraph.sampling.reference import RunStore
 
 HELD_BYTES = 2**28  # bytes of weights that stay in memory with their capture; a larger model is loaded again
 
@@ -166,7 +176,8 @@ class _Compilation:
         elapsed = time.perf_counter() - started
         del loaded, captured  # large weights are not held while the passes run, once passes have replaced them
         chosen = _prefix(pipeline, self.stop_after)
-        program = self._transformed(start, chosen.without_sampling() if self.dry_run else chosen, instruments, target)
+        ran, runs = chosen.without_sampling() if self.dry_run else chosen, RunStore()
+        program = self._transformed(start, ran, instruments, target, runs)
         report = compile_report(sites, program, recipe, target, pipeline, timer.seconds)
         if chosen.provides(QuantPlan) and not (report.planned_sites if self.dry_run else report.quantized_sites):
             notes += self._noted([f"{recipe.quantization.bits} was asked for, but {why_nothing(program, sites)}"])
@@ -178,7 +189,7 @@ class _Compilation:
             estimate=found and EstimateReport(**asdict(found)),
         )
         if output is not None:
-            report = self._write(output, program, held, recipe, target, report, dump, timer, started)
+            report = self._write(output, program, held, recipe, target, report, dump, timer, started, runs)
             forget_rejected(output)
             return CompileResult(Bundle.open(output, check=False), report, program.text)
         return CompileResult(None, report, program.text)
@@ -206,12 +217,18 @@ class _Compilation:
             yield PrintAfter(self.print_after, self.out)
 
     def _transformed(
-        self, start: list[Program], pipeline: Pipeline, instruments: Sequence[Instrument], target: Target
+        self,
+        start: list[Program],
+        pipeline: Pipeline,
+        instruments: Sequence[Instrument],
+        target: Target,
+        runs: RunStore,
     ) -> Program:
         """Return the program after all passes; take it out of ``start``, so that nothing else keeps it in memory."""
         program = start.pop()
         for part in _parts(pipeline):
-            program = part.run(program, instruments, self.progress, costs_for(target, self.progress), origin=program)
+            costs = costs_for(target, self.progress)
+            program = part.run(program, instruments, self.progress, costs, origin=program, runs=runs)
             gc.collect()  # graphs and modules refer to each other; collecting them frees the weights that were replaced
             release_memory()
         return program
@@ -234,6 +251,7 @@ class _Compilation:
         dump: Dump,
         timer: Timer,
         started: float,
+        runs: RunStore,
     ) -> CompileReport:
         """Export, check and judge the program, write the bundle, and return its report.
 
@@ -255,6 +273,7 @@ class _Compilation:
                 cached_edges=edges,
                 checks=tuple(CheckReport(**asdict(check)) for check in checks),
                 gate=verdicts,
+                comparison=comparison,
                 seconds=round(time.perf_counter() - started, 2),
                 stages={name: round(seconds, 3) for name, seconds in timer.stages.items()},
             )
@@ -273,11 +292,18 @@ class _Compilation:
         ) as folder:
             checks = _export(program, folder, target, self.progress, timer)
             verdicts: tuple[Verdict, ...] = ()
+            comparison: ComparisonReport | None = None
             if any(check.failed for check in checks):
                 raise reject(checks, folder, output, fill, model=name, target=target, precision=precision)
             if recipe.conditions is not None and original is not None:
                 with timer.stage("gate"):
                     verdicts = admit_quality(recipe.conditions, *original, program, folder, target, self.progress)
+            if count := comparable(program):
+                with timer.stage("comparison"):
+                    contest = Contest(
+                        origin()[1], program, folder, target, recipe.calibration.seed, runs, self.progress
+                    )
+                    comparison = compare(contest, count)
             return fill(folder)
 
 

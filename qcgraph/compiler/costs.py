@@ -38,7 +38,7 @@ def measure_costs(program: Program, target: Target, progress: Progress) -> dict[
     legal = Pipeline.parse(target.legalize).run(program) if target.legalize else program
     with scratch_folder() as folder:
         runtime = runtime_for(target, precision_of(legal.facts))
-        return _turns(export_to(runtime, target, legal, folder, progress), legal)
+        return run_milliseconds(export_to(runtime, target, legal, folder, progress), legal)
 
 
 def costs_for(target: Target, progress: Progress) -> Costs:
@@ -49,7 +49,13 @@ def costs_for(target: Target, progress: Progress) -> Costs:
     return Costs(runtime_for(target, "f32").name, lambda program: measure_costs(program, target, progress))
 
 
-def _turns(runner: Runner, program: Program) -> dict[str, float]:
+def run_milliseconds(runner: Runner, program: Program) -> dict[str, float]:
+    """Return the median milliseconds of one run of every variant on one image with guidance; variants take turns.
+
+    Args:
+        runner: runs the variants.
+        program: the program that it runs.
+    """
     plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
     latent = np.random.default_rng(0).standard_normal((plan.halves, *spec.latent_shape), dtype=np.float32)
     inputs = step_inputs(plan, spec, 0, latent, in_turn(plan.halves, spec, with_null=True))

@@ -28,6 +28,7 @@ from qcgraph.ir.program import HistoryEntry, Program, Refusal
 from qcgraph.pipeline.options import check_options, converted
 from qcgraph.pipeline.workload import Workload
 from qcgraph.progress import Progress
+from qcgraph.sampling.reference import RunStore
 
 MOST_CHARACTERS = 200_000  # characters of a pipeline's text, which may hold a cache schedule
 _BARE = re.compile(r"[A-Za-z0-9_.:/+-]+")
@@ -57,12 +58,14 @@ class PassContext:
         refusals: the refusals of the pass.
         costs: measures the variants of a program, or None where no runtime can.
         origin: the captured program, or None where the caller did not give it.
+        runs: the runs of the captured program that were recorded so far.
     """
 
     progress: Progress = field(default_factory=Progress)
     refusals: list[Refusal] = field(default_factory=list)
     costs: Costs | None = None
     origin: Program | None = None
+    runs: RunStore = field(default_factory=RunStore)
 
     def refuse(self, where: str, reason: str) -> None:
         """Record a node or site that the pass leaves alone, and the reason."""
@@ -219,6 +222,7 @@ class Pipeline:
         progress: Progress | None = None,
         costs: Costs | None = None,
         origin: Program | None = None,
+        runs: RunStore | None = None,
     ) -> Program:
         """Run the passes one after the other, and check each against its contract.
 
@@ -228,15 +232,17 @@ class Pipeline:
             progress: where instruments and passes report progress.
             costs: measures the variants of a program.
             origin: the captured program, for passes that compare with it; they refuse where it is not given.
+            runs: keeps the runs of the captured program that passes record, for those that follow.
 
         Raises:
             QcgraphError: a pass refused its input or broke its contract; names it and the passes before it.
         """
+        runs = RunStore() if runs is None else runs
         for index, pass_ in enumerate(self.passes):
             try:
                 for instrument in instruments:
                     instrument.before(pass_, program)
-                context = PassContext(progress or Progress(), costs=costs, origin=origin)
+                context = PassContext(progress or Progress(), costs=costs, origin=origin, runs=runs)
                 result = _run_checked(pass_, program, context)
                 for instrument in instruments:
                     instrument.after(pass_, program, result)

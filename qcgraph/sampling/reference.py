@@ -13,6 +13,7 @@ from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import ModelSpec, NoiseSchedule
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
+from qcgraph.sampling.calibration import calibration_conditions, calibration_noise
 from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.loop import Request, Updates, trajectory
 from qcgraph.sampling.runner import Array, Runner
@@ -35,6 +36,11 @@ class RecordedRun:
     latents: tuple[Array, ...]
     predictions: tuple[Array, ...]
 
+    @property
+    def ends(self) -> RecordedRun:
+        """The final latents alone."""
+        return RecordedRun(self.latents[-1:], ())
+
 
 def walk(
     runner: Runner, plan: StepPlan, spec: ModelSpec, conditions: Conditions, initial: Array, progress: Progress
@@ -56,6 +62,39 @@ def walk(
         predictions.append(taken.prediction)
         latents.append(taken.after)
     return RecordedRun(tuple(latents), tuple(predictions))
+
+
+class RunStore:
+    """Runs of the captured model that the passes of one compilation share, so that none is sampled twice.
+
+    A run is known by its plan, the number of trajectories and their seed.
+    """
+
+    def __init__(self) -> None:
+        self._runs: dict[tuple[object, ...], RecordedRun] = {}
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def walk(
+        self, runner: Runner, plan: StepPlan, spec: ModelSpec, trajectories: int, seed: int, progress: Progress
+    ) -> RecordedRun:
+        """Return the run of a plan on calibration trajectories, sampled by the runner if it is not known yet.
+
+        Args:
+            runner: runs the captured model.
+            plan: the step plan, whose updates add no noise.
+            spec: the specification of the denoiser.
+            trajectories: the number of trajectories.
+            seed: the seed of conditions and noise.
+            progress: reports the steps.
+        """
+        key = (plan.fingerprint, plan.steps, trajectories, seed)
+        if key not in self._runs:
+            conditions = calibration_conditions(trajectories, seed, spec)
+            initial = calibration_noise(trajectories, seed, spec).initial()
+            self._runs[key] = walk(runner, plan, spec, conditions, initial, progress)
+        return self._runs[key]
 
 
 def first_order_plan(steps: int, like: StepPlan, schedule: NoiseSchedule) -> StepPlan:

@@ -11,7 +11,7 @@ import pytest
 from qcgraph.bundle import Bundle
 from qcgraph.bundle.report import SolverReport
 from qcgraph.cli.ir_text import read_program_text
-from qcgraph.facts import SolverPlan, SolverTargets, decode
+from qcgraph.facts import SolverFit, SolverPlan, SolverTargets, decode
 from qcgraph.ir.program import Program
 from qcgraph.models.files import DIGITS_FOLDER
 from qcgraph.plan.steps import Earlier, Update
@@ -136,6 +136,22 @@ def test_steps_that_were_chosen_but_not_fitted_again(
     assert "5 trajectories" in out
     assert "ridge" not in out
     assert "plain x" in out
+
+
+def test_a_step_that_kept_its_plain_update(qcgraph: Command, make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    chosen = SolverPlan("run", 9, (Update(1.0, -0.1),) * 3, 3, (0.01, 0.1))
+    fit = SolverFit((1e-8, None, 1e-3), (0.5, 0.25, 0.125), (1.0, 0.25, 0.5), 4)
+    bundle = make_bundle(tmp_path / "toy", more_facts=(chosen, fit))
+    rows = qcgraph("inspect", bundle, "--show", "solver", "--json").json()["steps"]
+    assert [row["ridge"] for row in rows] == [1e-8, None, 1e-3]
+    lines = qcgraph("inspect", bundle, "--show", "solver").out.splitlines()
+    assert "off by -20.0 dB, -10.0 dB (mean square)" in lines[1]
+    assert [line.split()[5:7] for line in lines[-4:]] == [
+        ["ridge", "error"],
+        ["1e-08", "0.5"],
+        ["plain", "0.25"],
+        ["1e-03", "0.125"],
+    ]
 
 
 def test_sites_say_why_they_stay_in_floating_point(qcgraph: Command, bundle: Path) -> None:

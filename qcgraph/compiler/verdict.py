@@ -1,0 +1,141 @@
+"""Compare a compilation with the best that its time buys for nothing: fewer steps of a plain or of a fitted solver."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qcgraph.bundle.report import ComparisonReport, RivalReport
+from qcgraph.compiler.costs import measure_costs, run_milliseconds
+from qcgraph.errors import UsageError
+from qcgraph.evaluation.metrics import peak, psnr, shown
+from qcgraph.evaluation.tally import mean_squares
+from qcgraph.export.run.open import open_runner
+from qcgraph.export.run.runtimes import Exported
+from qcgraph.export.targets import Target
+from qcgraph.ir.execute import TorchRunner
+from qcgraph.ir.program import Program
+from qcgraph.pipeline import Pipeline
+from qcgraph.pipeline.calibration_budget import affordable, trajectory_macs
+from qcgraph.plan.schedulers import first_order, make_step_plan
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
+from qcgraph.progress import Progress
+from qcgraph.sampling.calibration import FIRST_INDEX
+from qcgraph.sampling.conditions import in_turn
+from qcgraph.sampling.loop import sample
+from qcgraph.sampling.noise import Noise
+from qcgraph.sampling.reference import COARSE_STEPS, FINE_STEPS, RunStore, extrapolated, first_order_plan, walk
+from qcgraph.sampling.runner import Array, Runner
+
+TRAJECTORIES = (2, 8)  # fewest and most trajectories of a comparison
+MACS = 4e12  # multiply-accumulates of their converged run: a minute on two cores. A model that needs more has none.
+FITTING_MACS = 6e11  # multiply-accumulates that recording runs for a fitted rival may take, where none are recorded
+FIRST = 2 * FIRST_INDEX  # index of the first sample, whose noise neither calibration nor a user's samples share
+RIVAL = "dpmsolver++"
+FITTED = "fitted solver"
+FEWEST_FITTED = 16  # trajectories that a fit takes at least
+
+
+def comparable(program: Program) -> int:
+    """Return on how many trajectories a compilation can be compared; 0 where it adds noise, or it takes too long."""
+    if any(step.update.noise for step in program.facts[StepPlan].steps):
+        return 0
+    macs = _run_macs(program)
+    return affordable(macs, MACS, TRAJECTORIES) if macs * TRAJECTORIES[0] <= MACS else 0
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A compilation, and the model that it was made from.
+
+    Attributes:
+        origin: the captured model, with the plan of the scheduler's run.
+        program: the compiled program.
+        folder: the folder of its exported graphs.
+        target: the target of the compilation.
+        seed: the seed of the noise.
+        runs: the runs of the model that passes recorded.
+        progress: reports the samples.
+    """
+
+    origin: Program
+    program: Program
+    folder: Path
+    target: Target
+    seed: int
+    runs: RunStore
+    progress: Progress
+
+    @property
+    def plan(self) -> StepPlan:
+        """The step plan of the compilation."""
+        return self.program.facts[StepPlan]
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The spec of the model."""
+        return self.program.facts[ModelSpec]
+
+
+def compare(contest: Contest, count: int) -> ComparisonReport:
+    """Return how close the compilation and its rivals come to the converged run in the same time.
+
+    Time is measured: the median of one run of every variant on the runtime of the target. A rival takes as many steps
+    of the model in full precision, on the same runtime, as fit into the time of the compilation, one at least.
+
+    Args:
+        contest: the compilation.
+        count: the number of trajectories.
+    """
+    contest.progress.note(f"comparing with plain solvers on {count} trajectories")
+    exported = Exported(contest.program, contest.folder, contest.program.interfaces)
+    runner = open_runner(contest.target, exported)
+    spent = contest.plan.work(run_milliseconds(runner, contest.program))
+    step = measure_costs(contest.origin, contest.target, contest.progress)[contest.origin.computing]
+    steps = max(1, min(int(spent / step), len(contest.origin.facts[StepPlan])))
+    told = in_turn(count, contest.spec)
+    goal = shown(_converged(contest, count), contest.spec)
+
+    def drawn(taken: Runner, plan: StepPlan) -> float:
+        finals = sample(taken, plan, contest.spec, told, contest.seed, batch=count, first_index=FIRST)
+        return float(psnr(mean_squares(shown(finals, contest.spec), goal).mean(), peak(goal, contest.spec)))
+
+    model = TorchRunner(contest.origin)
+    rivals = tuple(
+        RivalReport(name=name, steps=len(plan), seconds=len(plan) * step / 1000, psnr=drawn(model, plan))
+        for name, plan in _rivals(contest, steps)
+    )
+    return ComparisonReport(trajectories=count, seconds=spent / 1000, psnr=drawn(runner, contest.plan), rivals=rivals)
+
+
+def _converged(contest: Contest, count: int) -> Array:
+    """Return the final latents of the converged run."""
+    told, run, runner = in_turn(count, contest.spec), contest.origin.facts[StepPlan], TorchRunner(contest.origin)
+    initial = Noise(contest.seed, range(FIRST, FIRST + count), contest.spec.latent_shape).initial()
+    coarse, fine = (
+        walk(runner, plan, contest.spec, told, initial, contest.progress)
+        for plan in (first_order_plan(steps, run, contest.spec.noise_schedule) for steps in (COARSE_STEPS, FINE_STEPS))
+    )
+    return extrapolated(coarse.ends, fine.ends).latents[-1]
+
+
+def _rivals(contest: Contest, steps: int) -> Iterator[tuple[str, StepPlan]]:
+    """Yield the plans of solvers that take a number of steps, each with a name."""
+    run, schedule = contest.origin.facts[StepPlan], contest.spec.noise_schedule
+    mark = run.fingerprint
+    for name in dict.fromkeys((first_order(schedule), RIVAL, mark.scheduler)):
+        try:
+            yield name, make_step_plan(name, steps, mark.guidance, schedule, mark.model)
+        except UsageError:
+            continue  # it cannot make so few steps, or does not solve the process of the model
+    if len(contest.runs) or _run_macs(contest.origin) * FEWEST_FITTED <= FITTING_MACS:
+        pipeline = Pipeline.parse(f"plan-solver{{steps={steps} seed={contest.seed}}}")
+        fitted = pipeline.run(contest.origin, progress=contest.progress, runs=contest.runs)
+        yield FITTED, fitted.facts[StepPlan]
+
+
+def _run_macs(program: Program) -> float:
+    """Return the multiply-accumulates of recording one converged trajectory."""
+    return trajectory_macs(program) / len(program.facts[StepPlan]) * (COARSE_STEPS + FINE_STEPS)
