@@ -115,9 +115,30 @@ def test_an_own_pipeline_ends_with_what_the_target_asks_for(target: Target) -> N
 def test_settings_that_an_own_pipeline_overrules_are_told() -> None:
     own = Recipe.from_toml('[pipeline]\npasses = "plan-cache{interval=2},insert-cache"\n').override(target="torch")
     assert target_notes(own, TARGETS["torch"]) == ()
-    changed = own.override(cache="interval=4", compensate="vc", seed=3)
+    changed = own.override(solver="fitted", cache="interval=4", compensate="vc", seed=3)
     (note,) = target_notes(changed, TARGETS["torch"])
-    assert "cache.schedule, compensation.mode: without effect" in note
+    assert "solver.mode, cache.schedule, compensation.mode: without effect" in note
+
+
+def test_a_fitted_solver_comes_first_and_is_fitted_last() -> None:
+    """But for what changes no value; with the settings of the recipe, and without what compensates besides."""
+    text = '[solver]\nmode = "fitted=4"\ntarget = "run"\nhistory = 1\n[calibration]\nseed = 5\ntrajectories = 6\n'
+    asked = Recipe.from_toml(text).override(cache="interval=2", compensate="vc", hoist_adaln=True, precision="float16")
+    first, *between, last = default_pipeline(asked, TARGETS["tensorrt-rtx"])
+    assert first.text == "plan-solver{steps=4 target=run history=1 trajectories=6 seed=5}"
+    names = [pass_.name for pass_ in (*between, last)]
+    assert names[names.index("fit-solver") :][:2] == ["fit-solver", "hoist-adaln"]
+    assert not [name for name in names[: names.index("fit-solver")] if name.startswith(("hoist", "plan-precision"))]
+    assert "fit-compensation" not in names
+    (note,) = (note for note in target_notes(asked, TARGETS["tensorrt-rtx"]) if "variance" in note)
+    assert "the fitted updates correct" in note
+    assert not [note for note in target_notes(asked.override(compensate="off"), TARGETS["torch"]) if "variance" in note]
+
+
+def test_without_a_fitted_solver_nothing_is_fitted() -> None:
+    for target in TARGETS.values():
+        names = {pass_.name for pass_ in default_pipeline(Recipe(), target)}
+        assert not names & {"plan-solver", "fit-solver"}
 
 
 def test_an_error_in_an_own_pipeline_names_the_key_of_the_recipe() -> None:

@@ -20,7 +20,7 @@ from qcgraph.errors import ContractError, UsageError
 from qcgraph.export.onnx.emit import emit_onnx
 from qcgraph.export.run.onnxruntime import OnnxRuntimeRunner
 from qcgraph.export.targets import TARGETS
-from qcgraph.facts import CachePlan, CalibrationSet, Compensation, ForecastFit
+from qcgraph.facts import CachePlan, CalibrationSet, Compensation, ForecastFit, SolverPlan
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.models import LoadedModel
@@ -35,6 +35,7 @@ from qcgraph.plan.spec import Condition, ModelSpec, class_label
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.sampling.conditions import in_turn
+from qcgraph.sampling.fitting import with_updates
 from qcgraph.sampling.loop import sample
 
 Run = Callable[[str, Program], Program]
@@ -201,6 +202,22 @@ def test_the_masked_form_of_what_has_not_drifted_is_neutral(told: Program) -> No
     passes = Pipeline.parse("calibrate{trajectories=2},fit-compensation{form=masked}")
     program = passes.run(told, origin=told)
     np.testing.assert_allclose(program.facts[Compensation].gains, 1.0, rtol=0, atol=1e-6)
+
+
+def test_a_solver_of_all_steps_is_the_captured_program(told: Program, run: Run) -> None:
+    program = run(f"plan-solver{{steps={STEPS} target=run trajectories=2}},fit-solver", told)
+    assert program.facts[StepPlan].steps == told.facts[StepPlan].steps
+    assert np.array_equal(latents(program), latents(told))
+
+
+def test_fitted_steps_are_nearer_than_plain_ones(told: Program, run: Run) -> None:
+    """With reused values among them, too: every second of six steps."""
+    planned = run("plan-solver{steps=6 target=run trajectories=6}", told)
+    for cache in ("", "plan-cache{interval=2},insert-cache,"):
+        program = run(f"{cache}fit-solver", planned)
+        plan = program.facts[StepPlan]
+        plain = with_updates(plan, program.facts[SolverPlan].plain)
+        assert distance(latents(program), latents(told)) < distance(latents(program, plain), latents(told))
 
 
 @pytest.mark.parametrize("text", ["plan-equalization{trajectories=2},equalize", "split-attention"])

@@ -15,13 +15,14 @@ from qcgraph.recipe import PRESETS, Recipe, preset_names
 
 def test_presets() -> None:
     assert preset_names() == ("balanced", "careful", "fast")
-    budgets = [Recipe.load(name).cache_budget for name in ("careful", "balanced", "fast")]
-    assert budgets == [0.5, 0.35, 0.2]
+    steps = [Recipe.load(name).fitted_steps for name in ("careful", "balanced", "fast")]
+    assert steps == [17, 13, 8]
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_do_not_depend_on_the_machine(name: str) -> None:
-    assert Recipe.load(name).cache.cost == "macs"
+    recipe = Recipe.load(name)
+    assert recipe.cache_budget is None or recipe.cache.cost == "macs"
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -157,6 +158,22 @@ def test_wrong_recipes(text: str, where: str, what: str, hint: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("mode", "is_fitted", "steps"), [("as-is", False, None), ("fitted", True, None), ("fitted=13", True, 13)]
+)
+def test_the_modes_of_a_solver(mode: str, is_fitted: bool, steps: int | None) -> None:
+    recipe = Recipe().override(solver=mode, solver_target="run")
+    assert (recipe.is_fitted, recipe.fitted_steps, recipe.solver.target) == (is_fitted, steps, "run")
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+
+
+@pytest.mark.parametrize("history", [-1, 4, "two", True])
+def test_a_history_of_a_solver_that_is_none(history: object) -> None:
+    with pytest.raises(UsageError, match="does not fit") as caught:
+        Recipe.of({"solver": {"history": history}})
+    assert "solver.history" in str(caught.value.where) + str(caught.value.message)
+
+
+@pytest.mark.parametrize(
     ("options", "where", "what"),
     [
         ({"bits": "w8"}, "--bits", "'w8' does not fit"),
@@ -164,6 +181,10 @@ def test_wrong_recipes(text: str, where: str, what: str, hint: str) -> None:
         ({"forecast": ""}, "--forecast", "'' does not fit"),
         ({"cache_budget": -1}, "--cache-budget", "-1 does not fit"),
         ({"compensate": "dec"}, "--compensate", "'dec' does not fit"),
+        ({"solver": "fitted=0"}, "--solver", "'fitted=0' does not fit"),
+        ({"solver": "fit"}, "--solver", "'fit' does not fit"),
+        ({"solver": "fitted="}, "--solver", "'fitted=' does not fit"),
+        ({"solver_target": "walk"}, "--solver-target", "'walk' does not fit"),
         ({"steps": 0}, "--steps", "0 does not fit"),
         ({"stepz": 3}, None, "unknown option 'stepz'"),
         ({"bits": "\udcff"}, "recipe", r"'\udcff' is no text"),
