@@ -115,7 +115,8 @@ def make_samples(folder: Path) -> Samples:
         module.eval(), ModelSpec.class_conditional("tiny", (1, 4, 4), 3, 3, output_channels=2), ("x", "t", "y")
     )
     recipe = {
-        "sampling": {"steps": 4},
+        "sampling": {"steps": 6},
+        "solver": {"mode": "fitted=4", "target": "run"},
         "quantization": {"groups": 2, "scales": "range", "rounding": "nearest", "equalize": False, "correction": "off"},
         "calibration": {"trajectories": 2, "samples": 8},
         "cache": {"schedule": "interval=2"},
@@ -237,11 +238,12 @@ COMMANDS += ("passes", "models", "targets")
 # Values for some options; any other option gets arbitrary words.
 KNOWN = {
     "steps": ["4", "20"], "seed": ["0", "7"], "guidance": ["1.5", "1"], "scheduler": ["ddim", "ddpm"], "bits": ["w8a8"],
+    "solver": ["as-is", "fitted", "fitted=3"], "solver-target": ["converged", "run"],
     "groups": ["2"], "cache": ["off", "interval=2"], "target": ["torch", "onnxruntime-cpu"], "precision": ["float32"],
     "gate": ["psnr>=28"], "ablate": ["tgq"], "recipe": ["balanced", "fast"], "compensate": ["off", "vc"],
     "forecast": ["affine"], "format": ["onnx-single", "triton"], "metrics": ["psnr"], "baselines": ["torch"],
     "samples": ["1"], "count": ["1"], "seeds": ["1"], "threads": ["1"], "batches": ["1,2"], "rounds": ["1"],
-    "class": ["1"], "after": ["0"], "show": ["plan", "schedule"], "batch": ["2,2,4"], "node": ["*"],
+    "class": ["1"], "after": ["0"], "show": ["plan", "schedule", "solver"], "batch": ["2,2,4"], "node": ["*"],
 }  # fmt: skip
 
 

@@ -188,7 +188,8 @@ def draw_pipeline(rng: random.Random) -> bytes:
     from qcgraph.recipe import Recipe
 
     target = TARGETS[rng.choice(sorted(TARGETS))]
-    text = default_pipeline(Recipe().override(cache=rng.choice(["off", "interval=3", "budget=0.3"])), target).text
+    cache, solver = rng.choice(["off", "interval=3", "budget=0.3"]), rng.choice(["as-is", "fitted=5"])
+    text = default_pipeline(Recipe().override(cache=cache, solver=solver), target).text
     if rng.random() < 0.6:
         parts = []
         for name in rng.choices(sorted(registry()), k=rng.randrange(1, 4)):
@@ -216,6 +217,7 @@ def draw_schedule(rng: random.Random) -> str:
             f"budget=.{'1' * rng.choice([1, 5, 10**5])}{rng.choice(['', 'x'])}",
             f"w{rng.randrange(10)}a{rng.randrange(10)}",
             f"auto={number()}",
+            f"fitted={number()}",
             f"{number()}..{number()}+guidance",
             f"psnr>={number()},accuracy_drop<={number()}",
             f"{rng.choice(['psnr', 'ssim', 'fid_small', 'foo', ''])}{rng.choice(['>=', '<', '=', ''])}{number()}",
