@@ -49,4 +49,5 @@ def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refusals_are_printed(run_tool: Any, tmp_path: Path) -> None:
     done = run_tool(TOOL, "digitz", *SMALL, folder=tmp_path)
     assert done.returncode == 2
-    assert "unknown model 'digitz'" in done.stderr
+    assert "'digitz': unknown model" in done.stderr
+    assert "hint: " in done.stderr
