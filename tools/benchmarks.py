@@ -120,6 +120,9 @@ def evaluation(result: Result) -> str:
         metrics = row.get("metrics", {})
         values = [spread(metrics[name], "value", "low", "high") if name in metrics else "-" for name in names]
         converged = f"{row['converged_psnr']:.1f}" if "converged_psnr" in row else "-"
+        if "converged_spread" in row:
+            median, worst = row["converged_spread"]
+            converged += f" ({median:.1f}, {worst:.1f})"
         cost = f"{row['cost']:.1f}" if "cost" in row else row["absent"]
         rows.append([row["title"], cost, *values, converged])
     titles = [f"{METRICS[name].title} {METRICS[name].unit}".strip() for name in names]
@@ -127,7 +130,7 @@ def evaluation(result: Result) -> str:
     lines = [
         f"{result['model']}, {result['plan']}; {samples}. In brackets: where another run with other seeds is expected.",
         "",
-        table(["setting", "steps of work", *titles, "PSNR to converged"], rows),
+        table(["setting", "steps of work", *titles, "PSNR to converged (median, worst tenth)"], rows),
     ]
     interaction = result["interaction_db"]
     if interaction:

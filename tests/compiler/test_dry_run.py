@@ -20,6 +20,7 @@ RECIPES = {
     "dps": {"bits": "w4a8", "cache": "dps=3", "forecast": "dec"},
     "compensated": {"bits": "w8a8", "cache": "interval=2", "compensate": "vc", "hoist_adaln": True},
     "float": {"bits": "off", "cache": "budget=0.5", "compensate": "vc"},
+    "fitted": {"bits": "w8a8", "solver": "fitted=3", "cache": "interval=2", "hoist_adaln": True},
     "followed": {"bits": "w6a6", "cache": "plan=900-300:FRRF"},
 }
 

@@ -46,8 +46,8 @@ def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_refusals_are_printed(run_tool: Any, small_digits: Path, tmp_path: Path) -> None:
-    done = run_tool(TOOL, small_digits, *SMALL, "--steps", 1001, "--target", "run", folder=tmp_path)
+def test_refusals_are_printed(run_tool: Any, tmp_path: Path) -> None:
+    done = run_tool(TOOL, "digitz", *SMALL, folder=tmp_path)
     assert done.returncode == 2
-    assert "1001 steps" in done.stderr
+    assert "'digitz': unknown model" in done.stderr
     assert "hint: " in done.stderr
