@@ -211,7 +211,7 @@ def _summary(report: CompileReport, bundle: Bundle | None) -> list[tuple[str, st
         *cache_fields(report.cache, report.cached_edges),
         ("quantized", _quantized(report) if bundle else f"{_sites_text(report, report.planned_sites)} planned"),
         *_scales(report, bundle),
-        ("work", f"{report.mac_ratio:.1%} of the multiply-accumulates of {_whole(report)}"),
+        *_work(report),
     ]
     if report.given_plan is not None:
         fields.append(("plan", _given_text(report.given_plan, report.plan)))
@@ -237,9 +237,14 @@ def _solver(report: CompileReport) -> list[tuple[str, str]]:
     return [("solver", "fitted; its steps follow from samples")] if _provides(report.pipeline, SolverPlan) else []
 
 
-def _whole(report: CompileReport) -> str:
-    """Return what the work is relative to, as text."""
-    return f"{report.solver.run_steps} steps of the model" if report.solver else "the model"
+def _work(report: CompileReport) -> list[tuple[str, str]]:
+    """Return the work with its name; nothing in a dry run of a fitted solver, whose steps are not known yet."""
+    from qcgraph.facts import SolverPlan
+
+    if report.solver is None and _provides(report.pipeline, SolverPlan):
+        return []
+    whole = f"{report.solver.run_steps} steps of the model" if report.solver else "the model"
+    return [("work", f"{report.mac_ratio:.1%} of the multiply-accumulates of {whole}")]
 
 
 def _schedule(report: CompileReport, cache: CacheReport, bundle: Bundle | None) -> str:
