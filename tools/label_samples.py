@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 LEFT, TOP, MARGIN = 250, 34, 10  # pixels: left of the samples for labels, above for the heading, margin around all
+LEAST_HEIGHT = 60  # pixels of a row: smaller samples are enlarged
 INK, FAINT, PAPER = "#1f2328", "#59636e", "#ffffff"
 
 
@@ -23,11 +24,14 @@ def main() -> None:
     asked = parser.parse_args()
     evaluation = json.loads((asked.evaluation / "eval.json").read_text("utf-8"))
     with Image.open(asked.evaluation / "samples.png") as samples:
-        labelled(samples, evaluation["rows"]).save(asked.output, optimize=True)
+        rows = [row for row in evaluation["rows"] if "absent" not in row]
+        labelled(samples, rows).save(asked.output, optimize=True)
 
 
 def labelled(samples: Image.Image, rows: list[dict[str, Any]]) -> Image.Image:
     """Return the samples, one row for each setting, with a label to the left of every row and a heading above."""
+    scale = max(1, round(LEAST_HEIGHT * len(rows) / samples.height))
+    samples = samples.resize((samples.width * scale, samples.height * scale), Image.Resampling.NEAREST)
     height = samples.height / len(rows)
     picture = Image.new("RGB", (LEFT + samples.width + MARGIN, TOP + samples.height + MARGIN), PAPER)
     picture.paste(samples.convert("RGB"), (LEFT, TOP))
@@ -48,7 +52,7 @@ def heading(rows: list[dict[str, Any]]) -> str:
 
 def describe(row: dict[str, Any]) -> str:
     """Return the cost of a setting, and its PSNR against the converged run, or else against full precision."""
-    psnr = row["metrics"].get("psnr", {}).get("value")
+    psnr = row.get("metrics", {}).get("psnr", {}).get("value")
     near = row.get("converged_psnr", psnr)
     return f"{row['cost']:.1f} steps of work" + (f", {near:.1f} dB" if near is not None else "")
 

@@ -68,7 +68,7 @@ def test_a_compilation_is_measured(run_tool: Any, monkeypatch: pytest.MonkeyPatc
     names = [stage["name"] for stage in row["stages"]]
     assert names[:2] == ["load", "capture"]
     assert names[2 : 2 + len(PASSES)] == PASSES
-    assert names[-3:] == ["export", "verify", "write"]
+    assert names[-3:] == ["verify", "comparison", "write"]
     assert row["weight_bytes"] == 4 * SMALL.parameter_count
     assert row["peak_bytes"] == max(stage["peak_bytes"] for stage in row["stages"])
     assert row["ratio"] == row["peak_bytes"] / row["weight_bytes"] > 1
