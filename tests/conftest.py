@@ -90,6 +90,14 @@ def few_converged_steps() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def few_target_trajectories() -> Iterator[None]:
+    """Solvers are fitted to few trajectories, unless a test says how many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qcgraph.passes.solver.plan_solver.TARGET_LIMITS", (2, 8))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def no_comparison() -> Iterator[None]:
     """Compilations are not compared with plain solvers, which samples hundreds of steps, unless a test says so."""
     with pytest.MonkeyPatch.context() as patch:

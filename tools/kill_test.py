@@ -52,7 +52,7 @@ EVENTS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.trun
 SIZES = (0, 1, 10, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 30000)
 VOLATILE = ("manifest.json", "report.json", "engines.json", "export.json")  # contain times; other checks cover them
 TINY = "kill_test:tiny"
-COMPILE = ("--bits", "off", "--guidance", "1.5")
+COMPILE = ("--bits", "off", "--guidance", "1.5", "--no-verdict")
 MEASURE = ("--model", TINY, "--metrics", "latent_error", "--no-attribution", "--seeds", "2", "--threads", "1")
 BUNDLE = "bundle"
 

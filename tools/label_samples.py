@@ -1,6 +1,6 @@
 """Write the name, the cost and the distance of every setting beside its row of samples from ``qcgraph eval -o FOLDER``.
 
-usage: python tools/label_samples.py out/eval docs/digits.png
+usage: python tools/label_samples.py out/cifar10-eval docs/cifar10.png
 """
 
 from __future__ import annotations

@@ -103,6 +103,10 @@ def compile_command(
     allow_unsafe: Annotated[
         bool, typer.Option("--allow-unsafe", help="Allow a cache that carries more quantization noise than change.")
     ] = False,
+    verdict: Annotated[
+        bool | None,
+        typer.Option("--verdict/--no-verdict", help="Compare the bundle with plain solvers of equal time at the end."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle that is there.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done; sample nothing, write nothing.")
@@ -142,6 +146,7 @@ def compile_command(
         seed=seed,
         gate=gate,
         allow_unsafe=allow_unsafe or None,
+        verdict=verdict,
     )
     if ablate is not None:
         resolved = resolved.ablated([name.strip() for name in ablate.split(",")])
@@ -184,8 +189,8 @@ def _print_summary(result: CompileResult) -> None:
         for row in report.passes
     ]
     print_table(("pass", "changed", "refused", "seconds"), rows, right=("refused", "seconds"))
-    if verdict := verdict_text(report):
-        print(f"\n{verdict}")
+    if line := verdict_text(report):
+        print(f"\n{line}")
     place = shlex.quote(str(bundle.path))
     print(f"\nnext: qcgraph sample {place} -o grid.png")
 

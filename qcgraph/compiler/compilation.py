@@ -298,7 +298,7 @@ class _Compilation:
             if recipe.conditions is not None and original is not None:
                 with timer.stage("gate"):
                     verdicts = admit_quality(recipe.conditions, *original, program, folder, target, self.progress)
-            if count := comparable(program):
+            if recipe.gate.verdict and (count := comparable(program)):
                 with timer.stage("comparison"):
                     contest = Contest(
                         origin()[1], program, folder, target, recipe.calibration.seed, runs, self.progress

@@ -268,6 +268,9 @@ class GateChoice(_Section):
     allow_unsafe: bool = Field(
         False, description="true or false: whether a cache that carries more quantization noise than change is allowed"
     )
+    verdict: bool = Field(
+        True, description="true or false: whether the bundle is compared with plain solvers of equal time at the end"
+    )
 
 
 class Recipe(_Section):
@@ -305,6 +308,7 @@ class Recipe(_Section):
         "seed": ("calibration", "seed"),
         "gate": ("gate", "terms"),
         "allow_unsafe": ("gate", "allow_unsafe"),
+        "verdict": ("gate", "verdict"),
     }
 
     # Components that --ablate switches off, each with the keys and values for it.

@@ -20,7 +20,7 @@ Table = npt.NDArray[np.float64]
 # Ridge of a regression relative to the mean square of its terms; the one with the least error on trajectories that were
 # left out is taken. Neighbouring predictions are nearly equal, so that small ones matter. Infinity: the plain update.
 RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, np.inf)
-JUDGED = 4  # one trajectory of this many is left out while a ridge is chosen
+JUDGED = 4  # one trajectory of this many is left out while a ridge or the steps are chosen
 
 
 @dataclass(frozen=True)

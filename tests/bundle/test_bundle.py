@@ -528,7 +528,7 @@ def read_beside(place: Path) -> None:
             opened = Bundle.open(place, check=bool(opened_times % 2))
             hashes.add(opened.manifest.files["full.onnx"].sha256)
             assert (opened.plan, opened.recipe) == (PLAN, Recipe())
-            assert is_bundle(place)
+            assert any(is_bundle(place) for _ in range(3))  # between two renames there is none for a moment
         except BundleError as error:  # where it was replaced more often than opening tries again
             assert error.message == "was replaced while it was read"  # noqa: PT017 - most often there is none
 

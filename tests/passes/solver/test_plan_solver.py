@@ -205,7 +205,8 @@ def test_the_number_of_steps(captured: Program, options: str, steps: int, count:
     assert replace(ours, target="run").forwards(work) == 3 * 2 * (steps + max(1, steps // 2) + 2 * count)
 
 
-def test_the_number_of_trajectories(captured: Program) -> None:
+def test_the_number_of_trajectories(captured: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcgraph.passes.solver.plan_solver.TARGET_LIMITS", (2, 64))  # tests have fewer
     """As many as a fixed number of values needs, here the most that there may be; half of them for twice the values."""
     work = Workload(captured, trajectories=9, rows=0, share=1.0)
     plan, spec = captured.facts[StepPlan], captured.facts[ModelSpec]
