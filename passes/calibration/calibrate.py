@@ -115,7 +115,7 @@ class Calibrate(Pass):
 
     def _samples(self, program: Program) -> int:
         """Return the number of latents of the calibration set."""
-        cost = PASSES * trajectory_macs(program) / len(program.facts[StepPlan])
+        cost = PASSES * trajectory_macs(program, 1)
         return self.latents or affordable(cost, AUTO_MACS, SAMPLES)
 
     def _observe(

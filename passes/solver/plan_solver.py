@@ -114,7 +114,7 @@ class PlanSolver(Pass):
         fact = SolverPlan(
             target=self.target,
             run_steps=len(plan),
-            plain=tuple(step.update for step in _chosen(plan, spec, best.steps).steps),
+            plain=best.plain,
             history=self.history,
             errors=tuple(entry.error for entry in contest),
         )
@@ -129,8 +129,7 @@ class PlanSolver(Pass):
         """Return the number of trajectories to record."""
         if self.trajectories:
             return self.trajectories
-        steps = len(program.facts[StepPlan])
-        macs = trajectory_macs(program) / steps * (COARSE_STEPS + FINE_STEPS)
+        macs = trajectory_macs(program, COARSE_STEPS + FINE_STEPS)
         enough = -(-VALUES // prod(program.facts[ModelSpec].latent_shape))
         least, most = TARGET_LIMITS
         return min(affordable(macs, TARGET_MACS, TARGET_LIMITS), max(8 * least, min(enough, most)))
@@ -150,14 +149,16 @@ class PlanSolver(Pass):
         fitted, final = fit_updates(TorchRunner(program), plan, spec, conditions, initial, aims, self.history, progress)
         judged = judged_rows(len(initial))
         error = float(np.square(final[judged] - aims[-1][judged], dtype=np.float64).mean())
-        return _Contestant(steps, with_updates(plan, [step.update for step in fitted]), error)
+        plain = tuple(step.update for step in plan.steps)
+        return _Contestant(steps, plain, with_updates(plan, [step.update for step in fitted]), error)
 
 
 @dataclass(frozen=True)
 class _Contestant:
-    """Steps that were tried, their plan with fitted updates, and the mean squared error of their final latents."""
+    """Steps that were tried, their plain updates, their plan with fitted ones, and the error of their final latents."""
 
     steps: Steps
+    plain: tuple[Update, ...]
     plan: StepPlan
     error: float
 

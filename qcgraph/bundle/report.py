@@ -13,6 +13,7 @@ from qcgraph.recipe.gate import Verdict
 
 REPORT = "report.json"
 REPORT_VERSION: Final = 1
+FITTED_RIVAL = "fitted solver"  # the name of the rival that no scheduler is
 
 
 def _number(value: Any) -> Any:

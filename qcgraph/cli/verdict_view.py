@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qcgraph.bundle.report import CompileReport, RivalReport
 
-FITTED = "fitted solver"  # the rival whose coefficients are fitted, too
-
 
 def verdict_text(report: CompileReport) -> str:
     """Return the verdict of a report, or an empty text where nothing was compared."""
@@ -29,8 +27,11 @@ def verdict_text(report: CompileReport) -> str:
 
 
 def _options(rival: RivalReport, report: CompileReport) -> str:
+    """Return the options that compile a rival."""
+    from qcgraph.bundle.report import FITTED_RIVAL
+
     sampling = report.recipe.sampling
-    if rival.name == FITTED:
+    if rival.name == FITTED_RIVAL:
         return f"--steps {sampling.steps} --guidance {sampling.guidance:g} --solver fitted={rival.steps} --bits off"
     return f"--steps {rival.steps} --guidance {sampling.guidance:g} --scheduler {rival.name} --bits off"
 

@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qcgraph.bundle.report import ComparisonReport, RivalReport
+from qcgraph.bundle.report import FITTED_RIVAL, ComparisonReport, RivalReport
 from qcgraph.compiler.costs import measure_costs, run_milliseconds
 from qcgraph.errors import UsageError
 from qcgraph.evaluation.metrics import peak, psnr, shown
+from qcgraph.evaluation.settings import RIVAL
 from qcgraph.evaluation.tally import mean_squares
 from qcgraph.export.run.open import open_runner
 from qcgraph.export.run.runtimes import Exported
 from qcgraph.export.targets import Target
+from qcgraph.facts import SolverFit, SolverPlan
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pipeline
@@ -33,8 +35,6 @@ TRAJECTORIES = (2, 8)  # fewest and most trajectories of a comparison
 MACS = 4e12  # multiply-accumulates of their converged run: a minute on two cores. A model that needs more has none.
 FITTING_MACS = 6e11  # multiply-accumulates that recording runs for a fitted rival may take, where none are recorded
 FIRST = 2 * FIRST_INDEX  # index of the first sample, whose noise neither calibration nor a user's samples share
-RIVAL = "dpmsolver++"
-FITTED = "fitted solver"
 FEWEST_FITTED = 16  # trajectories that a fit takes at least
 
 
@@ -42,7 +42,7 @@ def comparable(program: Program) -> int:
     """Return on how many trajectories a compilation can be compared; 0 where it adds noise, or it takes too long."""
     if any(step.update.noise for step in program.facts[StepPlan].steps):
         return 0
-    macs = _run_macs(program)
+    macs = trajectory_macs(program, COARSE_STEPS + FINE_STEPS)
     return affordable(macs, MACS, TRAJECTORIES) if macs * TRAJECTORIES[0] <= MACS else 0
 
 
@@ -130,12 +130,12 @@ def _rivals(contest: Contest, steps: int) -> Iterator[tuple[str, StepPlan]]:
             yield name, make_step_plan(name, steps, mark.guidance, schedule, mark.model)
         except UsageError:
             continue  # it cannot make so few steps, or does not solve the process of the model
-    if len(contest.runs) or _run_macs(contest.origin) * FEWEST_FITTED <= FITTING_MACS:
-        pipeline = Pipeline.parse(f"plan-solver{{steps={steps} seed={contest.seed}}}")
-        fitted = pipeline.run(contest.origin, progress=contest.progress, runs=contest.runs)
-        yield FITTED, fitted.facts[StepPlan]
-
-
-def _run_macs(program: Program) -> float:
-    """Return the multiply-accumulates of recording one converged trajectory."""
-    return trajectory_macs(program) / len(program.facts[StepPlan]) * (COARSE_STEPS + FINE_STEPS)
+    options = f"steps={steps} seed={contest.seed}"
+    solver, fit = contest.program.facts.get(SolverPlan), contest.program.facts.get(SolverFit)
+    if solver and fit and solver.target == "converged":
+        options += f" trajectories={fit.trajectories}"  # those whose runs are recorded
+    elif trajectory_macs(contest.origin, COARSE_STEPS + FINE_STEPS) * FEWEST_FITTED > FITTING_MACS:
+        return
+    pipeline = Pipeline.parse(f"plan-solver{{{options}}}")
+    fitted = pipeline.run(contest.origin, progress=contest.progress, runs=contest.runs)
+    yield FITTED_RIVAL, fitted.facts[StepPlan]

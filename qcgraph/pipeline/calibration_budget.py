@@ -34,7 +34,13 @@ def affordable(macs: float, limit: float, bounds: tuple[int, int]) -> int:
     return max(least, min(most, int(limit / macs))) if macs else most
 
 
-def trajectory_macs(program: Program) -> float:
-    """Return the multiply-accumulates of one trajectory on which every step computes."""
+def trajectory_macs(program: Program, steps: int | None = None) -> float:
+    """Return the multiply-accumulates of one trajectory on which every step computes.
+
+    Args:
+        program: the program.
+        steps: the number of steps; None for those of its plan.
+    """
     plan = program.facts[StepPlan]
-    return float(total_macs(find_sites(program.variants[program.computing]))) * len(plan) * plan.halves
+    count = len(plan) if steps is None else steps
+    return float(total_macs(find_sites(program.variants[program.computing]))) * count * plan.halves

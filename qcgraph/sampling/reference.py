@@ -73,9 +73,6 @@ class RunStore:
     def __init__(self) -> None:
         self._runs: dict[tuple[object, ...], RecordedRun] = {}
 
-    def __len__(self) -> int:
-        return len(self._runs)
-
     def walk(
         self, runner: Runner, plan: StepPlan, spec: ModelSpec, trajectories: int, seed: int, progress: Progress
     ) -> RecordedRun:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import qcgraph
-from qcgraph.bundle.report import ComparisonReport, CompileReport, RivalReport
+from qcgraph.bundle.report import FITTED_RIVAL, ComparisonReport, CompileReport, RivalReport
 from qcgraph.cli.verdict_view import verdict_text
 from qcgraph.compiler import verdict
 from qcgraph.compiler.verdict import comparable
@@ -15,6 +16,7 @@ from qcgraph.ir.program import Program
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
+from qcgraph.sampling import reference
 
 RECIPE = {
     "sampling": {"steps": 8},
@@ -33,18 +35,30 @@ def allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("allowed")
-def test_a_compilation_is_compared(small_digits: Path, tmp_path: Path) -> None:
+def test_a_compilation_is_compared(small_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its fitted rival takes the runs that the compilation recorded."""
+    recorded: list[int] = []
+    walk = reference.walk
+
+    def counted(*arguments: Any) -> reference.RecordedRun:
+        run = walk(*arguments)
+        recorded.append(len(run.latents[0]))
+        return run
+
+    monkeypatch.setattr(reference, "walk", counted)
     report = qcgraph.compile(str(small_digits), RECIPE, output=tmp_path / "bundle").report
     found = report.comparison
     assert found is not None
     assert found.trajectories == 2
     assert found.seconds > 0
-    assert {rival.name for rival in found.rivals} <= {"ddim", "dpmsolver++", verdict.FITTED}
+    assert {rival.name for rival in found.rivals} <= {"ddim", "dpmsolver++", FITTED_RIVAL}
     assert "ddim" in {rival.name for rival in found.rivals}
     for rival in found.rivals:
         assert 1 <= rival.steps <= 8
         assert rival.steps == 1 or rival.seconds <= found.seconds
     assert report.stages["comparison"] > 0
+    assert FITTED_RIVAL in {rival.name for rival in found.rivals}
+    assert recorded == [4, 4]
     assert verdict_text(report).startswith("verdict: ")
 
 
@@ -87,7 +101,7 @@ def test_the_text_of_a_win(report: CompileReport) -> None:
     ("name", "command"),
     [
         ("dpmsolver++", "--steps 8 --guidance 2 --scheduler dpmsolver++ --bits off"),
-        (verdict.FITTED, "--steps 20 --guidance 2 --solver fitted=8 --bits off"),
+        (FITTED_RIVAL, "--steps 20 --guidance 2 --solver fitted=8 --bits off"),
     ],
 )
 def test_the_text_of_a_loss_names_the_command(report: CompileReport, name: str, command: str) -> None:
