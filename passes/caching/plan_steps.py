@@ -20,10 +20,9 @@ from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.calibration_budget import RECORD_MACS, affordable_trajectories, trajectory_macs
 from qcgraph.pipeline.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline.workload import Workload
-from qcgraph.plan.schedule import Mode, climb, dps, expected_error, plan
+from qcgraph.plan.schedule import Mode, climb, dps, expected_error, least_share, plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
-from qcgraph.progress import Progress
 
 WEIGHT_SAMPLES = 8
 COST_STEPS = 200  # steps in which ratios of costs are rounded, half a percent each
@@ -47,7 +46,7 @@ class PlanSteps(Pass):
         interval: the steps per computing step, for ``dps``.
         forecast: the forecaster of the cached values.
         measured: take the measured latency of variants as their cost, where it can be measured, else
-            multiply-accumulates.
+            multiply-accumulates. A budget that no schedule meets by the measured costs is raised to the least one.
         weighting: weight an error at a step by the ``solver``'s coefficient of the prediction there, or by its
             ``measured`` effect on the final latent, which takes longer.
         gap: the most steps from a computing step to the next one, and to a step that reuses it.
@@ -94,7 +93,7 @@ class PlanSteps(Pass):
         if self.strategy == "dps":
             schedule = self._dps(program, trajectories)
         else:
-            schedule, expected, rehearsed = self._joint(program, trajectories, relative, context.progress)
+            schedule, expected, rehearsed = self._joint(program, trajectories, relative, context)
         steps = program.facts[StepPlan].with_modes(schedule)
         spent = sum(relative[step.variant] for step in steps.steps) / len(steps)
         measured_on = measuring.runtime if measuring else ""
@@ -106,9 +105,9 @@ class PlanSteps(Pass):
         return tuple(None if computes else mode for computes in dps(differences(trajectories), self.interval))
 
     def _joint(
-        self, program: Program, trajectories: Trajectories, relative: Mapping[str, float], progress: Progress
+        self, program: Program, trajectories: Trajectories, relative: Mapping[str, float], context: PassContext
     ) -> tuple[tuple[str | None, ...], float, float]:
-        steps = len(program.facts[StepPlan])
+        steps, progress = len(program.facts[StepPlan]), context.progress
         modes = [Mode(name, relative[name]) for name in program.facts[CachePlan].modes if relative[name] < 1]
         if not modes:
             raise UsageError("no variant that reuses is faster than computing", hint="compile with --cache off")
@@ -116,7 +115,12 @@ class PlanSteps(Pass):
         weight = weights(program, trajectories, *self._weighing(program, trajectories), progress)
         names, gap = [mode.name for mode in modes], min(self.gap, steps - 1)
         errors = reuse_errors(program, trajectories, forecaster, weight, names, gap, progress)
-        found = plan(errors, modes, steps, self.budget * steps)
+        budget, least = self.budget, least_share(errors, modes, steps)
+        if self.measured and context.costs and budget < least:
+            # Milliseconds differ from machine to machine, and from one minute to the next: what is near will do.
+            context.refuse("step plan", f"by the measured costs no schedule meets the budget {budget:g}; it is {least}")
+            budget = least
+        found = plan(errors, modes, steps, budget * steps)
         rehearsal = Rehearsal(program, trajectories, forecaster)
         ticks = iter(progress.track(range(self.rounds + 1), "schedules"))
 

@@ -6,7 +6,15 @@ identifies its steps by their timestep values, and can be transferred to other s
 """
 
 from qcgraph.plan.schedule.climbing import climb
-from qcgraph.plan.schedule.planner import CONDITIONAL, CacheSchedule, Mode, ReuseErrors, expected_error, plan
+from qcgraph.plan.schedule.planner import (
+    CONDITIONAL,
+    CacheSchedule,
+    Mode,
+    ReuseErrors,
+    expected_error,
+    least_share,
+    plan,
+)
 from qcgraph.plan.schedule.spacing import dps, even, spread, uniform
 from qcgraph.plan.schedule.timed import TimedSchedule
 
@@ -20,6 +28,7 @@ __all__ = [
     "dps",
     "even",
     "expected_error",
+    "least_share",
     "plan",
     "spread",
     "uniform",

@@ -123,17 +123,33 @@ def plan(
     check_arguments(errors, modes, steps, fixed)
     prices = Prices.of([mode.cost for mode in modes])
     ticks = prices.affordable(budget, steps)
-    least = least_ticks(errors.values, prices, fixed)
-    if ticks < least:
-        share = math.ceil(prices.share(least, steps) * 1e4 - SLACK) / 1e4
+    if ticks < least_ticks(errors.values, prices, fixed):
         raise UsageError(
             f"no schedule costs at most {budget / steps:.4g} of computing every step",
-            hint=f"the least reachable budget is {share:.4f}; cheaper modes or longer gaps lower it",
+            hint=f"the least reachable budget is {least_share(errors, modes, steps, fixed=fixed):.4f}; "
+            "cheaper modes or longer gaps lower it",
         )
     found = search(errors.values, prices, fixed, ticks)
     names = tuple(None if mode is None else modes[mode].name for mode in found)
     costs: dict[str | None, float] = {None: 1.0} | {mode.name: mode.cost for mode in modes}
     return CacheSchedule(names, expected_error(names, errors, modes), math.fsum(costs[name] for name in names))
+
+
+def least_share(errors: ReuseErrors, modes: Sequence[Mode], steps: int, *, fixed: Collection[int] = (0,)) -> float:
+    """Return the least budget that a schedule meets, relative to computing every step, rounded up to four digits.
+
+    Args:
+        errors: the error of every skip.
+        modes: the ways to skip a step, in the order of the first axis of ``errors``.
+        steps: the number of sampling steps T.
+        fixed: the steps that must compute. Step 0 always does.
+
+    Raises:
+        UsageError: the arguments do not fit together.
+    """
+    check_arguments(errors, modes, steps, fixed)
+    prices = Prices.of([mode.cost for mode in modes])
+    return math.ceil(prices.share(least_ticks(errors.values, prices, fixed), steps) * 1e4 - SLACK) / 1e4
 
 
 def expected_error(names: Sequence[str | None], errors: ReuseErrors, modes: Sequence[Mode]) -> float:

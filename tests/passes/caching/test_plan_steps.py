@@ -123,6 +123,17 @@ def test_costs_are_measured_where_they_can_be(split: Program) -> None:
     assert fact.spent == pytest.approx(6 / 9)
 
 
+def test_a_budget_below_what_was_measured_is_raised_to_the_least_one(split: Program, run: Run) -> None:
+    text = "plan-steps{measured=true budget=0.3 trajectories=2}"
+    program = Pipeline.parse(text).run(split, costs=Costs("toy", lambda _: {"full": 1.0, "reuse": 0.9}))
+    (refusal,) = program.history[-1].refusals
+    least = float(refusal.reason.split()[-1])
+    assert program.facts[SchedulePlan].spent == pytest.approx(least, abs=1e-3)
+    assert least == pytest.approx((1 + 8 * 0.9) / 9, abs=1e-3)
+    with pytest.raises(UsageError, match=r"no schedule costs at most 0\.0001"):
+        run("plan-steps{measured=true budget=0.0001 trajectories=2}", split)
+
+
 def test_without_a_way_to_measure_arithmetic_counts(split: Program, run: Run) -> None:
     fact = run(MEASURED, split).facts[SchedulePlan]
     assert not fact.measured_on
