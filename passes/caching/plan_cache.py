@@ -10,7 +10,7 @@ from math import prod
 from typing import ClassVar, Literal
 
 from qcgraph.errors import ContractError, UsageError
-from qcgraph.facts import NO_BLOCK, CachedValue, CachePlan
+from qcgraph.facts import NO_BLOCK, CachedValue, CachePlan, SolverPlan
 from qcgraph.ir.graph import Variant, spec_of
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import Block, cached_node, find_blocks, find_branches
@@ -20,6 +20,7 @@ from qcgraph.plan.schedule import CONDITIONAL, spread, uniform
 from qcgraph.plan.steps import StepPlan
 
 _RANGE = re.compile(r"([0-9]{1,9})\.\.([0-9]{1,9})")
+GUIDANCE = "guidance"  # stands for the difference of its halves among block ranges
 FLOAT_BYTES = 4
 MOST_BYTES = 2**63 - 1
 
@@ -37,6 +38,7 @@ class PlanCache(Pass):
     Attributes:
         interval: steps from one computing step to the next; 1 computes every step.
         budget: the cost of sampling relative to computing every step, instead of an interval; 0 for no budget.
+        solver: take the schedule that plan-solver decided, instead of an interval or a budget.
         blocks: the cached range, ``all`` or ``first..last`` (both inclusive, counted from 0), or ``guidance``; several
             with ``+``.
         what: ``range`` or ``branches``.
@@ -51,6 +53,7 @@ class PlanCache(Pass):
 
     interval: int = option(3, least=1, hint="1 computes every step, 3 every third")
     budget: float = option(0.0, most=1, hint="0.3 is 30 % of what computing every step costs")
+    solver: bool = False
     blocks: str = "all"
     what: Literal["range", "branches"] = "range"
     history: int = option(1, least=1, most=3, hint="1 is plain reuse, 3 is the most")
@@ -72,7 +75,7 @@ class PlanCache(Pass):
             )
         (variant,), plan = program.variants.values(), program.facts[StepPlan]
         blocks = find_blocks(variant)
-        if not blocks:
+        if not blocks and self.blocks != GUIDANCE:
             raise UsageError(
                 "the model has no chain of blocks to cache: no module list passes one residual stream on",
                 hint="compile with --cache off",
@@ -83,20 +86,24 @@ class PlanCache(Pass):
         values = tuple(replace(value, name=name) for value, name in names.items())
         variants = ["reuse" if not index else f"reuse_{index}" for index in range(len(modes))]
         variants = [CONDITIONAL if mode[0].is_guidance else name for mode, name in zip(modes, variants, strict=True)]
-        computes = self._computes(len(plan))
+        draft = self._draft(program, variants)
         return program.with_facts(
             CachePlan(
                 values=values,
                 modes={name: tuple(names[value] for value in mode) for name, mode in zip(variants, modes, strict=True)},
                 history=self._affordable(variant, blocks, values, plan, context),
-                draft=tuple(None if computing else variants[0] for computing in computes),
+                draft=draft,
             )
         )
 
-    def _computes(self, steps: int) -> list[bool]:
-        if not self.budget:
-            return uniform(steps, self.interval)
-        return spread(steps, max(1, int(self.budget * steps)))
+    def _draft(self, program: Program, variants: Sequence[str]) -> tuple[str | None, ...]:
+        """Return the first schedule."""
+        steps = len(program.facts[StepPlan])
+        if self.solver:
+            modes = program.facts[SolverPlan].modes if program.facts.get(SolverPlan) else ()
+            return modes or (None,) * steps
+        computes = spread(steps, max(1, int(self.budget * steps))) if self.budget else uniform(steps, self.interval)
+        return tuple(None if computing else variants[0] for computing in computes)
 
     def _ranges(self, blocks: int, plan: StepPlan) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = []
@@ -147,7 +154,7 @@ class PlanCache(Pass):
 
 def _bounds(part: str, blocks: int) -> tuple[int, int]:
     """Return the first and last block of a range, which may be outside the model."""
-    words = {"all": (0, blocks - 1), "guidance": (NO_BLOCK, NO_BLOCK)}
+    words = {"all": (0, blocks - 1), GUIDANCE: (NO_BLOCK, NO_BLOCK)}
     match = _RANGE.fullmatch(part)
     if match is None and part not in words:
         raise UsageError(

@@ -1,8 +1,8 @@
-"""plan-solver: choose the few steps of a solver whose coefficients are fitted."""
+"""plan-solver: choose the few steps of a solver whose coefficients are fitted, and what each of them computes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar, Literal
@@ -22,13 +22,15 @@ from qcgraph.facts import (
 )
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
+from qcgraph.ir.structure import macs_by_variant
 from qcgraph.passes.solver._landscape import landscape, record_target
-from qcgraph.pipeline import Pass, PassContext
+from qcgraph.pipeline import Pass, PassContext, Pipeline
 from qcgraph.pipeline.calibration_budget import affordable, trajectory_macs
 from qcgraph.pipeline.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.levels import CLEAN, first_order, levels
-from qcgraph.plan.placement import Steps, place
+from qcgraph.plan.placement import Placement, Steps, place
+from qcgraph.plan.schedule import CONDITIONAL
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
 from qcgraph.progress import Progress
@@ -36,25 +38,35 @@ from qcgraph.sampling.calibration import calibration_conditions, calibration_noi
 from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.fitting import fit_updates, judged_rows, with_updates
 from qcgraph.sampling.reference import COARSE_STEPS, FINE_STEPS, RecordedRun
+from qcgraph.sampling.refining import DAMPINGS, effects, refine
 from qcgraph.sampling.runner import Array
 
 SHARE = 0.26  # default number of computing steps, relative to those of the run: 13 of 50
 TARGET_MACS = 1.3e13  # arithmetic of an automatic number of target trajectories: three minutes on two cores
 TARGET_LIMITS = (2, 64)
 VALUES = 49_152  # values of latents, over all trajectories: more of them hardly change a fit
+EFFECTS = 0.5  # arithmetic of measuring the effects of coefficients, relative to that of recording the target
+CACHED = "plan-cache{interval=2 blocks=guidance},insert-cache"
+FEWEST_MEASURED = 2  # trajectories on which effects are measured at least; else the coefficients are not refined
 
 
 @dataclass(frozen=True)
 class PlanSolver(Pass):
-    """Choose the timesteps that a fitted solver computes, and fit its updates in full precision.
+    """Choose the timesteps of a fitted solver and what each of them computes, and fit its updates in full precision.
 
     A linear multistep update ``x' = a * x + b_0 * eps_0 + b_1 * eps_1 + ..`` on chosen timesteps has a few scalars a
     step, and costs nothing when it runs. The steps are those whose final latents come closest to a target run: the best
     ones by dynamic programming over the residuals of jumps, and by climbing on a model of the trajectories (see
     `qcgraph.plan.placement`), are fitted closed loop, and judged on trajectories that they were not fitted to.
+    At last all coefficients are refined together (see `qcgraph.sampling.refining`), where that is affordable.
+
+    Where steps may reuse the difference of the halves of guidance, they compute the conditional half alone, for about
+    half of the work. More steps then have the work of ``steps``. They take part in the contest, on a cached program of
+    their own; what each step of the best set computes is left to plan-cache.
 
     Attributes:
-        steps: how many steps compute, or all of the run if it has no more; by default 26 % of them.
+        steps: the work, in steps that compute everything, or all of the run if it has no more; by default 26 % of them.
+        reuse: ``off``: every step computes everything; ``guidance``: some may compute the conditional half alone.
         target: ``converged``: the trajectory that solvers converge to with many steps; ``run``: the run of the
             scheduler as it is.
         history: how many earlier predictions an update may use.
@@ -77,6 +89,7 @@ class PlanSolver(Pass):
     samples: ClassVar[bool] = True
 
     steps: int | None = option(None, least=1, hint="13 of 50 steps are about as good as 50")
+    reuse: Literal["off", "guidance"] = "off"
     target: Literal["converged", "run"] = "converged"
     history: int = option(3, least=0, most=3, hint="3 earlier predictions are enough")
     trajectories: int | None = option(None, least=1, most=MOST_TRAJECTORIES, hint=AUTO_HINT)
@@ -84,8 +97,10 @@ class PlanSolver(Pass):
 
     def forwards(self, work: Workload) -> float:
         plan = work.program.facts[StepPlan]
-        recorded = COARSE_STEPS + FINE_STEPS if self.target == "converged" else len(plan) + max(1, len(plan) // 2)
-        return self._trajectories(work.program) * plan.halves * (recorded + 2 * self._count(plan))
+        count, steps = self._trajectories(work.program), self._count(plan)
+        measured = self._measured(plan, steps, count)
+        passes = self._recorded(plan) + (2 + (1 + len(DAMPINGS) if measured else 0)) * steps
+        return plan.halves * (count * passes + measured * effects(steps, self.history))
 
     def check(self, captured: Program) -> None:
         """Refuse schedulers that add noise."""
@@ -105,21 +120,50 @@ class PlanSolver(Pass):
         initial = calibration_noise(count, self.seed, spec).initial()
         context.progress.note(f"  plan-solver: {count} trajectories, {self.target}")
         target, near = record_target(program, self.target, count, self.seed, context)
+        ways = [program, *self._reusing(program)]
+        half = _half_cost(ways[-1], context) if len(ways) > 1 else None
+        places = landscape(target, near, initial, self.history, plan.fingerprint.guidance)
         contest = [
-            self._fitted(program, conditions, initial, target, steps, context.progress)
-            for steps in place(landscape(target, near, initial, self.history), self._count(plan))
+            self._fitted(
+                program, ways[not all(placement.whole)], conditions, initial, target, placement, context.progress
+            )
+            for placement in place(places, self._count(plan), half)
         ]
         contest.sort(key=lambda entry: entry.error)
         best = contest[0]
+        aims, chosen = _targets(target, best.placement.steps), best.plan
+        measured = self._measured(plan, len(chosen), count)
+        if measured:
+            runner, progress = TorchRunner(best.program), context.progress
+            refined = refine(runner, chosen, spec, conditions, initial, aims[-1], self.history, measured, progress)
+            chosen, aims = refined.plan, [*refined.run.latents[1:-1], aims[-1]]
         fact = SolverPlan(
             target=self.target,
             run_steps=len(plan),
             plain=best.plain,
             history=self.history,
             errors=tuple(entry.error for entry in contest),
+            refined=(refined.before, refined.error) if measured else None,
+            modes=chosen.modes,
         )
-        latents = tuple(encode_latents(latent) for latent in _targets(target, best.steps))
-        return program.with_facts(best.plan, fact, SolverTargets(self.seed, count, latents))
+        latents = tuple(encode_latents(latent) for latent in aims)
+        computing = _taking(chosen, plan, [plan.computing] * len(chosen))
+        return program.with_facts(computing, fact, SolverTargets(self.seed, count, latents))
+
+    def _reusing(self, program: Program) -> Iterator[Program]:
+        """Yield the program with a variant of the conditional half, if steps may take one."""
+        if self.reuse == "guidance" and program.facts[StepPlan].halves > 1:
+            yield Pipeline.parse(CACHED).run(program)
+
+    def _measured(self, plan: StepPlan, steps: int, trajectories: int) -> int:
+        """Return on how many trajectories the effects of the coefficients are measured; 0 where that takes too long."""
+        affordable = EFFECTS * trajectories * self._recorded(plan) / max(1, effects(steps, self.history))
+        learned = int((~judged_rows(trajectories)).sum())
+        return 0 if min(affordable, learned) < FEWEST_MEASURED else min(int(affordable), learned)
+
+    def _recorded(self, plan: StepPlan) -> int:
+        """Return the number of forward passes that recording a trajectory takes."""
+        return COARSE_STEPS + FINE_STEPS if self.target == "converged" else len(plan) + max(1, len(plan) // 2)
 
     def _count(self, plan: StepPlan) -> int:
         """Return the number of computing steps."""
@@ -137,30 +181,51 @@ class PlanSolver(Pass):
     def _fitted(
         self,
         program: Program,
+        way: Program,
         conditions: Conditions,
         initial: Array,
         target: RecordedRun,
-        steps: Steps,
+        placement: Placement,
         progress: Progress,
     ) -> _Contestant:
-        """Return a plan with fitted updates, and the error of its final latents where it was not fitted."""
-        spec, aims = program.facts[ModelSpec], _targets(target, steps)
-        plan = _chosen(program.facts[StepPlan], spec, steps)
-        fitted, final = fit_updates(TorchRunner(program), plan, spec, conditions, initial, aims, self.history, progress)
+        """Return a plan with fitted updates on a way to run it, and the error of its final latents on other noise."""
+        spec, aims = program.facts[ModelSpec], _targets(target, placement.steps)
+        kinds = way.facts[StepPlan]
+        variants = [kinds.computing if whole else CONDITIONAL for whole in placement.whole]
+        chosen = _chosen(program.facts[StepPlan], spec, placement.steps)
+        plan = _taking(chosen, kinds, variants)
+        fitted, final = fit_updates(TorchRunner(way), plan, spec, conditions, initial, aims, self.history, progress)
         judged = judged_rows(len(initial))
         error = float(np.square(final[judged] - aims[-1][judged], dtype=np.float64).mean())
         plain = tuple(step.update for step in plan.steps)
-        return _Contestant(steps, plain, with_updates(plan, [step.update for step in fitted]), error)
+        return _Contestant(placement, way, plain, with_updates(plan, [step.update for step in fitted]), error)
 
 
 @dataclass(frozen=True)
 class _Contestant:
-    """Steps that were tried, their plain updates, their plan with fitted ones, and the error of their final latents."""
+    """A set of steps that was tried.
 
-    steps: Steps
+    Attributes:
+        placement: the steps, and what they compute.
+        program: the program that they were fitted on.
+        plain: their plain updates.
+        plan: their plan, with fitted updates.
+        error: the mean squared error of the final latents, on trajectories that were left out of the fit.
+    """
+
+    placement: Placement
+    program: Program
     plain: tuple[Update, ...]
     plan: StepPlan
     error: float
+
+
+def _half_cost(program: Program, context: PassContext) -> float | None:
+    """Return the cost of a step of the conditional half relative to a whole one; None where it saves nothing."""
+    arithmetic = {name: float(macs) for name, macs in macs_by_variant(program.variants).items()}
+    costs = context.costs.measure(program) if context.costs else arithmetic
+    half = costs[CONDITIONAL] / costs[program.computing]
+    return half if half < 1 else None
 
 
 def _targets(target: RecordedRun, steps: Steps) -> list[Array]:
@@ -187,6 +252,12 @@ def _chosen(plan: StepPlan, spec: ModelSpec, steps: Steps) -> StepPlan:
     mark = plan.fingerprint
     fingerprint = Fingerprint(mark.model, mark.scheduler, mark.steps, mark.guidance, "fitted")
     return replace(plan, fingerprint=fingerprint, steps=tuple(made))
+
+
+def _taking(plan: StepPlan, like: StepPlan, variants: Sequence[str]) -> StepPlan:
+    """Return a plan whose steps take these variants of another plan."""
+    steps = tuple(replace(step, variant=name) for step, name in zip(plan.steps, variants, strict=True))
+    return replace(plan, steps=steps, roles=like.roles)
 
 
 def _is_kept(update: Update, steps: Sequence[int], row: int, after: int) -> bool:

@@ -29,7 +29,7 @@ def solver(bundle: Bundle) -> dict[str, Any]:
         for index, step in enumerate(bundle.plan.steps)
     ]
     if plan is None or report is None:
-        return {"scheduler": scheduler, "fitted": None, "tried_errors": [], "steps": rows}
+        return {"scheduler": scheduler, "fitted": None, "tried_errors": [], "refined_errors": None, "steps": rows}
     for index, row in enumerate(rows):
         row["plain"] = asdict(plan.plain[index])
         if fit:
@@ -39,6 +39,7 @@ def solver(bundle: Bundle) -> dict[str, Any]:
         "scheduler": scheduler,
         "fitted": report.model_dump(mode="json"),
         "tried_errors": list(plan.errors),
+        "refined_errors": plan.refined,
         "steps": rows,
     }
 
@@ -71,6 +72,9 @@ def _about(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     tried = ", ".join(_decibels(error) for error in data["tried_errors"])
     yield "solver", solver_text(report)
     yield "tried", f"final latents off by {tried} (mean square), for each choice of steps; the first was taken"
+    if data["refined_errors"]:
+        before, after = (_decibels(error) for error in data["refined_errors"])
+        yield "refined", f"final latents off by {after}, by {before} before all coefficients were refined together"
     yield "fit", f"{report.trajectories} trajectories; errors are root mean squares, on those left out of the fit"
 
 

@@ -10,6 +10,7 @@ from qcgraph.export.run.runtimes import runtime_for
 from qcgraph.export.targets import TARGETS, Target
 from qcgraph.export.tensorrt.provider import LIBRARIES
 from qcgraph.passes.caching.forecasters import Forecaster, forecaster_named
+from qcgraph.passes.caching.plan_cache import GUIDANCE
 from qcgraph.pipeline import Pass, Pipeline, make_pass
 from qcgraph.recipe import MOST_BITS, Recipe
 
@@ -78,7 +79,9 @@ def _measuring_notes(recipe: Recipe, target: Target) -> Iterator[str]:
 
 
 def _solver_notes(recipe: Recipe) -> Iterator[str]:
-    """Yield a note if variance compensation is left to the fitted updates."""
+    """Yield notes on what the solver takes over, and what it cannot do without guidance."""
+    if recipe.is_cached_by_solver and not recipe.is_cached:
+        yield "without guidance there is no difference of its halves to reuse: every step computes"
     if recipe.is_fitted and recipe.compensation.mode != "off":
         yield "variance is not compensated apart: the fitted updates correct the scale of the latents of every step"
 
@@ -149,7 +152,12 @@ def _reduced(recipe: Recipe, target: Target) -> Iterator[Pass]:
 def _plan_solver(recipe: Recipe) -> Pass:
     steps = {} if recipe.fitted_steps is None else {"steps": recipe.fitted_steps}
     return _pass(
-        "plan-solver", **steps, target=recipe.solver.target, history=recipe.solver.history, **_sampling(recipe)
+        "plan-solver",
+        **steps,
+        reuse="guidance" if recipe.is_cached_by_solver and recipe.is_cached else "off",
+        target=recipe.solver.target,
+        history=recipe.solver.history,
+        **_sampling(recipe),
     )
 
 
@@ -243,11 +251,21 @@ def _has_regions(recipe: Recipe, target: Target) -> bool:
 
 
 def _caching(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
-    """Yield the passes that plan and insert the cache, with a draft of the schedule if quantization follows."""
+    """Yield the passes that plan and insert the cache, with a draft of the schedule if quantization follows.
+
+    Raises:
+        UsageError: the schedule is left to a fitted solver, and there is none.
+    """
+    if recipe.is_cached_by_solver and not recipe.is_fitted:
+        raise UsageError(
+            "a cache schedule auto is planned with the steps of a fitted solver",
+            where="cache.schedule",
+            hint="add --solver fitted, or take --cache budget=0.3: the best schedule for the steps of the run",
+        )
     yield _pass(
         "plan-cache",
         **_spacing(recipe),
-        blocks=recipe.cache.blocks,
+        blocks=GUIDANCE if recipe.is_cached_by_solver else recipe.cache.blocks,
         what=recipe.cache.what,
         history=_forecaster(recipe).history,
         memory=recipe.cache.memory,
@@ -280,7 +298,7 @@ def _settling(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
     if recipe.given_plan:
         # A given schedule is not searched for, but its effect is measured and reported.
         yield _pass("rehearse-steps", forecast=recipe.forecast, **_sampling(recipe))
-    if recipe.is_searched or recipe.given_plan or "+" in recipe.cache.blocks:
+    if recipe.is_searched or recipe.given_plan or recipe.is_cached_by_solver or "+" in recipe.cache.blocks:
         # Only now is it known which variants the schedule uses.
         yield _pass("drop-variants")
     if recipe.forecast != "reuse":
@@ -291,6 +309,8 @@ def _settling(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
 
 def _spacing(recipe: Recipe) -> dict[str, Any]:
     """Return the options for a draft of the schedule; a given schedule needs only the variants that a draft creates."""
+    if recipe.is_cached_by_solver:
+        return {"solver": True}
     if recipe.cache_budget is not None:
         return {"budget": recipe.cache_budget}
     return {"interval": recipe.cache_interval} if recipe.cache_interval else {}

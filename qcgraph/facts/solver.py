@@ -21,6 +21,10 @@ class SolverPlan:
         history: the number of earlier predictions that an update may use.
         errors: the mean squared error of the final latents of every set of steps that was tried, in full precision, on
             trajectories that it was not fitted to; the chosen one first.
+        refined: the same of the chosen set, before and after all its coefficients were refined together, on
+            trajectories that they were not refined on; None where that would have taken too long.
+        modes: for each step, None where it computes everything, or the variant that it is to take, which plan-cache
+            creates.
     """
 
     target: Literal["converged", "run"]
@@ -28,11 +32,16 @@ class SolverPlan:
     plain: tuple[Update, ...]
     history: int
     errors: tuple[float, ...]
+    refined: tuple[float, float] | None = None
+    modes: tuple[str | None, ...] = ()
 
     def lines(self) -> list[str]:
         """Return the lines about this fact in the text of a program."""
-        line = f"solver: {len(self.plain)} of {self.run_steps} steps, fitted to {TARGET_TITLES[self.target]}"
-        return [f"{line}, mean squared error {self.errors[0]:.2g}" if self.errors else line]
+        halves = sum(mode is not None for mode in self.modes)
+        kinds = f" ({halves} of one half of guidance)" if halves else ""
+        line = f"solver: {len(self.plain)} of {self.run_steps} steps{kinds}, fitted to {TARGET_TITLES[self.target]}"
+        last = self.refined[-1:] if self.refined else self.errors[:1]
+        return [f"{line}, mean squared error {last[0]:.2g}" if last else line]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Place the computing steps of a fitted solver, by a model of its trajectories that runs no network. NumPy only.
+"""Place the steps of a fitted solver, by a model of its trajectories that runs no network. NumPy only.
 
 Everything that a linear solver does on recorded trajectories follows from inner products. With x_k and e_k the latent
 and the prediction of the target run at its k-th timestep, the latent y of the solver is a linear combination of these
@@ -6,6 +6,10 @@ vectors. The prediction that the network would make there is modelled as ``e_k +
 too; and the coefficients of every update are the least squares that a fit would find. rho_k, the response of the
 prediction to an error of the latent, is measured as the ratio of the differences of two recorded runs, apart for bands
 of spatial frequency: the network takes coarse errors for content, and fine ones for noise.
+
+A step may also compute the conditional half of guidance alone, and take the difference d of both halves from the last
+step that computed both, at r. Of the guided prediction ``e = e_null + w * d`` it then makes ``e_k + (w - 1) *
+(d_r - d_k)``, since the conditional half ``e_null + d`` is that of its own time.
 """
 
 from __future__ import annotations
@@ -25,7 +29,33 @@ RIDGE = 1e-7  # relative ridge of the fits that are simulated
 MOST_PLACES = 100  # timesteps that may compute; more of them are thinned out evenly
 SHIFTS = (1, -1, 2, -2, 4, -4)  # moves of a computing step that climbing tries, in places
 MOST_TRIED = 1500  # sets of steps that climbing simulates
+MIXED_TRIED = 400  # the same for each number of steps of which some compute one half of guidance
+WHOLE_SHARES = (0.3, 0.4, 0.5, 0.65, 0.8)  # shares of the work that steps of both halves take, as they are tried
+MIXED = 2  # sets of steps of both kinds that are returned
+SLACK = 1e-9  # tolerance for the rounding of a share of the work
 JUMP_RIDGE = 1e-9  # relative ridge of the residual of a single jump
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The steps of a solver.
+
+    Attributes:
+        steps: the timesteps of the run that it takes, rising indices; the first one is 0.
+        whole: for each step, whether it computes both halves of guidance; the first one does.
+    """
+
+    steps: Steps
+    whole: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, steps: Sequence[int]) -> Placement:
+        """Return steps that all compute both halves."""
+        return cls(tuple(steps), (True,) * len(steps))
+
+    def work(self, half: float) -> float:
+        """Return the work, in steps that compute both halves; one that computes a half costs ``half``."""
+        return sum(1.0 if whole else half for whole in self.whole)
 
 
 @dataclass(frozen=True)
@@ -33,30 +63,39 @@ class Landscape:
     """The inner products of a target run, and the response of predictions to errors.
 
     Attributes:
-        learned: inner products of x_0 .. x_T, e_0 .. e_{T-1} and the initial noise, by band, over the trajectories that
-            coefficients are fitted to, f64[bands,2T+2,2T+2].
+        learned: inner products of x_0 .. x_T, e_0 .. e_{T-1}, with guidance d_0 .. d_{T-1}, and the initial noise, by
+            band, over the trajectories that coefficients are fitted to, f64[bands,V,V] with V = 2T+2 or 3T+2.
         judged: the same over the trajectories that errors are measured on.
         response: rho by band and timestep, f64[bands,T].
         history: the number of earlier predictions that an update may use.
+        guidance: the weight w of guidance; 1 without it.
     """
 
     learned: Table
     judged: Table
     response: Table
     history: int
+    guidance: float = 1.0
 
     @property
     def places(self) -> int:
         """T, the number of timesteps of the target run."""
         return self.response.shape[1]
 
-    def error(self, steps: Sequence[int]) -> float:
-        """Return the mean squared error of final latents when these timesteps compute, as the model predicts it."""
-        latent, earlier = self._unit(-1), list[Table]()
+    def error(self, placement: Placement) -> float:
+        """Return the mean squared error of the final latents of a solver, as the model predicts it."""
+        latent, earlier, last = self._unit(-1), list[Table](), 0
+        steps = placement.steps
         for index, step in enumerate(steps):
             following = steps[index + 1] if index + 1 < len(steps) else self.places
             prediction = self._unit(self.places + 1 + step)
             prediction = prediction + self.response[:, step, None] * (latent - self._unit(step))
+            if placement.whole[index]:
+                last = step
+            else:
+                first = 2 * self.places + 1
+                stale = self._unit(first + last) - self._unit(first + step)
+                prediction = prediction + (self.guidance - 1) * stale
             terms = np.stack([latent, prediction, *earlier[: self.history]])
             latent = np.einsum("r,rbi->bi", self._fitted(terms, following), terms)
             earlier.insert(0, prediction)
@@ -138,23 +177,45 @@ def response(
     return np.stack(columns, axis=1)
 
 
-def place(landscape: Landscape, count: int) -> tuple[Steps, ...]:
-    """Return candidate sets of computing steps, the one of the least error by the model first.
+def place(landscape: Landscape, count: int, half: float | None = None) -> tuple[Placement, ...]:
+    """Return candidates for the steps of a solver, those that take both halves of guidance first, then by their error.
 
-    Candidates are the best set by the sum of the residuals of its jumps, and what climbing on the model makes of it.
+    Candidates are the best set by the sum of the residuals of its jumps, and what climbing on the model makes of it;
+    and, where some steps may compute one half of guidance, the best two of several shares of such steps, by the model.
 
     Args:
         landscape: the model of the trajectories.
-        count: the number of computing steps; step 0 always computes.
+        count: the work, in steps that compute both halves; step 0 always does.
+        half: the cost of a step that computes one half, relative to both, below 1; None where none may.
     """
     places = landscape.places
     if count >= places:
-        return (tuple(range(places)),)
-    free = np.unique(np.linspace(0, places - 1, min(places, max(MOST_PLACES, count))).round().astype(int)).tolist()
-    start = by_residuals(landscape, count, free)
-    climbed, error = climbed_from(start, landscape.error, places)
+        return (Placement.of(range(places)),)
+    start = Placement.of(by_residuals(landscape, count, _free(places, count)))
+    climbed, error = climbed_from(start, landscape.error, places, MOST_TRIED)
     found = sorted({start: landscape.error(start), climbed: error}.items(), key=lambda item: item[1])
-    return tuple(steps for steps, _ in found)
+    mixed = {} if half is None else dict(_mixed(landscape, count, half))
+    best = sorted(mixed.items(), key=lambda item: item[1])[:MIXED]
+    return tuple(placement for placement, _ in (*found, *best))
+
+
+def _mixed(landscape: Landscape, count: int, half: float) -> Iterator[tuple[Placement, float]]:
+    """Yield steps of both kinds that together cost at most as much as ``count`` whole ones, with their errors."""
+    for whole in sorted({max(1, round(share * count)) for share in WHOLE_SHARES}):
+        halves = int((count - whole) / half + SLACK)
+        total = min(whole + halves, landscape.places)
+        if whole >= count or total <= count:
+            continue
+        steps = by_residuals(landscape, total, _free(landscape.places, total))
+        spread = [index * whole // total for index in range(total)]
+        kinds = tuple(index == 0 or spread[index] > spread[index - 1] for index in range(total))
+        yield climbed_from(Placement(steps, kinds), landscape.error, landscape.places, MIXED_TRIED)
+
+
+def _free(places: int, count: int) -> list[int]:
+    """Return the timesteps that may compute, at least ``count``."""
+    spaced = np.linspace(0, places - 1, min(places, max(MOST_PLACES, count)))
+    return [int(place) for place in np.unique(spaced.round())]
 
 
 def by_residuals(landscape: Landscape, count: int, free: Sequence[int]) -> Steps:
@@ -197,17 +258,20 @@ def by_residuals(landscape: Landscape, count: int, free: Sequence[int]) -> Steps
     return tuple(free[index] for index in reversed(chosen))
 
 
-def climbed_from(start: Steps, error: Callable[[Steps], float], places: int) -> tuple[Steps, float]:
-    """Return better steps and their error: single steps move as long as that lowers the error.
+def climbed_from(
+    start: Placement, error: Callable[[Placement], float], places: int, most: int
+) -> tuple[Placement, float]:
+    """Return better steps and their error: single steps move, or change their kind with a neighbour's, while it falls.
 
     Args:
         start: the steps to start from; the first one stays.
         error: the error of steps.
         places: the number of timesteps.
+        most: how many sets of steps are tried.
     """
     best, least, tried = start, error(start), {start}
     improved = True
-    while improved and len(tried) < MOST_TRIED:
+    while improved and len(tried) < most:
         improved = False
         for candidate in _moved(best, places):
             if candidate in tried:
@@ -220,10 +284,14 @@ def climbed_from(start: Steps, error: Callable[[Steps], float], places: int) -> 
     return best, least
 
 
-def _moved(steps: Steps, places: int) -> Iterator[Steps]:
-    """Yield steps with one of them moved, in order."""
+def _moved(placement: Placement, places: int) -> Iterator[Placement]:
+    """Yield steps with one of them moved, in order, then with the kinds of two neighbours exchanged."""
+    steps, whole = placement.steps, placement.whole
     bounds = (*steps, places)
     for index in range(1, len(steps)):
         for shift in SHIFTS:
             if bounds[index - 1] < steps[index] + shift < bounds[index + 1]:
-                yield (*steps[:index], steps[index] + shift, *steps[index + 1 :])
+                yield Placement((*steps[:index], steps[index] + shift, *steps[index + 1 :]), whole)
+    for index in range(1, len(steps) - 1):
+        if whole[index] != whole[index + 1]:
+            yield Placement(steps, (*whole[:index], whole[index + 1], whole[index], *whole[index + 2 :]))

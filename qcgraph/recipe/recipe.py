@@ -29,13 +29,15 @@ MOST_SEED = 2**63 - 1  # the largest seed that every generator of random numbers
 MOST_MEMORY = 2**50  # bytes
 MOST_GUIDANCE = 10_000.0
 MOST_NAME = 64  # characters in the name of a scheduler or a forecaster
-AUTO_BITS = "auto"
+AUTO = "auto"
+AUTO_BITS = AUTO
 _MIXED = re.compile(r"auto=([4-7](?:\.[0-9]{1,17})?|8(?:\.0{1,17})?)")
 _AUTO = re.compile(AUTO_BITS)
 _FLOAT8 = re.compile("fp8")
 _INTERVAL = re.compile(r"(interval|dps)=([1-9][0-9]{0,5})")
 _BUDGET = re.compile(r"budget=(1(?:\.0{0,17})?|0?\.(?=[0-9]*[1-9])[0-9]{1,17})")
 _PLAN = re.compile(r"plan=(\S+)")
+_SCHEDULES = (_AUTO, _INTERVAL, _BUDGET, _PLAN)
 _FITTED = re.compile(r"fitted(?:=([1-9][0-9]{0,4}))?")
 _RANGE = r"(?:all|guidance|[0-9]{1,5}\.\.[0-9]{1,5})"
 _BLOCKS = re.compile(rf"{_RANGE}(?:\+{_RANGE})*")
@@ -175,11 +177,13 @@ class SolverChoice(_Section):
 class Cache(_Section):
     """The computing steps, and the blocks that reusing steps skip."""
 
-    schedule: Annotated[str, _fits(_INTERVAL, _BUDGET, _PLAN, word="off"), AfterValidator(_readable_plan)] = Field(
+    schedule: Annotated[str, _fits(*_SCHEDULES, word="off"), AfterValidator(_readable_plan)] = Field(
         "off",
-        description="off; interval=N: every N-th step computes, the others reuse; dps=N: as many computing steps, "
-        "placed by CacheQuant's rule; budget=F: the best cache schedule at the fraction F of the cost, 0.3 for "
-        "example; or plan=TEXT: a given cache schedule, such as 980-20:FRRF (see qcgraph passes apply-plan)",
+        description="off; auto: the steps of a fitted solver may reuse the difference of the halves of guidance, more "
+        "steps for the same work, where that comes closer to its target; interval=N: every N-th step computes, the "
+        "others reuse; dps=N: as many computing steps, placed by CacheQuant's rule; budget=F: the best cache schedule "
+        "at the fraction F of the cost, 0.3 for example; or plan=TEXT: a given cache schedule, such as 980-20:FRRF "
+        "(see qcgraph passes apply-plan)",
     )
     forecast: str = Field(
         "auto",
@@ -497,7 +501,12 @@ class Recipe(_Section):
     @property
     def is_cached(self) -> bool:
         """Whether some steps may be reusing steps."""
-        return self.cache.schedule != "off"
+        return self.cache.schedule != "off" and (not self.is_cached_by_solver or self.sampling.guidance != 1)
+
+    @property
+    def is_cached_by_solver(self) -> bool:
+        """Whether the plan of a fitted solver decides which steps reuse."""
+        return self.cache.schedule == AUTO
 
     @property
     def cache_interval(self) -> int | None:

@@ -15,7 +15,7 @@ from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.sampling.calibration import calibration_conditions, calibration_noise
 from qcgraph.sampling.conditions import Conditions
-from qcgraph.sampling.loop import Request, Updates, trajectory
+from qcgraph.sampling.loop import Denoising, Request, Updates, trajectory
 from qcgraph.sampling.runner import Array, Runner
 
 CONVERGED_STEPS = 250  # steps of the first-order solver that count as converged; evaluations compare with them, too
@@ -31,10 +31,12 @@ class RecordedRun:
     Attributes:
         latents: the latent that each step is given, then the final one, each f32[N,C,H,W].
         predictions: the guided prediction of each step, f32[N,C,H,W].
+        differences: the conditional prediction less the unconditional one, for each step; empty without guidance.
     """
 
     latents: tuple[Array, ...]
     predictions: tuple[Array, ...]
+    differences: tuple[Array, ...] = ()
 
     @property
     def ends(self) -> RecordedRun:
@@ -56,12 +58,35 @@ def walk(
         progress: reports the steps.
     """
     latents, predictions = [initial], []
+    halves = _Halves(Request(runner, plan, spec), len(initial), spec)
     ticks = iter(progress.track(plan.steps, "trajectories"))
-    for taken in trajectory(Request(runner, plan, spec), Updates(plan), plan, spec, conditions, initial):
+    for taken in trajectory(halves, Updates(plan), plan, spec, conditions, initial):
         next(ticks)
         predictions.append(taken.prediction)
         latents.append(taken.after)
-    return RecordedRun(tuple(latents), tuple(predictions))
+    return RecordedRun(tuple(latents), tuple(predictions), tuple(halves.differences))
+
+
+class _Halves:
+    """Denoises, and keeps the differences of the halves of guided batches.
+
+    Args:
+        denoising: predicts the noise.
+        count: the number of trajectories N; a guided batch has twice as many samples.
+        spec: the specification of the denoiser.
+    """
+
+    def __init__(self, denoising: Denoising, count: int, spec: ModelSpec) -> None:
+        self._denoising, self._count, self._channels = denoising, count, spec.latent_shape[0]
+        self.differences: list[Array] = []
+
+    def denoise(self, index: int, latent: Array, conditions: Conditions) -> Array:
+        """Return the noise prediction [B,C_out,H,W] of a step."""
+        prediction = self._denoising.denoise(index, latent, conditions)
+        if len(latent) > self._count:
+            conditional, unconditional = np.split(prediction[:, : self._channels], 2)
+            self.differences.append(conditional - unconditional)
+        return prediction
 
 
 class RunStore:
@@ -121,22 +146,27 @@ def at_timesteps(run: RecordedRun, plan: StepPlan, timesteps: Sequence[float], s
         schedule: the noise schedule of the model.
     """
     own = np.asarray(plan.timesteps)
-    latents, predictions = [], []
+    latents, predictions, differences = [], [], []
     for timestep in timesteps:
         last = int((own >= timestep).sum()) - 1  # the step before, or the one at this timestep
+        after, share = max(last, 0), 0.0
         if last < 0 or own[last] == timestep:
-            latents.append(run.latents[max(last, 0)])
-            predictions.append(run.predictions[max(last, 0)])
-            continue
-        here, there = (tuple(float(level[0]) for level in levels(schedule, [time])) for time in (own[last], timestep))
-        update = first_order(schedule, (here[0], here[1]), (there[0], there[1]))
-        latents.append(
-            np.float32(update.latent) * run.latents[last] + np.float32(update.noise_prediction) * run.predictions[last]
-        )
-        after = min(last + 1, len(own) - 1)
-        share = np.float32((own[last] - timestep) / (own[last] - own[after]) if after > last else 0.0)
-        predictions.append(run.predictions[last] + share * (run.predictions[after] - run.predictions[last]))
-    return RecordedRun((*latents, run.latents[-1]), tuple(predictions))
+            latents.append(run.latents[after])
+        else:
+            here, there = (
+                tuple(float(level[0]) for level in levels(schedule, [time])) for time in (own[last], timestep)
+            )
+            update = first_order(schedule, (here[0], here[1]), (there[0], there[1]))
+            latents.append(
+                np.float32(update.latent) * run.latents[last]
+                + np.float32(update.noise_prediction) * run.predictions[last]
+            )
+            after = min(last + 1, len(own) - 1)
+            share = float((own[last] - timestep) / (own[last] - own[after])) if after > last else 0.0
+        for made, known in ((predictions, run.predictions), (differences, run.differences)):
+            if known:
+                made.append(known[max(last, 0)] + np.float32(share) * (known[after] - known[max(last, 0)]))
+    return RecordedRun((*latents, run.latents[-1]), tuple(predictions), tuple(differences))
 
 
 def extrapolated(coarse: RecordedRun, fine: RecordedRun) -> RecordedRun:
@@ -154,4 +184,8 @@ def extrapolated(coarse: RecordedRun, fine: RecordedRun) -> RecordedRun:
     def beyond(near: Sequence[Array], far: Sequence[Array]) -> tuple[Array, ...]:
         return tuple(one + np.float32(share) * (one - other) for one, other in zip(near, far, strict=True))
 
-    return RecordedRun(beyond(fine.latents, coarse.latents), beyond(fine.predictions, coarse.predictions))
+    return RecordedRun(
+        beyond(fine.latents, coarse.latents),
+        beyond(fine.predictions, coarse.predictions),
+        beyond(fine.differences, coarse.differences),
+    )

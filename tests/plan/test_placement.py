@@ -16,6 +16,7 @@ from qcgraph.plan.placement import (
     JUMP_RIDGE,
     RIDGE,
     Landscape,
+    Placement,
     Steps,
     by_residuals,
     climbed_from,
@@ -120,7 +121,7 @@ def test_the_error_is_that_of_a_fit_to_a_linear_network(history: int, steps: Ste
         earlier.insert(0, made)
     expected = np.square(latent - latents[8])[~learned].mean()
     assert expected > 1e-9
-    assert Landscape(*products, rho, history).error(steps) == pytest.approx(expected, rel=1e-6)
+    assert Landscape(*products, rho, history).error(Placement.of(steps)) == pytest.approx(expected, rel=1e-6)
 
 
 def residual(found: Landscape, steps: Sequence[int]) -> float:
@@ -154,55 +155,120 @@ def test_only_free_timesteps_compute() -> None:
 
 def test_climbing_moves_only_to_less_error() -> None:
     """It finds the bottom of a bowl, and never leaves the best it knows."""
-    seen: list[tuple[Steps, float]] = []
+    seen: list[Steps] = []
 
-    def error(steps: Steps) -> float:
-        seen.append((steps, float(sum((step - goal) ** 2 for step, goal in zip(steps, (0, 5, 13), strict=True)))))
-        return seen[-1][1]
+    def error(tried: Placement) -> float:
+        seen.append(tried.steps)
+        return float(sum((step - goal) ** 2 for step, goal in zip(tried.steps, (0, 5, 13), strict=True)))
 
-    assert climbed_from((0, 1, 2), error, 20) == ((0, 5, 13), 0.0)
-    for steps, _ in seen:
+    assert climbed_from(Placement.of((0, 1, 2)), error, 20, 1000) == (Placement.of((0, 5, 13)), 0.0)
+    for steps in seen:
         assert steps[0] == 0
         assert list(steps) == sorted(set(steps))
         assert steps[-1] < 20
 
 
+def test_climbing_exchanges_the_kinds_of_neighbours() -> None:
+    """The first step keeps its own."""
+    seen: list[tuple[bool, ...]] = []
+
+    def error(tried: Placement) -> float:
+        seen.append(tried.whole)
+        return float(sum(index for index, whole in enumerate(tried.whole) if whole))
+
+    start = Placement((0, 1, 2, 3, 4), (True, False, False, True, True))
+    best, least = climbed_from(start, error, 5, 1000)
+    assert (best.whole, least) == ((True, True, True, False, False), 3.0)
+    assert all(whole[0] and whole.count(True) == 3 for whole in seen)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_climbing_is_never_worse_than_its_start(seed: int) -> None:
     draw = np.random.default_rng(seed)
-    start: Steps = (0, 4, 9)
+    start = Placement.of((0, 4, 9))
     known = {start: 0.5}
-    best, least = climbed_from(start, lambda steps: known.setdefault(steps, float(draw.uniform())), 12)
+    best, least = climbed_from(start, lambda tried: known.setdefault(tried, float(draw.uniform())), 12, 1000)
     assert known[best] == least == min(known.values())
 
 
-def test_climbing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_climbing_ends() -> None:
     """Where every set is better than all before it, too."""
-    monkeypatch.setattr(placement, "MOST_TRIED", 40)
-    calls: list[Steps] = []
+    calls: list[Placement] = []
 
-    def error(steps: Steps) -> float:
-        calls.append(steps)
+    def error(tried: Placement) -> float:
+        calls.append(tried)
         return -float(len(calls))
 
-    climbed_from((0, 100), error, 1000)
+    climbed_from(Placement.of((0, 100)), error, 1000, 40)
     assert len(calls) == 40
 
 
 def test_the_candidates_are_the_two_searches_the_best_first() -> None:
     found = landscape(10)
     candidates = place(found, 4)
-    start = by_residuals(found, 4, range(10))
+    start = Placement.of(by_residuals(found, 4, range(10)))
     assert start in candidates
-    errors = [found.error(steps) for steps in candidates]
+    errors = [found.error(one) for one in candidates]
     assert errors == sorted(errors)
     assert errors[0] <= found.error(start)
-    assert all(len(steps) == 4 and steps[0] == 0 for steps in candidates)
+    assert all(len(one.steps) == 4 and one.steps[0] == 0 and all(one.whole) for one in candidates)
+
+
+@pytest.mark.parametrize("half", [0.4, 0.5, 0.55])
+@pytest.mark.parametrize("count", [3, 4, 6])
+def test_halves_of_guidance_make_more_steps_of_the_same_work(count: int, half: float) -> None:
+    """After the candidates without them come at most two with them, the better one by the model first."""
+    found = guided_landscape(14, 1.5)
+    candidates = place(found, count, half)
+    whole = [one for one in candidates if all(one.whole)]
+    mixed = [one for one in candidates if not all(one.whole)]
+    assert tuple(whole) == place(found, count)
+    assert candidates == (*whole, *mixed)
+    assert 1 <= len(mixed) <= 2
+    for one in mixed:
+        assert one.whole[0]
+        assert len(one.steps) > count
+        assert one.work(half) <= count + 1e-9
+        assert one.work(half) > count - 1
+    errors = [found.error(one) for one in mixed]
+    assert errors == sorted(errors)
+
+
+def test_a_step_that_costs_nearly_a_whole_one_is_not_tried() -> None:
+    assert all(all(one.whole) for one in place(guided_landscape(10, 1.5), 4, 0.99))
+
+
+def guided_landscape(places: int, guidance: float) -> Landscape:
+    """The landscape of a made-up run with differences of guidance."""
+    latents, predictions, noise = smooth(places)
+    _, differences, _ = smooth(places, seed=3)
+    vectors = [vector.astype(np.float32) for vector in (*latents, *predictions, *differences, noise)]
+    products = inner_products(vectors)
+    return Landscape(products, products, landscape(places).response, 3, guidance)
+
+
+def test_the_error_of_a_half_is_that_of_an_older_difference() -> None:
+    """It adds ``(w - 1) * (d_r - d_k)`` to the prediction, where r is the last step that computed both halves."""
+    latents, predictions, noise = smooth(6)
+    _, differences, _ = smooth(6, seed=3)
+    steps, whole, guidance = (0, 1, 3, 4, 5), (True, False, True, False, False), 4.0
+    aged = list(predictions)
+    for step, last in ((1, 0), (4, 3), (5, 3)):
+        aged[step] = predictions[step] + (guidance - 1) * (differences[last] - differences[step])
+    rho = landscape(6).response
+    tables = [
+        inner_products([vector.astype(np.float32) for vector in vectors])
+        for vectors in ((*latents, *predictions, *differences, noise), (*latents, *aged, noise))
+    ]
+    found = Landscape(tables[0], tables[0], rho, 3, guidance).error(Placement(steps, whole))
+    expected = Landscape(tables[1], tables[1], rho, 3).error(Placement.of(steps))
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert found != pytest.approx(Landscape(tables[0], tables[0], rho, 3).error(Placement.of(steps)), rel=0.1)
 
 
 @pytest.mark.parametrize("count", [6, 7, 100])
 def test_as_many_steps_as_there_are_are_all_of_them(count: int) -> None:
-    assert place(landscape(6), count) == (tuple(range(6)),)
+    assert place(landscape(6), count) == (Placement.of(range(6)),)
 
 
 @pytest.mark.parametrize(("count", "kept"), [(2, [0, 4, 7, 11]), (5, [0, 3, 6, 8, 11])])
@@ -219,5 +285,5 @@ def test_of_many_timesteps_some_are_thinned_out_evenly(
 
     monkeypatch.setattr(placement, "MOST_PLACES", 4)
     monkeypatch.setattr(placement, "by_residuals", recorded)
-    assert all(len(steps) == count for steps in place(landscape(12), count))
+    assert all(len(one.steps) == count for one in place(landscape(12), count))
     assert given == [kept]

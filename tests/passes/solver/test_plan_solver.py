@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +18,18 @@ from qcgraph.ir.program import Program
 from qcgraph.passes.solver import plan_solver
 from qcgraph.passes.solver.plan_solver import PlanSolver
 from qcgraph.pipeline import PassContext, Pipeline
+from qcgraph.pipeline.pipeline import Costs
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.levels import CLEAN, first_order, levels
+from qcgraph.plan.placement import Placement, place
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import ModelSpec, NoiseSchedule
 from qcgraph.plan.steps import StepPlan, Update
 from qcgraph.progress import Progress
 from qcgraph.sampling.calibration import calibration_conditions, calibration_noise, decode_latents
+from qcgraph.sampling.fitting import with_updates
 from qcgraph.sampling.reference import walk
+from qcgraph.sampling.refining import effects
 
 Run = Callable[[str, Program], Program]
 TRAJECTORIES = 4
@@ -102,14 +107,83 @@ def test_the_targets_are_latents_of_the_run(captured: Program, planned: Program)
     initial = calibration_noise(TRAJECTORIES, 0, spec).initial()
     latents = walk(TorchRunner(captured), whole, spec, conditions, initial, Progress()).latents
     steps = [whole.timesteps.index(timestep) for timestep in planned.facts[StepPlan].timesteps]
-    for text, place in zip(targets.latents, (*steps[1:], len(whole)), strict=True):
-        assert np.array_equal(decode_latents(text, spec.latent_shape), latents[place])
+    for text, index in zip(targets.latents, (*steps[1:], len(whole)), strict=True):
+        assert np.array_equal(decode_latents(text, spec.latent_shape), latents[index])
 
 
 def test_the_best_of_the_candidates_is_taken(planned: Program) -> None:
     errors = planned.facts[SolverPlan].errors
     assert errors[0] == min(errors)
     assert list(errors) == sorted(errors)
+
+
+def test_all_coefficients_are_refined_together(captured: Program, run: Run) -> None:
+    """Where the trajectories suffice: the targets are then the latents of the refined plan, but for the last one."""
+    found = run("plan-solver{target=run steps=4 trajectories=16}", captured)
+    solver, targets, spec = found.facts[SolverPlan], found.facts[SolverTargets], found.facts[ModelSpec]
+    assert solver.refined is not None
+    before, after = solver.refined
+    assert after < before
+    conditions, initial = calibration_conditions(16, 0, spec), calibration_noise(16, 0, spec).initial()
+    ours, whole = (
+        walk(TorchRunner(captured), plan, spec, conditions, initial, Progress()).latents
+        for plan in (found.facts[StepPlan], captured.facts[StepPlan])
+    )
+    decoded = [decode_latents(text, spec.latent_shape) for text in targets.latents]
+    assert all(np.array_equal(*pair) for pair in zip(decoded, (*ours[1:-1], whole[-1]), strict=True))
+    apart = np.setdiff1d(np.arange(16), [index for index in range(16) if index % 4 < 3][:6])
+    assert after == pytest.approx(np.square(ours[-1][apart] - whole[-1][apart], dtype=np.float64).mean(), rel=1e-6)
+
+
+def test_few_trajectories_are_not_refined_on(planned: Program) -> None:
+    assert planned.facts[SolverPlan].refined is None
+
+
+def only_mixed(*args: Any) -> tuple[Placement, ...]:
+    return tuple(one for one in place(*args) if not all(one.whole))
+
+
+@pytest.mark.parametrize("trajectories", [4, 16])
+def test_steps_of_one_half_of_guidance(
+    captured: Program, run: Run, monkeypatch: pytest.MonkeyPatch, trajectories: int
+) -> None:
+    """More steps for the work of 4; plan-cache creates what they run, and fit-solver fits the cached program."""
+    monkeypatch.setattr(plan_solver, "place", only_mixed)
+    text = f"plan-solver{{target=run steps=4 reuse=guidance trajectories={trajectories}}}"
+    found = run(text, captured)
+    modes = found.facts[SolverPlan].modes
+    assert modes[0] is None
+    assert len(modes) == len(found.facts[StepPlan]) > 4
+    assert modes.count(None) + 0.6 * modes.count("conditional") <= 4.5
+    assert set(found.facts[StepPlan].roles) == {"main"}
+    split = run("plan-cache{solver=true blocks=guidance},insert-cache", found)
+    assert split.facts[StepPlan].modes == modes
+    assert "of one half of guidance" in split.facts[SolverPlan].lines()[0]
+    fitted, spec = run("fit-solver", split), found.facts[ModelSpec]
+    conditions, initial = (
+        calibration_conditions(trajectories, 0, spec),
+        calibration_noise(trajectories, 0, spec).initial(),
+    )
+    last = decode_latents(found.facts[SolverTargets].latents[-1], spec.latent_shape)
+    ours, plain = (
+        walk(TorchRunner(split), plan, spec, conditions, initial, Progress()).latents[-1]
+        for plan in (fitted.facts[StepPlan], with_updates(split.facts[StepPlan], found.facts[SolverPlan].plain))
+    )
+    assert np.linalg.norm(ours - last) < np.linalg.norm(plain - last)
+
+
+def test_a_half_that_saves_little_is_not_taken(captured: Program) -> None:
+    """By measured milliseconds: at 0.95 of a whole step no more steps fit in."""
+    costs = Costs("toy", lambda _: {"full": 1.0, "conditional": 0.95})
+    text = "plan-solver{target=run steps=4 reuse=guidance trajectories=4}"
+    found = Pipeline.parse(text).run(captured, costs=costs).facts[SolverPlan]
+    assert found.modes == (None,) * 4
+    assert len(found.errors) <= 2
+
+
+def test_without_guidance_every_step_is_whole(captured: Program, run: Run) -> None:
+    program = with_plan(captured, "ddim", 9, guidance=1.0)
+    assert run(RUN.replace("}", " reuse=guidance}"), program).facts[SolverPlan].modes == (None,) * 4
 
 
 def test_the_same_seed_gives_the_same_plan(captured: Program, planned: Program, run: Run) -> None:
@@ -195,22 +269,25 @@ def test_the_converged_run_is_the_target_by_default(
     [("", 50, 13), ("", 9, 2), ("", 1, 1), ("{steps=7}", 9, 7), ("{steps=9}", 9, 9), ("{steps=13}", 9, 9)],
 )
 def test_the_number_of_steps(captured: Program, options: str, steps: int, count: int) -> None:
-    """And the forwards beforehand, both halves of guidance: those of two runs and of two candidates."""
+    """And the forwards beforehand, both halves of guidance: those of two runs, of candidates, and of a refinement."""
     (pass_,) = Pipeline.parse(f"plan-solver{options}")
     program = with_plan(captured, "ddim", steps)
     assert isinstance(pass_, PlanSolver)
     work = Workload(program, trajectories=9, rows=0, share=1.0)
     ours = replace(pass_, trajectories=3)
-    assert ours.forwards(work) == 3 * 2 * (50 + 100 + 2 * count)
-    assert replace(ours, target="run").forwards(work) == 3 * 2 * (steps + max(1, steps // 2) + 2 * count)
+    for target, recorded in (("converged", 50 + 100), ("run", steps + max(1, steps // 2))):
+        rows = int(0.5 * 3 * recorded / max(1, effects(count, 3)))  # of two that a fit learns from
+        refined = 2 * effects(count, 3) + 3 * 4 * count if rows >= 2 else 0
+        expected = 2 * (3 * (recorded + 2 * count) + refined)
+        assert replace(ours, target=target).forwards(work) == expected
 
 
 def test_the_number_of_trajectories(captured: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qcgraph.passes.solver.plan_solver.TARGET_LIMITS", (2, 64))  # tests have fewer
     """As many as a fixed number of values needs, here the most that there may be; half of them for twice the values."""
+    monkeypatch.setattr("qcgraph.passes.solver.plan_solver.TARGET_LIMITS", (2, 64))  # tests have fewer
     work = Workload(captured, trajectories=9, rows=0, share=1.0)
     plan, spec = captured.facts[StepPlan], captured.facts[ModelSpec]
-    each = plan.halves * (50 + 100 + 2 * 2)
+    each = plan.halves * (50 + 100 + 2 * 2 + 4 * 2 + effects(2, 3) * 3 / 4)  # effects on those that a fit learns from
     assert PlanSolver().forwards(work) == 64 * each
     wide = captured.with_facts(replace(spec, latent_shape=(2, 16, 48)))
     assert PlanSolver().forwards(replace(work, program=wide)) == 32 * each
@@ -245,6 +322,7 @@ def test_latents_that_are_not_finite_are_refused(captured: Program) -> None:
         "plan-solver{steps=0}",
         "plan-solver{history=4}",
         "plan-solver{target=walk}",
+        "plan-solver{reuse=blocks}",
         "plan-solver{trajectories=0}",
         "plan-solver{seed=-1}",
     ],

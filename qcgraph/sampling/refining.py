@@ -1,0 +1,182 @@
+"""Refine all coefficients of a solver together, by their measured effect on its final latents. NumPy only.
+
+A fit in the order of the steps aims at the target of every step, and so spends coefficients on errors that the steps
+after it would undo, and leaves some that they amplify. Here all coefficients aim at the final latents alone, by steps
+of Gauss and Newton with Levenberg's damping. The effect of a coefficient on the final latents is measured: the latent
+after its step is moved, and the run goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qcgraph.plan.spec import ModelSpec
+from qcgraph.plan.steps import StepPlan
+from qcgraph.progress import Progress
+from qcgraph.sampling.conditions import Conditions, joined
+from qcgraph.sampling.fitting import Table, corrected, judged_rows, row_products, with_updates
+from qcgraph.sampling.loop import Updates, guided, trajectory
+from qcgraph.sampling.reference import RecordedRun, walk
+from qcgraph.sampling.runner import Array, Runner, step_call, step_inputs
+
+MOVE = 0.004  # root mean square by which a latent is moved; latents of unit variance are rounded to 1e-7
+DEPENDENT = 1e-10  # mean square of a combination of terms, relative to the largest, below which it is none
+# Dampings that are tried, as squares of the final change for each 1 of change of the latent after a step.
+DAMPINGS = (1.0, 0.1, 0.01)
+BATCH = 32  # latents that run together
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A plan whose updates were refined, its run, and the mean squared errors of the final latents.
+
+    Attributes:
+        plan: the plan.
+        run: its run.
+        error: the mean squared error of the final latents, on trajectories whose effects were not measured.
+        before: the same with the updates as they were.
+    """
+
+    plan: StepPlan
+    run: RecordedRun
+    error: float
+    before: float
+
+
+def effects(steps: int, history: int) -> int:
+    """Return how many forward passes of a trajectory one measurement of all effects takes."""
+    return sum(min(2 + index, 2 + history) * (steps - 1 - index) for index in range(steps))
+
+
+def refine(
+    runner: Runner,
+    plan: StepPlan,
+    spec: ModelSpec,
+    conditions: Conditions,
+    initial: Array,
+    goal: Array,
+    history: int,
+    measured: int,
+    progress: Progress,
+) -> Refined:
+    """Refine the updates of a plan on trajectories of their own, as far as that helps others.
+
+    With J the effect of all coefficients on the final latents and r what these lack, the coefficients change by
+    ``(J' J + damping)^-1 J' r`` (Levenberg, 1944). Every damping is tried, and the one with the least error on
+    trajectories whose effects were not measured is taken, if the error falls at all.
+
+    Args:
+        runner: runs the variants of the plan; those that reuse take values of the last computing step alone.
+        plan: the plan, whose updates add no noise.
+        spec: the specification of the denoiser.
+        conditions: the conditions of the N trajectories.
+        initial: their initial noise, f32[N,C,H,W].
+        goal: the target of the final latents, f32[N,C,H,W].
+        history: the number of earlier predictions that an update may use.
+        measured: the number of trajectories that effects are measured on; fewer than N, if N > 1.
+        progress: reports the steps.
+    """
+    learned = np.flatnonzero(~judged_rows(len(initial)))[:measured] if len(initial) > 1 else np.arange(1)
+    apart = np.setdiff1d(np.arange(len(initial)), learned) if len(initial) > 1 else learned
+    run = walk(runner, plan, spec, conditions, initial, progress)
+    before = _error(run, goal, apart)
+    best = Refined(plan, run, before, before)
+    if not before:
+        return best
+    own = RecordedRun(*(tuple(array[learned] for array in arrays) for arrays in (run.latents, run.predictions)))
+    measuring = _Measuring(runner, plan, spec, conditions[learned], own, history)
+    columns, places = [], []
+    for index in progress.track(range(len(plan)), "effects of coefficients"):
+        for place, column in measuring.columns(index):
+            places.append((index, place))
+            columns.append(column.reshape(-1))
+    effect = np.stack(columns)
+    lacking = (goal[learned] - run.latents[-1][learned]).reshape(-1)
+    own_products, cross = effect @ effect.T / lacking.size, effect @ lacking / lacking.size
+    for damping in DAMPINGS:
+        change = np.linalg.solve(own_products + damping * np.eye(len(cross)), cross)
+        moved = _changed(plan, places, change, history)
+        run = walk(runner, moved, spec, conditions, initial, progress)
+        error = _error(run, goal, apart)
+        if error < best.error:
+            best = Refined(moved, run, error, before)
+    return best
+
+
+class _Measuring:
+    """Measures the effect of every coefficient of a plan on the final latents of a run."""
+
+    def __init__(
+        self, runner: Runner, plan: StepPlan, spec: ModelSpec, conditions: Conditions, run: RecordedRun, history: int
+    ) -> None:
+        self._plan, self._spec, self._conditions, self._run = plan, spec, conditions, run
+        self._runner, self._history = runner, history
+
+    def columns(self, index: int) -> Iterator[tuple[Table, Array]]:
+        """Yield combinations of the terms of a step with a root mean square of 1, and their effects.
+
+        Yields:
+            The coefficients of the terms, f64[R], and the change of the final latents for each 1 of them, f32[N,C,H,W].
+        """
+        run = self._run
+        terms = [run.latents[index], *run.predictions[index::-1]][: 2 + self._history]
+        products = row_products(terms, np.ones(len(terms[0]), dtype=bool)) / terms[0].size
+        sizes, vectors = np.linalg.eigh(products)
+        chosen = [
+            vectors[:, place] / np.sqrt(size) for place, size in enumerate(sizes) if size > DEPENDENT * sizes.max()
+        ]
+        moves = [np.tensordot(combination, np.stack(terms), axes=1).astype(np.float32) for combination in chosen]
+        yield from zip(chosen, self._effects(index, moves), strict=True)
+
+    def _effects(self, index: int, moves: Sequence[Array]) -> Iterator[Array]:
+        """Yield the change of the final latents for each 1 of a change of the latent after a step."""
+        together = max(1, BATCH // len(moves[0]))
+        for start in range(0, len(moves), together):
+            part = moves[start : start + together]
+            after = np.concatenate([self._run.latents[index + 1] + np.float32(MOVE) * move for move in part])
+            ends = np.split(self._continued(index, after, len(part)), len(part))
+            yield from ((end - self._run.latents[-1]) / np.float32(MOVE) for end in ends)
+
+    def _continued(self, index: int, latent: Array, copies: int) -> Array:
+        """Return the final latents after other latents than the recorded ones after a step."""
+        run, updates, resumed = self._run, Updates(self._plan), _Resumed(self._runner, self._plan, self._spec)
+        conditions = joined([self._conditions] * copies)
+        for before in range(index + 1):  # for the history of the updates
+            given, made = (np.concatenate([known[before]] * copies) for known in (run.latents, run.predictions))
+            updates.update(before, given, made)
+        if self._plan.reusing:  # for the cached values
+            last = max(step for step in range(index + 1) if self._plan.computes(step))
+            guided(resumed, last, np.concatenate([run.latents[last]] * copies), conditions, self._plan, self._spec)
+        for taken in trajectory(resumed, updates, self._plan, self._spec, conditions, latent, start=index + 1):
+            latent = taken.after
+        return latent
+
+
+class _Resumed:
+    """Denoises a trajectory from any step on, with the cache of the steps that it ran."""
+
+    def __init__(self, runner: Runner, plan: StepPlan, spec: ModelSpec) -> None:
+        self._runner, self._plan, self._spec = runner, plan, spec
+        self._state: dict[tuple[str, int], object] = {}
+
+    def denoise(self, index: int, latent: Array, conditions: Conditions) -> Array:
+        """Return the noise prediction [B,C_out,H,W] of a step."""
+        inputs = step_inputs(self._plan, self._spec, index, latent, conditions)
+        return self._runner.run(step_call(self._plan, index, inputs, self._state))
+
+
+def _error(run: RecordedRun, goal: Array, rows: npt.NDArray[np.intp]) -> float:
+    error = float(np.square(run.latents[-1][rows] - goal[rows], dtype=np.float64).mean())
+    return error if np.isfinite(error) else float("inf")
+
+
+def _changed(plan: StepPlan, places: Sequence[tuple[int, Table]], change: Table, history: int) -> StepPlan:
+    """Return a plan with changed coefficients."""
+    sums = [np.zeros(min(2 + index, 2 + history)) for index in range(len(plan))]
+    for (index, combination), amount in zip(places, change, strict=True):
+        sums[index] += amount * combination
+    return with_updates(plan, [corrected(step.update, sums[index]) for index, step in enumerate(plan.steps)])
