@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Compensation:
-    """Variance compensation: after each update the latent becomes ``mean + gain * (latent - mean)``.
+    """Variance compensation: what each step adds to the next latent becomes ``mean + gain * (it - mean)``.
+
+    This is all of the next latent, or all but the contributions of earlier steps.
 
     Attributes:
         gains: K by step and channel.
-        means: mu by step and channel.
+        means: by step and channel, the mean of full precision less that of the contributions of earlier steps.
         clamped: the number of clamped gains.
         largest_drift: the largest distance from 1, over steps and channels, of the ratio of two standard deviations:
             that of the compiled denoiser, with all earlier steps corrected, over the one that needs no correction.
