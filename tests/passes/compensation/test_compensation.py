@@ -256,3 +256,14 @@ def test_clamped_gains_are_counted(cached: Program, run: Run) -> None:
 def test_bad_clamp(captured: Program, run: Run) -> None:
     with pytest.raises(UsageError, match="clamp 1"):
         run("calibrate{trajectories=2},fit-compensation{clamp=1}", captured)
+
+
+@pytest.mark.parametrize("form", ["ratio", "masked"])
+def test_the_updates_of_a_fitted_solver_are_refused(captured: Program, form: str) -> None:
+    pipeline = Pipeline.parse(
+        "plan-solver{steps=3 target=run trajectories=2},calibrate{trajectories=2},"
+        f"fit-compensation{{form={form}}},insert-compensation,fit-solver"
+    )
+    with pytest.raises(UsageError, match="a fitted solver correct the scale of the latents themselves") as caught:
+        pipeline.run(captured, origin=captured)
+    assert caught.value.hint == "leave fit-compensation out, or plan-solver"
