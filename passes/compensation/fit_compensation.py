@@ -63,13 +63,13 @@ class FitCompensation(Pass):
         return work.trajectories * work.trajectory * work.share
 
     def run(self, program: Program, context: PassContext) -> Program:
-        if program.facts[StepPlan].is_fitted:
+        plan, spec, reference = program.facts[StepPlan], program.facts[ModelSpec], program.facts[Reference]
+        if plan.is_fitted:
             raise UsageError(
                 "the updates of a fitted solver correct the scale of the latents themselves, and are fitted to other "
                 "latents than those of the reference",
                 hint="leave fit-compensation out, or plan-solver",
             )
-        plan, spec, reference = program.facts[StepPlan], program.facts[ModelSpec], program.facts[Reference]
         conditions = calibration_conditions(reference.trajectories, reference.seed, spec)
         noise = calibration_noise(reference.trajectories, reference.seed, spec)
         initial = noise.initial()

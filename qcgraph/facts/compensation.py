@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Compensation:
-    """Variance compensation: what each step adds to the next latent becomes ``mean + gain * (it - mean)``.
+    """Variance compensation: the part u of the next latent that a step determines becomes ``mean + gain * (u - mean)``.
 
-    This is all of the next latent, or all but the contributions of earlier steps.
+    It is the whole latent, except where the update also has contributions of earlier steps; these are not in u.
 
     Attributes:
         gains: K by step and channel.
-        means: by step and channel, the mean of full precision less that of the contributions of earlier steps.
+        means: the mean of u, by step and channel: that of the latent in full precision, less that of the contributions
+            of earlier steps.
         clamped: the number of clamped gains.
         largest_drift: the largest distance from 1, over steps and channels, of the ratio of two standard deviations:
             that of the compiled denoiser, with all earlier steps corrected, over the one that needs no correction.
