@@ -21,6 +21,7 @@ from qcgraph.bundle import Bundle
 from qcgraph.capture.capture import capture
 from qcgraph.errors import BundleError, UsageError
 from qcgraph.export.run.open import runner_of
+from qcgraph.facts import Compensation
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.models import load_model
@@ -212,6 +213,25 @@ def test_every_scheduler(pipe: Any, program: Program, scheduler: str, guidance: 
     drawn, _ = draw(pipe, 9, guidance)
     if scheduler != "ddpm":
         assert distance(drawn, sample(TorchRunner(program), plan, spec, LABELS, SEED)) < ROUNDING
+
+
+@pytest.mark.parametrize("of_plan", [False, True])
+def test_compensation_of_a_multistep_solver(pipe: Any, program: Program, run: Run, of_plan: bool) -> None:
+    """A pipeline keeps the corrected predictions for later updates, as qcgraph's own sampling does."""
+    spec = program.facts[ModelSpec]
+    plain = program.with_facts(make_step_plan("dpmsolver++", 9, GUIDANCE, spec.noise_schedule, "model"))
+    gains = tuple((1 + 0.01 * (index % 3), 0.98, 1.02, 1.0) for index in range(9))
+    means = ((0.1, -0.1, 0.2, 0.3),) * 9
+    compiled = run("insert-compensation", plain.with_facts(Compensation(gains, means, 0, 0.0)))
+    plan = compiled.facts[StepPlan]
+    assert sum(len(step.update.history) for step in plan.steps) > 5
+    pipe.transformer = denoiser_of(compiled)
+    pipe.scheduler = make_scheduler("dpmsolver++", spec.noise_schedule)
+    if of_plan:
+        pipe.scheduler = FittedScheduler.of_plan(plan, spec.noise_schedule)
+    drawn, _ = draw(pipe, 9)
+    assert distance(drawn, sample(TorchRunner(compiled), plan, spec, LABELS, SEED)) < ROUNDING
+    assert distance(drawn, sample(TorchRunner(plain), plan, spec, LABELS, SEED)) > 0.01
 
 
 def fitted_plan(spec: ModelSpec) -> StepPlan:

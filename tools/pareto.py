@@ -239,9 +239,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw quality against cost")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
-    if options.scheduler == RIVAL:  # the rival of itself; and compensation does not fit its updates
+    if options.scheduler == RIVAL:  # the rival of itself
         options.methods = [key for key in options.methods if METHODS[key].scheduler != RIVAL]
-        options.methods = [key for key in options.methods if METHODS[key].compensation == "off"]
     return options
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from qcgraph.errors import UsageError
 from qcgraph.facts import Compensation, Precision, Reference
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
-from qcgraph.passes.compensation._compensable import check_compensable
+from qcgraph.passes.compensation._tables import Table, prediction_tables
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.options import option
 from qcgraph.pipeline.workload import Workload
@@ -21,11 +21,10 @@ from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan, Update
 from qcgraph.sampling.calibration import as_tuples, calibration_conditions, calibration_noise
 from qcgraph.sampling.conditions import Conditions
-from qcgraph.sampling.loop import Request, Sampler, Updates, trajectory
+from qcgraph.sampling.loop import Request, Sampler, Updates, advanced, contributions, trajectory
 from qcgraph.sampling.noise import Noise
 from qcgraph.sampling.runner import Array
 
-Table = npt.NDArray[np.float64]
 SMALLEST_WEIGHT = 1e-6  # an update that all but ignores the noise prediction cannot carry a correction
 MASK = 0.5  # share of the mean magnitude above which elements are also weighted by their relative error
 
@@ -39,7 +38,12 @@ class FitCompensation(Pass):
     least squares K = sum w d e / sum w d^2 with d = x - mu, e = x' - mu and w = 1 + [|x'| > mean |x'| / 2] / x'^2,
     which is Q&C's objective of absolute and relative errors. A step is fitted with all earlier corrections applied.
     Where the update adds fresh noise c3 * z, K is solved on the part that the denoiser determines, of variance
-    sigma_ref^2 - c3^2. Updates that use earlier steps are refused (see `qcgraph.passes.compensation._compensable`).
+    sigma_ref^2 - c3^2.
+
+    The update of a multistep solver is u + h, where h comes from earlier latents and predictions, and only u can be
+    corrected: to m + K (u - m) with m = mu - mean h. K is then the root nearest to 1 of the quadratic
+    var(K u + h) = sigma_ref^2, or, where there is none, the K of least variance. In the masked form, d = u - m and
+    e = x' - h - m. Later steps look back to the corrected predictions, as a host does.
 
     Attributes:
         clamp: K stays in [1 - clamp, 1 + clamp], and clamped values are counted. 0 gives K = 1 everywhere.
@@ -58,13 +62,14 @@ class FitCompensation(Pass):
     def forwards(self, work: Workload) -> float:
         return work.trajectories * work.trajectory * work.share
 
-    def check(self, captured: Program) -> None:
-        """Refuse steps whose updates use earlier steps."""
-        check_compensable(captured.facts[StepPlan])
-
     def run(self, program: Program, context: PassContext) -> Program:
-        self.check(program)
         plan, spec, reference = program.facts[StepPlan], program.facts[ModelSpec], program.facts[Reference]
+        if plan.is_fitted:
+            raise UsageError(
+                "the updates of a fitted solver correct the scale of the latents themselves, and are fitted to other "
+                "latents than those of the reference",
+                hint="leave fit-compensation out, or plan-solver",
+            )
         conditions = calibration_conditions(reference.trajectories, reference.seed, spec)
         noise = calibration_noise(reference.trajectories, reference.seed, spec)
         initial = noise.initial()
@@ -99,22 +104,30 @@ class _Fitting:
         exact: Iterator[Array] | None,
     ) -> None:
         self._options, self._plan, self._noise, self._exact = options, plan, noise, exact
-        self._updates = Updates(plan)
-        self._means, self._deviations = np.array(reference.means), np.array(reference.deviations)
-        self._gains, self._drifts = np.ones_like(self._means), np.ones_like(self._means)
+        depth = max(len(step.update.history) for step in plan.steps)
+        self._earlier: deque[tuple[Array, Array]] = deque(maxlen=depth)  # the latest first, predictions corrected
+        self._references, self._deviations = np.array(reference.means), np.array(reference.deviations)
+        self._gains, self._drifts = np.ones_like(self._references), np.ones_like(self._references)
+        self._means = self._references.copy()
         self._clamped = 0
 
     def update(self, index: int, latent: Array, prediction: Array) -> Array:
         """Return the corrected latent [N,C,H,W] with its fresh noise."""
-        update, mean = self._plan.steps[index].update, self._means[index]
-        reached = self._updates.update(index, latent, prediction)
-        ratio = _ratio(self._deviations[index], reached.std(axis=(0, 2, 3), dtype=np.float64), update)
-        raw = _masked(reached, next(self._exact), mean, update) if self._exact else ratio
-        self._gains[index] = np.clip(raw, 1 - self._options.clamp, 1 + self._options.clamp)
-        self._clamped += int((self._gains[index] != raw).sum())
-        self._drifts[index] = 1 / ratio
-        gain, centre = (values.astype(np.float32)[:, None, None] for values in (self._gains[index], mean))
-        corrected: Array = centre + gain * (reached - centre)
+        update, deviation = self._plan.steps[index].update, self._deviations[index]
+        own = advanced(update, latent, prediction, ())
+        past = sum(contributions(update, self._earlier), np.zeros_like(own))
+        mean = self._references[index] - past.mean(axis=(0, 2, 3), dtype=np.float64)
+        ratio = _ratio(deviation, (own + past).std(axis=(0, 2, 3), dtype=np.float64), update)
+        if self._exact:
+            raw = _masked(own, past, next(self._exact), mean, update)
+        else:
+            raw = _root(deviation, own, past, update) if update.history else ratio
+        gains = np.clip(raw, 1 - self._options.clamp, 1 + self._options.clamp)
+        self._clamped += int((gains != raw).sum())
+        self._gains[index], self._means[index], self._drifts[index] = gains, mean, 1 / ratio
+        self._earlier.appendleft((latent, _compensated(prediction, latent, gains, mean, update)))
+        gain, centre = (values.astype(np.float32)[:, None, None] for values in (gains, mean))
+        corrected: Array = centre + gain * (own - centre) + past
         return corrected + np.float32(update.noise) * self._noise.next() if update.noise else corrected
 
     @property
@@ -153,14 +166,49 @@ def _ratio(reference: Table, reached: Table, update: Update) -> Table:
     return np.where(usable, np.sqrt(np.maximum(target, 0)) / np.where(usable, reached, 1), 1.0)
 
 
-def _masked(reached: Array, exact: Array, mean: Table, update: Update) -> Table:
+def _root(reference: Table, own: Array, past: Array, update: Update) -> Table:
+    """Return K of each channel, the root nearest to 1 of var(K u + h) = sigma_ref^2 - c3^2.
+
+    With a = K this is a^2 var u + 2 a cov(u, h) + var h. Where no variance can be corrected, K is 1.
+
+    Args:
+        reference: sigma_ref, [C].
+        own: u, f32[N,C,H,W].
+        past: h, f32[N,C,H,W].
+        update: the update.
+    """
+    target = reference**2 - update.noise**2
+    if abs(update.noise_prediction) < SMALLEST_WEIGHT:
+        return np.ones_like(reference)
+    u, h = (values - values.mean(axis=1, keepdims=True) for values in (_by_channel(own), _by_channel(past)))
+    square, cross, rest = (u**2).mean(axis=1), (u * h).mean(axis=1), (h**2).mean(axis=1)
+    usable = (target > 0) & (square > 0)
+    safe = np.where(usable, square, 1)
+    least = -cross / safe  # the K of least variance; the roots lie on both sides of it
+    distance = np.sqrt(np.maximum(cross**2 - square * (rest - target), 0)) / safe
+    return np.where(usable, np.where(least <= 1, least + distance, least - distance), 1.0)
+
+
+def _masked(own: Array, past: Array, exact: Array, mean: Table, update: Update) -> Table:
     """Return K of each channel by weighted least squares of values [N,C,H,W]; 1 where all values equal the mean."""
     if abs(update.noise_prediction) < SMALLEST_WEIGHT:
         return np.ones_like(mean)
-    found, target = (values.astype(np.float64).swapaxes(0, 1).reshape(len(mean), -1) for values in (reached, exact))
+    found, earlier, target = (_by_channel(values) for values in (own, past, exact))
     magnitude = np.abs(target)
     far = magnitude > MASK * magnitude.mean(axis=1, keepdims=True)
     weight = 1 + far / np.where(far, target, 1) ** 2
-    d, e = found - mean[:, None], target - mean[:, None]
+    d, e = found - mean[:, None], target - earlier - mean[:, None]
     cross, square = (weight * d * e).sum(axis=1), (weight * d**2).sum(axis=1)
     return np.where(square > 0, cross / np.where(square > 0, square, 1), 1.0)
+
+
+def _by_channel(values: Array) -> Table:
+    """Return values [N,C,H,W] as f64[C,N*H*W]."""
+    return values.astype(np.float64).swapaxes(0, 1).reshape(values.shape[1], -1)
+
+
+def _compensated(prediction: Array, latent: Array, gains: Table, means: Table, update: Update) -> Array:
+    """Return the prediction [N,C,H,W] that the graph gives once the correction of its step is part of it."""
+    tables = prediction_tables(gains[None], means[None], [update])
+    gain, slope, offset = (tables[name][0][:, None, None] for name in ("gain", "slope", "offset"))
+    return gain * prediction + slope * latent + offset

@@ -13,7 +13,7 @@ from qcgraph.facts import Compensation, Precision
 from qcgraph.ir.edit import GraphEditor, with_edits
 from qcgraph.ir.graph import output_node, returned_nodes
 from qcgraph.ir.program import Program
-from qcgraph.passes.compensation._compensable import check_compensable
+from qcgraph.passes.compensation._tables import prediction_tables
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.plan.roles import TensorRole
 from qcgraph.plan.spec import ROW
@@ -29,21 +29,18 @@ class InsertCompensation(Pass):
     To correct the latent after the update x' = c1 * x + c2 * eps to a * x' + b, with a = K and b = (1 - K) * mu, is the
     same update with a compensated prediction: eps' = a * eps + ((a - 1) * c1 / c2) * x + b / c2. Hence one affine node
     per graph, with three tables [steps, channels] that the ``row`` input selects from. It commutes with guidance, whose
-    weights sum to one. Updates that use earlier steps are refused (see
-    `qcgraph.passes.compensation._compensable`).
+    weights sum to one. Of an update that also uses earlier steps, the part c1 * x + c2 * eps is corrected so, and the
+    corrected prediction is what later updates look back to.
     """
 
     name: ClassVar[str] = "insert-compensation"
     requires: ClassVar[tuple[type, ...]] = (Compensation, StepPlan)
     precedes: ClassVar[tuple[type, ...]] = (Precision,)
 
-    def check(self, captured: Program) -> None:
-        """Refuse steps whose updates use earlier steps."""
-        check_compensable(captured.facts[StepPlan])
-
     def run(self, program: Program, context: PassContext) -> Program:
-        self.check(program)
-        tables = compensation_tables(program.facts[Compensation], program.facts[StepPlan])
+        fact, updates = program.facts[Compensation], [step.update for step in program.facts[StepPlan].steps]
+        arrays = prediction_tables(np.array(fact.gains), np.array(fact.means), updates)
+        tables = {name: torch.from_numpy(array) for name, array in arrays.items()}
         edits: dict[str, GraphEditor] = {}
         for name, variant in program.variants.items():
             if not variant.interface.given(TensorRole.PREDICTION):
@@ -70,19 +67,3 @@ class InsertCompensation(Pass):
                 fixed = editor.call(ops.compensate.default, prediction, latent, *selected, source=prediction)
             editor.set_outputs([fixed, *others], variant.interface.outputs)
         return with_edits(program, edits)
-
-
-def compensation_tables(fact: Compensation, plan: StepPlan) -> dict[str, torch.Tensor]:
-    """Return ``gain``, ``slope`` and ``offset``, each f32[steps, channels]; exactly 1, 0 and 0 where K = 1."""
-    gains, means = np.array(fact.gains), np.array(fact.means)
-    updates = [step.update for step in plan.steps]
-    latent = np.array([update.latent for update in updates])[:, None]
-    weight = np.array([update.noise_prediction for update in updates])[:, None]
-    active = gains != 1
-    safe = np.where(active, weight, 1.0)
-    tables = {
-        "gain": gains,
-        "slope": np.where(active, (gains - 1) * latent / safe, 0.0),
-        "offset": np.where(active, (1 - gains) * means / safe, 0.0),
-    }
-    return {name: torch.from_numpy(table.astype(np.float32)) for name, table in tables.items()}

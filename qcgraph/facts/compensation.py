@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Compensation:
-    """Variance compensation: after each update the latent becomes ``mean + gain * (latent - mean)``.
+    """Variance compensation: the part u of the next latent that a step determines becomes ``mean + gain * (u - mean)``.
+
+    It is the whole latent, except where the update also has contributions of earlier steps; these are not in u.
 
     Attributes:
         gains: K by step and channel.
-        means: mu by step and channel.
+        means: the mean of u, by step and channel: that of the latent in full precision, less that of the contributions
+            of earlier steps.
         clamped: the number of clamped gains.
         largest_drift: the largest distance from 1, over steps and channels, of the ratio of two standard deviations:
             that of the compiled denoiser, with all earlier steps corrected, over the one that needs no correction.

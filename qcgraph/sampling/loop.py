@@ -331,11 +331,22 @@ def advanced(update: Update, latent: Array, prediction: Array, earlier: Iterable
         earlier: latents and predictions of earlier steps, the latest first; at least as many as the update uses.
     """
     result = np.float32(update.latent) * latent + np.float32(update.noise_prediction) * prediction
-    for term, (past_latent, past_prediction) in zip(update.history, earlier, strict=False):
-        # In float64, because early in the trajectory the two are large and all but cancel.
-        past = np.float64(term.latent) * past_latent + np.float64(term.noise_prediction) * past_prediction
-        result = result + past.astype(np.float32)
+    for contribution in contributions(update, earlier):
+        result = result + contribution
     return result
+
+
+def contributions(update: Update, earlier: Iterable[tuple[Array, Array]]) -> Iterator[Array]:
+    """Yield what each earlier step contributes to the latent that an update makes, f32[B,C,H,W].
+
+    Args:
+        update: the update.
+        earlier: latents and predictions of earlier steps, the latest first.
+    """
+    for term, (latent, prediction) in zip(update.history, earlier, strict=False):
+        # In float64, because early in the trajectory the two are large and all but cancel.
+        contribution = np.float64(term.latent) * latent + np.float64(term.noise_prediction) * prediction
+        yield contribution.astype(np.float32)
 
 
 class Sampler:

@@ -115,10 +115,10 @@ def test_every_method_has_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "kept"), [("ddim", ["solver", "steps", "ours-vc", "ours"]), ("dpmsolver++", ["steps", "ours"])]
+    ("scheduler", "kept"),
+    [("ddim", ["solver", "steps", "ours-vc", "ours"]), ("dpmsolver++", ["steps", "ours-vc", "ours"])],
 )
 def test_a_multistep_solver_is_its_own_rival(monkeypatch: pytest.MonkeyPatch, scheduler: str, kept: list[str]) -> None:
-    """And compensation does not fit it."""
     monkeypatch.syspath_prepend(TOOLS)
     asked = ["digits", "--scheduler", scheduler, "--methods", "solver", "steps", "ours-vc", "ours"]
     monkeypatch.setattr(sys, "argv", ["pareto.py", *asked])
