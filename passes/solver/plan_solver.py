@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -24,7 +23,7 @@ from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.passes.solver._landscape import landscape, record_target
 from qcgraph.pipeline import Pass, PassContext
-from qcgraph.pipeline.calibration_budget import affordable, trajectory_macs
+from qcgraph.pipeline.calibration_budget import target_trajectories
 from qcgraph.pipeline.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.levels import CLEAN, first_order, levels
@@ -39,9 +38,6 @@ from qcgraph.sampling.reference import COARSE_STEPS, FINE_STEPS, RecordedRun
 from qcgraph.sampling.runner import Array
 
 SHARE = 0.26  # default number of computing steps, relative to those of the run: 13 of 50
-TARGET_MACS = 1.3e13  # arithmetic of an automatic number of target trajectories: three minutes on two cores
-TARGET_LIMITS = (2, 64)
-VALUES = 49_152  # values of latents, over all trajectories: more of them hardly change a fit
 
 
 @dataclass(frozen=True)
@@ -127,12 +123,7 @@ class PlanSolver(Pass):
 
     def _trajectories(self, program: Program) -> int:
         """Return the number of trajectories to record."""
-        if self.trajectories:
-            return self.trajectories
-        macs = trajectory_macs(program, COARSE_STEPS + FINE_STEPS)
-        enough = -(-VALUES // prod(program.facts[ModelSpec].latent_shape))
-        least, most = TARGET_LIMITS
-        return min(affordable(macs, TARGET_MACS, TARGET_LIMITS), max(8 * least, min(enough, most)))
+        return self.trajectories or target_trajectories(program)
 
     def _fitted(
         self,

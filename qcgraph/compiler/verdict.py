@@ -9,6 +9,7 @@ from pathlib import Path
 from qcgraph.bundle.report import FITTED_RIVAL, ComparisonReport, RivalReport
 from qcgraph.compiler.costs import measure_costs, run_milliseconds
 from qcgraph.errors import UsageError
+from qcgraph.evaluation.fitted_rival import fitted_rival
 from qcgraph.evaluation.metrics import peak, psnr, shown
 from qcgraph.evaluation.settings import RIVAL
 from qcgraph.evaluation.tally import mean_squares
@@ -18,7 +19,6 @@ from qcgraph.export.targets import Target
 from qcgraph.facts import SolverFit, SolverPlan
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
-from qcgraph.pipeline import Pipeline
 from qcgraph.pipeline.calibration_budget import affordable, trajectory_macs
 from qcgraph.plan.schedulers import first_order, make_step_plan
 from qcgraph.plan.spec import ModelSpec
@@ -130,12 +130,18 @@ def _rivals(contest: Contest, steps: int) -> Iterator[tuple[str, StepPlan]]:
             yield name, make_step_plan(name, steps, mark.guidance, schedule, mark.model)
         except UsageError:
             continue  # it cannot make so few steps, or does not solve the process of the model
-    options = f"steps={steps} seed={contest.seed}"
     solver, fit = contest.program.facts.get(SolverPlan), contest.program.facts.get(SolverFit)
-    if solver and fit and solver.target == "converged":
-        options += f" trajectories={fit.trajectories}"  # those whose runs are recorded
-    elif trajectory_macs(contest.origin, COARSE_STEPS + FINE_STEPS) * FEWEST_FITTED > FITTING_MACS:
+    recorded = fit.trajectories if solver and fit and solver.target == "converged" else None
+    if recorded is None and trajectory_macs(contest.origin, COARSE_STEPS + FINE_STEPS) * FEWEST_FITTED > FITTING_MACS:
         return
-    pipeline = Pipeline.parse(f"plan-solver{{{options}}}")
-    fitted = pipeline.run(contest.origin, progress=contest.progress, runs=contest.runs)
-    yield FITTED_RIVAL, fitted.facts[StepPlan]
+    yield (
+        FITTED_RIVAL,
+        fitted_rival(
+            contest.origin,
+            steps,
+            contest.progress,
+            seed=contest.seed,
+            trajectories=recorded,
+            runs=contest.runs,
+        ),
+    )

@@ -82,12 +82,14 @@ def test_a_sound_bundle(bundle: Path, qcgraph: Callable[..., Any], tmp_path: Pat
     assert report["faults"] == []
     assert report["passed"]
     rows = {row["key"]: row for row in report["rows"]}
-    assert list(rows) == ["full_precision", "quantization", "cache", "both", "compiled", "fewer_steps", "solver"]
+    parts, equal_cost = ["quantization", "cache", "both"], ["fewer_steps", "solver", "fitted_solver"]
+    assert list(rows) == ["full_precision", *parts, "compiled", *equal_cost]
     value = {key: row["metrics"]["psnr"]["value"] for key, row in rows.items() if "metrics" in row}
     assert value["quantization"] > value["both"]
     assert value["cache"] > value["fewer_steps"]
     assert rows["compiled"]["cost"] == pytest.approx(10.2, abs=0.2)  # ten steps compute, ten cost a fiftieth
-    assert rows["fewer_steps"]["cost"] == 10
+    assert [rows[key]["cost"] for key in equal_cost] == [10, 10, 10]
+    assert rows["fitted_solver"]["converged_psnr"] > rows["solver"]["converged_psnr"]
     # The interaction is what the squared errors of the three say.
     squared = {key: 4 / 10 ** (value[key] / 10) for key in ("both", "quantization", "cache")}
     expected = 10 * np.log10(squared["both"] / (squared["quantization"] + squared["cache"]))

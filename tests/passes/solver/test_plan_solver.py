@@ -206,8 +206,8 @@ def test_the_number_of_steps(captured: Program, options: str, steps: int, count:
 
 
 def test_the_number_of_trajectories(captured: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qcgraph.passes.solver.plan_solver.TARGET_LIMITS", (2, 64))  # tests have fewer
     """As many as a fixed number of values needs, here the most that there may be; half of them for twice the values."""
+    monkeypatch.setattr("qcgraph.pipeline.calibration_budget.TARGET_LIMITS", (2, 64))  # tests have fewer
     work = Workload(captured, trajectories=9, rows=0, share=1.0)
     plan, spec = captured.facts[StepPlan], captured.facts[ModelSpec]
     each = plan.halves * (50 + 100 + 2 * 2)
