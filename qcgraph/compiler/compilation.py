@@ -37,6 +37,7 @@ from qcgraph.compiler.report import compile_report, quantizable
 from qcgraph.compiler.verdict import Contest, comparable, compare
 from qcgraph.errors import QcgraphError, UsageError, closest
 from qcgraph.evaluation.ablation import is_quantized
+from qcgraph.evaluation.fitted_rival import keep_rival
 from qcgraph.export.check.check import Check
 from qcgraph.export.check.verify import verify_export
 from qcgraph.export.targets import Target, record_of, target_named, target_of
@@ -81,6 +82,13 @@ class _ReleaseMemory(Instrument):
 
     def after(self, pass_: Pass, before: Program, after: Program) -> None:
         release_memory()
+
+
+class _KeepRival(Instrument):
+    """Keep a solver that is fitted in full precision, so that evaluations of the bundle need not fit their rival."""
+
+    def after(self, pass_: Pass, before: Program, after: Program) -> None:
+        keep_rival(before, after)
 
 
 def compile_model(
@@ -211,6 +219,7 @@ class _Compilation:
         """Yield the instruments that watch the passes, except those for time and text."""
         yield Reproduce(lambda: _reproducer_folder(self.output), self.progress)
         yield _ReleaseMemory()
+        yield _KeepRival()
         if self.verify_each:
             yield VerifyEach(captured, self.progress)
         if self.print_after:

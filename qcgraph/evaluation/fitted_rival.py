@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import metadata
 
 from qcgraph.evaluation.kept import kept_plan
-from qcgraph.facts import encode
+from qcgraph.facts import SolverPlan, SolverTargets, encode
 from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pipeline
 from qcgraph.pipeline.calibration_budget import target_trajectories
@@ -48,9 +49,30 @@ def fitted_rival(
     def fit() -> StepPlan:
         return pipeline.run(origin, progress=progress, runs=runs).facts[StepPlan]
 
-    return kept_plan([encode(origin.facts[StepPlan]), encode(origin.facts[ModelSpec]), options, _version()], fit)
+    return kept_plan(_key(origin, options), fit)
 
 
-def _version() -> str:
-    """Return the version of qcgraph, because another one may fit other coefficients."""
-    return metadata.version("qcgraph")
+def keep_rival(before: Program, after: Program) -> None:
+    """Keep the solver that a pass fitted to the converged run in full precision, if it did: it is a rival later.
+
+    Args:
+        before: the captured model, with the plan of the scheduler's run.
+        after: the program after the pass.
+    """
+    solver, targets = after.facts.get(SolverPlan), after.facts.get(SolverTargets)
+    if solver is None or targets is None or SolverPlan in before.facts or solver.target != "converged":
+        return
+    options = {
+        "steps": len(solver.plain),
+        "target": solver.target,
+        "history": solver.history,
+        "trajectories": targets.trajectories,
+        "seed": targets.seed,
+    }
+    kept_plan(_key(before, options), lambda: after.facts[StepPlan])
+
+
+def _key(origin: Program, options: Mapping[str, object]) -> list[object]:
+    """Return everything that a fit depends on; another version of qcgraph may fit other coefficients."""
+    run, spec = origin.facts[StepPlan], origin.facts[ModelSpec]
+    return [encode(run), encode(spec), dict(options), metadata.version("qcgraph")]

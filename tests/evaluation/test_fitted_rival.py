@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qcgraph.evaluation import kept
-from qcgraph.evaluation.fitted_rival import fitted_rival
+from qcgraph.evaluation.fitted_rival import fitted_rival, keep_rival
 from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pipeline
 from qcgraph.plan.schedulers import make_step_plan
@@ -67,3 +67,24 @@ def test_whatever_it_depends_on_is_another_fit(captured: Program, fits: list[str
     fitted_rival(with_run(9, 2.0, mark.model), 3, Progress(), trajectories=4)
     fitted_rival(with_run(9, mark.guidance, "another"), 3, Progress(), trajectories=4)
     assert len(fits) == 7
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_a_compilation_fitted_is_not_fitted_again(captured: Program, fits: list[str]) -> None:
+    fitted = Pipeline.parse("plan-solver{steps=3 trajectories=4}").run(captured)
+    keep_rival(captured, fitted)
+    fits.clear()
+    assert fitted_rival(captured, 3, Progress(), trajectories=4) == fitted.facts[StepPlan]
+    assert fits == []
+
+
+@pytest.mark.parametrize("text", ["plan-solver{steps=3 target=run trajectories=4}", "plan-cache,insert-cache"])
+def test_what_is_no_rival_is_not_kept(captured: Program, folder: Path, text: str) -> None:
+    keep_rival(captured, Pipeline.parse(text).run(captured))
+    assert list(folder.iterdir()) == []
+
+
+def test_a_solver_fitted_to_the_quantized_program_is_not_kept(captured: Program, folder: Path) -> None:
+    planned = Pipeline.parse("plan-solver{steps=3 trajectories=4}").run(captured)
+    keep_rival(planned, Pipeline.parse("fit-solver").run(planned))
+    assert list(folder.iterdir()) == []
