@@ -83,6 +83,12 @@ class PlanSolver(Pass):
         recorded = COARSE_STEPS + FINE_STEPS if self.target == "converged" else len(plan) + max(1, len(plan) // 2)
         return self._trajectories(work.program) * plan.halves * (recorded + 2 * self._count(plan))
 
+    def foreseen(self, program: Program) -> Program:
+        """Return the program with as many steps, evenly spaced and with plain updates."""
+        plan = program.facts[StepPlan]
+        steps = np.linspace(0, len(plan) - 1, self._count(plan)).round().astype(int).tolist()
+        return program.with_facts(_chosen(plan, program.facts[ModelSpec], tuple(steps)))
+
     def check(self, captured: Program) -> None:
         """Refuse schedulers that add noise."""
         plan = captured.facts[StepPlan]

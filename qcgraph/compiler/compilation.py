@@ -179,11 +179,11 @@ class _Compilation:
         _check_applicable(recipe, pipeline, loaded, captured)
         sites, dump = find_sites(captured.variants[captured.computing]), Dump(captured)
         instruments = (*self._instruments(captured), timer, dump)
-        start, kept = [captured], captured if self.dry_run else None
+        chosen = _prefix(pipeline, self.stop_after)
+        start, kept = [chosen.foreseen(captured)] if self.dry_run else [captured], captured if self.dry_run else None
         held = (loaded, captured) if captured.constant_bytes <= HELD_BYTES else None
         elapsed = time.perf_counter() - started
         del loaded, captured  # large weights are not held while the passes run, once passes have replaced them
-        chosen = _prefix(pipeline, self.stop_after)
         ran, runs = chosen.without_sampling() if self.dry_run else chosen, RunStore()
         program = self._transformed(start, ran, instruments, target, runs)
         report = compile_report(sites, program, recipe, target, pipeline, timer.seconds)

@@ -218,6 +218,16 @@ def test_the_number_of_trajectories(captured: Program, monkeypatch: pytest.Monke
     assert PlanSolver().forwards(replace(work, program=huge)) == 16 * each
 
 
+@pytest.mark.parametrize(("steps", "count"), [(1, 1), (2, 2), (4, 4), (9, 9), (12, 9)])
+def test_what_is_known_before_anything_is_sampled(captured: Program, steps: int, count: int) -> None:
+    (pass_,) = Pipeline.parse(f"plan-solver{{steps={steps}}}")
+    run, plan = (program.facts[StepPlan] for program in (captured, pass_.foreseen(captured)))
+    assert len(plan) == count
+    assert plan.timesteps[0] == run.timesteps[0]
+    assert set(plan.timesteps) <= set(run.timesteps)
+    assert plan.fingerprint == replace(run.fingerprint, solver="fitted")
+
+
 def test_a_scheduler_that_adds_noise_is_refused_before_anything_is_sampled(captured: Program) -> None:
     program = with_plan(captured, "ddpm", 9)
     pipeline = Pipeline.parse("plan-solver")
