@@ -14,9 +14,9 @@ from qcgraph.evaluation.metrics import peak, psnr, shown
 from qcgraph.evaluation.settings import RIVAL
 from qcgraph.evaluation.tally import mean_squares
 from qcgraph.export.run.open import open_runner
-from qcgraph.export.run.runtimes import Exported
+from qcgraph.export.run.runtimes import Exported, runtime_for
 from qcgraph.export.targets import Target
-from qcgraph.facts import SolverFit, SolverPlan
+from qcgraph.facts import SolverFit, SolverPlan, precision_of
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.pipeline.calibration_budget import affordable, trajectory_macs
@@ -82,8 +82,8 @@ class Contest:
 def compare(contest: Contest, count: int) -> ComparisonReport:
     """Return how close the compilation and its rivals come to the converged run in the same time.
 
-    Time is measured: the median of one run of every variant on the runtime of the target. A rival takes as many steps
-    of the model in full precision, on the same runtime, as fit into the time of the compilation, one at least.
+    Time is measured: the median of one run of every variant on the runtime of the target, or on its stand-in. A rival
+    takes as many steps of the model in full precision as fit into the time of the compilation, one at least.
 
     Args:
         contest: the compilation.
@@ -107,7 +107,23 @@ def compare(contest: Contest, count: int) -> ComparisonReport:
         RivalReport(name=name, steps=len(plan), seconds=len(plan) * step / 1000, psnr=drawn(model, plan))
         for name, plan in _rivals(contest, steps)
     )
-    return ComparisonReport(trajectories=count, seconds=spent / 1000, psnr=drawn(runner, contest.plan), rivals=rivals)
+    return ComparisonReport(
+        trajectories=count,
+        seconds=spent / 1000,
+        psnr=drawn(runner, contest.plan),
+        rivals=rivals,
+        stand_in=stand_in_of(contest),
+    )
+
+
+def stand_in_of(contest: Contest) -> str:
+    """Return the runtimes that measured instead of the target's own; an empty text where that one measured."""
+    bundle, model = (
+        runtime_for(contest.target, precision_of(program.facts)) for program in (contest.program, contest.origin)
+    )
+    if contest.target.runtime == bundle.name == model.name:
+        return ""
+    return bundle.title if bundle == model else f"{bundle.title} for the bundle, {model.title} for its rivals"
 
 
 def _converged(contest: Contest, count: int) -> Array:
