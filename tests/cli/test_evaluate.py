@@ -212,6 +212,27 @@ def test_the_quick_form(reference: Path, qcgraph: Callable[..., Any]) -> None:
 
 
 @pytest.mark.slow
+def test_a_fitted_bundle_brings_its_rival(
+    qcgraph: Callable[..., Any], small_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the compilation fitted in full precision is not fitted again, unless it is gone."""
+    folder = tmp_path / "kept"
+    monkeypatch.setattr("qcgraph.evaluation.kept.kept_folder", lambda: folder)
+    path, options = tmp_path / "fitted", ("--steps", 6, "--solver", "fitted=3", "--bits", "off", "--target", "torch")
+    assert qcgraph("compile", small_digits, "-o", path, *options).code == 0
+    (solver,) = folder.iterdir()
+    quick = ("eval", path, "--quick", "--samples", 4, "--metrics", "psnr", "--threads", 1, "--json")
+    first = qcgraph(*quick)
+    assert "plan-solver" not in first.err
+    solver.unlink()
+    again = qcgraph(*quick)
+    assert "plan-solver" in again.err
+    rows, others = ({row["key"]: row for row in done.json()["rows"]} for done in (first, again))
+    found, other = (each["fitted_solver"]["converged_psnr"] for each in (rows, others))
+    assert found == pytest.approx(other, abs=1e-3)
+
+
+@pytest.mark.slow
 def test_options_win_over_the_quick_form(reference: Path, qcgraph: Callable[..., Any]) -> None:
     options = ["--samples", 4, "--seeds", 2, "--seed", 1, "--metrics", "latent_error", "--no-attribution"]
     done = qcgraph("eval", reference, "--quick", *options, "--threads", 1)
