@@ -93,7 +93,7 @@ def few_converged_steps() -> Iterator[None]:
 def few_target_trajectories() -> Iterator[None]:
     """Solvers are fitted to few trajectories, unless a test says how many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qcgraph.passes.solver.plan_solver.TARGET_LIMITS", (2, 8))
+        patch.setattr("qcgraph.pipeline.calibration_budget.TARGET_LIMITS", (2, 8))
         yield
 
 

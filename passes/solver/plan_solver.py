@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -25,7 +24,7 @@ from qcgraph.ir.program import Program
 from qcgraph.ir.structure import macs_by_variant
 from qcgraph.passes.solver._landscape import landscape, record_target
 from qcgraph.pipeline import Pass, PassContext, Pipeline
-from qcgraph.pipeline.calibration_budget import affordable, trajectory_macs
+from qcgraph.pipeline.calibration_budget import target_trajectories
 from qcgraph.pipeline.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.levels import CLEAN, first_order, levels
@@ -42,9 +41,6 @@ from qcgraph.sampling.refining import DAMPINGS, effects, refine
 from qcgraph.sampling.runner import Array
 
 SHARE = 0.26  # default number of computing steps, relative to those of the run: 13 of 50
-TARGET_MACS = 1.3e13  # arithmetic of an automatic number of target trajectories: three minutes on two cores
-TARGET_LIMITS = (2, 64)
-VALUES = 49_152  # values of latents, over all trajectories: more of them hardly change a fit
 EFFECTS = 0.5  # arithmetic of measuring the effects of coefficients, relative to that of recording the target
 CACHED = "plan-cache{interval=2 blocks=guidance},insert-cache"
 FEWEST_MEASURED = 2  # trajectories on which effects are measured at least; else the coefficients are not refined
@@ -101,6 +97,12 @@ class PlanSolver(Pass):
         measured = self._measured(plan, steps, count)
         passes = self._recorded(plan) + (2 + (1 + len(DAMPINGS) if measured else 0)) * steps
         return plan.halves * (count * passes + measured * effects(steps, self.history))
+
+    def foreseen(self, program: Program) -> Program:
+        """Return the program with as many steps, evenly spaced and with plain updates."""
+        plan = program.facts[StepPlan]
+        steps = np.linspace(0, len(plan) - 1, self._count(plan)).round().astype(int).tolist()
+        return program.with_facts(_chosen(plan, program.facts[ModelSpec], tuple(steps)))
 
     def check(self, captured: Program) -> None:
         """Refuse schedulers that add noise."""
@@ -171,12 +173,7 @@ class PlanSolver(Pass):
 
     def _trajectories(self, program: Program) -> int:
         """Return the number of trajectories to record."""
-        if self.trajectories:
-            return self.trajectories
-        macs = trajectory_macs(program, COARSE_STEPS + FINE_STEPS)
-        enough = -(-VALUES // prod(program.facts[ModelSpec].latent_shape))
-        least, most = TARGET_LIMITS
-        return min(affordable(macs, TARGET_MACS, TARGET_LIMITS), max(8 * least, min(enough, most)))
+        return self.trajectories or target_trajectories(program)
 
     def _fitted(
         self,

@@ -105,6 +105,7 @@ def bench(
         plan=first.plan.describe(),
         target=first.manifest.target,
         steps=len(first.plan),
+        run_steps=first.plan.fingerprint.steps,
         guidance=first.plan.fingerprint.guidance,
         threads=threads,
         samples=samples,
@@ -112,7 +113,7 @@ def bench(
         forward_only=forward_only,
         machine=machine,
         versions=versions(PACKAGES),
-        rows=tuple(_row(candidate, measured, options) for candidate in candidates),
+        rows=tuple(_row(candidate, measured, options, len(first.plan)) for candidate in candidates),
         throughput=throughput,
     )
 
@@ -224,7 +225,8 @@ def sampling_seconds(plan: StepPlan, measured: Measured) -> float:
     return sum(medians[step.variant] + around for step in plan.steps)
 
 
-def _row(candidate: Candidate, measured: Mapping[str, Measured], options: BenchOptions) -> BenchmarkResult:
+def _row(candidate: Candidate, measured: Mapping[str, Measured], options: BenchOptions, steps: int) -> BenchmarkResult:
+    """Return the row of a candidate; the reference was timed with a number of steps."""
     bundle = candidate.bundle
     row = BenchmarkResult(
         name=candidate.name,
@@ -248,8 +250,13 @@ def _row(candidate: Candidate, measured: Mapping[str, Measured], options: BenchO
     if reference is None:
         return row
     eager = _variants(reference, options)[FORWARD]
-    speedup = None if options.forward_only else Ratio.of(reference.seconds, own.seconds)
-    return replace(row, speedup=speedup, forward_speedup=eager.median / forward.median)
+    row = replace(row, forward_speedup=eager.median / forward.median)
+    if options.forward_only:
+        return row
+    speedup = Ratio.of(reference.seconds, own.seconds)
+    # Every step of a baseline takes the same time, so that the whole run takes a multiple of that of the timed steps.
+    multiple = 1.0 if bundle is None else bundle.plan.fingerprint.steps / steps
+    return replace(row, speedup=speedup, run_speedup=speedup.times(multiple))
 
 
 def _mac_ratio(bundle: Bundle | None) -> float | None:

@@ -37,6 +37,10 @@ class Ratio:
         ratios = [slow / fast for slow, fast in zip(reference.seconds, own.seconds, strict=True)]
         return cls(reference.median / own.median, min(ratios), max(ratios))
 
+    def times(self, factor: float) -> Ratio:
+        """Return the ratio to a reference that takes a multiple of the time."""
+        return Ratio(self.value * factor, self.low * factor, self.high * factor)
+
 
 @dataclass(frozen=True)
 class BenchmarkResult:
@@ -50,11 +54,14 @@ class BenchmarkResult:
         problem: the reason of a status other than ``ok``; empty if there is none.
         sampling: seconds of whole sampling; None if it was not timed.
         speedup: speed-up of whole sampling over PyTorch eager with the same steps; None if either was not timed.
+        run_speedup: speed-up of whole sampling over PyTorch eager with all steps of the run, which baselines take, too;
+            it differs from ``speedup`` for a fitted solver alone.
         forward: seconds of a computing step.
         forward_speedup: speed-up of a computing step, the ratio of the medians.
         variants: for a bundle, seconds of a step by variant; empty for a baseline.
         error: relative L2 error of one noise prediction at a computing step against PyTorch eager.
-        mac_ratio: multiply-accumulates of whole sampling relative to the model's; None if they are not recorded.
+        mac_ratio: multiply-accumulates of whole sampling relative to those of the model over all steps of the run; None
+            if they are not recorded.
         cache_bytes: bytes that a trajectory keeps between steps, including both halves of guidance.
         alone: the figures of its process of its own.
     """
@@ -66,6 +73,7 @@ class BenchmarkResult:
     problem: str = ""
     sampling: Timing | None = None
     speedup: Ratio | None = None
+    run_speedup: Ratio | None = None
     forward: Timing | None = None
     forward_speedup: float | None = None
     variants: Mapping[str, Timing] | None = None
@@ -94,6 +102,7 @@ class BenchmarkResult:
             "sampling": _spread(self.sampling),
             "rounds": list(self.sampling.seconds) if self.sampling else [],
             "speedup": asdict(self.speedup) if self.speedup else None,
+            "run_speedup": asdict(self.run_speedup) if self.run_speedup else None,
             "forward": _spread(self.forward),
             "forward_speedup": self.forward_speedup,
             "variants": {name: _spread(timing) for name, timing in (self.variants or {}).items()},
@@ -128,7 +137,8 @@ class BenchReport:
         model: the model's name as typed for the compilation, or else its own name.
         plan: scheduler, steps and guidance.
         target: the target that the bundle was compiled for.
-        steps: the number of steps of every candidate.
+        steps: the number of steps that every candidate was timed with.
+        run_steps: the number of steps of the run that they stand for; more than ``steps`` for a fitted solver.
         guidance: the weight of guidance; unless it is 1, the denoiser sees two halves of each sample.
         threads: the number of threads of every candidate.
         samples: the number of samples drawn at once.
@@ -145,6 +155,7 @@ class BenchReport:
     plan: str
     target: str
     steps: int
+    run_steps: int
     guidance: float
     threads: int
     samples: int

@@ -163,6 +163,11 @@ class ComparisonReport(_Part):
     seconds: float = Field(description="measured time of sampling one image with the bundle, in seconds")
     psnr: Figure = Field(description="PSNR of its images to the converged run, dB")
     rivals: tuple[RivalReport, ...] = Field(description="the rivals")
+    stand_in: str = Field(
+        "",
+        description="the runtime that the seconds were measured on, where it stands in for that of the target; empty "
+        "where it is the target's own",
+    )
 
     @property
     def best(self) -> RivalReport | None:

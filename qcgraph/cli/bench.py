@@ -23,7 +23,7 @@ from qcgraph.cli.output import (
 from qcgraph.errors import UsageError, shown
 
 if TYPE_CHECKING:
-    from qcgraph.benchmark.report import BenchmarkResult, BenchReport
+    from qcgraph.benchmark.report import BenchmarkResult, BenchReport, Ratio
     from qcgraph.benchmark.timing import Timing
 
 NOTHING = "-"
@@ -62,7 +62,8 @@ def bench_command(
     """Measure latency against baselines.
 
     Every candidate draws the same samples with the same number of steps and threads: warmed up, then in turn, round
-    after round. Each also runs alone in a process of its own, for its memory and as a check of the pairing.
+    after round. Each also runs alone in a process of its own, for its memory and as a check of the pairing. The steps
+    of a fitted solver stand for a longer run; the speed-up over this run is shown as well.
     """
     from qcgraph.benchmark.baselines import parse_baselines
     from qcgraph.benchmark.bench import OURS, BenchOptions, bench
@@ -115,9 +116,9 @@ def print_report(report: BenchReport) -> None:
         if row.variants and len(row.variants) > 1:
             _print_variants(row)
     print_heading("cost")
-    _print_cost(timed)
+    _print_cost(report, timed)
     if report.throughput:
-        print_heading("throughput, samples a second")
+        print_heading(f"throughput, samples a second{_each(report)}")
         _print_throughput(report)
     _print_problems(report)
 
@@ -138,16 +139,19 @@ def _setting(report: BenchReport) -> Iterable[tuple[str, object]]:
 def _print_latency(report: BenchReport, timed: list[BenchmarkResult]) -> None:
     columns = ["", "forward ms (min / median / max)", "speed-up", "error"]
     if not report.forward_only:
-        columns[1:1] = [f"{count_text(report.steps, 'step')} s (min / median / max)", "speed-up (of rounds)"]
+        columns[1:1] = [f"{count_text(report.steps, 'step')} s (min / median / max)", *_speedup_columns(report)]
     rows = []
     for row in timed:
         cells = [row.name if row.status == "ok" else f"{row.name} ({row.status})"]
         if not report.forward_only:
-            cells += [str(row.sampling), _speedup(row)]
+            cells += [str(row.sampling), *_speedups(report, row)]
         cells += [_milliseconds(row.forward), _times(row.forward_speedup), _error(row.error)]
         rows.append(cells)
     print_table(columns, rows, right=columns[1:])
     print("\nspeed-up: against torch, medians, same steps; a forward is a step that computes")
+    if _is_fitted(report) and not report.forward_only:
+        steps, run = report.steps, report.run_steps
+        print(f"over the run: against torch with {run} steps, which takes {run}/{steps} of its time with {steps}")
     print("error: of one noise prediction against torch, relative L2")
 
 
@@ -164,7 +168,7 @@ def _print_variants(row: BenchmarkResult) -> None:
     )
 
 
-def _print_cost(timed: list[BenchmarkResult]) -> None:
+def _print_cost(report: BenchReport, timed: list[BenchmarkResult]) -> None:
     columns = ("", "multiply-accumulates", "cache", "peak memory", "before loading", "paired / alone")
     rows = [
         (
@@ -178,6 +182,8 @@ def _print_cost(timed: list[BenchmarkResult]) -> None:
         for row in timed
     ]
     print_table(columns, rows, right=columns[1:])
+    if _is_fitted(report):
+        print(f"\nmultiply-accumulates: of those of the model over the run of {report.run_steps} steps", end="")
     print("\nmemory: resident, of a process that loads and samples with this one alone")
     print("paired / alone: median time beside the others over the median in that process; 1 when pairing is free")
 
@@ -213,8 +219,29 @@ def _milliseconds(timing: Timing | None) -> str:
     return " / ".join(f"{value * 1e3:.3g}" for value in (timing.minimum, timing.median, timing.maximum))
 
 
-def _speedup(row: BenchmarkResult) -> str:
-    ratio = row.speedup
+def _is_fitted(report: BenchReport) -> bool:
+    """Return whether the steps that were timed stand for a longer run."""
+    return report.steps < report.run_steps
+
+
+def _each(report: BenchReport) -> str:
+    """Return how many steps of a fitted solver every candidate takes, for a heading."""
+    return f", with {count_text(report.steps, 'step')} each" if _is_fitted(report) else ""
+
+
+def _speedup_columns(report: BenchReport) -> tuple[str, ...]:
+    """Return the headings of speed-ups: over the same steps, and over the run that they stand for."""
+    if not _is_fitted(report):
+        return ("speed-up (of rounds)",)
+    return ("speed-up, same steps (of rounds)", f"over the run of {count_text(report.run_steps, 'step')}")
+
+
+def _speedups(report: BenchReport, row: BenchmarkResult) -> tuple[str, ...]:
+    ratios = (row.speedup, row.run_speedup) if _is_fitted(report) else (row.speedup,)
+    return tuple(_ratio(ratio) for ratio in ratios)
+
+
+def _ratio(ratio: Ratio | None) -> str:
     return NOTHING if ratio is None else f"{ratio.value:.2f}x ({ratio.low:.2f} .. {ratio.high:.2f})"
 
 

@@ -216,7 +216,7 @@ def _summary(report: CompileReport, bundle: Bundle | None) -> list[tuple[str, st
         *cache_fields(report.cache, report.cached_edges),
         ("quantized", _quantized(report) if bundle else f"{_sites_text(report, report.planned_sites)} planned"),
         *_scales(report, bundle),
-        *_work(report),
+        _work(report),
     ]
     if report.given_plan is not None:
         fields.append(("plan", _given_text(report.given_plan, report.plan)))
@@ -239,17 +239,16 @@ def _solver(report: CompileReport) -> list[tuple[str, str]]:
 
     if report.solver:
         return [("solver", solver_text(report.solver))]
-    return [("solver", "fitted; its steps follow from samples")] if _provides(report.pipeline, SolverPlan) else []
+    return [("solver", "fitted; its timesteps follow from samples")] if _provides(report.pipeline, SolverPlan) else []
 
 
-def _work(report: CompileReport) -> list[tuple[str, str]]:
-    """Return the work with its name; nothing in a dry run of a fitted solver, whose steps are not known yet."""
+def _work(report: CompileReport) -> tuple[str, str]:
+    """Return the work with its name."""
     from qcgraph.facts import SolverPlan
 
-    if report.solver is None and _provides(report.pipeline, SolverPlan):
-        return []
-    whole = f"{report.solver.run_steps} steps of the model" if report.solver else "the model"
-    return [("work", f"{report.mac_ratio:.1%} of the multiply-accumulates of {whole}")]
+    is_fitted = report.solver is not None or _provides(report.pipeline, SolverPlan)
+    whole = f"{report.recipe.sampling.steps} steps of the model" if is_fitted else "the model"
+    return "work", f"{report.mac_ratio:.1%} of the multiply-accumulates of {whole}"
 
 
 def _schedule(report: CompileReport, cache: CacheReport, bundle: Bundle | None) -> str:

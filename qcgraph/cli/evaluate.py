@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_format
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +21,7 @@ from qcgraph.cli.output import (
     print_json,
     print_table,
 )
-from qcgraph.errors import VerificationError
+from qcgraph.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
     from qcgraph.bundle import Bundle
@@ -38,13 +39,23 @@ MOMENTS = 5  # the number of steps whose latent errors are printed; the JSON con
 
 def eval_command(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that qcgraph compile wrote.")],
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="16 samples of one seed, psnr and ssim, and only what decides: the parts, the bundle, and what costs "
+            "as much. Other options win over it.",
+        ),
+    ] = False,
     samples: Annotated[
         int | None,
         typer.Option(
             metavar="N", max=MOST_SAMPLES, help="Samples of each seed; by default 128, of large models fewer."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(metavar="N", max=MOST_SAMPLES, help="How many seeds.")] = 3,
+    seeds: Annotated[
+        int | None, typer.Option(metavar="N", max=MOST_SAMPLES, help="How many seeds; by default 3.")
+    ] = None,
     seed: Annotated[
         int, typer.Option(metavar="S", max=2**31, help="Which seeds: another number shares no noise with this one.")
     ] = 0,
@@ -55,8 +66,14 @@ def eval_command(
     gate: Annotated[
         str | None, typer.Option(metavar="TERMS", help='Conditions, such as "psnr>=28,accuracy_drop<=0.01".')
     ] = None,
-    attribution: Annotated[bool, typer.Option(help="Measure the parts alone and what costs as much, too.")] = True,
-    sites: Annotated[bool, typer.Option(help="Measure every quantized layer, too; only with attribution.")] = True,
+    attribution: Annotated[
+        bool | None,
+        typer.Option("--attribution/--no-attribution", help="Measure the parts alone and what costs as much, too."),
+    ] = None,
+    sites: Annotated[
+        bool | None,
+        typer.Option("--sites/--no-sites", help="Measure every quantized layer, too; only with attribution."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Where the model is, if it is not where it was compiled from.")
     ] = None,
@@ -78,14 +95,25 @@ def eval_command(
     from qcgraph.bundle.watch import reading
     from qcgraph.recipe.gate import Gate
 
+    if sites and attribution is False:
+        raise UsageError("--sites needs the parts that --no-attribution leaves out", hint="leave one of the two out")
     conditions = Gate.parse(gate) if gate is not None else None
     opened = Bundle.open(bundle)
-    from qcgraph.evaluation.evaluate import Options, evaluate
+    from qcgraph.evaluation.evaluate import QUICK, Options, evaluate
     from qcgraph.evaluation.settings import Subject
     from qcgraph.progress import progress_for
 
     names = tuple(name.strip() for name in metrics.split(",")) if metrics is not None else None
-    options = Options(samples, seeds, seed, names, attribution, sites, conditions)
+    asked: dict[str, Any] = {
+        "samples": samples,
+        "seeds": seeds,
+        "metrics": names,
+        "attribution": attribution,
+        "sites": sites,
+        "gate": conditions,
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    options = replace(QUICK if quick else Options(), seed=seed, **given)
     if output is not None:
         _check_output(output)
     with reading(opened, done="evaluated"):
@@ -178,7 +206,11 @@ def _print(evaluation: Evaluation, bundle: Bundle) -> None:
         floor = ", ".join(f"{name} {value:.3g}" for name, value in evaluation.floors.items())
         print(f"\nreal images among themselves, as many as samples of a seed: {floor}")
     if evaluation.converged_floor is not None:
-        print(f"the converged reference agrees with half its steps to {evaluation.converged_floor:.1f} dB")
+        count = count_text(evaluation.converged_samples, "sample")
+        print(
+            f"the converged reference, of {count} of the first seed, agrees with half its steps to "
+            f"{evaluation.converged_floor:.1f} dB"
+        )
     if len(evaluation.rows) > 2:  # more rows than full precision and the bundle
         _print_attribution(evaluation)
     _print_problems(evaluation)
@@ -226,8 +258,8 @@ def _print_attribution(evaluation: Evaluation) -> None:
     print_heading("relative error of the latent after step")
     rows = [[row.title, *(f"{row.latent_errors[index]:.2%}" for index in moments)] for row in drawn]
     print_table(["", *(str(index + 1) for index in moments)], rows, right=[str(index + 1) for index in moments])
-    print()
-    print(f"interaction of quantization and cache: {_interaction(evaluation)}")
+    if any(row.key == "both" for row in evaluation.rows):  # a quick evaluation leaves it out
+        print(f"\ninteraction of quantization and cache: {_interaction(evaluation)}")
     if evaluation.compensation is not None:
         print(f"compensation changes the error by {_decibels(evaluation.compensation)}")
     if evaluation.sites:

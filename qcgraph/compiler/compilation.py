@@ -37,6 +37,7 @@ from qcgraph.compiler.report import compile_report, quantizable
 from qcgraph.compiler.verdict import Contest, comparable, compare
 from qcgraph.errors import QcgraphError, UsageError, closest
 from qcgraph.evaluation.ablation import is_quantized
+from qcgraph.evaluation.fitted_rival import keep_rival
 from qcgraph.export.check.check import Check
 from qcgraph.export.check.verify import verify_export
 from qcgraph.export.targets import Target, record_of, target_named, target_of
@@ -81,6 +82,13 @@ class _ReleaseMemory(Instrument):
 
     def after(self, pass_: Pass, before: Program, after: Program) -> None:
         release_memory()
+
+
+class _KeepRival(Instrument):
+    """Keep a solver that is fitted in full precision, so that evaluations of the bundle need not fit their rival."""
+
+    def after(self, pass_: Pass, before: Program, after: Program) -> None:
+        keep_rival(before, after)
 
 
 def compile_model(
@@ -171,11 +179,11 @@ class _Compilation:
         _check_applicable(recipe, pipeline, loaded, captured)
         sites, dump = find_sites(captured.variants[captured.computing]), Dump(captured)
         instruments = (*self._instruments(captured), timer, dump)
-        start, kept = [captured], captured if self.dry_run else None
+        chosen = _prefix(pipeline, self.stop_after)
+        start, kept = [chosen.foreseen(captured)] if self.dry_run else [captured], captured if self.dry_run else None
         held = (loaded, captured) if captured.constant_bytes <= HELD_BYTES else None
         elapsed = time.perf_counter() - started
         del loaded, captured  # large weights are not held while the passes run, once passes have replaced them
-        chosen = _prefix(pipeline, self.stop_after)
         ran, runs = chosen.without_sampling() if self.dry_run else chosen, RunStore()
         program = self._transformed(start, ran, instruments, target, runs)
         report = compile_report(sites, program, recipe, target, pipeline, timer.seconds)
@@ -211,6 +219,7 @@ class _Compilation:
         """Yield the instruments that watch the passes, except those for time and text."""
         yield Reproduce(lambda: _reproducer_folder(self.output), self.progress)
         yield _ReleaseMemory()
+        yield _KeepRival()
         if self.verify_each:
             yield VerifyEach(captured, self.progress)
         if self.print_after:

@@ -63,9 +63,8 @@ def estimate(
         target: the target of the compilation.
         elapsed: seconds that loading and capturing took.
     """
-    work = workload(program, pipeline)
     (macs,) = macs_by_variant(captured.variants).values()
-    forwards = sum(pass_.forwards(work) for pass_ in pipeline)
+    forwards = passes_forwards(captured, program, pipeline)
     if target.emits_onnx:
         forwards += len(program.variants) * min(JUDGED_FORWARDS, JUDGED_MACS / max(macs, 1))
     nodes = [len(variant.graph.nodes) for variant in program.variants.values()] if target.emits_onnx else []
@@ -81,12 +80,31 @@ def estimate(
     )
 
 
+def passes_forwards(captured: Program, program: Program, pipeline: Pipeline) -> float:
+    """Return about how many runs of the model on one latent the passes take.
+
+    A pass that leaves fewer steps, and those before it, work on all steps of the run.
+
+    Args:
+        captured: the captured program, with all steps.
+        program: the program after the passes that need no samples, with the steps that will run.
+        pipeline: all passes.
+    """
+    count = len(captured.facts[StepPlan])
+    shortening = [len(pass_.foreseen(captured).facts[StepPlan]) < count for pass_ in pipeline]
+    whole = shortening.index(True) + 1 if any(shortening) else 0
+    before, after = workload(captured, pipeline), workload(program, pipeline)
+    works = [before] * whole + [after] * (len(shortening) - whole)
+    return sum(pass_.forwards(work) for pass_, work in zip(pipeline, works, strict=True))
+
+
 def workload(program: Program, pipeline: Pipeline) -> Workload:
     """Return the sizes that determine the work of the passes."""
     plan, macs = program.facts[StepPlan], macs_by_variant(program.variants)
     sizes = [pass_.sizes(program) for pass_ in pipeline]
     trajectories, rows = max(sizes, default=(0, 0))
-    return Workload(program, trajectories, rows, plan.work_ratio(macs, macs[program.computing]))
+    whole = macs[program.computing] * len(plan)
+    return Workload(program, trajectories, rows, plan.work(macs) / whole if whole else 1.0)
 
 
 def seconds_per_forward(program: Program) -> float:

@@ -9,16 +9,16 @@ from pathlib import Path
 from qcgraph.bundle.report import FITTED_RIVAL, ComparisonReport, RivalReport
 from qcgraph.compiler.costs import measure_costs, run_milliseconds
 from qcgraph.errors import UsageError
+from qcgraph.evaluation.fitted_rival import fitted_rival
 from qcgraph.evaluation.metrics import peak, psnr, shown
 from qcgraph.evaluation.settings import RIVAL
 from qcgraph.evaluation.tally import mean_squares
 from qcgraph.export.run.open import open_runner
-from qcgraph.export.run.runtimes import Exported
+from qcgraph.export.run.runtimes import Exported, runtime_for
 from qcgraph.export.targets import Target
-from qcgraph.facts import SolverFit, SolverPlan
+from qcgraph.facts import SolverFit, SolverPlan, precision_of
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
-from qcgraph.pipeline import Pipeline
 from qcgraph.pipeline.calibration_budget import affordable, trajectory_macs
 from qcgraph.plan.schedulers import first_order, make_step_plan
 from qcgraph.plan.spec import ModelSpec
@@ -82,8 +82,8 @@ class Contest:
 def compare(contest: Contest, count: int) -> ComparisonReport:
     """Return how close the compilation and its rivals come to the converged run in the same time.
 
-    Time is measured: the median of one run of every variant on the runtime of the target. A rival takes as many steps
-    of the model in full precision, on the same runtime, as fit into the time of the compilation, one at least.
+    Time is measured: the median of one run of every variant on the runtime of the target, or on its stand-in. A rival
+    takes as many steps of the model in full precision as fit into the time of the compilation, one at least.
 
     Args:
         contest: the compilation.
@@ -107,7 +107,23 @@ def compare(contest: Contest, count: int) -> ComparisonReport:
         RivalReport(name=name, steps=len(plan), seconds=len(plan) * step / 1000, psnr=drawn(model, plan))
         for name, plan in _rivals(contest, steps)
     )
-    return ComparisonReport(trajectories=count, seconds=spent / 1000, psnr=drawn(runner, contest.plan), rivals=rivals)
+    return ComparisonReport(
+        trajectories=count,
+        seconds=spent / 1000,
+        psnr=drawn(runner, contest.plan),
+        rivals=rivals,
+        stand_in=stand_in_of(contest),
+    )
+
+
+def stand_in_of(contest: Contest) -> str:
+    """Return the runtimes that measured instead of the target's own; an empty text where that one measured."""
+    bundle, model = (
+        runtime_for(contest.target, precision_of(program.facts)) for program in (contest.program, contest.origin)
+    )
+    if contest.target.runtime == bundle.name == model.name:
+        return ""
+    return bundle.title if bundle == model else f"{bundle.title} for the bundle, {model.title} for its rivals"
 
 
 def _converged(contest: Contest, count: int) -> Array:
@@ -130,12 +146,18 @@ def _rivals(contest: Contest, steps: int) -> Iterator[tuple[str, StepPlan]]:
             yield name, make_step_plan(name, steps, mark.guidance, schedule, mark.model)
         except UsageError:
             continue  # it cannot make so few steps, or does not solve the process of the model
-    options = f"steps={steps} seed={contest.seed}"
     solver, fit = contest.program.facts.get(SolverPlan), contest.program.facts.get(SolverFit)
-    if solver and fit and solver.target == "converged":
-        options += f" trajectories={fit.trajectories}"  # those whose runs are recorded
-    elif trajectory_macs(contest.origin, COARSE_STEPS + FINE_STEPS) * FEWEST_FITTED > FITTING_MACS:
+    recorded = fit.trajectories if solver and fit and solver.target == "converged" else None
+    if recorded is None and trajectory_macs(contest.origin, COARSE_STEPS + FINE_STEPS) * FEWEST_FITTED > FITTING_MACS:
         return
-    pipeline = Pipeline.parse(f"plan-solver{{{options}}}")
-    fitted = pipeline.run(contest.origin, progress=contest.progress, runs=contest.runs)
-    yield FITTED_RIVAL, fitted.facts[StepPlan]
+    yield (
+        FITTED_RIVAL,
+        fitted_rival(
+            contest.origin,
+            steps,
+            contest.progress,
+            seed=contest.seed,
+            trajectories=recorded,
+            runs=contest.runs,
+        ),
+    )

@@ -17,6 +17,7 @@ from qcgraph.evaluation.metrics import METRICS, Metric, check_installed, check_s
 from qcgraph.evaluation.rows import EvaluatedSetting, Measuring
 from qcgraph.evaluation.scales import ScaleFit, fit_scales
 from qcgraph.evaluation.settings import (
+    RIVALS,
     Setting,
     Subject,
     compiled,
@@ -49,11 +50,13 @@ class Options:
     """The options of an evaluation.
 
     Attributes:
-        samples: samples of each seed; None for 128, or as many as a fixed amount of arithmetic allows.
+        samples: samples of each seed; None for `most_samples`, or as many as a fixed amount of arithmetic allows.
+        most_samples: the most samples of each seed where their number is not given.
         seeds: number of seeds.
         seed: the seeds of the noise are ``seed * seeds``, ``seed * seeds + 1``, ...; another value shares none of them.
         metrics: names of metrics; None for all that apply.
         attribution: whether the parts and the rivals are measured in addition to the compilation.
+        parts: the keys of the parts to measure where the compilation has them; None for all, and why one is missing.
         sites: whether every quantized layer is measured; it requires attribution.
         gate: conditions to meet, or None.
     """
@@ -63,8 +66,10 @@ class Options:
     seed: int = 0
     metrics: tuple[str, ...] | None = None
     attribution: bool = True
+    parts: tuple[str, ...] | None = None
     sites: bool = True
     gate: Gate | None = None
+    most_samples: int = SAMPLES
 
     def __post_init__(self) -> None:
         for count, what in ((self.samples, "samples"), (self.seeds, "seeds")):
@@ -87,6 +92,10 @@ class Options:
     def noise_seeds(self) -> tuple[int, ...]:
         """The seeds of the noise, one for each run."""
         return tuple(self.seed * self.seeds + index for index in range(self.seeds))
+
+
+# The settings that decide whether a bundle is worth its quality: few samples of them, all from the same noise.
+QUICK = Options(seeds=1, metrics=("psnr", "ssim"), parts=("quantization", "cache"), sites=False, most_samples=16)
 
 
 @dataclass(frozen=True)
@@ -186,7 +195,7 @@ class _Run:
         self._judge = make_judge() if judged and make_judge is not None else None
         needed = check_samples(self._metrics, options.samples, self._judge.feature_count if self._judge else 0)
         macs = subject.macs(len(subject.run_plan)) * options.seeds
-        samples = options.samples or affordable(macs, MACS, (needed, SAMPLES))
+        samples = options.samples or affordable(macs, MACS, (needed, max(needed, options.most_samples)))
         pin_threads(subject.threads)
         self._subject, self._options, self._progress = subject, options, progress
         self._conditions = in_turn(samples, subject.spec)
@@ -231,7 +240,10 @@ class _Run:
         alone = (full_precision(self._subject), compiled(self._subject))
         if not self._options.attribution:
             return alone
-        return (alone[0], *parts(self._subject, folder, self._progress), alone[1], *rivals(self._subject))
+        found, chosen = parts(self._subject, folder, self._progress), self._options.parts
+        if chosen is not None:
+            found = tuple(part for part in found if part.key in chosen and part.draw is not None)
+        return (alone[0], *found, alone[1], *rivals(self._subject, self._progress))
 
     def _sample(self, settings: Sequence[Setting]) -> tuple[dict[str, Tally], Trajectory]:
         """Sample every setting from every seed and compare it with full precision; also return the first trajectory."""
@@ -252,7 +264,7 @@ class _Run:
 
     def _converged(self, settings: Sequence[Setting]) -> tuple[Array | None, Array | None]:
         """Return samples of the converged reference, and samples with half its steps."""
-        if not any(setting.key == "fewer_steps" and setting.draw for setting in settings):
+        if not any(setting.key in RIVALS and setting.draw for setting in settings):
             return None, None
         self._progress.note(
             f"  converged reference: {CONVERGED_STEPS} and {CONVERGED_STEPS // 2} steps, drawn once and kept"

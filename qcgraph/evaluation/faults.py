@@ -151,7 +151,12 @@ def _schedule_faults(
 
 
 def uncompensated(keys: Collection[str]) -> str | None:
-    """Return the setting that compensation is compared with: the same graphs with neutral compensation."""
+    """Return the setting that compensation is compared with: the same graphs with neutral compensation.
+
+    It is None if it was not drawn: a quick evaluation leaves out both parts together.
+    """
+    if {"quantization", "cache"} <= set(keys) and "both" not in keys:
+        return None
     return next((key for key in ("both", "cache", "quantization") if key in keys), None)
 
 

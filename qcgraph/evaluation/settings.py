@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 
 from qcgraph.bundle import Bundle
-from qcgraph.errors import BundleError
+from qcgraph.bundle.report import FITTED_RIVAL
+from qcgraph.errors import BundleError, UsageError
 from qcgraph.evaluation.ablation import (
     compensation_tables,
     is_quantized,
     without_compensation,
     without_quantization,
 )
+from qcgraph.evaluation.fitted_rival import fitted_rival
 from qcgraph.evaluation.solvers import sample_with
 from qcgraph.export.run.open import export_to, open_runner, runner_of
 from qcgraph.export.run.runtimes import Exported, Runtime, runtime_for
@@ -42,6 +44,7 @@ Observe = Callable[[TakenStep], None]
 Draw = Callable[[Conditions, int, Observe | None], Array]
 
 RIVAL = "dpmsolver++"
+RIVALS = ("fewer_steps", "solver", "fitted_solver")  # the keys of the settings of equal cost
 
 
 @dataclass(frozen=True)
@@ -110,15 +113,21 @@ class Subject:
         return first_order(self.spec.noise_schedule)
 
     @cached_property
+    def scheduler_run(self) -> StepPlan:
+        """The scheduler's own run of the captured model."""
+        mark = self.plan.fingerprint
+        return make_step_plan(mark.scheduler, mark.steps, mark.guidance, self.spec.noise_schedule, mark.model)
+
+    @cached_property
     def run_plan(self) -> StepPlan:
         """The scheduler's own run, on which every step computes; a fitted plan stands for it with fewer steps.
 
         A step that the fitted plan leaves out has the group and the row of the planned step nearest in time.
         """
-        plan, mark = self.plan, self.plan.fingerprint
+        plan = self.plan
         if not plan.is_fitted:
             return plan.all_computing
-        made = make_step_plan(mark.scheduler, mark.steps, mark.guidance, self.spec.noise_schedule, mark.model)
+        made = self.scheduler_run
         near = [min(plan.steps, key=lambda planned: abs(planned.timestep - step.timestep)) for step in made.steps]
         steps = (
             replace(step, variant=plan.computing, group=planned.group, row=planned.row)
@@ -224,16 +233,25 @@ def parts(subject: Subject, folder: Path, progress: Progress) -> tuple[Setting, 
     return tuple(settings)
 
 
-def rivals(subject: Subject) -> tuple[Setting, ...]:
-    """Return fewer steps at equal cost in full precision, the cheapest alternative to a compilation.
+def rivals(subject: Subject, progress: Progress) -> tuple[Setting, ...]:
+    """Return steps at equal cost in full precision, of plain solvers and of a fitted one: the free alternatives.
 
     Equal cost means that the steps have as many multiply-accumulates as the plan. The rivals are not quantized,
     which is in their favour.
+
+    Args:
+        subject: the compilation.
+        progress: reports the fit of a solver that was not fitted before.
     """
-    steps = max(1, round(subject.cost(subject.plan)))
+    return *_fewer_steps(subject), _fitted_solver(subject, progress)
+
+
+def _fewer_steps(subject: Subject) -> tuple[Setting, Setting]:
+    """Return fewer steps of the scheduler, and of the best plain solver."""
+    steps = _equal_steps(subject)
     name, guidance = subject.plan.fingerprint.scheduler, subject.plan.fingerprint.guidance
     if not subject.is_deterministic:
-        reason = f"{name} adds noise at every step, so other steps draw other images"
+        reason = _other_images(subject)
     elif steps >= len(subject.run_plan):
         reason = "every step computes, so fewer steps are not equal cost"
     else:
@@ -248,6 +266,31 @@ def rivals(subject: Subject) -> tuple[Setting, ...]:
         Setting("fewer_steps", f"fewer steps of {name}", absent=reason),
         Setting("solver", f"fewer steps of {RIVAL}", absent=reason),
     )
+
+
+def _fitted_solver(subject: Subject, progress: Progress) -> Setting:
+    """Return the steps of a solver that is fitted in full precision; all steps of the run where every step computes."""
+    key, title = "fitted_solver", FITTED_RIVAL
+    if not subject.is_deterministic:
+        return Setting(key, title, absent=_other_images(subject))
+    steps = min(_equal_steps(subject), len(subject.scheduler_run))
+    progress.note(f"  fitted solver of {steps} steps in full precision, fitted once and kept")
+    try:
+        plan = fitted_rival(subject.origin.with_facts(subject.scheduler_run), steps, progress)
+    except UsageError as error:
+        return Setting(key, title, absent=error.message)
+    draw = _drawing(subject, EagerRunner(subject.model), plan)
+    return Setting(key, f"{title}, {steps} steps", steps, draw)
+
+
+def _equal_steps(subject: Subject) -> int:
+    """Return how many steps of the model have as many multiply-accumulates as the plan, one at least."""
+    return max(1, round(subject.cost(subject.plan)))
+
+
+def _other_images(subject: Subject) -> str:
+    """Return why a compilation that adds noise has no rivals."""
+    return f"{subject.plan.fingerprint.scheduler} adds noise at every step, so other steps draw other images"
 
 
 def converged(subject: Subject) -> tuple[Setting, Setting]:

@@ -6,12 +6,17 @@ from math import prod
 
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites, total_macs
+from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
+from qcgraph.sampling.reference import COARSE_STEPS, FINE_STEPS
 
 TRAJECTORY_LIMITS = (2, 16)
 RECORD_MACS = 0.6e12  # multiply-accumulates that each part of the measurement may take: seconds on two cores
 RECORD_BYTES = 2**30  # bytes of recorded cached values; one trajectory is recorded whatever its size
 FLOAT_BYTES = 4
+TARGET_MACS = 1.3e13  # multiply-accumulates of the runs that a solver is fitted to: three minutes on two cores
+TARGET_LIMITS = (2, 64)
+TARGET_VALUES = 49_152  # values of latents, over all of these trajectories: more of them hardly change a fit
 
 
 def affordable_trajectories(program: Program) -> int:
@@ -20,6 +25,18 @@ def affordable_trajectories(program: Program) -> int:
     size = FLOAT_BYTES * sum(prod(dim for dim in value.shape if isinstance(dim, int)) for value in values)
     held = RECORD_BYTES // max(1, size * plan.halves * len(plan))
     return max(1, min(held, affordable(trajectory_macs(program), RECORD_MACS, TRAJECTORY_LIMITS)))
+
+
+def target_trajectories(program: Program) -> int:
+    """Return how many trajectories a solver is fitted to, by arithmetic and by the size of latents.
+
+    Args:
+        program: the captured program.
+    """
+    macs = trajectory_macs(program, COARSE_STEPS + FINE_STEPS)
+    enough = -(-TARGET_VALUES // prod(program.facts[ModelSpec].latent_shape))
+    least, most = TARGET_LIMITS
+    return min(affordable(macs, TARGET_MACS, TARGET_LIMITS), max(8 * least, min(enough, most)))
 
 
 def affordable(macs: float, limit: float, bounds: tuple[int, int]) -> int:

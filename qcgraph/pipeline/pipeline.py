@@ -115,6 +115,10 @@ class Pass(ABC):
             UsageError: says why, with a hint.
         """
 
+    def foreseen(self, program: Program) -> Program:
+        """Return a program with what is known of the result before anything is sampled; dry runs go on from it."""
+        return program
+
     def sizes(self, program: Program) -> tuple[int, int]:
         """Return the numbers of trajectories and of their latents that the pass leaves to later passes.
 
@@ -185,6 +189,12 @@ class Pipeline:
                 missing.difference_update(pass_.provides)
                 kept.append(pass_)
         return Pipeline(tuple(kept))
+
+    def foreseen(self, program: Program) -> Program:
+        """Return a program with what is known of the results of the passes that sample (see `Pass.foreseen`)."""
+        for pass_ in self.passes:
+            program = pass_.foreseen(program) if pass_.samples else program
+        return program
 
     def check(self, captured: Program) -> None:
         """Ask every pass whether it can do its work on a model, before any of them runs.

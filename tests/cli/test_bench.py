@@ -101,7 +101,7 @@ def test_rows_agree_with_their_seconds(qcgraph: Command, digits: Path, small_dig
         str(small_digits),
         "onnxruntime-cpu",
     )
-    assert (report["threads"], report["samples"], report["steps"]) == (1, 1, STEPS)
+    assert (report["threads"], report["samples"], report["steps"], report["run_steps"]) == (1, 1, STEPS, STEPS)
     assert report["plan"] == f"ddim, {STEPS} steps, guidance 1.5"
     assert {"cpu", "cores", "flags", "memory_bytes", "load"} <= set(report["machine"])
     assert {"python", "torch", "onnxruntime", "qcgraph"} <= set(report["versions"])
@@ -134,6 +134,7 @@ def check_row(row: dict[str, Any], torch_row: dict[str, Any]) -> None:
     assert sampling["median"] == pytest.approx(np.median(rounds))
     assert row["speedup"]["value"] == pytest.approx(torch_row["sampling"]["median"] / sampling["median"])
     ratios = [reference / own for reference, own in zip(torch_row["rounds"], rounds, strict=True)]
+    assert row["run_speedup"] == row["speedup"]  # no candidate leaves steps out
     assert (row["speedup"]["low"], row["speedup"]["high"]) == pytest.approx((min(ratios), max(ratios)))
     assert row["forward_speedup"] == pytest.approx(torch_row["forward"]["median"] / row["forward"]["median"])
     assert row["forward"]["min"] <= row["forward"]["median"] <= row["forward"]["max"] < sampling["max"]
@@ -168,10 +169,33 @@ def test_forwards_only_and_tables_for_people(qcgraph: Command, digits: Path, sma
     assert any(line.startswith("reuse ") for line in lines)
     assert "3 at once" in done.out
     data = qcgraph("bench", digits, *options, "--json").json()
-    assert [(row["sampling"], row["speedup"]) for row in data["rows"]] == [(None, None)] * 3
+    assert [(row["sampling"], row["speedup"], row["run_speedup"]) for row in data["rows"]] == [(None, None, None)] * 3
     assert [row["forward"]["count"] for row in data["rows"]] == [1] * 3  # one a round
     assert all(row["error"] < 1e-4 for row in data["rows"][:2])
     assert {item["batch"] for item in data["throughput"]} == {3}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("measure_once")
+def test_a_fitted_solver_is_compared_with_its_steps_and_with_the_run(qcgraph: Command, fitted_bundle: Path) -> None:
+    """Four steps for eight: work and the second speed-up count from the eight."""
+    options = ["--rounds", "1", "--threads", "1", "--batches", "1", "--baselines", "torch,onnxruntime-fp32"]
+    data = qcgraph("bench", fitted_bundle, *options, "--json").json()
+    assert (data["steps"], data["run_steps"]) == (4, 8)
+    rows = {row["name"]: row for row in data["rows"]}
+    assert rows["qcgraph"]["mac_ratio"] == pytest.approx(0.5)
+    assert rows["qcgraph"]["run_speedup"]["value"] == pytest.approx(2 * rows["qcgraph"]["speedup"]["value"])
+    for name in ("torch", "onnxruntime-fp32"):  # they take all steps of the run
+        assert rows[name]["mac_ratio"] == 1
+        assert rows[name]["run_speedup"] == rows[name]["speedup"]
+    lines = qcgraph("bench", fitted_bundle, *options).out.splitlines()
+    header = next(line for line in lines if "forward ms" in line)
+    assert "4 steps s" in header
+    assert "speed-up, same steps" in header
+    assert "over the run of 8 steps" in header
+    assert "over the run: against torch with 8 steps, which takes 8/4 of its time with 4" in lines
+    assert "multiply-accumulates: of those of the model over the run of 8 steps" in lines
+    assert "throughput, samples a second, with 4 steps each" in lines
 
 
 @pytest.mark.slow

@@ -27,7 +27,10 @@ def test_a_fitted_solver(fitted_bundle: Path) -> None:
 @pytest.mark.slow
 def test_a_dry_run(qcgraph: Command, small_digits: Path) -> None:
     out = qcgraph("compile", small_digits, "--steps", 8, "--solver", "fitted=4", "--dry-run").out
-    assert "solver     fitted; its steps follow from samples" in out
+    assert "sampling   ddim, 4 fitted of 8 steps, guidance 1.5" in out
+    assert "solver     fitted; its timesteps follow from samples" in out
+    assert "variants   main 4 (steps each)" in out
+    assert "work       50.0% of the multiply-accumulates of 8 steps of the model" in out
     plain = qcgraph("compile", small_digits, "--steps", 8, "--dry-run").out
     assert "solver" not in plain.split("pipeline")[0]
     assert "100.0% of the multiply-accumulates of the model" in plain

@@ -17,6 +17,7 @@ from qcgraph.cli import run
 
 COMPILE = "--steps 20 --groups 3 --cache interval=2 --compensate vc --bits w8a8"
 FEW = ("--samples", 16, "--metrics", "psnr,latent_error", "--threads", 1)
+EQUAL_COST = ("fewer_steps", "solver", "fitted_solver")
 ONE_SEED, QUICK = (*FEW, "--seeds", 1), (*FEW, "--seeds", 2)
 
 
@@ -82,12 +83,13 @@ def test_a_sound_bundle(bundle: Path, qcgraph: Callable[..., Any], tmp_path: Pat
     assert report["faults"] == []
     assert report["passed"]
     rows = {row["key"]: row for row in report["rows"]}
-    assert list(rows) == ["full_precision", "quantization", "cache", "both", "compiled", "fewer_steps", "solver"]
+    assert list(rows) == ["full_precision", "quantization", "cache", "both", "compiled", *EQUAL_COST]
     value = {key: row["metrics"]["psnr"]["value"] for key, row in rows.items() if "metrics" in row}
     assert value["quantization"] > value["both"]
     assert value["cache"] > value["fewer_steps"]
     assert rows["compiled"]["cost"] == pytest.approx(10.2, abs=0.2)  # ten steps compute, ten cost a fiftieth
-    assert rows["fewer_steps"]["cost"] == 10
+    assert [rows[key]["cost"] for key in EQUAL_COST] == [10, 10, 10]
+    assert rows["fitted_solver"]["converged_psnr"] > rows["solver"]["converged_psnr"]
     # The interaction is what the squared errors of the three say.
     squared = {key: 4 / 10 ** (value[key] / 10) for key in ("both", "quantization", "cache")}
     expected = 10 * np.log10(squared["both"] / (squared["quantization"] + squared["cache"]))
@@ -189,6 +191,65 @@ def test_parts_that_are_not_there(qcgraph: Callable[..., Any], small_digits: Pat
     assert rows["cache"]["metrics"] == rows["compiled"]["metrics"]
     assert report["interaction_db"] is None
     assert report["sites"] == report["scales"] == []
+    quick = json.loads(qcgraph("eval", path, "--quick", "--samples", 4, "--metrics", "psnr", "--json").out)
+    assert [row["key"] for row in quick["rows"]] == ["full_precision", "cache", "compiled", *EQUAL_COST]
+    assert {row["key"]: row for row in quick["rows"]}["compiled"] == rows["compiled"]
+
+
+@pytest.mark.slow
+def test_the_quick_form(reference: Path, qcgraph: Callable[..., Any]) -> None:
+    """Both parts together are left out, and with them what they are needed for."""
+    done = qcgraph("eval", reference, "--quick", "--threads", 1, "--json")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    rows = {row["key"]: row for row in report["rows"]}
+    assert list(rows) == [*("full_precision", "quantization", "cache", "compiled"), *EQUAL_COST]
+    assert (report["samples"], report["seeds"]) == (16, [0])
+    assert set(rows["compiled"]["metrics"]) == {"psnr", "ssim"}
+    assert all("converged_psnr" in row for row in rows.values())
+    assert (report["faults"], report["sites"], report["scales"]) == ([], [], [])
+    assert report["interaction_db"] is report["compensation_db"] is None
+
+
+@pytest.mark.slow
+def test_a_fitted_bundle_brings_its_rival(
+    qcgraph: Callable[..., Any], small_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the compilation fitted in full precision is not fitted again, unless it is gone."""
+    folder = tmp_path / "kept"
+    monkeypatch.setattr("qcgraph.evaluation.kept.kept_folder", lambda: folder)
+    path, options = tmp_path / "fitted", ("--steps", 6, "--solver", "fitted=3", "--bits", "off", "--target", "torch")
+    assert qcgraph("compile", small_digits, "-o", path, *options).code == 0
+    (solver,) = folder.iterdir()
+    quick = ("eval", path, "--quick", "--samples", 4, "--metrics", "psnr", "--threads", 1, "--json")
+    first = qcgraph(*quick)
+    assert "plan-solver" not in first.err
+    solver.unlink()
+    again = qcgraph(*quick)
+    assert "plan-solver" in again.err
+    rows, others = ({row["key"]: row for row in done.json()["rows"]} for done in (first, again))
+    found, other = (each["fitted_solver"]["converged_psnr"] for each in (rows, others))
+    assert found == pytest.approx(other, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_options_win_over_the_quick_form(reference: Path, qcgraph: Callable[..., Any]) -> None:
+    options = ["--samples", 4, "--seeds", 2, "--seed", 1, "--metrics", "latent_error", "--no-attribution"]
+    done = qcgraph("eval", reference, "--quick", *options, "--threads", 1)
+    assert done.code == 0, done.err
+    assert "4 samples of 2 seeds each" in done.out
+    assert "latent error" in done.out
+    assert "SSIM" not in done.out
+    assert "interaction" not in done.out
+    report = json.loads(qcgraph("eval", reference, "--quick", *options, "--threads", 1, "--json").out)
+    assert report["seeds"] == [2, 3]
+    assert [row["key"] for row in report["rows"]] == ["full_precision", "compiled"]
+
+
+@pytest.mark.slow
+def test_a_metric_asks_for_more_samples_than_the_quick_form(reference: Path, qcgraph: Callable[..., Any]) -> None:
+    options = ["--no-attribution", "--gate", "accuracy>=0", "--threads", 1]
+    assert "50 samples of 1 seed each" in qcgraph("eval", reference, "--quick", *options).out
 
 
 @pytest.mark.slow
@@ -250,6 +311,10 @@ def test_an_unsafe_cache_is_refused_unless_it_is_wanted(
         (["--threads", 0], "0 threads", "1 to 1024"),
         (["--metrics", "psnr,fid_smal"], "unknown metric 'fid_smal'", "did you mean 'fid_small'"),
         (["--metrics", "psnr", "--gate", "pnsr>=2"], "gate: no term 'pnsr'", "did you mean 'psnr'"),
+        (["--sites", "--no-attribution"], "--sites needs the parts that --no-attribution", "leave one of the two out"),
+        (["--quick", "--samples", 16, "--metrics", "accuracy"], "class accuracy needs at least 50", "use --samples 50"),
+        (["--quick", "--samples", 16, "--gate", "accuracy>=0"], "class accuracy needs at least 50", "use --samples 50"),
+        (["--quick", "--seeds", 0], "0 seeds", "1 or more"),
         (["--gate", "psnr"], "gate: cannot read 'psnr'", 'write it as "psnr>=28'),
         (["--model", "dit-s-2:random"], "compiled from another model", "--model"),
         (["--model", "dgits"], "unknown model", "did you mean 'digits'"),

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from qcgraph.compiler.compilation import compile_model
+from qcgraph.compiler.estimate import passes_forwards
 from qcgraph.export.targets import TARGETS
+from qcgraph.ir.program import Program
 from qcgraph.models import LoadedModel
-from qcgraph.pipeline import registry
+from qcgraph.pipeline import Pipeline, registry
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.progress import Progress
 from qcgraph.recipe import Recipe
@@ -65,6 +67,24 @@ def test_what_is_planned_is_what_is_compiled(tiny_model: LoadedModel, tmp_path: 
     assert planned.linear_sites == made.linear_sites
     assert planned.plan == made.plan
     assert planned.variants["full"].steps == made.variants["full"].steps
+
+
+def test_work_after_a_fitted_solver_is_that_of_its_steps(captured: Program) -> None:
+    """All nine steps are recorded for a solver that is fitted to them; what follows works on the three that stay."""
+    text = "plan-solver{steps=3 target=run trajectories=4},calibrate{trajectories=5}"
+    pipeline = Pipeline.parse(text)
+    halves, recorded, tried = 2, 9 + 4, 2 * 3
+    solving, calibrating = 4 * halves * (recorded + tried), 5 * halves * 3 * 2
+    assert passes_forwards(captured, pipeline.foreseen(captured), pipeline) == solving + calibrating
+    plain = Pipeline(pipeline.passes[1:])
+    assert passes_forwards(captured, plain.foreseen(captured), plain) == 5 * halves * 9 * 2
+
+
+def test_a_cache_is_drafted_on_the_steps_of_a_fitted_solver(tiny_model: LoadedModel) -> None:
+    recipe = Recipe().override(steps=8, solver="fitted=4", cache="interval=2", bits="off", target="torch")
+    report = compile_model(tiny_model, recipe, None, dry_run=True).report
+    assert (report.variants["full"].steps, report.variants["reuse"].steps) == (2, 2)
+    assert 2 / 8 < report.mac_ratio < 3 / 8
 
 
 @pytest.mark.usefixtures("no_samples")

@@ -11,11 +11,14 @@ import qcgraph
 from qcgraph.bundle.report import FITTED_RIVAL, ComparisonReport, CompileReport, RivalReport
 from qcgraph.cli.verdict_view import verdict_text
 from qcgraph.compiler import verdict
-from qcgraph.compiler.verdict import comparable
+from qcgraph.compiler.verdict import Contest, comparable, stand_in_of
+from qcgraph.export.targets import TARGETS
+from qcgraph.facts import ComputeType
 from qcgraph.ir.program import Program
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
+from qcgraph.progress import Progress
 from qcgraph.sampling import reference
 
 RECIPE = {
@@ -50,6 +53,7 @@ def test_a_compilation_is_compared(small_digits: Path, tmp_path: Path, monkeypat
     found = report.comparison
     assert found is not None
     assert found.trajectories == 2
+    assert found.stand_in == ""
     assert found.seconds > 0
     assert {rival.name for rival in found.rivals} <= {"ddim", "dpmsolver++", FITTED_RIVAL}
     assert "ddim" in {rival.name for rival in found.rivals}
@@ -100,7 +104,7 @@ def test_the_text_of_a_win(report: CompileReport) -> None:
 @pytest.mark.parametrize(
     ("name", "command"),
     [
-        ("dpmsolver++", "--steps 8 --guidance 2 --scheduler dpmsolver++ --bits off"),
+        ("dpmsolver++", "--steps 8 --guidance 2 --bits off --scheduler dpmsolver++"),
         (FITTED_RIVAL, "--steps 20 --guidance 2 --solver fitted=8 --bits off"),
     ],
 )
@@ -109,6 +113,42 @@ def test_the_text_of_a_loss_names_the_command(report: CompileReport, name: str, 
     found = text_of(report, 30.0, rival)
     assert "a free rival is better" in found
     assert found.endswith(f"Take it: qcgraph compile digits {command} -o FOLDER")
+
+
+def test_the_command_keeps_scheduler_and_target(report: CompileReport) -> None:
+    recipe = report.recipe.override(scheduler="dpmsolver++", target="tensorrt")
+    other = report.with_fields(recipe=recipe, target="tensorrt")
+    fitted, plain = (RivalReport(name=name, steps=8, seconds=0.2, psnr=35.0) for name in (FITTED_RIVAL, "ddim"))
+    assert text_of(other, 30.0, fitted).endswith(
+        "--steps 20 --guidance 2 --solver fitted=8 --bits off --scheduler dpmsolver++ --target tensorrt -o FOLDER"
+    )
+    assert text_of(other, 30.0, plain).endswith(
+        "--steps 8 --guidance 2 --bits off --scheduler ddim --target tensorrt -o FOLDER"
+    )
+
+
+@pytest.mark.parametrize("psnr", [41.0, 20.0])
+def test_the_text_says_where_seconds_of_another_runtime_were_measured(report: CompileReport, psnr: float) -> None:
+    rival = RivalReport(name="ddim", steps=8, seconds=0.2, psnr=30.0)
+    comparison = ComparisonReport(
+        trajectories=4, seconds=0.25, psnr=psnr, rivals=(rival,), stand_in="ONNX Runtime on the CPU"
+    )
+    text = verdict_text(report.with_fields(comparison=comparison, target="tensorrt"))
+    assert "(4 trajectories); seconds were measured on ONNX Runtime on the CPU, not on tensorrt" in text
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "stand_in"),
+    [
+        ("onnxruntime-cpu", "f32", ""),
+        ("tensorrt", "f16", "ONNX Runtime on the CPU"),
+        ("tensorrt", "bf16", "PyTorch on the CPU for the bundle, ONNX Runtime on the CPU for its rivals"),
+    ],
+)
+def test_the_runtime_that_stands_in(captured: Program, target: str, dtype: str, stand_in: str) -> None:
+    program = captured.with_facts(ComputeType(dtype))
+    contest = Contest(captured, program, Path(), TARGETS[target], 0, reference.RunStore(), Progress())
+    assert stand_in_of(contest) == stand_in
 
 
 def test_nothing_is_said_of_what_was_not_measured(report: CompileReport) -> None:

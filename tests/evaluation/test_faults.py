@@ -1,4 +1,4 @@
-"""A plan that is not its scheduler's is a fault, wherever it differs."""
+"""Faults: a plan that is not its scheduler's, wherever it differs; and what compensation is compared with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qcgraph.evaluation.bootstrap import Bootstrap
-from qcgraph.evaluation.faults import Fault, find_faults
+from qcgraph.evaluation.faults import Fault, find_faults, uncompensated
 from qcgraph.evaluation.settings import Subject
 from qcgraph.export.targets import TARGETS
 from qcgraph.ir.execute import TorchRunner
@@ -17,6 +17,20 @@ from qcgraph.ir.program import Program
 from qcgraph.models import LoadedModel
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.steps import Earlier, StepPlan, Update
+
+
+@pytest.mark.parametrize(
+    ("keys", "bare"),
+    [
+        (["quantization", "cache", "both"], "both"),
+        (["cache"], "cache"),
+        (["quantization"], "quantization"),
+        (["quantization", "cache"], None),  # both together were not drawn, and neither alone is what was compensated
+        ([], None),
+    ],
+)
+def test_what_compensation_is_compared_with(keys: list[str], bare: str | None) -> None:
+    assert uncompensated(["full_precision", *keys, "compiled"]) == bare
 
 
 def plan_faults(captured: Program, model: LoadedModel, plan: StepPlan) -> tuple[Fault, ...]:

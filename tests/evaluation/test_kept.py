@@ -1,4 +1,4 @@
-"""Samples that are kept: drawn once, and drawn again where the file is not what was kept."""
+"""Samples and fitted solvers that are kept: made once, and made again where the file is not what was kept."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qcgraph.evaluation import kept
+from qcgraph.plan.steps import Earlier, Fingerprint, Step, StepPlan, Update
 
 SHAPE = (2, 4, 4)
 
@@ -70,3 +71,31 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(folder: Path) -> None:
 def test_what_is_not_finite_is_not_kept(folder: Path) -> None:
     assert np.isnan(kept.kept("key", lambda: np.full((1, *SHAPE), np.nan, np.float32), SHAPE)).all()
     assert not folder.exists()
+
+
+def plan(latent: float) -> StepPlan:
+    updates = (Update(latent, -0.1), Update(1.0, 1 / 3, history=(Earlier(0.0, 1e-17),)))
+    steps = tuple(Step(timestep, update) for timestep, update in zip((900.0, 400.5), updates, strict=True))
+    return StepPlan(Fingerprint("model", "ddim", 9, 1.5, "fitted"), steps)
+
+
+def test_a_plan_is_fitted_once(folder: Path) -> None:
+    assert kept.kept_plan("key", lambda: plan(0.1)) == plan(0.1)
+    assert kept.kept_plan("key", lambda: plan(0.2)) == plan(0.1)
+    assert kept.kept_plan("another", lambda: plan(0.2)) == plan(0.2)
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("content", ["", "no JSON", "[]", '{"fingerprint": {}}', '{"fingerprint": null, "steps": []}'])
+def test_a_damaged_plan_is_fitted_again(folder: Path, content: str) -> None:
+    kept.kept_plan("key", lambda: plan(0.1))
+    (file,) = folder.iterdir()
+    file.write_text(content)
+    assert kept.kept_plan("key", lambda: plan(0.2)) == plan(0.2)
+    assert kept.kept_plan("key", lambda: plan(0.3)) == plan(0.2)
+
+
+def test_a_plan_that_is_not_finite_is_not_kept(folder: Path) -> None:
+    kept.kept_plan("key", lambda: plan(float("nan")))
+    assert kept.kept_plan("key", lambda: plan(0.2)) == plan(0.2)
+    assert len(list(folder.iterdir())) == 1

@@ -117,6 +117,7 @@ def test_bench_peers_prints_a_table_a_model(
             plan=f"ddim, {steps} steps, guidance {guidance}",
             target="onnxruntime-cpu",
             steps=steps,
+            run_steps=steps,
             guidance=guidance,
             threads=options.threads or 0,
             samples=options.samples,

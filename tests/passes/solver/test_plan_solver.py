@@ -284,7 +284,7 @@ def test_the_number_of_steps(captured: Program, options: str, steps: int, count:
 
 def test_the_number_of_trajectories(captured: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as a fixed number of values needs, here the most that there may be; half of them for twice the values."""
-    monkeypatch.setattr("qcgraph.passes.solver.plan_solver.TARGET_LIMITS", (2, 64))  # tests have fewer
+    monkeypatch.setattr("qcgraph.pipeline.calibration_budget.TARGET_LIMITS", (2, 64))  # tests have fewer
     work = Workload(captured, trajectories=9, rows=0, share=1.0)
     plan, spec = captured.facts[StepPlan], captured.facts[ModelSpec]
     each = plan.halves * (50 + 100 + 2 * 2 + 4 * 2 + effects(2, 3) * 3 / 4)  # effects on those that a fit learns from
@@ -293,6 +293,16 @@ def test_the_number_of_trajectories(captured: Program, monkeypatch: pytest.Monke
     assert PlanSolver().forwards(replace(work, program=wide)) == 32 * each
     huge = captured.with_facts(replace(spec, latent_shape=(2, 512, 512)))
     assert PlanSolver().forwards(replace(work, program=huge)) == 16 * each
+
+
+@pytest.mark.parametrize(("steps", "count"), [(1, 1), (2, 2), (4, 4), (9, 9), (12, 9)])
+def test_what_is_known_before_anything_is_sampled(captured: Program, steps: int, count: int) -> None:
+    (pass_,) = Pipeline.parse(f"plan-solver{{steps={steps}}}")
+    run, plan = (program.facts[StepPlan] for program in (captured, pass_.foreseen(captured)))
+    assert len(plan) == count
+    assert plan.timesteps[0] == run.timesteps[0]
+    assert set(plan.timesteps) <= set(run.timesteps)
+    assert plan.fingerprint == replace(run.fingerprint, solver="fitted")
 
 
 def test_a_scheduler_that_adds_noise_is_refused_before_anything_is_sampled(captured: Program) -> None:
