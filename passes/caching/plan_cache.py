@@ -86,7 +86,7 @@ class PlanCache(Pass):
         values = tuple(replace(value, name=name) for value, name in names.items())
         variants = ["reuse" if not index else f"reuse_{index}" for index in range(len(modes))]
         variants = [CONDITIONAL if mode[0].is_guidance else name for mode, name in zip(modes, variants, strict=True)]
-        draft = self._draft(program, variants)
+        draft = self._draft(program, variants, context)
         return program.with_facts(
             CachePlan(
                 values=values,
@@ -96,12 +96,14 @@ class PlanCache(Pass):
             )
         )
 
-    def _draft(self, program: Program, variants: Sequence[str]) -> tuple[str | None, ...]:
+    def _draft(self, program: Program, variants: Sequence[str], context: PassContext) -> tuple[str | None, ...]:
         """Return the first schedule."""
         steps = len(program.facts[StepPlan])
         if self.solver:
-            modes = program.facts[SolverPlan].modes if program.facts.get(SolverPlan) else ()
-            return modes or (None,) * steps
+            planned = program.facts.get(SolverPlan)
+            if planned is None:
+                context.refuse("schedule", "no solver is planned, so every step computes")
+            return planned.modes if planned and planned.modes else (None,) * steps
         computes = spread(steps, max(1, int(self.budget * steps))) if self.budget else uniform(steps, self.interval)
         return tuple(None if computing else variants[0] for computing in computes)
 

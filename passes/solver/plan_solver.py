@@ -63,6 +63,8 @@ class PlanSolver(Pass):
     Attributes:
         steps: the work, in steps that compute everything, or all of the run if it has no more; by default 26 % of them.
         reuse: ``off``: every step computes everything; ``guidance``: some may compute the conditional half alone.
+        measured: take the measured latency of variants as their cost, where it can be measured, else
+            multiply-accumulates.
         target: ``converged``: the trajectory that solvers converge to with many steps; ``run``: the run of the
             scheduler as it is.
         history: how many earlier predictions an update may use.
@@ -86,6 +88,7 @@ class PlanSolver(Pass):
 
     steps: int | None = option(None, least=1, hint="13 of 50 steps are about as good as 50")
     reuse: Literal["off", "guidance"] = "off"
+    measured: bool = False
     target: Literal["converged", "run"] = "converged"
     history: int = option(3, least=0, most=3, hint="3 earlier predictions are enough")
     trajectories: int | None = option(None, least=1, most=MOST_TRAJECTORIES, hint=AUTO_HINT)
@@ -94,7 +97,7 @@ class PlanSolver(Pass):
     def forwards(self, work: Workload) -> float:
         plan = work.program.facts[StepPlan]
         count, steps = self._trajectories(work.program), self._count(plan)
-        measured = self._measured(plan, steps, count)
+        measured = self._effects_on(plan, steps, count)
         passes = self._recorded(plan) + (2 + (1 + len(DAMPINGS) if measured else 0)) * steps
         return plan.halves * (count * passes + measured * effects(steps, self.history))
 
@@ -123,7 +126,7 @@ class PlanSolver(Pass):
         context.progress.note(f"  plan-solver: {count} trajectories, {self.target}")
         target, near = record_target(program, self.target, count, self.seed, context)
         ways = [program, *self._reusing(program)]
-        half = _half_cost(ways[-1], context) if len(ways) > 1 else None
+        half = self._half_cost(ways[-1], context) if len(ways) > 1 else None
         places = landscape(target, near, initial, self.history, plan.fingerprint.guidance)
         contest = [
             self._fitted(
@@ -134,7 +137,7 @@ class PlanSolver(Pass):
         contest.sort(key=lambda entry: entry.error)
         best = contest[0]
         aims, chosen = _targets(target, best.placement.steps), best.plan
-        measured = self._measured(plan, len(chosen), count)
+        measured = self._effects_on(plan, len(chosen), count)
         if measured:
             runner, progress = TorchRunner(best.program), context.progress
             refined = refine(runner, chosen, spec, conditions, initial, aims[-1], self.history, measured, progress)
@@ -157,7 +160,14 @@ class PlanSolver(Pass):
         if self.reuse == "guidance" and program.facts[StepPlan].halves > 1:
             yield Pipeline.parse(CACHED).run(program)
 
-    def _measured(self, plan: StepPlan, steps: int, trajectories: int) -> int:
+    def _half_cost(self, program: Program, context: PassContext) -> float | None:
+        """Return the cost of a step of the conditional half relative to a whole one; None where it saves nothing."""
+        arithmetic = {name: float(macs) for name, macs in macs_by_variant(program.variants).items()}
+        costs = context.costs.measure(program) if context.costs and self.measured else arithmetic
+        half = costs[CONDITIONAL] / costs[program.computing]
+        return half if half < 1 else None
+
+    def _effects_on(self, plan: StepPlan, steps: int, trajectories: int) -> int:
         """Return on how many trajectories the effects of the coefficients are measured; 0 where that takes too long."""
         affordable = EFFECTS * trajectories * self._recorded(plan) / max(1, effects(steps, self.history))
         learned = int((~judged_rows(trajectories)).sum())
@@ -215,14 +225,6 @@ class _Contestant:
     plain: tuple[Update, ...]
     plan: StepPlan
     error: float
-
-
-def _half_cost(program: Program, context: PassContext) -> float | None:
-    """Return the cost of a step of the conditional half relative to a whole one; None where it saves nothing."""
-    arithmetic = {name: float(macs) for name, macs in macs_by_variant(program.variants).items()}
-    costs = context.costs.measure(program) if context.costs else arithmetic
-    half = costs[CONDITIONAL] / costs[program.computing]
-    return half if half < 1 else None
 
 
 def _targets(target: RecordedRun, steps: Steps) -> list[Array]:

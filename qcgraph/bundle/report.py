@@ -76,6 +76,7 @@ class SolverReport(_Part):
 
     target: Literal["converged", "run"] = Field(description="the run that it is fitted to")
     steps: int = Field(description="steps of the bundle")
+    halves: int = Field(description="steps of the bundle that compute the conditional half of guidance alone")
     run_steps: int = Field(description="steps of the run that it stands for")
     trajectories: int = Field(description="trajectories that it was fitted to")
     last_error: Figure = Field(

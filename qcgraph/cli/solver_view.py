@@ -17,7 +17,8 @@ from qcgraph.plan.steps import Update
 
 def solver_text(report: SolverReport) -> str:
     """Return the steps of a fitted solver and what it is fitted to, as text."""
-    return f"{report.steps} of {report.run_steps} steps, fitted to {TARGET_TITLES[report.target]}"
+    halves = f" ({report.halves} of one half of guidance)" if report.halves else ""
+    return f"{report.steps} of {report.run_steps} steps{halves}, fitted to {TARGET_TITLES[report.target]}"
 
 
 def solver(bundle: Bundle) -> dict[str, Any]:

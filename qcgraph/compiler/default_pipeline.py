@@ -154,11 +154,18 @@ def _plan_solver(recipe: Recipe) -> Pass:
     return _pass(
         "plan-solver",
         **steps,
-        reuse="guidance" if recipe.is_cached_by_solver and recipe.is_cached else "off",
+        **_reuse(recipe),
         target=recipe.solver.target,
         history=recipe.solver.history,
         **_sampling(recipe),
     )
+
+
+def _reuse(recipe: Recipe) -> dict[str, Any]:
+    """Return the options for steps of one half of guidance."""
+    if not (recipe.is_cached_by_solver and recipe.is_cached):
+        return {}
+    return {"reuse": "guidance", "measured": recipe.cache.cost == "latency"}
 
 
 def _calibrate(recipe: Recipe, *, quantized: bool) -> Pass:

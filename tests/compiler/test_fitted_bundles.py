@@ -23,7 +23,9 @@ from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.serialize import load_program
 from qcgraph.models import LoadedModel, load_model
+from qcgraph.passes.solver import plan_solver
 from qcgraph.pipeline import Pipeline
+from qcgraph.plan.placement import place
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
@@ -118,6 +120,7 @@ def test_its_recipe_gives_the_same_bundle(bundle: Bundle, compiled: Compile) -> 
         {"scheduler": "dpmsolver++"},
         {"guidance": 1.0},
         {"solver_target": "run"},
+        {"cache": "auto", "guidance": 1.0},
     ],
     ids=str,
 )
@@ -126,7 +129,7 @@ def test_what_else_can_be_asked_comes_on_top(compiled: Compile, options: dict[st
     found = compiled(str(sorted(options.items())), FLOAT.override(**options))
     plan = found.plan
     assert (len(plan), plan.is_fitted) == (5, True)
-    assert (plan.modes.count(None) < 5) == ("cache" in options)
+    assert (plan.modes.count(None) < 5) == (options.get("cache") == "interval=2")
     assert bool(plan.preparing) == ("hoist_adaln" in options)
     program = load_program(found.path)
     names = [entry.text.partition("{")[0] for entry in program.history]
@@ -134,6 +137,28 @@ def test_what_else_can_be_asked_comes_on_top(compiled: Compile, options: dict[st
     assert "fit-compensation" not in names
     assert names.index("fit-solver") > max(names.index(name) for name in names if name.startswith(("insert", "plan")))
     assert np.isfinite(drawn(found)).all()
+
+
+@pytest.mark.parametrize("options", [{"target": "torch", "bits": "off"}, {}], ids=str)
+def test_steps_of_one_half_of_guidance(
+    compiled: Compile, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: dict[str, str]
+) -> None:
+    """More steps for the work of five, whatever the contest says: the bundle samples what its program does."""
+    monkeypatch.setattr(plan_solver, "place", lambda *args: tuple(one for one in place(*args) if not all(one.whole)))
+    arithmetic = Recipe.from_toml(QUICK + '[cache]\ncost = "macs"\n').override(
+        solver="fitted=5", steps=10, cache="auto"
+    )
+    found = compiled(f"halves{len(options)}", arithmetic.override(**options))
+    plan, program = found.plan, load_program(found.path)
+    assert len(plan) > 5
+    assert set(plan.modes) == {None, "conditional"}
+    assert plan.modes == program.facts[SolverPlan].modes
+    assert plan.describe() == f"ddim, {len(plan)} fitted of 10 steps, guidance 1.5"
+    assert found.report.solver.halves == plan.modes.count("conditional")
+    images = drawn(found)
+    np.testing.assert_allclose(sample(TorchRunner(program), plan, found.spec, LABELS, 3), images, atol=2e-2)
+    assert command(["inspect", str(found.path), "--show", "solver"]) == 0
+    assert "of one half of guidance" in capsys.readouterr().out
 
 
 def test_a_plan_of_a_fitted_bundle_is_followed(bundle: Bundle, compiled: Compile) -> None:

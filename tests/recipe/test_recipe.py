@@ -166,6 +166,14 @@ def test_the_modes_of_a_solver(mode: str, is_fitted: bool, steps: int | None) ->
     assert Recipe.from_toml(recipe.to_toml()) == recipe
 
 
+def test_a_cache_that_the_solver_plans() -> None:
+    """It reuses the difference of the halves of guidance, so that there is none without guidance."""
+    recipe = Recipe().override(cache="auto", solver="fitted")
+    assert (recipe.is_cached, recipe.is_cached_by_solver, recipe.forecast) == (True, True, "reuse")
+    assert (recipe.cache_interval, recipe.cache_budget, recipe.given_plan) == (None, None, None)
+    assert not recipe.override(guidance=1.0).is_cached
+
+
 @pytest.mark.parametrize("history", [-1, 4, "two", True])
 def test_a_history_of_a_solver_that_is_none(history: object) -> None:
     with pytest.raises(UsageError, match="does not fit") as caught:

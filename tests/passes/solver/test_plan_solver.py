@@ -175,7 +175,7 @@ def test_steps_of_one_half_of_guidance(
 def test_a_half_that_saves_little_is_not_taken(captured: Program) -> None:
     """By measured milliseconds: at 0.95 of a whole step no more steps fit in."""
     costs = Costs("toy", lambda _: {"full": 1.0, "conditional": 0.95})
-    text = "plan-solver{target=run steps=4 reuse=guidance trajectories=4}"
+    text = "plan-solver{target=run steps=4 reuse=guidance measured=true trajectories=4}"
     found = Pipeline.parse(text).run(captured, costs=costs).facts[SolverPlan]
     assert found.modes == (None,) * 4
     assert len(found.errors) <= 2
