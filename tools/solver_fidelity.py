@@ -1,7 +1,7 @@
 """Measure how close a few steps come to the converged run and to the whole run: fitted solvers, and plain ones.
 
     python tools/solver_fidelity.py digits --steps 17 13 8
-    python tools/solver_fidelity.py tools/models/cifar10 --steps 13 8 --target converged --samples 32 --batch 8
+    python tools/solver_fidelity.py cifar10 --steps 13 8 6 --halves --target converged --samples 32 --batch 8
 
 Every solver samples the model in full precision, from the same noise, which no fit has seen. The whole run is that of
 the first-order solver, DDIM for diffusion models, with --run-steps steps; the converged run takes 250 of its steps. The
@@ -31,9 +31,10 @@ from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress, progress_for
 from qcgraph.sampling.conditions import in_turn
 from qcgraph.sampling.loop import sample
-from qcgraph.sampling.reference import CONVERGED_STEPS
+from qcgraph.sampling.reference import CONVERGED_STEPS, RunStore
 from qcgraph.sampling.runner import Array
 
+CACHED = "plan-cache{solver=true blocks=guidance},insert-cache"
 TARGETS = {"converged": "the converged run", "run": "the run"}
 
 Row = dict[str, Any]
@@ -51,7 +52,7 @@ class Measuring:
         model = load_model(options.model)
         captured = capture(model.module, model.spec, model.input_names)
         self.program = captured.with_facts(self.plain(model.spec, captured, options.run_steps))
-        self._spec, self._runner = model.spec, TorchRunner(self.program)
+        self._spec, self._runner, self._runs = model.spec, TorchRunner(self.program), RunStore()
         self._run = self._drawn(self.program.facts[StepPlan])
         self._converged = self._drawn(self.plain(model.spec, captured, CONVERGED_STEPS))
 
@@ -68,16 +69,25 @@ class Measuring:
             for scheduler in (name, RIVAL):
                 yield self._row(scheduler, self.plain(self._spec, self.program, steps, scheduler))
             for target in self._options.target:
-                yield self._row(f"fitted to {TARGETS[target]}", self._fitted(steps, target))
+                title = f"fitted to {TARGETS[target]}"
+                yield self._row(title, self._fitted(steps, target).facts[StepPlan])
+                if self._options.halves:
+                    yield self._of_halves(steps, f"{title}, halves of guidance", target)
 
-    def _fitted(self, steps: int, target: str) -> StepPlan:
-        """Return the plan of a fitted solver."""
+    def _of_halves(self, steps: int, title: str, target: str) -> Row:
+        """Return the row of a fitted solver whose steps may compute one half of guidance."""
+        program = Pipeline.parse(CACHED).run(self._fitted(steps, target, reuse="guidance"))
+        plan = program.facts[StepPlan]
+        return self._row(title, plan, runner=TorchRunner(program)) | {"steps": steps, "modes": plan.modes}
+
+    def _fitted(self, steps: int, target: str, reuse: str = "off") -> Program:
+        """Return the model with the plan of a fitted solver."""
         self._progress.note(f"{self._options.model}: {steps} steps, fitted to {TARGETS[target]}")
-        asked = PlanSolver(steps=steps, target=target, trajectories=self._options.trajectories)
-        return Pipeline((asked,)).run(self.program, progress=self._progress).facts[StepPlan]
+        asked = PlanSolver(steps=steps, target=target, reuse=reuse, trajectories=self._options.trajectories)
+        return Pipeline((asked,)).run(self.program, progress=self._progress, runs=self._runs)
 
-    def _row(self, title: str, plan: StepPlan) -> Row:
-        drawn = self._drawn(plan)
+    def _row(self, title: str, plan: StepPlan, runner: TorchRunner | None = None) -> Row:
+        drawn = self._drawn(plan, runner)
         return {
             "steps": len(plan),
             "solver": title,
@@ -85,12 +95,10 @@ class Measuring:
             "run_psnr": None if plan == self.program.facts[StepPlan] else self._psnr(drawn, self._run),
         }
 
-    def _drawn(self, plan: StepPlan) -> Array:
-        asked = self._options
+    def _drawn(self, plan: StepPlan, runner: TorchRunner | None = None) -> Array:
+        asked, runner = self._options, runner or self._runner
         conditions = in_turn(asked.samples, self._spec)
-        drawn = sample(
-            self._runner, plan, self._spec, conditions, asked.seed, batch=asked.batch, progress=self._progress
-        )
+        drawn = sample(runner, plan, self._spec, conditions, asked.seed, batch=asked.batch, progress=self._progress)
         return shown(drawn, self._spec)
 
     def _psnr(self, drawn: Array, reference: Array) -> float:
@@ -132,6 +140,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, nargs="+", default=[17, 13, 8], metavar="K")
     parser.add_argument(
         "--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="what solvers are fitted to"
+    )
+    parser.add_argument(
+        "--halves", action="store_true", help="also measure solvers of as much work with steps of one half of guidance"
     )
     parser.add_argument("--run-steps", type=int, default=50, help="steps of the whole run")
     parser.add_argument("--guidance", type=float, default=1.5)

@@ -65,7 +65,7 @@ def record_target(
     return aim, near
 
 
-def landscape(aim: RecordedRun, near: RecordedRun, initial: Array, history: int, guidance: float) -> Landscape:
+def landscape(aim: RecordedRun, near: RecordedRun, initial: Array, history: int, guidance: float | None) -> Landscape:
     """Return the model of the trajectories near a run.
 
     Args:
@@ -73,12 +73,13 @@ def landscape(aim: RecordedRun, near: RecordedRun, initial: Array, history: int,
         near: another run from the same noise.
         initial: the noise, f32[N,C,H,W].
         history: the number of earlier predictions that an update may use.
-        guidance: the weight of guidance.
+        guidance: the weight of guidance; None where no step is to compute one half of it.
     """
+    differences = () if guidance is None else aim.differences
     judged = judged_rows(len(initial))
     learned, others = (
-        inner_products([vector[rows] for vector in (*aim.latents, *aim.predictions, *aim.differences, initial)])
+        inner_products([vector[rows] for vector in (*aim.latents, *aim.predictions, *differences, initial)])
         for rows in ((~judged, judged) if len(initial) > 1 else (judged, judged))
     )
     responses = response(aim.latents, aim.predictions, near.latents, near.predictions)
-    return Landscape(learned, others, responses, history, guidance)
+    return Landscape(learned, others, responses, history, 1.0 if guidance is None else guidance)

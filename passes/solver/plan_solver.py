@@ -127,7 +127,7 @@ class PlanSolver(Pass):
         target, near = record_target(program, self.target, count, self.seed, context)
         ways = [program, *self._reusing(program)]
         half = self._half_cost(ways[-1], context) if len(ways) > 1 else None
-        places = landscape(target, near, initial, self.history, plan.fingerprint.guidance)
+        places = landscape(target, near, initial, self.history, plan.fingerprint.guidance if half else None)
         contest = [
             self._fitted(
                 program, ways[not all(placement.whole)], conditions, initial, target, placement, context.progress
@@ -170,8 +170,7 @@ class PlanSolver(Pass):
     def _effects_on(self, plan: StepPlan, steps: int, trajectories: int) -> int:
         """Return on how many trajectories the effects of the coefficients are measured; 0 where that takes too long."""
         affordable = EFFECTS * trajectories * self._recorded(plan) / max(1, effects(steps, self.history))
-        learned = int((~judged_rows(trajectories)).sum())
-        return 0 if min(affordable, learned) < FEWEST_MEASURED else min(int(affordable), learned)
+        return 0 if min(affordable, trajectories) < FEWEST_MEASURED else min(int(affordable), trajectories)
 
     def _recorded(self, plan: StepPlan) -> int:
         """Return the number of forward passes that recording a trajectory takes."""

@@ -21,8 +21,8 @@ class SolverPlan:
         history: the number of earlier predictions that an update may use.
         errors: the mean squared error of the final latents of every set of steps that was tried, in full precision, on
             trajectories that it was not fitted to; the chosen one first.
-        refined: the same of the chosen set, before and after all its coefficients were refined together, on
-            trajectories that they were not refined on; None where that would have taken too long.
+        refined: the mean squared error of the final latents of the chosen set on all trajectories, before and after all
+            its coefficients were refined together; None where that would have taken too long.
         modes: for each step, None where it computes everything, or the variant that it is to take, which plan-cache
             creates.
     """

@@ -146,7 +146,9 @@ def at_timesteps(run: RecordedRun, plan: StepPlan, timesteps: Sequence[float], s
         schedule: the noise schedule of the model.
     """
     own = np.asarray(plan.timesteps)
-    latents, predictions, differences = [], [], []
+    latents: list[Array] = []
+    predictions: list[Array] = []
+    differences: list[Array] = []
     for timestep in timesteps:
         last = int((own >= timestep).sum()) - 1  # the step before, or the one at this timestep
         after, share = max(last, 0), 0.0

@@ -12,13 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.sampling.conditions import Conditions, joined
-from qcgraph.sampling.fitting import Table, corrected, judged_rows, row_products, with_updates
+from qcgraph.sampling.fitting import Table, corrected, row_products, with_updates
 from qcgraph.sampling.loop import Updates, guided, trajectory
 from qcgraph.sampling.reference import RecordedRun, walk
 from qcgraph.sampling.runner import Array, Runner, step_call, step_inputs
@@ -37,7 +36,7 @@ class Refined:
     Attributes:
         plan: the plan.
         run: its run.
-        error: the mean squared error of the final latents, on trajectories whose effects were not measured.
+        error: the mean squared error of the final latents.
         before: the same with the updates as they were.
     """
 
@@ -63,11 +62,11 @@ def refine(
     measured: int,
     progress: Progress,
 ) -> Refined:
-    """Refine the updates of a plan on trajectories of their own, as far as that helps others.
+    """Refine the updates of a plan by the effects that are measured on some of its trajectories.
 
     With J the effect of all coefficients on the final latents and r what these lack, the coefficients change by
-    ``(J' J + damping)^-1 J' r`` (Levenberg, 1944). Every damping is tried, and the one with the least error on
-    trajectories whose effects were not measured is taken, if the error falls at all.
+    ``(J' J + damping)^-1 J' r`` (Levenberg, 1944). Every damping is tried, and the one with the least error on all
+    trajectories is taken, if the error falls at all.
 
     Args:
         runner: runs the variants of the plan; those that reuse take values of the last computing step alone.
@@ -77,31 +76,30 @@ def refine(
         initial: their initial noise, f32[N,C,H,W].
         goal: the target of the final latents, f32[N,C,H,W].
         history: the number of earlier predictions that an update may use.
-        measured: the number of trajectories that effects are measured on; fewer than N, if N > 1.
+        measured: the number of trajectories that effects are measured on.
         progress: reports the steps.
     """
-    learned = np.flatnonzero(~judged_rows(len(initial)))[:measured] if len(initial) > 1 else np.arange(1)
-    apart = np.setdiff1d(np.arange(len(initial)), learned) if len(initial) > 1 else learned
+    rows = np.arange(min(measured, len(initial)))
     run = walk(runner, plan, spec, conditions, initial, progress)
-    before = _error(run, goal, apart)
+    before = _error(run, goal)
     best = Refined(plan, run, before, before)
     if not before:
         return best
-    own = RecordedRun(*(tuple(array[learned] for array in arrays) for arrays in (run.latents, run.predictions)))
-    measuring = _Measuring(runner, plan, spec, conditions[learned], own, history)
+    own = RecordedRun(*(tuple(array[rows] for array in arrays) for arrays in (run.latents, run.predictions)))
+    measuring = _Measuring(runner, plan, spec, conditions[rows], own, history)
     columns, places = [], []
     for index in progress.track(range(len(plan)), "effects of coefficients"):
         for place, column in measuring.columns(index):
             places.append((index, place))
             columns.append(column.reshape(-1))
-    effect = np.stack(columns)
-    lacking = (goal[learned] - run.latents[-1][learned]).reshape(-1)
+    effect = np.stack(columns).astype(np.float64)
+    lacking = (goal[rows] - run.latents[-1][rows]).reshape(-1)
     own_products, cross = effect @ effect.T / lacking.size, effect @ lacking / lacking.size
     for damping in DAMPINGS:
-        change = np.linalg.solve(own_products + damping * np.eye(len(cross)), cross)
+        change: Table = np.linalg.solve(own_products + damping * np.eye(len(cross)), cross).astype(np.float64)
         moved = _changed(plan, places, change, history)
         run = walk(runner, moved, spec, conditions, initial, progress)
-        error = _error(run, goal, apart)
+        error = _error(run, goal)
         if error < best.error:
             best = Refined(moved, run, error, before)
     return best
@@ -169,8 +167,8 @@ class _Resumed:
         return self._runner.run(step_call(self._plan, index, inputs, self._state))
 
 
-def _error(run: RecordedRun, goal: Array, rows: npt.NDArray[np.intp]) -> float:
-    error = float(np.square(run.latents[-1][rows] - goal[rows], dtype=np.float64).mean())
+def _error(run: RecordedRun, goal: Array) -> float:
+    error = float(np.square(run.latents[-1] - goal, dtype=np.float64).mean())
     return error if np.isfinite(error) else float("inf")
 
 

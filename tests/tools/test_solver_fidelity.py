@@ -31,6 +31,17 @@ def test_solvers_are_compared(run_tool: Any, small_digits: Path, tmp_path: Path)
     assert few["fitted to the run"] > max(few["ddim"], few["dpmsolver++"])
 
 
+@pytest.mark.slow
+def test_steps_of_one_half_of_guidance_have_a_row(run_tool: Any, small_digits: Path, tmp_path: Path) -> None:
+    done = run_tool(TOOL, small_digits, *SMALL, "--steps", 4, "--target", "run", "--halves", "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole, halves = json.loads(done.stdout)["rows"][-2:]
+    assert (halves["steps"], halves["solver"]) == (4, "fitted to the run, halves of guidance")
+    assert len(halves["modes"]) >= 4
+    if "conditional" not in halves["modes"]:
+        assert halves["run_psnr"] == whole["run_psnr"]
+
+
 def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "tools")
     row = {"steps": 4, "solver": "fitted to the run", "converged_psnr": 40.04, "run_psnr": math.pi}
