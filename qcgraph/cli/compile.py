@@ -54,8 +54,9 @@ def compile_command(
     cache: Annotated[
         str | None,
         typer.Option(
-            metavar="budget=F|interval=N|dps=N|off",
-            help="The best cache schedule at a fraction of the cost, or every N-th step computes and the others reuse.",
+            metavar="auto|budget=F|interval=N|dps=N|off",
+            help="What the steps of a fitted solver reuse, the best cache schedule at a fraction of the cost, or every "
+            "N-th step computes and the others reuse.",
         ),
     ] = None,
     plan: Annotated[

@@ -267,7 +267,7 @@ def _caching(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
         raise UsageError(
             "a cache schedule auto is planned with the steps of a fitted solver",
             where="cache.schedule",
-            hint="add --solver fitted, or take --cache budget=0.3: the best schedule for the steps of the run",
+            hint="add --solver fitted; or take --cache off, or budget=0.3: the best schedule for the steps of the run",
         )
     yield _pass(
         "plan-cache",

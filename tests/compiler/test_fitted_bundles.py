@@ -203,3 +203,10 @@ def test_few_fitted_steps_are_closer_to_the_converged_run(
     ours, theirs, truth = (sample(runner, plan, spec, LABELS[:4], 0) for plan in (fitted, plain, converged))
     errors = [float(np.square(latents - truth).mean()) for latents in (ours, theirs)]
     assert 10 * np.log10(errors[1] / errors[0]) > 8
+
+
+def test_a_cache_of_the_solver_needs_one(small_digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="planned with the steps of a fitted solver") as caught:
+        qcgraph.compile(small_digits, FLOAT.override(solver="as-is", cache="auto"), output=tmp_path / "out")
+    assert "--solver fitted" in str(caught.value.hint)
+    assert not list(tmp_path.iterdir())

@@ -22,7 +22,7 @@ def test_presets() -> None:
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_do_not_depend_on_the_machine(name: str) -> None:
     recipe = Recipe.load(name)
-    assert recipe.cache_budget is None or recipe.cache.cost == "macs"
+    assert not recipe.is_cached or recipe.cache.cost == "macs"
 
 
 @pytest.mark.parametrize("name", preset_names())
