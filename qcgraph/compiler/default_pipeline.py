@@ -265,7 +265,7 @@ def _caching(recipe: Recipe, *, quantized: bool) -> Iterator[Pass]:
     """
     if recipe.is_cached_by_solver and not recipe.is_fitted:
         raise UsageError(
-            "a cache schedule auto is planned with the steps of a fitted solver",
+            "auto is planned with the steps of a fitted solver, and the solver is as-is",
             where="cache.schedule",
             hint="add --solver fitted; or take --cache off, or budget=0.3: the best schedule for the steps of the run",
         )
