@@ -15,6 +15,7 @@ from qcgraph.evaluation.settings import Subject
 from qcgraph.export.run.open import open_runner
 from qcgraph.export.run.runtimes import Exported
 from qcgraph.export.targets import Target
+from qcgraph.facts import SolverPlan
 from qcgraph.ir.program import Program
 from qcgraph.models import LoadedModel
 from qcgraph.plan.steps import StepPlan
@@ -38,6 +39,9 @@ def admit_edges(
 ) -> tuple[EdgeReport, ...]:
     """Measure the cached edges of a program, and refuse a cache whose noise exceeds the change that reuse leaves out.
 
+    A cache that came with the steps of a fitted solver is measured, but not refused: its reusing steps stand for steps
+    that would be left out, not for computing ones, and they were chosen by the error of final latents.
+
     Args:
         program: the compiled program.
         origin: the captured model.
@@ -52,7 +56,7 @@ def admit_edges(
         RefusedError: an edge is unsafe, and ``allow_unsafe`` is not set.
     """
     edges = measure_edges(program, origin, seed, progress)
-    unsafe = [edge for edge in edges if not edge.is_safe]
+    unsafe = [] if _is_of_solver(program) else [edge for edge in edges if not edge.is_safe]
     if unsafe and not allow_unsafe:
         raise RefusedError(
             f"quantization and cache do not go together: {_measured(unsafe[0])}",
@@ -69,9 +73,16 @@ def _measured(edge: CachedEdge) -> str:
     )
 
 
-def overrides(edges: Sequence[EdgeReport]) -> tuple[str, ...]:
+def _is_of_solver(program: Program) -> bool:
+    """Whether the cache came with the steps of a fitted solver."""
+    solver = program.facts.get(SolverPlan)
+    return solver is not None and any(solver.modes)
+
+
+def overrides(edges: Sequence[EdgeReport], program: Program) -> tuple[str, ...]:
     """Return the overrides for the manifest: the names of unsafe things that were accepted."""
-    return (UNSAFE,) if any(edge.snr is not None and edge.snr < LEAST_SNR for edge in edges) else ()
+    unsafe = any(edge.snr is not None and edge.snr < LEAST_SNR for edge in edges)
+    return (UNSAFE,) if unsafe and not _is_of_solver(program) else ()
 
 
 def admit_quality(

@@ -296,7 +296,7 @@ class _Compilation:
             target=target.name,
             target_record=record_of(target),
             precision=precision,
-            overrides=overrides(edges),
+            overrides=overrides(edges, program),
             force=self.force,
         ) as folder:
             checks = _export(program, folder, target, self.progress, timer)

@@ -139,7 +139,9 @@ def test_what_else_can_be_asked_comes_on_top(compiled: Compile, options: dict[st
     assert np.isfinite(drawn(found)).all()
 
 
-@pytest.mark.parametrize("options", [{"target": "torch", "bits": "off"}, {}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"target": "torch", "bits": "off"}, {"target": "torch", "bits": "w2a2"}, {}], ids=str
+)
 def test_steps_of_one_half_of_guidance(
     compiled: Compile, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: dict[str, str]
 ) -> None:
@@ -148,13 +150,16 @@ def test_steps_of_one_half_of_guidance(
     arithmetic = Recipe.from_toml(QUICK + '[cache]\ncost = "macs"\n').override(
         solver="fitted=5", steps=10, cache="auto"
     )
-    found = compiled(f"halves{len(options)}", arithmetic.override(**options))
+    found = compiled(f"halves-{options.get('bits')}", arithmetic.override(**options))
     plan, program = found.plan, load_program(found.path)
     assert len(plan) > 5
     assert set(plan.modes) == {None, "conditional"}
     assert plan.modes == program.facts[SolverPlan].modes
     assert plan.describe() == f"ddim, {len(plan)} fitted of 10 steps, guidance 1.5"
     assert found.report.solver.halves == plan.modes.count("conditional")
+    assert found.manifest.overrides == ()
+    if options.get("bits") == "w2a2":  # more noise than change, which no contest of final latents minds
+        assert all(edge.snr < 0 for edge in found.report.cached_edges)
     images = drawn(found)
     np.testing.assert_allclose(sample(TorchRunner(program), plan, found.spec, LABELS, 3), images, atol=2e-2)
     assert command(["inspect", str(found.path), "--show", "solver"]) == 0
