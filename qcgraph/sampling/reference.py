@@ -58,7 +58,7 @@ def walk(
         progress: reports the steps.
     """
     latents, predictions = [initial], []
-    halves = _Halves(Request(runner, plan, spec), len(initial), spec)
+    halves = _Differences(Request(runner, plan, spec), len(initial), spec)
     ticks = iter(progress.track(plan.steps, "trajectories"))
     for taken in trajectory(halves, Updates(plan), plan, spec, conditions, initial):
         next(ticks)
@@ -67,7 +67,7 @@ def walk(
     return RecordedRun(tuple(latents), tuple(predictions), tuple(halves.differences))
 
 
-class _Halves:
+class _Differences:
     """Denoises, and keeps the differences of the halves of guided batches.
 
     Args:

@@ -86,7 +86,7 @@ def refine(
     if not before:
         return best
     own = RecordedRun(*(tuple(array[rows] for array in arrays) for arrays in (run.latents, run.predictions)))
-    measuring = _Measuring(runner, plan, spec, conditions[rows], own, history)
+    measuring = _Effects(runner, plan, spec, conditions[rows], own, history)
     columns, places = [], []
     for index in progress.track(range(len(plan)), "effects of coefficients"):
         for place, column in measuring.columns(index):
@@ -105,7 +105,7 @@ def refine(
     return best
 
 
-class _Measuring:
+class _Effects:
     """Measures the effect of every coefficient of a plan on the final latents of a run."""
 
     def __init__(

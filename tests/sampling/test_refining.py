@@ -17,7 +17,7 @@ from qcgraph.sampling.calibration import calibration_conditions, calibration_noi
 from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.fitting import fit_updates, with_updates
 from qcgraph.sampling.reference import RecordedRun, walk
-from qcgraph.sampling.refining import _changed, _Measuring, effects, refine
+from qcgraph.sampling.refining import _changed, _Effects, effects, refine
 from qcgraph.sampling.runner import Array, Call
 
 STEPS = 4
@@ -99,7 +99,7 @@ def test_an_effect_is_what_a_changed_coefficient_does(network: Network, history:
     plan, conditions = plan_of(updates), Conditions(3, {})
     initial = np.random.default_rng(1).standard_normal((3, *SPEC.latent_shape)).astype(np.float32)
     run = walk(network, plan, SPEC, conditions, initial, Progress())
-    measuring = _Measuring(network, plan, SPEC, conditions, run, history)
+    measuring = _Effects(network, plan, SPEC, conditions, run, history)
     for index in range(STEPS):
         columns = list(measuring.columns(index))
         assert len(columns) == min(2 + index, 2 + history)
@@ -117,7 +117,7 @@ def test_the_forward_passes_of_effects_are_counted(network: Network, steps: int,
     initial = np.random.default_rng(1).standard_normal((2, *SPEC.latent_shape)).astype(np.float32)
     run = walk(network, plan, SPEC, conditions, initial, Progress())
     network.samples = 0
-    measuring = _Measuring(network, plan, SPEC, conditions, run, history)
+    measuring = _Effects(network, plan, SPEC, conditions, run, history)
     assert sum(1 for index in range(steps) for _ in measuring.columns(index)) == sum(
         min(2 + index, 2 + history) for index in range(steps)
     )
@@ -141,7 +141,7 @@ def test_effects_of_steps_that_reuse(captured: Program, run: Callable[[str, Prog
     conditions, initial = calibration_conditions(2, 0, spec), calibration_noise(2, 0, spec).initial()
     runner = TorchRunner(program)
     run_ = walk(runner, plan, spec, conditions, initial, Progress())
-    measuring = _Measuring(runner, plan, spec, conditions, run_, 1)
+    measuring = _Effects(runner, plan, spec, conditions, run_, 1)
     for index in range(len(plan)):
         for combination, effect in measuring.columns(index):
             amount = np.array([4e-3])
