@@ -98,6 +98,20 @@ def few_target_trajectories() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_refinement() -> Iterator[None]:
+    """Coefficients of solvers are fitted in the order of the steps alone, unless a test asks for `refinement`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qcgraph.passes.solver.plan_solver.EFFECTS", 0.0)
+        yield
+
+
+@pytest.fixture
+def refinement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coefficients of solvers are refined together, as they are in a compilation."""
+    monkeypatch.setattr("qcgraph.passes.solver.plan_solver.EFFECTS", 0.5)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def no_comparison() -> Iterator[None]:
     """Compilations are not compared with plain solvers, which samples hundreds of steps, unless a test says so."""
     with pytest.MonkeyPatch.context() as patch:

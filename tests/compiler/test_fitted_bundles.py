@@ -139,6 +139,7 @@ def test_what_else_can_be_asked_comes_on_top(compiled: Compile, options: dict[st
     assert np.isfinite(drawn(found)).all()
 
 
+@pytest.mark.usefixtures("refinement")
 @pytest.mark.parametrize(
     "options", [{"target": "torch", "bits": "off"}, {"target": "torch", "bits": "w2a2"}, {}], ids=str
 )
@@ -163,7 +164,9 @@ def test_steps_of_one_half_of_guidance(
     images = drawn(found)
     np.testing.assert_allclose(sample(TorchRunner(program), plan, found.spec, LABELS, 3), images, atol=2e-2)
     assert command(["inspect", str(found.path), "--show", "solver"]) == 0
-    assert "of one half of guidance" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "of one half of guidance" in shown
+    assert "before all coefficients were refined together" in shown
 
 
 def test_a_plan_of_a_fitted_bundle_is_followed(bundle: Bundle, compiled: Compile) -> None:

@@ -117,6 +117,7 @@ def test_the_best_of_the_candidates_is_taken(planned: Program) -> None:
     assert list(errors) == sorted(errors)
 
 
+@pytest.mark.usefixtures("refinement")
 def test_all_coefficients_are_refined_together(captured: Program, run: Run) -> None:
     """Where the trajectories suffice: the targets are then the latents of the refined plan, but for the last one."""
     found = run("plan-solver{target=run steps=4 trajectories=16}", captured)
@@ -134,14 +135,16 @@ def test_all_coefficients_are_refined_together(captured: Program, run: Run) -> N
     assert after == pytest.approx(np.square(ours[-1] - whole[-1], dtype=np.float64).mean(), rel=1e-6)
 
 
-def test_few_trajectories_are_not_refined_on(planned: Program) -> None:
-    assert planned.facts[SolverPlan].refined is None
+@pytest.mark.usefixtures("refinement")
+def test_few_trajectories_are_not_refined_on(captured: Program, run: Run) -> None:
+    assert run(RUN, captured).facts[SolverPlan].refined is None
 
 
 def only_mixed(*args: Any) -> tuple[Placement, ...]:
     return tuple(one for one in place(*args) if not all(one.whole))
 
 
+@pytest.mark.usefixtures("refinement")
 @pytest.mark.parametrize("trajectories", [4, 16])
 def test_steps_of_one_half_of_guidance(
     captured: Program, run: Run, monkeypatch: pytest.MonkeyPatch, trajectories: int
@@ -263,6 +266,7 @@ def test_the_converged_run_is_the_target_by_default(
     assert found.facts[SolverTargets].latents[-1] != whole.facts[SolverTargets].latents[-1]
 
 
+@pytest.mark.usefixtures("refinement")
 @pytest.mark.parametrize(
     ("options", "steps", "count"),
     [("", 50, 13), ("", 9, 2), ("", 1, 1), ("{steps=7}", 9, 7), ("{steps=9}", 9, 9), ("{steps=13}", 9, 9)],
@@ -281,6 +285,7 @@ def test_the_number_of_steps(captured: Program, options: str, steps: int, count:
         assert replace(ours, target=target).forwards(work) == expected
 
 
+@pytest.mark.usefixtures("refinement")
 def test_the_number_of_trajectories(captured: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as a fixed number of values needs, here the most that there may be; half of them for twice the values."""
     monkeypatch.setattr("qcgraph.pipeline.calibration_budget.TARGET_LIMITS", (2, 64))  # tests have fewer
