@@ -76,7 +76,7 @@ def _measured(edge: CachedEdge) -> str:
 def _is_of_solver(program: Program) -> bool:
     """Whether the cache came with the steps of a fitted solver."""
     solver = program.facts.get(SolverPlan)
-    return solver is not None and any(solver.modes)
+    return solver is not None and solver.half_steps > 0
 
 
 def overrides(edges: Sequence[EdgeReport], program: Program) -> tuple[str, ...]:

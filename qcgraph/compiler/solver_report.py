@@ -14,7 +14,7 @@ def solver_report(facts: Facts) -> SolverReport | None:
     return SolverReport(
         target=plan.target,
         steps=len(plan.plain),
-        halves=sum(mode is not None for mode in plan.modes),
+        halves=plan.half_steps,
         run_steps=plan.run_steps,
         trajectories=(fit or facts[SolverTargets]).trajectories,
         last_error=fit.errors[-1] if fit else None,

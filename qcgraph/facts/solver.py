@@ -35,10 +35,14 @@ class SolverPlan:
     refined: tuple[float, float] | None = None
     modes: tuple[str | None, ...] = ()
 
+    @property
+    def half_steps(self) -> int:
+        """The number of steps that compute one half of guidance alone."""
+        return sum(mode is not None for mode in self.modes)
+
     def lines(self) -> list[str]:
         """Return the lines about this fact in the text of a program."""
-        halves = sum(mode is not None for mode in self.modes)
-        kinds = f" ({halves} of one half of guidance)" if halves else ""
+        kinds = f" ({self.half_steps} of one half of guidance)" if self.half_steps else ""
         line = f"solver: {len(self.plain)} of {self.run_steps} steps{kinds}, fitted to {TARGET_TITLES[self.target]}"
         last = self.refined[-1:] if self.refined else self.errors[:1]
         return [f"{line}, mean squared error {last[0]:.2g}" if last else line]

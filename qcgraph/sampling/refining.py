@@ -127,7 +127,8 @@ class _Effects:
         chosen = [
             vectors[:, place] / np.sqrt(size) for place, size in enumerate(sizes) if size > DEPENDENT * sizes.max()
         ]
-        moves = [np.tensordot(combination, np.stack(terms), axes=1).astype(np.float32) for combination in chosen]
+        stacked = np.stack(terms)
+        moves = [np.tensordot(combination, stacked, axes=1).astype(np.float32) for combination in chosen]
         yield from zip(chosen, self._effects(index, moves), strict=True)
 
     def _effects(self, index: int, moves: Sequence[Array]) -> Iterator[Array]:
