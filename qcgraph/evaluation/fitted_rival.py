@@ -55,12 +55,16 @@ def fitted_rival(
 def keep_rival(before: Program, after: Program) -> None:
     """Keep the solver that a pass fitted to the converged run in full precision, if it did: it is a rival later.
 
+    One with steps of one half of guidance is none: its coefficients are not those of as many whole steps.
+
     Args:
         before: the captured model, with the plan of the scheduler's run.
         after: the program after the pass.
     """
     solver, targets = after.facts.get(SolverPlan), after.facts.get(SolverTargets)
     if solver is None or targets is None or SolverPlan in before.facts or solver.target != "converged":
+        return
+    if solver.half_steps:
         return
     options = {
         "steps": len(solver.plain),

@@ -9,8 +9,11 @@ import pytest
 
 from qcgraph.evaluation import kept
 from qcgraph.evaluation.fitted_rival import fitted_rival, keep_rival
+from qcgraph.facts import SolverPlan
 from qcgraph.ir.program import Program
+from qcgraph.passes.solver import plan_solver
 from qcgraph.pipeline import Pipeline
+from qcgraph.plan.placement import place
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
@@ -87,4 +90,15 @@ def test_what_is_no_rival_is_not_kept(captured: Program, folder: Path, text: str
 def test_a_solver_fitted_to_the_quantized_program_is_not_kept(captured: Program, folder: Path) -> None:
     planned = Pipeline.parse("plan-solver{steps=3 trajectories=4}").run(captured)
     keep_rival(planned, Pipeline.parse("fit-solver").run(planned))
+    assert list(folder.iterdir()) == []
+
+
+def test_a_solver_with_steps_of_one_half_of_guidance_is_not_kept(
+    captured: Program, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its coefficients are not those of as many whole steps, which the key would stand for."""
+    monkeypatch.setattr(plan_solver, "place", lambda *args: tuple(one for one in place(*args) if not all(one.whole)))
+    planned = Pipeline.parse("plan-solver{steps=3 reuse=guidance trajectories=4}").run(captured)
+    assert planned.facts[SolverPlan].half_steps > 0
+    keep_rival(captured, planned)
     assert list(folder.iterdir()) == []
