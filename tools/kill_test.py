@@ -277,7 +277,7 @@ class Killing:
             late = len(self._log) - begin
             share = round(self._cuts * late / len(self._log))
             if not self._cut(watch, chosen(range(begin), self._cuts - share), again=False):
-                sizes = SIZES[:: 2 if self._cuts else 1]
+                sizes = SIZES[:: 3 if self._cuts else 1]
                 watch.at[begin] = lambda: writing(chosen(range(begin, len(self._log)), share), sizes)
 
         def writing(points: Sequence[int], sizes: Sequence[int]) -> None:
