@@ -238,8 +238,9 @@ class _Compilation:
         for part in _parts(pipeline):
             costs = costs_for(target, self.progress)
             program = part.run(program, instruments, self.progress, costs, origin=program, runs=runs)
-            gc.collect()  # graphs and modules refer to each other; collecting them frees the weights that were replaced
-            release_memory()
+            if program.constant_bytes > HELD_BYTES:
+                gc.collect()  # graphs and modules refer to each other; this frees the weights that were replaced
+                release_memory()
         return program
 
     def _noted(self, notes: Iterable[str]) -> tuple[str, ...]:
@@ -273,7 +274,8 @@ class _Compilation:
             return held or _loaded_again(self.model, recipe, program, self.progress, timer)
 
         edges, original = _admitted_edges(origin, recipe, program, self.progress, timer)
-        gc.collect()  # frees the model that the measurement used
+        if held is None:
+            gc.collect()  # frees the model that the measurement used
 
         def fill(folder: Path) -> CompileReport:
             """Write everything in a bundle except its graphs and weights, and return its report."""

@@ -107,6 +107,7 @@ def infer_types(graph: fx.Graph, interface: Interface, constants: Mapping[str, t
         ValueError: a value is larger than any machine holds. An op raises its own errors for arguments that do not fit.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # it looks for equal calls as ``known`` does, and takes longer than the calls
     values: dict[fx.Node, Any] = {}
     known: dict[object, Any] = {}
     inputs = iter(interface.inputs)
