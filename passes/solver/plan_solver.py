@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from qcgraph.errors import UsageError
 from qcgraph.facts import (
@@ -28,20 +29,21 @@ from qcgraph.pipeline.calibration_budget import target_trajectories
 from qcgraph.pipeline.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.levels import CLEAN, first_order, levels
-from qcgraph.plan.placement import Placement, Steps, place
+from qcgraph.plan.placement import MIXED, Placement, Steps, place
 from qcgraph.plan.schedule import CONDITIONAL
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
 from qcgraph.progress import Progress
 from qcgraph.sampling.calibration import calibration_conditions, calibration_noise, encode_latents
 from qcgraph.sampling.conditions import Conditions
-from qcgraph.sampling.fitting import fit_updates, judged_rows, with_updates
+from qcgraph.sampling.fitting import fit_updates, with_updates
 from qcgraph.sampling.reference import COARSE_STEPS, FINE_STEPS, RecordedRun
 from qcgraph.sampling.refining import DAMPINGS, effects, refine
 from qcgraph.sampling.runner import Array
 
 SHARE = 0.26  # default number of computing steps, relative to those of the run: 13 of 50
 EFFECTS = 0.5  # arithmetic of measuring the effects of coefficients, relative to that of recording the target
+WORST_SHARE = 0.1  # share of the trajectories that are the worst ones, which count for as much as all
 CACHED = "plan-cache{interval=2 blocks=guidance},insert-cache"
 FEWEST_MEASURED = 2  # trajectories on which effects are measured at least; else the coefficients are not refined
 
@@ -53,8 +55,9 @@ class PlanSolver(Pass):
     A linear multistep update ``x' = a * x + b_0 * eps_0 + b_1 * eps_1 + ..`` on chosen timesteps has a few scalars a
     step, and costs nothing when it runs. The steps are those whose final latents come closest to a target run: the best
     ones by dynamic programming over the residuals of jumps, and by climbing on a model of the trajectories (see
-    `qcgraph.plan.placement`), are fitted closed loop, and judged on trajectories that they were not fitted to.
-    At last all coefficients are refined together (see `qcgraph.sampling.refining`), where that is affordable.
+    `qcgraph.plan.placement`), are fitted closed loop to half of the trajectories, and judged on the others, by the mean
+    of their errors and by the worst tenth. The updates of the best set are then fitted to all trajectories. At last,
+    all coefficients are refined together (see `qcgraph.sampling.refining`), where that is affordable.
 
     Where steps may reuse the difference of the halves of guidance, they compute the conditional half alone, for about
     half of the work. More steps then have the work of ``steps``. They take part in the contest, on a cached program of
@@ -98,7 +101,8 @@ class PlanSolver(Pass):
         plan = work.program.facts[StepPlan]
         count, steps = self._trajectories(work.program), self._count(plan)
         measured = self._effects_on(plan, steps, count)
-        passes = self._recorded(plan) + (2 + (1 + len(DAMPINGS) if measured else 0)) * steps
+        tried = 2 + (MIXED if self.reuse == "guidance" and plan.halves > 1 else 0)
+        passes = self._recorded(plan) + (tried + 1 + (len(DAMPINGS) if measured else 0)) * steps
         return plan.halves * (count * passes + measured * effects(steps, self.history))
 
     def foreseen(self, program: Program) -> Program:
@@ -128,27 +132,25 @@ class PlanSolver(Pass):
         ways = [program, *self._reusing(program)]
         half = self._half_cost(ways[-1], context) if len(ways) > 1 else None
         places = landscape(target, near, initial, self.history, plan.fingerprint.guidance if half else None)
-        contest = [
-            self._fitted(
-                program, ways[not all(placement.whole)], conditions, initial, target, placement, context.progress
-            )
-            for placement in place(places, self._count(plan), half)
-        ]
-        contest.sort(key=lambda entry: entry.error)
-        best = contest[0]
-        aims, chosen = _targets(target, best.placement.steps), best.plan
-        measured = self._effects_on(plan, len(chosen), count)
+        contest = _Contest(ways, conditions, initial, target, self.history, context.progress)
+        ranked = contest.ranked(place(places, self._count(plan), half))
+        best = ranked[0].placement
+        way, plain = contest.prepared(best)
+        chosen, found = contest.fitted(best)
+        aims = _targets(target, best.steps)
+        measured, refined = self._effects_on(plan, len(chosen), count), None
         if measured:
-            runner, progress = TorchRunner(best.program), context.progress
-            refined = refine(runner, chosen, spec, conditions, initial, aims[-1], self.history, measured, progress)
+            refined = refine(
+                TorchRunner(way), chosen, spec, conditions, found, aims[-1], self.history, measured, context.progress
+            )
             chosen, aims = refined.plan, [*refined.run.latents[1:-1], aims[-1]]
         fact = SolverPlan(
             target=self.target,
             run_steps=len(plan),
-            plain=best.plain,
+            plain=tuple(step.update for step in plain.steps),
             history=self.history,
-            errors=tuple(entry.error for entry in contest),
-            refined=(refined.before, refined.error) if measured else None,
+            errors=tuple(entry.error for entry in ranked),
+            refined=(refined.before, refined.error) if refined else None,
             modes=chosen.modes,
         )
         latents = tuple(encode_latents(latent) for latent in aims)
@@ -184,46 +186,81 @@ class PlanSolver(Pass):
         """Return the number of trajectories to record."""
         return self.trajectories or target_trajectories(program)
 
-    def _fitted(
-        self,
-        program: Program,
-        way: Program,
-        conditions: Conditions,
-        initial: Array,
-        target: RecordedRun,
-        placement: Placement,
-        progress: Progress,
-    ) -> _Contestant:
-        """Return a plan with fitted updates on a way to run it, and the error of its final latents on other noise."""
-        spec, aims = program.facts[ModelSpec], _targets(target, placement.steps)
-        kinds = way.facts[StepPlan]
-        variants = [kinds.computing if whole else CONDITIONAL for whole in placement.whole]
-        chosen = _chosen(program.facts[StepPlan], spec, placement.steps)
-        plan = _taking(chosen, kinds, variants)
-        fitted, final = fit_updates(TorchRunner(way), plan, spec, conditions, initial, aims, self.history, progress)
-        judged = judged_rows(len(initial))
-        error = float(np.square(final[judged] - aims[-1][judged], dtype=np.float64).mean())
-        plain = tuple(step.update for step in plan.steps)
-        return _Contestant(placement, way, plain, with_updates(plan, [step.update for step in fitted]), error)
-
 
 @dataclass(frozen=True)
-class _Contestant:
+class _Tried:
     """A set of steps that was tried.
 
     Attributes:
         placement: the steps, and what they compute.
-        program: the program that they were fitted on.
-        plain: their plain updates.
-        plan: their plan, with fitted updates.
         error: the mean squared error of the final latents, on trajectories that were left out of the fit.
+        score: the mean of this error and of that of the worst tenth.
     """
 
     placement: Placement
-    program: Program
-    plain: tuple[Update, ...]
-    plan: StepPlan
     error: float
+    score: float
+
+
+@dataclass(frozen=True)
+class _Contest:
+    """Fits and samples sets of steps, and judges them.
+
+    Attributes:
+        ways: the program, and after it a program of which some steps compute one half of guidance, where there is one.
+        conditions: the conditions of N trajectories.
+        initial: their noise, f32[N,C,H,W].
+        target: the run that is aimed at.
+        history: how many earlier predictions an update may use.
+        progress: reports the steps.
+    """
+
+    ways: Sequence[Program]
+    conditions: Conditions
+    initial: Array
+    target: RecordedRun
+    history: int
+    progress: Progress
+
+    def ranked(self, placements: Sequence[Placement]) -> list[_Tried]:
+        """Return the sets of steps, the best first: fitted to half of the trajectories, judged on the others."""
+        count = len(self.initial)
+        apart = np.arange(count) % 2 == 1 if count > 1 else np.ones(1, dtype=bool)
+        tried = []
+        for placement in placements:
+            _, run = self.fitted(placement, ~apart if count > 1 else apart)
+            left = np.square(run.latents[-1][apart] - self.target.latents[-1][apart], dtype=np.float64)
+            errors = left.reshape(len(left), -1).mean(axis=1)
+            worst = np.quantile(errors, 1 - WORST_SHARE)
+            tried.append(_Tried(placement, float(errors.mean()), float(errors.mean() + worst) / 2))
+        return sorted(tried, key=lambda entry: entry.score)
+
+    def fitted(
+        self, placement: Placement, learned: npt.NDArray[np.bool_] | None = None
+    ) -> tuple[StepPlan, RecordedRun]:
+        """Return a plan of these steps with updates that are fitted to some trajectories, and the run of all."""
+        way, plan = self.prepared(placement)
+        spec, aims = way.facts[ModelSpec], _targets(self.target, placement.steps)
+        updates, run = fit_updates(
+            TorchRunner(way),
+            plan,
+            spec,
+            self.conditions,
+            self.initial,
+            aims,
+            self.history,
+            self.progress,
+            learned,
+        )
+        return with_updates(plan, [step.update for step in updates]), run
+
+    def prepared(self, placement: Placement) -> tuple[Program, StepPlan]:
+        """Return the program that runs these steps, and their plan with plain updates."""
+        way = self.ways[not all(placement.whole)]
+        kinds = way.facts[StepPlan]
+        variants = [kinds.computing if whole else CONDITIONAL for whole in placement.whole]
+        chosen = _chosen(self.ways[0].facts[StepPlan], way.facts[ModelSpec], placement.steps)
+        return way, _taking(chosen, kinds, variants)
 
 
 def _targets(target: RecordedRun, steps: Steps) -> list[Array]:

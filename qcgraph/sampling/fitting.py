@@ -14,13 +14,14 @@ from qcgraph.plan.steps import Earlier, StepPlan, Update
 from qcgraph.progress import Progress
 from qcgraph.sampling.conditions import Conditions
 from qcgraph.sampling.loop import Request, advanced, trajectory
+from qcgraph.sampling.reference import RecordedRun
 from qcgraph.sampling.runner import Array, Runner
 
 Table = npt.NDArray[np.float64]
 # Ridge of a regression relative to the mean square of its terms; the one with the least error on trajectories that were
 # left out is taken. Neighbouring predictions are nearly equal, so that small ones matter. Infinity: the plain update.
 RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, np.inf)
-JUDGED = 4  # one trajectory of this many is left out while a ridge or the steps are chosen
+JUDGED = 4  # one trajectory of this many is left out while a ridge is chosen
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,14 @@ class FittingUpdater:
         plan: the plan, with the plain updates.
         targets: the target of the latent after each step, f32[N,C,H,W].
         history: the number of earlier predictions that an update may use.
+        learned: the trajectories that the updates are fitted to, bool[N]; all of them by default. The others follow.
     """
 
-    def __init__(self, plan: StepPlan, targets: Sequence[Array], history: int) -> None:
+    def __init__(
+        self, plan: StepPlan, targets: Sequence[Array], history: int, learned: npt.NDArray[np.bool_] | None = None
+    ) -> None:
         self._plan, self._targets, self._history = plan, targets, history
+        self._learned = slice(None) if learned is None else learned
         depth = max(history, *(len(step.update.history) for step in plan.steps))
         self._earlier: deque[tuple[Array, Array]] = deque(maxlen=depth)  # the latest first
         self.fitted: list[FittedUpdate] = []
@@ -64,7 +69,7 @@ class FittingUpdater:
         plain, target = self._plan.steps[index].update, self._targets[index]
         residual = target - advanced(plain, latent, prediction, self._earlier)
         terms = [latent, prediction, *(past for _, past in self._earlier)][: 2 + self._history]
-        correction, ridge, errors = regressed(terms, residual)
+        correction, ridge, errors = regressed([term[self._learned] for term in terms], residual[self._learned])
         update = corrected(plain, correction)
         self.fitted.append(FittedUpdate(update, ridge, *errors))
         result = advanced(update, latent, prediction, self._earlier)
@@ -81,7 +86,8 @@ def fit_updates(
     targets: Sequence[Array],
     history: int,
     progress: Progress,
-) -> tuple[tuple[FittedUpdate, ...], Array]:
+    learned: npt.NDArray[np.bool_] | None = None,
+) -> tuple[tuple[FittedUpdate, ...], RecordedRun]:
     """Fit the updates of a plan closed loop: every step starts from the latents that the fitted ones before it led to.
 
     Args:
@@ -93,17 +99,19 @@ def fit_updates(
         targets: the target of the latent after each step, f32[N,C,H,W].
         history: the number of earlier predictions that an update may use.
         progress: reports the steps.
+        learned: the trajectories that the updates are fitted to, bool[N]; all of them by default.
 
     Returns:
-        The fitted updates, and the final latents f32[N,C,H,W].
+        The fitted updates, and the run of all N trajectories with them.
     """
-    fitting = FittingUpdater(plan, targets, history)
+    fitting = FittingUpdater(plan, targets, history, learned)
     ticks = iter(progress.track(plan.steps, "solver"))
-    final = initial
+    latents, predictions = [initial], []
     for taken in trajectory(Request(runner, plan, spec), fitting, plan, spec, conditions, initial):
         next(ticks)
-        final = taken.after
-    return tuple(fitting.fitted), final
+        predictions.append(taken.prediction)
+        latents.append(taken.after)
+    return tuple(fitting.fitted), RecordedRun(tuple(latents), tuple(predictions))
 
 
 def with_updates(plan: StepPlan, updates: Sequence[Update]) -> StepPlan:
@@ -113,7 +121,7 @@ def with_updates(plan: StepPlan, updates: Sequence[Update]) -> StepPlan:
 
 
 def judged_rows(count: int) -> npt.NDArray[np.bool_]:
-    """Return which of N trajectories are left out while a fit is chosen, bool[N]; a single one is judged on itself."""
+    """Return which of N trajectories are left out while a ridge is chosen, bool[N]; a single one judges itself."""
     return np.arange(count) % JUDGED == JUDGED - 1 if count >= JUDGED else np.arange(count) == count - 1
 
 

@@ -56,7 +56,7 @@ def refine(
     plan: StepPlan,
     spec: ModelSpec,
     conditions: Conditions,
-    initial: Array,
+    run: RecordedRun,
     goal: Array,
     history: int,
     measured: int,
@@ -73,14 +73,14 @@ def refine(
         plan: the plan, whose updates add no noise.
         spec: the specification of the denoiser.
         conditions: the conditions of the N trajectories.
-        initial: their initial noise, f32[N,C,H,W].
+        run: their run with the plan as it is.
         goal: the target of the final latents, f32[N,C,H,W].
         history: the number of earlier predictions that an update may use.
         measured: the number of trajectories that effects are measured on.
         progress: reports the steps.
     """
+    initial = run.latents[0]
     rows = np.arange(min(measured, len(initial)))
-    run = walk(runner, plan, spec, conditions, initial, progress)
     before = _error(run, goal)
     best = Refined(plan, run, before, before)
     if not before:

@@ -73,7 +73,7 @@ def test_work_after_a_fitted_solver_is_that_of_its_steps(captured: Program) -> N
     """All nine steps are recorded for a solver that is fitted to them; what follows works on the three that stay."""
     text = "plan-solver{steps=3 target=run trajectories=4},calibrate{trajectories=5}"
     pipeline = Pipeline.parse(text)
-    halves, recorded, tried = 2, 9 + 4, 2 * 3
+    halves, recorded, tried = 2, 9 + 4, (2 + 1) * 3
     solving, calibrating = 4 * halves * (recorded + tried), 5 * halves * 3 * 2
     assert passes_forwards(captured, pipeline.foreseen(captured), pipeline) == solving + calibrating
     plain = Pipeline(pipeline.passes[1:])

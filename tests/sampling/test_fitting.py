@@ -116,6 +116,18 @@ def test_every_step_starts_where_the_fitted_ones_before_it_led() -> None:
     np.testing.assert_allclose(ours, expected, rtol=0, atol=3 * fitting.fitted[1].ridge)
 
 
+def test_trajectories_that_are_left_out_follow_and_teach_nothing() -> None:
+    initial, predictions = values(6), values(3, 6, seed=1)
+    targets = rolled(Updates(plan_of(*TRUE[:3])), initial, predictions)
+    learned = np.arange(6) < 4
+    misled = [np.where(learned[:, None, None, None], target, -target) for target in targets]
+    fits = [FittingUpdater(plan_of(*[PLAIN] * 3), aims, 3, learned) for aims in (targets, misled)]
+    results = [rolled(fitting, initial, predictions)[-1] for fitting in fits]
+    assert fits[0].fitted == fits[1].fitted
+    assert np.array_equal(*results)
+    np.testing.assert_allclose(results[0], targets[-1], rtol=0, atol=1e-5)
+
+
 def test_a_fit_that_misleads_is_not_taken() -> None:
     """The trajectory that is left out has the opposite error: the plain update is the best for it."""
     terms, residual = values(2, 4), np.zeros((4, *SHAPE), np.float32)
@@ -215,12 +227,14 @@ def test_a_fit_walks_the_plan_on_a_backend() -> None:
     plan, initial = plan_of(PLAIN, PLAIN, PLAIN), values(5)
     targets = [np.float32(factor) * initial for factor in (0.8, 0.5, 0.3)]
     runner, conditions = LinearRunner((1.0, 0.5, 0.25)), Conditions(5, {})
-    fitted, final = fit_updates(runner, plan, spec, conditions, initial, targets, 2, Progress())
-    np.testing.assert_allclose(final, targets[-1], rtol=1e-5)
+    fitted, run = fit_updates(runner, plan, spec, conditions, initial, targets, 2, Progress())
+    assert (len(run.latents), len(run.predictions)) == (4, 3)
+    assert np.array_equal(run.latents[0], initial)
+    np.testing.assert_allclose(run.latents[-1], targets[-1], rtol=1e-5)
     assert len(fitted) == 3
     updates = Updates(with_updates(plan, [step.update for step in fitted]))
     latent = initial
     for index, gain in enumerate(runner.gains):
         latent = updates.update(index, latent, np.float32(gain) * latent)
-    assert np.array_equal(latent, final)
+        assert np.array_equal(latent, run.latents[index + 1])
     assert replace(plan, steps=plan.steps) == plan

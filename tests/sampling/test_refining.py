@@ -69,7 +69,8 @@ def test_final_latents_come_closer(
 ) -> None:
     """On other noise, too; the error and the run are those of the plan."""
     plan, conditions, initial, targets = greedy
-    found = refine(network, plan, SPEC, conditions, initial, targets[-1], 1, measured, Progress())
+    own = walk(network, plan, SPEC, conditions, initial, Progress())
+    found = refine(network, plan, SPEC, conditions, own, targets[-1], 1, measured, Progress())
     run = walk(network, found.plan, SPEC, conditions, initial, Progress())
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(run.latents, found.run.latents, strict=True))
     assert found.error == pytest.approx(final_error(run, targets[-1]))
@@ -86,8 +87,8 @@ def test_updates_that_lead_to_the_goal_stay(
     network: Network, greedy: tuple[StepPlan, Conditions, Array, list[Array]]
 ) -> None:
     plan, conditions, initial, _ = greedy
-    goal = walk(network, plan, SPEC, conditions, initial, Progress()).latents[-1]
-    found = refine(network, plan, SPEC, conditions, initial, goal, 1, 4, Progress())
+    run = walk(network, plan, SPEC, conditions, initial, Progress())
+    found = refine(network, plan, SPEC, conditions, run, run.latents[-1], 1, 4, Progress())
     assert found.plan is plan
     assert found.error == found.before == 0.0
 
@@ -128,7 +129,9 @@ def test_the_forward_passes_of_effects_are_counted(network: Network, steps: int,
 def test_few_trajectories(network: Network, count: int) -> None:
     conditions = Conditions(count, {})
     initial = np.random.default_rng(1).standard_normal((count, *SPEC.latent_shape)).astype(np.float32)
-    found = refine(network, plan_of([PLAIN] * 3), SPEC, conditions, initial, initial, 1, 1, Progress())
+    plan = plan_of([PLAIN] * 3)
+    run = walk(network, plan, SPEC, conditions, initial, Progress())
+    found = refine(network, plan, SPEC, conditions, run, initial, 1, 1, Progress())
     assert found.error < found.before
 
 

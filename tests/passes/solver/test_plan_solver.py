@@ -272,7 +272,7 @@ def test_the_converged_run_is_the_target_by_default(
     [("", 50, 13), ("", 9, 2), ("", 1, 1), ("{steps=7}", 9, 7), ("{steps=9}", 9, 9), ("{steps=13}", 9, 9)],
 )
 def test_the_number_of_steps(captured: Program, options: str, steps: int, count: int) -> None:
-    """And the forwards beforehand, both halves of guidance: those of two runs, of candidates, and of a refinement."""
+    """And the forwards beforehand, both halves of guidance: those of two runs, of fits, and of a refinement."""
     (pass_,) = Pipeline.parse(f"plan-solver{options}")
     program = with_plan(captured, "ddim", steps)
     assert isinstance(pass_, PlanSolver)
@@ -280,8 +280,8 @@ def test_the_number_of_steps(captured: Program, options: str, steps: int, count:
     ours = replace(pass_, trajectories=3)
     for target, recorded in (("converged", 50 + 100), ("run", steps + max(1, steps // 2))):
         rows = min(int(0.5 * 3 * recorded / max(1, effects(count, 3))), 3)
-        refined = rows * effects(count, 3) + 3 * 4 * count if rows >= 2 else 0
-        expected = 2 * (3 * (recorded + 2 * count) + refined)
+        refined = rows * effects(count, 3) + 3 * 3 * count if rows >= 2 else 0
+        expected = 2 * (3 * (recorded + 3 * count) + refined)
         assert replace(ours, target=target).forwards(work) == expected
 
 
@@ -291,7 +291,7 @@ def test_the_number_of_trajectories(captured: Program, monkeypatch: pytest.Monke
     monkeypatch.setattr("qcgraph.pipeline.calibration_budget.TARGET_LIMITS", (2, 64))  # tests have fewer
     work = Workload(captured, trajectories=9, rows=0, share=1.0)
     plan, spec = captured.facts[StepPlan], captured.facts[ModelSpec]
-    each = plan.halves * (50 + 100 + 2 * 2 + 4 * 2 + effects(2, 3))
+    each = plan.halves * (50 + 100 + 3 * 2 + 3 * 2 + effects(2, 3))
     assert PlanSolver().forwards(work) == 64 * each
     wide = captured.with_facts(replace(spec, latent_shape=(2, 16, 48)))
     assert PlanSolver().forwards(replace(work, program=wide)) == 32 * each
