@@ -19,7 +19,7 @@ from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites, total_macs
 from qcgraph.passes.caching._forecast import Products, log_signal_to_noise, taylor_gain
-from qcgraph.passes.caching._trajectories import Stateless, Trajectories
+from qcgraph.passes.caching._trajectories import Trajectories
 from qcgraph.passes.caching.forecasters import Forecaster, fit
 from qcgraph.plan.roles import VariantKind
 from qcgraph.plan.schedule import ReuseErrors
@@ -28,7 +28,7 @@ from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.sampling.calibration import sample_calibration
 from qcgraph.sampling.conditions import joined
-from qcgraph.sampling.loop import guided
+from qcgraph.sampling.loop import Resumed, guided
 from qcgraph.sampling.runner import Array, Call
 
 ROWS = 512  # rows of the batch in which errors of one step are measured
@@ -209,8 +209,8 @@ class _Prober:
         plan = self._plan.with_variants([mode] * len(self._plan))
         latents = np.concatenate([recorded.latents[index]] * len(places))
         conditions = joined([recorded.conditions] * len(places))
-        stateless = Stateless(self._runner, plan, self._spec, cached)
-        found = guided(stateless, index, latents, conditions, plan, self._spec)
+        resumed = Resumed(self._runner, plan, self._spec, cached)
+        found = guided(resumed, index, latents, conditions, plan, self._spec)
         errors = found.reshape(len(places), -1) - recorded.predictions[index].reshape(1, -1)
         return [float(value) for value in np.mean(np.square(errors, dtype=np.float64), axis=1)]
 

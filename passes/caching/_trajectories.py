@@ -20,8 +20,8 @@ from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.sampling.calibration import calibration_conditions, calibration_noise
 from qcgraph.sampling.conditions import Conditions
-from qcgraph.sampling.loop import Request, Sampler, trajectory
-from qcgraph.sampling.runner import Array, Call, Runner, step_call, step_inputs
+from qcgraph.sampling.loop import Request, Resumed, Sampler, trajectory
+from qcgraph.sampling.runner import Array, Call
 
 DISTURBANCE = 0.02  # size of the added error relative to the prediction, about as large as the error of a skipped step
 
@@ -139,32 +139,10 @@ def _continued(program: Program, trajectories: Trajectories, index: int, predict
     every = plan.all_computing
     noise = calibration_noise(len(conditions), trajectories.seed, spec)
     noise.initial()
-    sampler, stateless = Sampler(every, noise), Stateless(TorchRunner(program), every, spec)
+    sampler, resumed = Sampler(every, noise), Resumed(TorchRunner(program), every, spec)
     for before in range(index):  # so that the noise and the history of multistep solvers are as recorded
         sampler.update(before, trajectories.latents[before], trajectories.predictions[before])
     latent = sampler.update(index, trajectories.latents[index], prediction)
-    for taken in trajectory(stateless, sampler, every, spec, conditions, latent, start=index + 1):
+    for taken in trajectory(resumed, sampler, every, spec, conditions, latent, start=index + 1):
         latent = taken.after
     return latent
-
-
-class Stateless:
-    """Denoises any step in any order, with given cached values.
-
-    Args:
-        runner: the runner of the variants.
-        plan: the step plan.
-        spec: the specification of the denoiser.
-        cached: the cached values by name; only computing steps run without them.
-    """
-
-    def __init__(
-        self, runner: Runner, plan: StepPlan, spec: ModelSpec, cached: Mapping[str, Tensor] | None = None
-    ) -> None:
-        self._runner, self._plan, self._spec = runner, plan, spec
-        self._cached = {(name, 0): value for name, value in (cached or {}).items()}
-
-    def denoise(self, index: int, latent: Array, conditions: Conditions) -> Array:
-        """Return the noise prediction [B,C_out,H,W] of a step."""
-        inputs = step_inputs(self._plan, self._spec, index, latent, conditions)
-        return self._runner.run(step_call(self._plan, index, inputs, dict(self._cached)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -148,6 +148,28 @@ class Request:
             f"timestep {self._plan.steps[index].timestep:g} is out of order; {after}",
             hint=f"{same_plan}; {apart}" if index > self._next else apart,
         )
+
+
+class Resumed:
+    """A trajectory that goes on from any step, unchecked; a `Request` begins with the first one.
+
+    Args:
+        runner: the backend.
+        plan: the step plan, whose modulation no step prepares.
+        spec: the specification of the denoiser.
+        cached: the cached values by name, which the first step reads; a computing step needs none.
+    """
+
+    def __init__(
+        self, runner: Runner, plan: StepPlan, spec: ModelSpec, cached: Mapping[str, object] | None = None
+    ) -> None:
+        self._runner, self._plan, self._spec = runner, plan, spec
+        self._state = {(name, 0): value for name, value in (cached or {}).items()}
+
+    def denoise(self, index: int, latent: Array, conditions: Conditions) -> Array:
+        """Return the noise prediction [B,C_out,H,W] of a step, which later steps may reuse."""
+        inputs = step_inputs(self._plan, self._spec, index, latent, conditions)
+        return self._runner.run(step_call(self._plan, index, inputs, self._state))
 
 
 def _check_paired(latent: Array) -> None:

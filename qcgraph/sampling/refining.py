@@ -18,9 +18,9 @@ from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.sampling.conditions import Conditions, joined
 from qcgraph.sampling.fitting import Table, corrected, row_products, with_updates
-from qcgraph.sampling.loop import Updates, guided, trajectory
+from qcgraph.sampling.loop import Resumed, Updates, guided, trajectory
 from qcgraph.sampling.reference import RecordedRun, walk
-from qcgraph.sampling.runner import Array, Runner, step_call, step_inputs
+from qcgraph.sampling.runner import Array, Runner
 
 MOVE = 0.004  # root mean square by which a latent is moved; latents of unit variance are rounded to 1e-7
 DEPENDENT = 1e-10  # mean square of a combination of terms, relative to the largest, below which it is none
@@ -142,7 +142,7 @@ class _Effects:
 
     def _continued(self, index: int, latent: Array, copies: int) -> Array:
         """Return the final latents after other latents than the recorded ones after a step."""
-        run, updates, resumed = self._run, Updates(self._plan), _Resumed(self._runner, self._plan, self._spec)
+        run, updates, resumed = self._run, Updates(self._plan), Resumed(self._runner, self._plan, self._spec)
         conditions = joined([self._conditions] * copies)
         for before in range(index + 1):  # for the history of the updates
             given, made = (np.concatenate([known[before]] * copies) for known in (run.latents, run.predictions))
@@ -153,19 +153,6 @@ class _Effects:
         for taken in trajectory(resumed, updates, self._plan, self._spec, conditions, latent, start=index + 1):
             latent = taken.after
         return latent
-
-
-class _Resumed:
-    """Denoises a trajectory from any step on, with the cache of the steps that it ran."""
-
-    def __init__(self, runner: Runner, plan: StepPlan, spec: ModelSpec) -> None:
-        self._runner, self._plan, self._spec = runner, plan, spec
-        self._state: dict[tuple[str, int], object] = {}
-
-    def denoise(self, index: int, latent: Array, conditions: Conditions) -> Array:
-        """Return the noise prediction [B,C_out,H,W] of a step."""
-        inputs = step_inputs(self._plan, self._spec, index, latent, conditions)
-        return self._runner.run(step_call(self._plan, index, inputs, self._state))
 
 
 def _error(run: RecordedRun, goal: Array) -> float:

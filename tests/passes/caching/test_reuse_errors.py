@@ -12,14 +12,14 @@ from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.passes.caching import _reuse_errors as skipping
 from qcgraph.passes.caching._reuse_errors import OpenLoop, Rehearsal, reuse_errors
-from qcgraph.passes.caching._trajectories import Stateless, Trajectories, record
+from qcgraph.passes.caching._trajectories import Trajectories, record
 from qcgraph.passes.caching.forecasters import FORECASTERS
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.sampling.calibration import FIRST_INDEX
-from qcgraph.sampling.loop import guided, sample
+from qcgraph.sampling.loop import Resumed, guided, sample
 
 Run = Callable[[str, Program], Program]
 COUNT = 3
@@ -50,8 +50,8 @@ def test_the_error_of_reuse_is_that_of_running_the_variant(split: Program, traje
         for index, gap, earlier in [(1, 1, 0), (5, 2, 3), (8, 1, 1), (8, 8, 0)]:
             cached = {value: trajectories.values[value][index - gap] for value in values}
             reusing = plan.with_variants([name] * len(plan))
-            stateless = Stateless(TorchRunner(split), reusing, spec, cached)
-            found = guided(stateless, index, trajectories.latents[index], trajectories.conditions, plan, spec)
+            resumed = Resumed(TorchRunner(split), reusing, spec, cached)
+            found = guided(resumed, index, trajectories.latents[index], trajectories.conditions, plan, spec)
             expected = np.mean(np.square(found - trajectories.predictions[index]))
             assert errors[mode, index, gap, earlier] == pytest.approx(expected, rel=1e-4)
 
