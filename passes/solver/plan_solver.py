@@ -132,11 +132,11 @@ class PlanSolver(Pass):
         ways = [program, *self._reusing(program)]
         half = self._half_cost(ways[-1], context) if len(ways) > 1 else None
         places = landscape(target, near, initial, self.history, plan.fingerprint.guidance if half else None)
-        contest = _Contest(ways, conditions, initial, target, self.history, context.progress)
-        ranked = contest.ranked(place(places, self._count(plan), half))
+        trials = _Trials(ways, conditions, initial, target, self.history, context.progress)
+        ranked = trials.ranked(place(places, self._count(plan), half))
         best = ranked[0].placement
-        way, plain = contest.prepared(best)
-        chosen, found = contest.fitted(best)
+        way, plain = trials.prepared(best)
+        chosen, found = trials.fitted(best)
         aims = _targets(target, best.steps)
         measured, refined = self._effects_on(plan, len(chosen), count), None
         if measured:
@@ -203,7 +203,7 @@ class _Tried:
 
 
 @dataclass(frozen=True)
-class _Contest:
+class _Trials:
     """Fits and samples sets of steps, and judges them.
 
     Attributes:

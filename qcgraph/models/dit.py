@@ -55,7 +55,10 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(config.class_count + 1, config.width)
+        # To draw normal numbers on ``meta`` PyTorch would import its compiler, which takes seconds.
+        self.embedding_table = nn.Embedding.from_pretrained(
+            torch.zeros(config.class_count + 1, config.width), freeze=False
+        )
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)  # [B] -> [B, D]
@@ -174,9 +177,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def position_embedding(config: DiTConfig) -> Tensor:
     """Return the fixed 2-D sin-cos embedding of the grid, [1, T, D]: half of D for the column, half for the row."""
-    positions = torch.arange(config.grid_size, dtype=torch.float64)
+    positions = torch.arange(config.grid_size, dtype=torch.float64, device="cpu")
     quarter = config.width // 4
-    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
     angles = positions[:, None] * frequencies[None]  # [G, D / 4]
     axis = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)  # [G, D / 2]
     column = axis[None, :, :].expand(config.grid_size, -1, -1)

@@ -185,6 +185,14 @@ def test_listing_imports_no_torch() -> None:
     assert result.stdout.strip() == "[]"
 
 
+def test_loading_does_not_import_the_compiler_of_pytorch() -> None:
+    """It takes seconds, which every process that runs a model would wait for."""
+    code = (
+        "import sys; from qcgraph.models import load_model; load_model('digits'); print('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"
+
+
 def test_listing_names_every_geometry() -> None:
     models = {model.name.split(":")[0]: model for model in list_models()}
     forms = {"DIFFUSERS_FOLDER", "TRAINED_FOLDER", "PACKAGE.MODULE"}
