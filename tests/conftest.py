@@ -20,7 +20,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from qcgraph.benchmark.machine import usable_cores
 from qcgraph.capture.capture import capture
 from qcgraph.export.check import parity
-from qcgraph.ir.program import Program
+from qcgraph.ir.program import Program, tensor_digest
 from qcgraph.models import LoadedModel
 from qcgraph.models.dit import DiT, initialize_random
 from qcgraph.models.eager import EagerRunner
@@ -145,6 +145,38 @@ def one_registry() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_captures() -> Iterator[None]:
+    """Compilations of one model share its capture, which takes a second; tests of `capture` call it themselves."""
+    known: dict[str, Program] = {}
+
+    def shared(module: torch.nn.Module, spec: ModelSpec, input_names: tuple[str, ...]) -> Program:
+        is_changed = any(
+            part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in module.modules()
+        )
+        if type(module) is not DiT or is_changed:
+            return capture(module, spec, input_names)
+        weights = [(name, tensor_digest(tensor)) for name, tensor in module.state_dict().items()]
+        key = repr((module, module.config, spec, input_names, weights))
+        if key not in known:
+            program = capture(module, spec, input_names)
+            own = {name: tensor.clone() for name, tensor in program.constants.items()}
+            known[key] = replace(program, constants=own)  # whoever writes to the weights of the module changes no other
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("compiler.compilation", "models.source"):
+            patch.setattr(f"qcgraph.{module}.capture", shared)
+        yield
+
+
+@pytest.fixture
+def own_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every compilation captures its model, as it does outside of tests."""
+    for module in ("compiler.compilation", "models.source"):
+        monkeypatch.setattr(f"qcgraph.{module}.capture", capture)
 
 
 @pytest.fixture(autouse=True)

@@ -133,6 +133,7 @@ def test_the_report_tells_what_happened(bundle: Bundle) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_captures")
 def test_weights_are_forgotten_when_others_stand_for_them(
     small_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +264,7 @@ def test_unquantized_graphs_are_exact_to_float32(unquantized: Bundle) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_captures")
 def test_compilation_is_deterministic(tiny_model: LoadedModel, tmp_path: Path) -> None:
     recipe = Recipe.model_validate(FEW).override(steps=4, cache="interval=2", compensate="vc")
     files = [qcgraph.compile(tiny_model, recipe, output=tmp_path / name).manifest.files for name in ("one", "two")]
