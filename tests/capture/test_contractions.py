@@ -13,6 +13,7 @@ from qcgraph.capture.capture import capture
 from qcgraph.ir.structure import find_sites
 from qcgraph.plan.spec import ModelSpec
 
+pytestmark = pytest.mark.slow  # many captures and exports, each short
 IN, OUT, TOKENS = 8, 6, 16
 SPEC = ModelSpec.class_conditional("toy", (IN, 4, 4), 3, 3, output_channels=IN)
 NAMES = ("x", "t", "y")

@@ -22,6 +22,7 @@ from qcgraph.pipeline.instruments import Instrument
 from qcgraph.plan.schedulers import make_step_plan
 from qcgraph.recipe import Recipe
 
+pytestmark = pytest.mark.slow  # many captures and exports, each short
 aten = torch.ops.aten
 ops = torch.ops.qcgraph
 STEPS = 5

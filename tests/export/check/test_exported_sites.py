@@ -22,6 +22,7 @@ from qcgraph.ir.program import Program
 from qcgraph.ir.quantized_sites import quantized_sites, record
 from qcgraph.pipeline import Pipeline
 
+pytestmark = pytest.mark.slow  # many captures and exports, each short
 aten = torch.ops.aten
 QUANTIZE = "calibrate{trajectories=1},group-timesteps{groups=2},plan-quant{weight-high=64},insert-qdq,lower-linear"
 Edit = Callable[[GraphEditor, fx.Node], fx.Node]
