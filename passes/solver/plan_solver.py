@@ -233,7 +233,8 @@ class _Trials:
             errors = left.reshape(len(left), -1).mean(axis=1)
             worst = np.quantile(errors, 1 - WORST_SHARE)
             tried.append(_Tried(placement, float(errors.mean()), float(errors.mean() + worst) / 2))
-        return sorted(tried, key=lambda entry: entry.score)
+        finite = [entry for entry in tried if np.isfinite(entry.score)]
+        return sorted(finite or tried, key=lambda entry: entry.score)
 
     def fitted(
         self, placement: Placement, learned: npt.NDArray[np.bool_] | None = None
