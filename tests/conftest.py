@@ -34,6 +34,7 @@ GOLDEN = Path(__file__).parent / "golden"
 STEPS = 9
 CONVERGED_STEPS = 60
 SMALL_DEPTH = 2
+CAPTURING = ("qcgraph.compiler.compilation.capture", "qcgraph.models.source.capture")  # where compilations look it up
 
 # Graphs are many small objects that refer to each other: looking for garbage among them took a seventh of all time.
 gc.set_threshold(100_000, 50, 100)
@@ -167,16 +168,16 @@ def shared_captures() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("compiler.compilation", "models.source"):
-            patch.setattr(f"qcgraph.{module}.capture", shared)
+        for place in CAPTURING:
+            patch.setattr(place, shared)
         yield
 
 
 @pytest.fixture
 def own_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every compilation captures its model, as it does outside of tests."""
-    for module in ("compiler.compilation", "models.source"):
-        monkeypatch.setattr(f"qcgraph.{module}.capture", capture)
+    for place in CAPTURING:
+        monkeypatch.setattr(place, capture)
 
 
 @pytest.fixture(autouse=True)

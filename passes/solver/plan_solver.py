@@ -36,7 +36,7 @@ from qcgraph.plan.steps import Fingerprint, Step, StepPlan, Update
 from qcgraph.progress import Progress
 from qcgraph.sampling.calibration import calibration_conditions, calibration_noise, encode_latents
 from qcgraph.sampling.conditions import Conditions
-from qcgraph.sampling.fitting import fit_updates, with_updates
+from qcgraph.sampling.fitting import fit_updates, judged_rows, with_updates
 from qcgraph.sampling.reference import COARSE_STEPS, FINE_STEPS, RecordedRun
 from qcgraph.sampling.refining import DAMPINGS, effects, refine
 from qcgraph.sampling.runner import Array
@@ -101,7 +101,7 @@ class PlanSolver(Pass):
         plan = work.program.facts[StepPlan]
         count, steps = self._trajectories(work.program), self._count(plan)
         measured = self._effects_on(plan, steps, count)
-        tried = 2 + (MIXED if self.reuse == "guidance" and plan.halves > 1 else 0)
+        tried = 2 + (MIXED if self._may_reuse(plan) else 0)
         passes = self._recorded(plan) + (tried + 1 + (len(DAMPINGS) if measured else 0)) * steps
         return plan.halves * (count * passes + measured * effects(steps, self.history))
 
@@ -159,8 +159,12 @@ class PlanSolver(Pass):
 
     def _reusing(self, program: Program) -> Iterator[Program]:
         """Yield the program with a variant of the conditional half, if steps may take one."""
-        if self.reuse == "guidance" and program.facts[StepPlan].halves > 1:
+        if self._may_reuse(program.facts[StepPlan]):
             yield Pipeline.parse(CACHED).run(program)
+
+    def _may_reuse(self, plan: StepPlan) -> bool:
+        """Return whether steps may compute one half of guidance; without guidance there is none."""
+        return self.reuse == "guidance" and plan.halves > 1
 
     def _half_cost(self, program: Program, context: PassContext) -> float | None:
         """Return the cost of a step of the conditional half relative to a whole one; None where it saves nothing."""
@@ -224,11 +228,11 @@ class _Trials:
 
     def ranked(self, placements: Sequence[Placement]) -> list[_Tried]:
         """Return the sets of steps, the best first: fitted to half of the trajectories, judged on the others."""
-        count = len(self.initial)
-        apart = np.arange(count) % 2 == 1 if count > 1 else np.ones(1, dtype=bool)
+        apart = judged_rows(len(self.initial), of=2)
+        learned = apart if apart.all() else ~apart  # a single trajectory teaches and judges
         tried = []
         for placement in placements:
-            _, run = self.fitted(placement, ~apart if count > 1 else apart)
+            _, run = self.fitted(placement, learned)
             left = np.square(run.latents[-1][apart] - self.target.latents[-1][apart], dtype=np.float64)
             errors = left.reshape(len(left), -1).mean(axis=1)
             worst = np.quantile(errors, 1 - WORST_SHARE)

@@ -13,8 +13,8 @@ from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import Earlier, StepPlan, Update
 from qcgraph.progress import Progress
 from qcgraph.sampling.conditions import Conditions
-from qcgraph.sampling.loop import Request, advanced, trajectory
-from qcgraph.sampling.reference import RecordedRun
+from qcgraph.sampling.loop import Request, advanced
+from qcgraph.sampling.reference import RecordedRun, record
 from qcgraph.sampling.runner import Array, Runner
 
 Table = npt.NDArray[np.float64]
@@ -105,13 +105,8 @@ def fit_updates(
         The fitted updates, and the run of all N trajectories with them.
     """
     fitting = FittingUpdater(plan, targets, history, learned)
-    ticks = iter(progress.track(plan.steps, "solver"))
-    latents, predictions = [initial], []
-    for taken in trajectory(Request(runner, plan, spec), fitting, plan, spec, conditions, initial):
-        next(ticks)
-        predictions.append(taken.prediction)
-        latents.append(taken.after)
-    return tuple(fitting.fitted), RecordedRun(tuple(latents), tuple(predictions))
+    run = record(Request(runner, plan, spec), fitting, plan, spec, conditions, initial, progress, "solver")
+    return tuple(fitting.fitted), run
 
 
 def with_updates(plan: StepPlan, updates: Sequence[Update]) -> StepPlan:
@@ -120,9 +115,9 @@ def with_updates(plan: StepPlan, updates: Sequence[Update]) -> StepPlan:
     return replace(plan, steps=steps)
 
 
-def judged_rows(count: int) -> npt.NDArray[np.bool_]:
-    """Return which of N trajectories are left out while a ridge is chosen, bool[N]; a single one judges itself."""
-    return np.arange(count) % JUDGED == JUDGED - 1 if count >= JUDGED else np.arange(count) == count - 1
+def judged_rows(count: int, of: int = JUDGED) -> npt.NDArray[np.bool_]:
+    """Return which of N trajectories are left out, one of ``of``, while a fit is chosen, bool[N]; one judges itself."""
+    return np.arange(count) % of == of - 1 if count >= of else np.arange(count) == count - 1
 
 
 def regressed(terms: Sequence[Array], residual: Array) -> tuple[Table, float, tuple[float, float]]:

@@ -15,7 +15,7 @@ from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.sampling.calibration import calibration_conditions, calibration_noise
 from qcgraph.sampling.conditions import Conditions
-from qcgraph.sampling.loop import Denoising, Request, Updates, trajectory
+from qcgraph.sampling.loop import Denoising, Request, Updater, Updates, trajectory
 from qcgraph.sampling.runner import Array, Runner
 
 CONVERGED_STEPS = 250  # steps of the first-order solver that count as converged; evaluations compare with them, too
@@ -57,14 +57,40 @@ def walk(
         initial: their initial noise, f32[N,C,H,W].
         progress: reports the steps.
     """
-    latents, predictions = [initial], []
     halves = _Differences(Request(runner, plan, spec), len(initial), spec)
-    ticks = iter(progress.track(plan.steps, "trajectories"))
-    for taken in trajectory(halves, Updates(plan), plan, spec, conditions, initial):
+    run = record(halves, Updates(plan), plan, spec, conditions, initial, progress, "trajectories")
+    return replace(run, differences=tuple(halves.differences))
+
+
+def record(
+    denoising: Denoising,
+    updater: Updater,
+    plan: StepPlan,
+    spec: ModelSpec,
+    conditions: Conditions,
+    initial: Array,
+    progress: Progress,
+    title: str,
+) -> RecordedRun:
+    """Walk trajectories, and record their latents and predictions.
+
+    Args:
+        denoising: predicts the noise.
+        updater: makes the next latent.
+        plan: the step plan.
+        spec: the specification of the denoiser.
+        conditions: the conditions of the N trajectories.
+        initial: their initial noise, f32[N,C,H,W].
+        progress: reports the steps.
+        title: names them in the report.
+    """
+    latents, predictions = [initial], []
+    ticks = iter(progress.track(plan.steps, title))
+    for taken in trajectory(denoising, updater, plan, spec, conditions, initial):
         next(ticks)
         predictions.append(taken.prediction)
         latents.append(taken.after)
-    return RecordedRun(tuple(latents), tuple(predictions), tuple(halves.differences))
+    return RecordedRun(tuple(latents), tuple(predictions))
 
 
 class _Differences:
