@@ -26,7 +26,6 @@ class Target:
         opset: the ONNX opset of the exported graphs.
         legalize: the passes that rewrite operators which the target cannot express, as pipeline text.
         activation: ``asymmetric`` (uint8 codes with a zero point) or ``symmetric`` (int8 codes, zero point 0).
-        weight_high: the largest weight code at 8 bits; codes are int8 in ``[-weight_high, weight_high]``.
         emits_onnx: whether a bundle holds an ONNX graph of every variant.
         constant_scales: whether the scales of quantizers must be constants. Activations then have neither two regions
             nor bit widths that differ between timestep groups.
@@ -43,6 +42,8 @@ class Target:
         stand_in: the name of the runtime that checks, gates and measurements use by default; empty where it is the
             target's own. Engines are built apart from a bundle, and need their GPU.
         is_portable: whether its graphs may hold operators of ONNX alone, up to the opset.
+        pair_high: the largest magnitude of the sum of two int8 codes that kernels multiply by neighbouring activations
+            and add in 16 bits; None where they add in 32 bits, or sessions can be told to.
     """
 
     name: str
@@ -50,7 +51,6 @@ class Target:
     opset: int
     legalize: str
     activation: Literal["asymmetric", "symmetric"]
-    weight_high: int
     emits_onnx: bool
     constant_scales: bool
     integer_products: bool
@@ -61,6 +61,7 @@ class Target:
     runtime: str
     stand_in: str = ""
     is_portable: bool = False
+    pair_high: int | None = None
 
     @property
     def forms(self) -> dict[str, bool]:
@@ -77,7 +78,12 @@ class Target:
 
         ONNX Runtime multiplies int8 activations as uint8.
         """
-        return 2 * LARGEST_UINT8 * self.weight_high > LARGEST_INT16
+        return self.pair_high is None or LARGEST_UINT8 * self.pair_high > LARGEST_INT16
+
+    @property
+    def product_high(self) -> int | None:
+        """The largest int8 code of a product whose operands are both made at run time; None for all codes of 8 bits."""
+        return None if self.pair_high is None else self.pair_high // 2
 
 
 _TORCH = Target(
@@ -86,7 +92,6 @@ _TORCH = Target(
     opset=23,
     legalize="",
     activation="asymmetric",
-    weight_high=127,
     emits_onnx=False,
     constant_scales=False,
     integer_products=False,
@@ -103,9 +108,9 @@ _ONNXRUNTIME_CPU = Target(
     opset=23,  # the first opset with Attention: fewer nodes than its parts, and a little faster
     legalize="lower-linear",
     activation="asymmetric",
-    # CPUs without VNNI add two products of uint8 and int8 in 16 bits, which saturate at 32767. With codes up to 64 the
-    # largest sum, 2 * 255 * 64 = 32640, fits: the result is exact on every CPU, for one bit of the weights.
-    weight_high=64,
+    # CPUs without VNNI add two products of uint8 and int8 in 16 bits, those of the inputs 2k and 2k + 1, which saturate
+    # at 32767. Where two codes are 128 together, the largest sum is 255 * 128 = 32640: exact on every CPU.
+    pair_high=128,
     emits_onnx=True,
     constant_scales=False,
     integer_products=True,
@@ -122,7 +127,6 @@ _ONNX = Target(
     opset=23,
     legalize="lower-linear,reference-scales",
     activation="symmetric",
-    weight_high=127,
     emits_onnx=True,
     constant_scales=True,
     integer_products=False,
@@ -188,7 +192,9 @@ def target_named(name: str) -> Target:
 
 def record_of(target: Target) -> dict[str, Any] | None:
     """Return a target of another distribution as data for a bundle; None for one of qcgraph's own."""
-    return None if target.name in TARGETS else asdict(target)
+    if target.name in TARGETS:
+        return None
+    return {name: value for name, value in asdict(target).items() if value is not None}
 
 
 def target_of(bundle: Bundle) -> Target:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from qcgraph.export.check.check import NO_NUMBER, Check
 from qcgraph.export.check.exported_sites import Parameters, multiplied_integers, parameters
@@ -25,6 +26,7 @@ CONSTANT_SCALES = "constant scales"
 KERNEL = "MatMulIntegerToFloat"
 BIAS = 6  # input of this kernel
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm")
+LARGEST_INT8 = 127
 VIEWS = ("Transpose", "Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze")
 
 
@@ -120,19 +122,32 @@ def _dequantized_products(optimized: OptimizedGraph) -> Iterator[str]:
                 break
 
 
+def _largest(codes: npt.NDArray[np.int16], *, pairs: bool) -> int:
+    """Return the largest magnitude of codes [in, out], or of what two neighbouring inputs add in one sum.
+
+    Activations are unsigned, so that codes of unlike signs add less than the larger one of them alone.
+    """
+    single = np.abs(codes)
+    if not pairs:
+        return int(single.max())
+    together = np.abs(codes[: len(codes) // 2 * 2].reshape(-1, 2, *codes.shape[1:]).sum(axis=1))
+    return max(int(single.max()), int(together.max(initial=0)))
+
+
 def _check_parameters(variant: str, found: Parameters, target: Target) -> Iterator[Check]:
     """Check that kernels multiply the weight codes exactly, and that scales and zero points are valid."""
-    integers = {name: codes for name, codes in found.codes.items() if codes.dtype == np.int8}
-    largest = {name: int(np.abs(codes.astype(np.int16)).max()) for name, codes in integers.items()}
-    over = [name for name, value in largest.items() if value > target.weight_high]
+    integers = {name: codes.astype(np.int16) for name, codes in found.codes.items() if codes.dtype == np.int8}
+    largest = {name: _largest(codes, pairs=target.pair_high is not None) for name, codes in integers.items()}
+    limit, what = (LARGEST_INT8, "code") if target.pair_high is None else (target.pair_high, "sum of two codes")
+    over = [name for name, value in largest.items() if value > limit]
     value = max(largest.values(), default=0)
     yield Check(
         name="weight codes",
         variant=variant,
         passed=not over,
         value=value,
-        limit=target.weight_high,
-        detail=(f"the largest code is {value}" if value else "no integers")
+        limit=limit,
+        detail=(f"the largest {what} is {value}" if value else "no integers")
         + (f", in {', '.join(over)}" if over else ""),
     )
     wrong = [name for name, scale in found.scales.items() if not np.all(np.isfinite(scale) & (scale > 0))]

@@ -78,7 +78,7 @@ class AllocateBits(Pass):
         if not self.groups:
             layers = [layer.as_one_group() for layer in layers]
         for name, bits in zip(observed.names, allocate(layers, CHOICES, CHOICES, self.budget), strict=True):
-            weight = WeightQuant(min(_high(bits.weight), sites[name].weight.high))
+            weight = _with_bits(sites[name].weight, bits.weight)
             activation = bits.activation if self.groups else bits.activation * program.facts[StepPlan].group_count
             sites[name] = SiteQuant(observed.activation(name, activation), weight)
         return program.with_facts(QuantPlan(sites))
@@ -112,7 +112,7 @@ class _Observed:
         self._shares = np.array([np.square(coefficients[group]).sum() for group in running]) / counts
         self._histograms = {name: Histogram([ranges[name].over(group) for group in members]) for name in self.names}
         self._weight_errors = {name: np.zeros((len(members), len(CHOICES))) for name in self.names}
-        differences = _differences(program, weight_names(program.variants[computing], sites.values()))
+        differences = _differences(program, self._plan, weight_names(program.variants[computing], sites.values()))
         context.progress.note(f"  allocate-bits: {len(rows)} latents, {len(self.names)} sites")
         for item in sensitivities(program, rows, self.names, seed, context.progress):
             self._histograms[item.site].add(item.value, item.weight, item.rows.groups)
@@ -151,16 +151,19 @@ class _Observed:
         return replace(planned, low=low, high=high)
 
 
-def _differences(program: Program, weights: Mapping[str, str]) -> dict[str, list[torch.Tensor]]:
+def _differences(
+    program: Program, plan: Mapping[str, SiteQuant], weights: Mapping[str, str]
+) -> dict[str, list[torch.Tensor]]:
     """Return the error f16[out,in] of each weight, by site, with the nearest codes of each choice of bits."""
     found: dict[str, list[torch.Tensor]] = {}
     for site, name in weights.items():
         weight = program.constants[name]
-        rounded = (quantize_weight(weight, WeightQuant(_high(bits))) for bits in CHOICES)
+        quants = (_with_bits(plan[site].weight, bits) for bits in CHOICES)
+        rounded = (quantize_weight(weight, quant) for quant in quants)
         found[site] = [(weight - values * scale[:, None]).half() for values, scale in rounded]
     return found
 
 
-def _high(bits: int) -> int:
-    """Return the largest code of a weight."""
-    return int(2 ** (bits - 1) - 1)
+def _with_bits(quant: WeightQuant, bits: int) -> WeightQuant:
+    """Return codes of fewer bits."""
+    return replace(quant, high=min(2 ** (bits - 1) - 1, quant.high))

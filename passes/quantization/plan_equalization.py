@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from qcgraph.facts import CalibrationSet, EqualizationPlan, EqualizedActivation, Ranges
+from qcgraph.facts import CalibrationSet, EqualizationPlan, EqualizedActivation, Ranges, WeightQuant
 from qcgraph.ir.program import Program
+from qcgraph.ir.quantize import covering_scale
 from qcgraph.passes.quantization._channel_ranges import ChannelRanges, observe_channels
 from qcgraph.passes.quantization._equalizable import equalizable_activations, only_graph
 from qcgraph.pipeline import Pass, PassContext
@@ -38,6 +39,7 @@ class PlanEqualization(Pass):
             the one of least expected noise.
         weight_bits: the bits of the weights, for the expected noise.
         activation_bits: the bits of the activations, for the expected noise.
+        pair_high: the largest sum of the codes of two weights, for the expected noise (see plan-quant).
         trajectories: how many to observe; by default as many as a fixed amount of arithmetic allows.
         seed: the seed of their conditions and noise.
     """
@@ -51,6 +53,7 @@ class PlanEqualization(Pass):
     strength: float | None = option(None, most=1, hint="0 evens out the weights, 1 the activations")
     weight_bits: int = option(8, least=2, most=8)
     activation_bits: int = option(8, least=2, most=8)
+    pair_high: int | None = option(None, least=1, most=254, hint="128 fits into 16 bits with activations of 8 bits")
     trajectories: int | None = option(None, least=1, most=MOST_TRAJECTORIES, hint=AUTO_HINT)
     seed: int = option(0, most=MOST_SEED)
 
@@ -97,6 +100,7 @@ class PlanEqualization(Pass):
         """
         scaled = weight * factors
         step = 2 * (observed.half_width / factors).max() / (2**self.activation_bits - 1)
-        rows = scaled.abs().amax(dim=1) / (2 ** (self.weight_bits - 1) - 1)
+        widest = 2 ** (self.weight_bits - 1) - 1
+        rows = covering_scale(scaled, WeightQuant(min(widest, self.pair_high or widest), pair_high=self.pair_high))
         power = (observed.power / factors**2).sum()
         return float(step**2 * (scaled**2).sum() + (rows**2).sum() * power) / 12

@@ -45,7 +45,8 @@ class PlanQuant(Pass):
         activation_bits: 2 to 8.
         symmetric: int8 activations with zero point 0 instead of uint8 with a zero point.
         format: ``int``, or ``fp8`` for 8-bit floating point (E4M3) of weights and activations, whatever their bits.
-        weight_high: the largest weight code; by default 2^(bits-1) - 1. Targets that accumulate in 16 bits need 64.
+        pair_high: the largest magnitude of the sum of the weight codes of two neighbouring inputs, 2k and 2k + 1;
+            targets that add two products in 16 bits need 128.
     """
 
     name: ClassVar[str] = "plan-quant"
@@ -56,13 +57,13 @@ class PlanQuant(Pass):
     weight_bits: int = option(8, least=2, most=8)
     activation_bits: int = option(8, least=2, most=8)
     symmetric: bool = False
-    weight_high: int | None = option(None, least=1, most=127)
+    pair_high: int | None = option(None, least=1, most=254, hint="128 fits into 16 bits with activations of 8 bits")
     format: Literal["int", "fp8"] = "int"
 
     def run(self, program: Program, context: PassContext) -> Program:
         ranges, plan = program.facts[Ranges], program.facts[StepPlan]
         widest = 2 ** (self.weight_bits - 1) - 1
-        weight = WeightQuant(min(widest, self.weight_high or widest))
+        weight = WeightQuant(min(widest, self.pair_high or widest), pair_high=self.pair_high)
         if self.format == FLOAT:
             weight = WeightQuant(LARGEST_FLOAT8, FLOAT8)
         sites: dict[str, SiteQuant] = {}

@@ -19,8 +19,8 @@ from qcgraph.facts import (
 )
 from qcgraph.ir.memory import release_memory
 from qcgraph.ir.program import Program, tensor_digest, used_constants
-from qcgraph.ir.quantize import check_integers, names_of_codes, rounded_activation
-from qcgraph.ir.rounding import nearest, round_with_feedback, search_scales
+from qcgraph.ir.quantize import check_integers, names_of_codes, nearest, rounded_activation
+from qcgraph.ir.rounding import round_with_feedback, search_scales
 from qcgraph.ir.structure import Site, find_sites, weight_names
 from qcgraph.passes.calibration._calibration_set import CalibrationBatch, entering, rows_together
 from qcgraph.pipeline import Pass, PassContext
@@ -76,12 +76,12 @@ class RoundWeights(Pass):
                 context.refuse(site.name, "rounded to nearest: its activation is not finite on the calibration set")
                 rounded[site.name] = None
                 continue
-            scale = search_scales(weight, moment, quant.high)
+            scale = search_scales(weight, moment, quant)
             release_memory()  # frees scales and activations, before feedback allocates matrices as large as H
             if self.method == "feedback":
-                codes = round_with_feedback(weight, moment, scale, quant.high)
+                codes = round_with_feedback(weight, moment, scale, quant)
             else:
-                codes = nearest(weight, scale, quant.high).to(torch.int8)
+                codes = nearest(weight, scale, quant).to(torch.int8)
             name = f"{names[site.name]}_rounded"
             chosen = RoundedWeight(name, f"{name}_scale", tensor_digest(weight), quant)
             constants[chosen.codes], constants[chosen.scale] = codes, scale

@@ -106,6 +106,7 @@ def _passes(recipe: Recipe, target: Target) -> Iterator[Pass]:
             "plan-equalization",
             weight_bits=round(recipe.bit_budget or recipe.weight_bits),
             activation_bits=round(recipe.bit_budget or recipe.activation_bits),
+            pair_high=target.pair_high,
             **_sampling(recipe),
         )
         yield _pass("equalize")
@@ -195,7 +196,7 @@ def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
         weight_bits=recipe.weight_bits,
         activation_bits=recipe.activation_bits,
         symmetric=target.activation == "symmetric",
-        weight_high=target.weight_high,
+        pair_high=target.pair_high,
     )
     if recipe.bit_budget is not None:
         # Before the search for scales, which depends on the bits.
@@ -221,7 +222,7 @@ def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
             "plan-attention",
             bits=round(recipe.bit_budget or recipe.activation_bits),
             symmetric=target.activation == "symmetric",
-            high=target.weight_high,
+            high=target.product_high,
             objective=asked.scales,
             regions=regions,
             seed=seed,

@@ -81,10 +81,18 @@ class WeightQuant:
     Attributes:
         high: the largest code; codes are in ``[-high, high]``.
         dtype: the type of the codes, ``int8`` or ``float8_e4m3fn``.
+        pair_high: the largest magnitude of the sum of two codes, those of the inputs 2k and 2k + 1, at least ``high``;
+            None where sums are not limited.
     """
 
     high: int
     dtype: str = "int8"
+    pair_high: int | None = None
+
+    def describe(self) -> str:
+        """Return the codes in a few words."""
+        pairs = f", two neighbours at most {self.pair_high} together" if self.pair_high is not None else ""
+        return f"codes -{self.high}..{self.high} per channel{pairs}"
 
 
 @dataclass(frozen=True)
@@ -96,8 +104,7 @@ class SiteQuant:
 
     def describe(self) -> str:
         """Return one line: the codes and scales of the activation, the codes of the weight."""
-        weight = f"weight codes -{self.weight.high}..{self.weight.high} per channel"
-        return f"activation {self.activation.describe()}; {weight}"
+        return f"activation {self.activation.describe()}; weight {self.weight.describe()}"
 
 
 @dataclass(frozen=True)

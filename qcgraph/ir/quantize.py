@@ -28,20 +28,40 @@ def quantize_weight(weight: torch.Tensor, quant: WeightQuant) -> tuple[torch.Ten
     """
     if weight.dim() != 2:
         raise ContractError(f"weight of rank {weight.dim()}; a linear layer has a matrix")
-    scale = covering_scale(weight, quant.high)
+    scale = covering_scale(weight, quant)
     codes = torch.empty(weight.shape, dtype=DTYPES[quant.dtype])
     for values, scales, part in zip(*(tensor.split(ROWS) for tensor in (weight, scale, codes)), strict=True):
-        divided = values / scales[:, None]
-        if not codes.is_floating_point():
-            divided.round_()
-        part.copy_(divided.clamp_(-quant.high, quant.high))
+        part.copy_(nearest(values, scales, quant))
     return codes, scale
 
 
-def covering_scale(weight: torch.Tensor, high: int) -> torch.Tensor:
-    """Return a scale [out] for each row, at which its largest weight has the largest code; 1 for a row of zeros."""
-    largest = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1))  # makes no copy of the weight
-    return torch.where(largest > 0, largest / high, torch.ones_like(largest))
+def nearest(weight: torch.Tensor, scale: torch.Tensor, quant: WeightQuant) -> torch.Tensor:
+    """Return the nearest allowed codes of a weight [out, in], as floating-point numbers.
+
+    Two neighbours whose sum is too large are both made smaller, by half of the excess.
+    """
+    codes = weight / scale[:, None]
+    if not DTYPES[quant.dtype].is_floating_point:
+        codes.round_()
+    codes.clamp_(-quant.high, quant.high)
+    if quant.pair_high is not None:
+        first, second = codes[:, : codes.shape[1] // 2 * 2].unflatten(1, (-1, 2)).unbind(2)
+        excess = first + second
+        excess -= excess.clamp(-quant.pair_high, quant.pair_high)
+        half = (excess / 2).trunc_()
+        first -= half
+        second -= excess.sub_(half)
+    return codes
+
+
+def covering_scale(weight: torch.Tensor, quant: WeightQuant) -> torch.Tensor:
+    """Return the least scale [out] of each row at which no code and no pair is too large; 1 for a row of zeros."""
+    scale = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)) / quant.high  # makes no copy of the weight
+    if quant.pair_high is not None and weight.shape[1] > 1:
+        for part, values in zip(scale.split(ROWS), weight.split(ROWS), strict=True):
+            sums = values[:, : values.shape[1] // 2 * 2].unflatten(1, (-1, 2)).sum(dim=2)
+            torch.maximum(part, sums.abs_().amax(dim=1) / quant.pair_high, out=part)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def check_integers(plan: QuantPlan) -> None:

@@ -22,7 +22,7 @@ from qcgraph.recipe import Recipe
 
 TARGET = TARGETS["onnxruntime-cpu"]
 CALIBRATE = "calibrate{trajectories=2},group-timesteps{groups=3}"
-QUANTIZE = f"{CALIBRATE},plan-quant{{weight-high={TARGET.weight_high}}},insert-qdq"
+QUANTIZE = f"{CALIBRATE},plan-quant{{pair-high={TARGET.pair_high}}},insert-qdq"
 CACHE = "plan-cache{interval=3},insert-cache"
 COMPENSATE = "fit-compensation,insert-compensation"
 

@@ -31,8 +31,10 @@ def test_legalization_is_pipeline_text(target: Target) -> None:
 
 def test_weights_of_onnxruntime_never_saturate() -> None:
     """CPUs without VNNI add two products of uint8 and int8 in a saturating int16."""
-    high = TARGETS["onnxruntime-cpu"].weight_high
-    assert 2 * 255 * high <= 2**15 - 1 < 2 * 255 * (high + 1)
+    target = TARGETS["onnxruntime-cpu"]
+    assert target.pair_high is not None
+    assert 255 * target.pair_high <= 2**15 - 1 < 255 * (target.pair_high + 1)
+    assert target.product_high == 64
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)

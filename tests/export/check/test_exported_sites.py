@@ -24,7 +24,7 @@ from qcgraph.pipeline import Pipeline
 
 pytestmark = pytest.mark.slow  # many captures and exports, each short
 aten = torch.ops.aten
-QUANTIZE = "calibrate{trajectories=1},group-timesteps{groups=2},plan-quant{weight-high=64},insert-qdq,lower-linear"
+QUANTIZE = "calibrate{trajectories=1},group-timesteps{groups=2},plan-quant{pair-high=128},insert-qdq,lower-linear"
 Edit = Callable[[GraphEditor, fx.Node], fx.Node]
 # What exporters leave out, in front of a linear layer; the value that enters it is then that of an earlier node.
 NOTHING: dict[str, Edit] = {

@@ -147,7 +147,7 @@ def deep() -> Callable[[int], Program]:
 def test_flipped_codes_are_no_fault(seed: int, deep: Callable[[int], Program], tmp_path: Path) -> None:
     """Of deep random models, in which one flipped code flips others, hardly a sample is alike in two runtimes."""
     program = deep(seed)
-    quantize = "calibrate{trajectories=2},group-timesteps{groups=1},plan-quant{weight-high=64},insert-qdq,lower-linear"
+    quantize = "calibrate{trajectories=2},group-timesteps{groups=1},plan-quant{pair-high=128},insert-qdq,lower-linear"
     program = Pipeline.parse(quantize).run(program)
     emit_onnx(program, tmp_path, TARGET.opset, Progress(), integer_products=True)
     checks = list(check_outputs(program, "main", OnnxRuntimeRunner(tmp_path, program.interfaces)))

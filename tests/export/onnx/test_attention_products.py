@@ -21,7 +21,7 @@ from qcgraph.progress import Progress
 TARGET = TARGETS["onnxruntime-cpu"]
 CALIBRATE = (
     "calibrate{trajectories=4 selection=uniform latents=24},group-timesteps{groups=3},"
-    f"plan-quant{{weight-high={TARGET.weight_high}}}"
+    f"plan-quant{{pair-high={TARGET.pair_high}}}"
 )
 FORMS = {"two planes": ("", 3), "one tensor": (" bits=6", 2), "one region": (" regions=false", 2)}  # products of each
 
@@ -52,7 +52,7 @@ def form(
 ) -> tuple[Any, int]:
     """An export of each form, and how many products an attention has in it."""
     options, products = FORMS[request.param]
-    quantize = f"plan-attention{{high={TARGET.weight_high}{options}}},insert-attention-qdq"
+    quantize = f"plan-attention{{high={TARGET.product_high}{options}}},insert-attention-qdq"
     text = f"{CALIBRATE},split-attention,{quantize},insert-qdq,{TARGET.legalize}"
     program = Pipeline.parse(text).run(sharp)
     return export_of(program, tmp_path_factory.mktemp("attention")), products

@@ -30,7 +30,7 @@ def latents(program: Program) -> np.ndarray:
 
 def test_plan_quant_golden(ranged: Program, run: Run, golden_diff: Callable[..., None]) -> None:
     grouped = run("group-timesteps{groups=2}", ranged)
-    golden_diff("plan-quant", grouped, run("plan-quant{weight-high=64}", grouped))
+    golden_diff("plan-quant", grouped, run("plan-quant{pair-high=128}", grouped))
 
 
 def test_insert_qdq_golden(planned: Program, run: Run, golden_diff: Callable[..., None]) -> None:

@@ -17,9 +17,9 @@ from qcgraph.ir import legality
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.graph import copy_graph, spec_of
 from qcgraph.ir.program import Program
-from qcgraph.ir.quantize import quantize_weight, rounded_activation, weight_codes
+from qcgraph.ir.quantize import nearest, quantize_weight, rounded_activation, weight_codes
 from qcgraph.ir.quantized_sites import quantized_sites
-from qcgraph.ir.rounding import nearest, search_scales
+from qcgraph.ir.rounding import search_scales
 from qcgraph.passes.calibration._calibration_set import CalibrationBatch, entering
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
@@ -114,10 +114,10 @@ def test_search_rounds_to_nearest_with_the_searched_scales(coarse: Program, run:
     for site, value in entering(coarse, rows, set(SITES)):
         rounded = rounded_activation(value, rows.groups, plan[site.name].activation).flatten(0, -2)
         weight = coarse.constants[f"{site.name}.weight"]
-        scale = search_scales(weight, rounded.t() @ rounded / len(rounded), HIGH)
+        scale = search_scales(weight, rounded.t() @ rounded / len(rounded), WeightQuant(HIGH))
         codes, found_scale = found[site.name]
         assert (found_scale != scale).float().mean() < 0.02  # rows are in another order: a tie may fall otherwise
-        assert torch.equal(codes.float(), nearest(weight, found_scale, HIGH))
+        assert torch.equal(codes.float(), nearest(weight, found_scale, WeightQuant(HIGH)))
 
 
 def test_results_change_less(coarse: Program, run: Run) -> None:
