@@ -6,9 +6,9 @@
 A DiT geometry with random weights is compiled up to insert-qdq: once for each number of samples, at the largest depth;
 and once for each depth, which sets the number of sites, with the fewest samples. Each compilation has a process of its
 own; one that belongs to both series runs once. The seconds are those of the passes after calibrate, which work on the
-samples; calibrate depends on trajectories, and equalize samples as many as a fixed amount of arithmetic allows. The
-memory is the largest of all stages, with Python and its libraries, measured as in `bench_compile.py`. Below each table
-is a line fitted to it by least squares, and the share of the variance that it explains, R^2. Linux only.
+samples; calibrate depends on trajectories, and so does equalize. The memory is the largest of all stages, with Python
+and its libraries, measured as in `bench_compile.py`. Below each table is a line fitted to it by least squares, and the
+share of the variance that it explains, R^2. Linux only.
 """
 
 from __future__ import annotations

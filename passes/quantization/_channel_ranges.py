@@ -9,6 +9,7 @@ from torch import fx
 
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
+from qcgraph.passes.calibration._extremes import Extremes
 from qcgraph.passes.quantization._equalizable import EqualizableActivation
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
@@ -20,21 +21,29 @@ BATCH = 64  # trajectories that run together
 
 
 class ChannelRanges:
-    """Streaming ranges and power of the channels of an activation."""
+    """Streaming ranges and power of the channels of an activation, the ranges as far as expected of more rows."""
 
     def __init__(self) -> None:
-        self._low = self._high = self._squares = torch.empty(0)
+        self._lows, self._highs = Extremes(), Extremes()
+        self._squares = torch.empty(0)
         self._count = 0
 
     def add(self, value: torch.Tensor) -> None:
-        """Add the values of an activation [..., C]."""
-        flat = value.flatten(0, -2)
-        low, high, sums = flat.amin(dim=0), flat.amax(dim=0), torch.stack([flat.sum(dim=0), (flat**2).sum(dim=0)])
-        first = self._count == 0
-        self._low = low if first else torch.minimum(self._low, low)
-        self._high = high if first else torch.maximum(self._high, high)
-        self._squares = sums.double() if first else self._squares + sums
+        """Add the values of an activation [R,...,C]."""
+        rows, flat = value.reshape(len(value), -1, value.shape[-1]), value.flatten(0, -2)
+        self._lows.add(-rows.amin(dim=1))
+        self._highs.add(rows.amax(dim=1))
+        sums = torch.stack([flat.sum(dim=0), (flat**2).sum(dim=0)])
+        self._squares = self._squares + sums if self._count else sums.double()
         self._count += len(flat)
+
+    @property
+    def _low(self) -> torch.Tensor:
+        return -self._lows.expected
+
+    @property
+    def _high(self) -> torch.Tensor:
+        return self._highs.expected
 
     @property
     def is_finite(self) -> bool:

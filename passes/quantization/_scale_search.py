@@ -157,21 +157,6 @@ def search_groups(
     return merged(quant, [(item.scale, item.zero_point) for item in found]), found
 
 
-def search_shared(histogram: Histogram, quant: ActivationQuant, clipping: float, *, covers: bool = False) -> Found:
-    """Return the parameters of the least score for all timestep groups together; see `search`."""
-    groups = range(len(histogram.weights))
-    lows, highs = zip(*(histogram.limits(group) for group in groups), strict=True)
-    scales, zeros = (_regions if quant.shift else _steps)(min(lows), max(highs), quant)
-    if covers or not bool(histogram.weights.any()):
-        scales, zeros = scales[-1:], zeros[-1:]
-    errors = torch.zeros(len(scales), dtype=torch.float64)
-    for group in groups:
-        values = (histogram.centers(group), histogram.weights[group])
-        errors += scores(*values, scales, zeros, quant, clipping, histogram.least_weights(group))
-    best = int(errors.argmin())
-    return Found(float(scales[best]), int(zeros[best]), float(errors[best]))
-
-
 def score(histogram: Histogram, group: int, quant: ActivationQuant, clipping: float, found: Found) -> float:
     """Return the score of given parameters; see `search`."""
     centers, weights = histogram.centers(group), histogram.weights[group]

@@ -13,13 +13,12 @@ from qcgraph.ir.quantize import covering_scale
 from qcgraph.passes.quantization._channel_ranges import ChannelRanges, observe_channels
 from qcgraph.passes.quantization._equalizable import equalizable_activations, only_graph
 from qcgraph.pipeline import Pass, PassContext
-from qcgraph.pipeline.calibration_budget import affordable, trajectory_macs
+from qcgraph.pipeline.calibration_budget import CALIBRATION_LIMITS
 from qcgraph.pipeline.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 
-MACS, LIMITS = 0.6e12, (1, 16)  # ranges of channels settle sooner than the scales of activations
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -40,7 +39,7 @@ class PlanEqualization(Pass):
         weight_bits: the bits of the weights, for the expected noise.
         activation_bits: the bits of the activations, for the expected noise.
         pair_high: the largest sum of the codes of two weights, for the expected noise (see plan-quant).
-        trajectories: how many to observe; by default as many as a fixed amount of arithmetic allows.
+        trajectories: how many to observe; by default 24.
         seed: the seed of their conditions and noise.
     """
 
@@ -79,7 +78,7 @@ class PlanEqualization(Pass):
         return program.with_facts(EqualizationPlan(tuple(planned)))
 
     def _count(self, program: Program) -> int:
-        return self.trajectories or affordable(trajectory_macs(program), MACS, LIMITS)
+        return self.trajectories or CALIBRATION_LIMITS[0]  # ranges of channels settle sooner than those of activations
 
     def _factors(self, observed: ChannelRanges, weight: torch.Tensor) -> torch.Tensor:
         """Return the factors [C] of an activation that weights [out, C] multiply."""

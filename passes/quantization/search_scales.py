@@ -26,10 +26,8 @@ from qcgraph.passes.calibration._calibration_set import CalibrationBatch, sensit
 from qcgraph.passes.quantization._scale_search import (
     Halves,
     Histogram,
-    merged,
     score_of_planes,
     search_groups,
-    search_shared,
 )
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.options import MOST_SEED, option
@@ -38,8 +36,7 @@ from qcgraph.plan.steps import StepPlan
 
 aten = torch.ops.aten
 NONLINEAR = (aten.gelu.default, aten.silu.default)  # their negative values are small and many
-WORTH = 0.9  # share of a cheaper form's error that a costlier form has to stay below
-NEARLY = 0.99  # the same for a scale of each timestep group instead of one; images improve more than this score
+WORTH = 0.9  # share of the error of a safer or cheaper form that another one has to stay below
 HELD = 255  # largest code of a uint8 tensor; an int8 tensor holds half as much
 FORWARDS_PER_ROW = 4.5  # cost of the pass in forwards of the model, for every row of the calibration set, about
 
@@ -55,12 +52,12 @@ class SearchScales(Pass):
     bits do not fit into it, and would need a second product.
 
     Searched scales are judged on the half of the samples that the search did not use. Scales that cover the range are
-    kept where they leave less error there.
+    kept unless searched ones leave much less error there: at 8 bits they rarely do, and single images that need more
+    of the range than any sample pay for it.
 
     Attributes:
         objective: ``fisher`` or ``range``.
         regions: whether activations may have two regions.
-        share: whether timestep groups share a scale where one for each leaves little less error; ``fisher`` only.
         clipping: the factor of errors of clipping; by default the number of computing steps.
         seed: the seed of the directions in which the prediction is differentiated.
     """
@@ -71,7 +68,6 @@ class SearchScales(Pass):
 
     objective: Literal["fisher", "range"] = "fisher"
     regions: bool = True
-    share: bool = True
     clipping: float | None = option(
         None, least=1, most=1e15, hint="1 weighs it like rounding; null once for each computing step"
     )
@@ -93,16 +89,13 @@ class SearchScales(Pass):
                 missing = ", ".join(str(group) for group in range(steps.group_count) if group not in groups)
                 context.refuse(name, f"no sample tells in timestep groups {missing}: scales cover the range")
             covers = self.objective == "range"
-            if not covers and (left := halves.held_out(planned, clipping)) > 1:
+            if not covers and (left := halves.held_out(planned, clipping)) > WORTH:
                 covers = True
                 context.refuse(name, f"scales cover the range: {_left(left)}")
             site = _Activation(histogram, groups, clipping, covers)
             best, reasons = site.best(planned), list[str]()
             if self.regions and name in nonlinear:
                 best, *reasons = site.in_regions(planned, best)
-            if self.share and self.objective == "fisher":
-                best, reason = site.for_all_groups(best)
-                reasons.append(reason)
             for reason in filter(None, reasons):
                 context.refuse(name, reason)
             found[name] = best.quant
@@ -179,19 +172,6 @@ class _Activation:
         if two.error < WORTH * one.error:
             return two, ""
         return one, f"one region: two would leave {two.share_of(one):.0%} of its error"
-
-    def for_all_groups(self, apart: _ScaleChoice) -> tuple[_ScaleChoice, str]:
-        """Return one scale for all timestep groups and the reason, or the given scales if better (TQ-DiT's TGQ)."""
-        if len(apart.quant.scales) == 1 or apart.quant.bits:
-            return apart, ""
-        found = search_shared(self.histogram, apart.quant, self.clipping, covers=self.covers)
-        shared = _ScaleChoice(merged(apart.quant, [(found.scale, found.zero_point)]), found.error)
-        if apart.error < NEARLY * shared.error:
-            return apart, ""
-        return (
-            shared,
-            f"one scale for all timestep groups: one for each would leave {apart.share_of(shared):.0%} of its error",
-        )
 
 
 def _after_nonlinear(program: Program) -> set[str]:

@@ -12,6 +12,7 @@ from qcgraph.export.tensorrt.provider import LIBRARIES
 from qcgraph.passes.caching.forecasters import Forecaster, forecaster_named
 from qcgraph.passes.caching.plan_cache import GUIDANCE
 from qcgraph.pipeline import Pass, Pipeline, make_pass
+from qcgraph.pipeline.calibration_budget import CALIBRATION_LIMITS
 from qcgraph.recipe import MOST_BITS, Recipe
 
 
@@ -36,6 +37,7 @@ def target_notes(recipe: Recipe, target: Target) -> tuple[str, ...]:
     notes = [*_measuring_notes(recipe, target), *_solver_notes(recipe)]
     if not recipe.is_quantized:
         return tuple(notes)
+    notes += _calibration_notes(recipe)
     asked = recipe.quantization
     could_have_regions = recipe.activation_bits < MOST_BITS or recipe.bit_budget is not None or asked.attention
     if asked.regions == "auto" and target.constant_scales and could_have_regions:
@@ -84,6 +86,14 @@ def _solver_notes(recipe: Recipe) -> Iterator[str]:
         yield "without guidance there is no difference of its halves to reuse: every step computes"
     if recipe.is_fitted and recipe.compensation.mode != "off":
         yield "variance is not compensated apart: the fitted updates correct the scale of the latents of every step"
+
+
+def _calibration_notes(recipe: Recipe) -> Iterator[str]:
+    """Yield a note if fewer trajectories are asked for than ranges of activations need."""
+    asked, (least, _) = recipe.calibration.trajectories, CALIBRATION_LIMITS
+    if asked != "auto" and asked < least:
+        number = "1 calibration trajectory" if asked == 1 else f"{asked} calibration trajectories"
+        yield f"{number}: with fewer than {least}, images whose values exceed what these showed lose quality"
 
 
 def _lacking(chosen: Pipeline, recipe: Recipe, target: Target) -> Iterator[Pass]:

@@ -13,8 +13,8 @@ class SiteRange:
 
     Attributes:
         steps: the indices of these steps, rising.
-        lows: the smallest value of each step.
-        highs: the largest value of each step.
+        lows: the smallest value of each step that is expected of many samples (see `calibrate`).
+        highs: the largest value of each step that is expected of many samples.
         mean_squares: the mean of the squared values of each step.
     """
 

@@ -10,6 +10,8 @@ from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.sampling.reference import COARSE_STEPS, FINE_STEPS
 
+CALIBRATION_MACS = 2.5e12  # multiply-accumulates of the trajectories whose ranges are observed: a minute on two cores
+CALIBRATION_LIMITS = (24, 64)  # fewer do not show what the classes have in common, whatever the model costs
 TRAJECTORY_LIMITS = (2, 16)
 RECORD_MACS = 0.6e12  # multiply-accumulates that each part of the measurement may take: seconds on two cores
 RECORD_BYTES = 2**30  # bytes of recorded cached values; one trajectory is recorded whatever its size
@@ -17,6 +19,11 @@ FLOAT_BYTES = 4
 TARGET_MACS = 1.3e13  # multiply-accumulates of the runs that a solver is fitted to: three minutes on two cores
 TARGET_LIMITS = (2, 64)
 TARGET_VALUES = 49_152  # values of latents, over all of these trajectories: more of them hardly change a fit
+
+
+def calibration_trajectories(program: Program) -> int:
+    """Return how many trajectories activation ranges are observed on, by arithmetic; never fewer than a floor."""
+    return affordable(trajectory_macs(program), CALIBRATION_MACS, CALIBRATION_LIMITS)
 
 
 def affordable_trajectories(program: Program) -> int:

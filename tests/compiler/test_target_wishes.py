@@ -145,3 +145,12 @@ def test_an_error_in_an_own_pipeline_names_the_key_of_the_recipe() -> None:
     with pytest.raises(UsageError, match="has no option 'intervall'") as caught:
         default_pipeline(Recipe.from_toml('[pipeline]\npasses = "plan-cache{intervall=2}"\n'), TARGETS["torch"])
     assert caught.value.where == "pipeline.passes"
+
+
+@pytest.mark.parametrize(("trajectories", "count"), [("1", 1), ("23", 1), ("24", 0), ('"auto"', 0)])
+def test_few_calibration_trajectories_are_told(trajectories: str, count: int) -> None:
+    asked = Recipe.from_toml(f"[calibration]\ntrajectories = {trajectories}")
+    notes = target_notes(asked, TARGETS["onnxruntime-cpu"])
+    assert len(notes) == count
+    assert all(note.startswith(f"{trajectories} calibration traject") and "with fewer than 24" in note for note in notes)
+    assert target_notes(asked.override(bits="off"), TARGETS["onnxruntime-cpu"]) == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -50,12 +51,21 @@ def _observed(program: Program) -> Mapping[str, Channels]:
 
     def observe(_: Call, node: fx.Node, value: Tensor) -> None:
         if node.name in sites:
-            found[sites[node.name]].append(value.flatten(0, -2).clone())
+            found[sites[node.name]].append(value.clone())
 
     plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
     sample_calibration(TorchRunner(program, observe), plan, spec, COUNT, 0)
-    joined = {name: torch.cat(values) for name, values in found.items()}
-    return {name: Channels(values.amin(dim=0), values.amax(dim=0), values) for name, values in joined.items()}
+    return {name: _channels(torch.cat(values)) for name, values in found.items()}
+
+
+def _channels(value: Tensor) -> Channels:
+    """The channels of values [R,...,C], with the limits that are expected of 1024 rows (see test_extremes)."""
+    rows = value.flatten(1, -2)
+    beyond = math.sqrt(6) / math.pi * math.log(1024 / len(rows))
+    lows, highs = (extremes.double() for extremes in (rows.amin(dim=1), rows.amax(dim=1)))
+    low = lows.amin(dim=0) - beyond * lows.std(dim=0, correction=0)
+    high = highs.amax(dim=0) + beyond * highs.std(dim=0, correction=0)
+    return Channels(low.float(), high.float(), rows.flatten(0, 1))
 
 
 @pytest.fixture(scope="session")

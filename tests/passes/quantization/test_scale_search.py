@@ -18,11 +18,9 @@ from qcgraph.passes.quantization._scale_search import (
     Halves,
     Histogram,
     merged,
-    score,
     score_of_planes,
     scores,
     search,
-    search_shared,
 )
 from qcgraph.passes.quantization.plan_quant import affine_parameters
 
@@ -348,21 +346,3 @@ def test_nothing_can_be_judged_on_a_half_without_samples() -> None:
     halves = Halves([(0.0, 1.0)])
     halves.parts[0].add(torch.rand(1, 9), torch.ones(1, 9), torch.zeros(1, dtype=torch.long))
     assert halves.held_out(ActivationQuant((), (), 0, 15, "uint8"), 1.0) == math.inf
-
-
-def test_a_shared_scale_is_the_best_for_all_groups_together() -> None:
-    quant = ActivationQuant((), (), 0, 15, "uint8")
-    values = torch.cat([torch.rand(1, 500), 3 * torch.rand(1, 500)])
-    histogram = Histogram([(0.0, 1.0), (0.0, 3.0)])
-    histogram.add(values, torch.ones_like(values), torch.arange(2))
-    found = search_shared(histogram, quant, 1.0)
-    assert found.error == pytest.approx(sum(score(histogram, group, quant, 1.0, found) for group in range(2)))
-    for other in (search(histogram, group, quant, 1.0, covers=True) for group in range(2)):
-        assert found.error <= sum(score(histogram, group, quant, 1.0, other) for group in range(2))
-
-
-def test_a_shared_scale_that_covers_covers_all_groups() -> None:
-    histogram = Histogram([(-1.0, 0.5), (0.0, 3.0)])
-    found = search_shared(histogram, ActivationQuant((), (), 0, 255, "uint8"), 1.0, covers=True)
-    assert found.scale == pytest.approx(4 / 255)
-    assert found.zero_point == 64
