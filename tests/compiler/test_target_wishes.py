@@ -152,5 +152,7 @@ def test_few_calibration_trajectories_are_told(trajectories: str, count: int) ->
     asked = Recipe.from_toml(f"[calibration]\ntrajectories = {trajectories}")
     notes = target_notes(asked, TARGETS["onnxruntime-cpu"])
     assert len(notes) == count
-    assert all(note.startswith(f"{trajectories} calibration traject") and "with fewer than 24" in note for note in notes)
+    assert all(
+        note.startswith(f"{trajectories} calibration traject") and "with fewer than 24" in note for note in notes
+    )
     assert target_notes(asked.override(bits="off"), TARGETS["onnxruntime-cpu"]) == ()
