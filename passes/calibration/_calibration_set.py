@@ -20,6 +20,7 @@ from qcgraph.sampling.calibration import decode_latents
 from qcgraph.sampling.conditions import Conditions
 
 FLOAT_BYTES = 4
+MOST_TOGETHER = 64  # trajectories
 HELD_BYTES = 96 * 2**20  # bytes that the widest activation of rows that run together may take
 DIFFERENTIATED_BYTES = 256 * 2**20  # bytes that all values of rows that are differentiated together may take
 
@@ -93,6 +94,12 @@ def rows_together(sites: Sequence[Site], held: int = HELD_BYTES) -> int:
     """Return how many rows may run together, at least two, so that no site's input takes more than ``held`` bytes."""
     widest = max((prod(dim for dim in site.input_shape if isinstance(dim, int)) for site in sites), default=1)
     return max(2, held // (FLOAT_BYTES * widest))
+
+
+def trajectories_together(program: Program) -> int:
+    """Return how many trajectories may run together, at least one: at most 64, and fewer of a large model."""
+    sites = find_sites(program.variants[program.computing])
+    return max(1, min(MOST_TOGETHER, rows_together(sites) // program.facts[StepPlan].halves))
 
 
 def entering(program: Program, rows: CalibrationBatch, sites: set[str]) -> Iterator[tuple[Site, torch.Tensor]]:

@@ -25,7 +25,7 @@ from qcgraph.facts import (
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
-from qcgraph.passes.calibration._calibration_set import held
+from qcgraph.passes.calibration._calibration_set import held, trajectories_together
 from qcgraph.passes.calibration._extremes import Extremes
 from qcgraph.passes.calibration._selection import Method, Pool, select
 from qcgraph.pipeline import Pass, PassContext
@@ -50,7 +50,6 @@ from qcgraph.sampling.calibration import (
 from qcgraph.sampling.loop import TakenStep
 from qcgraph.sampling.runner import Array, Call
 
-BATCH = 64
 SAMPLES = (32, 800)
 PASSES = 3  # forwards that the statistics of a latent cost: a forward, and a backward of twice its cost
 
@@ -134,7 +133,7 @@ class Calibrate(Pass):
             spec,
             count,
             self.seed,
-            batch=BATCH,
+            batch=trajectories_together(program),
             observe=observer.keep,
             progress=context.progress,
         )

@@ -9,6 +9,7 @@ from torch import fx
 
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
+from qcgraph.passes.calibration._calibration_set import trajectories_together
 from qcgraph.passes.calibration._extremes import Extremes
 from qcgraph.passes.quantization._equalizable import EqualizableActivation
 from qcgraph.plan.spec import ModelSpec
@@ -16,8 +17,6 @@ from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.sampling.calibration import sample_calibration
 from qcgraph.sampling.runner import Call
-
-BATCH = 64  # trajectories that run together
 
 
 class ChannelRanges:
@@ -81,5 +80,6 @@ def observe_channels(
     if activations:
         runner = TorchRunner(program, observe)
         plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
-        sample_calibration(runner, plan, spec, count, seed, batch=BATCH, progress=progress)
+        together = trajectories_together(program)
+        sample_calibration(runner, plan, spec, count, seed, batch=together, progress=progress)
     return found

@@ -22,6 +22,7 @@ from qcgraph.passes.calibration._calibration_set import (
     entering,
     rows_together,
     sensitivities,
+    trajectories_together,
 )
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
@@ -307,3 +308,12 @@ def test_the_program_stays_as_it_is(guided: Program) -> None:
     list(entering(guided, CalibrationBatch.of(guided), SITES))
     assert guided.compute_digest() == before
     assert not any(value.requires_grad for value in guided.constants.values())
+
+
+@pytest.mark.parametrize(("rows", "trajectories"), [(1, 1), (2, 1), (20, 10), (10_000, 64)])
+def test_few_trajectories_of_a_large_model_run_together(
+    captured: Program, monkeypatch: pytest.MonkeyPatch, rows: int, trajectories: int
+) -> None:
+    """Each takes two rows under guidance."""
+    monkeypatch.setattr(calibration_set, "rows_together", lambda sites: rows)
+    assert trajectories_together(captured) == trajectories
