@@ -90,4 +90,4 @@ def test_quantizers_and_weights_are_what_the_plan_says(compiled: Program, captur
     for site in quantized_sites(compiled, "full"):
         weight = float_weight(site, captured, compiled)
         error = (dequantized_weight(compiled, "full", site) - weight).norm() / weight.norm()
-        assert error <= 1.5 / plan.sites[site.name].weight.high  # some are rounded to make up for others
+        assert error <= 2 / plan.sites[site.name].weight.high  # some are rounded to make up for others, or in pairs

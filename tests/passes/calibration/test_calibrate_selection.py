@@ -144,7 +144,7 @@ def test_the_seed_decides(cached: Program, run: Run) -> None:
 
 def test_batches_of_trajectories_change_nothing(cached: Program, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = selected(cached, run, "selection=uniform latents=15")
-    monkeypatch.setattr("qcgraph.passes.calibration.calibrate.BATCH", 2)
+    monkeypatch.setattr("qcgraph.passes.calibration.calibrate.trajectories_together", lambda program: 2)
     parts = selected(cached, run, "selection=uniform latents=15")
     assert (parts.steps, parts.conditions) == (whole.steps, whole.conditions)
     np.testing.assert_allclose(latents_of(parts, cached), latents_of(whole, cached), rtol=1e-3, atol=1e-3)
