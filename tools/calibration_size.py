@@ -20,12 +20,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 import qcgraph
 from qcgraph.capture.capture import capture
 from qcgraph.errors import QcgraphError
-from qcgraph.evaluation.metrics import peak, psnr, shown
+from qcgraph.evaluation.metrics import peak, psnr, shown, spread
+from qcgraph.evaluation.tally import mean_squares
 from qcgraph.export.run.open import runner_of
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.models import load_model
@@ -34,8 +33,6 @@ from qcgraph.recipe import Recipe
 from qcgraph.sampling.conditions import in_turn
 from qcgraph.sampling.loop import sample
 from qcgraph.sampling.runner import Array
-
-WORST = 0.1  # share of the samples that are the worst ones
 
 Size = int | Literal["auto"]
 Row = dict[str, Any]
@@ -78,14 +75,14 @@ class Measuring:
         if self._exact is None:
             captured = capture(self._model.module, self._model.spec, self._model.input_names)
             self._exact = draw(TorchRunner(captured))
-        errors = ((draw(runner_of(bundle)) - self._exact) ** 2).mean(axis=(1, 2, 3), dtype="float64")
-        largest = peak(self._exact, bundle.spec)
+        errors, largest = mean_squares(draw(runner_of(bundle)), self._exact), peak(self._exact, bundle.spec)
+        median, worst = spread(psnr(errors, largest))
         return {
             "trajectories": trajectories,
             "latents": latents,
             "psnr": float(psnr(errors.mean(), largest)),
-            "median": float(psnr(np.median(errors), largest)),
-            "worst": float(psnr(np.quantile(errors, 1 - WORST), largest)),
+            "median": median,
+            "worst": worst,
             "seconds": seconds,
         }
 

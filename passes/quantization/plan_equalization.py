@@ -99,7 +99,6 @@ class PlanEqualization(Pass):
         """
         scaled = weight * factors
         step = 2 * (observed.half_width / factors).max() / (2**self.activation_bits - 1)
-        widest = 2 ** (self.weight_bits - 1) - 1
-        rows = covering_scale(scaled, WeightQuant(min(widest, self.pair_high or widest), pair_high=self.pair_high))
+        rows = covering_scale(scaled, WeightQuant.of_bits(self.weight_bits, self.pair_high))
         power = (observed.power / factors**2).sum()
         return float(step**2 * (scaled**2).sum() + (rows**2).sum() * power) / 12

@@ -62,8 +62,7 @@ class PlanQuant(Pass):
 
     def run(self, program: Program, context: PassContext) -> Program:
         ranges, plan = program.facts[Ranges], program.facts[StepPlan]
-        widest = 2 ** (self.weight_bits - 1) - 1
-        weight = WeightQuant(min(widest, self.pair_high or widest), pair_high=self.pair_high)
+        weight = WeightQuant.of_bits(self.weight_bits, self.pair_high)
         if self.format == FLOAT:
             weight = WeightQuant(LARGEST_FLOAT8, FLOAT8)
         sites: dict[str, SiteQuant] = {}

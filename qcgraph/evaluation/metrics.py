@@ -21,6 +21,7 @@ Values = npt.NDArray[np.float64]
 KID_SUBSET = 100  # samples in a subset
 KID_SUBSETS = 10
 OWN = ("psnr", "latent_error", "accuracy")  # metrics that need no more than a mean
+WORST_SHARE = 0.1  # share of the samples that are the worst ones: a mean follows single samples
 STANDARD_SIGMA = 1.5  # of the standard SSIM window, which is 11 pixels wide
 SMALL_SIGMA = 0.5  # of the window for images that are too small for the standard one
 
@@ -148,6 +149,11 @@ def psnr(mean_squared_error: Any, peak: float) -> Any:
     """
     with np.errstate(divide="ignore"):
         return 10 * np.log10(peak**2 / np.asarray(mean_squared_error, dtype=np.float64))
+
+
+def spread(decibels: Values) -> tuple[float, float]:
+    """Return the median and the worst tenth of the PSNR [N] of single samples, dB."""
+    return float(np.median(decibels)), float(np.quantile(decibels, WORST_SHARE))
 
 
 def ssim(images: Array, reference: Array, peak: float) -> Values:

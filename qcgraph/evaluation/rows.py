@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 
 from qcgraph.evaluation.bootstrap import Bootstrap, BootstrapEstimate
-from qcgraph.evaluation.metrics import Distances, Metric, peak, psnr, shown, ssim
+from qcgraph.evaluation.metrics import Distances, Metric, peak, psnr, shown, spread, ssim
 from qcgraph.evaluation.tally import Tally, Values, mean_squares
 from qcgraph.models.judge import Judge
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.sampling.runner import Array
-
-WORST_SHARE = 0.1  # share of the samples that are the worst ones: a mean follows single samples
 
 
 @dataclass(frozen=True)
@@ -121,8 +119,7 @@ class Measuring:
 
     def _spread(self, errors: Values) -> tuple[float, float]:
         """Return the median and the worst tenth of the PSNR of single samples, dB."""
-        each = self.decibels(errors.reshape(-1))
-        return float(np.median(each)), float(np.quantile(each, WORST_SHARE))
+        return spread(self.decibels(errors.reshape(-1)))
 
     def _measure(self, name: str, tally: Tally) -> tuple[BootstrapEstimate, Any]:
         """Return the estimate of a metric, and its value for every seed."""

@@ -89,6 +89,12 @@ class WeightQuant:
     dtype: str = "int8"
     pair_high: int | None = None
 
+    @classmethod
+    def of_bits(cls, bits: int, pair_high: int | None) -> WeightQuant:
+        """Return all integer codes of so many bits that the limit of pairs allows."""
+        widest = 2 ** (bits - 1) - 1
+        return cls(min(widest, pair_high or widest), pair_high=pair_high)
+
     def describe(self) -> str:
         """Return the codes in a few words."""
         pairs = f", two neighbours at most {self.pair_high} together" if self.pair_high is not None else ""

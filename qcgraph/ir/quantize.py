@@ -45,7 +45,7 @@ def nearest(weight: torch.Tensor, scale: torch.Tensor, quant: WeightQuant) -> to
         codes.round_()
     codes.clamp_(-quant.high, quant.high)
     if quant.pair_high is not None:
-        first, second = codes[:, : codes.shape[1] // 2 * 2].unflatten(1, (-1, 2)).unbind(2)
+        first, second = _pairs(codes).unbind(2)
         excess = first + second
         excess -= excess.clamp(-quant.pair_high, quant.pair_high)
         half = (excess / 2).trunc_()
@@ -59,9 +59,13 @@ def covering_scale(weight: torch.Tensor, quant: WeightQuant) -> torch.Tensor:
     scale = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)) / quant.high  # makes no copy of the weight
     if quant.pair_high is not None and weight.shape[1] > 1:
         for part, values in zip(scale.split(ROWS), weight.split(ROWS), strict=True):
-            sums = values[:, : values.shape[1] // 2 * 2].unflatten(1, (-1, 2)).sum(dim=2)
-            torch.maximum(part, sums.abs_().amax(dim=1) / quant.pair_high, out=part)
+            torch.maximum(part, _pairs(values).sum(dim=2).abs_().amax(dim=1) / quant.pair_high, out=part)
     return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def _pairs(values: torch.Tensor) -> torch.Tensor:
+    """Return a view [out, in / 2, 2] of the inputs 2k and 2k + 1; a last input without a partner is left out."""
+    return values[:, : values.shape[1] // 2 * 2].unflatten(1, (-1, 2))
 
 
 def check_integers(plan: QuantPlan) -> None:
