@@ -30,7 +30,7 @@ from qcgraph.passes.calibration._extremes import Extremes
 from qcgraph.passes.calibration._selection import Method, Pool, select
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.calibration_budget import (
-    CALIBRATION_MACS,
+    LATENT_MACS,
     affordable,
     calibration_trajectories,
     trajectory_macs,
@@ -119,7 +119,7 @@ class Calibrate(Pass):
     def _samples(self, program: Program) -> int:
         """Return the number of latents of the calibration set."""
         cost = PASSES * trajectory_macs(program, 1)
-        return self.latents or affordable(cost, CALIBRATION_MACS, SAMPLES)
+        return self.latents or affordable(cost, LATENT_MACS, SAMPLES)
 
     def _observe(
         self, program: Program, plan: StepPlan, count: int, context: PassContext, label: str

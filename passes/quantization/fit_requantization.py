@@ -12,10 +12,11 @@ from qcgraph.ir.memory import release_memory
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import rounded_activation, weight_codes
 from qcgraph.ir.structure import find_blocks, find_sites, weight_names
-from qcgraph.passes.calibration._calibration_set import CalibrationBatch, entering, rows_together
+from qcgraph.passes.calibration._calibration_set import CalibrationBatch, entering, rows_together, tokens
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.workload import Workload
 
+TOKENS = 32768  # tokens of the calibration set that a correction, two numbers a channel, is fitted to
 HELD_BYTES = 24 * 2**20  # bytes that the widest activation of rows that run together may take; their results take more
 LEAST_GAIN, MOST_GAIN = 0.5, 2.0  # a regression beyond these has no signal; its channel keeps the gain 1
 FORWARDS_PER_ROW = 3.0  # cost of the pass in forwards of the model, for every row of the calibration set, about
@@ -50,7 +51,7 @@ class FitRequantization(Pass):
         sites = [site for site in find_sites(variant) if site.name in chosen]
         weights = weight_names(variant, sites)
         found = {name: Regression(len(program.constants[weight])) for name, weight in weights.items()}
-        rows = CalibrationBatch.of(program)
+        rows = CalibrationBatch.of(program).spread(max(2, TOKENS // tokens(sites)))
         context.progress.note(f"  fit-requantization: {len(rows)} latents, {len(chosen)} sites")
         batches = list(rows.split(rows_together(sites, HELD_BYTES))) if chosen else []
         for batch in context.progress.track(batches, "requantization"):

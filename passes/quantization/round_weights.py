@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import ClassVar, Literal
 
 import torch
@@ -21,8 +19,8 @@ from qcgraph.ir.memory import release_memory
 from qcgraph.ir.program import Program, tensor_digest, used_constants
 from qcgraph.ir.quantize import check_integers, names_of_codes, nearest, rounded_activation
 from qcgraph.ir.rounding import round_with_feedback, search_scales
-from qcgraph.ir.structure import Site, find_sites, weight_names
-from qcgraph.passes.calibration._calibration_set import CalibrationBatch, entering, rows_together
+from qcgraph.ir.structure import find_sites, weight_names
+from qcgraph.passes.calibration._calibration_set import CalibrationBatch, entering, rows_together, tokens
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.workload import Workload
 
@@ -64,7 +62,7 @@ class RoundWeights(Pass):
         names = names_of_codes(weights)
         rounded: dict[str, RoundedWeight | None] = {}
         rows = CalibrationBatch.of(program)
-        rows = rows.spread(min(rows_together(sites), max(2, TOKENS // _tokens(sites))))
+        rows = rows.spread(min(rows_together(sites), max(2, TOKENS // tokens(sites))))
         context.progress.note(f"  round-weights: {len(rows)} latents, {len(sites)} sites")
         # Start without the codes that an earlier run of this pass chose.
         earlier = program.facts.without(RoundedWeights)
@@ -99,8 +97,3 @@ def _second_moment(value: torch.Tensor) -> torch.Tensor:
 def _is_finite(values: torch.Tensor) -> bool:
     """Return whether all values are finite; `torch.isfinite` of all would take more memory than the values."""
     return bool(torch.isfinite(values.amin()) and torch.isfinite(values.amax()))
-
-
-def _tokens(sites: Sequence[Site]) -> int:
-    """Return the largest number of tokens that a row has at any site."""
-    return max((prod(dim for dim in site.input_shape[:-1] if isinstance(dim, int)) for site in sites), default=1)

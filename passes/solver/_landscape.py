@@ -7,7 +7,6 @@ from typing import Literal
 import numpy as np
 
 from qcgraph.errors import UsageError
-from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.pipeline import PassContext
 from qcgraph.plan.placement import Landscape, inner_products, response
@@ -22,18 +21,19 @@ from qcgraph.sampling.reference import (
     extrapolated,
     first_order_plan,
 )
-from qcgraph.sampling.runner import Array
+from qcgraph.sampling.runner import Array, Runner
 
 Target = Literal["converged", "run"]
 
 
 def record_target(
-    program: Program, target: Target, count: int, seed: int, context: PassContext
+    program: Program, runner: Runner, target: Target, count: int, seed: int, context: PassContext
 ) -> tuple[RecordedRun, RecordedRun]:
     """Return the target run at the timesteps of the plan, and another run from the same noise that is near it.
 
     Args:
         program: the captured program.
+        runner: runs it.
         target: what is aimed at.
         count: the number of trajectories.
         seed: the seed of their noise and conditions.
@@ -42,7 +42,7 @@ def record_target(
     Raises:
         UsageError: the final latents are not finite.
     """
-    plan, spec, runner = program.facts[StepPlan], program.facts[ModelSpec], TorchRunner(program)
+    plan, spec = program.facts[StepPlan], program.facts[ModelSpec]
     schedule = spec.noise_schedule
 
     def run_of(other: StepPlan) -> RecordedRun:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from qcgraph.facts import Precision, SolverFit, SolverPlan, SolverTargets
-from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.workload import Workload
@@ -43,16 +42,17 @@ class FitSolver(Pass):
         conditions = calibration_conditions(targets.trajectories, targets.seed, spec)
         initial = calibration_noise(targets.trajectories, targets.seed, spec).initial()
         context.progress.note(f"  fit-solver: {targets.trajectories} trajectories")
-        fitted, _ = fit_updates(
-            TorchRunner(program),
-            with_updates(plan, solver.plain),
-            spec,
-            conditions,
-            initial,
-            [decode_latents(latents, spec.latent_shape) for latents in targets.latents],
-            solver.history,
-            context.progress,
-        )
+        with context.running(program) as runner:
+            fitted, _ = fit_updates(
+                runner,
+                with_updates(plan, solver.plain),
+                spec,
+                conditions,
+                initial,
+                [decode_latents(latents, spec.latent_shape) for latents in targets.latents],
+                solver.history,
+                context.progress,
+            )
         fact = SolverFit(
             ridges=tuple(step.ridge if math.isfinite(step.ridge) else None for step in fitted),
             errors=tuple(step.error for step in fitted),

@@ -34,6 +34,7 @@ from qcgraph.compiler.estimate import estimate
 from qcgraph.compiler.least_bits import compile_with_least, is_asked_for, most_bits
 from qcgraph.compiler.rejection import forget_rejected, reject
 from qcgraph.compiler.report import compile_report, quantizable
+from qcgraph.compiler.running import running_for
 from qcgraph.compiler.verdict import Contest, comparable, compare
 from qcgraph.errors import QcgraphError, UsageError, closest
 from qcgraph.evaluation.ablation import is_quantized
@@ -237,7 +238,8 @@ class _Compilation:
         program = start.pop()
         for part in _parts(pipeline):
             costs = costs_for(target, self.progress)
-            program = part.run(program, instruments, self.progress, costs, origin=program, runs=runs)
+            running = running_for(target)
+            program = part.run(program, instruments, self.progress, costs, origin=program, runs=runs, running=running)
             if program.constant_bytes > HELD_BYTES:
                 gc.collect()  # graphs and modules refer to each other; this frees the weights that were replaced
                 release_memory()

@@ -11,6 +11,7 @@ from qcgraph.plan.steps import StepPlan
 from qcgraph.sampling.reference import COARSE_STEPS, FINE_STEPS
 
 CALIBRATION_MACS = 2.5e12  # multiply-accumulates of the trajectories whose ranges are observed: a minute on two cores
+LATENT_MACS = 1.1e12  # the same of the latents that scales are searched on, with their derivatives
 CALIBRATION_LIMITS = (24, 64)  # fewer do not show what the classes have in common, whatever the model costs
 TRAJECTORY_LIMITS = (2, 16)
 RECORD_MACS = 0.6e12  # multiply-accumulates that each part of the measurement may take: seconds on two cores

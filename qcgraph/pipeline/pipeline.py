@@ -26,6 +26,7 @@ from qcgraph.files.documents import is_text
 from qcgraph.ir import legality
 from qcgraph.ir.program import HistoryEntry, Program, Refusal
 from qcgraph.pipeline.options import check_options, converted
+from qcgraph.pipeline.running import Running, in_torch
 from qcgraph.pipeline.workload import Workload
 from qcgraph.progress import Progress
 from qcgraph.sampling.reference import RunStore
@@ -59,6 +60,7 @@ class PassContext:
         costs: measures the variants of a program, or None where no runtime can.
         origin: the captured program, or None where the caller did not give it.
         runs: the runs of the captured program that were recorded so far.
+        running: opens the runner of a program for many runs that nothing observes.
     """
 
     progress: Progress = field(default_factory=Progress)
@@ -66,6 +68,7 @@ class PassContext:
     costs: Costs | None = None
     origin: Program | None = None
     runs: RunStore = field(default_factory=RunStore)
+    running: Running = in_torch
 
     def refuse(self, where: str, reason: str) -> None:
         """Record a node or site that the pass leaves alone, and the reason."""
@@ -233,6 +236,7 @@ class Pipeline:
         costs: Costs | None = None,
         origin: Program | None = None,
         runs: RunStore | None = None,
+        running: Running = in_torch,
     ) -> Program:
         """Run the passes one after the other, and check each against its contract.
 
@@ -243,6 +247,7 @@ class Pipeline:
             costs: measures the variants of a program.
             origin: the captured program, for passes that compare with it; they refuse where it is not given.
             runs: keeps the runs of the captured program that passes record, for those that follow.
+            running: opens the runner of a program for many runs that nothing observes; PyTorch by default.
 
         Raises:
             QcgraphError: a pass refused its input or broke its contract; names it and the passes before it.
@@ -252,7 +257,7 @@ class Pipeline:
             try:
                 for instrument in instruments:
                     instrument.before(pass_, program)
-                context = PassContext(progress or Progress(), costs=costs, origin=origin, runs=runs)
+                context = PassContext(progress or Progress(), costs=costs, origin=origin, runs=runs, running=running)
                 result = _run_checked(pass_, program, context)
                 for instrument in instruments:
                     instrument.after(pass_, program, result)

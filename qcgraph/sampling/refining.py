@@ -65,8 +65,8 @@ def refine(
     """Refine the updates of a plan by the effects that are measured on some of its trajectories.
 
     With J the effect of all coefficients on the final latents and r what these lack, the coefficients change by
-    ``(J' J + damping)^-1 J' r`` (Levenberg, 1944). Every damping is tried, and the one with the least error on all
-    trajectories is taken, if the error falls at all.
+    ``(J' J + damping)^-1 J' r`` (Levenberg, 1944). Dampings are tried from strong to weak while the error on
+    all trajectories falls, and the one with the least is taken, if it is less than before.
 
     Args:
         runner: runs the variants of the plan; those that reuse take values of the last computing step alone.
@@ -95,6 +95,7 @@ def refine(
     effect = np.stack(columns).astype(np.float64)
     lacking = (goal[rows] - run.latents[-1][rows]).reshape(-1)
     own_products, cross = effect @ effect.T / lacking.size, effect @ lacking / lacking.size
+    last = np.inf
     for damping in DAMPINGS:
         change: Table = np.linalg.solve(own_products + damping * np.eye(len(cross)), cross).astype(np.float64)
         moved = _changed(plan, places, change, history)
@@ -102,6 +103,9 @@ def refine(
         error = _error(run, goal)
         if error < best.error:
             best = Refined(moved, run, error, before)
+        if error > last:
+            break
+        last = error
     return best
 
 

@@ -315,5 +315,5 @@ def test_few_trajectories_of_a_large_model_run_together(
     captured: Program, monkeypatch: pytest.MonkeyPatch, rows: int, trajectories: int
 ) -> None:
     """Each takes two rows under guidance."""
-    monkeypatch.setattr(calibration_set, "rows_together", lambda sites: rows)
+    monkeypatch.setattr(calibration_set, "rows_together", lambda sites, held: rows)
     assert trajectories_together(captured) == trajectories

@@ -277,11 +277,11 @@ def test_the_number_of_steps(captured: Program, options: str, steps: int, count:
     program = with_plan(captured, "ddim", steps)
     assert isinstance(pass_, PlanSolver)
     work = Workload(program, trajectories=9, rows=0, share=1.0)
-    ours = replace(pass_, trajectories=3)
+    ours = replace(pass_, trajectories=6)
     for target, recorded in (("converged", 50 + 100), ("run", steps + max(1, steps // 2))):
-        rows = min(int(0.5 * 3 * recorded / max(1, effects(count, 3))), 3)
-        refined = rows * effects(count, 3) + 3 * 3 * count if rows >= 2 else 0
-        expected = 2 * (3 * (recorded + 3 * count) + refined)
+        rows = min(int(0.5 * 6 * recorded / max(1, effects(count, 3))), 6)
+        refined = rows * effects(count, 3) + 6 * 3 * count if rows >= 5 else 0
+        expected = 2 * (6 * (recorded + 3 * count) + refined)
         assert replace(ours, target=target).forwards(work) == expected
 
 
