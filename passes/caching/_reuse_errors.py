@@ -119,8 +119,9 @@ def reuse_errors(
     """Return the error of every way to skip a step: by mode, and by the computing steps that forecasts look back to.
 
     At each recorded state the reusing variant runs on forecasts from the values recorded before it. The mean squared
-    error of the guided noise prediction, times the squared weight of the step, is what the skipped step adds to the
-    mean squared error of the final latent. Forecasts look back to two values here, whatever the history.
+    error of the guided noise prediction against full precision, less that of computing the step, is what skipping it
+    adds, 0 at least; times the squared weight of the step, it is what the mean squared error of the final latent gains.
+    Forecasts look back to two values here, whatever the history.
 
     Args:
         program: the program.
@@ -194,7 +195,7 @@ class _Prober:
         self._trajectories, self._forecaster = trajectories, forecaster
 
     def squared_errors(self, mode: str, index: int, places: Sequence[tuple[int, ...]]) -> list[float]:
-        """Return the mean squared error of the guided prediction of a step, for each choice of computing steps."""
+        """Return what skipping a step adds to the mean squared error of its guided prediction, for each choice."""
         size = sum(self._trajectories.values[name][index].nbytes for name in self._cache.modes[mode])
         together = max(1, min(ROWS // len(self._trajectories.conditions), BYTES // size))
         return [
@@ -211,8 +212,11 @@ class _Prober:
         conditions = joined([recorded.conditions] * len(places))
         resumed = Resumed(self._runner, plan, self._spec, cached)
         found = guided(resumed, index, latents, conditions, plan, self._spec)
-        errors = found.reshape(len(places), -1) - recorded.predictions[index].reshape(1, -1)
-        return [float(value) for value in np.mean(np.square(errors, dtype=np.float64), axis=1)]
+        computed = recorded.predictions[index]
+        exact = recorded.exact[index] if recorded.exact else computed
+        errors = found.reshape(len(places), -1) - exact.reshape(1, -1)
+        anyway = float(np.mean(np.square(computed - exact, dtype=np.float64)))
+        return [max(0.0, float(value) - anyway) for value in np.mean(np.square(errors, dtype=np.float64), axis=1)]
 
     def _forecasts(self, name: str, index: int, places: Sequence[tuple[int, ...]]) -> Tensor:
         """Return the forecasts with all conditional halves first, then all unconditional ones, as in a guided batch."""

@@ -20,7 +20,7 @@ from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.sampling.calibration import calibration_conditions, calibration_noise
 from qcgraph.sampling.conditions import Conditions
-from qcgraph.sampling.loop import Request, Resumed, Sampler, trajectory
+from qcgraph.sampling.loop import Request, Resumed, Sampler, guided, trajectory
 from qcgraph.sampling.runner import Array, Call
 
 DISTURBANCE = 0.02  # size of the added error relative to the prediction, about as large as the error of a skipped step
@@ -35,6 +35,7 @@ class Trajectories:
         seed: the seed of their noise.
         latents: the latents that each step is given, then the final ones, each f32[N,C,H,W].
         predictions: the guided noise prediction of each step, f32[N,C,H,W].
+        exact: the same in full precision, for the same latents; empty where the program is in full precision.
         values: the cached values by name and step, both halves of guidance in a batch.
     """
 
@@ -42,12 +43,13 @@ class Trajectories:
     seed: int
     latents: tuple[Array, ...]
     predictions: tuple[Array, ...]
+    exact: tuple[Array, ...]
     values: Mapping[str, tuple[Tensor, ...]]
 
     def first(self, count: int) -> Trajectories:
         """Return the first ``count`` trajectories, without their cached values."""
         latents, predictions = (tuple(array[:count] for array in arrays) for arrays in (self.latents, self.predictions))
-        return Trajectories(self.conditions[:count], self.seed, latents, predictions, {})
+        return Trajectories(self.conditions[:count], self.seed, latents, predictions, (), {})
 
 
 class _Recorder:
@@ -67,7 +69,7 @@ class _Recorder:
         return prediction
 
 
-def record(program: Program, count: int, seed: int, progress: Progress) -> Trajectories:
+def record(program: Program, count: int, seed: int, progress: Progress, origin: Program | None = None) -> Trajectories:
     """Sample calibration trajectories on which every step computes, and record them.
 
     Args:
@@ -75,6 +77,7 @@ def record(program: Program, count: int, seed: int, progress: Progress) -> Traje
         count: the number of trajectories.
         seed: the seed of conditions and noise.
         progress: reports the steps.
+        origin: the captured model in full precision, whose predictions for the same latents are recorded too.
 
     Raises:
         UsageError: the final latents are not finite.
@@ -85,19 +88,29 @@ def record(program: Program, count: int, seed: int, progress: Progress) -> Traje
     recorder = _Recorder(program)
     noise = calibration_noise(count, seed, spec)
     request, sampler = Request(recorder, every, spec), Sampler(every, noise)
-    latents, predictions = [noise.initial()], []
+    latents, predictions, exact = [noise.initial()], [], []
+    judge = None if origin is None else _exact_denoising(origin, every, spec)
     ticks = iter(progress.track(every.steps, "trajectories"))
     for taken in trajectory(request, sampler, every, spec, conditions, latents[0]):
         next(ticks)
         predictions.append(taken.prediction)
         latents.append(taken.after)
+        if judge is not None:
+            exact.append(guided(judge, taken.index, taken.latent, conditions, every, spec))
     if not np.isfinite(latents[-1]).all():
         raise UsageError(
             "the model draws latents that are not finite",
             hint="sample with it before compiling; its weights or its noise schedule may be wrong",
         )
     values = {name: tuple(found) for name, found in recorder.values.items()}
-    return Trajectories(conditions, seed, tuple(latents), tuple(predictions), values)
+    return Trajectories(conditions, seed, tuple(latents), tuple(predictions), tuple(exact), values)
+
+
+def _exact_denoising(origin: Program, plan: StepPlan, spec: ModelSpec) -> Request:
+    """Return the denoising of the captured model at the steps of a plan."""
+    like = origin.facts[StepPlan]
+    steps = tuple(replace(step, variant=like.computing) for step in plan.steps)
+    return Request(TorchRunner(origin), replace(plan, steps=steps, roles=like.roles), spec)
 
 
 def weights(

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from qcgraph.errors import UsageError
-from qcgraph.facts import CachePlan, Compensation, ForecastFit, SchedulePlan
+from qcgraph.facts import CachePlan, Compensation, ForecastFit, QuantizedSites, SchedulePlan
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import macs_by_variant
 from qcgraph.passes.caching._reuse_errors import OpenLoop, Rehearsal, reuse_errors
@@ -35,8 +35,9 @@ class PlanSteps(Pass):
     """Find the cache schedule that changes the images least, by dynamic programming over measured errors.
 
     ``joint``: the error of skipping a step, in every mode and from every pair of last computing steps, is measured on
-    recorded trajectories of the program as it is (quantized or not) by running the variant itself, and weighted by the
-    effect of an error at that step on the final latent. The schedule of least summed error within the budget can then
+    recorded trajectories of the program as it is (quantized or not) by running the variant itself, against full
+    precision where the captured model is known, less the error of computing the step, and weighted by the effect of an
+    error at that step on the final latent. The schedule of least summed error within the budget can then
     be improved by exchanging steps, judged by the true error of the final latents. ``dps`` is CacheQuant's schedule: L1
     distance of cached values, one mode, bounded windows, an interval and no budget.
 
@@ -75,7 +76,8 @@ class PlanSteps(Pass):
     def forwards(self, work: Workload) -> float:
         count = self.trajectories or affordable_trajectories(work.program)
         probes = sum(work.run(mode) for mode in work.program.facts[CachePlan].modes) * PLACES
-        return count * work.trajectory * (1 + (probes if self.strategy == "joint" else 0))
+        exact = int(QuantizedSites in work.program.facts)  # predictions of full precision, beside those of the program
+        return count * work.trajectory * (1 + exact + (probes if self.strategy == "joint" else 0))
 
     def run(self, program: Program, context: PassContext) -> Program:
         modes = program.facts[CachePlan].modes
@@ -87,7 +89,8 @@ class PlanSteps(Pass):
         costs = measuring.measure(program) if measuring else arithmetic
         relative = {name: rounded(cost / costs[program.computing]) for name, cost in costs.items()}
         count = self.trajectories or affordable_trajectories(program)
-        trajectories = record(program, count, self.seed, context.progress)
+        origin = context.origin if QuantizedSites in program.facts else None
+        trajectories = record(program, count, self.seed, context.progress, origin)
         expected: float | None = None
         rehearsed: float | None = None
         if self.strategy == "dps":

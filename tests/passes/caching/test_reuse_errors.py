@@ -56,6 +56,32 @@ def test_the_error_of_reuse_is_that_of_running_the_variant(split: Program, traje
             assert errors[mode, index, gap, earlier] == pytest.approx(expected, rel=1e-4)
 
 
+def test_errors_of_a_quantized_program_are_what_skipping_adds_to_full_precision(
+    captured: Program, split: Program, run: Run
+) -> None:
+    quantized = run(
+        "calibrate{trajectories=1 selection=uniform latents=8},group-timesteps,plan-quant{weight-bits=4},insert-qdq",
+        split,
+    )
+    recorded = record(quantized, 2, 0, Progress(), captured)
+    plan, spec, exact = quantized.facts[StepPlan], quantized.facts[ModelSpec], captured.facts[StepPlan]
+    resumed = Resumed(TorchRunner(captured), exact, spec, {})
+    for index in (0, 5):
+        expected = guided(resumed, index, recorded.latents[index], recorded.conditions, exact, spec)
+        np.testing.assert_allclose(recorded.exact[index], expected, atol=1e-5)
+    errors = errors_of(quantized, recorded, "reuse")
+    (name, values) = next(iter(quantized.facts[CachePlan].modes.items()))
+    for index, gap in ((1, 1), (8, 8)):
+        cached = {value: recorded.values[value][index - gap] for value in values}
+        reusing = Resumed(TorchRunner(quantized), plan.with_variants([name] * len(plan)), spec, cached)
+        found = guided(reusing, index, recorded.latents[index], recorded.conditions, plan, spec)
+        skipped, computed = (
+            np.mean(np.square(made - recorded.exact[index])) for made in (found, recorded.predictions[index])
+        )
+        assert computed > 0
+        assert errors[0, index, gap, 0] == pytest.approx(max(0, skipped - computed), rel=1e-3, abs=1e-9)
+
+
 def test_what_can_be_skipped_is_finite_and_nothing_else(split: Program, trajectories: Trajectories) -> None:
     for largest in (2, 8):
         errors = errors_of(split, trajectories, "affine", largest)
