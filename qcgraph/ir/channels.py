@@ -116,7 +116,7 @@ def _trace(node: fx.Node, *, is_read: bool = False) -> tuple[fx.Node, torch.Tens
     if not is_read and len(node.users) > 1 and node.target not in PARTING:
         raise NotLinearError(f"%{node.name}, which it is made of, is used elsewhere too")
     if node.target is aten.linear.default:
-        shape = [size if isinstance(size, int) else 1 for size in node.meta["val"].shape]
+        shape = [_for_one(size) for size in node.meta["val"].shape]
         return node, torch.arange(shape[-1]).expand(shape)
     if node.target is aten.scaled_dot_product_attention.default:
         value = node.args[2]
@@ -135,6 +135,20 @@ def _trace(node: fx.Node, *, is_read: bool = False) -> tuple[fx.Node, torch.Tens
 
 
 def _plain(argument: Any) -> Any:
-    if isinstance(argument, fx.Node) or (isinstance(argument, list) and any(isinstance(i, fx.Node) for i in argument)):
-        raise NotLinearError("its shape is computed")
-    return argument
+    """Return an argument of an op that moves values, for a batch of one; sizes may follow from the batch."""
+    if isinstance(argument, list | tuple):
+        return [_plain(item) for item in argument]
+    if not isinstance(argument, fx.Node):
+        return argument
+    value = argument.meta.get("val")
+    if not isinstance(value, int | torch.SymInt):
+        raise NotLinearError("its shape is computed from values")
+    return _for_one(value)
+
+
+def _for_one(size: int | torch.SymInt) -> int:
+    """Return a size for a batch of one, the only size that a program leaves open."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
