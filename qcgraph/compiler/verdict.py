@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qcgraph.bundle.report import FITTED_RIVAL, ComparisonReport, RivalReport
 from qcgraph.compiler.costs import measure_costs, run_milliseconds
+from qcgraph.compiler.running import running_for
 from qcgraph.errors import UsageError
 from qcgraph.evaluation.fitted_rival import fitted_rival
 from qcgraph.evaluation.metrics import peak, psnr, shown
@@ -17,7 +18,6 @@ from qcgraph.export.run.open import open_runner
 from qcgraph.export.run.runtimes import Exported, runtime_for
 from qcgraph.export.targets import Target
 from qcgraph.facts import SolverFit, SolverPlan, precision_of
-from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.pipeline.calibration_budget import affordable, trajectory_macs
 from qcgraph.plan.schedulers import first_order, make_step_plan
@@ -96,17 +96,17 @@ def compare(contest: Contest, count: int) -> ComparisonReport:
     step = measure_costs(contest.origin, contest.target, contest.progress)[contest.origin.computing]
     steps = max(1, min(int(spent / step), len(contest.origin.facts[StepPlan])))
     told = in_turn(count, contest.spec)
-    goal = shown(_converged(contest, count), contest.spec)
+    with running_for(contest.target)(contest.origin) as model:
+        goal = shown(_converged(contest, model, count), contest.spec)
 
-    def drawn(taken: Runner, plan: StepPlan) -> float:
-        finals = sample(taken, plan, contest.spec, told, contest.seed, batch=count, first_index=FIRST)
-        return float(psnr(mean_squares(shown(finals, contest.spec), goal).mean(), peak(goal, contest.spec)))
+        def drawn(taken: Runner, plan: StepPlan) -> float:
+            finals = sample(taken, plan, contest.spec, told, contest.seed, batch=count, first_index=FIRST)
+            return float(psnr(mean_squares(shown(finals, contest.spec), goal).mean(), peak(goal, contest.spec)))
 
-    model = TorchRunner(contest.origin)
-    rivals = tuple(
-        RivalReport(name=name, steps=len(plan), seconds=len(plan) * step / 1000, psnr=drawn(model, plan))
-        for name, plan in _rivals(contest, steps)
-    )
+        rivals = tuple(
+            RivalReport(name=name, steps=len(plan), seconds=len(plan) * step / 1000, psnr=drawn(model, plan))
+            for name, plan in _rivals(contest, steps)
+        )
     return ComparisonReport(
         trajectories=count,
         seconds=spent / 1000,
@@ -126,9 +126,9 @@ def stand_in_of(contest: Contest) -> str:
     return bundle.title if bundle == model else f"{bundle.title} for the bundle, {model.title} for its rivals"
 
 
-def _converged(contest: Contest, count: int) -> Array:
+def _converged(contest: Contest, runner: Runner, count: int) -> Array:
     """Return the final latents of the converged run."""
-    told, run, runner = in_turn(count, contest.spec), contest.origin.facts[StepPlan], TorchRunner(contest.origin)
+    told, run = in_turn(count, contest.spec), contest.origin.facts[StepPlan]
     initial = Noise(contest.seed, range(FIRST, FIRST + count), contest.spec.latent_shape).initial()
     coarse, fine = (
         walk(runner, plan, contest.spec, told, initial, contest.progress)
@@ -159,5 +159,6 @@ def _rivals(contest: Contest, steps: int) -> Iterator[tuple[str, StepPlan]]:
             seed=contest.seed,
             trajectories=recorded,
             runs=contest.runs,
+            running=running_for(contest.target),
         ),
     )

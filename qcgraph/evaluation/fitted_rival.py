@@ -10,6 +10,7 @@ from qcgraph.facts import SolverPlan, SolverTargets, encode
 from qcgraph.ir.program import Program
 from qcgraph.pipeline import Pipeline
 from qcgraph.pipeline.calibration_budget import target_trajectories
+from qcgraph.pipeline.running import Running, in_torch
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
@@ -26,6 +27,7 @@ def fitted_rival(
     seed: int = 0,
     trajectories: int | None = None,
     runs: RunStore | None = None,
+    running: Running = in_torch,
 ) -> StepPlan:
     """Return the step plan of a solver that is fitted to the converged run in full precision.
 
@@ -38,6 +40,7 @@ def fitted_rival(
         seed: the seed of the trajectories that it is fitted to.
         trajectories: their number; None for as many as a fixed amount of arithmetic allows.
         runs: the runs of the model that were recorded before.
+        running: opens the runner of the model; PyTorch by default.
 
     Raises:
         UsageError: the scheduler adds noise, or the model draws latents that are not finite.
@@ -47,7 +50,7 @@ def fitted_rival(
     pipeline = Pipeline.parse(f"plan-solver{{{' '.join(f'{name}={value}' for name, value in options.items())}}}")
 
     def fit() -> StepPlan:
-        return pipeline.run(origin, progress=progress, runs=runs).facts[StepPlan]
+        return pipeline.run(origin, progress=progress, runs=runs, running=running).facts[StepPlan]
 
     return kept_plan(_key(origin, options), fit)
 
