@@ -13,7 +13,7 @@ from qcgraph.passes.caching.forecasters import Forecaster, forecaster_named
 from qcgraph.passes.caching.plan_cache import GUIDANCE
 from qcgraph.pipeline import Pass, Pipeline, make_pass
 from qcgraph.pipeline.calibration_budget import CALIBRATION_LIMITS
-from qcgraph.recipe import MOST_BITS, Recipe
+from qcgraph.recipe import Recipe
 
 
 def default_pipeline(recipe: Recipe, target: Target) -> Pipeline:
@@ -39,7 +39,7 @@ def target_notes(recipe: Recipe, target: Target) -> tuple[str, ...]:
         return tuple(notes)
     notes += _calibration_notes(recipe)
     asked = recipe.quantization
-    could_have_regions = recipe.activation_bits < MOST_BITS or recipe.bit_budget is not None or asked.attention
+    could_have_regions = recipe.has_low_bits or asked.attention
     if asked.regions == "auto" and target.constant_scales and could_have_regions:
         notes.append(f"{target.name} takes constant scales: no activation has two regions")
     if recipe.bit_budget is not None and target.constant_scales:
@@ -217,8 +217,9 @@ def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
             groups=not target.constant_scales,
             seed=seed,
         )
-    if asked.scales == "fisher" or regions:
-        yield _pass("search-scales", objective=asked.scales, regions=regions, seed=seed)
+    if recipe.searches_scales or (regions and (recipe.has_low_bits or asked.regions is True)):
+        objective = "fisher" if recipe.searches_scales else "range"
+        yield _pass("search-scales", objective=objective, regions=regions, seed=seed)
     if asked.rounding != "nearest":
         # After the scales: weights are rounded for the quantized activations.
         yield _pass("round-weights", method=asked.rounding)
@@ -233,7 +234,7 @@ def _quantizing(recipe: Recipe, target: Target) -> Iterator[Pass]:
             bits=round(recipe.bit_budget or recipe.activation_bits),
             symmetric=target.activation == "symmetric",
             high=target.product_high,
-            objective=asked.scales,
+            objective="range" if asked.scales == "range" else "fisher",
             regions=regions,
             seed=seed,
         )

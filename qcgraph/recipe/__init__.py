@@ -1,5 +1,5 @@
 """Recipes, presets and gates: the settings of a compilation."""
 
-from qcgraph.recipe.recipe import AUTO_BITS, MOST_BITS, PRESETS, Calibration, Recipe, preset_names
+from qcgraph.recipe.recipe import AUTO_BITS, PRESETS, Calibration, Recipe, preset_names
 
-__all__ = ["AUTO_BITS", "MOST_BITS", "PRESETS", "Calibration", "Recipe", "preset_names"]
+__all__ = ["AUTO_BITS", "PRESETS", "Calibration", "Recipe", "preset_names"]

@@ -132,8 +132,10 @@ class Quantization(_Section):
     equalize: bool = Field(
         True, description="true or false: whether channels of activations share a range, at no cost when they run"
     )
-    scales: Literal["fisher", "range"] = Field(
-        "fisher", description="fisher (searched by what errors do to the prediction) or range (covering the range)"
+    scales: Literal["auto", "fisher", "range"] = Field(
+        "auto",
+        description="fisher (searched by what errors do to the prediction), range (covering the range), or auto, which "
+        "is fisher for activations of fewer than 8 bits",
     )
     regions: Literal["auto"] | bool = Field(
         "auto",
@@ -486,6 +488,17 @@ class Recipe(_Section):
         """The mean number of bits over layers and timestep groups; None when all have the same number."""
         match = _MIXED.fullmatch(self.quantization.bits)
         return float(match[1]) if match else None
+
+    @property
+    def searches_scales(self) -> bool:
+        """Whether scales of activations are searched; at 8 bits, those that cover the range are as good, and safer."""
+        asked = self.quantization.scales
+        return asked == "fisher" or (asked == "auto" and self.has_low_bits)
+
+    @property
+    def has_low_bits(self) -> bool:
+        """Whether activations may have fewer than 8 bits."""
+        return self.bit_budget is not None or self.activation_bits < MOST_BITS
 
     @property
     def is_fitted(self) -> bool:

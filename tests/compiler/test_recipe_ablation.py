@@ -15,7 +15,7 @@ from qcgraph.errors import UsageError
 from qcgraph.export.targets import TARGETS
 from qcgraph.recipe import Recipe
 
-FULL = Recipe().override(compensate="vc")  # by default the others are all on
+FULL = Recipe().override(bits="w6a6", compensate="vc")  # by default the others are all on, with few bits
 CHANGES: dict[str, dict[str, object]] = {
     "tgq": {"quantization.groups": 1},
     "mrq": {"quantization.regions": False},
@@ -177,7 +177,7 @@ def test_the_help_names_all_components(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.slow
 def test_the_command_switches_them_off(capsys: pytest.CaptureFixture[str], small_digits: Path) -> None:
-    options = ("--ablate", "equalize, ho,feedback", "--compensate", "vc", "--dry-run", "--json")
+    options = ("--ablate", "equalize, ho,feedback", "--bits", "w6a6", "--compensate", "vc", "--dry-run", "--json")
     assert compiled(*options, model=small_digits) == 0
     report = json.loads(capsys.readouterr().out)
     expected = FULL.ablated(["equalize", "ho", "feedback"])
@@ -190,3 +190,22 @@ def test_a_pipeline_of_ones_own_has_no_components() -> None:
     assert recipe.ablated([]) == recipe
     with pytest.raises(UsageError, match="a pipeline of its own"):
         recipe.ablated(["tgq"])
+
+
+@pytest.mark.parametrize(
+    ("bits", "scales", "regions", "expected"),
+    [
+        ("w8a8", "auto", "auto", None),
+        ("w4a8", "auto", "auto", None),
+        ("w6a6", "auto", "auto", "search-scales"),
+        ("auto=6", "auto", "auto", "search-scales"),
+        ("w8a8", "fisher", "auto", "search-scales"),
+        ("w8a8", "auto", True, "search-scales{objective=range}"),
+        ("w6a6", "range", "auto", "search-scales{objective=range}"),
+        ("w6a6", "range", False, None),
+    ],
+)
+def test_scales_are_searched_where_it_pays(bits: str, scales: str, regions: object, expected: str | None) -> None:
+    recipe = Recipe.model_validate({"quantization": {"bits": bits, "scales": scales, "regions": regions}})
+    texts = {pass_.name: pass_.text for pass_ in default_pipeline(recipe, TARGETS["onnxruntime-cpu"])}
+    assert texts.get("search-scales") == expected

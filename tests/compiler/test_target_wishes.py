@@ -22,13 +22,14 @@ def test_two_regions_that_are_asked_for_are_refused(target: Target) -> None:
     with pytest.raises(UsageError, match=f"{target.name} takes constant scales") as raised:
         default_pipeline(recipe("regions = true"), target)
     assert raised.value.where == "quantization.regions"
-    assert "regions=false" in default_pipeline(recipe("regions = false"), target).text
+    assert "regions=false" in default_pipeline(recipe('regions = false\nbits = "w6a6"'), target).text
     assert "search-scales" not in default_pipeline(recipe('regions = true\nbits = "off"'), target).text
 
 
 @pytest.mark.parametrize("target", FREE, ids=lambda target: target.name)
 def test_by_default_there_are_regions_where_they_fit(target: Target) -> None:
-    assert default_pipeline(recipe(""), target) == default_pipeline(recipe("regions = true"), target)
+    few = 'bits = "w6a6"'
+    assert default_pipeline(recipe(few), target) == default_pipeline(recipe(f"{few}\nregions = true"), target)
     assert target_notes(recipe('bits = "w6a6"\nattention = true'), target) == ()
 
 
