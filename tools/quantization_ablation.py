@@ -107,6 +107,11 @@ def settings(whole: Recipe, rows: Sequence[str]) -> Iterator[tuple[str, Recipe]]
         yield "all, and attention in one region", attended.ablated(["mrq"])
 
 
+def with_all_parts(recipe: Recipe) -> Recipe:
+    """Return a recipe with the search for scales, which is off at 8 bits by default."""
+    return recipe.model_copy(update={"quantization": recipe.quantization.model_copy(update={"scales": "fisher"})})
+
+
 class Measuring:
     """Compiles settings of a model, and compares their samples with those of full precision.
 
@@ -132,7 +137,9 @@ class Measuring:
         """Yield the cells of the model."""
         asked = self._options
         for solver in asked.solvers:
-            base = Recipe().override(steps=asked.steps, guidance=asked.guidance, solver=solver, cache="off")
+            base = with_all_parts(
+                Recipe().override(steps=asked.steps, guidance=asked.guidance, solver=solver, cache="off")
+            )
             exact = self._drawn(self._made_by(base.override(bits="off")))
             for bits in asked.bits:
                 whole: Values | None = None
