@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -20,9 +20,6 @@ from qcgraph.sampling.calibration import decode_latents
 from qcgraph.sampling.conditions import Conditions
 
 FLOAT_BYTES = 4
-MOST_TOGETHER = 64  # trajectories
-HELD_BYTES = 96 * 2**20  # bytes that the widest activation of rows that run together may take
-NEAR_BYTES = 12 * 2**20  # the same for speed: where more rows leave the cache of a CPU, each takes a fifth longer
 DIFFERENTIATED_BYTES = 256 * 2**20  # bytes that all values of rows that are differentiated together may take
 
 
@@ -89,23 +86,6 @@ class CalibrationBatch:
         named = {latent: self.latents, TIMESTEP.name: self.timesteps, **self.conditions}
         prepared = program.prepared(variant, named)
         return [prepared[name] for name in program.variants[variant].interface.input_names]
-
-
-def rows_together(sites: Sequence[Site], held: int = HELD_BYTES) -> int:
-    """Return how many rows may run together, at least two, so that no site's input takes more than ``held`` bytes."""
-    widest = max((prod(dim for dim in site.input_shape if isinstance(dim, int)) for site in sites), default=1)
-    return max(2, held // (FLOAT_BYTES * widest))
-
-
-def tokens(sites: Sequence[Site]) -> int:
-    """Return the largest number of tokens that a row has at any site."""
-    return max((prod(dim for dim in site.input_shape[:-1] if isinstance(dim, int)) for site in sites), default=1)
-
-
-def trajectories_together(program: Program) -> int:
-    """Return how many trajectories may run together, at least one: at most 64, and fewer of a larger model."""
-    sites = find_sites(program.variants[program.computing])
-    return max(1, min(MOST_TOGETHER, rows_together(sites, NEAR_BYTES) // program.facts[StepPlan].halves))
 
 
 def entering(program: Program, rows: CalibrationBatch, sites: set[str]) -> Iterator[tuple[Site, torch.Tensor]]:

@@ -25,7 +25,7 @@ from qcgraph.facts import (
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
-from qcgraph.passes.calibration._calibration_set import held, trajectories_together
+from qcgraph.passes.calibration._calibration_set import held
 from qcgraph.passes.calibration._extremes import Extremes
 from qcgraph.passes.calibration._selection import Method, Pool, select
 from qcgraph.pipeline import Pass, PassContext
@@ -36,6 +36,7 @@ from qcgraph.pipeline.calibration_budget import (
     trajectory_macs,
 )
 from qcgraph.pipeline.options import AUTO_HINT, MOST_SEED, MOST_TRAJECTORIES, option
+from qcgraph.pipeline.together import trajectories_together
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan

@@ -9,9 +9,9 @@ from torch import fx
 
 from qcgraph.ir.execute import TorchRunner
 from qcgraph.ir.program import Program
-from qcgraph.passes.calibration._calibration_set import trajectories_together
 from qcgraph.passes.calibration._extremes import Extremes
 from qcgraph.passes.quantization._equalizable import EqualizableActivation
+from qcgraph.pipeline.together import trajectories_together
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress

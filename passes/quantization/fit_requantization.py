@@ -12,8 +12,9 @@ from qcgraph.ir.memory import release_memory
 from qcgraph.ir.program import Program
 from qcgraph.ir.quantize import rounded_activation, weight_codes
 from qcgraph.ir.structure import find_blocks, find_sites, weight_names
-from qcgraph.passes.calibration._calibration_set import CalibrationBatch, entering, rows_together, tokens
+from qcgraph.passes.calibration._calibration_set import CalibrationBatch, entering
 from qcgraph.pipeline import Pass, PassContext
+from qcgraph.pipeline.together import rows_together, tokens
 from qcgraph.pipeline.workload import Workload
 
 TOKENS = 32768  # tokens of the calibration set that a correction, two numbers a channel, is fitted to

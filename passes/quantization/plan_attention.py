@@ -25,13 +25,13 @@ from qcgraph.ir.structure import find_sites
 from qcgraph.passes.calibration._calibration_set import (
     CalibrationBatch,
     ValueSensitivity,
-    rows_together,
     value_sensitivities,
 )
 from qcgraph.passes.quantization._region_search import ProbabilityScores
 from qcgraph.passes.quantization._scale_search import Histogram, search_groups
 from qcgraph.pipeline import Pass, PassContext
 from qcgraph.pipeline.options import MOST_SEED, option
+from qcgraph.pipeline.together import rows_together
 from qcgraph.pipeline.workload import Workload
 from qcgraph.plan.steps import StepPlan
 

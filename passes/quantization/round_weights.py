@@ -20,8 +20,9 @@ from qcgraph.ir.program import Program, tensor_digest, used_constants
 from qcgraph.ir.quantize import check_integers, names_of_codes, nearest, rounded_activation
 from qcgraph.ir.rounding import round_with_feedback, search_scales
 from qcgraph.ir.structure import find_sites, weight_names
-from qcgraph.passes.calibration._calibration_set import CalibrationBatch, entering, rows_together, tokens
+from qcgraph.passes.calibration._calibration_set import CalibrationBatch, entering
 from qcgraph.pipeline import Pass, PassContext
+from qcgraph.pipeline.together import rows_together, tokens
 from qcgraph.pipeline.workload import Workload
 
 TOKENS = 32768  # tokens of the calibration set that a second moment is averaged over

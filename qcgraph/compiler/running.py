@@ -17,9 +17,9 @@ from qcgraph.facts import precision_of
 from qcgraph.files.atomic import scratch_folder
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import find_sites
-from qcgraph.passes.calibration._calibration_set import NEAR_BYTES, rows_together
 from qcgraph.pipeline import Pipeline
 from qcgraph.pipeline.running import Running, in_torch
+from qcgraph.pipeline.together import NEAR_BYTES, rows_together
 from qcgraph.progress import Progress
 from qcgraph.sampling.runner import Array, Call, Runner
 

@@ -148,6 +148,7 @@ def test_steps_of_one_half_of_guidance(
 ) -> None:
     """More steps for the work of five, whatever the contest says: the bundle samples what its program does."""
     monkeypatch.setattr(plan_solver, "place", lambda *args: tuple(one for one in place(*args) if not all(one.whole)))
+    monkeypatch.setattr(plan_solver, "FEWEST_MEASURED", 2)
     arithmetic = Recipe.from_toml(QUICK + '[cache]\ncost = "macs"\n').override(
         solver="fitted=5", steps=10, cache="auto"
     )

@@ -20,9 +20,7 @@ from qcgraph.passes.calibration import _calibration_set as calibration_set
 from qcgraph.passes.calibration._calibration_set import (
     CalibrationBatch,
     entering,
-    rows_together,
     sensitivities,
-    trajectories_together,
 )
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
@@ -150,13 +148,6 @@ def test_inputs_are_in_the_order_of_the_interface(guided: Program) -> None:
 def test_the_first_step_computes_everything(captured: Program, cached: Program) -> None:
     assert captured.facts[StepPlan].computing == "main"
     assert cached.facts[StepPlan].computing == "full"
-
-
-def test_rows_that_fit_together(captured: Program) -> None:
-    sites = [site for site in find_sites(captured.variants["main"]) if site.name in SITES]
-    assert rows_together(sites, held=4 * 16 * 128 * 7) == 7  # 16 tokens of 128 channels are the widest
-    assert rows_together(sites, held=1) == 2
-    assert rows_together([]) >= 2
 
 
 class Recording(fx.Interpreter):
@@ -308,12 +299,3 @@ def test_the_program_stays_as_it_is(guided: Program) -> None:
     list(entering(guided, CalibrationBatch.of(guided), SITES))
     assert guided.compute_digest() == before
     assert not any(value.requires_grad for value in guided.constants.values())
-
-
-@pytest.mark.parametrize(("rows", "trajectories"), [(1, 1), (2, 1), (20, 10), (10_000, 64)])
-def test_few_trajectories_of_a_large_model_run_together(
-    captured: Program, monkeypatch: pytest.MonkeyPatch, rows: int, trajectories: int
-) -> None:
-    """Each takes two rows under guidance."""
-    monkeypatch.setattr(calibration_set, "rows_together", lambda sites, held: rows)
-    assert trajectories_together(captured) == trajectories
