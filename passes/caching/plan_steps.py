@@ -37,9 +37,9 @@ class PlanSteps(Pass):
     ``joint``: the error of skipping a step, in every mode and from every pair of last computing steps, is measured on
     recorded trajectories of the program as it is (quantized or not) by running the variant itself, against full
     precision where the captured model is known, less the error of computing the step, and weighted by the effect of an
-    error at that step on the final latent. The schedule of least summed error within the budget can then
-    be improved by exchanging steps, judged by the true error of the final latents. ``dps`` is CacheQuant's schedule: L1
-    distance of cached values, one mode, bounded windows, an interval and no budget.
+    error at that step on the final latent. The schedule of least summed error within the budget can then be improved by
+    exchanging steps, judged by the true error of the final latents. ``dps`` is CacheQuant's schedule: L1 distance of
+    cached values, one mode, bounded windows, an interval and no budget.
 
     Attributes:
         strategy: ``joint`` or ``dps``.
@@ -77,7 +77,7 @@ class PlanSteps(Pass):
         count = self.trajectories or affordable_trajectories(work.program)
         probes = sum(work.run(mode) for mode in work.program.facts[CachePlan].modes) * PLACES
         exact = int(QuantizedSites in work.program.facts)  # predictions of full precision, beside those of the program
-        return count * work.trajectory * (1 + exact + (probes if self.strategy == "joint" else 0))
+        return count * work.trajectory * (1 + (exact + probes if self.strategy == "joint" else 0))
 
     def run(self, program: Program, context: PassContext) -> Program:
         modes = program.facts[CachePlan].modes
@@ -89,7 +89,8 @@ class PlanSteps(Pass):
         costs = measuring.measure(program) if measuring else arithmetic
         relative = {name: rounded(cost / costs[program.computing]) for name, cost in costs.items()}
         count = self.trajectories or affordable_trajectories(program)
-        origin = context.origin if QuantizedSites in program.facts else None
+        is_judged = self.strategy == "joint" and QuantizedSites in program.facts
+        origin = context.origin if is_judged else None
         trajectories = record(program, count, self.seed, context.progress, origin)
         expected: float | None = None
         rehearsed: float | None = None

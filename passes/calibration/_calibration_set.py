@@ -13,13 +13,13 @@ from qcgraph.facts import CalibrationSet
 from qcgraph.ir.execute import walk
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import Site, find_sites
+from qcgraph.pipeline.calibration_budget import FLOAT_BYTES
 from qcgraph.plan.spec import TIMESTEP, ModelSpec
 from qcgraph.plan.steps import StepPlan
 from qcgraph.progress import Progress
 from qcgraph.sampling.calibration import decode_latents
 from qcgraph.sampling.conditions import Conditions
 
-FLOAT_BYTES = 4
 DIFFERENTIATED_BYTES = 256 * 2**20  # bytes that all values of rows that are differentiated together may take
 
 

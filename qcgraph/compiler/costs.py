@@ -8,13 +8,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from qcgraph.export.run.open import export_to
+from qcgraph.compiler.running import exported
 from qcgraph.export.run.runtimes import runtime_for
 from qcgraph.export.targets import Target
 from qcgraph.facts import precision_of
-from qcgraph.files.atomic import scratch_folder
 from qcgraph.ir.program import Program
-from qcgraph.pipeline import Pipeline
 from qcgraph.pipeline.pipeline import Costs
 from qcgraph.plan.spec import ModelSpec
 from qcgraph.plan.steps import StepPlan
@@ -35,10 +33,9 @@ def measure_costs(program: Program, target: Target, progress: Progress) -> dict[
             exported to a temporary folder.
         progress: reports the export.
     """
-    legal = Pipeline.parse(target.legalize).run(program) if target.legalize else program
-    with scratch_folder() as folder:
-        runtime = runtime_for(target, precision_of(legal.facts))
-        return run_milliseconds(export_to(runtime, target, legal, folder, progress), legal)
+    runtime = runtime_for(target, precision_of(program.facts))
+    with exported(program, target, runtime, progress) as (runner, legal):
+        return run_milliseconds(runner, legal)
 
 
 def costs_for(target: Target, progress: Progress) -> Costs:

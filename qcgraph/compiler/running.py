@@ -11,7 +11,7 @@ import torch
 
 from qcgraph.evaluation.ablation import is_quantized
 from qcgraph.export.run.open import export_to
-from qcgraph.export.run.runtimes import ONNXRUNTIME, RUNTIMES
+from qcgraph.export.run.runtimes import ONNXRUNTIME, RUNTIMES, Runtime
 from qcgraph.export.targets import Target, target_named
 from qcgraph.facts import precision_of
 from qcgraph.files.atomic import scratch_folder
@@ -47,13 +47,29 @@ def running_for(target: Target) -> Running:
             with in_torch(program) as runner:
                 yield runner
             return
-        legal = Pipeline.parse(exports.legalize).run(program)
         rows = rows_together(find_sites(program.variants[program.computing]), NEAR_BYTES)
-        with scratch_folder() as folder:
-            opened = export_to(runtime, exports, legal, folder, Progress(), torch.get_num_threads())
+        with exported(program, exports, runtime, Progress(), torch.get_num_threads()) as (opened, legal):
             yield _InParts(opened, legal, rows)
 
     return running
+
+
+@contextmanager
+def exported(
+    program: Program, target: Target, runtime: Runtime, progress: Progress, threads: int | None = None
+) -> Iterator[tuple[Runner, Program]]:
+    """Open a runner of a program before legalization, with the legal program, for the time of the body.
+
+    Args:
+        program: the program.
+        target: its legalization is applied, and the files that the runtime reads are exported to a temporary folder.
+        runtime: the runtime.
+        progress: reports the export.
+        threads: the number of threads that it may use; by default all cores.
+    """
+    legal = Pipeline.parse(target.legalize).run(program)
+    with scratch_folder() as folder:
+        yield export_to(runtime, target, legal, folder, progress, threads), legal
 
 
 class _InParts:

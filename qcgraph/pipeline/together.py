@@ -7,9 +7,9 @@ from math import prod
 
 from qcgraph.ir.program import Program
 from qcgraph.ir.structure import Site, find_sites
+from qcgraph.pipeline.calibration_budget import FLOAT_BYTES
 from qcgraph.plan.steps import StepPlan
 
-FLOAT_BYTES = 4
 MOST_TOGETHER = 64  # trajectories
 HELD_BYTES = 96 * 2**20  # bytes that the widest activation of rows that run together may take
 NEAR_BYTES = 12 * 2**20  # the same for speed: where more rows leave the cache of a CPU, each takes a fifth longer

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from qcgraph.compiler import costs
+from qcgraph.compiler import costs, running
 from qcgraph.compiler.costs import ROUNDS, WARM_UP, measure_costs
 from qcgraph.export.targets import TARGETS
 from qcgraph.ir.program import Program
@@ -40,7 +40,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock({"full": 0.008, "reuse": 0.001})
-    monkeypatch.setattr(costs, "export_to", lambda *_: found)
+    monkeypatch.setattr(running, "export_to", lambda *_: found)
     monkeypatch.setattr(costs.time, "perf_counter", found.perf_counter)
     return found
 
